@@ -1,0 +1,1 @@
+"""MetaMorph: unified multimodal models by Visual-Predictive Instruction Tuning."""
