@@ -1,0 +1,67 @@
+"""The tokens that stand for images, added to any tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
+
+from metamorph.models.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_PATCH_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+)
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """Ids of the image tokens in one tokenizer."""
+
+    image: int
+    """Id of the placeholder; it is repeated `num_image_tokens` times for each image."""
+    image_start: int | None
+    """Id of `<image_start>`, or None when images are not wrapped."""
+    image_end: int | None
+    """Id of `<image_end>`, or None when images are not wrapped."""
+    new: list[str]
+    """The tokens that the tokenizer did not know before, in the order of their ids."""
+
+
+def add_image_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    mm_use_im_start_end: bool,
+    mm_use_im_patch_token: bool,
+) -> ImageTokens:
+    """Make sure that `tokenizer` has the image tokens, and return their ids.
+
+    The tokenizer is changed in place. Tokens that it already has keep their ids, so a second call adds
+    nothing. `<image_start>` and `<image_end>` come first: their embedding rows are trained, the placeholder's
+    row is never looked up.
+
+    Args:
+        tokenizer: Any tokenizer of Transformers.
+        mm_use_im_start_end: Whether images stand between `<image_start>` and `<image_end>`.
+        mm_use_im_patch_token: Whether the placeholder is `<im_patch>` instead of `<image>`.
+
+    Returns:
+        The ids, and the list of the tokens that were new.
+    """
+    placeholder = DEFAULT_IM_PATCH_TOKEN if mm_use_im_patch_token else DEFAULT_IMAGE_TOKEN
+    wrappers = [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] if mm_use_im_start_end else []
+    wanted = [*wrappers, placeholder]
+    vocabulary = tokenizer.get_vocab()
+    new = [token for token in wanted if token not in vocabulary]
+    # Known tokens are passed too: one that is an ordinary word so far becomes a special token.
+    tokenizer.add_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in wanted], special_tokens=True
+    )
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in wanted}
+    return ImageTokens(
+        image=ids[placeholder],
+        image_start=ids.get(DEFAULT_IM_START_TOKEN),
+        image_end=ids.get(DEFAULT_IM_END_TOKEN),
+        new=new,
+    )
