@@ -1,0 +1,70 @@
+# Two commands for everybody: `make quickstart` and `make test`. Both make their virtual environment first, if need be.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+# Options of the quickstart, for example QUICKSTART="--fast --seed 1", and of pytest, for example PYTEST="-k losses".
+QUICKSTART ?=
+PYTEST     ?=
+# Test processes; each computes with one thread, which on busy cores is faster than several.
+WORKERS    ?= 2
+
+BIN         := $(VENV)/bin
+USER_STAMP  := $(VENV)/.installed-quickstart
+DEV_STAMP   := $(VENV)/.installed-dev
+TEST_ENV    := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+SHELL_FILES := .ci/run $(wildcard scripts/*.sh visualization/*.sh)
+
+.PHONY: help quickstart test test-fast lint format types imports docs check clean
+
+help:
+	@echo "make quickstart   install, then train the small world end to end (report in out/)"
+	@echo "make test         install, then run the whole test suite (test-fast: without the slow tests)"
+	@echo "make check        lint, types, import contracts and the documentation"
+	@echo "make format       let ruff rewrite the code"
+	@echo "make clean        remove the virtual environment and everything built"
+
+quickstart: $(USER_STAMP)
+	$(BIN)/metamorph quickstart $(QUICKSTART)
+
+test: $(DEV_STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
+
+test-fast: $(DEV_STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST)
+
+check: lint types imports docs
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck $(SHELL_FILES)
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(DEV_STAMP)
+	$(BIN)/mypy
+
+imports: $(DEV_STAMP)
+	$(BIN)/lint-imports
+
+docs: $(DEV_STAMP)
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "MetaMorph needs Python 3.10 or newer; name one with PYTHON=, for example make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps are younger than the files that say what to install, or the install is repeated.
+$(USER_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[quickstart]"
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[quickstart,dev,docs]"
+	@touch $@ $(USER_STAMP)
