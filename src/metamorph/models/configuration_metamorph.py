@@ -1,0 +1,152 @@
+"""Configuration of a MetaMorph model: two sub-configurations and every choice of VPiT, all validated here."""
+
+import math
+import re
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+TOKEN_REDUCTIONS = ("interpolation", "concat_interpolation", "mlpmixer", "none")
+VISION_HEAD_TYPES = ("linear", "mlp", "mlp2x_gelu")
+PROJECTOR_TYPES = ("linear", "mlp{N}x_gelu", "mlpsoftmax", "identity")
+CONCAT_BLOCK = 4
+"""`concat_interpolation` joins blocks of 2×2 tokens along the feature axis."""
+
+
+def is_projector_type(name: str) -> bool:
+    """Whether `name` is one of `PROJECTOR_TYPES`, with a positive number for `{N}`."""
+    return name in PROJECTOR_TYPES or re.fullmatch(r"mlp[1-9]\d*x_gelu", name) is not None
+
+
+class MetaMorphConfig(PreTrainedConfig):
+    """Configuration of [`MetaMorphForConditionalGeneration`].
+
+    The field names are the flags of the training guide, so that a trained folder documents its own command line.
+
+    Args:
+        text_config: configuration (or its dict) of any decoder-only language model. Defaults to `LlamaConfig()`.
+        vision_config: configuration (or its dict) of a SigLIP, SigLIP 2, CLIP or DINOv2 vision model.
+            Defaults to `SiglipVisionConfig()`.
+        image_token_id: id of the placeholder that stands for one visual token in `input_ids`.
+        image_start_token_id: id of `<image_start>`; None without `mm_use_im_start_end`.
+        image_end_token_id: id of `<image_end>`; None without `mm_use_im_start_end`.
+        num_image_tokens: visual tokens per image after reduction (`N`).
+        image_token_reduction: one of `TOKEN_REDUCTIONS`.
+        mm_vision_select_layer: which hidden state of the tower is used, counted as in `hidden_states[...]`;
+            -1 is the last layer's output *before* the post layer norm.
+        normalize_vision: divide every visual token, and every prediction of one, by its L2 norm.
+        apply_softmax: train the vision head with a soft cross-entropy over features instead of the cosine loss.
+        mm_projector_type: connector from vision features to the language model's hidden size.
+        vision_head_type: head from the language model's hidden size to vision features.
+        use_vision_ar: train on (and decode) visual tokens.
+        vision_coef: weight of the visual loss.
+        mm_use_im_start_end: wrap every image into `<image_start>` … `<image_end>`.
+        mm_use_im_patch_token: spell the placeholder `<im_patch>` instead of `<image>`.
+        version: name of the conversation template the model is trained with.
+
+    Raises:
+        ValueError: for any value outside its domain; the message names the flag and the allowed values.
+    """
+
+    model_type = "metamorph"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012 - the name Transformers reads
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    image_token_id: int | None = None
+    image_start_token_id: int | None = None
+    image_end_token_id: int | None = None
+    num_image_tokens: int = 64
+    image_token_reduction: str = "interpolation"
+    mm_vision_select_layer: int = -1
+    normalize_vision: bool = True
+    apply_softmax: bool = False
+    mm_projector_type: str = "mlp2x_gelu"
+    vision_head_type: str = "mlp"
+    use_vision_ar: bool = True
+    vision_coef: float = 1.0
+    mm_use_im_start_end: bool = True
+    mm_use_im_patch_token: bool = False
+    version: str = "llama3"
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.text_config = _sub_config(self.text_config, default="llama")
+        self.vision_config = _sub_config(self.vision_config, default="siglip_vision_model")
+        # Decides in Transformers whether `lm_head` shares the embedding's weight: the language model's own choice.
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        super().__post_init__(**kwargs)
+        self._validate_names()
+        self._validate_token_count()
+
+    @property
+    def patch_grid(self) -> int:
+        """Side of the tower's square patch grid (SigLIP-SO400M/14 at 384 pixels: 27)."""
+        vision = self.vision_config
+        if vision.model_type == "siglip2_vision_model":  # NaFlex: a patch budget instead of an image size
+            return math.isqrt(vision.num_patches)
+        return vision.image_size // vision.patch_size
+
+    @property
+    def vision_image_size(self) -> int:
+        """Side in pixels of the square images the tower expects."""
+        return self.patch_grid * self.vision_config.patch_size if self._is_naflex else self.vision_config.image_size
+
+    @property
+    def vision_feature_size(self) -> int:
+        """Size `D` of one visual token: what the connector reads and the vision head predicts."""
+        hidden = self.vision_config.hidden_size
+        return hidden * CONCAT_BLOCK if self.image_token_reduction == "concat_interpolation" else hidden
+
+    @property
+    def _is_naflex(self) -> bool:
+        return self.vision_config.model_type == "siglip2_vision_model"
+
+    def _validate_names(self) -> None:
+        if self.image_token_reduction not in TOKEN_REDUCTIONS:
+            raise ValueError(
+                f"image_token_reduction={self.image_token_reduction!r} is unknown; use one of {TOKEN_REDUCTIONS}"
+            )
+        if not is_projector_type(self.mm_projector_type):
+            raise ValueError(f"mm_projector_type={self.mm_projector_type!r} is unknown; use one of {PROJECTOR_TYPES}")
+        if self.vision_head_type not in VISION_HEAD_TYPES:
+            raise ValueError(f"vision_head_type={self.vision_head_type!r} is unknown; use one of {VISION_HEAD_TYPES}")
+        if not math.isfinite(self.vision_coef) or self.vision_coef < 0:
+            raise ValueError(f"vision_coef={self.vision_coef} must be a finite number, 0 or larger")
+        layers = self.vision_config.num_hidden_layers
+        if not -layers - 1 <= self.mm_vision_select_layer <= layers:
+            raise ValueError(
+                f"mm_vision_select_layer={self.mm_vision_select_layer} does not exist: the vision tower has {layers} "
+                f"layers, use {-layers - 1}..{layers} (0 is the embedding output)"
+            )
+        if self.mm_projector_type == "identity" and self.vision_feature_size != self.text_config.hidden_size:
+            raise ValueError(
+                f"mm_projector_type='identity' needs equal sizes, but a visual token has {self.vision_feature_size} "
+                f"features and the language model {self.text_config.hidden_size}; use 'linear' or 'mlp2x_gelu'"
+            )
+
+    def _validate_token_count(self) -> None:
+        count, grid = self.num_image_tokens, self.patch_grid
+        if count < 1:
+            raise ValueError(f"num_image_tokens={count} must be at least 1")
+        square = math.isqrt(count) ** 2
+        if self.image_token_reduction in ("interpolation", "concat_interpolation") and square != count:
+            raise ValueError(
+                f"num_image_tokens={count} is not a square number, which image_token_reduction="
+                f"{self.image_token_reduction!r} needs; the nearest are {square} and {(math.isqrt(count) + 1) ** 2}"
+            )
+        if self.image_token_reduction == "none" and count != grid**2:
+            raise ValueError(
+                f"num_image_tokens={count} disagrees with image_token_reduction='none': the vision tower gives "
+                f"{grid}x{grid} = {grid**2} tokens; set num_image_tokens={grid**2} or reduce by 'interpolation'"
+            )
+
+
+def _sub_config(value: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:
+    """Turns a dict (from JSON) or nothing into a configuration object."""
+    if isinstance(value, PreTrainedConfig):
+        return value
+    fields = dict(value or {})
+    return AutoConfig.for_model(fields.pop("model_type", default), **fields)

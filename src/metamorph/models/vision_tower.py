@@ -1,0 +1,248 @@
+"""The vision tower: frozen encoder, layer selection, token reduction, L2 norm. Pixels in, visual tokens out."""
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from .configuration_metamorph import CONCAT_BLOCK, MetaMorphConfig
+
+
+logger = logging.getLogger(__name__)
+
+VISION_TOWER_ALIASES = {"siglip/CLIP-ViT-SO400M-14-384": "google/siglip-so400m-patch14-384"}
+"""Names the training guide uses, and the Hub repositories they mean."""
+
+_PREFIX_TOKENS: dict[str, Callable[[PreTrainedConfig], int]] = {
+    "siglip_vision_model": lambda config: 0,
+    "siglip2_vision_model": lambda config: 0,
+    "clip_vision_model": lambda config: 1,  # class token
+    "dinov2": lambda config: 1,
+    "dinov2_with_registers": lambda config: 1 + config.num_register_tokens,
+}
+"""Supported layouts: model type of the vision configuration -> tokens in front of the patch tokens."""
+
+_FINAL_NORMS = ("post_layernorm", "layernorm")
+_LAYER_LISTS = ("encoder.layers", "encoder.layer")
+
+
+def resolve_vision_tower(name: str) -> str:
+    """Replaces a name of the training guide by the Hub repository it means; other names and paths pass unchanged."""
+    return VISION_TOWER_ALIASES.get(name, name)
+
+
+def load_vision_config(name_or_path: str, **hub_kwargs: object) -> PreTrainedConfig:
+    """Reads the vision configuration of a tower without loading weights.
+
+    Args:
+        name_or_path: an alias of the guide, a Hub repository or a local folder. May hold a whole CLIP/SigLIP model.
+        **hub_kwargs: passed to `AutoConfig.from_pretrained` (`revision`, `token`, …).
+
+    Raises:
+        ValueError: the model type is not a tower MetaMorph knows the token layout of.
+    """
+    config = AutoConfig.from_pretrained(resolve_vision_tower(name_or_path), **hub_kwargs)
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in _PREFIX_TOKENS:
+        raise ValueError(
+            f"--vision_tower {name_or_path!r} has model type {config.model_type!r}, whose token layout is unknown; "
+            f"use a model of type {', '.join(_PREFIX_TOKENS)} (or a CLIP/SigLIP model that contains one)"
+        )
+    return config
+
+
+def load_vision_encoder(name_or_path: str, dtype: torch.dtype = torch.float32, **hub_kwargs: object) -> PreTrainedModel:
+    """Loads a pretrained vision encoder and makes sure that every weight came from the checkpoint.
+
+    Args:
+        name_or_path: an alias of the guide, a Hub repository or a local folder.
+        dtype: of the loaded weights.
+        **hub_kwargs: passed to `from_pretrained` (`revision`, `token`, …).
+
+    Raises:
+        ValueError: unknown token layout, or the checkpoint lacks weights of the encoder.
+    """
+    path = resolve_vision_tower(name_or_path)
+    config = load_vision_config(name_or_path, **hub_kwargs)
+    if hasattr(config, "vision_use_head"):
+        config.vision_use_head = False  # the pooling head is never read
+    with _quiet_load_report():
+        encoder, info = AutoModel.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, **hub_kwargs
+        )
+    # Transformers only warns about missing weights and leaves them random; a half-random tower trains silently badly.
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"--vision_tower {name_or_path!r}: {len(missing)} weights of {type(encoder).__name__} are not in the "
+            f"checkpoint, for example {missing[0]!r}. Is it the right model, saved by a compatible transformers version?"
+        )
+    return encoder
+
+
+class VisionTower(nn.Module):
+    """Turns images into visual tokens.
+
+    Keeps only the part of the encoder that feeds the selected hidden state: later layers, the final norm and pooling
+    heads are removed, so that they cost neither time nor memory and no parameter is without a gradient when the tower
+    is trained. The rest of the encoder is used as Transformers wrote it.
+
+    Args:
+        config: the composite configuration.
+        encoder: a loaded vision encoder, which is cut in place; built with random weights when None.
+    """
+
+    def __init__(self, config: MetaMorphConfig, encoder: PreTrainedModel | None = None):
+        super().__init__()
+        vision_config = config.vision_config
+        if vision_config.model_type not in _PREFIX_TOKENS:
+            raise ValueError(
+                f"vision_config has model type {vision_config.model_type!r}, whose token layout is unknown; "
+                f"use one of {', '.join(_PREFIX_TOKENS)}"
+            )
+        self.encoder = encoder if encoder is not None else AutoModel.from_config(vision_config)
+        _cut_encoder(self.encoder, config.mm_vision_select_layer, vision_config.num_hidden_layers)
+        self.reduction = TokenReduction(config)
+        self.normalize = config.normalize_vision
+        self.image_size = config.vision_image_size
+        self.num_prefix_tokens = _PREFIX_TOKENS[vision_config.model_type](vision_config)
+        self.naflex_patch = vision_config.patch_size if vision_config.model_type == "siglip2_vision_model" else None
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encodes, reduces and normalises.
+
+        Args:
+            pixel_values: [images, 3, height, width], square and of the tower's image size.
+
+        Returns:
+            [images, N, D] visual tokens; L2 norm 1 each with `normalize_vision`. Gradients flow only into parts that
+            require them.
+
+        Raises:
+            ValueError: the images have another size than the tower was trained with.
+        """
+        if pixel_values.shape[-2:] != (self.image_size, self.image_size):
+            height, width = pixel_values.shape[-2:]
+            raise ValueError(
+                f"pixel_values are {height}x{width}, but the vision tower expects {self.image_size}x{self.image_size}; "
+                "prepare images with this model's own processor"
+            )
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
+        with nullcontext() if trains else torch.no_grad():
+            patches = self._encode(pixel_values)[:, self.num_prefix_tokens :]
+        tokens = self.reduction(patches)
+        return F.normalize(tokens.float(), dim=-1).to(tokens.dtype) if self.normalize else tokens
+
+    def _encode(self, pixel_values: Tensor) -> Tensor:
+        """[images, 3, H, W] -> [images, prefix + patches, hidden] of the selected layer."""
+        pixel_values = pixel_values.to(self.encoder.dtype)
+        if self.naflex_patch is None:
+            return self.encoder(pixel_values).last_hidden_state
+        images, channels, height, width = pixel_values.shape
+        size, rows, columns = self.naflex_patch, height // self.naflex_patch, width // self.naflex_patch
+        patches = pixel_values.reshape(images, channels, rows, size, columns, size).permute(0, 2, 4, 3, 5, 1)
+        return self.encoder(
+            patches.reshape(images, rows * columns, size * size * channels),
+            pixel_attention_mask=torch.ones(images, rows * columns, dtype=torch.long, device=patches.device),
+            spatial_shapes=torch.tensor([[rows, columns]], device=patches.device).expand(images, 2),
+        ).last_hidden_state
+
+
+class TokenReduction(nn.Module):
+    """Reduces the tower's patch tokens [images, patches, hidden] to [images, N, D].
+
+    `interpolation` and `concat_interpolation` follow the original system; `mlpmixer` is the one reduction with
+    weights, which are trained and saved together with the connector.
+    """
+
+    def __init__(self, config: MetaMorphConfig):
+        super().__init__()
+        self.method = config.image_token_reduction
+        self.num_patches = config.patch_grid**2
+        self.num_tokens = config.num_image_tokens
+        if self.method == "mlpmixer":
+            hidden = config.vision_config.hidden_size
+            self.token_norm = nn.LayerNorm(hidden)
+            self.token_mixer = nn.Sequential(
+                nn.Linear(self.num_patches, self.num_tokens), nn.GELU(), nn.Linear(self.num_tokens, self.num_tokens)
+            )
+            self.channel_norm = nn.LayerNorm(hidden)
+            self.channel_mixer = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        if patches.shape[1] != self.num_patches:
+            raise ValueError(
+                f"the vision tower gave {patches.shape[1]} patch tokens, its configuration promises {self.num_patches}"
+            )
+        if self.method == "none":
+            return patches
+        if self.method == "interpolation":
+            return interpolate_tokens(patches, self.num_tokens)
+        if self.method == "concat_interpolation":
+            return concat_blocks(interpolate_tokens(patches, self.num_tokens * CONCAT_BLOCK))
+        tokens = self.token_mixer(self.token_norm(patches).transpose(1, 2)).transpose(1, 2)
+        return tokens + self.channel_mixer(self.channel_norm(tokens))
+
+
+def interpolate_tokens(tokens: Tensor, count: int) -> Tensor:
+    """Bilinear reduction of a square token grid, computed in float32.
+
+    Args:
+        tokens: [images, side², hidden]
+        count: a square number.
+
+    Returns:
+        [images, count, hidden] in the dtype of `tokens`.
+    """
+    images, patches, hidden = tokens.shape
+    side, new_side = math.isqrt(patches), math.isqrt(count)
+    grid = tokens.transpose(1, 2).reshape(images, hidden, side, side).float()
+    grid = F.interpolate(grid, size=(new_side, new_side), mode="bilinear", align_corners=False)
+    return grid.flatten(2).transpose(1, 2).to(tokens.dtype)
+
+
+def concat_blocks(tokens: Tensor) -> Tensor:
+    """Joins 2×2 blocks of a token grid along the features: [images, 4N, hidden] -> [images, N, 4·hidden].
+
+    Within a block the order is top left, top right, bottom left, bottom right.
+    """
+    images, count, hidden = tokens.shape
+    half = math.isqrt(count) // 2
+    blocks = tokens.reshape(images, half, 2, half, 2, hidden).permute(0, 1, 3, 2, 4, 5)
+    return blocks.reshape(images, half * half, CONCAT_BLOCK * hidden)
+
+
+def _cut_encoder(encoder: PreTrainedModel, select_layer: int, num_layers: int) -> None:
+    """Removes everything behind hidden state `select_layer`, so that `last_hidden_state` is that hidden state."""
+    for name in _LAYER_LISTS:
+        try:
+            layers = encoder.get_submodule(name)
+        except AttributeError:
+            continue
+        keep = select_layer if select_layer >= 0 else num_layers + 1 + select_layer
+        del layers[keep:]
+        break
+    else:
+        raise ValueError(f"{type(encoder).__name__} has none of the layer lists {_LAYER_LISTS}: unknown layout")
+    for name in _FINAL_NORMS:
+        if hasattr(encoder, name):
+            setattr(encoder, name, nn.Identity())
+    if getattr(encoder, "use_head", False):
+        encoder.use_head = False
+        del encoder.head
+
+
+@contextmanager
+def _quiet_load_report():
+    """Hides the long report on the text half of a CLIP/SigLIP checkpoint, which is rightly not loaded."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
