@@ -1,8 +1,8 @@
 """Reads a scene back from a picture, pixel by pixel: the judge of everything the miniature draws.
 
-No learned part: the object's colour is the median of its pixels, its shape, size and exact place are those of
-the template with the largest overlap. Pictures out of a diffusion model are a little noisy; a blob that fits no
-template well enough is read as an object without shape, never as the nearest one.
+No learned part: the object's colour is the median of its pixels; its shape, size and exact place are those of
+the template with the largest overlap. Pictures out of a diffusion model are a little noisy, and a blob that
+fits no template well enough is read as an object without shape, never as the nearest one.
 """
 
 from __future__ import annotations

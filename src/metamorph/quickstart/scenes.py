@@ -34,10 +34,10 @@ HELD_OUT: frozenset[tuple[str, str]] = frozenset(
         ("black", "circle"),
     }
 )
-"""The (colour, shape) pairs, one per colour, that never appear in an *answer* image of the training data.
+"""The (colour, shape) pairs, one per colour, that never appear in an *answer* image of training data.
 
-They do appear in input images, captions and questions: the model may see a red cross, but never learns to draw
-one.
+They do appear in input images, captions and questions: the model may see a red cross, but never learns to
+draw one.
 """
 
 RESERVED_FRACTION = 5
