@@ -1,1 +1,81 @@
-"""Fills in what the documentation takes from the code: tables of flags, written as `{{ flags module:Class }}`."""
+"""Fills in what the documentation takes from the code.
+
+`{{ flags module:Class }}` becomes a table of that class, `{{ tests r07 }}` the tests named after that fault.
+What is missing is a warning, which `mkdocs build --strict` turns into a failure.
+"""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import logging
+import re
+import textwrap
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+logger = logging.getLogger("mkdocs.hooks.metamorph")
+FLAGS = re.compile(r"^\{\{ flags ([\w.]+):(\w+) \}\}$", re.MULTILINE)
+TESTS = re.compile(r"^\{\{ tests (r\d\d) \}\}$", re.MULTILINE)
+TEST_FOLDER = Path(__file__).parent.parent / "tests"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replaces every placeholder of a page; MkDocs calls this by its name."""
+    markdown = FLAGS.sub(lambda match: flag_table(match[1], match[2]), markdown)
+    return TESTS.sub(lambda match: guarding_tests(match[1]), markdown)
+
+
+def flag_table(module: str, name: str) -> str:
+    """A Markdown table of the flags that a dataclass defines itself (inherited ones are left out)."""
+    cls = getattr(importlib.import_module(module), name)
+    documented = _attribute_docstrings(cls)
+    rows = ["| Flag | Default | Meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(cls):
+        if field.name in cls.__annotations__ and field.init:
+            meaning = documented.get(field.name) or field.metadata.get("help", "")
+            if not meaning:
+                logger.warning("%s.%s.%s has no attribute docstring", module, name, field.name)
+            rows.append(f"| `--{field.name}` | {_default(field)} | {meaning.replace('|', chr(92) + '|')} |")
+    return "\n".join(rows)
+
+
+def guarding_tests(number: str) -> str:
+    """A Markdown list of the tests whose names begin with `test_<number>_`."""
+    found = [f"- `{file}::{name}`" for file, name in _tests() if name.startswith(f"test_{number}_")]
+    if not found:
+        logger.warning("no test is named test_%s_…: write it, or leave the fault out of the page", number)
+    return "\n" + "\n".join(found)
+
+
+@cache
+def _tests() -> list[tuple[str, str]]:
+    """File and name of every test function, in order."""
+    return [
+        (path.relative_to(TEST_FOLDER.parent).as_posix(), name)
+        for path in sorted(TEST_FOLDER.rglob("test_*.py"))
+        for name in re.findall(r"^ *def (test_\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return f"`{field.default_factory()!r}`"
+    if field.default is dataclasses.MISSING:
+        return "required"
+    return "–" if field.default is None else f"`{field.default}`"
+
+
+def _attribute_docstrings(cls: type) -> dict[str, str]:
+    """The strings that follow the fields of a class, by field name, each on one line."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for statement, following in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            text = getattr(following.value, "value", None)
+            if isinstance(text, str) and isinstance(statement.target, ast.Name):
+                found[statement.target.id] = " ".join(text.split())
+    return found
