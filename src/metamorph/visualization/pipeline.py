@@ -1,0 +1,188 @@
+"""Visual tokens in, pictures out: projector, UNet, VAE and a noise scheduler as one diffusers pipeline."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from metamorph.visualization.projector import VisualizationProjector, pad_condition
+
+
+class VisualizationPipeline(DiffusionPipeline):
+    """Draw the images that visual tokens stand for.
+
+    The pipeline owns everything between tokens and pixels: projection, padding of the condition,
+    classifier-free guidance against the all-zero condition that training used for dropped samples, sampling
+    and decoding. A folder written by `metamorph train-visualizer` or `save_pretrained` loads with
+    `VisualizationPipeline.from_pretrained(folder)`.
+
+    Args:
+        projector: Visual tokens `[images, N, D]` to condition tokens.
+        unet: Noise predictor with the `cross_attention_dim` of the projector's `output_dim`.
+        vae: Latents to pixels.
+        scheduler: Any diffusers scheduler of the UNet's prediction type; `from_parts` makes it DPM-Solver.
+    """
+
+    model_cpu_offload_seq = "projector->unet->vae"
+
+    def __init__(
+        self,
+        projector: VisualizationProjector,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        scheduler: SchedulerMixin,
+    ) -> None:
+        super().__init__()
+        self.register_modules(projector=projector, unet=unet, vae=vae, scheduler=scheduler)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor(vae))
+        # None: show the bar on a terminal only.
+        self.set_progress_bar_config(disable=None)
+
+    @classmethod
+    def from_parts(
+        cls,
+        projector: VisualizationProjector,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        noise_scheduler: SchedulerMixin,
+    ) -> VisualizationPipeline:
+        """Compose a pipeline that samples with DPM-Solver on the noise schedule of `noise_scheduler`."""
+        scheduler = DPMSolverMultistepScheduler.from_config(noise_scheduler.config)
+        return cls(projector=projector, unet=unet, vae=vae, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        visual_tokens: torch.Tensor,
+        guidance_scale: float | Sequence[float] = 3.0,
+        num_inference_steps: int = 20,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Draw one picture per image of `visual_tokens`, all in one batch.
+
+        Args:
+            visual_tokens: `[images, N, D]`, or `[N, D]` for one image.
+            guidance_scale: Strength w of guidance: `zero + w · (condition − zero)`. 1 switches it off and
+                halves the cost. Several scales draw every image at every scale, from the same noise: the
+                result then is image 1 at each scale, image 2 at each scale, and so on.
+            num_inference_steps: Steps of the sampler.
+            generator: Source of the starting noise; with a list of one generator per image the picture of an
+                image does not depend on the batch it is drawn in.
+            latents: Starting noise `[images, channels, height, width]` in place of the generator's.
+            output_type: `pil`, `np` (`[images, height, width, 3]` in 0..1), `pt`
+                (`[images, 3, height, width]` in 0..1) or `latent`.
+            return_dict: False returns the tuple `(images,)`.
+
+        Returns:
+            `ImagePipelineOutput` whose `images` has one entry per image and guidance scale.
+
+        Raises:
+            ValueError: If tokens do not fit the projector, or generators or latents do not fit the tokens.
+        """
+        if visual_tokens.dim() == 2:
+            visual_tokens = visual_tokens.unsqueeze(0)
+        condition = self._condition(visual_tokens)
+        latents = self._starting_latents(visual_tokens.shape[0], generator, latents)
+
+        scales = [guidance_scale] if isinstance(guidance_scale, (int, float)) else list(guidance_scale)
+        if not scales:
+            raise ValueError("guidance_scale is an empty list; give one number or more.")
+        condition = condition.repeat_interleave(len(scales), dim=0)
+        latents = latents.repeat_interleave(len(scales), dim=0)
+        weights = latents.new_tensor(scales).repeat(visual_tokens.shape[0]).view(-1, 1, 1, 1)
+
+        latents = self._denoise(
+            latents, condition, weights, num_inference_steps, generator if len(scales) == 1 else None
+        )
+        images = self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _condition(self, visual_tokens: torch.Tensor) -> torch.Tensor:
+        """`[images, N, D]` to the padded condition `[images, >= 77, cross_attention_dim]`."""
+        tokens = visual_tokens.to(device=self._execution_device, dtype=self.projector.dtype)
+        return pad_condition(self.projector(tokens)).to(self.unet.dtype)
+
+    def _starting_latents(
+        self,
+        num_images: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Noise `[images, channels, height, width]` at the level at which the scheduler starts."""
+        sample_size = self.unet.config.sample_size
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        shape = (num_images, self.unet.config.in_channels, height, width)
+        if isinstance(generator, list) and len(generator) != num_images:
+            raise ValueError(
+                f"{len(generator)} generators for {num_images} images; give one generator, or one per image."
+            )
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        elif latents.shape != shape:
+            raise ValueError(f"latents have shape {list(latents.shape)}, but the UNet takes {list(shape)} here.")
+        return latents.to(device=self._execution_device, dtype=self.unet.dtype)
+
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        condition: torch.Tensor,
+        weights: torch.Tensor,
+        num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """Run the sampler from noise to clean latents; `weights` `[images, 1, 1, 1]` scale the guidance."""
+        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        latents = latents * self.scheduler.init_noise_sigma
+        guided = bool((weights != 1).any())
+        if guided:
+            condition = torch.cat([torch.zeros_like(condition), condition])
+        # Only stochastic samplers draw noise in a step.
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_options = {"generator": generator} if takes_generator else {}
+
+        with self.progress_bar(total=num_inference_steps) as progress:
+            for timestep in self.scheduler.timesteps:
+                noisy = self.scheduler.scale_model_input(latents, timestep)
+                prediction = self.unet(
+                    torch.cat([noisy, noisy]) if guided else noisy,
+                    timestep,
+                    encoder_hidden_states=condition,
+                ).sample
+                if guided:
+                    without, with_condition = prediction.chunk(2)
+                    prediction = without + weights * (with_condition - without)
+                latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
+                progress.update()
+        return latents
+
+    def _decode(self, latents: torch.Tensor, output_type: str):
+        if output_type == "latent":
+            return latents
+        pixels = self.vae.decode(from_unet_latents(self.vae, latents).to(self.vae.dtype)).sample
+        return self.image_processor.postprocess(pixels, output_type=output_type)
+
+
+def vae_scale_factor(vae: AutoencoderKL) -> int:
+    """Pixels per latent along one side of the image."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def to_unet_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Bring the VAE's own latents to the unit scale in which the UNet works."""
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def from_unet_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Undo `to_unet_latents`."""
+    return latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)

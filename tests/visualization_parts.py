@@ -1,0 +1,73 @@
+"""Tiny diffusion parts of the real classes, shared by the visualization tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+
+
+CROSS_ATTENTION_DIM = 16
+RESOLUTION = 32
+
+
+def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
+    """A UNet of Stable Diffusion's class on 4-channel 16×16 latents."""
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=CROSS_ATTENTION_DIM,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+
+
+def tiny_vae(seed: int = 0) -> AutoencoderKL:
+    """A VAE that halves each side once."""
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        sample_size=RESOLUTION,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        norm_num_groups=4,
+        scaling_factor=0.7,
+    )
+
+
+def tiny_scheduler(prediction_type: str = "v_prediction") -> DDPMScheduler:
+    """Stable Diffusion's noise schedule."""
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
+    )
+
+
+def write_tiny_diffusion(folder: Path, prediction_type: str = "v_prediction") -> Path:
+    """Write the parts in the layout of a Stable Diffusion folder."""
+    tiny_unet().save_pretrained(folder / "unet")
+    tiny_vae().save_pretrained(folder / "vae")
+    tiny_scheduler(prediction_type).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def random_images(count: int, size: tuple[int, int] = (40, 32), seed: int = 0) -> list[Image.Image]:
+    """Pictures of `(width, height)` with a coloured rectangle each."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for _ in range(count):
+        picture = np.full((size[1], size[0], 3), 230, dtype=np.uint8)
+        top, left = rng.integers(0, size[1] // 2), rng.integers(0, size[0] // 2)
+        picture[top : top + size[1] // 3, left : left + size[0] // 3] = rng.integers(0, 200, 3)
+        images.append(Image.fromarray(picture))
+    return images
