@@ -1,0 +1,415 @@
+"""The processor: from conversations and pictures to ids, labels, visual targets and pixels, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import (
+    AutoProcessor,
+    BaseImageProcessor,
+    BatchFeature,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from metamorph.models.chat_templates import ChatTemplate, get_chat_template
+from metamorph.models.configuration_metamorph import MetaMorphConfig
+from metamorph.models.constants import DEFAULT_IMAGE_TOKEN
+from metamorph.models.conversations import (
+    EncodedConversation,
+    ImagePart,
+    SequenceBuilder,
+    TextPart,
+    assign_images,
+    check_image_count,
+    parse_messages,
+    split_at_images,
+    with_prefix,
+)
+from metamorph.models.image_processing import ASPECT_RATIOS, preprocess_images, square_image_processor
+from metamorph.models.image_tokens import ImageTokens, add_image_tokens
+
+
+class MetaMorphProcessor(ProcessorMixin):
+    """Joins an image processor and a tokenizer, and builds the model's sequences.
+
+    Args:
+        image_processor: Image processor of the vision tower (SigLIP, SigLIP 2, CLIP or DINOv2). A copy is kept
+            that makes exact squares.
+        tokenizer: Tokenizer of the language model. The image tokens are added to it if it lacks them.
+        chat_template: Jinja template for `version="auto"`; by default the tokenizer's own.
+        num_image_tokens: Number of placeholders for each image.
+        version: Name of the conversation template, see `metamorph.models.chat_templates.VERSIONS`.
+        mm_use_im_start_end: Whether images stand between `<image_start>` and `<image_end>`.
+        mm_use_im_patch_token: Whether the placeholder is `<im_patch>` instead of `<image>`.
+        image_aspect_ratio: `square` (stretch) or `pad`.
+
+    Raises:
+        ValueError: If a value is not allowed, or the tokenizer cannot express the template.
+    """
+
+    def __init__(
+        self,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        num_image_tokens: int = 64,
+        version: str = "llama3",
+        mm_use_im_start_end: bool = True,
+        mm_use_im_patch_token: bool = False,
+        image_aspect_ratio: str = "square",
+    ) -> None:
+        if num_image_tokens < 1:
+            raise ValueError(f"--num_image_tokens must be at least 1, not {num_image_tokens}")
+        if image_aspect_ratio not in ASPECT_RATIOS:
+            raise ValueError(
+                f"--image_aspect_ratio {image_aspect_ratio!r} is unknown; use one of {', '.join(ASPECT_RATIOS)}"
+            )
+        super().__init__(square_image_processor(image_processor), tokenizer, chat_template=chat_template)
+        self.num_image_tokens = num_image_tokens
+        self.version = version
+        self.mm_use_im_start_end = mm_use_im_start_end
+        self.mm_use_im_patch_token = mm_use_im_patch_token
+        self.image_aspect_ratio = image_aspect_ratio
+        self.image_tokens: ImageTokens = add_image_tokens(
+            tokenizer, mm_use_im_start_end=mm_use_im_start_end, mm_use_im_patch_token=mm_use_im_patch_token
+        )
+        self.template: ChatTemplate = get_chat_template(version, tokenizer, chat_template)
+        self._special_ids = _special_token_ids(tokenizer)
+        self._template_ids: dict[str, list[int]] = {}
+
+    @classmethod
+    def from_parts(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: BaseImageProcessor,
+        config: MetaMorphConfig,
+        **overrides: Any,
+    ) -> MetaMorphProcessor:
+        """Make the processor that fits a model's configuration.
+
+        Args:
+            tokenizer: Tokenizer of the language model; image tokens that it lacks are added.
+            image_processor: Image processor of the vision tower; its size is set to the tower's.
+            config: Configuration of the model.
+            overrides: Arguments of the constructor that `config` does not hold, as `image_aspect_ratio`.
+        """
+        fields = {
+            "num_image_tokens": config.num_image_tokens,
+            "version": config.version,
+            "mm_use_im_start_end": config.mm_use_im_start_end,
+            "mm_use_im_patch_token": config.mm_use_im_patch_token,
+        }
+        squared = square_image_processor(image_processor, config.vision_image_size)
+        return cls(squared, tokenizer, **{**fields, **overrides})
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id to pad with.
+
+        Padding is told from text by the attention mask and never by its id, so a tokenizer without a pad token
+        is padded with its end-of-sequence token, or with id 0.
+        """
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if candidate is not None:
+                return candidate
+        return 0
+
+    @property
+    def end_of_turn_token_ids(self) -> list[int]:
+        """Ids that end an answer: the template's end of turn and the tokenizer's end of sequence."""
+        ends = {self.tokenizer.eos_token_id}
+        if self.template.end_of_turn is not None:
+            ends.add(self.tokenizer.convert_tokens_to_ids(self.template.end_of_turn))
+        return sorted(end for end in ends if end is not None)
+
+    def encode_conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[Image.Image] | None = None,
+        *,
+        system: str | None = None,
+        add_generation_prompt: bool = False,
+        model_max_length: int | None = None,
+    ) -> EncodedConversation:
+        """Turn one conversation into ids, labels, visual-target mask and pixels, built together.
+
+        Every token of an assistant turn is supervised, its end of turn and the `<image_start>` and `<image_end>`
+        of its images included; placeholders never are. Contents are stripped and never give control tokens: a
+        literal `<|eot_id|>` in them is spelt as text.
+
+        Args:
+            messages: `{"role": "system" | "user" | "assistant", "content": ...}`. A content is a string with
+                one `<image>` for each image, or a list of `{"type": "text", "text": ...}` and
+                `{"type": "image", "image": ...}` parts (without `"image"`, the next of `images` is meant).
+            images: The images of all `<image>` markers, in reading order.
+            system: A system message to begin with, if `messages` has none.
+            add_generation_prompt: Whether to end with the header of the assistant's next answer.
+            model_max_length: Longest sequence. A longer one is cut between tokens of text, or before the first
+                image that does not fit; images after the cut are dropped.
+
+        Raises:
+            ValueError: If the numbers of markers and images differ, or a role or part is unknown.
+        """
+        parsed = parse_messages(messages)
+        if system is not None and not any(message.role == "system" for message in parsed):
+            parsed.insert(0, Message("system", [system.strip()]))
+        pictures = assign_images(parsed, images)
+        builder = SequenceBuilder(self.image_tokens, self.num_image_tokens, model_max_length)
+        layout = self.template.layout([message.role for message in parsed], add_generation_prompt=add_generation_prompt)
+        for segment in layout:
+            if segment.message is None:
+                builder.add_text(self._encode_template_text(segment.text), segment.supervised)
+                continue
+            parts = with_prefix(segment.text, parsed[segment.message].parts)
+            for part in parts:
+                if isinstance(part, str):
+                    builder.add_text(self._encode_content(part), segment.supervised)
+                else:
+                    builder.add_image(is_answer=segment.supervised)
+        kept = pictures[: builder.num_images]
+        return EncodedConversation(
+            input_ids=torch.tensor(builder.ids, dtype=torch.long),
+            labels=torch.tensor(builder.labels, dtype=torch.long),
+            visual_target_mask=torch.tensor(builder.targets, dtype=torch.bool),
+            pixel_values=self._pixel_values(kept),
+            num_dropped_images=len(pictures) - len(kept),
+            truncated=builder.truncated,
+        )
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Any] | None = None,
+        text: str | Sequence[str] | None = None,
+        padding: bool | str = False,
+        padding_side: str = "left",
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Turn prompts that are already in their template, and their images, into inputs of the model.
+
+        Unlike the contents given to `encode_conversation`, control tokens in `text` count. The BOS token is
+        added if the tokenizer does so and the text does not begin with it.
+
+        Args:
+            images: All images in reading order; nested lists (one for each prompt) are allowed.
+            text: One prompt or several, with an `<image>` marker for each image.
+            padding: True or `"longest"`, `"max_length"` (needs `max_length`), or False.
+            padding_side: `left` for generation, `right` for training.
+            max_length: Length to pad to with `padding="max_length"`.
+            return_tensors: `"pt"` or None (lists).
+
+        Returns:
+            `input_ids` and `attention_mask` `[batch, sequence]`, and `pixel_values` `[images, 3, height, width]`
+            if there are images.
+
+        Raises:
+            ValueError: If the number of images is not that of the markers.
+        """
+        pictures = _flatten(images)
+        rows: list[list[int]] = []
+        num_markers = 0
+        for prompt in [text] if isinstance(text, str) else list(text or []):
+            builder = SequenceBuilder(self.image_tokens, self.num_image_tokens, None)
+            for part in split_at_images(prompt):
+                if isinstance(part, str):
+                    builder.add_text(self.tokenizer.encode(part, add_special_tokens=False), supervised=False)
+                else:
+                    builder.add_image(is_answer=False)
+            rows.append(self._with_bos(builder.ids))
+            num_markers += builder.num_images
+        if text is not None:
+            check_image_count(num_markers, len(pictures))
+        data: dict[str, Any] = self._pad(rows, padding, padding_side, max_length) if text is not None else {}
+        pixel_values = self._pixel_values(pictures)
+        if pixel_values is not None:
+            data["pixel_values"] = pixel_values
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        images: Sequence[Any] | None = None,
+        padding: bool | str = True,
+        padding_side: str = "left",
+        max_length: int | None = None,
+        return_tensors: str | None = "pt",
+        return_dict: bool = True,
+    ) -> str | list[str] | BatchFeature | Any:
+        """Write conversations in the processor's template.
+
+        Args:
+            conversation: Messages as in [`encode_conversation`], or a list of such conversations.
+            add_generation_prompt: Whether to end with the header of the assistant's next answer.
+            tokenize: Whether to return model inputs instead of text. The text loses the difference between control
+                tokens and literal ones, so tokenize here where contents come from strangers.
+            images: The images that are not in the messages, in reading order over all conversations.
+            padding: As in `__call__`.
+            padding_side: As in `__call__`.
+            max_length: As in `__call__`.
+            return_tensors: As in `__call__`.
+            return_dict: False returns the `input_ids` only.
+
+        Returns:
+            Text (a list for a list of conversations), or what `__call__` returns.
+        """
+        is_batch = bool(conversation) and not isinstance(conversation[0], Mapping)
+        conversations = list(conversation) if is_batch else [conversation]
+        if not tokenize:
+            texts = [self._render(messages, add_generation_prompt) for messages in conversations]
+            return texts if is_batch else texts[0]
+        remaining = _flatten(images)
+        encoded = []
+        for messages in conversations:
+            own = sum(message.num_open_images for message in parse_messages(messages))
+            encoded.append(
+                self.encode_conversation(messages, remaining[:own], add_generation_prompt=add_generation_prompt)
+            )
+            remaining = remaining[own:]
+        if remaining:
+            raise ValueError(f"{len(remaining)} image(s) more than {DEFAULT_IMAGE_TOKEN} markers were given")
+        data = self._pad([row.input_ids.tolist() for row in encoded], padding, padding_side, max_length)
+        if not return_dict:
+            return BatchFeature(data, tensor_type=return_tensors)["input_ids"]
+        pixels = [row.pixel_values for row in encoded if row.pixel_values is not None]
+        if pixels:
+            data["pixel_values"] = torch.cat(pixels)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def decode_interleaved(
+        self,
+        sequences: torch.Tensor | Sequence[Sequence[int]],
+        visual_tokens: torch.Tensor | None = None,
+        prompt_length: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> list[list[TextPart | ImagePart]]:
+        """Turn generated sequences into texts and images, in the order in which the model wrote them.
+
+        Args:
+            sequences: `[batch, sequence]` ids; what follows the first end of turn after the prompt is ignored.
+            visual_tokens: `[images, num_image_tokens, vision_hidden]` of the generated images, row by row.
+            prompt_length: Number of leading ids of each row to leave out.
+            skip_special_tokens: Whether control tokens are left out of the text.
+
+        Raises:
+            ValueError: If placeholders and visual tokens disagree in number.
+        """
+        features = [] if visual_tokens is None else list(visual_tokens)
+        rows: list[list[TextPart | ImagePart]] = []
+        used = 0
+        for sequence in sequences:
+            ids = sequence.tolist() if isinstance(sequence, torch.Tensor) else list(sequence)
+            parts: list[TextPart | ImagePart] = []
+            for run in self._split_generated(ids[prompt_length:]):
+                if run is None:
+                    if used < len(features):
+                        parts.append(ImagePart(features[used]))
+                    used += 1
+                elif text := self.tokenizer.decode(run, skip_special_tokens=skip_special_tokens):
+                    parts.append(TextPart(text))
+            rows.append(parts)
+        if used != len(features):
+            raise ValueError(
+                f"the sequences hold {used} generated image(s) of {self.num_image_tokens} placeholders, but "
+                f"visual_tokens has {len(features)}; is prompt_length={prompt_length} the length of the prompt?"
+            )
+        return rows
+
+    def _split_generated(self, ids: list[int]) -> list[list[int] | None]:
+        """Ids of text, with None for each complete image between them."""
+        ends = set(self.end_of_turn_token_ids)
+        ids = ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+        runs: list[list[int] | None] = [[]]
+        placeholders = 0
+        for token in ids:
+            if token == self.image_tokens.image:
+                placeholders += 1
+                if placeholders == self.num_image_tokens:
+                    runs += [None, []]
+                    placeholders = 0
+            else:
+                runs[-1].append(token)
+        return runs
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        parsed = parse_messages(messages)
+        roles = [message.role for message in parsed]
+        texts = [
+            "".join(part if isinstance(part, str) else DEFAULT_IMAGE_TOKEN for part in message.parts)
+            for message in parsed
+        ]
+        return "".join(
+            segment.text if segment.message is None else segment.text + texts[segment.message]
+            for segment in self.template.layout(roles, add_generation_prompt=add_generation_prompt)
+        )
+
+    def _encode_template_text(self, text: str) -> list[int]:
+        """Ids of the template's own text, in which control tokens count."""
+        if text not in self._template_ids:
+            self._template_ids[text] = self.tokenizer.encode(text, add_special_tokens=False)
+        return self._template_ids[text]
+
+    def _encode_content(self, text: str) -> list[int]:
+        """Ids of what somebody wrote, in which control tokens are plain text."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        if self._special_ids.isdisjoint(ids):
+            return ids
+        # A word-level tokenizer cannot spell the name of a control token; it is an unknown word then.
+        unknown = self.tokenizer.unk_token_id
+        replaced = (unknown if token in self._special_ids else token for token in ids)
+        return [token for token in replaced if token is not None]
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        automatic = self.tokenizer("").input_ids
+        bos = self.tokenizer.bos_token_id
+        if bos is None or automatic[:1] != [bos] or ids[:1] == [bos]:
+            return ids
+        return [bos, *ids]
+
+    def _pad(
+        self, rows: list[list[int]], padding: bool | str, padding_side: str, max_length: int | None
+    ) -> dict[str, list[list[int]]]:
+        if padding not in (True, False, "longest", "max_length", "do_not_pad"):
+            raise ValueError(f"padding={padding!r} is unknown; use True, 'longest', 'max_length' or False")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side={padding_side!r} is unknown; use 'left' or 'right'")
+        if padding == "max_length" and max_length is None:
+            raise ValueError("padding='max_length' needs max_length")
+        target = max((len(row) for row in rows), default=0)
+        if padding == "max_length":
+            target = max(target, max_length)
+        input_ids, attention_mask = [], []
+        for row in rows:
+            fill = target - len(row) if padding not in (False, "do_not_pad") else 0
+            pads, ones = [self.pad_token_id] * fill, [1] * len(row)
+            left = padding_side == "left"
+            input_ids.append(pads + row if left else row + pads)
+            attention_mask.append([0] * fill + ones if left else ones + [0] * fill)
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def _pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor | None:
+        if not images:
+            return None
+        return preprocess_images(images, self.image_processor, self.image_aspect_ratio)
+
+
+def _flatten(images: Any) -> list[Image.Image]:
+    if images is None:
+        return []
+    if isinstance(images, Image.Image):
+        return [images]
+    return [image for item in images for image in _flatten(item)]
+
+
+def _special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that contents must never give. The unknown token is none of them: ordinary words may become it."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(special - {tokenizer.unk_token_id})
+
+
+AutoProcessor.register(MetaMorphConfig, MetaMorphProcessor)
