@@ -1,0 +1,1 @@
+"""The network: configuration, vision tower, connector, vision head, losses, decoding and the processor."""

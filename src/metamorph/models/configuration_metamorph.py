@@ -36,7 +36,8 @@ class MetaMorphConfig(PreTrainedConfig):
         mm_vision_select_layer: which hidden state of the tower is used, counted as in `hidden_states[...]`;
             -1 is the last layer's output *before* the post layer norm.
         normalize_vision: divide every visual token, and every prediction of one, by its L2 norm.
-        apply_softmax: train the vision head with a soft cross-entropy over features instead of the cosine loss.
+        apply_softmax: make every visual token a distribution over its features, softmax(x / 0.07), and train the
+            vision head with cross-entropy instead of the cosine loss.
         mm_projector_type: connector from vision features to the language model's hidden size.
         vision_head_type: head from the language model's hidden size to vision features.
         use_vision_ar: train on (and decode) visual tokens.
@@ -44,13 +45,14 @@ class MetaMorphConfig(PreTrainedConfig):
         mm_use_im_start_end: wrap every image into `<image_start>` … `<image_end>`.
         mm_use_im_patch_token: spell the placeholder `<im_patch>` instead of `<image>`.
         version: name of the conversation template the model is trained with.
+        lm_head_bias: whether the language model's head has a bias; read from the model by `from_parts`.
 
     Raises:
         ValueError: for any value outside its domain; the message names the flag and the allowed values.
     """
 
     model_type = "metamorph"
-    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012 - the name Transformers reads
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -69,6 +71,7 @@ class MetaMorphConfig(PreTrainedConfig):
     mm_use_im_start_end: bool = True
     mm_use_im_patch_token: bool = False
     version: str = "llama3"
+    lm_head_bias: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 

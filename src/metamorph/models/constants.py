@@ -1,4 +1,7 @@
-"""Tokens and values that several modules must agree on. Token *ids* are never constants: they come from the tokenizer."""
+"""Tokens and values that several modules must agree on.
+
+Token *ids* are never constants: they come from the tokenizer.
+"""
 
 IGNORE_INDEX = -100
 """Label of positions that carry no text loss (the value `torch.nn.functional.cross_entropy` ignores)."""

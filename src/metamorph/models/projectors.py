@@ -1,4 +1,4 @@
-"""The two bridges: connector (vision features -> language model) and vision head (language model -> vision features)."""
+"""The two bridges: the connector into the language model, and the vision head back to vision features."""
 
 import re
 
@@ -45,5 +45,3 @@ def _mlp(size_in: int, size_hidden: int, size_out: int, depth: int) -> list[nn.M
             layers.append(nn.GELU())
         layers.append(nn.Linear(sizes[i], sizes[i + 1]))
     return layers
-
-

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import logging as transformers_logging
 
 from .configuration_metamorph import CONCAT_BLOCK, MetaMorphConfig
+from .losses import SOFTMAX_TEMPERATURE
 
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def load_vision_encoder(name_or_path: str, dtype: torch.dtype = torch.float32, *
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"--vision_tower {name_or_path!r}: {len(missing)} weights of {type(encoder).__name__} are not in the "
-            f"checkpoint, for example {missing[0]!r}. Is it the right model, saved by a compatible transformers version?"
+            f"checkpoint, for example {missing[0]!r}. Is it the right model, of a compatible transformers version?"
         )
     return encoder
 
@@ -108,7 +109,7 @@ class VisionTower(nn.Module):
         self.encoder = encoder if encoder is not None else AutoModel.from_config(vision_config)
         _cut_encoder(self.encoder, config.mm_vision_select_layer, vision_config.num_hidden_layers)
         self.reduction = TokenReduction(config)
-        self.normalize = config.normalize_vision
+        self.normalize, self.apply_softmax = config.normalize_vision, config.apply_softmax
         self.image_size = config.vision_image_size
         self.num_prefix_tokens = _PREFIX_TOKENS[vision_config.model_type](vision_config)
         self.naflex_patch = vision_config.patch_size if vision_config.model_type == "siglip2_vision_model" else None
@@ -120,8 +121,8 @@ class VisionTower(nn.Module):
             pixel_values: [images, 3, height, width], square and of the tower's image size.
 
         Returns:
-            [images, N, D] visual tokens; L2 norm 1 each with `normalize_vision`. Gradients flow only into parts that
-            require them.
+            [images, N, D] visual tokens, see [`finish_visual_tokens`]. Gradients flow only into parts that require
+            them.
 
         Raises:
             ValueError: the images have another size than the tower was trained with.
@@ -135,8 +136,7 @@ class VisionTower(nn.Module):
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
         with nullcontext() if trains else torch.no_grad():
             patches = self._encode(pixel_values)[:, self.num_prefix_tokens :]
-        tokens = self.reduction(patches)
-        return F.normalize(tokens.float(), dim=-1).to(tokens.dtype) if self.normalize else tokens
+        return finish_visual_tokens(self.reduction(patches), normalize=self.normalize, apply_softmax=self.apply_softmax)
 
     def _encode(self, pixel_values: Tensor) -> Tensor:
         """[images, 3, H, W] -> [images, prefix + patches, hidden] of the selected layer."""
@@ -151,6 +151,25 @@ class VisionTower(nn.Module):
             pixel_attention_mask=torch.ones(images, rows * columns, dtype=torch.long, device=patches.device),
             spatial_shapes=torch.tensor([[rows, columns]], device=patches.device).expand(images, 2),
         ).last_hidden_state
+
+
+def finish_visual_tokens(tokens: Tensor, *, normalize: bool, apply_softmax: bool) -> Tensor:
+    """Brings features into the scale of visual tokens: the same for encoded images and for predicted tokens.
+
+    Args:
+        tokens: [..., D] reduced features of the tower, or output of the vision head.
+        normalize: divide each by its L2 norm (`normalize_vision`).
+        apply_softmax: then turn each into a distribution over features, softmax(x / τ) with τ = 0.07.
+
+    Returns:
+        [..., D], computed in float32, in the dtype of `tokens`.
+    """
+    finished = tokens.float()
+    if normalize:
+        finished = F.normalize(finished, dim=-1)
+    if apply_softmax:
+        finished = torch.softmax(finished / SOFTMAX_TEMPERATURE, dim=-1)
+    return finished.to(tokens.dtype)
 
 
 class TokenReduction(nn.Module):
@@ -175,6 +194,7 @@ class TokenReduction(nn.Module):
             self.channel_mixer = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
     def forward(self, patches: Tensor) -> Tensor:
+        """[images, patches, hidden] -> [images, N, D]."""
         if patches.shape[1] != self.num_patches:
             raise ValueError(
                 f"the vision tower gave {patches.shape[1]} patch tokens, its configuration promises {self.num_patches}"

@@ -1,0 +1,76 @@
+"""Training only the embedding rows of the new tokens (stage 1), without gradients for the rest of the table.
+
+Stage 1 must leave the language model bit-identical but needs embeddings for `<image_start>` and `<image_end>`. Masking
+the gradient of the whole table would still allocate gradient and optimizer state for all of it (4 GB for Llama-3 8B),
+and weight decay could move frozen rows. A small parameter of its own has none of these problems.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class NewTokenEmbedding(nn.Module):
+    """An embedding table whose rows `token_ids` are replaced by the trainable parameter `new_rows`.
+
+    The table keeps its parameter name (`weight`), so that checkpoints and tied heads see no difference.
+
+    Args:
+        table: [vocabulary, hidden]; it is frozen. May be a subclass that scales its output (Gemma).
+        token_ids: the replaced rows.
+    """
+
+    def __init__(self, table: nn.Embedding, token_ids: list[int]):
+        super().__init__()
+        self.weight = table.weight.requires_grad_(False)
+        self.new_rows = nn.Parameter(table.weight.detach()[token_ids].clone())
+        self.register_buffer("token_ids", torch.tensor(token_ids, device=table.weight.device), persistent=False)
+        self._table = (table,)  # in a tuple: not a submodule, its weight is already registered here
+
+    @property
+    def table(self) -> nn.Embedding:
+        """The plain table this module stands in for."""
+        return self._table[0]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[batch, sequence] -> [batch, sequence, hidden]."""
+        is_new = input_ids.unsqueeze(-1) == self.token_ids  # [batch, sequence, new tokens]
+        rows = self.new_rows[is_new.int().argmax(dim=-1)] * getattr(self.table, "embed_scale", 1.0)
+        plain = self.table(input_ids)
+        return torch.where(is_new.any(dim=-1, keepdim=True), rows.to(plain.dtype), plain)
+
+    def replace_logits(self, logits: Tensor, hidden_states: Tensor) -> Tensor:
+        """For heads tied to the table: the new tokens' logits must come from the new rows as well."""
+        return logits.index_copy(-1, self.token_ids, (hidden_states @ self.new_rows.T).to(logits.dtype))
+
+
+def attach_new_token_rows(model: PreTrainedModel) -> nn.Parameter | None:
+    """Freezes the embedding table and makes the rows of `<image_start>` and `<image_end>` trainable on their own.
+
+    Args:
+        model: a MetaMorph model; its token ids come from its configuration.
+
+    Returns:
+        The new parameter [2, hidden], or None when the model has no such tokens (`mm_use_im_start_end=False`).
+    """
+    config = model.config
+    token_ids = [i for i in (config.image_start_token_id, config.image_end_token_id) if i is not None]
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, NewTokenEmbedding):
+        return embedding.new_rows
+    if not token_ids:
+        embedding.weight.requires_grad_(False)
+        return None
+    replacement = NewTokenEmbedding(embedding, token_ids)
+    model.set_input_embeddings(replacement)
+    return replacement.new_rows
+
+
+@torch.no_grad()
+def merge_new_token_rows(model: PreTrainedModel) -> None:
+    """Writes the trained rows into the table and restores the plain embedding. Without effect if none are attached."""
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, NewTokenEmbedding):
+        table = embedding.table
+        table.weight[embedding.token_ids] = embedding.new_rows.to(table.weight.dtype)
+        model.set_input_embeddings(table)

@@ -1,0 +1,79 @@
+"""The two losses of VPiT, each as a sum and a count, so that the caller decides over what they are averaged.
+
+Both take only the positions that are supervised: the model gathers hidden states first, because logits of all
+positions (batch · sequence · vocabulary in float32) are the largest tensor of a training step and mostly unused.
+An empty set of positions gives a sum of exactly 0 that still reaches the head's parameters, so that data-parallel
+ranks without any such position stay aligned with the others.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+SOFTMAX_TEMPERATURE = 0.07
+"""Temperature of the soft cross-entropy, as in the original system."""
+
+
+class LossSum(NamedTuple):
+    """A loss that is not yet averaged."""
+
+    sum: Tensor
+    """0-d float32 tensor."""
+    count: Tensor
+    """0-d integer tensor: the number of summed positions."""
+
+
+def text_loss(logits: Tensor, labels: Tensor) -> LossSum:
+    """Cross-entropy of next-token prediction.
+
+    Args:
+        logits: [positions, vocabulary], already shifted: row i predicts `labels[i]`.
+        labels: [positions], every one a token id.
+    """
+    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return LossSum(total, _count(labels))
+
+
+def visual_loss(predictions: Tensor, targets: Tensor, *, normalize: bool, apply_softmax: bool) -> LossSum:
+    """Distance between predicted and true visual tokens.
+
+    With `apply_softmax`: cross-entropy between the target, which is a distribution over features, and
+    softmax(prediction / τ), τ = 0.07. Otherwise with `normalize`: 1 − cosine, the loss of the paper (arXiv 2412.14164)
+    shifted so that 0 is perfect. Otherwise: the mean absolute error over the features.
+
+    Args:
+        predictions: [positions, D] output of the vision head, not normalised.
+        targets: [positions, D] visual tokens; no gradient flows into them.
+        normalize: divide predictions by their L2 norm first (`normalize_vision`).
+        apply_softmax: whether visual tokens are distributions in this model.
+    """
+    predictions, targets = predictions.float(), targets.detach().float()
+    if normalize:
+        predictions = F.normalize(predictions, dim=-1)
+    if apply_softmax:
+        per_position = -(targets * torch.log_softmax(predictions / SOFTMAX_TEMPERATURE, dim=-1)).sum(dim=-1)
+    elif normalize:
+        per_position = 1 - (predictions * targets).sum(dim=-1)
+    else:
+        per_position = (predictions - targets).abs().mean(dim=-1)
+    return LossSum(per_position.sum(), _count(per_position))
+
+
+def cosine_sum(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Sum over positions of cos(prediction, target), a 0-d tensor without gradient, for the log."""
+    return F.cosine_similarity(predictions.detach().float(), targets.detach().float(), dim=-1).sum()
+
+
+def average(loss: LossSum, normalizer: Tensor | float | None) -> Tensor:
+    """Divides a sum by `normalizer`, or by its own count; an empty sum stays exactly 0."""
+    divisor = loss.count if normalizer is None else normalizer
+    if isinstance(divisor, Tensor):
+        return loss.sum / divisor.clamp(min=1)
+    return loss.sum / max(divisor, 1)
+
+
+def _count(positions: Tensor) -> Tensor:
+    return torch.tensor(positions.shape[0], device=positions.device)

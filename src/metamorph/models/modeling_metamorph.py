@@ -1,0 +1,438 @@
+"""The composite model: images become visual tokens, visual tokens join the text, one decoder predicts both.
+
+Shape legend: B batch, S sequence, H hidden size of the language model, V vocabulary, I images in the batch,
+N visual tokens per image, D features of one visual token.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+from .configuration_metamorph import MetaMorphConfig
+from .constants import IGNORE_INDEX
+from .embeddings import NewTokenEmbedding
+from .generation import MetaMorphGenerationMixin
+from .image_tokens import add_image_tokens
+from .losses import average, cosine_sum, text_loss, visual_loss
+from .projectors import build_mm_projector, build_vision_head
+from .vision_tower import VisionTower, finish_visual_tokens
+
+
+@dataclass
+class MetaMorphModelOutput(BaseModelOutputWithPast):
+    """Output of [`MetaMorphModel`]."""
+
+    visual_tokens: Tensor | None = None
+    """[I, N, D] what the images of the batch became; None in a batch without images."""
+
+
+@dataclass
+class MetaMorphOutput(ModelOutput):
+    """Output of [`MetaMorphForConditionalGeneration`]. The loss fields are 0-d tensors, None without `labels`."""
+
+    loss: Tensor | None = None
+    """`text_loss + vision_coef · visual_loss` with `use_vision_ar`, else `text_loss`."""
+    text_loss: Tensor | None = None
+    """Cross-entropy per supervised text token."""
+    visual_loss: Tensor | None = None
+    """Visual loss per target token; None without `use_vision_ar`."""
+    num_text_tokens: Tensor | None = None
+    """Supervised text tokens in this batch."""
+    num_visual_tokens: Tensor | None = None
+    """Visual target tokens in this batch."""
+    visual_cosine: Tensor | None = None
+    """Mean cos(prediction, target) over this batch's visual targets, without gradient; 0 if there are none."""
+    logits: Tensor | None = None
+    """[B, S or logits_to_keep, V]; None in training, see `logits_to_keep`."""
+    visual_prediction: Tensor | None = None
+    """[B, 1, D] the vision head's prediction after the last position, in the scale of visual tokens (decoding)."""
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class MetaMorphPreTrainedModel(PreTrainedModel):
+    """What Transformers needs to know to load, save and place any MetaMorph model."""
+
+    config_class = MetaMorphConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ("past_key_values",)
+    # Attention happens in the two parts only; whether they support a backend is checked when they are built.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class MetaMorphModel(MetaMorphPreTrainedModel):
+    """Vision tower, connector and decoder, without output heads."""
+
+    def __init__(self, config: MetaMorphConfig):
+        super().__init__(config)
+        self.vision_tower = VisionTower(config)
+        self.mm_projector = build_mm_projector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's embedding table."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the language model's embedding table."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> PreTrainedModel:
+        """The language model without its head."""
+        return self.language_model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        visual_tokens: Tensor | None = None,
+        generated_visual_tokens: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MetaMorphModelOutput:
+        """See [`MetaMorphForConditionalGeneration.forward`]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if pixel_values is not None and visual_tokens is not None:
+            raise ValueError("give pixel_values or visual_tokens, not both: they are two forms of the same images")
+        if pixel_values is not None and pixel_values.shape[0]:
+            visual_tokens = self.vision_tower(pixel_values)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, visual_tokens, generated_visual_tokens)
+        elif visual_tokens is not None:
+            raise ValueError("images need input_ids, whose placeholders say where they belong; inputs_embeds have none")
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return MetaMorphModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            visual_tokens=visual_tokens,
+        )
+
+    def embed(
+        self, input_ids: Tensor, visual_tokens: Tensor | None, generated_visual_tokens: Tensor | None = None
+    ) -> Tensor:
+        """Looks up text tokens and puts the projected visual tokens at the placeholders.
+
+        Args:
+            input_ids: [B, S]
+            visual_tokens: [I, N, D] for the placeholders in reading order, those of generated tokens excepted.
+            generated_visual_tokens: [B, G, D] one candidate for each of the last G positions; used where that
+                position holds a placeholder.
+
+        Returns:
+            [B, S, H]
+
+        Raises:
+            ValueError: the placeholders are not `N` for each image.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        is_placeholder = input_ids == self.config.image_token_id
+        if generated_visual_tokens is not None:
+            count = generated_visual_tokens.shape[1]
+            is_generated = is_placeholder.clone()
+            is_generated[:, :-count] = False
+            projected = self.mm_projector(generated_visual_tokens.to(embeds.dtype)).to(embeds.dtype)
+            candidates = F.pad(projected, (0, 0, input_ids.shape[1] - count, 0))
+            embeds = torch.where(is_generated.unsqueeze(-1), candidates, embeds)
+            if visual_tokens is None:
+                return embeds
+            is_placeholder = is_placeholder & ~is_generated
+        if visual_tokens is None:
+            # An empty batch of images still passes the connector: its parameters stay in the graph (gradient 0), so
+            # that data-parallel ranks without images take part in every collective operation.
+            visual_tokens = embeds.new_zeros(0, self.config.num_image_tokens, self.config.vision_feature_size)
+        return self._place(embeds, is_placeholder, visual_tokens)
+
+    def _place(self, embeds: Tensor, is_placeholder: Tensor, visual_tokens: Tensor) -> Tensor:
+        positions = is_placeholder.flatten().nonzero().squeeze(-1)
+        wanted = visual_tokens.shape[0] * visual_tokens.shape[1]
+        if positions.shape[0] != wanted:
+            raise ValueError(
+                f"input_ids hold {positions.shape[0]} image placeholders, but {visual_tokens.shape[0]} images with "
+                f"{visual_tokens.shape[1]} visual tokens each need {wanted}; prepare both with this model's processor"
+            )
+        projected = self.mm_projector(visual_tokens.to(embeds.dtype)).to(embeds.dtype)
+        flat = embeds.reshape(-1, embeds.shape[-1]).index_copy(0, positions, projected.flatten(0, 1))
+        return flat.view_as(embeds)
+
+
+class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGenerationMixin):
+    """A language model that reads and writes images as visual tokens (VPiT, arXiv 2412.14164).
+
+    Parts: `model.vision_tower`, `model.mm_projector` (connector), `model.language_model` (decoder), `lm_head` and
+    `vision_head`. Compose one from pretrained parts with [`from_parts`]; load a finished one with `from_pretrained`.
+    """
+
+    accepts_loss_kwargs = False  # losses are normalised by `loss_normalizers`, not by Trainer's text-only count
+
+    def __init__(self, config: MetaMorphConfig):
+        super().__init__(config)
+        self.model = MetaMorphModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
+        self.vision_head = build_vision_head(config)
+        self._declare_tied_weights()
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls,
+        language_model: PreTrainedModel,
+        vision_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        **config_overrides: Any,
+    ) -> "MetaMorphForConditionalGeneration":
+        """Composes a model from a pretrained language model and a pretrained vision encoder.
+
+        The image tokens are added to `tokenizer` (in place) if it lacks them; their embedding rows start at the mean
+        of the existing rows. Connector and vision head get PyTorch's default initialisation. The parts are used, not
+        copied: `language_model` and `vision_encoder` must not be used on their own afterwards.
+
+        Args:
+            language_model: any `AutoModelForCausalLM` decoder.
+            vision_encoder: a loaded vision model, see [`load_vision_encoder`].
+            tokenizer: the language model's tokenizer.
+            **config_overrides: fields of [`MetaMorphConfig`], for example `num_image_tokens=64`.
+        """
+        config = MetaMorphConfig(
+            text_config=language_model.config, vision_config=vision_encoder.config, **config_overrides
+        )
+        known_tokens = len(tokenizer)
+        tokens = add_image_tokens(
+            tokenizer,
+            mm_use_im_start_end=config.mm_use_im_start_end,
+            mm_use_im_patch_token=config.mm_use_im_patch_token,
+        )
+        config.image_token_id = tokens.image
+        config.image_start_token_id, config.image_end_token_id = tokens.image_start, tokens.image_end
+        new_ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens.new]
+        _add_rows(language_model, known_tokens, len(tokenizer), new_ids)
+        config.text_config = language_model.config
+        head = language_model.get_output_embeddings()
+        config.lm_head_bias = head.bias is not None
+        with torch.device("meta"):  # a frame whose parts are all replaced below
+            model = cls(config)
+        dtype, device = language_model.dtype, language_model.device
+        model.model.language_model = language_model.base_model
+        model.model.vision_tower = VisionTower(config, vision_encoder).to(device)
+        model.model.mm_projector = build_mm_projector(config).to(device, dtype)
+        model.lm_head = head
+        model.vision_head = build_vision_head(config).to(device, dtype)
+        model._declare_tied_weights()
+        model.tie_weights()
+        model.generation_config = language_model.generation_config
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's embedding table."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the language model's embedding table."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the language model's head."""
+        self.lm_head = value
+
+    def get_decoder(self) -> PreTrainedModel:
+        """The language model without its head."""
+        return self.model.language_model
+
+    def get_visual_tokens(self, pixel_values: Tensor) -> Tensor:
+        """Encodes images once, to be passed as `visual_tokens` later: [I, 3, H, W] -> [I, N, D]."""
+        return self.model.vision_tower(pixel_values)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        visual_tokens: Tensor | None = None,
+        labels: Tensor | None = None,
+        visual_target_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        loss_normalizers: tuple[Tensor | float, Tensor | float] | None = None,
+        generated_visual_tokens: Tensor | None = None,
+        predict_visual_token: bool = False,
+        **kwargs: Any,
+    ) -> MetaMorphOutput:
+        """One pass over a batch, with losses if `labels` are given.
+
+        Args:
+            input_ids: [B, S] with `N` placeholders for each image.
+            attention_mask: [B, S], or a float [B, 1, S, S] mask for packed rows.
+            position_ids: [B, S]
+            pixel_values: [I, 3, height, width] the images of the batch in reading order. None in a text-only batch.
+            visual_tokens: [I, N, D] the same images already encoded or generated, instead of `pixel_values`.
+            labels: [B, S], not shifted: `labels[b, s]` is `input_ids[b, s]` where supervised, else -100.
+            visual_target_mask: [B, S] bool, the placeholders of images the model shall learn to generate.
+            past_key_values: key/value cache.
+            inputs_embeds: [B, S, H] instead of `input_ids`, for text without images.
+            use_cache: defaults to False with `labels` (a cache would also break packed rows), else to the config's.
+            logits_to_keep: logits are computed for the last so many positions (0: all). None means all without
+                `labels`, and no logits at all with them.
+            loss_normalizers: what the summed text and visual losses are divided by, instead of this batch's own
+                counts. The trainer passes the counts of the whole optimizer step.
+            generated_visual_tokens: [B, G, D], set by `generate`: visual tokens for placeholders among the last G
+                positions.
+            predict_visual_token: set by `generate`: also return `visual_prediction`.
+            **kwargs: passed to the language model.
+
+        Raises:
+            ValueError: placeholders, images and target mask disagree, or arguments exclude each other.
+        """
+        if labels is not None and use_cache is None:
+            use_cache = False
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            pixel_values=pixel_values,
+            visual_tokens=visual_tokens,
+            generated_visual_tokens=generated_visual_tokens,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        result = MetaMorphOutput(
+            past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+        hidden = outputs.last_hidden_state
+        if labels is not None:
+            self._add_losses(
+                result, hidden, labels, input_ids, visual_target_mask, outputs.visual_tokens, loss_normalizers
+            )
+        if labels is None or logits_to_keep is not None:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            result.logits = self.compute_logits(hidden if keep is None else hidden[:, keep])
+        if predict_visual_token:
+            result.visual_prediction = self._finish(self.vision_head(hidden[:, -1:]))
+        return result
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """[..., H] -> [..., V], including the logit scaling of families that have one (Gemma, Cohere, Granite)."""
+        logits = self.lm_head(hidden_states)
+        text = self.config.text_config
+        embedding = self.get_input_embeddings()
+        if isinstance(embedding, NewTokenEmbedding) and self.config.tie_word_embeddings:
+            logits = embedding.replace_logits(logits, hidden_states)
+        logits = logits * getattr(text, "logit_scale", 1.0) / getattr(text, "logits_scaling", 1.0)
+        if (cap := getattr(text, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def _add_losses(
+        self,
+        result: MetaMorphOutput,
+        hidden: Tensor,
+        labels: Tensor,
+        input_ids: Tensor | None,
+        visual_target_mask: Tensor | None,
+        visual_tokens: Tensor | None,
+        normalizers: tuple[Tensor | float, Tensor | float] | None,
+    ) -> None:
+        text_normalizer, visual_normalizer = normalizers if normalizers is not None else (None, None)
+        previous = hidden[:, :-1]  # position t is predicted from t - 1
+        supervised = labels[:, 1:] != IGNORE_INDEX
+        text = text_loss(self.compute_logits(previous[supervised]), labels[:, 1:][supervised])
+        result.text_loss, result.num_text_tokens = average(text, text_normalizer), text.count
+        result.loss = result.text_loss
+        if not self.config.use_vision_ar:
+            return
+        targets = self._visual_targets(input_ids, visual_target_mask, visual_tokens, hidden)
+        if visual_target_mask is None:
+            visual_target_mask = torch.zeros_like(labels, dtype=torch.bool)
+        predictions = self.vision_head(previous[visual_target_mask[:, 1:]])
+        if predictions.shape != targets.shape:
+            raise ValueError(
+                f"visual_target_mask selects {predictions.shape[0]} predictable positions, but {targets.shape[0]} of "
+                "them are placeholders of images (the first position of a row cannot be a target)"
+            )
+        visual = visual_loss(
+            predictions, targets, normalize=self.config.normalize_vision, apply_softmax=self.config.apply_softmax
+        )
+        result.visual_loss, result.num_visual_tokens = average(visual, visual_normalizer), visual.count
+        result.visual_cosine = cosine_sum(self._finish(predictions), targets) / visual.count.clamp(min=1)
+        result.loss = result.text_loss + self.config.vision_coef * result.visual_loss
+
+    def _visual_targets(
+        self, input_ids: Tensor | None, mask: Tensor | None, visual_tokens: Tensor | None, hidden: Tensor
+    ) -> Tensor:
+        """[targets, D] the visual tokens of the answer images, in the order of the mask."""
+        if input_ids is None or mask is None or visual_tokens is None:
+            return hidden.new_zeros(0, self.config.vision_feature_size)
+        placeholders = input_ids == self.config.image_token_id
+        return visual_tokens.flatten(0, 1)[mask[placeholders]].detach()
+
+    def _finish(self, predictions: Tensor) -> Tensor:
+        return finish_visual_tokens(
+            predictions, normalize=self.config.normalize_vision, apply_softmax=self.config.apply_softmax
+        )
+
+    def _declare_tied_weights(self) -> None:
+        """The name of the embedding table differs between language models, so the tie is declared per instance."""
+        table = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is table)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"} if self.config.tie_word_embeddings else {}
+
+
+@torch.no_grad()
+def _add_rows(language_model: PreTrainedModel, known_tokens: int, num_tokens: int, new_ids: list[int]) -> None:
+    """Grows the vocabulary to `num_tokens` and starts the rows `new_ids` at the mean of the known ones.
+
+    Tables that are already large enough (Qwen pads them) keep their size; their unused rows are initialised too.
+    """
+    if num_tokens > language_model.get_input_embeddings().weight.shape[0]:
+        language_model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    tables = {language_model.get_input_embeddings().weight, language_model.get_output_embeddings().weight}
+    for table in tables if new_ids else ():
+        table[new_ids] = table[:known_tokens].float().mean(dim=0).to(table.dtype)
+
+
+AutoConfig.register(MetaMorphConfig.model_type, MetaMorphConfig, exist_ok=True)
+AutoModel.register(MetaMorphConfig, MetaMorphModel, exist_ok=True)
+AutoModelForImageTextToText.register(MetaMorphConfig, MetaMorphForConditionalGeneration, exist_ok=True)
