@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -236,7 +235,9 @@ class TokenizerTemplate:
     def _answer_tail(self, roles: tuple[str, ...], following: str) -> str:
         """The text after an answer that the assistant itself writes: up to the last control token of the turn."""
         rendered = self._render(roles, False)
-        tail = os.path.commonprefix([rendered[self._find_marks(rendered, roles)[-1][1] :], following])
+        after = rendered[self._find_marks(rendered, roles)[-1][1] :]
+        same = next((n for n, pair in enumerate(zip(after, following, strict=False)) if pair[0] != pair[1]), None)
+        tail = after[: min(len(after), len(following)) if same is None else same]
         ends = [tail.rfind(token) + len(token) for token in self._controls if token in tail]
         return tail[: max(ends)] if ends else tail
 

@@ -55,9 +55,7 @@ def add_image_tokens(
     vocabulary = tokenizer.get_vocab()
     new = [token for token in wanted if token not in vocabulary]
     # Known tokens are passed too: one that is an ordinary word so far becomes a special token.
-    tokenizer.add_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in wanted], special_tokens=True
-    )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in wanted], special_tokens=True)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in wanted}
     return ImageTokens(
         image=ids[placeholder],

@@ -17,10 +17,11 @@ from transformers import (
 
 from metamorph.models.chat_templates import ChatTemplate, get_chat_template
 from metamorph.models.configuration_metamorph import MetaMorphConfig
-from metamorph.models.constants import DEFAULT_IMAGE_TOKEN
+from metamorph.models.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from metamorph.models.conversations import (
     EncodedConversation,
     ImagePart,
+    Message,
     SequenceBuilder,
     TextPart,
     assign_images,
@@ -29,8 +30,25 @@ from metamorph.models.conversations import (
     split_at_images,
     with_prefix,
 )
-from metamorph.models.image_processing import ASPECT_RATIOS, preprocess_images, square_image_processor
+from metamorph.models.image_processing import (
+    ASPECT_RATIOS,
+    load_image_processor,
+    preprocess_images,
+    square_image_processor,
+    to_rgb,
+)
 from metamorph.models.image_tokens import ImageTokens, add_image_tokens
+
+
+__all__ = [
+    "IGNORE_INDEX",
+    "EncodedConversation",
+    "ImagePart",
+    "MetaMorphProcessor",
+    "TextPart",
+    "load_image_processor",
+    "to_rgb",
+]
 
 
 class MetaMorphProcessor(ProcessorMixin):
