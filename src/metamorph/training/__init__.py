@@ -1,0 +1,1 @@
+"""How the model learns: flags, stages, trainer, checkpoints."""

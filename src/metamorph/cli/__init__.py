@@ -1,0 +1,83 @@
+"""The `metamorph` command: a table of subcommands, each imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand."""
+
+    module: str
+    """Module with `main(argv: Sequence[str]) -> None`."""
+    summary: str
+    """One line for `metamorph --help`."""
+
+
+COMMANDS = {
+    "quickstart": Command("metamorph.cli.quickstart", "the whole system in miniature, on a CPU, with a report"),
+    "train": Command("metamorph.cli.train", "train the connector (stage 1) or the whole model (stage 2)"),
+    "train-visualizer": Command("metamorph.cli.train_visualizer", "train the diffusion decoder of visual tokens"),
+    "generate": Command("metamorph.cli.generate", "answer a prompt with text and pictures"),
+    "lr": Command("metamorph.cli.lr", "scale a learning rate to another batch size"),
+}
+
+USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
+"""What bad input raises. It is printed as one line; anything else is a fault of ours and keeps its traceback."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `metamorph COMMAND …`.
+
+    Args:
+        argv: Command line without the program's name; None reads `sys.argv`.
+
+    Returns:
+        Exit status: 0 on success, 2 for bad input.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = words[:1] == ["--debug"]  # before the command only: `train` has Transformers' own --debug
+    words = words[debug:]
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"metamorph {importlib.metadata.version('metamorph')}")
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"metamorph: unknown command {words[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    _set_up_logging(debug)
+    try:
+        importlib.import_module(COMMANDS[words[0]].module).main(words[1:])
+    except USER_ERRORS as error:
+        if debug:
+            raise
+        print(f"metamorph {words[0]}: error: {error} (metamorph --debug {words[0]} … shows where)", file=sys.stderr)
+        return 2
+    return 0
+
+
+def usage() -> str:
+    """The text of `metamorph --help`."""
+    lines = [f"  {name:<18}{command.summary}" for name, command in COMMANDS.items()]
+    return (
+        "usage: metamorph [--debug] COMMAND [flags]\n\ncommands:\n"
+        + "\n".join(lines)
+        + "\n\n`metamorph COMMAND --help` lists the flags; `metamorph --debug COMMAND` shows where an error was raised."
+    )
+
+
+def _set_up_logging(debug: bool) -> None:
+    """Log to stderr: our own records from the first process only, unless `debug`."""
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    level = logging.DEBUG if debug else logging.INFO if is_main else logging.WARNING
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("metamorph").setLevel(level)

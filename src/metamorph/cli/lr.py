@@ -1,0 +1,33 @@
+"""`metamorph lr --base-lr 6.93e-5 --base-batch 1536 --batch 768`: the square-root rule of the training guide."""
+
+import argparse
+import math
+from collections.abc import Sequence
+
+
+def scale_learning_rate(base_lr: float, base_batch: int, batch: int) -> float:
+    """Learning rate for another global batch size: `base_lr * sqrt(batch / base_batch)`.
+
+    Args:
+        base_lr: Learning rate known to work at `base_batch`.
+        base_batch: Samples per optimizer step it was tuned for.
+        batch: Samples per optimizer step of the new run.
+    """
+    for name, value in (("--base-lr", base_lr), ("--base-batch", base_batch), ("--batch", batch)):
+        if not value > 0:
+            raise ValueError(f"{name} {value} must be larger than 0")
+    return base_lr * math.sqrt(batch / base_batch)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the scaled learning rate.
+
+    Args:
+        argv: Command line after `lr`.
+    """
+    parser = argparse.ArgumentParser(prog="metamorph lr", description="Square-root learning-rate rule.")
+    parser.add_argument("--base-lr", type=float, default=6.93e-5, help="known learning rate (default: %(default)s)")
+    parser.add_argument("--base-batch", type=int, default=1536, help="its global batch size (default: %(default)s)")
+    parser.add_argument("--batch", type=int, required=True, help="batch per device x accumulation x GPUs x nodes")
+    flags = parser.parse_args(argv)
+    print(f"{scale_learning_rate(flags.base_lr, flags.base_batch, flags.batch):.3g}")

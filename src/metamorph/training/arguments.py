@@ -1,0 +1,307 @@
+"""The flags of `metamorph train`: the names and defaults of the training guide, checked before anything is loaded."""
+
+import json
+import logging
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from metamorph.models.configuration_metamorph import (
+    PROJECTOR_TYPES,
+    TOKEN_REDUCTIONS,
+    VISION_HEAD_TYPES,
+    is_projector_type,
+)
+
+
+logger = logging.getLogger(__name__)
+
+LOSS_NORMALIZATIONS = ("global", "micro_batch")
+BAD_RECORD_POLICIES = ("raise", "skip")
+IMAGE_ASPECT_RATIOS = ("square", "pad")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def _flag(default: Any, help_text: str) -> Any:
+    """A dataclass field with a default and the text that `--help` shows."""
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class ModelArguments:
+    """What the network is and which part of it is trained.
+
+    A value of None means "not asked for": the stage's own default, or, when a finished MetaMorph folder is
+    trained further, what that folder says.
+    """
+
+    model_name_or_path: str = field(
+        metadata={"help": "Base language model, or a MetaMorph folder to train further: a folder or Hub id."}
+    )
+    """Base language model, or a finished MetaMorph model: a local folder or a Hub id."""
+    version: str = _flag("llama3", "Conversation template: llama3, llama3_original, chatml, plain or auto.")
+    """Name of the conversation template; `auto` takes the tokenizer's own."""
+    vision_tower: str = _flag("siglip/CLIP-ViT-SO400M-14-384", "Vision encoder: a folder, a Hub id or the alias.")
+    """SigLIP, SigLIP 2, CLIP or DINOv2 vision model. The default is an alias of SigLIP-SO400M/14 at 384 pixels."""
+    mm_vision_select_layer: int = _flag(-1, "Hidden state of the tower that is used; -1 is the last layer's.")
+    """Which hidden state of the tower becomes visual tokens."""
+    freeze_vision: bool = _flag(True, "Keep the vision tower as it is.")
+    """Whether the vision tower stays bit-identical."""
+    normalize_vision: bool = _flag(True, "Divide every visual token by its L2 norm.")
+    """Whether visual tokens, and predictions of them, have length 1."""
+    image_token_reduction: str = _flag("interpolation", f"One of {', '.join(TOKEN_REDUCTIONS)}.")
+    """How the tower's patches become `num_image_tokens` tokens."""
+    num_image_tokens: int = _flag(64, "Visual tokens per image.")
+    """Visual tokens per image; a square number for the interpolations."""
+    mm_use_im_start_end: bool = _flag(True, "Wrap every image into <image_start> and <image_end>.")
+    """Whether the tokens `<image_start>` and `<image_end>` stand around every image."""
+    mm_use_im_patch_token: bool = _flag(False, "Spell the placeholder <im_patch> instead of <image>.")
+    """Whether the placeholder token is `<im_patch>`."""
+    mm_projector_type: str = _flag("mlp2x_gelu", f"Connector: one of {', '.join(PROJECTOR_TYPES)}.")
+    """Architecture of the connector from visual tokens to the language model."""
+    tune_mm_mlp_adapter: bool = _flag(False, "Stage 1: train only the connector and the new tokens' embeddings.")
+    """True is stage 1 (pretraining), False is stage 2 (fine-tuning)."""
+    pretrain_mm_mlp_adapter: str | None = _flag(None, "Stage 1's output: a folder, mm_projector.safetensors or .bin.")
+    """Where stage 2 finds the connector of stage 1."""
+    from_scratch_connector: bool = _flag(False, "Allow stage 2 to start from a random connector.")
+    """Must be set to run stage 2 on a plain language model without a connector."""
+    freeze_backbone: bool = _flag(False, "Keep the whole language model as it is in stage 2.")
+    """Whether the language model, its embeddings and `lm_head` stay bit-identical in stage 2."""
+    freeze_mm_mlp_adapter: bool = _flag(False, "Keep the connector as it is in stage 2.")
+    """Whether the connector stays bit-identical in stage 2."""
+    use_vision_ar: bool | None = _flag(None, "Train visual tokens too. Default: False in stage 1, True in stage 2.")
+    """Whether the visual loss is trained; by default not in stage 1 and yes in stage 2."""
+    vision_head_type: str = _flag("mlp", f"Head that predicts visual tokens: one of {', '.join(VISION_HEAD_TYPES)}.")
+    """Architecture of the head from the language model to visual tokens."""
+    vision_coef: float | None = _flag(None, "Weight of the visual loss. Default: 1.0.")
+    """Weight of the visual loss; 1.0 when not given."""
+    apply_softmax: bool | None = _flag(None, "Soft cross-entropy over features as visual loss. Default: False.")
+    """Whether the visual loss is a soft cross-entropy over features; False when not given."""
+    attn_implementation: str | None = _flag(None, "Attention of the language model, e.g. sdpa or flash_attention_2.")
+    """Attention implementation of the language model; None lets Transformers choose."""
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_stage()
+        check_model_reference(self.model_name_or_path, flag="--model_name_or_path")
+        if not self.continues_metamorph:
+            check_model_reference(self.vision_tower, flag="--vision_tower")
+        if self.pretrain_mm_mlp_adapter is not None and not Path(self.pretrain_mm_mlp_adapter).expanduser().exists():
+            raise FileNotFoundError(
+                f"--pretrain_mm_mlp_adapter {self.pretrain_mm_mlp_adapter} does not exist: give the output folder of "
+                "stage 1, or the mm_projector.safetensors in it"
+            )
+        if Path(self.model_name_or_path).expanduser().is_dir():  # of a Hub id the type is not known yet
+            self._check_is_whole()
+            self.require_connector(self.continues_metamorph)
+
+    @property
+    def continues_metamorph(self) -> bool:
+        """Whether `model_name_or_path` is a local folder with a finished MetaMorph model."""
+        return local_model_type(self.model_name_or_path) == "metamorph"
+
+    @property
+    def stage(self) -> int:
+        """1 while only the connector is trained, else 2."""
+        return 1 if self.tune_mm_mlp_adapter else 2
+
+    @property
+    def resolved_use_vision_ar(self) -> bool:
+        """`use_vision_ar` as asked for, else the stage's default."""
+        return not self.tune_mm_mlp_adapter if self.use_vision_ar is None else self.use_vision_ar
+
+    def require_connector(self, continues_metamorph: bool) -> None:
+        """Refuse stage 2 on a plain language model without a trained connector.
+
+        Args:
+            continues_metamorph: Whether the model is a finished MetaMorph model, which has its connector.
+        """
+        has_connector = continues_metamorph or self.pretrain_mm_mlp_adapter is not None
+        if self.tune_mm_mlp_adapter or has_connector or self.from_scratch_connector:
+            return
+        raise ValueError(
+            f"stage 2 (--tune_mm_mlp_adapter False) has no connector: {self.model_name_or_path} is a plain language "
+            "model and --pretrain_mm_mlp_adapter is not set. Run stage 1 (--tune_mm_mlp_adapter True) and pass its "
+            "output folder as --pretrain_mm_mlp_adapter, or allow a random one by --from_scratch_connector True"
+        )
+
+    def _check_is_whole(self) -> None:
+        folder = Path(self.model_name_or_path).expanduser()
+        if self.continues_metamorph and not any(folder.glob("model*.safetensors*")):
+            raise FileNotFoundError(
+                f"--model_name_or_path {self.model_name_or_path} has no model weights. If it is the output of stage 1, "
+                "pass it as --pretrain_mm_mlp_adapter, and the language model as --model_name_or_path"
+            )
+
+    def _check_choices(self) -> None:
+        _check_choice("--image_token_reduction", self.image_token_reduction, TOKEN_REDUCTIONS)
+        _check_choice("--vision_head_type", self.vision_head_type, VISION_HEAD_TYPES)
+        if not is_projector_type(self.mm_projector_type):
+            _check_choice("--mm_projector_type", self.mm_projector_type, PROJECTOR_TYPES)
+        if self.vision_coef is not None and not (math.isfinite(self.vision_coef) and self.vision_coef >= 0):
+            raise ValueError(f"--vision_coef {self.vision_coef} must be a finite number, 0 or larger")
+        if self.num_image_tokens < 1:
+            raise ValueError(f"--num_image_tokens {self.num_image_tokens} must be at least 1")
+        side = math.isqrt(self.num_image_tokens)
+        if "interpolation" in self.image_token_reduction and side**2 != self.num_image_tokens:
+            raise ValueError(
+                f"--num_image_tokens {self.num_image_tokens} is not a square number, which --image_token_reduction "
+                f"{self.image_token_reduction} needs: use {side**2} or {(side + 1) ** 2}"
+            )
+
+    def _check_stage(self) -> None:
+        if self.tune_mm_mlp_adapter and not self.freeze_vision:
+            raise ValueError(
+                "--tune_mm_mlp_adapter True trains the connector only, but --freeze_vision False asks to train the "
+                "tower: tune the tower in stage 2 (--tune_mm_mlp_adapter False)"
+            )
+        if self.tune_mm_mlp_adapter and self.freeze_mm_mlp_adapter:
+            raise ValueError(
+                "--tune_mm_mlp_adapter True and --freeze_mm_mlp_adapter True leave nothing to train: drop one of them"
+            )
+
+
+@dataclass
+class DataArguments:
+    """What the model learns from."""
+
+    data_path: str = field(metadata={"help": "Training data: LLaVA records as a JSON array or JSONL file."})
+    """LLaVA records: a JSON array or one record per line."""
+    image_folder: str | None = _flag(None, "Folder that the image paths of the records are relative to.")
+    """Folder of the images; not needed for text-only data."""
+    model_max_length: int = _flag(4096, "Longer samples are cut, never inside an image.")
+    """Longest sequence in tokens, visual tokens included."""
+    image_aspect_ratio: str = _flag("square", "square: resize to the tower's square; pad: pad to a square first.")
+    """`square` lets the image processor resize to a square, `pad` keeps the proportions by a border."""
+    on_bad_record: str = _flag("raise", "raise: stop at the first bad record; skip: count, log and leave it out.")
+    """What happens with a record that cannot be used."""
+    max_bad_fraction: float = _flag(0.01, "With --on_bad_record skip: stop when more than this share is bad.")
+    """Largest share of skipped records, between 0 and 1."""
+
+    def __post_init__(self) -> None:
+        _check_choice("--image_aspect_ratio", self.image_aspect_ratio, IMAGE_ASPECT_RATIOS)
+        _check_choice("--on_bad_record", self.on_bad_record, BAD_RECORD_POLICIES)
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"--max_bad_fraction {self.max_bad_fraction} must lie between 0 and 1")
+        if self.model_max_length < 2:
+            raise ValueError(f"--model_max_length {self.model_max_length} must be at least 2 tokens")
+        if not Path(self.data_path).expanduser().is_file():
+            raise FileNotFoundError(
+                f"--data_path {self.data_path} does not exist or is not a file: give a JSON or JSONL file of records"
+            )
+        if self.image_folder is not None and not Path(self.image_folder).expanduser().is_dir():
+            raise FileNotFoundError(f"--image_folder {self.image_folder} does not exist or is not a folder")
+
+
+@dataclass
+class MetaMorphTrainingArguments(TrainingArguments):
+    """How it learns: every flag of `transformers.TrainingArguments`, with the guide's defaults, and our own.
+
+    Weights are kept in float32; `bf16` and `fp16` choose the precision of the computation (autocast). Without a
+    GPU the run falls back to the CPU.
+    """
+
+    weight_decay: float = _flag(0.0, "Weight decay of AdamW; norms and biases have none.")
+    """Weight decay of AdamW."""
+    lr_scheduler_type: str = _flag("cosine", "Shape of the learning rate over the run.")
+    """Learning-rate schedule."""
+    warmup_ratio: float = _flag(0.03, "Share of the steps with a rising learning rate; --warmup_steps wins.")
+    """Share of the optimizer steps used for warm-up, in [0, 1). Ignored when `warmup_steps` is given."""
+    evaluation_strategy: str | None = _flag(None, "Older spelling of --eval_strategy.")
+    """Spelling of `eval_strategy` in Transformers 4, still understood."""
+    bf16: bool = _flag(True, "Compute in bfloat16, with float32 master weights.")
+    """Whether autocast to bfloat16 is used."""
+    fp16: bool = _flag(False, "Compute in float16 (needs --bf16 False).")
+    """Whether autocast to float16 is used."""
+    loss_normalization: str = _flag("global", "global: per token over the whole step; micro_batch: mean of means.")
+    """`global` divides each loss by its tokens over all micro-batches and ranks of the optimizer step;
+    `micro_batch` averages every micro-batch by itself, as the original system did."""
+    mm_projector_lr: float | None = _flag(None, "Learning rate of the connector. Default: --learning_rate.")
+    """Learning rate of the connector and of the new tokens' embedding rows."""
+    vision_lr: float | None = _flag(None, "Learning rate of the tower (with --freeze_vision False).")
+    """Learning rate of the vision tower."""
+    vision_head_lr: float | None = _flag(None, "Learning rate of the vision head.")
+    """Learning rate of the vision head."""
+    logging_steps: float = _flag(10, "Log every so many optimizer steps.")
+    """Optimizer steps between two log lines."""
+    logging_nan_inf_filter: bool = _flag(False, "Hide NaN losses in the log; costs a device sync every step.")
+    """Off: the filter reads the loss back from the device at every step, and it hides what should be seen."""
+    remove_unused_columns: bool = _flag(False, "Leave False: our collator reads fields that forward does not.")
+    """Our dataset yields exactly what the collator needs."""
+    prediction_loss_only: bool = _flag(True, "Evaluation computes losses only; logits are never materialised.")
+    """Evaluation returns losses only."""
+    ddp_find_unused_parameters: bool | None = _flag(False, "Not needed: every trained parameter stays in the graph.")
+    """Off: text-only batches keep the connector and the vision head in the graph."""
+    resume_from_checkpoint: str | None = _flag(
+        None, "A checkpoint folder; True: the newest in --output_dir, which must exist; False: start anew."
+    )
+    """None resumes from the newest checkpoint in `output_dir` if there is one."""
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise ValueError("--output_dir is required: the folder for checkpoints and the trained model")
+        _check_choice("--loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)
+        if self.bf16 and self.fp16:
+            raise ValueError("--fp16 True and --bf16 True exclude each other: add --bf16 False")
+        for name in ("learning_rate", "mm_projector_lr", "vision_lr", "vision_head_lr"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"--{name} {value} must be a finite number, 0 or larger")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"--warmup_ratio {self.warmup_ratio} must lie in [0, 1)")
+        if not self.warmup_steps:
+            self.warmup_steps = self.warmup_ratio  # Transformers 5 reads a value below 1 as a ratio
+        if self.evaluation_strategy is not None:
+            self.eval_strategy = self.evaluation_strategy
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.label_names is None:
+            self.label_names = ["labels"]
+        super().__post_init__()
+        if self.n_gpu > 1:
+            logger.warning("using 1 of %d GPUs: start with torchrun to use them all", self.n_gpu)
+            self._n_gpu = 1  # nn.DataParallel would split pixel_values as if every sample had one image
+
+
+def check_model_reference(name: str, flag: str) -> None:
+    """Check that `name` is a model folder, or can be a Hub id, without loading or downloading anything.
+
+    Args:
+        name: Folder or Hub id.
+        flag: Flag that the error message names.
+
+    Raises:
+        FileNotFoundError: if the folder, or the config.json in it, is missing.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{flag} {name} is a folder without config.json: give a folder written by save_pretrained"
+            )
+        return
+    # `out/model` is a mistyped path rather than a Hub id when there is a local folder `out`.
+    is_path = HUB_ID.fullmatch(name) is None or (folder.parent != Path(".") and folder.parent.is_dir())
+    if is_path or name.upper().startswith("PATH_TO"):
+        raise FileNotFoundError(f"{flag} {name} does not exist: give an existing model folder or a Hub id (owner/name)")
+
+
+def local_model_type(name: str) -> str | None:
+    """The `model_type` that the config.json of a local folder names, or None for anything else."""
+    config = Path(name).expanduser() / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{config} is not valid JSON ({error}): the model folder is damaged") from error
+
+
+def _check_choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{flag} {value!r} is unknown: use one of {', '.join(allowed)}")

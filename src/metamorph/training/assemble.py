@@ -1,0 +1,163 @@
+"""From the model flags to a processor and a model: configurations first, weights only once everything else is right."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from metamorph.models.configuration_metamorph import MetaMorphConfig
+from metamorph.models.image_processing import load_image_processor
+from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.models.vision_tower import load_vision_config, load_vision_encoder, resolve_vision_tower
+from metamorph.training.arguments import ModelArguments
+from metamorph.training.checkpoint import find_connector, load_connector
+
+
+logger = logging.getLogger(__name__)
+
+STRUCTURE_FIELDS = (
+    "image_token_reduction",
+    "mm_projector_type",
+    "mm_use_im_patch_token",
+    "mm_use_im_start_end",
+    "mm_vision_select_layer",
+    "normalize_vision",
+    "num_image_tokens",
+    "version",
+    "vision_head_type",
+)
+"""Flags that a finished model has already decided."""
+LOSS_FIELDS = ("use_vision_ar", "vision_coef", "apply_softmax")
+"""Flags that may change when a finished model is trained further."""
+
+
+@dataclass
+class Plan:
+    """What will be built: everything that is known without loading weights."""
+
+    config: MetaMorphConfig
+    """Configuration of the model."""
+    processor: MetaMorphProcessor
+    """Processor of the model."""
+    continues: bool
+    """Whether a finished MetaMorph model is trained further."""
+
+
+def make_plan(args: ModelArguments, image_aspect_ratio: str = "square") -> Plan:
+    """Read configurations, tokenizer and image processor, and check that they go together.
+
+    Args:
+        args: The model flags.
+        image_aspect_ratio: How images become square.
+
+    Raises:
+        FileNotFoundError: if a model, tokenizer or image processor does not exist.
+        ValueError: if the parts do not go together; the message names the flag.
+    """
+    with _names_flag("--model_name_or_path", args.model_name_or_path):
+        text_config = AutoConfig.from_pretrained(args.model_name_or_path)
+    continues = text_config.model_type == MetaMorphConfig.model_type
+    args.require_connector(continues)
+    if args.pretrain_mm_mlp_adapter is not None:
+        find_connector(args.pretrain_mm_mlp_adapter)
+    if continues:
+        with _names_flag("--model_name_or_path", args.model_name_or_path):
+            processor = MetaMorphProcessor.from_pretrained(args.model_name_or_path)
+        return Plan(_continued_config(text_config, args), processor, continues)
+    with _names_flag("--vision_tower", args.vision_tower):
+        vision_config = load_vision_config(args.vision_tower)
+        image_processor = load_image_processor(resolve_vision_tower(args.vision_tower))
+    config = MetaMorphConfig(text_config=text_config, vision_config=vision_config, **_overrides(args))
+    processor = MetaMorphProcessor.from_parts(
+        load_tokenizer(args.model_name_or_path), image_processor, config, image_aspect_ratio=image_aspect_ratio
+    )
+    return Plan(config, processor, continues)
+
+
+def load_model(args: ModelArguments, plan: Plan) -> MetaMorphForConditionalGeneration:
+    """Load the weights, in float32, and the connector of stage 1 if one is given.
+
+    Args:
+        args: The model flags.
+        plan: Result of `make_plan` for the same flags.
+
+    Returns:
+        The model, with new parts initialised from PyTorch's global random generator.
+    """
+    kwargs: dict[str, Any] = {"dtype": torch.float32}
+    if args.attn_implementation is not None:
+        kwargs["attn_implementation"] = args.attn_implementation
+    with _names_flag("--model_name_or_path", args.model_name_or_path):
+        if plan.continues:
+            model = MetaMorphForConditionalGeneration.from_pretrained(
+                args.model_name_or_path, config=plan.config, **kwargs
+            )
+        else:
+            language_model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **kwargs)
+            # A tokenizer without the image tokens, unlike the processor's: from_parts initialises what it adds.
+            tokenizer = load_tokenizer(args.model_name_or_path)
+    if not plan.continues:
+        with _names_flag("--vision_tower", args.vision_tower):
+            vision_encoder = load_vision_encoder(args.vision_tower)
+        model = MetaMorphForConditionalGeneration.from_parts(
+            language_model, vision_encoder, tokenizer, **_overrides(args)
+        )
+    if args.pretrain_mm_mlp_adapter is not None:
+        load_connector(model, args.pretrain_mm_mlp_adapter)
+    return model
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a language model.
+
+    Args:
+        name_or_path: Folder or Hub id of the language model.
+    """
+    with _names_flag("--model_name_or_path", name_or_path):
+        return AutoTokenizer.from_pretrained(name_or_path)
+
+
+def _overrides(args: ModelArguments) -> dict[str, Any]:
+    """The flags as fields of `MetaMorphConfig`; those not asked for are left to its defaults."""
+    values = {name: getattr(args, name) for name in (*STRUCTURE_FIELDS, *LOSS_FIELDS)}
+    values["use_vision_ar"] = args.resolved_use_vision_ar
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _continued_config(config: PreTrainedConfig, args: ModelArguments) -> PreTrainedConfig:
+    """The configuration of a finished model with the loss flags that are asked for."""
+    defaults = {field.name: field.default for field in fields(args) if field.default is not MISSING}
+    for name in STRUCTURE_FIELDS:
+        asked, found = getattr(args, name), getattr(config, name)
+        if asked == found:
+            continue
+        if asked != defaults[name]:
+            raise ValueError(
+                f"--{name} {asked} contradicts the model {args.model_name_or_path}, which was trained with {found}: "
+                "leave the flag out"
+            )
+        logger.info("%s=%s comes from the model %s", name, found, args.model_name_or_path)
+    for name in LOSS_FIELDS:
+        if getattr(args, name) is not None:
+            setattr(config, name, getattr(args, name))
+    return config
+
+
+@contextmanager
+def _names_flag(flag: str, value: str) -> Iterator[None]:
+    """Turn what Transformers raises for a missing or unknown model into an error that names the flag."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{flag} {value} cannot be loaded: {reason}") from error
+    except (ValueError, KeyError) as error:
+        message = str(error)
+        if flag in message:
+            raise
+        raise ValueError(f"{flag} {value} cannot be used: {message}") from error

@@ -1,0 +1,150 @@
+"""Which parameters each stage trains, and at which learning rate."""
+
+import logging
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from metamorph.models.embeddings import attach_new_token_rows
+from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments
+
+
+logger = logging.getLogger(__name__)
+
+LANGUAGE_MODEL = "language_model"
+CONNECTOR = "mm_projector"
+VISION_HEAD = "vision_head"
+VISION_TOWER = "vision_tower"
+MODULES = (LANGUAGE_MODEL, CONNECTOR, VISION_HEAD, VISION_TOWER)
+
+
+@dataclass(frozen=True)
+class ModuleSummary:
+    """One line of the table of what is trained."""
+
+    module: str
+    """One of `MODULES`."""
+    trainable: int
+    """Number of trained parameters."""
+    frozen: int
+    """Number of parameters that stay as they are."""
+
+
+def module_of(parameter_name: str) -> str:
+    """The member of `MODULES` that a parameter belongs to.
+
+    The reduction's weights (`mlpmixer`) and the new tokens' rows count as connector: they are new in stage 1 and are
+    trained and saved with it.
+
+    Args:
+        parameter_name: Name as in `model.named_parameters()`.
+    """
+    if parameter_name.startswith(("model.mm_projector.", "model.vision_tower.reduction.")):
+        return CONNECTOR
+    if parameter_name.endswith(".new_rows"):
+        return CONNECTOR
+    if parameter_name.startswith("model.vision_tower."):
+        return VISION_TOWER
+    return VISION_HEAD if parameter_name.startswith("vision_head.") else LANGUAGE_MODEL
+
+
+def apply_stage(model: PreTrainedModel, args: ModelArguments) -> list[ModuleSummary]:
+    """Freeze everything that the stage does not train.
+
+    Stage 1 trains the connector and the embedding rows of the new tokens, which become a parameter of their own.
+    Stage 2 trains the language model, the connector and the vision head. The head is trained with `use_vision_ar`
+    only: without the visual loss it would never have a gradient.
+
+    Args:
+        model: A MetaMorph model; changed in place.
+        args: The stage (`tune_mm_mlp_adapter`) and the `freeze_…` flags.
+
+    Returns:
+        What is trained, one entry for each module.
+
+    Raises:
+        ValueError: if the flags leave nothing to train.
+    """
+    trained = {
+        LANGUAGE_MODEL: args.stage == 2 and not args.freeze_backbone,
+        CONNECTOR: args.stage == 1 or not args.freeze_mm_mlp_adapter,
+        VISION_HEAD: model.config.use_vision_ar,
+        VISION_TOWER: args.stage == 2 and not args.freeze_vision,
+    }
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[module_of(name)])
+    if args.stage == 1:
+        attach_new_token_rows(model)
+    summary = summarise(model)
+    if not any(line.trainable for line in summary):
+        raise ValueError(
+            "nothing is left to train: --freeze_backbone, --freeze_mm_mlp_adapter, --freeze_vision and "
+            "--use_vision_ar False together freeze every module; drop one of them"
+        )
+    return summary
+
+
+def summarise(model: nn.Module) -> list[ModuleSummary]:
+    """Count the trained and the frozen parameters of each module."""
+    counts = {module: [0, 0] for module in MODULES}
+    for name, parameter in model.named_parameters():
+        counts[module_of(name)][0 if parameter.requires_grad else 1] += parameter.numel()
+    return [ModuleSummary(module, *numbers) for module, numbers in counts.items()]
+
+
+def learning_rates(args: MetaMorphTrainingArguments) -> dict[str, float]:
+    """Peak learning rate of each module; `learning_rate` where no own rate is given."""
+    own = {CONNECTOR: args.mm_projector_lr, VISION_HEAD: args.vision_head_lr, VISION_TOWER: args.vision_lr}
+    return {module: args.learning_rate if own.get(module) is None else own[module] for module in MODULES}
+
+
+def optimizer_groups(
+    model: nn.Module, args: MetaMorphTrainingArguments, decay_names: Collection[str]
+) -> list[dict[str, Any]]:
+    """Parameter groups by module, each with and without weight decay; empty ones are left out.
+
+    Args:
+        model: The model after `apply_stage`.
+        args: Learning rates and weight decay.
+        decay_names: Names of the parameters that weight decay applies to (no norms, no biases).
+
+    Returns:
+        Groups for a PyTorch optimizer, each with a `name`.
+    """
+    rates, groups = learning_rates(args), []
+    for module in MODULES:
+        for decays in (True, False):
+            parameters = [
+                parameter
+                for name, parameter in _trained_parameters(model)
+                if module_of(name) == module and (name in decay_names) == decays
+            ]
+            if parameters:
+                groups.append(
+                    {
+                        "name": module if decays else f"{module}_no_decay",
+                        "params": parameters,
+                        "lr": rates[module],
+                        "weight_decay": args.weight_decay if decays else 0.0,
+                    }
+                )
+    return groups
+
+
+def format_summary(summary: list[ModuleSummary], args: MetaMorphTrainingArguments) -> str:
+    """The table of what is trained, as text for the log."""
+    rates = learning_rates(args)
+    lines = [f"{'module':<16}{'trained':>16}{'frozen':>16}{'learning rate':>16}"]
+    for line in summary:
+        rate = f"{rates[line.module]:.3g}" if line.trainable else "-"
+        lines.append(f"{line.module:<16}{line.trainable:>16,}{line.frozen:>16,}{rate:>16}")
+    return "\n".join(lines)
+
+
+def _trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter

@@ -1,0 +1,201 @@
+"""`transformers.Trainer` with the two losses of VPiT, normalised over the whole optimizer step."""
+
+import json
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import Trainer
+
+from metamorph.models.constants import IGNORE_INDEX
+from metamorph.models.modeling_metamorph import MetaMorphOutput
+from metamorph.training.checkpoint import load_connector, load_weights, save_connector
+from metamorph.training.stages import optimizer_groups
+
+
+logger = logging.getLogger(__name__)
+
+
+class LossWindow:
+    """Sums of the losses of each kind since the last log line, kept on the device: no host sync until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def add(self, outputs: MetaMorphOutput, normalizers: tuple[Tensor, Tensor] | None) -> None:
+        """Add one micro-batch.
+
+        Args:
+            outputs: Losses and counts of the micro-batch.
+            normalizers: What the model divided the two losses by; None means its own counts.
+        """
+        zero = outputs.text_loss.new_zeros(())
+        num_text = outputs.num_text_tokens
+        num_visual = zero if outputs.num_visual_tokens is None else outputs.num_visual_tokens
+        by_text, by_visual = normalizers or (num_text.clamp(min=1), num_visual.clamp(min=1))
+        visual_loss = zero if outputs.visual_loss is None else outputs.visual_loss.detach()
+        cosine = zero if outputs.visual_cosine is None else outputs.visual_cosine
+        sums = torch.stack(
+            [
+                (outputs.text_loss.detach() * by_text).float(),
+                (visual_loss * by_visual).float(),
+                (cosine * num_visual).float(),
+                num_text.float(),
+                num_visual.float(),
+            ]
+        )
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all tokens of all ranks since the last call. Every rank must call it.
+
+        Args:
+            accelerator: Sums over the ranks.
+        """
+        if self._sums is None:
+            return {}
+        sums = accelerator.reduce(self._sums, reduction="sum").tolist()
+        self._sums = None
+        text, visual, cosine, num_text, num_visual = sums
+        logs = {"text_loss": text / max(num_text, 1), "num_text_tokens": num_text}
+        if num_visual:
+            logs |= {"visual_loss": visual / num_visual, "visual_cosine": cosine / num_visual}
+        return logs | {"num_visual_tokens": num_visual}
+
+
+class MetaMorphTrainer(Trainer):
+    """Trains a MetaMorph model after `apply_stage`.
+
+    With `loss_normalization="global"` the sums of both losses are divided by their numbers of tokens over the whole
+    optimizer step: all micro-batches of all ranks. The result does not depend on how a batch is cut into
+    micro-batches. `micro_batch` averages each micro-batch by itself, and then over micro-batches and ranks.
+
+    Args:
+        stage: 1: checkpoints hold the connector only, 2: the whole model. Both hold all that resuming needs.
+        **kwargs: As for `transformers.Trainer`.
+    """
+
+    def __init__(self, *, stage: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.stage = stage
+        # Trainer divides the loss by the number of micro-batches unless the model is said to normalise by a count
+        # over the step. Ours does so (by `get_batch_samples`); with `micro_batch` there is no count, and it divides.
+        self.model_accepts_loss_kwargs = True
+        if "use_cache" in vars(self.model.config):
+            del self.model.config.use_cache  # set by Trainer; it would be saved and slow down generation
+        self._normalizers: tuple[Tensor, Tensor] | None = None
+        self._window = LossWindow()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | None]:
+        """Fetch the micro-batches of one optimizer step and count their supervised tokens over all ranks.
+
+        Args:
+            epoch_iterator: Yields micro-batches.
+            num_batches: Micro-batches of the step.
+            device: Where the counts are kept.
+
+        Returns:
+            The micro-batches, and the number of supervised text tokens of the step (None with `micro_batch`).
+        """
+        batches = list(islice(epoch_iterator, num_batches))
+        if self.args.loss_normalization == "micro_batch" or not batches:
+            self._normalizers = None
+            return batches, None
+        counts = sum(count_targets(batch).to(device) for batch in batches)
+        counts = self.accelerator.reduce(counts, reduction="sum")
+        # Data parallelism averages gradients over the ranks: dividing by count / ranks makes that average the sum.
+        text, visual = (counts.clamp(min=1) / self.accelerator.num_processes).unbind()
+        self._normalizers = (text, visual)
+        return batches, counts[0]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, MetaMorphOutput]:
+        """Loss of one micro-batch, see the class.
+
+        Args:
+            model: The (wrapped) model.
+            inputs: A batch of the collator.
+            return_outputs: Also return the model's output.
+            num_items_in_batch: Ignored: it counts text only.
+        """
+        normalizers = self._normalizers if model.training else None
+        outputs = model(**inputs, loss_normalizers=normalizers)
+        if model.training:
+            self._window.add(outputs, normalizers)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the losses of each kind and the learning rates of the modules to a training log line.
+
+        Args:
+            logs: Values to log.
+            start_time: Start of the run.
+        """
+        if "loss" in logs:
+            logs.update(self._window.drain(self.accelerator))
+            groups = [] if self.optimizer is None else self.optimizer.param_groups
+            logs.update({f"lr_{group['name']}": group["lr"] for group in groups if "no_decay" not in group["name"]})
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer with one group for each module.
+
+        Args:
+            model: Defaults to the trainer's model.
+        """
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups = optimizer_groups(model, self.args, set(self.get_decay_parameter_names(model)))
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(groups, **kwargs)
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write connector (stage 1) or model (stage 2), configuration and processor; the main process only."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.stage == 1:
+            save_connector(self.model, folder)
+            self.model.config.save_pretrained(folder)
+        else:
+            self.model.save_pretrained(folder, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        arguments = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
+        (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self.stage == 1:
+            load_connector(self.model, resume_from_checkpoint)
+        else:
+            load_weights(self.model, resume_from_checkpoint)
+
+
+def count_targets(batch: dict[str, Any]) -> Tensor:
+    """[2] the numbers of text tokens and of visual tokens that a batch supervises.
+
+    Position 0 of a row is never predicted, so it does not count.
+
+    Args:
+        batch: With `labels` [batch, sequence] and, unless there are no images, `visual_target_mask` of that shape.
+    """
+    text = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+    mask = batch.get("visual_target_mask")
+    visual = torch.zeros_like(text) if mask is None else mask[:, 1:].sum()
+    return torch.stack([text, visual])

@@ -1,0 +1,224 @@
+"""The flags: the guide's tables as data, recipes, and errors for bad input before anything is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from metamorph import cli
+from metamorph.cli.lr import scale_learning_rate
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.parsing import parse_arguments
+
+
+TYPES = (ModelArguments, DataArguments, MetaMorphTrainingArguments)
+
+REQUIRED = "a placeholder in the guide"
+GUIDE = {
+    # Basic model configuration
+    "model_name_or_path": REQUIRED,
+    "version": "llama3",
+    "model_max_length": 4096,
+    "output_dir": REQUIRED,
+    # Vision tower
+    "vision_tower": "siglip/CLIP-ViT-SO400M-14-384",
+    "mm_vision_select_layer": -1,
+    "freeze_vision": True,
+    "normalize_vision": True,
+    # Image tokens
+    "image_token_reduction": "interpolation",
+    "num_image_tokens": 64,
+    "mm_use_im_start_end": True,
+    "mm_use_im_patch_token": False,
+    # Projector; the guide sets tune_mm_mlp_adapter to True in pretraining
+    "mm_projector_type": "mlp2x_gelu",
+    "tune_mm_mlp_adapter": False,
+    # Visual auto-regression
+    "vision_head_type": "mlp",
+    # Optimization
+    "weight_decay": 0.0,
+    "warmup_ratio": 0.03,
+    "lr_scheduler_type": "cosine",
+    "bf16": True,
+    "fp16": False,
+    # Data
+    "data_path": REQUIRED,
+}
+"""Parameter -> default, from the tables of the training guide. Those that depend on the stage have their own tests."""
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> dict[str, str]:
+    """Flags whose values must exist on disk."""
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "connector").mkdir()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "data.jsonl").write_text("")
+    return {
+        "model_name_or_path": str(tmp_path / "llm"),
+        "data_path": str(tmp_path / "data.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+    }
+
+
+def argv(flags: dict[str, object]) -> list[str]:
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def parse(flags: dict[str, object]) -> tuple[ModelArguments, DataArguments, MetaMorphTrainingArguments]:
+    return parse_arguments(TYPES, argv(flags))
+
+
+def value_of(name: str, parsed: tuple) -> object:
+    return next(getattr(part, name) for part in parsed if hasattr(part, name))
+
+
+@pytest.mark.parametrize("name", [name for name, default in GUIDE.items() if default is not REQUIRED])
+def test_default_is_the_guides(name: str, paths: dict[str, str], tmp_path: Path) -> None:
+    value = value_of(name, parse({**paths, "pretrain_mm_mlp_adapter": tmp_path / "connector"}))
+    assert value == GUIDE[name]
+    assert type(value) is type(GUIDE[name]) or name == "lr_scheduler_type"  # an enum of strings
+
+
+@pytest.mark.parametrize("name", [name for name, default in GUIDE.items() if default is REQUIRED])
+def test_placeholder_of_the_guide_is_required(name: str, paths: dict[str, str]) -> None:
+    flags = {key: value for key, value in paths.items() if key != name}
+    with pytest.raises(ValueError, match=name):
+        parse({**flags, "tune_mm_mlp_adapter": True})
+
+
+@pytest.mark.parametrize("name", ["pretrain_mm_mlp_adapter", "image_folder", "learning_rate", "use_vision_ar"])
+def test_flag_of_the_guide_without_one_default_exists(name: str, paths: dict[str, str]) -> None:
+    assert any(hasattr(part, name) for part in parse({**paths, "tune_mm_mlp_adapter": True}))
+
+
+@pytest.mark.parametrize("stage_1", [True, False])
+def test_vision_ar_default_depends_on_the_stage(stage_1: bool, paths: dict[str, str], tmp_path: Path) -> None:
+    connector = {} if stage_1 else {"pretrain_mm_mlp_adapter": tmp_path / "connector"}
+    model, _, _ = parse({**paths, "tune_mm_mlp_adapter": stage_1, **connector})
+    assert model.resolved_use_vision_ar is not stage_1
+    model, _, _ = parse({**paths, "tune_mm_mlp_adapter": stage_1, **connector, "use_vision_ar": stage_1})
+    assert model.resolved_use_vision_ar is stage_1
+
+
+def test_flags_that_transformers_5_dropped(paths: dict[str, str]) -> None:
+    base = {**paths, "tune_mm_mlp_adapter": True}
+    assert parse(base)[2].get_warmup_steps(200) == 6
+    assert parse({**base, "warmup_ratio": 0.1})[2].get_warmup_steps(200) == 20
+    assert parse({**base, "warmup_ratio": 0})[2].get_warmup_steps(200) == 0
+    assert parse({**base, "warmup_steps": 7})[2].get_warmup_steps(200) == 7
+    args = parse({**base, "evaluation_strategy": "steps", "eval_steps": 5})[2]
+    assert args.eval_strategy == "steps"
+
+
+def test_recipe_then_flags(paths: dict[str, str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    lines = [
+        "tune_mm_mlp_adapter: true",
+        "learning_rate: 1e-4",
+        "num_image_tokens: 16",
+        "bf16: false",
+        "weight_decay: 1",
+    ]
+    recipe.write_text("\n".join(lines))
+    model, _, training = parse_arguments(TYPES, ["--config", str(recipe), *argv(paths), "--num-image-tokens=25"])
+    assert model.tune_mm_mlp_adapter is True
+    assert model.num_image_tokens == 25
+    assert training.bf16 is False
+    assert training.learning_rate == 1e-4  # YAML itself reads 1e-4 as a string
+    assert isinstance(training.weight_decay, float)
+
+
+def test_recipe_may_hold_the_required_flags(paths: dict[str, str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("\n".join(f"{k}: {v}" for k, v in paths.items()) + "\ntune_mm_mlp_adapter: true\n")
+    assert parse_arguments(TYPES, [f"--config={recipe}"])[1].data_path == paths["data_path"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "did you mean 'learning_rate'"),
+        ("learning_rate: fast", "learning_rate: 'fast'"),
+        ("bf16: perhaps", "bf16"),
+        ("num_image_tokens: 6.5", "num_image_tokens"),
+        ("model_max_length: [1, 2]", "takes one value"),
+        ("- learning_rate", "one mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_recipe(text: str, message: str, paths: dict[str, str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(TYPES, ["--config", str(recipe), *argv(paths)])
+
+
+def test_unknown_flag_suggests_the_nearest(paths: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="'num_image_token' in the command line: did you mean 'num_image_tokens'"):
+        parse({"num_image_token": 4})
+    with pytest.raises(ValueError, match="unexpected words"):
+        parse_arguments(TYPES, [*argv(paths), "--tune_mm_mlp_adapter", "True", "stray"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"model_name_or_path": "/no/such/llm"}, "--model_name_or_path /no/such/llm does not exist"),
+        ({"model_name_or_path": "PATH_TO_LLAMA3-8B"}, "does not exist"),
+        ({"model_name_or_path": "{tmp}/images"}, "without config.json"),
+        ({"vision_tower": "/no/such/tower"}, "--vision_tower /no/such/tower does not exist"),
+        ({"data_path": "/no/such.jsonl"}, "--data_path /no/such.jsonl"),
+        ({"image_folder": "/no/images"}, "--image_folder /no/images"),
+        ({"num_image_tokens": 60}, "use 49 or 64"),
+        ({"image_token_reduction": "pooling"}, "concat_interpolation"),
+        ({"mm_projector_type": "mlp"}, "mm_projector_type"),
+        ({"vision_head_type": "conv"}, "vision_head_type"),
+        ({"vision_coef": -1}, "vision_coef"),
+        ({"tune_mm_mlp_adapter": False}, "stage 2 .* has no connector.*--from_scratch_connector"),
+        ({"pretrain_mm_mlp_adapter": "/no/connector"}, "--pretrain_mm_mlp_adapter /no/connector"),
+        ({"freeze_vision": False}, "--freeze_vision False"),
+        ({"freeze_mm_mlp_adapter": True}, "nothing to train"),
+        ({"fp16": True}, "--bf16 False"),
+        ({"loss_normalization": "token"}, "micro_batch"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio"),
+        ({"mm_projector_lr": -1}, "mm_projector_lr"),
+        ({"on_bad_record": "ignore"}, "skip"),
+        ({"max_bad_fraction": 2}, "between 0 and 1"),
+        ({"image_aspect_ratio": "anyres"}, "square, pad"),
+        ({"model_max_length": 1}, "model_max_length"),
+    ],
+)
+def test_bad_value_names_the_flag(
+    flags: dict[str, object], message: str, paths: dict[str, str], tmp_path: Path
+) -> None:
+    flags = {k: str(v).replace("{tmp}", str(tmp_path)) for k, v in flags.items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        parse({**paths, "tune_mm_mlp_adapter": True, **flags})
+
+
+def test_stage_2_without_connector_can_be_asked_for(paths: dict[str, str]) -> None:
+    assert parse({**paths, "from_scratch_connector": True})[0].stage == 2
+
+
+def test_finished_model_needs_no_connector(paths: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "llm" / "config.json").write_text(json.dumps({"model_type": "metamorph"}))
+    with pytest.raises(FileNotFoundError, match="output of stage 1, pass it as --pretrain_mm_mlp_adapter"):
+        parse(paths)
+    (tmp_path / "llm" / "model.safetensors").touch()
+    assert parse(paths)[0].continues_metamorph
+
+
+def test_cli_prints_one_line_for_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--model_name_or_path", "/no/llm", "--data_path", "x", "--output_dir", "y"]) == 2
+    assert capsys.readouterr().err.startswith("metamorph train: error: --model_name_or_path /no/llm does not exist")
+    with pytest.raises(FileNotFoundError):
+        cli.main(["--debug", "train", "--model_name_or_path", "/no/llm", "--data_path", "x", "--output_dir", "y"])
+    assert cli.main(["trian"]) == 2
+
+
+def test_learning_rate_rule_of_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["lr", "--base-lr", "6.93e-5", "--base-batch", "1536", "--batch", "768"])
+    assert capsys.readouterr().out == "4.9e-05\n"
+    assert scale_learning_rate(6.93e-5, 1536, 448) == pytest.approx(3.74e-5, rel=1e-3)  # REGRESSIONS R28
