@@ -1,0 +1,1 @@
+"""What the model learns from: records, pictures, examples and batches."""

@@ -33,8 +33,9 @@ class Segment:
 class ChatTemplate(Protocol):
     """What the processor needs to know about a conversation format."""
 
-    end_of_turn: str | None
-    """The token with which an assistant turn ends, None when the format has none."""
+    @property
+    def end_of_turn(self) -> str | None:
+        """The token with which an assistant turn ends, None when the format has none."""
 
     def layout(self, roles: Sequence[str], *, add_generation_prompt: bool = False) -> tuple[Segment, ...]:
         """Lay out a conversation whose messages have these roles.

@@ -41,6 +41,7 @@ from metamorph.models.image_tokens import ImageTokens, add_image_tokens
 
 
 __all__ = [
+    "DEFAULT_IMAGE_TOKEN",
     "IGNORE_INDEX",
     "EncodedConversation",
     "ImagePart",
@@ -241,7 +242,7 @@ class MetaMorphProcessor(ProcessorMixin):
             num_markers += builder.num_images
         if text is not None:
             check_image_count(num_markers, len(pictures))
-        data: dict[str, Any] = self._pad(rows, padding, padding_side, max_length) if text is not None else {}
+        data = self._pad(rows, padding, padding_side, max_length) if text is not None else {}
         pixel_values = self._pixel_values(pictures)
         if pixel_values is not None:
             data["pixel_values"] = pixel_values
@@ -342,17 +343,18 @@ class MetaMorphProcessor(ProcessorMixin):
         """Ids of text, with None for each complete image between them."""
         ends = set(self.end_of_turn_token_ids)
         ids = ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
-        runs: list[list[int] | None] = [[]]
+        runs: list[list[int] | None] = []
+        text: list[int] = []
         placeholders = 0
         for token in ids:
-            if token == self.image_tokens.image:
-                placeholders += 1
-                if placeholders == self.num_image_tokens:
-                    runs += [None, []]
-                    placeholders = 0
-            else:
-                runs[-1].append(token)
-        return runs
+            if token != self.image_tokens.image:
+                text.append(token)
+                continue
+            placeholders += 1
+            if placeholders == self.num_image_tokens:
+                runs += [text, None]
+                text, placeholders = [], 0
+        return [*runs, text]
 
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         parsed = parse_messages(messages)
@@ -391,15 +393,15 @@ class MetaMorphProcessor(ProcessorMixin):
 
     def _pad(
         self, rows: list[list[int]], padding: bool | str, padding_side: str, max_length: int | None
-    ) -> dict[str, list[list[int]]]:
+    ) -> dict[str, Any]:
         if padding not in (True, False, "longest", "max_length", "do_not_pad"):
             raise ValueError(f"padding={padding!r} is unknown; use True, 'longest', 'max_length' or False")
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side={padding_side!r} is unknown; use 'left' or 'right'")
-        if padding == "max_length" and max_length is None:
-            raise ValueError("padding='max_length' needs max_length")
         target = max((len(row) for row in rows), default=0)
         if padding == "max_length":
+            if max_length is None:
+                raise ValueError("padding='max_length' needs max_length")
             target = max(target, max_length)
         input_ids, attention_mask = [], []
         for row in rows:

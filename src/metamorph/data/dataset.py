@@ -1,0 +1,225 @@
+"""Records as training examples: one index, one record, never a neighbour in its place."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from metamorph.data.media import MAX_IMAGE_PIXELS, MediaError, load_image, resolve_image_path
+from metamorph.data.record_log import RecordLog
+from metamorph.data.records import DataError, Record, RecordError, UnsupervisedRecordError, parse_record
+from metamorph.data.sources import Source, open_source
+from metamorph.models.processing_metamorph import EncodedConversation, MetaMorphProcessor
+
+
+logger = logging.getLogger(__name__)
+
+ON_BAD_RECORD = ("raise", "skip")
+"""The values of `--on_bad_record`."""
+
+_SHOWN = 10
+"""Problems that an error message lists; it counts the others."""
+
+
+class TooManyBadRecordsError(DataError):
+    """More records are bad than `--max_bad_fraction` allows."""
+
+
+class ConversationDataset(Dataset[dict[str, Any]]):
+    """LLaVA records as training examples, with random access.
+
+    An example is `{"id": str, "input_ids": int64 [sequence], "labels": int64 [sequence], "visual_target_mask":
+    bool [sequence], "pixel_values": float32 [images, 3, height, width]}`, without `pixel_values` if it has no image.
+    With `on_bad_record="skip"` a bad record gives `{"id": str, "skipped": kind}`, which the collator leaves out.
+
+    Args:
+        source: A file of LLaVA records (JSON Lines or a JSON array), or an opened source.
+        processor: Makes the sequences.
+        image_folder: Folder of relative image paths; by default the folder of the file.
+        model_max_length: Longest sequence; longer ones are cut as `encode_conversation` says, and counted.
+        on_bad_record: `raise`, or `skip` to count, log and leave out.
+        max_bad_fraction: Largest share of bad records with `skip`; above it training stops.
+        check_first: Number of records whose fields and image files are checked at once (None for all), so that a
+            wrong folder shows in seconds and not after an hour.
+        max_image_pixels: Largest image.
+
+    Raises:
+        DataError: If the source, or what was checked of it, is unusable.
+        ValueError: For a value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        source: Source | str | os.PathLike[str],
+        processor: MetaMorphProcessor,
+        image_folder: str | os.PathLike[str] | None = None,
+        model_max_length: int | None = None,
+        *,
+        on_bad_record: str = "raise",
+        max_bad_fraction: float = 0.01,
+        check_first: int | None = 1000,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+    ) -> None:
+        if on_bad_record not in ON_BAD_RECORD:
+            raise ValueError(f"--on_bad_record {on_bad_record!r} is unknown; use one of {', '.join(ON_BAD_RECORD)}")
+        if not 0 <= max_bad_fraction <= 1:
+            raise ValueError(f"--max_bad_fraction must be between 0 and 1, not {max_bad_fraction}")
+        self.source = open_source(source) if isinstance(source, (str, os.PathLike)) else source
+        self.processor = processor
+        self.image_folder = Path(image_folder) if image_folder is not None else self.source.path.parent
+        self.model_max_length = model_max_length
+        self.on_bad_record = on_bad_record
+        self.max_bad_fraction = max_bad_fraction
+        self.max_image_pixels = max_image_pixels
+        self.log = RecordLog(len(self.source))
+        if not self.image_folder.is_dir():
+            raise DataError(f"--image_folder {self.image_folder} is not a folder")
+        self._check_ahead(len(self.source) if check_first is None else check_first)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Build the example of record `index`.
+
+        Raises:
+            RecordError: If the record is bad, with `on_bad_record="raise"`.
+            TooManyBadRecordsError: If more than `max_bad_fraction` of all records are bad, with `skip`.
+        """
+        try:
+            return self._build(index)
+        except RecordError as error:
+            if self.on_bad_record == "raise":
+                raise
+            self._skip(index, error)
+            return {"id": error.record_id or error.where, "skipped": error.kind}
+
+    def record(self, index: int) -> Record:
+        """Read and check record `index`, without its images.
+
+        Raises:
+            RecordError: If the record is bad.
+        """
+        raw = self.source[index]
+        return parse_record(raw.value, raw.where)
+
+    def statistics(self) -> dict[str, Any]:
+        """What has been met so far, over all workers: `{"records", "bad", "truncated", "dropped_images"}`."""
+        return {
+            "records": len(self),
+            "bad": self.log.bad_by_kind(),
+            "truncated": self.log.num_truncated,
+            "dropped_images": self.log.num_dropped_images,
+        }
+
+    def _build(self, index: int) -> dict[str, Any]:
+        record = self.record(index)
+        try:
+            images = [
+                load_image(resolve_image_path(path, self.image_folder), self.max_image_pixels) for path in record.images
+            ]
+        except MediaError as error:
+            raise _record_error(error.kind, error.detail, record) from error
+        try:
+            encoded = self.processor.encode_conversation(
+                [turn.as_message() for turn in record.turns], images, model_max_length=self.model_max_length
+            )
+        except ValueError as error:  # the template cannot express this order of roles
+            raise _record_error("role_order", str(error), record) from error
+        if encoded.truncated:
+            self._note_truncated(index, record, encoded)
+        if not encoded.is_supervised:
+            raise self._unsupervised(record, encoded)
+        example = {
+            "id": record.id,
+            "input_ids": encoded.input_ids,
+            "labels": encoded.labels,
+            "visual_target_mask": encoded.visual_target_mask,
+        }
+        if encoded.pixel_values is not None:
+            example["pixel_values"] = encoded.pixel_values
+        return example
+
+    def _unsupervised(self, record: Record, encoded: EncodedConversation) -> UnsupervisedRecordError:
+        detail = "the record has no gpt turn, so there is nothing to learn; add an answer or remove the record"
+        if encoded.truncated:
+            detail = (
+                f"nothing of the answer is left within --model_max_length {self.model_max_length}; raise it or shorten "
+                "the record"
+            )
+        return UnsupervisedRecordError("unsupervised", detail, where=record.where, record_id=record.id)
+
+    def _note_truncated(self, index: int, record: Record, encoded: EncodedConversation) -> None:
+        logger.log(
+            logging.DEBUG if self.log.num_truncated else logging.WARNING,
+            "%s (id %r) was cut to --model_max_length %s; %d image(s) dropped. Further cuts are counted.",
+            record.where,
+            record.id,
+            self.model_max_length,
+            encoded.num_dropped_images,
+        )
+        self.log.note_truncated(index, encoded.num_dropped_images)
+
+    def _skip(self, index: int, error: RecordError) -> None:
+        """Count and log a bad record, and stop when there are too many."""
+        self.log.note_bad(index, error.kind)
+        logger.warning("Skipping a bad record (%s): %s", error.kind, error)
+        if self.log.num_bad > self.max_bad_fraction * len(self):
+            raise TooManyBadRecordsError(
+                f"{self.log.num_bad} of {len(self)} records are bad, more than --max_bad_fraction "
+                f"{self.max_bad_fraction} allows: {self.log.bad_by_kind()}. The last one: {error}"
+            ) from error
+
+    def _check_ahead(self, count: int) -> None:
+        """Find broken lines everywhere, and bad fields and missing files among the first records."""
+        problems: dict[int, RecordError] = dict(self.source.broken)
+        num_paths = num_missing = 0
+        for index in range(min(count, len(self))):
+            if index in problems:
+                continue
+            try:
+                record = self.record(index)
+                missing = list(self._missing_files(record))
+            except RecordError as error:
+                problems[index] = error
+                continue
+            num_paths += len(record.images)
+            num_missing += len(missing)
+            if missing:
+                detail = f"there is no image file {missing[0]}; is --image_folder {self.image_folder} right?"
+                problems[index] = _record_error("missing_image", detail, record)
+        if num_paths and num_paths == num_missing:
+            first = next(error for error in problems.values() if error.kind == "missing_image")
+            raise DataError(
+                f"none of the {num_paths} image(s) that were looked for is there, so --image_folder "
+                f"{self.image_folder} is wrong. The first: {first}"
+            )
+        if problems and self.on_bad_record == "raise":
+            raise DataError(_summary(self.source.path, [problems[index] for index in sorted(problems)]))
+        for index in sorted(problems):
+            self._skip(index, problems[index])
+
+    def _missing_files(self, record: Record) -> Iterable[Path]:
+        try:
+            paths = [resolve_image_path(path, self.image_folder) for path in record.images]
+        except MediaError as error:
+            raise _record_error(error.kind, error.detail, record) from error
+        return (path for path in paths if not path.is_file())
+
+
+def _record_error(kind: str, detail: str, record: Record) -> RecordError:
+    return RecordError(kind, detail, where=record.where, record_id=record.id)
+
+
+def _summary(path: Path, problems: list[RecordError]) -> str:
+    lines = "\n  ".join(str(problem) for problem in problems[:_SHOWN])
+    more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return (
+        f"{path} has {len(problems)} bad record(s); correct them, or leave them out with --on_bad_record skip:\n"
+        f"  {lines}{more}"
+    )

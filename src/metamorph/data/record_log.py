@@ -1,0 +1,50 @@
+"""What happened to each record, counted once however often it is read and in whichever process."""
+
+from __future__ import annotations
+
+import torch
+
+from metamorph.data.records import BAD_RECORD_KINDS
+
+
+class RecordLog:
+    """Notes on the records of one data set, in memory that the workers of a data loader share.
+
+    Args:
+        num_records: Number of records.
+    """
+
+    def __init__(self, num_records: int) -> None:
+        # One byte (or two) a record instead of counters: no locks, and a second epoch counts nothing twice.
+        self._kinds = torch.zeros(num_records, dtype=torch.uint8).share_memory_()
+        self._truncated = torch.zeros(num_records, dtype=torch.bool).share_memory_()
+        self._dropped = torch.zeros(num_records, dtype=torch.int16).share_memory_()
+
+    def note_bad(self, index: int, kind: str) -> None:
+        """Record `index` is bad; `kind` is one of `BAD_RECORD_KINDS`."""
+        self._kinds[index] = BAD_RECORD_KINDS.index(kind) + 1
+
+    def note_truncated(self, index: int, num_dropped_images: int) -> None:
+        """Record `index` was cut to `model_max_length` and lost this many images."""
+        self._truncated[index] = True
+        self._dropped[index] = num_dropped_images
+
+    @property
+    def num_bad(self) -> int:
+        """Number of bad records met so far."""
+        return int(self._kinds.count_nonzero())
+
+    def bad_by_kind(self) -> dict[str, int]:
+        """Number of bad records met so far, for each kind that occurred."""
+        counts = torch.bincount(self._kinds, minlength=len(BAD_RECORD_KINDS) + 1).tolist()
+        return {kind: count for kind, count in zip(BAD_RECORD_KINDS, counts[1:], strict=True) if count}
+
+    @property
+    def num_truncated(self) -> int:
+        """Number of records met so far that were cut."""
+        return int(self._truncated.count_nonzero())
+
+    @property
+    def num_dropped_images(self) -> int:
+        """Number of images that were cut off with their placeholders."""
+        return int(self._dropped.sum())
