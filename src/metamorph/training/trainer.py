@@ -90,6 +90,7 @@ class MetaMorphTrainer(Trainer):
             del self.model.config.use_cache  # set by Trainer; it would be saved and slow down generation
         self._normalizers: tuple[Tensor, Tensor] | None = None
         self._window = LossWindow()
+        self._rates: dict[str, float] = {}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -145,8 +146,7 @@ class MetaMorphTrainer(Trainer):
         """
         if "loss" in logs:
             logs.update(self._window.drain(self.accelerator))
-            groups = [] if self.optimizer is None else self.optimizer.param_groups
-            logs.update({f"lr_{group['name']}": group["lr"] for group in groups if "no_decay" not in group["name"]})
+            logs.update(self._rates)
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -162,6 +162,12 @@ class MetaMorphTrainer(Trainer):
             self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
 
+    def _get_learning_rate(self) -> float:
+        """Trainer asks once in every step, before the scheduler moves on: note the rates of all modules with it."""
+        groups = [group for group in self.optimizer.param_groups if "no_decay" not in group["name"]]
+        self._rates = {f"lr_{group['name']}": group["lr"] for group in groups}
+        return super()._get_learning_rate()
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write connector (stage 1) or model (stage 2), configuration and processor; the main process only."""
         if not self.args.should_save:
@@ -172,6 +178,8 @@ class MetaMorphTrainer(Trainer):
             save_connector(self.model, folder)
             self.model.config.save_pretrained(folder)
         else:
+            # Base language models name one end token; ours also end their turns.
+            self.model.generation_config.eos_token_id = self.processing_class.end_of_turn_token_ids
             self.model.save_pretrained(folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)

@@ -1,0 +1,134 @@
+"""A training run from beginning to end: arguments, model, data, trainer, saved result."""
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from metamorph.data.collation import PaddedCollator
+from metamorph.data.dataset import ConversationDataset
+from metamorph.models.embeddings import merge_new_token_rows
+from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.assemble import load_model, make_plan
+from metamorph.training.checkpoint import find_checkpoint
+from metamorph.training.stages import apply_stage, format_summary
+from metamorph.training.trainer import MetaMorphTrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves."""
+
+    output_dir: str
+    """Stage 1: folder with `mm_projector.safetensors`. Stage 2: folder that `from_pretrained` opens."""
+    stage: int
+    """1 or 2."""
+    global_step: int
+    """Optimizer steps done, those before a resume included."""
+    metrics: dict[str, float]
+    """Final numbers: `train_loss`, `train_runtime` in seconds, ..."""
+    log_history: list[dict[str, Any]]
+    """Every log line: `step`, `loss`, `text_loss`, `visual_loss`, `visual_cosine`, `learning_rate`, ..."""
+    model: MetaMorphForConditionalGeneration
+    """The trained model, with a plain embedding table."""
+    processor: MetaMorphProcessor
+    """Its processor."""
+    is_main_process: bool
+    """Whether this process wrote the result."""
+
+
+def run_training(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: MetaMorphTrainingArguments,
+    callbacks: list[Any] | None = None,
+) -> TrainResult:
+    """Train stage 1 or stage 2. `metamorph train` is this function with flags.
+
+    What can be wrong with the input is found before the weights are loaded.
+
+    Args:
+        model_args: What the network is, and the stage.
+        data_args: What it learns from.
+        training_args: How it learns.
+        callbacks: `transformers.TrainerCallback` objects, for example a progress display.
+
+    Returns:
+        The result, also in memory.
+    """
+    # 1. Everything that can be checked without weights.
+    checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint, model_args.stage)
+    plan = make_plan(model_args, data_args.image_aspect_ratio)
+    dataset = ConversationDataset(
+        data_args.data_path,
+        plan.processor,
+        image_folder=data_args.image_folder,
+        model_max_length=data_args.model_max_length,
+        on_bad_record=data_args.on_bad_record,
+        max_bad_fraction=data_args.max_bad_fraction,
+    )
+
+    # 2. The model, and the part of it that this stage trains.
+    set_seed(training_args.seed)  # the connector and the vision head start at random
+    model = load_model(model_args, plan)
+    summary = apply_stage(model, model_args)
+    logger.info("stage %d trains:\n%s", model_args.stage, format_summary(summary, training_args))
+    _allow_unused_parameters(model_args, training_args)
+
+    # 3. Training.
+    trainer = MetaMorphTrainer(
+        stage=model_args.stage,
+        model=model,
+        args=training_args,
+        train_dataset=dataset,
+        data_collator=PaddedCollator(plan.processor.pad_token_id, return_ids=False),
+        processing_class=plan.processor,
+        callbacks=callbacks,
+    )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+
+    # 4. The result.
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        save_arguments(training_args.output_dir, model_args, data_args)
+    trainer.accelerator.wait_for_everyone()
+    merge_new_token_rows(model)
+    return TrainResult(
+        output_dir=training_args.output_dir,
+        stage=model_args.stage,
+        global_step=result.global_step,
+        metrics=result.metrics,
+        log_history=trainer.state.log_history,
+        model=model,
+        processor=plan.processor,
+        is_main_process=trainer.is_world_process_zero(),
+    )
+
+
+def save_arguments(output_dir: str, model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Write the model and data flags beside the result; the trainer writes its own to training_args.json.
+
+    Args:
+        output_dir: Folder of the result.
+        model_args: Model flags.
+        data_args: Data flags.
+    """
+    values = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args)}
+    path = Path(output_dir) / "model_and_data_args.json"
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _allow_unused_parameters(model_args: ModelArguments, training_args: MetaMorphTrainingArguments) -> None:
+    """A trained tower or token mixer has no gradient on a rank whose batch has no image; DDP must expect that."""
+    if not model_args.freeze_vision or model_args.image_token_reduction == "mlpmixer":
+        training_args.ddp_find_unused_parameters = True
