@@ -28,7 +28,8 @@ class MetaMorphConfig(PreTrainedConfig):
         text_config: configuration (or its dict) of any decoder-only language model. Defaults to `LlamaConfig()`.
         vision_config: configuration (or its dict) of a SigLIP, SigLIP 2, CLIP or DINOv2 vision model.
             Defaults to `SiglipVisionConfig()`.
-        image_token_id: id of the placeholder that stands for one visual token in `input_ids`.
+        image_token_id: id of the placeholder that stands for one visual token in `input_ids`; -1 (no token) until
+            it is read from a tokenizer, as `from_parts` does.
         image_start_token_id: id of `<image_start>`; None without `mm_use_im_start_end`.
         image_end_token_id: id of `<image_end>`; None without `mm_use_im_start_end`.
         num_image_tokens: visual tokens per image after reduction (`N`).
@@ -54,9 +55,9 @@ class MetaMorphConfig(PreTrainedConfig):
     model_type = "metamorph"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    image_token_id: int | None = None
+    text_config: Any = None
+    vision_config: Any = None
+    image_token_id: int = -1
     image_start_token_id: int | None = None
     image_end_token_id: int | None = None
     num_image_tokens: int = 64

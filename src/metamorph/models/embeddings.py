@@ -1,4 +1,4 @@
-"""Training only the embedding rows of the new tokens (stage 1), without gradients for the rest of the table.
+"""Embedding rows of the new tokens: adding them, and training nothing but them in stage 1.
 
 Stage 1 must leave the language model bit-identical but needs embeddings for `<image_start>` and `<image_end>`. Masking
 the gradient of the whole table would still allocate gradient and optimizer state for all of it (4 GB for Llama-3 8B),
@@ -22,6 +22,7 @@ class NewTokenEmbedding(nn.Module):
 
     def __init__(self, table: nn.Embedding, token_ids: list[int]):
         super().__init__()
+        self.token_ids: Tensor
         self.weight = table.weight.requires_grad_(False)
         self.new_rows = nn.Parameter(table.weight.detach()[token_ids].clone())
         self.register_buffer("token_ids", torch.tensor(token_ids, device=table.weight.device), persistent=False)
@@ -34,7 +35,7 @@ class NewTokenEmbedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[batch, sequence] -> [batch, sequence, hidden]."""
-        is_new = input_ids.unsqueeze(-1) == self.token_ids  # [batch, sequence, new tokens]
+        is_new = input_ids.unsqueeze(-1).eq(self.token_ids)  # [batch, sequence, new tokens]
         rows = self.new_rows[is_new.int().argmax(dim=-1)] * getattr(self.table, "embed_scale", 1.0)
         plain = self.table(input_ids)
         return torch.where(is_new.any(dim=-1, keepdim=True), rows.to(plain.dtype), plain)
@@ -74,3 +75,22 @@ def merge_new_token_rows(model: PreTrainedModel) -> None:
         table = embedding.table
         table.weight[embedding.token_ids] = embedding.new_rows.to(table.weight.dtype)
         model.set_input_embeddings(table)
+
+
+@torch.no_grad()
+def add_token_rows(language_model: PreTrainedModel, known_tokens: int, num_tokens: int, new_ids: list[int]) -> None:
+    """Grows the vocabulary to `num_tokens` and starts the rows `new_ids` at the mean of the known ones.
+
+    Tables that are already large enough (Qwen pads them) keep their size; their unused rows are initialised too.
+
+    Args:
+        language_model: a causal language model, changed in place (input and output table).
+        known_tokens: size of the tokenizer before the new tokens.
+        num_tokens: its size with them.
+        new_ids: ids of the new tokens.
+    """
+    if num_tokens > language_model.get_input_embeddings().weight.shape[0]:
+        language_model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    tables = {language_model.get_input_embeddings().weight, language_model.get_output_embeddings().weight}
+    for table in tables if new_ids else ():
+        table[new_ids] = table[:known_tokens].float().mean(dim=0).to(table.dtype)

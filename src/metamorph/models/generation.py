@@ -39,10 +39,12 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
 
     def __init__(self, config: MetaMorphConfig, max_length: int, allow_images: bool = True):
         self.placeholder = config.image_token_id
-        self.start, self.end = config.image_start_token_id, config.image_end_token_id
+        self.has_markers = config.image_start_token_id is not None and config.image_end_token_id is not None
+        self.start = config.image_start_token_id if config.image_start_token_id is not None else -1
+        self.end = config.image_end_token_id if config.image_end_token_id is not None else -1
         self.num_image_tokens = config.num_image_tokens
         self.max_length = max_length
-        self.allow_images = allow_images and self.start is not None
+        self.allow_images = allow_images
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Masks scores.
@@ -52,7 +54,7 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
             scores: [batch, vocabulary]
         """
         scores = scores.clone()
-        if self.start is None:  # no start token: nothing can begin an image
+        if not self.has_markers:  # nothing can begin an image
             scores[:, self.placeholder] = -torch.inf
             return scores
         begun = self._tokens_since_start(input_ids)  # [batch], -1 outside an image
@@ -67,9 +69,9 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
     def _tokens_since_start(self, input_ids: Tensor) -> Tensor:
         """Placeholders since an open `<image_start>` at the end of each row; -1 if no image is open."""
         window = input_ids[:, -(self.num_image_tokens + 1) :]
-        run = (window == self.placeholder).flip(1).long().cumprod(dim=1).sum(dim=1)  # trailing placeholders
+        run = window.eq(self.placeholder).flip(1).long().cumprod(dim=1).sum(dim=1)  # trailing placeholders
         before = (window.shape[1] - 1 - run).clamp(min=0)
-        opened = (window.gather(1, before.unsqueeze(1)).squeeze(1) == self.start) & (run < window.shape[1])
+        opened = window.gather(1, before.unsqueeze(1)).squeeze(1).eq(self.start) & (run < window.shape[1])
         return torch.where(opened, run, -1)
 
 
@@ -212,7 +214,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         )
         cached = kwargs.get("use_cache", True)
         steps = len(generated_state.steps) if generated_state is not None else 0
-        if steps:
+        if generated_state is not None and steps:
             inputs["generated_visual_tokens"] = generated_state.last(1 if cached else steps)
         if visual_tokens is not None and (is_first_iteration or not cached):
             prompt_length = inputs["input_ids"].shape[1]
@@ -226,7 +228,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if prefix == 0:
             return visual_tokens
         prompt = input_ids[:, : input_ids.shape[1] - steps]
-        is_placeholder = prompt == self.config.image_token_id
+        is_placeholder = prompt.eq(self.config.image_token_id)
         total = is_placeholder.sum(dim=1) // self.config.num_image_tokens
         dropped = is_placeholder[:, :prefix].sum(dim=1) // self.config.num_image_tokens
         rows = visual_tokens.split(total.tolist())
@@ -245,8 +247,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Repeats rows for `num_return_sequences`; images are repeated with their row, not one by one."""
         visual_tokens = model_kwargs.pop("visual_tokens", None)
-        if visual_tokens is not None and expand_size > 1:
-            per_row = (input_ids == self.config.image_token_id).sum(dim=1) // self.config.num_image_tokens
+        if visual_tokens is not None and input_ids is not None and expand_size > 1:
+            per_row = input_ids.eq(self.config.image_token_id).sum(dim=1) // self.config.num_image_tokens
             rows = visual_tokens.split(per_row.tolist())
             visual_tokens = torch.cat([row for row in rows for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(

@@ -6,7 +6,7 @@ An empty set of positions gives a sum of exactly 0 that still reaches the head's
 ranks without any such position stay aligned with the others.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ SOFTMAX_TEMPERATURE = 0.07
 """Temperature of the soft cross-entropy, as in the original system."""
 
 
-class LossSum(NamedTuple):
+@dataclass(frozen=True)
+class LossSum:
     """A loss that is not yet averaged."""
 
     sum: Tensor

@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_metamorph import MetaMorphConfig
 from .constants import IGNORE_INDEX
-from .embeddings import NewTokenEmbedding
+from .embeddings import NewTokenEmbedding, add_token_rows
 from .generation import MetaMorphGenerationMixin
 from .image_tokens import add_image_tokens
 from .losses import average, cosine_sum, text_loss, visual_loss
@@ -122,7 +122,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             raise ValueError("give pixel_values or visual_tokens, not both: they are two forms of the same images")
         if pixel_values is not None and pixel_values.shape[0]:
             visual_tokens = self.vision_tower(pixel_values)
-        if inputs_embeds is None:
+        if input_ids is not None:
             inputs_embeds = self.embed(input_ids, visual_tokens, generated_visual_tokens)
         elif visual_tokens is not None:
             raise ValueError("images need input_ids, whose placeholders say where they belong; inputs_embeds have none")
@@ -203,7 +203,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         super().__init__(config)
         self.model = MetaMorphModel(config)
         text = config.text_config
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
+        self.lm_head: nn.Module = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
         self.vision_head = build_vision_head(config)
         self._declare_tied_weights()
         self.post_init()
@@ -240,7 +240,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         config.image_token_id = tokens.image
         config.image_start_token_id, config.image_end_token_id = tokens.image_start, tokens.image_end
         new_ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens.new]
-        _add_rows(language_model, known_tokens, len(tokenizer), new_ids)
+        add_token_rows(language_model, known_tokens, len(tokenizer), new_ids)
         config.text_config = language_model.config
         head = language_model.get_output_embeddings()
         config.lm_head_bias = head.bias is not None
@@ -418,19 +418,6 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         table = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is table)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"} if self.config.tie_word_embeddings else {}
-
-
-@torch.no_grad()
-def _add_rows(language_model: PreTrainedModel, known_tokens: int, num_tokens: int, new_ids: list[int]) -> None:
-    """Grows the vocabulary to `num_tokens` and starts the rows `new_ids` at the mean of the known ones.
-
-    Tables that are already large enough (Qwen pads them) keep their size; their unused rows are initialised too.
-    """
-    if num_tokens > language_model.get_input_embeddings().weight.shape[0]:
-        language_model.resize_token_embeddings(num_tokens, mean_resizing=False)
-    tables = {language_model.get_input_embeddings().weight, language_model.get_output_embeddings().weight}
-    for table in tables if new_ids else ():
-        table[new_ids] = table[:known_tokens].float().mean(dim=0).to(table.dtype)
 
 
 AutoConfig.register(MetaMorphConfig.model_type, MetaMorphConfig, exist_ok=True)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -258,7 +258,7 @@ def _cut_encoder(encoder: PreTrainedModel, select_layer: int, num_layers: int) -
 
 
 @contextmanager
-def _quiet_load_report():
+def _quiet_load_report() -> Iterator[None]:
     """Hides the long report on the text half of a CLIP/SigLIP checkpoint, which is rightly not loaded."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
