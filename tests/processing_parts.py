@@ -1,0 +1,122 @@
+"""Tokenizers, image processors and pictures for the tests of the processor and of the data."""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, SiglipImageProcessor
+
+from metamorph.models.processing_metamorph import MetaMorphProcessor
+
+
+GOLDEN = Path(__file__).parent / "golden"
+IMAGE_SIZE = 112
+
+# Three families of chat templates, in the form in which base models ship them.
+LLAMA3_JINJA = (
+    "{% for m in messages %}"
+    "{% set text = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.first %}{% set text = bos_token + text %}{% endif %}{{ text }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+QWEN_JINJA = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+THINKING_JINJA = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if loop.last and m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MISTRAL_JINJA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate user and assistant') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+CHAT_TEMPLATES = {"llama3": LLAMA3_JINJA, "qwen": QWEN_JINJA, "thinking": THINKING_JINJA, "mistral": MISTRAL_JINJA}
+
+
+def golden_tokenizer():
+    """Byte-level BPE with Llama 3's special tokens; it starts every text with a BOS token."""
+    return AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+
+
+def tokenizer_with(chat_template: str | None = None):
+    """The golden tokenizer, that also knows the control tokens of ChatML and Mistral."""
+    tokenizer = golden_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"], special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATES.get(chat_template, chat_template)
+    return tokenizer
+
+
+def sentencepiece_tokenizer():
+    """A BPE tokenizer that writes spaces as ▁ in front of words, as Llama 2 and Mistral do."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>", "[INST]", "[/INST]"])
+    backend.train_from_iterator(["the cat sat on the mat and what is this, a red square? yes it is."] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = MISTRAL_JINJA
+    return tokenizer
+
+
+def word_tokenizer():
+    """One token for each word: the name of a control token in a text is a word of the vocabulary, too."""
+    words = ["<unk>", "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "user", "assistant", "a", "red", "cat"]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(words[1:6])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def build_processor(
+    tokenizer=None, version: str = "llama3", num_image_tokens: int = 16, **fields
+) -> MetaMorphProcessor:
+    """A processor for the golden pictures, 112 pixels and 16 visual tokens each unless told otherwise."""
+    image_processor = SiglipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    tokenizer = tokenizer or golden_tokenizer()
+    return MetaMorphProcessor(image_processor, tokenizer, num_image_tokens=num_image_tokens, version=version, **fields)
+
+
+def golden_image(name: str) -> Image.Image:
+    return Image.open(GOLDEN / "images" / f"{name}.png").convert("RGB")
+
+
+def chat(*texts: str, system: str | None = None) -> list[dict[str, str]]:
+    """Messages of the user and the assistant in turns."""
+    messages = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+
+def llava(record_id, *texts: str, image=None) -> dict:
+    """A LLaVA record of a human and gpt in turns."""
+    turns = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
+    record = {"id": record_id, "conversations": turns}
+    return record if image is None else {**record, "image": image}
+
+
+def write_jsonl(path: Path, records: list) -> Path:
+    """One line for each record; a string is written as it is."""
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def supervised_text(processor: MetaMorphProcessor, encoded) -> str:
+    """The text of all supervised tokens, control tokens included."""
+    return processor.tokenizer.decode(encoded.labels[encoded.labels != -100])
