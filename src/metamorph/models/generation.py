@@ -39,7 +39,8 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
 
     def __init__(self, config: MetaMorphConfig, max_length: int, allow_images: bool = True):
         self.placeholder = config.image_token_id
-        self.has_markers = config.image_start_token_id is not None and config.image_end_token_id is not None
+        has_markers = config.image_start_token_id is not None and config.image_end_token_id is not None
+        self.can_draw = has_markers and config.use_vision_ar
         self.start = config.image_start_token_id if config.image_start_token_id is not None else -1
         self.end = config.image_end_token_id if config.image_end_token_id is not None else -1
         self.num_image_tokens = config.num_image_tokens
@@ -54,8 +55,8 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
             scores: [batch, vocabulary]
         """
         scores = scores.clone()
-        if not self.has_markers:  # nothing can begin an image
-            scores[:, self.placeholder] = -torch.inf
+        if not self.can_draw:
+            scores[:, [i for i in (self.placeholder, self.start, self.end) if i >= 0]] = -torch.inf
             return scores
         begun = self._tokens_since_start(input_ids)  # [batch], -1 outside an image
         forced = torch.where(begun < self.num_image_tokens, self.placeholder, self.end)
@@ -89,21 +90,26 @@ class GeneratedVisualTokens:
         """[batch, count, D] the candidates of the last `count` tokens."""
         return torch.cat(self.steps[-count:], dim=1)
 
-    def images(self, sequences: Tensor, prompt_length: int, placeholder: int, size: int) -> tuple[Tensor, Tensor]:
+    def images(
+        self, sequences: Tensor, prompt_length: int, placeholder: int, size: int, features: int
+    ) -> tuple[Tensor, Tensor]:
         """Collects the complete images.
 
         Args:
             sequences: [batch, prompt_length + steps] with the chosen tokens.
             prompt_length: tokens before the first generated one.
             placeholder: token id of visual tokens.
-            size: visual tokens of one image.
+            size: visual tokens of one image (N).
+            features: features of one visual token (D).
 
         Returns:
-            [images, size, D] in reading order, and [batch] images of each row. An image that a stopping criterion
+            [images, N, D] in reading order, and [batch] images of each row. An image that a stopping criterion
             (a time limit, say) cut short is left out.
         """
         chosen = sequences[:, prompt_length:] == placeholder  # [batch, generated]
         num_images = chosen.sum(dim=1) // size
+        if not num_images.any():
+            return torch.empty(0, size, features, device=sequences.device), num_images
         candidates = self.last(len(self.steps))[:, : chosen.shape[1]]
         rows = [candidates[b][chosen[b]][: int(n) * size] for b, n in enumerate(num_images)]
         return torch.cat(rows).reshape(-1, size, candidates.shape[-1]), num_images
@@ -157,9 +163,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
             visual_tokens = self.get_visual_tokens(pixel_values)
         state = GeneratedVisualTokens()
         max_length = self._max_length(inputs.shape[1], kwargs)
-        grammar = ImageGrammarLogitsProcessor(
-            self.config, max_length, allow_images=allow_images and self.config.use_vision_ar
-        )
+        grammar = ImageGrammarLogitsProcessor(self.config, max_length, allow_images=allow_images)
         output = super().generate(
             inputs,
             visual_tokens=visual_tokens,
@@ -170,8 +174,13 @@ class MetaMorphGenerationMixin(GenerationMixin):
         )
         if not return_dict_in_generate:
             return output.sequences
+        config = self.config
         images, num_images = state.images(
-            output.sequences, inputs.shape[1], self.config.image_token_id, self.config.num_image_tokens
+            output.sequences,
+            inputs.shape[1],
+            placeholder=config.image_token_id,
+            size=config.num_image_tokens,
+            features=config.vision_feature_size,
         )
         return MetaMorphGenerateOutput(**output, visual_tokens=images, num_images=num_images)
 
