@@ -69,11 +69,12 @@ def cosine_sum(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def average(loss: LossSum, normalizer: Tensor | float | None) -> Tensor:
-    """Divides a sum by `normalizer`, or by its own count; an empty sum stays exactly 0."""
-    divisor = loss.count if normalizer is None else normalizer
-    if isinstance(divisor, Tensor):
-        return loss.sum / divisor.clamp(min=1)
-    return loss.sum / max(divisor, 1)
+    """Divides a sum by `normalizer`, or by its own count; an empty sum divided by a count of 0 stays exactly 0.
+
+    A normalizer may lie between 0 and 1: data parallelism divides the count of the step by the number of ranks.
+    """
+    divisor = torch.as_tensor(loss.count if normalizer is None else normalizer, device=loss.sum.device)
+    return loss.sum / (divisor + (divisor == 0))
 
 
 def _count(positions: Tensor) -> Tensor:
