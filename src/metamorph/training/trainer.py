@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from metamorph.models.constants import IGNORE_INDEX
 from metamorph.models.modeling_metamorph import MetaMorphOutput
-from metamorph.training.checkpoint import load_connector, load_weights, save_connector
+from metamorph.training.checkpoint import TRAINER_STATE_FILE, load_connector, load_weights, save_connector
 from metamorph.training.stages import optimizer_groups
 
 
@@ -91,6 +93,30 @@ class MetaMorphTrainer(Trainer):
         self._normalizers: tuple[Tensor, Tensor] | None = None
         self._window = LossWindow()
         self._rates: dict[str, float] = {}
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        """Train, or only load the weights of a checkpoint that is already at the last step.
+
+        `transformers.Trainer` would do one step too many there (seen in 5.23, when the last step is not the last of
+        an epoch), so that restarting a finished run would change its result.
+
+        Args:
+            resume_from_checkpoint: Folder of a checkpoint.
+            **kwargs: As for `transformers.Trainer.train`.
+        """
+        if resume_from_checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_FILE))
+            if self._is_finished(state):
+                logger.info("%s is at the last step already: there is nothing left to train", resume_from_checkpoint)
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, math.nan, {})
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _is_finished(self, state: TrainerState) -> bool:
+        if self.args.max_steps > 0:
+            return state.global_step >= self.args.max_steps
+        return (state.epoch or 0) >= self.args.num_train_epochs
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device

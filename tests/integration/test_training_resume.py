@@ -1,0 +1,88 @@
+"""Resumed equals uninterrupted, and what a run resumes from."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from training_parts import arguments
+
+from metamorph.training.checkpoint import CONNECTOR_FILE, find_checkpoint
+from metamorph.training.run import TrainResult, run_training
+
+
+EXACT = ("loss", "text_loss", "visual_loss", "visual_cosine", "grad_norm", "learning_rate", "epoch")
+STEPS = 5
+"""Of two micro-batches of two: an epoch of 12 samples ends after step 3."""
+
+
+def flags_of(stage: int) -> dict[str, object]:
+    flags = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+    return flags if stage == 1 else {**flags, "from_scratch_connector": True}
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def uninterrupted(request: pytest.FixtureRequest, parts: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return run_training(*arguments(parts, folder, stage=request.param, **flags_of(request.param)))
+
+
+def assert_same_end(resumed: TrainResult, uninterrupted: TrainResult, first_step: int) -> None:
+    ours, theirs = ([line for line in r.log_history if "text_loss" in line] for r in (resumed, uninterrupted))
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 4, 5]
+    for mine, other in zip(ours[first_step:], theirs[first_step:], strict=True):
+        assert {k: mine.get(k) for k in EXACT} == {k: other.get(k) for k in EXACT}
+    weights = uninterrupted.model.state_dict()
+    for name, weight in resumed.model.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_resumed_equals_uninterrupted(parts: Path, uninterrupted: TrainResult, tmp_path: Path) -> None:
+    stage = uninterrupted.stage
+    checkpoint = Path(uninterrupted.output_dir) / "checkpoint-2"
+    flags = {**flags_of(stage), "resume_from_checkpoint": str(checkpoint)}
+    resumed = run_training(*arguments(parts, tmp_path, stage=stage, **flags))
+    assert_same_end(resumed, uninterrupted, first_step=2)
+
+
+def test_r25_the_same_command_again_resumes(parts: Path, uninterrupted: TrainResult, tmp_path: Path) -> None:
+    """As a requeued job does: same flags, same output_dir. A checkpoint cut off while it was written is passed over."""
+    stage = uninterrupted.stage
+    shutil.copytree(uninterrupted.output_dir, tmp_path, dirs_exist_ok=True)
+    for weights in (*tmp_path.glob("checkpoint-5/model*"), *tmp_path.glob(f"checkpoint-5/{CONNECTOR_FILE}")):
+        weights.unlink()
+    assert find_checkpoint(str(tmp_path), None, stage) == str(tmp_path / "checkpoint-4")
+    resumed = run_training(*arguments(parts, tmp_path, stage=stage, **flags_of(stage)))
+    assert_same_end(resumed, uninterrupted, first_step=4)
+
+
+def test_a_finished_run_is_not_trained_further(parts: Path, uninterrupted: TrainResult, tmp_path: Path) -> None:
+    stage = uninterrupted.stage
+    shutil.copytree(uninterrupted.output_dir, tmp_path, dirs_exist_ok=True)
+    again = run_training(*arguments(parts, tmp_path, stage=stage, **flags_of(stage)))
+    assert again.global_step == STEPS
+    assert_same_end(again, uninterrupted, first_step=STEPS)
+
+
+def test_r25_checkpoints_hold_the_optimizer(uninterrupted: TrainResult) -> None:
+    checkpoint = Path(uninterrupted.output_dir) / "checkpoint-4"
+    names = {file.name for file in checkpoint.iterdir()}
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= names
+    assert (CONNECTOR_FILE in names) == (uninterrupted.stage == 1)
+    assert ("model.safetensors" in names) == (uninterrupted.stage == 2)
+    assert "training_args.bin" not in names  # a pickle
+
+
+def test_what_a_run_resumes_from(uninterrupted: TrainResult, tmp_path: Path) -> None:
+    folder, stage = uninterrupted.output_dir, uninterrupted.stage
+    newest = f"{folder}/checkpoint-{STEPS}"
+    assert find_checkpoint(folder, None, stage) == newest
+    assert find_checkpoint(folder, "True", stage) == newest
+    assert find_checkpoint(folder, "False", stage) is None
+    assert find_checkpoint(str(tmp_path), None, stage) is None
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint in --output_dir"):
+        find_checkpoint(str(tmp_path), "True", stage)
+    with pytest.raises(FileNotFoundError, match="--resume_from_checkpoint /nowhere is not a complete checkpoint"):
+        find_checkpoint(folder, "/nowhere", stage)
+    with pytest.raises(ValueError, match="give each stage its own --output_dir"):
+        find_checkpoint(folder, None, 3 - stage)
