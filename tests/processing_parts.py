@@ -67,7 +67,6 @@ def sentencepiece_tokenizer():
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = MISTRAL_JINJA
     return tokenizer

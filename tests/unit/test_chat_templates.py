@@ -183,7 +183,7 @@ def test_a_tokenizer_without_the_control_tokens_is_refused():
 def test_plain_needs_an_end_of_sequence_token():
     tokenizer = golden_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="--version plain.*set eos_token"):
+    with pytest.raises(ValueError, match=r"--version plain.*set eos_token"):
         get_chat_template("plain", tokenizer)
 
 

@@ -256,15 +256,10 @@ def test_a_saved_processor_is_the_same_when_it_is_loaded(tmp_path, version):
 
 
 def test_from_parts_follows_the_configuration():
-    config = tiny_config(version="llama3_original", mm_use_im_start_end=False)
-    processor = MetaMorphProcessor.from_parts(
-        golden_tokenizer(), CLIPImageProcessor(), config, image_aspect_ratio="pad"
-    )
-    assert (processor.version, processor.num_image_tokens, processor.image_aspect_ratio) == (
-        "llama3_original",
-        4,
-        "pad",
-    )
+    config = tiny_config(version="plain", mm_use_im_start_end=False)
+    tokenizer = golden_tokenizer()
+    processor = MetaMorphProcessor.from_parts(tokenizer, CLIPImageProcessor(), config, image_aspect_ratio="pad")
+    assert (processor.version, processor.num_image_tokens, processor.image_aspect_ratio) == ("plain", 4, "pad")
     encoded = processor.encode_conversation(chat("<image>", "A cat."), PICTURES[:1])
     assert encoded.pixel_values.shape == (1, 3, 32, 32)
     assert (encoded.input_ids == processor.image_tokens.image).sum() == 4

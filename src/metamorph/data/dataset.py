@@ -145,14 +145,14 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             example["pixel_values"] = encoded.pixel_values
         return example
 
-    def _unsupervised(self, record: Record, encoded: EncodedConversation) -> UnsupervisedRecordError:
+    def _unsupervised(self, record: Record, encoded: EncodedConversation) -> RecordError:
         detail = "the record has no gpt turn, so there is nothing to learn; add an answer or remove the record"
         if encoded.truncated:
             detail = (
                 f"nothing of the answer is left within --model_max_length {self.model_max_length}; raise it or shorten "
                 "the record"
             )
-        return UnsupervisedRecordError("unsupervised", detail, where=record.where, record_id=record.id)
+        return UnsupervisedRecordError.at(record.where, "unsupervised", detail, record.id)
 
     def _note_truncated(self, index: int, record: Record, encoded: EncodedConversation) -> None:
         logger.log(
@@ -213,7 +213,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
 
 def _record_error(kind: str, detail: str, record: Record) -> RecordError:
-    return RecordError(kind, detail, where=record.where, record_id=record.id)
+    return RecordError.at(record.where, kind, detail, record.id)
 
 
 def _summary(path: Path, problems: list[RecordError]) -> str:

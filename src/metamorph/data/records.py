@@ -32,26 +32,24 @@ BAD_RECORD_KINDS = (
 
 
 class RecordError(ValueError):
-    """A record that cannot be used.
+    """A record that cannot be used; made with [`RecordError.at`].
 
-    Args:
-        kind: One of `BAD_RECORD_KINDS`.
-        detail: What is wrong and how to mend it.
-        where: File and line (or index) of the record.
-        record_id: The record's id, if it could be read.
+    The message alone is enough to make one, because a data loader does so with the errors of its workers.
     """
 
-    def __init__(self, kind: str, detail: str, *, where: str, record_id: str | None = None) -> None:
-        name = where if record_id is None else f"{where} (id {record_id!r})"
-        super().__init__(f"{name}: {detail}")
-        self.kind = kind
-        self.detail = detail
-        self.where = where
-        self.record_id = record_id
+    kind: str = "bad_field"
+    """One of `BAD_RECORD_KINDS`."""
+    where: str = ""
+    """File and line (or index) of the record."""
+    record_id: str | None = None
+    """The record's id, if it could be read."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Errors travel from the workers of a data loader, so they must be rebuilt with their fields."""
-        return (_rebuild_error, (type(self), self.kind, self.detail, self.where, self.record_id))
+    @classmethod
+    def at(cls, where: str, kind: str, detail: str, record_id: str | None = None) -> RecordError:
+        """Make the error of the record at `where`; `detail` tells what is wrong and how to mend it."""
+        error = cls(f"{where if record_id is None else f'{where} (id {record_id!r})'}: {detail}")
+        error.kind, error.where, error.record_id = kind, where, record_id
+        return error
 
 
 class UnsupervisedRecordError(RecordError):
@@ -100,7 +98,7 @@ def parse_record(value: Any, where: str) -> Record:
         RecordError: If a field is missing or wrong, turns are out of order, or images and markers differ in number.
     """
     if not isinstance(value, Mapping):
-        raise RecordError("bad_field", f"a record must be a JSON object, not {_type(value)}", where=where)
+        raise RecordError.at(where, "bad_field", f"a record must be a JSON object, not {_type(value)}")
     record_id = str(value["id"]) if value.get("id") is not None else where
     try:
         images = _parse_images(value.get("image"))
@@ -108,7 +106,7 @@ def parse_record(value: Any, where: str) -> Record:
         _check_order(turns)
         _check_markers(turns, images)
     except _Problem as problem:
-        raise RecordError(problem.kind, problem.detail, where=where, record_id=record_id) from None
+        raise RecordError.at(where, problem.kind, problem.detail, record_id) from None
     return Record(id=record_id, where=where, images=images, turns=turns)
 
 
@@ -177,7 +175,3 @@ def _check_markers(turns: Sequence[Turn], images: Sequence[str]) -> None:
 
 def _type(value: Any) -> str:
     return type(value).__name__
-
-
-def _rebuild_error(cls: type[RecordError], kind: str, detail: str, where: str, record_id: str | None) -> RecordError:
-    return cls(kind, detail, where=where, record_id=record_id)

@@ -168,12 +168,12 @@ def _parse_line(line: bytes, where: str) -> Any:
     try:
         return json.loads(line.removeprefix(_BOM))
     except json.JSONDecodeError as error:
-        raise RecordError(
+        raise RecordError.at(
+            where,
             "broken_line",
             f"the line is not valid JSON ({error.msg} at column {error.colno}: {line[:60]!r}); correct or remove it",
-            where=where,
         ) from error
     except UnicodeDecodeError as error:
-        raise RecordError(
-            "broken_line", f"the line is not UTF-8 text ({error.reason} at byte {error.start})", where=where
+        raise RecordError.at(
+            where, "broken_line", f"the line is not UTF-8 text ({error.reason} at byte {error.start})"
         ) from error

@@ -1,0 +1,149 @@
+"""Records and sources: everything that is wrong is found, and named with its place and its mend."""
+
+import json
+import pickle
+
+import pytest
+
+from metamorph.data.records import DataError, RecordError, Turn, parse_record
+from metamorph.data.sources import JsonArraySource, JsonlSource, open_source
+from processing_parts import llava, write_jsonl
+
+
+GOOD = llava("a", "<image> What?", "A cat.", image="a.png")
+
+
+def test_the_record_of_the_guide():
+    record = parse_record(GOOD, "file:1")
+    assert record.id == "a"
+    assert record.images == ("a.png",)
+    assert record.turns == (Turn("user", "<image> What?"), Turn("assistant", "A cat."))
+    assert record.turns[1].as_message() == {"role": "assistant", "content": "A cat."}
+
+
+def test_images_may_be_absent_one_or_many_in_any_turn():
+    assert parse_record(llava("a", "Hi", "Yes."), "file:1").images == ()
+    record = parse_record(llava("a", "<image><image>", "Then <image>.", image=["1.png", "2.png", "3.png"]), "file:1")
+    assert record.images == ("1.png", "2.png", "3.png")
+
+
+def test_a_system_turn_may_come_first():
+    record = {
+        "id": 7,
+        "conversations": [{"from": "system", "value": "Be nice."}, *llava(0, "Hi", "Yes.")["conversations"]],
+    }
+    assert [turn.role for turn in parse_record(record, "file:1").turns] == ["system", "user", "assistant"]
+    assert parse_record(record, "file:1").id == "7"
+
+
+def test_a_record_without_id_is_known_by_its_place():
+    record = {key: value for key, value in GOOD.items() if key != "id"}
+    assert parse_record(record, "file:3").id == "file:3"
+
+
+BAD = {
+    "not an object": (["a"], "bad_field", "must be a JSON object, not list"),
+    "no conversations": ({"id": "x"}, "bad_field", 'needs "conversations"'),
+    "empty conversations": ({"id": "x", "conversations": []}, "bad_field", 'needs "conversations"'),
+    "turn is text": ({"id": "x", "conversations": ["Hi"]}, "bad_field", "turn 1 must be a JSON object, not str"),
+    "unknown speaker": (
+        {"id": "x", "conversations": [{"from": "robot", "value": "Hi"}]},
+        "bad_field",
+        "turn 1 has \"from\": 'robot'; use one of system, human",
+    ),
+    "no text": ({"id": "x", "conversations": [{"from": "human"}]}, "bad_field", '"value": None; it must be a string'),
+    "image is a number": ({**GOOD, "image": 3}, "bad_field", '"image" must be a path or a list of paths'),
+    "image in a list of lists": ({**GOOD, "image": [["a.png"]]}, "bad_field", '"image" must be a path'),
+    "empty image path": ({**GOOD, "image": ""}, "bad_field", '"image" must be a path'),
+    "more markers": (llava("x", "<image><image>", "Yes.", image="a.png"), "image_count", r"2 <image> .* names 1 image"),
+    "more images": (llava("x", "Hi", "Yes.", image=["a.png"]), "image_count", r"0 <image> .* names 1 image"),
+    "gpt begins": (
+        {"id": "x", "conversations": [{"from": "gpt", "value": "Hi"}]},
+        "role_order",
+        "turn 1 is spoken by the assistant where the user is expected",
+    ),
+    "late system": (
+        {"id": "x", "conversations": [*GOOD["conversations"], {"from": "system", "value": "Be nice."}]},
+        "role_order",
+        "turn 3 is spoken by the system",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_records_are_named(name):
+    value, kind, message = BAD[name]
+    with pytest.raises(RecordError, match=message) as error:
+        parse_record(value, "data.jsonl:17")
+    assert error.value.kind == kind
+    assert str(error.value).startswith("data.jsonl:17")
+    if isinstance(value, dict):
+        assert "id 'x'" in str(error.value) or error.value.record_id == value["id"]
+
+
+def test_errors_travel_between_processes():
+    error = pickle.loads(pickle.dumps(RecordError.at("f:1", "bad_field", "detail", "a")))  # noqa: S301
+    assert (str(error), error.kind, error.record_id) == ("f:1 (id 'a'): detail", "bad_field", "a")
+
+
+def test_json_lines_are_read_in_any_order(tmp_path):
+    records = [llava(f"é{index}", "Hi", "Yes." * index) for index in range(20)]
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps(record, ensure_ascii=index % 2 == 0) for index, record in enumerate(records)]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines[:10]).encode() + b"\n \n\n" + "\n".join(lines[10:]).encode())
+    source = open_source(path)
+    assert isinstance(source, JsonlSource)
+    assert len(source) == 20
+    assert [source[index].value for index in reversed(range(20))] == records[::-1]
+    assert source[0].where == f"{path}:1"
+    assert source[10].where == f"{path}:13"  # the blank lines count
+    copy = pickle.loads(pickle.dumps(source))  # noqa: S301
+    assert copy[11].value == records[11]
+
+
+def test_every_broken_line_is_found_before_training(tmp_path):
+    lines = [GOOD, '{"id": "b", "conv', GOOD, "[1, 2", GOOD, '{"a": 1} {"b": 2}']
+    path = write_jsonl(tmp_path / "data.jsonl", lines)
+    with path.open("ab") as file:
+        file.write(b'{"id": "\xff"}\n')
+    source = JsonlSource(path)
+    assert [index for index, _ in source.broken] == [1, 3, 5, 6]
+    assert [error.where for _, error in source.broken] == [f"{path}:{line}" for line in (2, 4, 6, 7)]
+    assert {error.kind for _, error in source.broken} == {"broken_line"}
+    assert "not UTF-8" in str(source.broken[-1][1])
+    with pytest.raises(RecordError, match=r"data.jsonl:2: the line is not valid JSON \(.* at column \d+"):
+        source[1]
+    assert source[2].value == GOOD
+
+
+def test_unchecked_json_lines_show_their_faults_when_they_are_read(tmp_path):
+    source = JsonlSource(write_jsonl(tmp_path / "data.jsonl", [GOOD, "{"]), check=False)
+    assert not source.broken
+    with pytest.raises(RecordError, match=r"data\.jsonl:2"):
+        source[1]
+
+
+def test_r12_json_arrays_are_read(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([GOOD, llava("b", "Hi", "Yes.")], indent=2), encoding="utf-8")
+    source = open_source(path)
+    assert isinstance(source, JsonArraySource)
+    assert [record.value["id"] for record in source] == ["a", "b"]
+    assert source[1].where == f"{path}[1]"
+
+
+def test_what_is_no_source_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"--data_path .*missing.jsonl does not exist"):
+        open_source(tmp_path / "missing.jsonl")
+    with pytest.raises(DataError, match=r"is a folder; give a \.json or .jsonl file"):
+        open_source(tmp_path)
+    for name, text, message in (
+        ("empty.jsonl", "\n\n", "holds no records"),
+        ("empty.json", "[]", "holds no records"),
+        ("broken.json", '[{"id": 1},\n {"id": }]', r"broken.json:2:9: not valid JSON"),
+        ("latin.json", b'["\xe9"]', "not UTF-8 text"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(DataError, match=message):
+            open_source(path)
