@@ -17,6 +17,7 @@ from PIL import Image
 from metamorph.quickstart.render import BACKGROUND_RGB, CENTERS, HALF_EXTENT, IMAGE_SIZE, PALETTE, coverage
 from metamorph.quickstart.scenes import CORNERS, DEFAULT_POSITION, SHAPES, Scene, SceneObject
 
+
 FOREGROUND_DISTANCE = 70.0
 """RGB distance to the background from which on a pixel belongs to an object."""
 COLOR_TOLERANCE = 80.0
@@ -93,9 +94,7 @@ def read_image(image: Image.Image | np.ndarray) -> Reading:
         image = image.convert("RGB")
     pixels = np.asarray(image, np.float32)
     if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
-        raise ValueError(
-            f"The checker reads {IMAGE_SIZE}×{IMAGE_SIZE} RGB pictures, not shape {pixels.shape}."
-        )
+        raise ValueError(f"The checker reads {IMAGE_SIZE}×{IMAGE_SIZE} RGB pictures, not shape {pixels.shape}.")
     background, backdrop = _read_background(pixels)
     foreground = np.linalg.norm(pixels - backdrop, axis=-1) > FOREGROUND_DISTANCE
     middle = foreground[28:36, 28:36]
@@ -132,9 +131,7 @@ def judge(image: Image.Image | np.ndarray, scene: Scene) -> Verdict:
     )
 
 
-def _agreement(
-    found: tuple[ObjectReading, ...], wanted: tuple[SceneObject, ...]
-) -> tuple[int, int, int, int]:
+def _agreement(found: tuple[ObjectReading, ...], wanted: tuple[SceneObject, ...]) -> tuple[int, int, int, int]:
     pairs = list(zip(found, wanted, strict=True))
     return (
         sum(f.color == w.color for f, w in pairs),
@@ -148,9 +145,7 @@ def _read_background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
     """Name and measured RGB of the background, from the frame of the picture that no object reaches."""
     frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     measured = np.median(frame, axis=0)
-    name = min(
-        BACKGROUND_RGB, key=lambda key: float(np.linalg.norm(measured - np.asarray(BACKGROUND_RGB[key])))
-    )
+    name = min(BACKGROUND_RGB, key=lambda key: float(np.linalg.norm(measured - np.asarray(BACKGROUND_RGB[key]))))
     return name, measured
 
 
@@ -184,9 +179,7 @@ def _templates(position: str) -> tuple[list[tuple[str, str]], np.ndarray]:
     return names, np.stack(masks)
 
 
-def _read_object(
-    pixels: np.ndarray, foreground: np.ndarray, backdrop: np.ndarray, position: str
-) -> ObjectReading:
+def _read_object(pixels: np.ndarray, foreground: np.ndarray, backdrop: np.ndarray, position: str) -> ObjectReading:
     window = _window(position)
     patch = pixels[window].reshape(-1, 3)
     measured = np.median(patch[foreground[window].ravel()], axis=0)

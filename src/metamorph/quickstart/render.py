@@ -9,6 +9,7 @@ from PIL import Image
 
 from metamorph.quickstart.scenes import Scene
 
+
 IMAGE_SIZE = 64
 JITTER = 1
 """Objects of a jittered drawing stand up to this many pixels beside their nominal centre, along each axis."""

@@ -9,6 +9,7 @@ from itertools import product
 
 import numpy as np
 
+
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = ("red", "green", "blue", "yellow", "orange", "purple", "black")
 SIZES = ("small", "large")
