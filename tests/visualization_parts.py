@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 
 CROSS_ATTENTION_DIM = 16
@@ -71,3 +72,19 @@ def random_images(count: int, size: tuple[int, int] = (40, 32), seed: int = 0) -
         picture[top : top + size[1] // 3, left : left + size[0] // 3] = rng.integers(0, 200, 3)
         images.append(Image.fromarray(picture))
     return images
+
+
+def write_tiny_tower(folder: Path, seed: int = 0) -> Path:
+    """Write a SigLIP vision tower of 4×4 patches of 24 features, with its image processor."""
+    torch.manual_seed(seed)
+    config = SiglipVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    SiglipVisionModel(config).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder

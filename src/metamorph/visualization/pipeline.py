@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
 from metamorph.visualization.projector import VisualizationProjector, pad_condition
 
@@ -166,7 +168,7 @@ class VisualizationPipeline(DiffusionPipeline):
                 progress.update()
         return latents
 
-    def _decode(self, latents: torch.Tensor, output_type: str):
+    def _decode(self, latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:
         if output_type == "latent":
             return latents
         pixels = self.vae.decode(from_unet_latents(self.vae, latents).to(self.vae.dtype)).sample

@@ -92,6 +92,7 @@ class VisualizationProjector(ModelMixin, ConfigMixin):
             self.position_embeddings = nn.Parameter(torch.empty(1, num_positions, input_dim))
             # The embedding must be of the size of what it is added to, or it is either noise or unheard.
             nn.init.normal_(self.position_embeddings, std=1.0 if normalize_input else input_dim**-0.5)
+        self.network: nn.Module
         if mode == "mlp":
             self.network = _MlpProjector(input_dim, hidden_dim, output_dim, num_layers)
         elif mode in ("xattn", "xattnffn"):

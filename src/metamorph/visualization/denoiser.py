@@ -1,0 +1,172 @@
+"""One training step of the visualizer: encode, add noise, predict it from the visual tokens, compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.training_utils import compute_snr
+from torch import nn
+from torch.nn import functional as F
+
+from metamorph.models.vision_tower import VisionTower
+from metamorph.visualization.pipeline import to_unet_latents
+from metamorph.visualization.projector import VisualizationProjector, pad_condition
+
+
+class ConditionedUNet(nn.Module):
+    """Projector and UNet as the one module that is trained.
+
+    Args:
+        projector: Visual tokens to condition tokens.
+        unet: Noise predictor; frozen parameters stay as they are.
+    """
+
+    def __init__(self, projector: VisualizationProjector, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.projector = projector
+        self.unet = unet
+
+    def forward(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        visual_tokens: torch.Tensor,
+        keep_condition: torch.Tensor,
+    ) -> torch.Tensor:
+        """Predict the scheduler's target.
+
+        Args:
+            noisy_latents: `[images, channels, height, width]`.
+            timesteps: `[images]`.
+            visual_tokens: `[images, N, D]`.
+            keep_condition: `[images]` bool; where False, the whole condition of the image is zero.
+
+        Returns:
+            `[images, channels, height, width]`.
+        """
+        condition = pad_condition(self.projector(visual_tokens))
+        # Out of place: the projector's output belongs to the graph of its backward pass.
+        condition = torch.where(keep_condition[:, None, None], condition, torch.zeros_like(condition))
+        return self.unet(noisy_latents, timesteps, encoder_hidden_states=condition).sample
+
+
+class FrozenEncoders:
+    """The two encoders that are never trained.
+
+    Args:
+        tower: Vision tower.
+        vae: Autoencoder of the latents.
+    """
+
+    def __init__(self, tower: VisionTower, vae: AutoencoderKL) -> None:
+        self.tower = tower.requires_grad_(False).eval()
+        self.vae = vae.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def __call__(self, tower_pixels: torch.Tensor, vae_pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encode pictures.
+
+        Args:
+            tower_pixels: `[images, 3, S, S]` as the tower wants them.
+            vae_pixels: `[images, 3, R, R]` in −1..1.
+
+        Returns:
+            `visual_tokens [images, N, D]` and `moments [images, 2 · channels, height, width]`, the mean and
+            logarithm of the variance of the latents, both float32. The latents are drawn anew each time.
+        """
+        moments = self.vae.encode(vae_pixels.to(self.vae.dtype)).latent_dist.parameters
+        return {"visual_tokens": self.tower(tower_pixels).float(), "moments": moments.float()}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random about a batch."""
+
+    noise: torch.Tensor
+    """`[images, channels, height, width]`, normal: what is added to the latents."""
+    latent_noise: torch.Tensor
+    """`[images, channels, height, width]`, normal: which latents are drawn from the VAE's distribution."""
+    timesteps: torch.Tensor
+    """`[images]` long: how much noise is added."""
+    keep_condition: torch.Tensor
+    """`[images]` bool: False for samples whose condition is dropped."""
+
+    @classmethod
+    def at(
+        cls,
+        positions: torch.Tensor,
+        latent_shape: tuple[int, ...],
+        *,
+        seed: int,
+        num_timesteps: int,
+        cfg_prob: float,
+        noise_offset: float,
+    ) -> Draws:
+        """Draw for the samples at `positions` of the training stream.
+
+        Every sample has a generator of its own, seeded by `(seed, position)`. So what happens to it does not
+        depend on the batch size, accumulation, number of processes, or on where a run was interrupted.
+
+        Args:
+            positions: `[images]`, places in the stream.
+            latent_shape: `(channels, height, width)`.
+            seed: Seed of the run.
+            num_timesteps: Timesteps of the noise schedule.
+            cfg_prob: Probability of dropping a condition.
+            noise_offset: Size of the noise that is constant over a channel.
+        """
+        noise, latent_noise, timesteps, keep = [], [], [], []
+        for position in positions.tolist():
+            state = np.random.SeedSequence([seed, position]).generate_state(1)
+            generator = torch.Generator().manual_seed(int(state[0]))
+            offset = noise_offset * torch.randn(latent_shape[0], 1, 1, generator=generator)
+            noise.append(torch.randn(latent_shape, generator=generator) + offset)
+            latent_noise.append(torch.randn(latent_shape, generator=generator))
+            timesteps.append(torch.randint(num_timesteps, (), generator=generator))
+            keep.append(torch.rand((), generator=generator) >= cfg_prob)
+        return cls(torch.stack(noise), torch.stack(latent_noise), torch.stack(timesteps), torch.stack(keep))
+
+    def to(self, device: torch.device) -> Draws:
+        """The same on another device."""
+        return Draws(
+            *(value.to(device) for value in (self.noise, self.latent_noise, self.timesteps, self.keep_condition))
+        )
+
+
+def sample_latents(vae: AutoencoderKL, moments: torch.Tensor, latent_noise: torch.Tensor) -> torch.Tensor:
+    """Latents at the UNet's scale, `[images, channels, height, width]`, drawn from `moments` with given noise."""
+    distribution = DiagonalGaussianDistribution(moments)
+    return to_unet_latents(vae, distribution.mean + distribution.std * latent_noise)
+
+
+def diffusion_loss(
+    model: nn.Module,
+    noise_scheduler: DDPMScheduler,
+    latents: torch.Tensor,
+    visual_tokens: torch.Tensor,
+    draws: Draws,
+    snr_gamma: float | None = None,
+) -> torch.Tensor:
+    """Mean squared error on the scheduler's own target, the mean over pictures.
+
+    Args:
+        model: A `ConditionedUNet`, perhaps wrapped.
+        noise_scheduler: Schedule and prediction type (`epsilon` or `v_prediction`).
+        latents: `[images, channels, height, width]` at the UNet's scale.
+        visual_tokens: `[images, N, D]`.
+        draws: Noise, timesteps and dropped conditions.
+        snr_gamma: Weigh pictures by min(SNR, gamma)/SNR (Hang et al., 2023), /(SNR + 1) for v-prediction.
+    """
+    noisy = noise_scheduler.add_noise(latents, draws.noise, draws.timesteps)
+    predicts_velocity = noise_scheduler.config.prediction_type == "v_prediction"
+    target = noise_scheduler.get_velocity(latents, draws.noise, draws.timesteps) if predicts_velocity else draws.noise
+    prediction = model(noisy, draws.timesteps, visual_tokens, draws.keep_condition)
+    losses = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    if snr_gamma is not None:
+        snr = compute_snr(noise_scheduler, draws.timesteps)
+        losses = losses * snr.clamp(max=snr_gamma) / (snr + 1 if predicts_velocity else snr)
+    return losses.mean()

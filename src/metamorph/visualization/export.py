@@ -1,0 +1,101 @@
+"""What training leaves: the pipeline folder, and grids of validation pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from metamorph.visualization.arguments import VisualizerArguments
+from metamorph.visualization.data import PixelFormat, crop_square
+from metamorph.visualization.denoiser import FrozenEncoders
+from metamorph.visualization.parts import DiffusionParts, load_vae
+from metamorph.visualization.pipeline import VisualizationPipeline
+from metamorph.visualization.projector import VisualizationProjector
+
+
+ARGUMENTS_FILE = "visualizer_arguments.json"
+"""Beside the pipeline: the flags it was trained with, among them those of the vision tower."""
+
+_INDEX = "model_index.json"
+_VALIDATION_STEPS = 20
+
+
+def save_pipeline(
+    output_dir: Path, projector: VisualizationProjector, parts: DiffusionParts, args: VisualizerArguments
+) -> None:
+    """Write a `VisualizationPipeline` into `output_dir`, which may hold checkpoints too.
+
+    Args:
+        output_dir: Folder of the result.
+        projector: The trained projector.
+        parts: UNet, VAE and noise schedule.
+        args: The flags, kept beside the pipeline.
+    """
+    # Frozen parts are passed on as they came, not as training cast them.
+    vae = parts.vae if parts.vae.dtype == torch.float32 else load_vae(args, torch.float32)
+    pipeline = VisualizationPipeline.from_parts(projector, parts.unet, vae, parts.noise_scheduler)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".partial-") as partial:
+        pipeline.save_pretrained(partial)
+        text = json.dumps(args.to_dict(), indent=2) + "\n"
+        (Path(partial) / ARGUMENTS_FILE).write_text(text, encoding="utf-8")
+        # Without the index a folder does not load. It goes first and comes last, so what loads is complete.
+        (output_dir / _INDEX).unlink(missing_ok=True)
+        for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == _INDEX):
+            target = output_dir / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+
+
+@torch.no_grad()
+def draw_validation_grid(
+    projector: VisualizationProjector,
+    parts: DiffusionParts,
+    encoders: FrozenEncoders,
+    images: Sequence[Image.Image],
+    tower_format: PixelFormat,
+    args: VisualizerArguments,
+) -> Image.Image:
+    """Draw pictures again from their visual tokens.
+
+    Args:
+        projector: The projector as trained so far.
+        parts: UNet, VAE and noise schedule.
+        encoders: Their vision tower makes the tokens.
+        images: Pictures of any size; their central square is used.
+        tower_format: What the tower takes.
+        args: Resolution, guidance scales and seed.
+
+    Returns:
+        One row per picture: the original, then one drawing per guidance scale.
+    """
+    squares = [crop_square(image) for image in images]
+    pixels = torch.stack([tower_format.pixels(square) for square in squares]).to(parts.unet.device)
+    tokens = encoders.tower(pixels).float()
+    training = projector.training
+    pipeline = VisualizationPipeline.from_parts(projector.eval(), parts.unet, parts.vae, parts.noise_scheduler)
+    generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(images))]
+    (drawn,) = pipeline(
+        tokens,
+        guidance_scale=args.validation_guidance_scales,
+        num_inference_steps=_VALIDATION_STEPS,
+        generator=generators,
+        return_dict=False,
+    )
+    projector.train(training)
+
+    side, columns = args.resolution, 1 + len(args.validation_guidance_scales)
+    grid = Image.new("RGB", (columns * side, len(images) * side))
+    for row, square in enumerate(squares):
+        cells = [square.resize((side, side), Image.Resampling.BICUBIC)]
+        cells += drawn[row * (columns - 1) : (row + 1) * (columns - 1)]
+        for column, cell in enumerate(cells):
+            grid.paste(cell, (column * side, row * side))
+    return grid

@@ -1,0 +1,194 @@
+"""Loads what the visualizer is made of: the vision tower, the parts of Stable Diffusion, and the projector."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from metamorph.models.vision_tower import (
+    MetaMorphConfig,
+    VisionTower,
+    load_vision_config,
+    load_vision_encoder,
+    resolve_vision_tower,
+)
+from metamorph.visualization.arguments import VisualizerArguments
+from metamorph.visualization.data import PixelFormat
+from metamorph.visualization.pipeline import vae_scale_factor
+from metamorph.visualization.projector import VisualizationProjector
+
+
+logger = logging.getLogger(__name__)
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class DiffusionParts:
+    """The parts of Stable Diffusion."""
+
+    unet: UNet2DConditionModel
+    """Noise predictor, in float32."""
+    vae: AutoencoderKL
+    """Pixels to latents and back; it is never trained and may be in bfloat16."""
+    noise_scheduler: DDPMScheduler
+    """Noise schedule and prediction type."""
+
+
+def check_folders(args: VisualizerArguments) -> None:
+    """Refuse local folders that cannot be what their flag says, before anything is loaded; Hub ids pass.
+
+    Raises:
+        ValueError: naming flag, folder and what is missing.
+    """
+    for flag, name, files, mend in (
+        ("--vision_tower", args.vision_tower, ("config.json",), "a folder of a vision model"),
+        (
+            "--pretrained_model_name_or_path",
+            args.pretrained_model_name_or_path,
+            ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"),
+            "a diffusers folder with the subfolders unet, vae and scheduler",
+        ),
+    ):
+        folder = Path(name).expanduser()
+        if not folder.exists() and name.startswith((".", "/", "~")):
+            raise ValueError(f"{flag} {name} does not exist; give {mend}, or a Hub id")
+        missing = [file for file in files if folder.exists() and not (folder / file).is_file()]
+        if missing:
+            raise ValueError(f"{flag} {name} lacks {', '.join(missing)}; give {mend}")
+
+
+def load_diffusion_parts(args: VisualizerArguments, vae_dtype: torch.dtype = torch.float32) -> DiffusionParts:
+    """Load UNet, VAE and noise schedule from `pretrained_model_name_or_path`.
+
+    Args:
+        args: The flags.
+        vae_dtype: Precision of the VAE.
+
+    Raises:
+        ValueError: if the folder is not of that layout, or its parts do not fit each other or the resolution.
+    """
+    name = args.pretrained_model_name_or_path
+    hub = {"revision": args.revision, "variant": args.variant}
+    try:
+        noise_scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", revision=args.revision)
+        if args.unet_from_scratch:
+            config = UNet2DConditionModel.load_config(name, subfolder="unet", revision=args.revision)
+            unet = UNet2DConditionModel.from_config(config)
+        else:
+            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=torch.float32, **hub)
+        parts = DiffusionParts(unet, load_vae(args, vae_dtype), noise_scheduler)
+    except OSError as error:
+        raise ValueError(f"--pretrained_model_name_or_path {name} cannot be loaded: {error}") from error
+    _check_fit(parts, args)
+    # The pipeline draws at the size of the UNet's configuration, so this must be the size that was trained.
+    unet.register_to_config(sample_size=args.resolution // vae_scale_factor(parts.vae))
+    return parts
+
+
+def load_vae(args: VisualizerArguments, dtype: torch.dtype) -> AutoencoderKL:
+    """The VAE of `pretrained_model_name_or_path` in precision `dtype`."""
+    return AutoencoderKL.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder="vae",
+        revision=args.revision,
+        variant=args.variant,
+        torch_dtype=dtype,
+    )
+
+
+def load_tower(args: VisualizerArguments) -> tuple[VisionTower, PixelFormat]:
+    """Load the vision tower with the layer, reduction and normalisation of the MetaMorph model, and its format.
+
+    Raises:
+        ValueError: if the tower is of an unknown kind, lacks weights, or does not fit the token options.
+    """
+    path = resolve_vision_tower(args.vision_tower)
+    try:
+        config = MetaMorphConfig(
+            vision_config=load_vision_config(path),
+            mm_vision_select_layer=args.mm_vision_select_layer,
+            num_image_tokens=args.num_tokens,
+            image_token_reduction=args.image_token_reduction,
+            normalize_vision=args.normalize_vision,
+        )
+        processor = AutoImageProcessor.from_pretrained(path)
+        tower = VisionTower(config, load_vision_encoder(path))
+    except OSError as error:
+        raise ValueError(f"--vision_tower {args.vision_tower} cannot be loaded: {error}") from error
+    pixel_format = PixelFormat(
+        size=config.vision_image_size,
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+        resample=Image.Resampling(processor.resample),
+    )
+    return tower, pixel_format
+
+
+def build_projector(args: VisualizerArguments, feature_size: int, cross_attention_dim: int) -> VisualizationProjector:
+    """The projector to train: a new one, or `pretrained_projector`.
+
+    Args:
+        args: The flags.
+        feature_size: Size D of a visual token.
+        cross_attention_dim: Size of a condition token of the UNet.
+
+    Raises:
+        ValueError: if a pretrained projector is missing or has other sizes.
+    """
+    if args.pretrained_projector is None:
+        return VisualizationProjector(
+            input_dim=feature_size,
+            hidden_dim=args.hidden_dim,
+            output_dim=cross_attention_dim,
+            num_tokens=args.num_query_tokens,
+            num_layers=args.num_layers,
+            num_heads=args.num_heads,
+            mode=args.mode,
+            normalize_input=args.normalize_input,
+            num_positions=args.num_tokens if args.learn_positions else 0,
+        )
+    folder = Path(args.pretrained_projector).expanduser()
+    folder = folder / "projector" if (folder / "projector").is_dir() else folder
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--pretrained_projector {args.pretrained_projector} holds no projector (config.json)")
+    projector = VisualizationProjector.from_pretrained(folder)
+    sizes = (projector.config.input_dim, projector.config.output_dim)
+    if sizes != (feature_size, cross_attention_dim):
+        raise ValueError(
+            f"--pretrained_projector {args.pretrained_projector} maps {sizes[0]} to {sizes[1]} features, but the "
+            f"vision tower gives {feature_size} and the UNet takes {cross_attention_dim}"
+        )
+    logger.info("Starting from the %s projector in %s", projector.config.mode, folder)
+    return projector
+
+
+@torch.no_grad()
+def feature_size(tower: VisionTower, pixel_format: PixelFormat) -> int:
+    """Size D of the tower's visual tokens."""
+    pixels = torch.zeros(1, 3, pixel_format.size, pixel_format.size)
+    return tower(pixels).shape[-1]
+
+
+def _check_fit(parts: DiffusionParts, args: VisualizerArguments) -> None:
+    unet, vae = parts.unet.config, parts.vae.config
+    where = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    if unet.in_channels != vae.latent_channels:
+        raise ValueError(f"{where}: the UNet takes {unet.in_channels} channels, the VAE has {vae.latent_channels}")
+    if not isinstance(unet.cross_attention_dim, int):
+        raise ValueError(f"{where}: cross_attention_dim {unet.cross_attention_dim} differs between blocks of the UNet")
+    prediction_type = parts.noise_scheduler.config.prediction_type
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"{where}: prediction_type {prediction_type!r} of the scheduler is not supported; use one of "
+            f"{', '.join(PREDICTION_TYPES)}"
+        )
+    multiple = vae_scale_factor(parts.vae) * 2 ** (len(unet.block_out_channels) - 1)
+    if args.resolution % multiple:
+        raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this VAE and UNet")

@@ -1,0 +1,354 @@
+"""Trains the visualizer: arguments → parts → data → loop → pipeline folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from metamorph.visualization.arguments import VisualizerArguments
+from metamorph.visualization.checkpoint import (
+    TrainingState,
+    load_checkpoint,
+    resolve_resume,
+    save_checkpoint,
+    trainable_parameters,
+)
+from metamorph.visualization.data import (
+    ImageFiles,
+    ImageList,
+    ImageSource,
+    PixelFormat,
+    Sample,
+    StreamBatches,
+    TensorDataset,
+    VisualizerDataset,
+)
+from metamorph.visualization.denoiser import ConditionedUNet, Draws, FrozenEncoders, diffusion_loss, sample_latents
+from metamorph.visualization.export import draw_validation_grid, save_pipeline
+from metamorph.visualization.parts import build_projector, check_folders, feature_size, load_diffusion_parts, load_tower
+from metamorph.visualization.schedule import build_lr_scheduler
+
+
+logger = logging.getLogger(__name__)
+
+StepCallback = Callable[[int, dict[str, float]], None]
+"""Called at each log entry with the number of steps done and the logged values."""
+
+
+@dataclass(frozen=True)
+class VisualizerResult:
+    """What a run of the trainer leaves."""
+
+    output_dir: Path
+    """Pipeline folder: `VisualizationPipeline.from_pretrained(output_dir)`."""
+    losses: list[float]
+    """Mean loss of each optimizer step of this run, over all processes."""
+    first_step: int
+    """Steps that were done before this run (0 unless resumed)."""
+    seconds: float
+    """Duration of the training loop."""
+    is_main_process: bool
+    """Whether this process is the one that writes and reports."""
+
+
+def train_visualizer(
+    args: VisualizerArguments,
+    images: Sequence[Image.Image] | None = None,
+    on_log: StepCallback | None = None,
+) -> VisualizerResult:
+    """Train a visualizer and write it as a diffusers pipeline to `args.output_dir`.
+
+    Args:
+        args: The flags.
+        images: Pictures in memory, in place of `image_folder` and `image_jsons`.
+        on_log: Called in the main process every `logging_steps` steps.
+
+    Raises:
+        ValueError: for parts, data or checkpoints that do not fit, before training starts.
+    """
+    check_folders(args)
+    source = open_source(args, images)
+    output_dir = Path(args.output_dir).expanduser()
+    checkpoint = resolve_resume(args.resume_from_checkpoint, output_dir)
+    accelerator = _start_accelerate(args)
+    trainer = VisualizerTrainer(args, source, accelerator, on_log)
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, trainer.state)
+    return trainer.train()
+
+
+def open_source(args: VisualizerArguments, images: Sequence[Image.Image] | None = None) -> ImageSource:
+    """The pictures that the flags name.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if images is not None:
+        if not images:
+            raise ValueError("images is empty; give at least one picture")
+        return ImageList(images)
+    if args.image_jsons:
+        return ImageFiles.from_jsons(args.image_jsons, args.image_folder)
+    if args.image_folder:
+        return ImageFiles.from_folder(args.image_folder)
+    raise ValueError("no pictures to train on; set --image_folder or --image_jsons")
+
+
+class VisualizerTrainer:
+    """The parts of a run and its loop.
+
+    Args:
+        args: The flags.
+        source: Pictures.
+        accelerator: Device, precision and processes.
+        on_log: See `train_visualizer`.
+    """
+
+    def __init__(
+        self,
+        args: VisualizerArguments,
+        source: ImageSource,
+        accelerator: Accelerator,
+        on_log: StepCallback | None = None,
+    ) -> None:
+        self.args, self.accelerator, self.on_log = args, accelerator, on_log
+        self.output_dir = Path(args.output_dir).expanduser()
+        self.validation = ImageFiles(tuple(Path(name).expanduser() for name in args.validation_images))
+        self.num_images = len(source)
+        self._logged = 0
+
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        tower, self.tower_format = load_tower(args)
+        set_seed(args.seed)
+        self.parts = load_diffusion_parts(args, vae_dtype=dtype)
+        self.projector = build_projector(
+            args, feature_size(tower, self.tower_format), self.parts.unet.config.cross_attention_dim
+        )
+        device = accelerator.device
+        self.encoders = FrozenEncoders(tower.to(device, dtype), self.parts.vae.to(device))
+        self.dataset: Dataset = VisualizerDataset(
+            source, self.tower_format, PixelFormat(args.resolution), args.random_crop, args.seed
+        )
+        if args.cache_latents:
+            self.dataset = self._encode_all()
+        self.state = self._build_state()
+
+    def _build_state(self) -> TrainingState:
+        """Freeze what is not trained, build the optimizer, wrap for the processes."""
+        args, unet = self.args, self.parts.unet
+        unet.requires_grad_(args.unfreeze_unet)
+        if args.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        model = ConditionedUNet(self.projector, unet).train().to(self.accelerator.device)
+        groups = [{"params": list(self.projector.parameters()), "lr": args.lr}]
+        if args.unfreeze_unet:
+            groups.append({"params": list(unet.parameters()), "lr": args.unet_lr or args.lr})
+        optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+        # Not prepared by Accelerate, which would advance it once per process.
+        lr_scheduler = build_lr_scheduler(
+            args.lr_scheduler, optimizer, warmup_steps=args.warmup_steps, training_steps=args.training_steps
+        )
+        self.wrapped_model, optimizer = self.accelerator.prepare(model, optimizer)
+        self.parameters = list(trainable_parameters(model).values())
+        ema = EMAModel(self.parameters, decay=args.ema_decay) if args.ema_decay else None
+        logger.info(
+            "Training %.2f of %.2f million parameters on %d pictures",
+            sum(value.numel() for value in self.parameters) / 1e6,
+            sum(value.numel() for value in model.parameters()) / 1e6,
+            self.num_images,
+        )
+        return TrainingState(model, optimizer, lr_scheduler, ema)
+
+    def train(self) -> VisualizerResult:
+        """Run the loop to `training_steps` and write the result."""
+        args, state = self.args, self.state
+        first_step, started = state.step, time.perf_counter()
+        losses: list[torch.Tensor] = []
+        batches = iter(self._loader(state.samples_seen))
+        progress = tqdm(
+            total=args.training_steps,
+            initial=first_step,
+            desc="visualizer",
+            unit="step",
+            disable=None if self.accelerator.is_main_process else True,
+        )
+        with progress:
+            while state.step < args.training_steps:
+                losses.append(self._optimizer_step(batches))
+                progress.update()
+                if state.step % args.logging_steps == 0 or state.step == args.training_steps:
+                    self._log(losses, progress)
+                if args.save_step and state.step % args.save_step == 0:
+                    self._save_checkpoint()
+        seconds = time.perf_counter() - started
+        self._save_result()
+        self.accelerator.end_training()
+        means = self.accelerator.reduce(torch.stack(losses), "mean").tolist() if losses else []
+        return VisualizerResult(self.output_dir, means, first_step, seconds, self.accelerator.is_main_process)
+
+    def _optimizer_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Forward and backward over the accumulated batches, then one update; the mean loss, on the device."""
+        args, state = self.args, self.state
+        total = torch.zeros((), device=self.accelerator.device)
+        for index in range(args.gradient_accumulation_steps):
+            is_last = index == args.gradient_accumulation_steps - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped_model):
+                loss = self._loss(next(batches)) / args.gradient_accumulation_steps
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        if args.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.parameters, args.max_grad_norm)
+        state.optimizer.step()
+        state.lr_scheduler.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.ema is not None:
+            state.ema.step(self.parameters)
+        state.step += 1
+        state.samples_seen += self._samples_per_step
+        return total
+
+    def _loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Mean loss of one batch of pixels, or of tokens and moments with `cache_latents`."""
+        args, device = self.args, self.accelerator.device
+        positions = batch.pop("position")
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        encoded = batch if args.cache_latents else self.encoders(**batch)
+        moments = encoded["moments"]
+        draws = Draws.at(
+            positions,
+            (moments.shape[1] // 2, *moments.shape[2:]),
+            seed=args.seed,
+            num_timesteps=self.parts.noise_scheduler.config.num_train_timesteps,
+            cfg_prob=args.cfg_prob,
+            noise_offset=args.noise_offset,
+        ).to(device)
+        latents = sample_latents(self.encoders.vae, moments, draws.latent_noise)
+        with self.accelerator.autocast():
+            return diffusion_loss(
+                self.wrapped_model,
+                self.parts.noise_scheduler,
+                latents,
+                encoded["visual_tokens"],
+                draws,
+                args.snr_gamma,
+            )
+
+    @property
+    def _samples_per_step(self) -> int:
+        return self.args.batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def _loader(self, start: int) -> DataLoader:
+        batches = StreamBatches(
+            self.num_images,
+            self.args.batch_size,
+            self.args.seed,
+            start,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            persistent_workers=workers > 0,
+        )
+
+    def _encode_all(self) -> TensorDataset:
+        """Tokens and latents of every picture, on the CPU."""
+        size, count, chunks = self.args.batch_size, self.num_images, []
+        order = [[Sample(i, i) for i in range(at, min(at + size, count))] for at in range(0, count, size)]
+        loader = DataLoader(self.dataset, batch_sampler=order, num_workers=self.args.dataloader_num_workers)
+        for batch in tqdm(loader, desc="encoding pictures", unit="batch", disable=None):
+            pixels = {name: batch[name].to(self.accelerator.device) for name in ("tower_pixels", "vae_pixels")}
+            chunks.append({name: value.cpu() for name, value in self.encoders(**pixels).items()})
+        return TensorDataset({name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]})
+
+    def _log(self, losses: list[torch.Tensor], progress: tqdm) -> None:
+        """Report the mean loss since the last entry; the only place in the loop that waits for the device."""
+        window = torch.stack(losses[self._logged :]).mean()
+        self._logged = len(losses)
+        values = {
+            "loss": self.accelerator.reduce(window, "mean").item(),
+            "lr": self.state.lr_scheduler.get_last_lr()[0],
+        }
+        progress.set_postfix(loss=f"{values['loss']:.4f}")
+        self.accelerator.log(values, step=self.state.step)
+        if self.on_log is not None and self.accelerator.is_main_process:
+            self.on_log(self.state.step, values)
+
+    def _save_checkpoint(self) -> None:
+        if self.accelerator.is_main_process:
+            folder = save_checkpoint(self.output_dir, self.state, self.args.save_total_limit)
+            logger.info("Wrote %s", folder)
+            if len(self.validation):
+                self._validate()
+        self.accelerator.wait_for_everyone()
+
+    def _validate(self) -> None:
+        """Draw the validation pictures from their tokens, to a file and to the trackers."""
+        with self._averaged_weights():
+            grid = draw_validation_grid(
+                self.projector,
+                self.parts,
+                self.encoders,
+                [self.validation.load(index) for index in range(len(self.validation))],
+                self.tower_format,
+                self.args,
+            )
+        path = self.output_dir / "validation" / f"step-{self.state.step:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid.save(path)
+        for tracker in self.accelerator.trackers:
+            tracker.log_images({"validation": np.asarray(grid)[None]}, step=self.state.step)
+
+    def _save_result(self) -> None:
+        if self.accelerator.is_main_process:
+            with self._averaged_weights():
+                save_pipeline(self.output_dir, self.projector, self.parts, self.args)
+            logger.info("Wrote the visualizer to %s", self.output_dir)
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Within, the model has the moving average of its weights."""
+        ema = self.state.ema
+        if ema is None:
+            yield
+            return
+        ema.store(self.parameters)
+        ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            ema.restore(self.parameters)
+
+
+def _start_accelerate(args: VisualizerArguments) -> Accelerator:
+    """Device, precision and trackers of this run."""
+    tracker = None if args.report_to == "none" else args.report_to
+    if tracker is not None and importlib.util.find_spec(tracker) is None:
+        raise ValueError(f"--report_to {tracker}: {tracker} is not installed; pip install 'metamorph[trackers]'")
+    # Another trainer of this process may have left a precision behind, which Accelerate refuses to change.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=tracker, project_dir=args.output_dir)
+    if tracker is not None:
+        plain = {name: value for name, value in args.to_dict().items() if isinstance(value, (int, float, str))}
+        accelerator.init_trackers("metamorph-visualizer", config=plain)
+    return accelerator

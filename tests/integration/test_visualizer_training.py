@@ -1,0 +1,237 @@
+"""The visualizer's trainer on tiny parts of the real classes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
+from metamorph.visualization.checkpoint import find_checkpoints
+from metamorph.visualization.projector import PROJECTOR_MODES
+from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("visualizer_parts")
+    return {
+        "vision_tower": str(write_tiny_tower(folder / "tower")),
+        "pretrained_model_name_or_path": str(write_tiny_diffusion(folder / "diffusion", "epsilon")),
+    }
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list:
+    return random_images(6)
+
+
+@pytest.fixture
+def arguments(parts, tmp_path):
+    def build(**options) -> VisualizerArguments:
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "num_tokens": 4,
+            "num_query_tokens": 5,
+            "hidden_dim": 16,
+            "num_heads": 2,
+            "resolution": RESOLUTION,
+            "training_steps": 3,
+            "batch_size": 2,
+            "lr": 1e-2,
+            "lr_warmup_steps": 1,
+            "save_step": 0,
+            "ema_decay": 0.5,
+        }
+        return VisualizerArguments(**(parts | defaults | options))
+
+    return build
+
+
+def weights(folder: str | Path, part: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / part / "diffusion_pytorch_model.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def draw(folder: str | Path) -> torch.Tensor:
+    pipeline = VisualizationPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    tokens = torch.randn(2, 4, 24, generator=torch.Generator().manual_seed(0))
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    return pipeline(tokens, num_inference_steps=2, generator=generators, output_type="pt").images
+
+
+@pytest.mark.parametrize("mode", PROJECTOR_MODES)
+def test_r45_every_mode_trains_saves_loads_and_draws_the_same(mode, arguments, pictures, parts, tmp_path):
+    args = arguments(mode=mode)
+    result = train_visualizer(args, pictures)
+    assert len(result.losses) == 3
+    assert all(0 < loss < 10 for loss in result.losses)
+    first = draw(result.output_dir)
+    assert first.shape == (2, 3, RESOLUTION, RESOLUTION)
+    VisualizationPipeline.from_pretrained(result.output_dir).save_pretrained(tmp_path / "again")
+    assert torch.equal(first, draw(tmp_path / "again"))
+    source = Path(parts["pretrained_model_name_or_path"])
+    assert same(weights(args.output_dir, "unet"), weights(source, "unet"))
+    assert same(weights(args.output_dir, "vae"), weights(source, "vae"))
+
+
+@pytest.mark.slow
+def test_loss_falls_when_unet_and_projector_train(arguments, pictures, parts):
+    args = arguments(unfreeze_unet=True, training_steps=30, batch_size=4, cache_latents=True, lr=5e-3)
+    losses = train_visualizer(args, pictures).losses
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert not same(weights(args.output_dir, "unet"), weights(parts["pretrained_model_name_or_path"], "unet"))
+
+
+@pytest.mark.parametrize("options", [{}, {"random_crop": True}, {"cache_latents": True, "unfreeze_unet": True}])
+def test_r42_resume_equals_uninterrupted(options, arguments, pictures, tmp_path):
+    options = {"training_steps": 5, "save_step": 3, "gradient_accumulation_steps": 2} | options
+    whole = arguments(output_dir=str(tmp_path / "whole"), **options)
+    unbroken = train_visualizer(whole, pictures)
+    (checkpoint,) = find_checkpoints(tmp_path / "whole")
+    assert checkpoint.name == "checkpoint-3"
+    rest = replace(whole, output_dir=str(tmp_path / "rest"), resume_from_checkpoint=str(checkpoint))
+    resumed = train_visualizer(rest, pictures)
+    assert resumed.first_step == 3
+    assert resumed.losses == unbroken.losses[3:]
+    for part in ("projector", "unet"):
+        assert same(weights(tmp_path / "whole", part), weights(tmp_path / "rest", part))
+
+
+def test_latest_checkpoint_is_found_and_old_ones_are_removed(arguments, pictures):
+    args = arguments(training_steps=4, save_step=1, save_total_limit=2)
+    train_visualizer(args, pictures)
+    names = [path.name for path in find_checkpoints(Path(args.output_dir))]
+    assert names == ["checkpoint-3", "checkpoint-4"]
+    resumed = train_visualizer(replace(args, resume_from_checkpoint="latest", training_steps=4), pictures)
+    assert (resumed.first_step, resumed.losses) == (4, [])
+    with pytest.raises(ValueError, match="--resume_from_checkpoint latest"):
+        train_visualizer(args, pictures)
+
+
+def test_accumulated_equals_large_batch(arguments, pictures, tmp_path):
+    large = arguments(output_dir=str(tmp_path / "large"), batch_size=4)
+    small = arguments(output_dir=str(tmp_path / "small"), batch_size=1, gradient_accumulation_steps=4)
+    expected, losses = train_visualizer(large, pictures).losses, train_visualizer(small, pictures).losses
+    assert losses == pytest.approx(expected, abs=1e-4)
+
+
+def test_cached_equals_uncached(arguments, pictures, tmp_path):
+    plain = arguments(output_dir=str(tmp_path / "plain"))
+    cached = arguments(output_dir=str(tmp_path / "cached"), cache_latents=True)
+    expected = train_visualizer(plain, pictures).losses
+    assert train_visualizer(cached, pictures).losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_r46_bf16_ema_clipping_accumulation_and_final_save(arguments, pictures):
+    args = arguments(
+        mixed_precision="bf16",
+        unfreeze_unet=True,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.1,
+        snr_gamma=5.0,
+        noise_offset=0.05,
+        save_step=2,
+        training_steps=3,
+    )
+    result = train_visualizer(args, pictures)
+    assert all(loss == loss for loss in result.losses)
+    # The last step is saved although it is no multiple of save_step, and in full precision.
+    assert {str(value.dtype) for value in weights(args.output_dir, "vae").values()} == {"torch.float32"}
+    averaged = weights(args.output_dir, "projector")
+    raw = load_file(Path(args.output_dir) / "checkpoint-2" / "trained_weights.safetensors")
+    assert {f"projector.{name}" for name in averaged} <= raw.keys()
+    assert draw(args.output_dir).isfinite().all()
+
+
+def test_r46_seed_decides_everything(arguments, pictures, tmp_path):
+    runs = [
+        train_visualizer(arguments(output_dir=str(tmp_path / str(number)), seed=seed), pictures)
+        for number, seed in enumerate((0, 0, 1))
+    ]
+    assert runs[0].losses == runs[1].losses
+    assert runs[0].losses != runs[2].losses
+    assert same(weights(runs[0].output_dir, "projector"), weights(runs[1].output_dir, "projector"))
+
+
+def test_ema_is_what_is_saved(arguments, pictures, tmp_path):
+    averaged = arguments(output_dir=str(tmp_path / "averaged"))
+    plain = arguments(output_dir=str(tmp_path / "plain"), ema_decay=0.0)
+    assert train_visualizer(averaged, pictures).losses == train_visualizer(plain, pictures).losses
+    assert not same(weights(averaged.output_dir, "projector"), weights(plain.output_dir, "projector"))
+
+
+def test_folder_of_pictures_validation_grids_and_log(arguments, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    paths = [tmp_path / "pictures" / f"{index}.png" for index in range(3)]
+    for path, picture in zip(paths, random_images(3), strict=True):
+        picture.save(path)
+    args = arguments(
+        image_folder=str(tmp_path / "pictures"),
+        validation_images=[str(path) for path in paths[:2]],
+        save_step=3,
+        logging_steps=2,
+    )
+    logged = []
+    result = train_visualizer(args, on_log=lambda step, values: logged.append((step, values["loss"])))
+    assert [step for step, _ in logged] == [2, 3]
+    assert logged[0][1] == pytest.approx(sum(result.losses[:2]) / 2)
+    assert logged[1][1] == pytest.approx(result.losses[2])
+    (grid,) = (Path(args.output_dir) / "validation").iterdir()
+    assert grid.name == "step-000003.png"
+    assert json.loads((Path(args.output_dir) / "visualizer_arguments.json").read_text()) == args.to_dict()
+
+
+def test_projector_goes_on_from_a_finished_visualizer(arguments, pictures, tmp_path):
+    first = train_visualizer(arguments(output_dir=str(tmp_path / "first"), ema_decay=0.0), pictures)
+    args = arguments(output_dir=str(tmp_path / "second"), pretrained_projector=str(first.output_dir), lr=1e-9)
+    train_visualizer(args, pictures)
+    before, after = weights(first.output_dir, "projector"), weights(args.output_dir, "projector")
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+
+
+def test_unet_from_scratch_ignores_the_pretrained_one(arguments, pictures, parts):
+    args = arguments(unet_from_scratch=True, unfreeze_unet=True, lr=1e-9, training_steps=1, seed=1)
+    train_visualizer(args, pictures)
+    pretrained = weights(parts["pretrained_model_name_or_path"], "unet")["conv_in.weight"]
+    assert not torch.allclose(weights(args.output_dir, "unet")["conv_in.weight"], pretrained, atol=1e-3)
+
+
+def test_resuming_with_other_options_is_refused(arguments, pictures, tmp_path):
+    train_visualizer(arguments(save_step=3), pictures)
+    checkpoint = str(tmp_path / "out" / "checkpoint-3")
+    elsewhere = {"output_dir": str(tmp_path / "other"), "resume_from_checkpoint": checkpoint}
+    with pytest.raises(ValueError, match="trains other weights"):
+        train_visualizer(arguments(mode="xattn", **elsewhere), pictures)
+    with pytest.raises(ValueError, match="has shape"):
+        train_visualizer(arguments(hidden_dim=32, **elsewhere), pictures)
+    with pytest.raises(ValueError, match="--ema_decay"):
+        train_visualizer(arguments(ema_decay=0.0, **elsewhere), pictures)
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        train_visualizer(arguments(resume_from_checkpoint=str(tmp_path)), pictures)
+
+
+def test_folders_that_do_not_fit_are_refused(arguments, pictures, parts, tmp_path):
+    with pytest.raises(ValueError, match=r"unet/config\.json"):
+        train_visualizer(arguments(pretrained_model_name_or_path=str(tmp_path)), pictures)
+    with pytest.raises(ValueError, match="does not exist"):
+        train_visualizer(arguments(pretrained_model_name_or_path=str(tmp_path / "none")), pictures)
+    with pytest.raises(ValueError, match="--vision_tower"):
+        train_visualizer(arguments(vision_tower=str(tmp_path)), pictures)
+    with pytest.raises(ValueError, match="--resolution 30"):
+        train_visualizer(arguments(resolution=30), pictures)
+    with pytest.raises(ValueError, match="num_image_tokens=5"):
+        train_visualizer(arguments(num_tokens=5), pictures)
+    with pytest.raises(ValueError, match="holds no projector"):
+        train_visualizer(arguments(pretrained_projector=str(tmp_path)), pictures)
+    with pytest.raises(ValueError, match="--image_folder or --image_jsons"):
+        train_visualizer(arguments())
