@@ -1,7 +1,8 @@
 """Fills in what the documentation takes from the code.
 
 `{{ flags module:Class }}` becomes a table of that class, `{{ tests r07 }}` the tests named after that fault.
-What is missing is a warning, which `mkdocs build --strict` turns into a failure.
+What is missing is a warning, which `mkdocs build --strict` turns into a failure. In docstrings, Transformers' way to
+name a class, [`Name`], is shown without the brackets.
 """
 
 import ast
@@ -19,6 +20,7 @@ from typing import Any
 logger = logging.getLogger("mkdocs.hooks.metamorph")
 FLAGS = re.compile(r"^\{\{ flags ([\w.]+):(\w+) \}\}$", re.MULTILINE)
 TESTS = re.compile(r"^\{\{ tests (r\d\d) \}\}$", re.MULTILINE)
+BRACKETED_NAME = re.compile(r"\[(<code>[\w.]+</code>)\]")
 TEST_FOLDER = Path(__file__).parent.parent / "tests"
 
 
@@ -26,6 +28,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replaces every placeholder of a page; MkDocs calls this by its name."""
     markdown = FLAGS.sub(lambda match: flag_table(match[1], match[2]), markdown)
     return TESTS.sub(lambda match: guarding_tests(match[1]), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Takes the brackets off names in docstrings; MkDocs calls this by its name."""
+    return BRACKETED_NAME.sub(r"\1", html)
 
 
 def flag_table(module: str, name: str) -> str:
