@@ -13,6 +13,7 @@ from metamorph.training.parsing import parse_arguments
 
 TYPES = (ModelArguments, DataArguments, MetaMorphTrainingArguments)
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 REQUIRED = "a placeholder in the guide"
 GUIDE = {
     # Basic model configuration
@@ -222,3 +223,11 @@ def test_learning_rate_rule_of_the_guide(capsys: pytest.CaptureFixture[str]) -> 
     cli.main(["lr", "--base-lr", "6.93e-5", "--base-batch", "1536", "--batch", "768"])
     assert capsys.readouterr().out == "4.9e-05\n"
     assert scale_learning_rate(6.93e-5, 1536, 448) == pytest.approx(3.74e-5, rel=1e-3)  # REGRESSIONS R28
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipe_is_valid(recipe: Path, paths: dict[str, str], tmp_path: Path) -> None:
+    connector = {} if "stage1" in recipe.stem else {"pretrain_mm_mlp_adapter": tmp_path / "connector"}
+    model, _, training = parse_arguments(TYPES, ["--config", str(recipe), *argv({**paths, **connector})])
+    assert model.stage == int(recipe.stem[-1])
+    assert training.weight_decay == 0.0

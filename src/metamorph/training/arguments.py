@@ -3,10 +3,10 @@
 import json
 import logging
 import math
+import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -27,11 +27,6 @@ IMAGE_ASPECT_RATIOS = ("square", "pad")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-def _flag(default: Any, help_text: str) -> Any:
-    """A dataclass field with a default and the text that `--help` shows."""
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass
 class ModelArguments:
     """What the network is and which part of it is trained.
@@ -40,63 +35,65 @@ class ModelArguments:
     trained further, what that folder says.
     """
 
-    model_name_or_path: str = field(
-        metadata={"help": "Base language model, or a MetaMorph folder to train further: a folder or Hub id."}
-    )
+    model_name_or_path: str
     """Base language model, or a finished MetaMorph model: a local folder or a Hub id."""
-    version: str = _flag("llama3", "Conversation template: llama3, llama3_original, chatml, plain or auto.")
-    """Name of the conversation template; `auto` takes the tokenizer's own."""
-    vision_tower: str = _flag("siglip/CLIP-ViT-SO400M-14-384", "Vision encoder: a folder, a Hub id or the alias.")
-    """SigLIP, SigLIP 2, CLIP or DINOv2 vision model. The default is an alias of SigLIP-SO400M/14 at 384 pixels."""
-    mm_vision_select_layer: int = _flag(-1, "Hidden state of the tower that is used; -1 is the last layer's.")
-    """Which hidden state of the tower becomes visual tokens."""
-    freeze_vision: bool = _flag(True, "Keep the vision tower as it is.")
+    version: str = "llama3"
+    """Conversation template: llama3, llama3_original, chatml, plain, or auto, which takes the tokenizer's own."""
+    vision_tower: str = "siglip/CLIP-ViT-SO400M-14-384"
+    """SigLIP, SigLIP 2, CLIP or DINOv2 vision model: a folder or Hub id. The default means SigLIP-SO400M/14 at 384 px."""
+    mm_vision_select_layer: int = -1
+    """Which hidden state of the tower becomes visual tokens; -1 is the last layer's, before the final norm."""
+    freeze_vision: bool = True
     """Whether the vision tower stays bit-identical."""
-    normalize_vision: bool = _flag(True, "Divide every visual token by its L2 norm.")
+    normalize_vision: bool = True
     """Whether visual tokens, and predictions of them, have length 1."""
-    image_token_reduction: str = _flag("interpolation", f"One of {', '.join(TOKEN_REDUCTIONS)}.")
-    """How the tower's patches become `num_image_tokens` tokens."""
-    num_image_tokens: int = _flag(64, "Visual tokens per image.")
+    image_token_reduction: str = "interpolation"
+    """How patches become `num_image_tokens` tokens: interpolation, concat_interpolation, mlpmixer or none."""
+    num_image_tokens: int = 64
     """Visual tokens per image; a square number for the interpolations."""
-    mm_use_im_start_end: bool = _flag(True, "Wrap every image into <image_start> and <image_end>.")
+    mm_use_im_start_end: bool = True
     """Whether the tokens `<image_start>` and `<image_end>` stand around every image."""
-    mm_use_im_patch_token: bool = _flag(False, "Spell the placeholder <im_patch> instead of <image>.")
+    mm_use_im_patch_token: bool = False
     """Whether the placeholder token is `<im_patch>`."""
-    mm_projector_type: str = _flag("mlp2x_gelu", f"Connector: one of {', '.join(PROJECTOR_TYPES)}.")
-    """Architecture of the connector from visual tokens to the language model."""
-    tune_mm_mlp_adapter: bool = _flag(False, "Stage 1: train only the connector and the new tokens' embeddings.")
+    mm_projector_type: str = "mlp2x_gelu"
+    """Connector from visual tokens to the language model: linear, mlp{N}x_gelu, mlpsoftmax or identity."""
+    tune_mm_mlp_adapter: bool = False
     """True is stage 1 (pretraining), False is stage 2 (fine-tuning)."""
-    pretrain_mm_mlp_adapter: str | None = _flag(None, "Stage 1's output: a folder, mm_projector.safetensors or .bin.")
-    """Where stage 2 finds the connector of stage 1."""
-    from_scratch_connector: bool = _flag(False, "Allow stage 2 to start from a random connector.")
+    pretrain_mm_mlp_adapter: str | None = None
+    """The connector that stage 2 starts from: stage 1's output folder, or an mm_projector.safetensors or .bin."""
+    from_scratch_connector: bool = False
     """Must be set to run stage 2 on a plain language model without a connector."""
-    freeze_backbone: bool = _flag(False, "Keep the whole language model as it is in stage 2.")
+    freeze_backbone: bool = False
     """Whether the language model, its embeddings and `lm_head` stay bit-identical in stage 2."""
-    freeze_mm_mlp_adapter: bool = _flag(False, "Keep the connector as it is in stage 2.")
+    freeze_mm_mlp_adapter: bool = False
     """Whether the connector stays bit-identical in stage 2."""
-    use_vision_ar: bool | None = _flag(None, "Train visual tokens too. Default: False in stage 1, True in stage 2.")
+    use_vision_ar: bool | None = None
     """Whether the visual loss is trained; by default not in stage 1 and yes in stage 2."""
-    vision_head_type: str = _flag("mlp", f"Head that predicts visual tokens: one of {', '.join(VISION_HEAD_TYPES)}.")
-    """Architecture of the head from the language model to visual tokens."""
-    vision_coef: float | None = _flag(None, "Weight of the visual loss. Default: 1.0.")
+    vision_head_type: str = "mlp"
+    """Head from the language model to visual tokens: linear, mlp or mlp2x_gelu."""
+    vision_coef: float | None = None
     """Weight of the visual loss; 1.0 when not given."""
-    apply_softmax: bool | None = _flag(None, "Soft cross-entropy over features as visual loss. Default: False.")
+    apply_softmax: bool | None = None
     """Whether the visual loss is a soft cross-entropy over features; False when not given."""
-    attn_implementation: str | None = _flag(None, "Attention of the language model, e.g. sdpa or flash_attention_2.")
-    """Attention implementation of the language model; None lets Transformers choose."""
+    attn_implementation: str | None = None
+    """Attention of the language model, such as sdpa or flash_attention_2; by default Transformers chooses."""
 
     def __post_init__(self) -> None:
         self._check_choices()
         self._check_stage()
+        self.model_name_or_path = os.path.expanduser(self.model_name_or_path)
+        self.vision_tower = os.path.expanduser(self.vision_tower)
         check_model_reference(self.model_name_or_path, flag="--model_name_or_path")
         if not self.continues_metamorph:
             check_model_reference(self.vision_tower, flag="--vision_tower")
-        if self.pretrain_mm_mlp_adapter is not None and not Path(self.pretrain_mm_mlp_adapter).expanduser().exists():
+        if self.pretrain_mm_mlp_adapter is not None:
+            self.pretrain_mm_mlp_adapter = os.path.expanduser(self.pretrain_mm_mlp_adapter)
+        if self.pretrain_mm_mlp_adapter is not None and not Path(self.pretrain_mm_mlp_adapter).exists():
             raise FileNotFoundError(
                 f"--pretrain_mm_mlp_adapter {self.pretrain_mm_mlp_adapter} does not exist: give the output folder of "
                 "stage 1, or the mm_projector.safetensors in it"
             )
-        if Path(self.model_name_or_path).expanduser().is_dir():  # of a Hub id the type is not known yet
+        if Path(self.model_name_or_path).is_dir():  # of a Hub id the type is not known yet
             self._check_is_whole()
             self.require_connector(self.continues_metamorph)
 
@@ -131,7 +128,7 @@ class ModelArguments:
         )
 
     def _check_is_whole(self) -> None:
-        folder = Path(self.model_name_or_path).expanduser()
+        folder = Path(self.model_name_or_path)
         if self.continues_metamorph and not any(folder.glob("model*.safetensors*")):
             raise FileNotFoundError(
                 f"--model_name_or_path {self.model_name_or_path} has no model weights. If it is the output of stage 1, "
@@ -170,18 +167,18 @@ class ModelArguments:
 class DataArguments:
     """What the model learns from."""
 
-    data_path: str = field(metadata={"help": "Training data: LLaVA records as a JSON array or JSONL file."})
+    data_path: str
     """LLaVA records: a JSON array or one record per line."""
-    image_folder: str | None = _flag(None, "Folder that the image paths of the records are relative to.")
+    image_folder: str | None = None
     """Folder of the images; not needed for text-only data."""
-    model_max_length: int = _flag(4096, "Longer samples are cut, never inside an image.")
+    model_max_length: int = 4096
     """Longest sequence in tokens, visual tokens included."""
-    image_aspect_ratio: str = _flag("square", "square: resize to the tower's square; pad: pad to a square first.")
+    image_aspect_ratio: str = "square"
     """`square` lets the image processor resize to a square, `pad` keeps the proportions by a border."""
-    on_bad_record: str = _flag("raise", "raise: stop at the first bad record; skip: count, log and leave it out.")
-    """What happens with a record that cannot be used."""
-    max_bad_fraction: float = _flag(0.01, "With --on_bad_record skip: stop when more than this share is bad.")
-    """Largest share of skipped records, between 0 and 1."""
+    on_bad_record: str = "raise"
+    """What happens with a record that cannot be used: raise, or skip (count, log and leave out)."""
+    max_bad_fraction: float = 0.01
+    """Largest share of skipped records, between 0 and 1; above it the run stops."""
 
     def __post_init__(self) -> None:
         _check_choice("--image_aspect_ratio", self.image_aspect_ratio, IMAGE_ASPECT_RATIOS)
@@ -190,11 +187,14 @@ class DataArguments:
             raise ValueError(f"--max_bad_fraction {self.max_bad_fraction} must lie between 0 and 1")
         if self.model_max_length < 2:
             raise ValueError(f"--model_max_length {self.model_max_length} must be at least 2 tokens")
-        if not Path(self.data_path).expanduser().is_file():
+        self.data_path = os.path.expanduser(self.data_path)
+        if not Path(self.data_path).is_file():
             raise FileNotFoundError(
                 f"--data_path {self.data_path} does not exist or is not a file: give a JSON or JSONL file of records"
             )
-        if self.image_folder is not None and not Path(self.image_folder).expanduser().is_dir():
+        if self.image_folder is not None:
+            self.image_folder = os.path.expanduser(self.image_folder)
+        if self.image_folder is not None and not Path(self.image_folder).is_dir():
             raise FileNotFoundError(f"--image_folder {self.image_folder} does not exist or is not a folder")
 
 
@@ -206,41 +206,40 @@ class MetaMorphTrainingArguments(TrainingArguments):
     GPU the run falls back to the CPU.
     """
 
-    weight_decay: float = _flag(0.0, "Weight decay of AdamW; norms and biases have none.")
-    """Weight decay of AdamW."""
-    lr_scheduler_type: str = _flag("cosine", "Shape of the learning rate over the run.")
-    """Learning-rate schedule."""
-    warmup_ratio: float = _flag(0.03, "Share of the steps with a rising learning rate; --warmup_steps wins.")
+    weight_decay: float = 0.0
+    """Weight decay of AdamW; norms and biases have none."""
+    lr_scheduler_type: str = "cosine"
+    """Shape of the learning rate over the run."""
+    warmup_ratio: float = 0.03
     """Share of the optimizer steps used for warm-up, in [0, 1). Ignored when `warmup_steps` is given."""
-    evaluation_strategy: str | None = _flag(None, "Older spelling of --eval_strategy.")
+    evaluation_strategy: str | None = None
     """Spelling of `eval_strategy` in Transformers 4, still understood."""
-    bf16: bool = _flag(True, "Compute in bfloat16, with float32 master weights.")
-    """Whether autocast to bfloat16 is used."""
-    fp16: bool = _flag(False, "Compute in float16 (needs --bf16 False).")
-    """Whether autocast to float16 is used."""
-    loss_normalization: str = _flag("global", "global: per token over the whole step; micro_batch: mean of means.")
+    bf16: bool = True
+    """Compute in bfloat16, with float32 weights."""
+    fp16: bool = False
+    """Compute in float16, with float32 weights; needs `bf16=False`."""
+    loss_normalization: str = "global"
     """`global` divides each loss by its tokens over all micro-batches and ranks of the optimizer step;
     `micro_batch` averages every micro-batch by itself, as the original system did."""
-    mm_projector_lr: float | None = _flag(None, "Learning rate of the connector. Default: --learning_rate.")
-    """Learning rate of the connector and of the new tokens' embedding rows."""
-    vision_lr: float | None = _flag(None, "Learning rate of the tower (with --freeze_vision False).")
-    """Learning rate of the vision tower."""
-    vision_head_lr: float | None = _flag(None, "Learning rate of the vision head.")
-    """Learning rate of the vision head."""
-    logging_steps: float = _flag(10, "Log every so many optimizer steps.")
+    mm_projector_lr: float | None = None
+    """Learning rate of the connector and of the new tokens' rows in stage 1; by default `learning_rate`."""
+    vision_lr: float | None = None
+    """Learning rate of the vision tower (with `freeze_vision=False`); by default `learning_rate`."""
+    vision_head_lr: float | None = None
+    """Learning rate of the vision head; by default `learning_rate`."""
+    logging_steps: float = 10
     """Optimizer steps between two log lines."""
-    logging_nan_inf_filter: bool = _flag(False, "Hide NaN losses in the log; costs a device sync every step.")
+    logging_nan_inf_filter: bool = False
     """Off: the filter reads the loss back from the device at every step, and it hides what should be seen."""
-    remove_unused_columns: bool = _flag(False, "Leave False: our collator reads fields that forward does not.")
+    remove_unused_columns: bool = False
     """Our dataset yields exactly what the collator needs."""
-    prediction_loss_only: bool = _flag(True, "Evaluation computes losses only; logits are never materialised.")
+    prediction_loss_only: bool = True
     """Evaluation returns losses only."""
-    ddp_find_unused_parameters: bool | None = _flag(False, "Not needed: every trained parameter stays in the graph.")
+    ddp_find_unused_parameters: bool | None = False
     """Off: text-only batches keep the connector and the vision head in the graph."""
-    resume_from_checkpoint: str | None = _flag(
-        None, "A checkpoint folder; True: the newest in --output_dir, which must exist; False: start anew."
-    )
-    """None resumes from the newest checkpoint in `output_dir` if there is one."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint folder. By default the newest complete one in `output_dir`, if any; True: there must be one;
+    False: start anew."""
 
     def __post_init__(self) -> None:
         if self.output_dir is None:
@@ -278,7 +277,7 @@ def check_model_reference(name: str, flag: str) -> None:
     Raises:
         FileNotFoundError: if the folder, or the config.json in it, is missing.
     """
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
@@ -293,7 +292,7 @@ def check_model_reference(name: str, flag: str) -> None:
 
 def local_model_type(name: str) -> str | None:
     """The `model_type` that the config.json of a local folder names, or None for anything else."""
-    config = Path(name).expanduser() / "config.json"
+    config = Path(name) / "config.json"
     if not config.is_file():
         return None
     try:

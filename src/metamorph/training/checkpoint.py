@@ -116,7 +116,7 @@ def load_connector(model: PreTrainedModel, path: str | Path) -> None:
 
 def find_connector(path: str | Path) -> Path:
     """The connector file that `path`, a file or a folder, stands for."""
-    path = Path(path).expanduser()
+    path = Path(path)
     if path.is_file():
         return path
     for name in CONNECTOR_FILES:

@@ -1,0 +1,20 @@
+"""`metamorph train-visualizer --config recipe.yaml [--flag value …]`."""
+
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train the diffusion decoder that turns visual tokens into pixels.
+
+    Args:
+        argv: Command line after `train-visualizer`.
+    """
+    from metamorph.training.parsing import parse_arguments
+    from metamorph.visualization.arguments import VisualizerArguments
+
+    (arguments,) = parse_arguments([VisualizerArguments], argv, prog="metamorph train-visualizer")
+    from metamorph.visualization.train import train_visualizer  # after the arguments are known to be good
+
+    result = train_visualizer(arguments)
+    if result.is_main_process:
+        print(f"visualizer finished after {result.seconds:.0f} s: {result.output_dir}")
