@@ -39,7 +39,7 @@ def test_warmup_is_a_quarter_by_default():
         ({"unet_from_scratch": True}, "--unfreeze_unet"),
         ({"unet_lr": 1e-5}, "--unfreeze_unet"),
         ({"cache_latents": True, "random_crop": True}, "--random_crop"),
-        ({"image_token_reduction": "mlpmixer"}, "mlpmixer"),
+        ({"timestep_power": 0.0}, "--timestep_power"),
         ({"validation_guidance_scales": []}, "--validation_guidance_scales"),
     ],
 )

@@ -102,6 +102,14 @@ def test_share_of_dropped_conditions(cfg_prob):
     assert (~keep).float().mean().item() == pytest.approx(cfg_prob, abs=0.04)
 
 
+def test_timesteps_cover_the_schedule_and_power_favours_high_noise():
+    uniform = draws_at(*range(2000)).timesteps
+    assert 0 <= uniform.min() < 20
+    assert 980 < uniform.max() <= 999
+    assert uniform.float().mean().item() == pytest.approx(500, abs=25)
+    assert draws_at(*range(2000), timestep_power=0.5).timesteps.float().mean().item() == pytest.approx(667, abs=25)
+
+
 def test_noise_offset_shifts_whole_channels():
     difference = draws_at(0, noise_offset=0.5).noise - draws_at(0).noise
     assert difference.std(dim=(2, 3)).max() < 1e-6

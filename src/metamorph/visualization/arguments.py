@@ -64,7 +64,9 @@ class VisualizerArguments:
     """Recompute the UNet's activations in the backward pass: less memory, more time."""
 
     vision_tower: str = "siglip/CLIP-ViT-SO400M-14-384"
-    """Vision encoder whose tokens are drawn, a folder or Hub id: the one that the MetaMorph model uses."""
+    """Vision encoder whose tokens are drawn: the folder or Hub id that the MetaMorph model was trained with, or the
+    folder of the finished MetaMorph model, whose tower and token options are then used whatever the four flags below
+    say."""
     mm_vision_select_layer: int = -1
     """Hidden state of the tower that becomes visual tokens, as in `metamorph train`."""
     num_tokens: int = 64
@@ -128,6 +130,8 @@ class VisualizerArguments:
     """Compute in bf16 or, with no, in float32."""
     cfg_prob: float = 0.1
     """Share of samples whose whole condition is replaced by zeros, for classifier-free guidance."""
+    timestep_power: float = 1.0
+    """Timesteps are drawn as T·u^power with uniform u; below 1 favours high noise, where the layout is decided."""
     noise_offset: float = 0.0
     """Size of an extra noise that is constant over each channel of a picture."""
     snr_gamma: float | None = None
@@ -189,7 +193,7 @@ class VisualizerArguments:
                 value = getattr(self, name)
                 if not (math.isfinite(value) and value >= least):
                     raise ValueError(f"--{name} {value} must be {least} or more")
-        for name in ("lr", "unet_lr", "snr_gamma", "save_total_limit"):
+        for name in ("lr", "unet_lr", "timestep_power", "snr_gamma", "save_total_limit"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"--{name} {value} must be larger than 0")
@@ -211,11 +215,6 @@ class VisualizerArguments:
             )
         if self.cache_latents and self.random_crop:
             raise ValueError("--cache_latents keeps one crop of each picture; drop it or --random_crop")
-        if self.image_token_reduction == "mlpmixer":
-            raise ValueError(
-                "--image_token_reduction mlpmixer has weights of its own that only a MetaMorph model holds; "
-                "train the visualizer for interpolation, concat_interpolation or none"
-            )
         if not self.validation_guidance_scales:
             raise ValueError("--validation_guidance_scales is empty; give at least one number")
 

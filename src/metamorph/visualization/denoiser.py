@@ -103,8 +103,9 @@ class Draws:
         *,
         seed: int,
         num_timesteps: int,
-        cfg_prob: float,
-        noise_offset: float,
+        timestep_power: float = 1.0,
+        cfg_prob: float = 0.0,
+        noise_offset: float = 0.0,
     ) -> Draws:
         """Draw for the samples at `positions` of the training stream.
 
@@ -115,7 +116,8 @@ class Draws:
             positions: `[images]`, places in the stream.
             latent_shape: `(channels, height, width)`.
             seed: Seed of the run.
-            num_timesteps: Timesteps of the noise schedule.
+            num_timesteps: Timesteps T of the noise schedule.
+            timestep_power: Timesteps are T·u^power with uniform u.
             cfg_prob: Probability of dropping a condition.
             noise_offset: Size of the noise that is constant over a channel.
         """
@@ -126,7 +128,8 @@ class Draws:
             offset = noise_offset * torch.randn(latent_shape[0], 1, 1, generator=generator)
             noise.append(torch.randn(latent_shape, generator=generator) + offset)
             latent_noise.append(torch.randn(latent_shape, generator=generator))
-            timesteps.append(torch.randint(num_timesteps, (), generator=generator))
+            uniform = torch.rand((), dtype=torch.float64, generator=generator)
+            timesteps.append((num_timesteps * uniform**timestep_power).long())
             keep.append(torch.rand((), generator=generator) >= cfg_prob)
         return cls(torch.stack(noise), torch.stack(latent_noise), torch.stack(timesteps), torch.stack(keep))
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from transformers import AutoImageProcessor
+from safetensors import safe_open
+from transformers import AutoImageProcessor, PreTrainedConfig
 
 from metamorph.models.vision_tower import (
     MetaMorphConfig,
@@ -26,6 +28,7 @@ from metamorph.visualization.projector import VisualizationProjector
 
 logger = logging.getLogger(__name__)
 
+_TOWER_PREFIX = "model.vision_tower."
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -103,6 +106,21 @@ def load_vae(args: VisualizerArguments, dtype: torch.dtype) -> AutoencoderKL:
     )
 
 
+def adopt_token_options(args: VisualizerArguments) -> VisualizerArguments:
+    """The flags with the token options of the MetaMorph model, if `vision_tower` is the folder of one."""
+    if not _is_metamorph(args.vision_tower):
+        return args
+    config = MetaMorphConfig.from_pretrained(args.vision_tower)
+    logger.info("Visual tokens as in the MetaMorph model %s: %d per image", args.vision_tower, config.num_image_tokens)
+    return replace(
+        args,
+        mm_vision_select_layer=config.mm_vision_select_layer,
+        num_tokens=config.num_image_tokens,
+        image_token_reduction=config.image_token_reduction,
+        normalize_vision=config.normalize_vision,
+    )
+
+
 def load_tower(args: VisualizerArguments) -> tuple[VisionTower, PixelFormat]:
     """Load the vision tower with the layer, reduction and normalisation of the MetaMorph model, and its format.
 
@@ -111,15 +129,14 @@ def load_tower(args: VisualizerArguments) -> tuple[VisionTower, PixelFormat]:
     """
     path = resolve_vision_tower(args.vision_tower)
     try:
-        config = MetaMorphConfig(
-            vision_config=load_vision_config(path),
-            mm_vision_select_layer=args.mm_vision_select_layer,
-            num_image_tokens=args.num_tokens,
-            image_token_reduction=args.image_token_reduction,
-            normalize_vision=args.normalize_vision,
-        )
+        if _is_metamorph(path):
+            config = MetaMorphConfig.from_pretrained(path)
+            tower = VisionTower(config)
+            tower.load_state_dict(_weights_below(Path(path).expanduser(), _TOWER_PREFIX))
+        else:
+            config = _token_config(args, load_vision_config(path))
+            tower = VisionTower(config, load_vision_encoder(path))
         processor = AutoImageProcessor.from_pretrained(path)
-        tower = VisionTower(config, load_vision_encoder(path))
     except OSError as error:
         raise ValueError(f"--vision_tower {args.vision_tower} cannot be loaded: {error}") from error
     pixel_format = PixelFormat(
@@ -131,17 +148,20 @@ def load_tower(args: VisualizerArguments) -> tuple[VisionTower, PixelFormat]:
     return tower, pixel_format
 
 
-def build_projector(args: VisualizerArguments, feature_size: int, cross_attention_dim: int) -> VisualizationProjector:
+def build_projector(
+    args: VisualizerArguments, tokens: tuple[int, int], cross_attention_dim: int
+) -> VisualizationProjector:
     """The projector to train: a new one, or `pretrained_projector`.
 
     Args:
         args: The flags.
-        feature_size: Size D of a visual token.
+        tokens: Number N and size D of the visual tokens of one image.
         cross_attention_dim: Size of a condition token of the UNet.
 
     Raises:
         ValueError: if a pretrained projector is missing or has other sizes.
     """
+    num_tokens, feature_size = tokens
     if args.pretrained_projector is None:
         return VisualizationProjector(
             input_dim=feature_size,
@@ -152,7 +172,7 @@ def build_projector(args: VisualizerArguments, feature_size: int, cross_attentio
             num_heads=args.num_heads,
             mode=args.mode,
             normalize_input=args.normalize_input,
-            num_positions=args.num_tokens if args.learn_positions else 0,
+            num_positions=num_tokens if args.learn_positions else 0,
         )
     folder = Path(args.pretrained_projector).expanduser()
     folder = folder / "projector" if (folder / "projector").is_dir() else folder
@@ -170,10 +190,49 @@ def build_projector(args: VisualizerArguments, feature_size: int, cross_attentio
 
 
 @torch.no_grad()
-def feature_size(tower: VisionTower, pixel_format: PixelFormat) -> int:
-    """Size D of the tower's visual tokens."""
-    pixels = torch.zeros(1, 3, pixel_format.size, pixel_format.size)
-    return tower(pixels).shape[-1]
+def token_shape(tower: VisionTower, pixel_format: PixelFormat) -> tuple[int, int]:
+    """Number N and size D of the tower's visual tokens of one image."""
+    tokens = tower(torch.zeros(1, 3, pixel_format.size, pixel_format.size))
+    return tokens.shape[1], tokens.shape[2]
+
+
+def _token_config(args: VisualizerArguments, vision_config: PreTrainedConfig) -> MetaMorphConfig:
+    """The configuration of a MetaMorph model with these token options."""
+    if args.image_token_reduction == "mlpmixer":
+        raise ValueError(
+            "--image_token_reduction mlpmixer has weights of its own: give the folder of the MetaMorph model that "
+            "holds them as --vision_tower"
+        )
+    return MetaMorphConfig(
+        vision_config=vision_config,
+        mm_vision_select_layer=args.mm_vision_select_layer,
+        num_image_tokens=args.num_tokens,
+        image_token_reduction=args.image_token_reduction,
+        normalize_vision=args.normalize_vision,
+    )
+
+
+def _is_metamorph(name: str) -> bool:
+    """Whether `name` is the local folder of a MetaMorph model."""
+    file = Path(name).expanduser() / "config.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == "metamorph"
+
+
+def _weights_below(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """The weights of a safetensors model folder whose names begin with `prefix`, without it, in float32.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    weights = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if name.startswith(prefix):
+                    weights[name.removeprefix(prefix)] = tensors.get_tensor(name).float()
+    if not weights:
+        raise ValueError(f"--vision_tower {folder}: its safetensors files hold no weights named {prefix}*")
+    return weights
 
 
 def _check_fit(parts: DiffusionParts, args: VisualizerArguments) -> None:

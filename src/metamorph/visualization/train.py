@@ -40,7 +40,14 @@ from metamorph.visualization.data import (
 )
 from metamorph.visualization.denoiser import ConditionedUNet, Draws, FrozenEncoders, diffusion_loss, sample_latents
 from metamorph.visualization.export import draw_validation_grid, save_pipeline
-from metamorph.visualization.parts import build_projector, check_folders, feature_size, load_diffusion_parts, load_tower
+from metamorph.visualization.parts import (
+    adopt_token_options,
+    build_projector,
+    check_folders,
+    load_diffusion_parts,
+    load_tower,
+    token_shape,
+)
 from metamorph.visualization.schedule import build_lr_scheduler
 
 
@@ -82,6 +89,7 @@ def train_visualizer(
         ValueError: for parts, data or checkpoints that do not fit, before training starts.
     """
     check_folders(args)
+    args = adopt_token_options(args)
     source = open_source(args, images)
     output_dir = Path(args.output_dir).expanduser()
     checkpoint = resolve_resume(args.resume_from_checkpoint, output_dir)
@@ -137,7 +145,7 @@ class VisualizerTrainer:
         set_seed(args.seed)
         self.parts = load_diffusion_parts(args, vae_dtype=dtype)
         self.projector = build_projector(
-            args, feature_size(tower, self.tower_format), self.parts.unet.config.cross_attention_dim
+            args, token_shape(tower, self.tower_format), self.parts.unet.config.cross_attention_dim
         )
         device = accelerator.device
         self.encoders = FrozenEncoders(tower.to(device, dtype), self.parts.vae.to(device))
@@ -234,6 +242,7 @@ class VisualizerTrainer:
             (moments.shape[1] // 2, *moments.shape[2:]),
             seed=args.seed,
             num_timesteps=self.parts.noise_scheduler.config.num_train_timesteps,
+            timestep_power=args.timestep_power,
             cfg_prob=args.cfg_prob,
             noise_offset=args.noise_offset,
         ).to(device)
