@@ -20,6 +20,15 @@ def test_every_image_is_the_towers_square(kind):
     assert preprocess_images(images, processor).shape == (5, 3, 56, 56)
 
 
+@pytest.mark.parametrize("kind", [SiglipImageProcessor, CLIPImageProcessor, BitImageProcessor])
+def test_pixels_are_bit_for_bit_those_of_the_library(kind):
+    noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    images = [Image.fromarray(noise), golden_image("vqa")]
+    processor = square_image_processor(kind(), image_size=56)
+    expected = processor(images=images, return_tensors="pt")["pixel_values"]
+    assert torch.equal(preprocess_images(images, processor), expected)
+
+
 @pytest.mark.parametrize("kind", [CLIPImageProcessor, BitImageProcessor])
 def test_nothing_is_cropped_away(kind):
     """A wide picture, red on the left and blue on the right: the centre crop of CLIP would lose both ends."""

@@ -33,6 +33,7 @@ from metamorph.models.conversations import (
 from metamorph.models.image_processing import (
     ASPECT_RATIOS,
     load_image_processor,
+    pixel_table,
     preprocess_images,
     square_image_processor,
     to_rgb,
@@ -97,6 +98,7 @@ class MetaMorphProcessor(ProcessorMixin):
             tokenizer, mm_use_im_start_end=mm_use_im_start_end, mm_use_im_patch_token=mm_use_im_patch_token
         )
         self.template: ChatTemplate = get_chat_template(version, tokenizer, chat_template)
+        self._pixel_table = pixel_table(self.image_processor)
         self._special_ids = _special_token_ids(tokenizer)
         self._template_ids: dict[str, list[int]] = {}
 
@@ -415,7 +417,7 @@ class MetaMorphProcessor(ProcessorMixin):
     def _pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor | None:
         if not images:
             return None
-        return preprocess_images(images, self.image_processor, self.image_aspect_ratio)
+        return preprocess_images(images, self.image_processor, self.image_aspect_ratio, self._pixel_table)
 
 
 def _flatten(images: Any) -> list[Image.Image]:
