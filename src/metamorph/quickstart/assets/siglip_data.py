@@ -136,4 +136,6 @@ def caption_ids(
 def caption_tokenizer(recipe: SiglipRecipe) -> PreTrainedTokenizerBase:
     """The tokenizer of the text tower; it knows the words of `caption` and nothing else."""
     words = [word for words in CELL_ATTRIBUTES.values() for word in words]
-    return build_tokenizer([*words, "a at the and on background"], model_max_length=recipe.caption_length)
+    tokenizer = build_tokenizer([*words, "a at the and on background"], model_max_length=recipe.caption_length)
+    tokenizer.chat_template = None
+    return tokenizer

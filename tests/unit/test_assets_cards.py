@@ -1,0 +1,106 @@
+"""Model cards and the resumable training loop of the asset builds."""
+
+import pytest
+import torch
+from torch import nn
+
+from metamorph.quickstart.assets import asset_path, rebuild
+from metamorph.quickstart.assets.cards import AssetCard, AssetError, verify_folder, write_card
+from metamorph.quickstart.assets.training_state import TrainingPlan, train
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "part").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "part" / "weights.bin").write_bytes(b"1234")
+    card = AssetCard(
+        name="mini-test",
+        summary="A test.",
+        build_command="none",
+        seed=7,
+        seconds=3600.0,
+        recipe={"steps": 10},
+        figures={"singles": {"shape": 0.99}, "loss": 0.1},
+        gates={"shape": 0.97},
+    )
+    write_card(tmp_path, card)
+    return tmp_path
+
+
+def test_card_keeps_its_facts(folder):
+    card = verify_folder(folder)
+    assert (card.name, card.seed, card.recipe, card.gates) == ("mini-test", 7, {"steps": 10}, {"shape": 0.97})
+    assert card.figures == {"singles": {"shape": 0.99}, "loss": 0.1}
+    assert set(card.sha256) == {"config.json", "part/weights.bin"}
+    assert "| singles.shape | 0.99 | 0.97 |" in (folder / "README.md").read_text()
+
+
+def test_changed_missing_and_unknown_files_are_named(folder):
+    (folder / "part" / "weights.bin").write_bytes(b"4321")
+    (folder / "config.json").unlink()
+    (folder / "extra.txt").write_text("?")
+    with pytest.raises(AssetError, match=r"missing \['config.json'\].*changed \['part/weights.bin'\].*extra.txt"):
+        verify_folder(folder)
+
+
+def test_folder_without_card_is_an_error(tmp_path):
+    with pytest.raises(AssetError, match="model card"):
+        verify_folder(tmp_path)
+
+
+def test_unknown_asset_names_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="mini-siglip"):
+        asset_path("mini-clip")
+    with pytest.raises(ValueError, match="--rebuild-assets"):
+        rebuild(["clip"], tmp_path)
+
+
+class _Regression:
+    """A linear regression whose data of step n depend on n alone."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = nn.Linear(4, 1)
+
+    def loss_of_step(self, step):
+        inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        return (self.model(inputs) - inputs.sum(1, keepdim=True)).square().mean(), {}
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def test_resumed_training_equals_uninterrupted(tmp_path):
+    plan = TrainingPlan(steps=20, learning_rate=0.05, warmup_steps=3, save_every=5)
+    whole, parts = _Regression(), _Regression()
+    train(whole.model, plan, whole.loss_of_step, tmp_path / "whole", fingerprint="x", resume=False)
+
+    def stop_at_12(step):
+        if step == 12:
+            raise _Interrupted
+        return parts.loss_of_step(step)
+
+    with pytest.raises(_Interrupted):
+        train(parts.model, plan, stop_at_12, tmp_path / "parts", fingerprint="x", resume=True)
+    again = _Regression()
+    train(again.model, plan, again.loss_of_step, tmp_path / "parts", fingerprint="x", resume=True)
+    torch.testing.assert_close(again.model.weight, whole.model.weight, rtol=0, atol=0)
+
+
+def test_state_of_another_recipe_is_not_resumed(tmp_path, caplog):
+    plan = TrainingPlan(steps=4, learning_rate=0.05, warmup_steps=1)
+    first, second, fresh = _Regression(), _Regression(), _Regression()
+    train(first.model, plan, first.loss_of_step, tmp_path, fingerprint="seed 0", resume=True)
+    train(second.model, plan, second.loss_of_step, tmp_path, fingerprint="seed 1", resume=True)
+    train(fresh.model, plan, fresh.loss_of_step, tmp_path / "fresh", fingerprint="seed 1", resume=False)
+    torch.testing.assert_close(second.model.weight, fresh.model.weight, rtol=0, atol=0)
+    assert "starting over" in caplog.text
+
+
+def test_loss_that_is_not_finite_stops_the_build(tmp_path):
+    plan = TrainingPlan(steps=2, learning_rate=0.05, warmup_steps=1)
+    model = nn.Linear(1, 1)
+    with pytest.raises(FloatingPointError, match="step 0"):
+        train(model, plan, lambda _: (model.weight.sum() * torch.inf, {}), tmp_path, fingerprint="", resume=False)
