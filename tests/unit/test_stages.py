@@ -86,7 +86,7 @@ def test_without_visual_loss_the_head_is_frozen(model_args) -> None:
 
 def test_nothing_to_train_is_an_error(model_args) -> None:
     model = build(use_vision_ar=False)
-    with pytest.raises(ValueError, match="nothing is left to train.*--freeze_backbone"):
+    with pytest.raises(ValueError, match=r"nothing is left to train.*--freeze_backbone"):
         apply_stage(model, model_args(freeze_backbone=True, freeze_mm_mlp_adapter=True, use_vision_ar=False))
 
 

@@ -40,7 +40,7 @@ class ModelArguments:
     version: str = "llama3"
     """Conversation template: llama3, llama3_original, chatml, plain, or auto, which takes the tokenizer's own."""
     vision_tower: str = "siglip/CLIP-ViT-SO400M-14-384"
-    """SigLIP, SigLIP 2, CLIP or DINOv2 vision model: a folder or Hub id. The default means SigLIP-SO400M/14 at 384 px."""
+    """SigLIP, SigLIP 2, CLIP or DINOv2 vision model: a folder or Hub id. The default is SigLIP-SO400M/14 at 384 px."""
     mm_vision_select_layer: int = -1
     """Which hidden state of the tower becomes visual tokens; -1 is the last layer's, before the final norm."""
     freeze_vision: bool = True

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 
 from metamorph.data.collation import PaddedCollator
 from metamorph.data.dataset import ConversationDataset
@@ -94,6 +94,8 @@ def run_training(
         processing_class=plan.processor,
         callbacks=callbacks,
     )
+    if callbacks:  # they report: Transformers' printer, which stands in for its bar when that is off, is not needed
+        trainer.remove_callback(PrinterCallback)
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
     # 4. The result.
