@@ -26,7 +26,7 @@ MIN_AREA = 40
 """Fewer foreground pixels in a quadrant than this are noise; the smallest object has 128."""
 MIN_OVERLAP = 0.72
 """Soft intersection over union below which a shape is unreadable; a circle and its square have 0.79."""
-SEARCH = 3
+SEARCH = 2
 """Templates are tried up to this many pixels beside the nominal centre."""
 
 
