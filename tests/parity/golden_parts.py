@@ -70,8 +70,8 @@ def golden_model(**overrides) -> MetaMorphForConditionalGeneration:
     return model
 
 
-def expand_placeholders(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The original's ids (one -200 for each image) in our form (N placeholders), padded on the right."""
+def expand_placeholders(batch: dict[str, torch.Tensor], max_length: int | None = None) -> dict[str, torch.Tensor]:
+    """The original's ids (one -200 for each image) in our form (N placeholders), cut and padded on the right."""
     count, pad = numbers("micro/config")["num_image_tokens"], numbers("micro/config")["ids"]["end_of_text"]
     rows: list[list[tuple[int, int, bool, bool]]] = []
     columns = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), batch["attention_mask"].tolist(), strict=True)
@@ -82,7 +82,7 @@ def expand_placeholders(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
                 row += [(PLACEHOLDER, -100, True, label == ORIGINAL_IMAGE)] * count
             elif is_real:
                 row.append((token, label, True, False))
-        rows.append(row)
+        rows.append(row[:max_length])
     length = max(len(row) for row in rows)
     padded = [row + [(pad, -100, False, False)] * (length - len(row)) for row in rows]
     ids, labels, mask, targets = torch.tensor(padded, dtype=torch.long).unbind(-1)

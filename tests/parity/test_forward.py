@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from golden_parts import assert_close, golden_batch, golden_model, numbers, our_name, tensors
+from golden_parts import (
+    assert_close,
+    expand_placeholders,
+    golden_batch,
+    golden_model,
+    numbers,
+    our_name,
+    tensors,
+)
 
 from metamorph.models.embeddings import attach_new_token_rows
 from metamorph.models.vision_tower import concat_blocks, finish_visual_tokens, interpolate_tokens
@@ -141,6 +149,30 @@ def test_gradients_of_stage_1(batch):
     expected = reference["grad.model.embed_tokens.weight"][[ids["image_start"], ids["image_end"]]]
     assert_close(rows.grad, expected)
     assert model.get_input_embeddings().weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("case", "pictures"),
+    [("mixed_batch", ["src", "dst", "vqa", "gen", "vqa", "src", "dst", "vqa"]), ("no_answer_image", ["vqa"])],
+)
+def test_mixed_batches(model, case, pictures):
+    """Rows with none to three images, two of them cut in their text at `model_max_length`."""
+    reference = numbers("edge/edge")["cases"][case]
+    recorded = {name: tensors("edge/edge")[f"{case}.{name}"] for name in ("input_ids", "labels", "attention_mask")}
+    batch = expand_placeholders(recorded, reference["model_max_length"])
+    order = ["vqa", "gen", "src", "dst"]
+    batch["pixel_values"] = tensors("micro/batch")["images"][[order.index(name) for name in pictures]]
+    real = batch["attention_mask"].bool()
+    assert torch.equal(real, tensors("edge/edge")[f"{case}.prepared_attention_mask"])
+    embeds = model.model.embed(batch["input_ids"], model.get_visual_tokens(batch["pixel_values"]))
+    assert_close(embeds[real], tensors("edge/edge")[f"{case}.inputs_embeds"][real])
+    output = model(**batch)
+    assert output.text_loss.item() == pytest.approx(reference["loss_language"], abs=1e-5)
+    assert output.num_visual_tokens == reference["n_answer_visual"]
+    if reference["n_answer_visual"]:
+        assert output.visual_loss.item() == pytest.approx(reference["loss_image_ar"] + 1, abs=1e-5)
+    else:
+        assert output.visual_loss == 0  # R01: the original gives NaN
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
