@@ -1,0 +1,71 @@
+"""`metamorph quickstart [--output-dir out] [--seed 0] [--fast]`: the whole system in miniature, with a report."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    parser = argparse.ArgumentParser(
+        prog="metamorph quickstart",
+        description="Train the whole system in miniature on this machine, evaluate it and write a report.",
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("out"), help="folder of the result (default: out)")
+    parser.add_argument("--seed", type=int, default=0, help="of data, weights and noise (default: 0)")
+    parser.add_argument("--fast", action="store_true", help="a few steps of everything: shows that it runs")
+    parser.add_argument("--assets-dir", type=Path, help="folder with mini-siglip, mini-llama and mini-sd")
+    parser.add_argument(
+        "--rebuild-assets",
+        nargs="*",
+        metavar="NAME",
+        help="instead: train the small pretrained models again (siglip, llama, sd; all without a name), "
+        "into --assets-dir or the package",
+    )
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the quickstart, or build its assets.
+
+    Args:
+        argv: Command line after `quickstart`.
+    """
+    flags = build_parser().parse_args(argv)
+    from metamorph.quickstart.options import QuickstartOptions, require_extras
+
+    require_extras()
+    if flags.rebuild_assets is not None:
+        from metamorph.quickstart.assets import ASSETS, rebuild
+
+        figures = rebuild(flags.rebuild_assets or ASSETS, flags.assets_dir, seed=flags.seed)
+        for name, values in figures.items():
+            print(f"{name}: {values}")
+        return
+    options = QuickstartOptions(flags.output_dir, flags.seed, flags.fast, flags.assets_dir)
+    from metamorph.quickstart.report import duration, headline
+    from metamorph.quickstart.run import run_quickstart
+
+    result = run_quickstart(options)
+    print_table(headline(result.metrics))
+    seconds, memory = result.metrics["seconds"]["total"], result.metrics["peak_rss_mb"]
+    print(f"\n{duration(seconds)}, peak memory {memory:.0f} MB")
+    print(f"report: {result.report.resolve()}")
+
+
+def print_table(rows: Sequence[dict]) -> None:
+    """Print the result as a table; colours show floors that are reached or missed.
+
+    Args:
+        rows: As `metamorph.quickstart.report.headline` makes them.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    styles = {"right": "green", "wrong": "red", "soft": ""}
+    table = Table(box=None, pad_edge=False)
+    for title, side in (("", "left"), ("n", "right"), ("result", "right"), ("floor", "left")):
+        table.add_column(title, justify=side)
+    for row in rows:
+        table.add_row(row["label"], str(row["n"]), row["value"], row["floor"], style=styles[row["mark"]])
+    Console().print(table)

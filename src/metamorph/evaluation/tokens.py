@@ -1,0 +1,41 @@
+"""Generated visual tokens against true ones: cosine, and which of many candidates is the nearest.
+
+Cosine alone misleads: two scenes that differ in one attribute may have tokens with a cosine of 0.97. The nearest
+neighbour among all candidate scenes says which scene was meant.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mean_cosine(generated: Tensor, true: Tensor) -> Tensor:
+    """Mean over the tokens of an image of the cosine between generated and true token.
+
+    Args:
+        generated: [images, N, D]
+        true: [images, N, D]
+
+    Returns:
+        [images], each -1 to 1.
+    """
+    return F.cosine_similarity(generated, true, dim=-1).mean(dim=-1)
+
+
+def nearest_candidates(generated: Tensor, candidates: Tensor) -> Tensor:
+    """Index of the candidate with the largest mean cosine.
+
+    Args:
+        generated: [images, N, D]
+        candidates: [candidates, N, D]
+
+    Returns:
+        [images] int64.
+    """
+    if not candidates.shape[0]:
+        raise ValueError("candidates is empty; give at least one image to compare with")
+    queries = F.normalize(generated, dim=-1).flatten(1)
+    keys = F.normalize(candidates, dim=-1).flatten(1)
+    return torch.argmax(queries @ keys.T, dim=1)

@@ -1,0 +1,105 @@
+"""What a person sees while the quickstart runs, and what is noted of time and memory."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+
+class StageClock:
+    """Seconds and peak memory of each stage, in the order in which they ran."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        """Wall-clock seconds by stage."""
+        self.peak_rss_mb: dict[str, float] = {}
+        """The process's peak resident memory up to the end of the stage, in MB."""
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str, title: str) -> Iterator[None]:
+        """Measure what happens within, and log one line before and after it.
+
+        Args:
+            name: Key of the stage.
+            title: What it does, in words.
+        """
+        logger.info("%s …", title)
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 1)
+        self.peak_rss_mb[name] = peak_rss_mb()
+        logger.info("%s: %.0f s, peak memory %.0f MB", title, self.seconds[name], self.peak_rss_mb[name])
+
+    @property
+    def total(self) -> float:
+        """Seconds since the clock was made."""
+        return round(time.perf_counter() - self._began, 1)
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with time left and the latest losses; silent when not on a terminal.
+
+    Args:
+        title: What stands before the bar.
+    """
+
+    SHOWN = {"text_loss": "text", "visual_loss": "visual", "visual_cosine": "cosine"}
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar."""
+        self._bar = tqdm(total=state.max_steps, desc=self.title, unit="step", disable=None)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance."""
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the losses of each kind."""
+        shown = {label: f"{logs[name]:.3f}" for name, label in self.SHOWN.items() if logs and name in logs}
+        if shown:
+            self._bar.set_postfix(shown)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        self._bar.close()
+
+
+def item_bar(title: str, total: int, unit: str) -> Any:
+    """A bar over items, silent when not on a terminal; call its `update`."""
+    return tqdm(total=total, desc=title, unit=unit, disable=None)
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process so far, in MB; 0 where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

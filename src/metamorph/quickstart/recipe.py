@@ -1,0 +1,170 @@
+"""Every number of the quickstart: how much data, how long each stage trains, what is evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from metamorph.quickstart.dataset import WorldSizes
+
+
+NUM_IMAGE_TOKENS = 16
+"""Visual tokens of a 64×64 picture: mini-siglip's 8×8 patches reduced to 4×4."""
+
+
+@dataclass(frozen=True)
+class EvaluationSizes:
+    """How many records of each kind are evaluated."""
+
+    vqa: int = 400
+    """Questions about pictures."""
+    seen: int = 96
+    """Drawing prompts for (colour, shape) pairs that training drew; about a third asks for two objects."""
+    held_out: int = 48
+    """Drawing prompts for pairs that training never drew."""
+    knowledge: int = 32
+    """Drawing prompts that need a fact about a thing that training never drew."""
+    edit: int = 48
+    """Instructions that change a picture."""
+    next_frame: int = 24
+    """Moving objects."""
+    visualizer: int = 64
+    """Pictures drawn again from their true tokens."""
+
+    @property
+    def largest(self) -> int:
+        """Records that the largest evaluation file needs."""
+        return max(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one run of the quickstart does."""
+
+    sizes: WorldSizes
+    """Records of training data; `evaluation` below decides the size of the evaluation files."""
+    evaluation: EvaluationSizes
+    """How many records of each kind are evaluated."""
+    batch_size: int = 32
+    """Records per step of both stages."""
+    stage1_steps: int = 120
+    """Optimizer steps of stage 1."""
+    stage1_lr: float = 3e-3
+    """Peak learning rate of stage 1."""
+    stage2_steps: int = 900
+    """Optimizer steps of stage 2."""
+    stage2_lr: float = 1.5e-3
+    """Peak learning rate of stage 2."""
+    vision_coef: float = 4.0
+    """Weight of the visual loss in stage 2."""
+    visualizer_steps: int = 300
+    """Optimizer steps of the visualizer."""
+    visualizer_batch_size: int = 32
+    """Pictures per step of the visualizer."""
+    visualizer_lr: float = 2e-3
+    """Peak learning rate of the projector."""
+    guidance_scale: float = 2.0
+    """Guidance with which evaluation draws."""
+    sampling_steps: int = 15
+    """Sampler steps with which evaluation draws."""
+    evaluation: EvaluationSizes = EvaluationSizes()
+    """How many scenes of each kind are evaluated."""
+
+    @property
+    def world_sizes(self) -> WorldSizes:
+        """Records of all files."""
+        return replace(self.sizes, evaluation=self.evaluation.largest)
+
+    def stage1_flags(self) -> dict[str, Any]:
+        """Flags of `metamorph train` for stage 1, but for the paths."""
+        return {
+            "tune_mm_mlp_adapter": True,
+            "max_steps": self.stage1_steps,
+            "learning_rate": self.stage1_lr,
+            **self._common_flags(),
+        }
+
+    def stage2_flags(self) -> dict[str, Any]:
+        """Flags of `metamorph train` for stage 2, but for the paths."""
+        return {
+            "vision_coef": self.vision_coef,
+            "max_steps": self.stage2_steps,
+            "learning_rate": self.stage2_lr,
+            **self._common_flags(),
+        }
+
+    def visualizer_flags(self) -> dict[str, Any]:
+        """Flags of `metamorph train-visualizer`, but for the paths."""
+        return {
+            "num_tokens": NUM_IMAGE_TOKENS,
+            "resolution": 64,
+            "mode": "mlp",
+            "hidden_dim": 256,
+            "normalize_input": True,
+            "learn_positions": True,
+            "cache_latents": True,
+            "training_steps": self.visualizer_steps,
+            "batch_size": self.visualizer_batch_size,
+            "lr": self.visualizer_lr,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": self.visualizer_steps // 20,
+            "ema_decay": 0.0,
+            "save_step": 0,
+        }
+
+    def _common_flags(self) -> dict[str, Any]:
+        return {
+            "num_image_tokens": NUM_IMAGE_TOKENS,
+            "model_max_length": 512,
+            "per_device_train_batch_size": self.batch_size,
+            "weight_decay": 0.01,
+            "warmup_ratio": 0.05,
+            "logging_steps": 5,
+            "save_strategy": "no",
+            "report_to": "none",
+            # The quickstart has its own progress display.
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "bf16": False,
+        }
+
+
+FULL = Recipe(
+    sizes=WorldSizes(
+        captions=4000,
+        vqa=8000,
+        text_vqa=800,
+        text_to_image=9000,
+        edits=4000,
+        next_frames=1500,
+        facts=800,
+        knowledge_prompts=1500,
+        visualizer=2000,
+        evaluation=0,
+    ),
+    evaluation=EvaluationSizes(),
+)
+"""What `metamorph quickstart` runs."""
+
+FAST = Recipe(
+    sizes=WorldSizes(
+        captions=64,
+        vqa=64,
+        text_vqa=16,
+        text_to_image=64,
+        edits=32,
+        next_frames=16,
+        facts=16,
+        knowledge_prompts=16,
+        visualizer=48,
+        evaluation=0,
+    ),
+    batch_size=16,
+    stage1_steps=6,
+    stage2_steps=12,
+    visualizer_steps=4,
+    visualizer_batch_size=8,
+    sampling_steps=3,
+    evaluation=EvaluationSizes(vqa=24, seen=8, held_out=6, knowledge=4, edit=8, next_frame=4, visualizer=8),
+)
+"""What `metamorph quickstart --fast` runs: every part once, far too short to learn anything."""
