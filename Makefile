@@ -11,6 +11,8 @@ WORKERS    ?= 2
 BIN         := $(VENV)/bin
 USER_STAMP  := $(VENV)/.installed-quickstart
 DEV_STAMP   := $(VENV)/.installed-dev
+# Many of the pinned releases need Python 3.11.
+CONSTRAINTS  = $(shell $(BIN)/python -c 'import sys; print("-c constraints.txt" * (sys.version_info >= (3, 11)))')
 TEST_ENV    := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 SHELL_FILES := .ci/run $(wildcard scripts/*.sh visualization/*.sh)
 
@@ -62,9 +64,9 @@ $(BIN)/python:
 
 # The stamps are younger than the files that say what to install, or the install is repeated.
 $(USER_STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[quickstart]"
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e ".[quickstart]"
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[quickstart,dev,docs]"
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e ".[quickstart,dev,docs]"
 	@touch $@ $(USER_STAMP)
