@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, BaseImageProcessor, SiglipImageProcessor
+from transformers import BaseImageProcessor, SiglipImageProcessor
+
+# In the package's root, older releases of our range show a dummy that asks for torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
 ASPECT_RATIOS = ("square", "pad")
@@ -88,12 +91,20 @@ def _to_8_bit(values: np.ndarray, mode: str) -> np.ndarray:
 def pixel_table(image_processor: BaseImageProcessor) -> np.ndarray:
     """What rescaling and normalising make of each 8-bit value: float32 `[3, 256]`.
 
-    Looking values up is several times faster than computing them for every pixel, and gives the same bits, because
-    the table is what `image_processor` itself makes of a picture that has all values.
+    Looking values up is several times faster than computing them for every pixel, gives the same bits as the Pillow
+    backend of the image processors, and does not depend on the backend that is installed.
     """
-    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
-    values = image_processor(images=[Image.fromarray(ramp)], do_resize=False, return_tensors="np")["pixel_values"]
-    return np.asarray(values, dtype=np.float32).reshape(3, 256)
+    values = np.arange(256, dtype=np.float64)
+    if image_processor.do_rescale:
+        values = values * image_processor.rescale_factor
+    table = np.tile(values.astype(np.float32), (3, 1))
+    if image_processor.do_normalize:
+        mean, std = (
+            np.asarray(statistic, dtype=np.float32)[:, None]
+            for statistic in (image_processor.image_mean, image_processor.image_std)
+        )
+        table = (table - mean) / std
+    return table
 
 
 def preprocess_images(
