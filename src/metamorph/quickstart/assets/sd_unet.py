@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,21 +31,36 @@ from metamorph.visualization.projector import pad_condition
 logger = logging.getLogger(__name__)
 
 CONDITION_DIM = 128
-BATCH_SIZE = 16
-CONDITION_DROPOUT = 0.1
-"""Share of samples whose whole condition is zeroed, for classifier-free guidance."""
-CONDITION_NOISE = 0.1
-"""Standard deviation of noise on the conditions, whose own is 1: a projector will not hit them exactly either."""
-TIMESTEP_POWER = 0.6
-"""Timesteps are drawn as 1000·u^0.6: more at high noise, where the picture is laid out from the condition alone."""
-PAIR_SCENES = 6000
-EMA_DECAY = 0.999
-PLAN = TrainingPlan(steps=8000, learning_rate=1e-3, warmup_steps=100, weight_decay=0.01, save_every=250, log_every=100)
-EVALUATE_EVERY = 500
 GUIDANCE_SCALE = 2.0
 SAMPLING_STEPS = 15
 
 _TRAIN_STREAM, _EVALUATION_STREAM, _BANK_STREAM = 20, 21, 22
+
+
+@dataclass(frozen=True)
+class UnetRecipe:
+    """Hyper-parameters of the UNet and its attribute encoder."""
+
+    steps: int = 3500
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Latents in a step, half of them of one object and half of two."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    condition_dropout: float = 0.1
+    """Share of samples whose whole condition is zeroed, for classifier-free guidance."""
+    condition_noise: float = 0.1
+    """Standard deviation of noise on conditions, whose own is 1: a projector will not hit them exactly either."""
+    timestep_power: float = 0.6
+    """Timesteps are 1000·u^power: more at high noise, where the picture is laid out from the condition alone."""
+    pair_scenes: int = 6000
+    """Scenes of two objects whose latents are precomputed, beside every scene of one object."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights, which are the ones that ship."""
+    evaluate_every: int = 500
+    """Steps between two snapshots and readings of the checker."""
+    snapshot_scenes: int = 32
+    """Scenes of one object, and as many of two, that are drawn for every reading."""
 
 
 class AttributeEncoder(nn.Module):
@@ -122,7 +138,7 @@ def new_noise_scheduler() -> DDPMScheduler:
 class LatentBank:
     """Latents of training scenes, encoded once: every reachable single scene and a fixed draw of pairs."""
 
-    def __init__(self, vae: AutoencoderKL, seed: int, pair_scenes: int = PAIR_SCENES) -> None:
+    def __init__(self, vae: AutoencoderKL, seed: int, pair_scenes: int) -> None:
         rng = step_rng(seed, _BANK_STREAM, 0)
         singles = [scene for scene in single_scenes() if not is_reserved(scene)]
         scenes = singles + [sample_scene(rng, num_objects=2) for _ in range(pair_scenes)]
@@ -202,51 +218,58 @@ def load_snapshot(folder: Path) -> tuple[UNet2DConditionModel, AttributeEncoder,
     return UNet2DConditionModel.from_pretrained(folder / "unet").eval(), encoder.eval(), facts
 
 
-def train_unet(vae: AutoencoderKL, seed: int, folder: Path, *, plan: TrainingPlan = PLAN, resume: bool = True) -> None:
-    """Train UNet and attribute encoder; the averaged weights are in ``folder/snapshot`` every 500 steps.
+def train_unet(vae: AutoencoderKL, seed: int, folder: Path, recipe: UnetRecipe, *, resume: bool = True) -> None:
+    """Train UNet and attribute encoder; ``folder/snapshot`` always holds the newest averaged weights.
 
     Args:
         vae: the finished autoencoder.
         seed: of weights and data.
         folder: where the resumable state and the snapshot are kept.
-        plan: steps and learning rate.
+        recipe: hyper-parameters.
         resume: whether to continue from the state found there.
     """
     torch.manual_seed(seed)
     model = nn.ModuleDict({"unet": new_unet(), "encoder": AttributeEncoder()})
-    ema = Ema(model, EMA_DECAY)
-    bank = LatentBank(vae, seed)
-    noise_scheduler = new_noise_scheduler()
+    ema = Ema(model, recipe.ema_decay)
+    bank = LatentBank(vae, seed, recipe.pair_scenes)
     logger.info("UNet: %d scenes encoded, latent std %.3f", len(bank.latents), bank.latents.std().item())
 
-    def snapshot(step: int, count: int) -> None:
-        figures = evaluate_unet(ema.average["unet"], vae, ema.average["encoder"], seed, count)
+    def snapshot(step: int, seconds: float = 0.0) -> None:
+        figures = evaluate_unet(ema.average["unet"], vae, ema.average["encoder"], seed, recipe.snapshot_scenes)
         logger.info("UNet after %d steps: %s", step, figures)
-        save_snapshot(folder / "snapshot", ema.average, {"steps": step, "figures": figures})
+        save_snapshot(folder / "snapshot", ema.average, {"steps": step, "figures": figures, "seconds": seconds})
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         ema.update(step)
-        if step and step % EVALUATE_EVERY == 0:
-            snapshot(step, count=32)
+        if step and step % recipe.evaluate_every == 0:
+            snapshot(step)
         generator = torch.Generator().manual_seed(int(step_rng(seed, _TRAIN_STREAM, step).integers(2**62)))
-        chosen = bank.draw(generator, BATCH_SIZE)
-        conditions = model["encoder"](bank.labels[chosen], bank.backgrounds[chosen])
-        conditions = conditions + CONDITION_NOISE * torch.randn(conditions.shape, generator=generator)
-        kept = torch.rand(BATCH_SIZE, 1, 1, generator=generator) >= CONDITION_DROPOUT
-        latents = bank.latents[chosen]
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps = (1000 * torch.rand(BATCH_SIZE, generator=generator) ** TIMESTEP_POWER).long()
-        noisy = noise_scheduler.add_noise(latents, noise, timesteps)
-        predicted = model["unet"](noisy, timesteps, pad_condition(conditions * kept)).sample
-        target = noise_scheduler.get_velocity(latents, noise, timesteps)
-        errors = (predicted - target).square().mean(dim=(1, 2, 3))
-        high = errors[timesteps >= 800].detach()
-        return errors.mean(), {"high_noise": high.mean().item() if len(high) else float("nan")}
+        return _denoising_loss(model, bank, recipe, generator)
 
     modules = nn.ModuleDict({"model": model, "average": ema.average})
-    seconds = train(modules, plan, loss_of_step, folder / "training", fingerprint=f"unet-{seed}", resume=resume)
-    ema.update(plan.steps)
-    snapshot(plan.steps, count=32)
-    facts_path = folder / "snapshot" / "facts.json"
-    facts = json.loads(facts_path.read_text(encoding="utf-8"))
-    facts_path.write_text(json.dumps({**facts, "seconds": seconds}, indent=1) + "\n", encoding="utf-8")
+    plan = TrainingPlan(recipe.steps, recipe.learning_rate, warmup_steps=100, save_every=250, log_every=100)
+    fingerprint = f"mini-sd UNet, seed {seed}, {recipe}"
+    seconds = train(modules, plan, loss_of_step, folder / "training", fingerprint=fingerprint, resume=resume)
+    ema.update(recipe.steps)
+    snapshot(recipe.steps, seconds)
+
+
+def _denoising_loss(
+    model: nn.ModuleDict, bank: LatentBank, recipe: UnetRecipe, generator: torch.Generator
+) -> tuple[Tensor, dict[str, float]]:
+    """Mean squared error on v, and the part of it at high noise."""
+    noise_scheduler = new_noise_scheduler()
+    size = recipe.batch_size
+    chosen = bank.draw(generator, size)
+    conditions = model["encoder"](bank.labels[chosen], bank.backgrounds[chosen])
+    conditions = conditions + recipe.condition_noise * torch.randn(conditions.shape, generator=generator)
+    kept = torch.rand(size, 1, 1, generator=generator) >= recipe.condition_dropout
+    latents = bank.latents[chosen]
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = (1000 * torch.rand(size, generator=generator) ** recipe.timestep_power).long()
+    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    predicted = model["unet"](noisy, timesteps, pad_condition(conditions * kept)).sample
+    target = noise_scheduler.get_velocity(latents, noise, timesteps)
+    errors = (predicted - target).square().mean(dim=(1, 2, 3))
+    high = errors[timesteps >= 800].detach()
+    return errors.mean(), {"high_noise": high.mean().item() if len(high) else float("nan")}

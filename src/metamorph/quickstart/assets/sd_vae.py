@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +22,26 @@ from metamorph.quickstart.scenes import Scene, sample_scene
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZE = 16
-KL_WEIGHT = 2e-4
-"""Weight of the mean KL divergence per latent element; enough to keep the latents bounded and smooth."""
-EMA_DECAY = 0.998
-PLAN = TrainingPlan(steps=1000, learning_rate=2e-3, warmup_steps=50, weight_decay=0.0, save_every=200)
-GATE = 0.98
-"""Share of reconstructions that the checker must read right in every attribute, for singles and for pairs."""
-EVALUATION_SCENES = 500
 
-_TRAIN_STREAM, _EVALUATION_STREAM = 10, 11
+@dataclass(frozen=True)
+class VaeRecipe:
+    """Hyper-parameters of the autoencoder."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Pictures in a step, half of them of two objects."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
+    kl_weight: float = 2e-4
+    """Weight of the mean KL divergence per latent element; enough to keep the latents bounded and smooth."""
+    ema_decay: float = 0.998
+    """Decay of the averaged weights, which are the ones that ship."""
+    evaluate_every: int = 200
+    """Steps between two readings of the checker, on 100 scenes of each kind."""
+
+
+_TRAIN_STREAM, _EVALUATION_STREAM, _SCALE_STREAM = 10, 11, 12
 
 
 class Ema:
@@ -82,7 +93,7 @@ def accuracy(verdicts: Sequence[Verdict]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate_vae(vae: AutoencoderKL, seed: int, count: int = EVALUATION_SCENES) -> dict[str, float]:
+def evaluate_vae(vae: AutoencoderKL, seed: int, count: int) -> dict[str, float]:
     """Checker accuracy on reconstructions of evaluation scenes, and the mean absolute error of 255.
 
     Returns:
@@ -118,19 +129,20 @@ def encode_scenes(vae: AutoencoderKL, scenes: Sequence[Scene]) -> Tensor:
 
 def set_latent_scale(vae: AutoencoderKL, seed: int) -> None:
     """Set `vae`'s ``shift_factor`` and ``scaling_factor`` such that latents have mean 0 and standard deviation 1."""
-    rng = step_rng(seed, _TRAIN_STREAM, PLAN.steps)
-    latents = encode_scenes(vae, [sample_scene(rng) for _ in range(1000)])
+    rng = step_rng(seed, _SCALE_STREAM, 0)
+    latents = encode_scenes(vae, [sample_scene(rng) for _ in range(256)])
     vae.register_to_config(
         scaling_factor=round(1 / latents.std().item(), 5), shift_factor=round(latents.mean().item(), 5)
     )
 
 
-def train_vae(seed: int, state_folder: Path, *, resume: bool = True) -> tuple[AutoencoderKL, float]:
+def train_vae(seed: int, state_folder: Path, recipe: VaeRecipe, *, resume: bool = True) -> tuple[AutoencoderKL, float]:
     """Train the autoencoder and set the scale of its latents.
 
     Args:
         seed: of weights and data.
         state_folder: where the resumable state is kept.
+        recipe: hyper-parameters.
         resume: whether to continue from that state.
 
     Returns:
@@ -138,26 +150,29 @@ def train_vae(seed: int, state_folder: Path, *, resume: bool = True) -> tuple[Au
     """
     torch.manual_seed(seed)
     vae = new_vae()
-    ema = Ema(vae, EMA_DECAY)
+    ema = Ema(vae, recipe.ema_decay)
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         ema.update(step)
-        if step and step % 200 == 0:
+        if step and step % recipe.evaluate_every == 0:
             logger.info("VAE after %d steps: %s", step, evaluate_vae(ema.average, seed, count=100))
         rng = step_rng(seed, _TRAIN_STREAM, step)
-        pixels = to_pixels([render_array(sample_scene(rng, pair_fraction=0.5), rng) for _ in range(BATCH_SIZE)])
+        scenes = [sample_scene(rng, pair_fraction=0.5) for _ in range(recipe.batch_size)]
+        pixels = to_pixels([render_array(scene, rng) for scene in scenes])
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(pixels).latent_dist
             rebuilt = vae.decode(posterior.sample(generator)).sample
         rebuilt = rebuilt.float()
         divergence = posterior.kl().float().mean() / posterior.mean[0].numel()
-        loss = F.l1_loss(rebuilt, pixels) + F.mse_loss(rebuilt, pixels) + KL_WEIGHT * divergence
+        loss = F.l1_loss(rebuilt, pixels) + F.mse_loss(rebuilt, pixels) + recipe.kl_weight * divergence
         return loss, {"kl": divergence.item()}
 
     modules = nn.ModuleDict({"model": vae, "average": ema.average})
-    seconds = train(modules, PLAN, loss_of_step, state_folder, fingerprint=f"vae-{seed}", resume=resume)
-    ema.update(PLAN.steps)
+    plan = TrainingPlan(recipe.steps, recipe.learning_rate, warmup_steps=50, weight_decay=0.0)
+    fingerprint = f"mini-sd VAE, seed {seed}, {recipe}"
+    seconds = train(modules, plan, loss_of_step, state_folder, fingerprint=fingerprint, resume=resume)
+    ema.update(recipe.steps)
     average = ema.average.eval()
     set_latent_scale(average, seed)
     return average, seconds
