@@ -1,8 +1,8 @@
 """Fills in what the documentation takes from the code.
 
 `{{ flags module:Class }}` becomes a table of that class, `{{ tests r07 }}` the tests named after that fault.
-What is missing is a warning, which `mkdocs build --strict` turns into a failure. In docstrings, Transformers' way to
-name a class, [`Name`], is shown without the brackets.
+What is missing is a warning, which `mkdocs build --strict` turns into a failure. In docstrings, names
+in Transformers' way, [`Name`], and in Sphinx's, :func:`name`, are shown as plain code.
 """
 
 import ast
@@ -20,7 +20,7 @@ from typing import Any
 logger = logging.getLogger("mkdocs.hooks.metamorph")
 FLAGS = re.compile(r"^\{\{ flags ([\w.]+):(\w+) \}\}$", re.MULTILINE)
 TESTS = re.compile(r"^\{\{ tests (r\d\d) \}\}$", re.MULTILINE)
-BRACKETED_NAME = re.compile(r"\[(<code>[\w.]+</code>)\]")
+MARKED_NAME = re.compile(r"\[(<code>[\w.]+</code>)\]|:(?:attr|class|data|func|meth|mod):(<code>[^<]*</code>)")
 TEST_FOLDER = Path(__file__).parent.parent / "tests"
 
 
@@ -31,8 +31,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Takes the brackets off names in docstrings; MkDocs calls this by its name."""
-    return BRACKETED_NAME.sub(r"\1", html)
+    """Takes brackets and roles off names in docstrings; MkDocs calls this by its name."""
+    return MARKED_NAME.sub(lambda match: match[1] or match[2], html)
 
 
 def flag_table(module: str, name: str) -> str:
