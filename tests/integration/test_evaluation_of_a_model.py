@@ -1,10 +1,9 @@
-"""Evaluation of a model that has learnt four records by heart: what it knows counts as right, what it cannot know not."""
+"""Evaluation of a model that has learnt four records by heart: what it knows is right, what it cannot know is not."""
 
 import pytest
 import torch
 from PIL import Image
 from training_parts import IMAGE_SIZE, arguments, write_records
-from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae
 
 from metamorph.evaluation.drawings import DrawingTask, SamplerSettings, draw, encode_pictures, summarise
 from metamorph.evaluation.questions import Question, ask
@@ -13,6 +12,7 @@ from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
 from metamorph.training.run import run_training
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector
+from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae
 
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae
 
 from metamorph.evaluation.drawings import Drawing, DrawingTask, SamplerSettings, draw_tokens, summarise
 from metamorph.evaluation.questions import AnsweredQuestion, Question, QuestionResults, fraction
@@ -12,6 +11,7 @@ from metamorph.evaluation.replies import Prompt, Reply
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector
+from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae
 
 
 NO_PICTURES = torch.empty(0, 4, 8)
