@@ -15,6 +15,7 @@ from metamorph.quickstart.scenes import (
     SHAPES,
     SIZES,
     Scene,
+    SceneObject,
     sample_object,
 )
 
@@ -48,7 +49,7 @@ def edit(scene: Scene, rng: np.random.Generator) -> tuple[str, str, Scene]:
     kind = pick(rng, kinds)
     item = pick(rng, scene.objects)
     others = tuple(other for other in scene.objects if other is not item)
-    words = {"object": _reference(scene, item, rng, kind), "colour": pick(rng, COLOUR_WORDS)}
+    words = {"object": _reference(scene, item, rng), "colour": pick(rng, COLOUR_WORDS)}
     if kind == "remove":
         changed = replace(scene, objects=others)
     elif kind == "add":
@@ -86,7 +87,7 @@ def next_frame(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene, Sc
     return first, second, third
 
 
-def _reference(scene: Scene, item, rng: np.random.Generator, kind: str) -> str:
+def _reference(scene: Scene, item: SceneObject, rng: np.random.Generator) -> str:
     if len(scene.objects) == 1 and rng.random() < 0.3:
         return "it"
     # A twin can only be told by its position; elsewhere the changing attribute may be named as well.
@@ -98,5 +99,5 @@ def _alternatives(scene: Scene, kind: str, current: str) -> tuple[str, ...]:
         taken = {item.position for item in scene.objects}
         values = POSITIONS if len(scene.objects) == 1 else CORNERS
         return tuple(value for value in values if value not in taken)
-    values = {"color": COLORS, "shape": SHAPES, "size": SIZES}[kind]
-    return tuple(value for value in values if value != current)
+    others: dict[str, tuple[str, ...]] = {"color": COLORS, "shape": SHAPES, "size": SIZES}
+    return tuple(value for value in others[kind] if value != current)

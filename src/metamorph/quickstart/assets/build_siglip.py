@@ -173,7 +173,7 @@ def _retrieval(
     model: SiglipModel, tokenizer: PreTrainedTokenizerBase, recipe: SiglipRecipe, seed: int, count: int
 ) -> float:
     rng = step_rng(seed, _RETRIEVAL_STREAM, 0)
-    unique = {}
+    unique: dict[Any, Scene] = {}
     while len(unique) < count:
         scene = sample_scene(rng, reserved=True)
         unique[scene_key(scene)] = scene
