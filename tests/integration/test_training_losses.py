@@ -120,3 +120,9 @@ def test_bf16_keeps_float32_weights(parts: Path, large_batch: TrainResult, tmp_p
     for ours, theirs in zip(lines(result), lines(large_batch), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=0.05)
         assert ours["loss"] != theirs["loss"]  # it did compute in bfloat16
+
+
+def test_activation_checkpointing_changes_nothing(parts: Path, large_batch: TrainResult, tmp_path: Path) -> None:
+    result = stage_2(parts, tmp_path, per_device_train_batch_size=4, gradient_checkpointing=True)
+    assert [line["loss"] for line in lines(result)] == pytest.approx([line["loss"] for line in lines(large_batch)])
+    assert largest_difference(result, large_batch) < 1e-5

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,6 +213,8 @@ class MetaMorphTrainingArguments(TrainingArguments):
     """Shape of the learning rate over the run."""
     warmup_ratio: float = 0.03
     """Share of the optimizer steps used for warm-up, in [0, 1). Ignored when `warmup_steps` is given."""
+    warmup_steps: float = 0
+    """Optimizer steps of warm-up (below 1: their share); 0 leaves it to `warmup_ratio`."""
     evaluation_strategy: str | None = None
     """Spelling of `eval_strategy` in Transformers 4, still understood."""
     bf16: bool = True
@@ -235,6 +238,10 @@ class MetaMorphTrainingArguments(TrainingArguments):
     """Our dataset yields exactly what the collator needs."""
     prediction_loss_only: bool = True
     """Evaluation returns losses only."""
+    label_names: list[str] | None = None
+    """Inputs that are labels; by default `labels`."""
+    disable_tqdm: bool | None = None
+    """Log lines instead of a progress bar; by default when there is no terminal."""
     ddp_find_unused_parameters: bool | None = False
     """Off: text-only batches keep the connector and the vision head in the graph."""
     resume_from_checkpoint: str | None = None
@@ -259,6 +266,8 @@ class MetaMorphTrainingArguments(TrainingArguments):
             self.eval_strategy = self.evaluation_strategy
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
         if self.label_names is None:
             self.label_names = ["labels"]
         super().__post_init__()

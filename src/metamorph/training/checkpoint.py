@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import sort_checkpoints
 
 from metamorph.models.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from metamorph.models.embeddings import NewTokenEmbedding
@@ -211,7 +210,10 @@ def find_checkpoint(output_dir: str, request: str | bool | None, stage: int) -> 
         ValueError: if the checkpoint belongs to the other stage.
     """
     choice = str(request)
+    folders = _checkpoints(output_dir)
     if choice.lower() == "false":
+        if folders:
+            logger.warning("starting anew beside old checkpoints: a later resume would take %s", folders[-1])
         return None
     if choice.lower() not in ("none", "true"):
         if not _is_complete(Path(choice)):
@@ -220,15 +222,20 @@ def find_checkpoint(output_dir: str, request: str | bool | None, stage: int) -> 
                 f"{TRAINER_STATE_FILE} and weights, or True for the newest one in --output_dir"
             )
         return _of_stage(choice, stage)
-    folders = sort_checkpoints(output_dir) if Path(output_dir).is_dir() else []
     for folder in reversed(folders):
-        if _is_complete(Path(folder)):
+        if _is_complete(folder):
             logger.info("resuming from %s (--resume_from_checkpoint False starts anew)", folder)
-            return _of_stage(folder, stage)
+            return _of_stage(str(folder), stage)
         logger.warning("skipping the incomplete checkpoint %s", folder)
     if choice.lower() == "true":
         raise FileNotFoundError(f"--resume_from_checkpoint True: there is no checkpoint in --output_dir {output_dir}")
     return None
+
+
+def _checkpoints(output_dir: str) -> list[Path]:
+    """The checkpoint folders in `output_dir`, oldest first."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(output_dir).glob("checkpoint-*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def _is_complete(folder: Path) -> bool:

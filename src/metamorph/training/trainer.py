@@ -36,21 +36,16 @@ class LossWindow:
             outputs: Losses and counts of the micro-batch.
             normalizers: What the model divided the two losses by; None means its own counts.
         """
-        zero = outputs.text_loss.new_zeros(())
-        num_text = outputs.num_text_tokens
-        num_visual = zero if outputs.num_visual_tokens is None else outputs.num_visual_tokens
-        by_text, by_visual = normalizers or (num_text.clamp(min=1), num_visual.clamp(min=1))
-        visual_loss = zero if outputs.visual_loss is None else outputs.visual_loss.detach()
-        cosine = zero if outputs.visual_cosine is None else outputs.visual_cosine
-        sums = torch.stack(
-            [
-                (outputs.text_loss.detach() * by_text).float(),
-                (visual_loss * by_visual).float(),
-                (cosine * num_visual).float(),
-                num_text.float(),
-                num_visual.float(),
-            ]
+        if outputs.text_loss is None or outputs.num_text_tokens is None:
+            raise ValueError("the model returned no losses: the batch has no labels")
+        text, num_text = outputs.text_loss.detach(), outputs.num_text_tokens
+        visual, num_visual, cosine = (
+            torch.zeros_like(text) if value is None else value.detach()
+            for value in (outputs.visual_loss, outputs.num_visual_tokens, outputs.visual_cosine)
         )
+        by_text, by_visual = normalizers or (num_text.clamp(min=1), num_visual.clamp(min=1))
+        values = (text * by_text, visual * by_visual, cosine * num_visual, num_text, num_visual)
+        sums = torch.stack([value.float() for value in values])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
@@ -81,6 +76,8 @@ class MetaMorphTrainer(Trainer):
         stage: 1: checkpoints hold the connector only, 2: the whole model. Both hold all that resuming needs.
         **kwargs: As for `transformers.Trainer`.
     """
+
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(self, *, stage: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -190,7 +187,7 @@ class MetaMorphTrainer(Trainer):
 
     def _get_learning_rate(self) -> float:
         """Trainer asks once in every step, before the scheduler moves on: note the rates of all modules with it."""
-        groups = [group for group in self.optimizer.param_groups if "no_decay" not in group["name"]]
+        groups = [group for group in self.create_optimizer().param_groups if "no_decay" not in group["name"]]
         self._rates = {f"lr_{group['name']}": group["lr"] for group in groups}
         return super()._get_learning_rate()
 
