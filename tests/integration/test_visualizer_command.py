@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
+
 from metamorph.cli import main
-from metamorph.visualization import VisualizationPipeline
+from metamorph.training.parsing import parse_arguments
+from metamorph.visualization import VisualizationPipeline, VisualizerArguments
 from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
 
 
@@ -31,3 +35,15 @@ def test_wrong_flag_is_one_line_with_a_suggestion(tmp_path, capsys):
     assert "validation_guidance_scales" in capsys.readouterr().err
     assert main(["train-visualizer", "--output_dir", str(tmp_path), "--mode", "mpl"]) == 2
     assert "--mode 'mpl' is unknown; use one of mlp" in capsys.readouterr().err
+
+
+def test_shipped_recipe_is_valid():
+    recipe = Path(__file__).parents[2] / "recipes" / "visualizer-sd1.5.yaml"
+    (args,) = parse_arguments((VisualizerArguments,), ["--config", str(recipe), "--output_dir", "out"])
+    assert (args.lr, args.unfreeze_unet, args.warmup_steps) == (1.1e-5, True, 4000)
+
+
+def test_guide_names_every_flag():
+    guide = (Path(__file__).parents[2] / "visualization" / "Train_Visualization.md").read_text(encoding="utf-8")
+    missing = [field.name for field in fields(VisualizerArguments) if f"`{field.name}`" not in guide]
+    assert not missing

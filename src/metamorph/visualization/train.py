@@ -205,8 +205,8 @@ class VisualizerTrainer:
                     self._save_checkpoint()
         seconds = time.perf_counter() - started
         self._save_result()
-        self.accelerator.end_training()
         means = self.accelerator.reduce(torch.stack(losses), "mean").tolist() if losses else []
+        self.accelerator.end_training()
         return VisualizerResult(self.output_dir, means, first_step, seconds, self.accelerator.is_main_process)
 
     def _optimizer_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -356,7 +356,13 @@ def _start_accelerate(args: VisualizerArguments) -> Accelerator:
         raise ValueError(f"--report_to {tracker}: {tracker} is not installed; pip install 'metamorph[trackers]'")
     # Another trainer of this process may have left a precision behind, which Accelerate refuses to change.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=tracker, project_dir=args.output_dir)
+    accelerator = Accelerator(
+        # Unless told, Accelerate takes several processes without a GPU for several unrelated single ones.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        log_with=tracker,
+        project_dir=args.output_dir,
+    )
     if tracker is not None:
         plain = {name: value for name, value in args.to_dict().items() if isinstance(value, (int, float, str))}
         accelerator.init_trackers("metamorph-visualizer", config=plain)
