@@ -15,7 +15,7 @@ from metamorph import cli
 
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "visualization").glob("*.md"))]
 CODE_BLOCK = re.compile(r"^ *```bash\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:^|\s|/)metamorph (?P<words>[a-z].*)")
 LINK = re.compile(r"\]\((?!https?:|#)(?P<path>[^)#]+\.md)")
