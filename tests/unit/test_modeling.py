@@ -308,6 +308,18 @@ def test_from_parts_adds_rows_at_the_mean(tokenizer, vocabulary):
     assert torch.isfinite(model(**build_batch(model.config)).loss)
 
 
+def test_from_parts_with_a_tokenizer_that_knows_the_image_tokens_already(tokenizer):
+    """Building the processor first adds them to the tokenizer; their rows must start at the mean all the same."""
+    from metamorph.models.image_tokens import add_image_tokens
+
+    add_image_tokens(tokenizer, mm_use_im_start_end=True, mm_use_im_patch_token=False)
+    language_model = build_language_model(vocab_size=384)
+    known = language_model.get_input_embeddings().weight.detach().clone()
+    encoder = AutoModel.from_config(tiny_config().vision_config)
+    model = MetaMorphForConditionalGeneration.from_parts(language_model, encoder, tokenizer, num_image_tokens=4)
+    torch.testing.assert_close(model.get_input_embeddings().weight[384], known.mean(dim=0))
+
+
 def test_from_parts_uses_the_parts_weights(tokenizer, tmp_path):
     language_model = build_language_model(vocab_size=384)
     encoder = AutoModel.from_config(tiny_config().vision_config)

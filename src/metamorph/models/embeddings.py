@@ -78,19 +78,23 @@ def merge_new_token_rows(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def add_token_rows(language_model: PreTrainedModel, known_tokens: int, num_tokens: int, new_ids: list[int]) -> None:
-    """Grows the vocabulary to `num_tokens` and starts the rows `new_ids` at the mean of the known ones.
+def add_token_rows(language_model: PreTrainedModel, num_tokens: int, new_ids: list[int]) -> None:
+    """Grows the vocabulary to `num_tokens` and starts new rows at the mean of the known ones.
 
-    Tables that are already large enough (Qwen pads them) keep their size; their unused rows are initialised too.
+    New are `new_ids`, and all rows by which the table grows: a tokenizer that went through a processor has the image
+    tokens already, which the language model has never seen. Tables that are large enough (Qwen pads them) keep their
+    size.
 
     Args:
         language_model: a causal language model, changed in place (input and output table).
-        known_tokens: size of the tokenizer before the new tokens.
-        num_tokens: its size with them.
-        new_ids: ids of the new tokens.
+        num_tokens: size of the tokenizer.
+        new_ids: ids of the tokens that were just added to it.
     """
-    if num_tokens > language_model.get_input_embeddings().weight.shape[0]:
+    size = language_model.get_input_embeddings().weight.shape[0]
+    if num_tokens > size:
         language_model.resize_token_embeddings(num_tokens, mean_resizing=False)
-    tables = {language_model.get_input_embeddings().weight, language_model.get_output_embeddings().weight}
-    for table in tables if new_ids else ():
-        table[new_ids] = table[:known_tokens].float().mean(dim=0).to(table.dtype)
+    new = sorted({*new_ids, *range(size, num_tokens)})
+    if not new:
+        return
+    for table in {language_model.get_input_embeddings().weight, language_model.get_output_embeddings().weight}:
+        table[new] = table[: new[0]].float().mean(dim=0).to(table.dtype)

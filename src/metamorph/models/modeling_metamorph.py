@@ -231,7 +231,6 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         config = MetaMorphConfig(
             text_config=language_model.config, vision_config=vision_encoder.config, **config_overrides
         )
-        known_tokens = len(tokenizer)
         tokens = add_image_tokens(
             tokenizer,
             mm_use_im_start_end=config.mm_use_im_start_end,
@@ -240,7 +239,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         config.image_token_id = tokens.image
         config.image_start_token_id, config.image_end_token_id = tokens.image_start, tokens.image_end
         new_ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens.new]
-        add_token_rows(language_model, known_tokens, len(tokenizer), new_ids)
+        add_token_rows(language_model, len(tokenizer), new_ids)
         config.text_config = language_model.config
         head = language_model.get_output_embeddings()
         config.lm_head_bias = head.bias is not None
