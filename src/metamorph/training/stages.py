@@ -99,7 +99,7 @@ def learning_rates(args: MetaMorphTrainingArguments) -> dict[str, float]:
     """Peak learning rate of each module; `learning_rate` where no own rate is given."""
     own = {CONNECTOR: args.mm_projector_lr, VISION_HEAD: args.vision_head_lr, VISION_TOWER: args.vision_lr}
     given: dict[str, float] = {module: rate for module, rate in own.items() if rate is not None}
-    return {module: given.get(module, args.learning_rate) for module in MODULES}
+    return {module: given.get(module, float(args.learning_rate)) for module in MODULES}
 
 
 def optimizer_groups(
