@@ -64,8 +64,10 @@ def print_table(rows: Sequence[dict]) -> None:
 
     styles = {"right": "green", "wrong": "red", "soft": ""}
     table = Table(box=None, pad_edge=False)
-    for title, side in (("", "left"), ("n", "right"), ("result", "right"), ("floor", "left")):
-        table.add_column(title, justify=side)
+    table.add_column("")
+    table.add_column("n", justify="right")
+    table.add_column("result", justify="right")
+    table.add_column("floor")
     for row in rows:
         table.add_row(row["label"], str(row["n"]), row["value"], row["floor"], style=styles[row["mark"]])
     Console().print(table)

@@ -84,12 +84,13 @@ def draw_tokens(
     for start in range(0, visual_tokens.shape[0], settings.batch_size):
         chunk = visual_tokens[start : start + settings.batch_size]
         seeds = range(settings.seed + start, settings.seed + start + chunk.shape[0])
-        pictures += pipeline(
+        drawn: Any = pipeline(
             chunk,
             guidance_scale=settings.guidance_scale,
             num_inference_steps=settings.num_inference_steps,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        ).images
+        )
+        pictures += drawn.images
         if on_progress is not None:
             on_progress(chunk.shape[0])
     return pictures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from PIL import Image
@@ -85,13 +86,14 @@ def reply_to(
 def _reply_to_batch(
     model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor, prompts: Sequence[Prompt], budget: int
 ) -> list[Reply]:
-    inputs = processor.apply_chat_template(
+    encoded: Any = processor.apply_chat_template(
         [[{"role": "user", "content": prompt.text}] for prompt in prompts],
         images=[image for prompt in prompts for image in prompt.images],
         add_generation_prompt=True,
         tokenize=True,
-    ).to(model.device)
-    output = model.generate(
+    )
+    inputs = encoded.to(model.device)
+    output: Any = model.generate(
         **inputs,
         max_new_tokens=budget,
         do_sample=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def drawing_tasks(files: WorldFiles, sizes: EvaluationSizes) -> dict[str, list[D
     """Tasks by group; `seen` has one object and `pairs` two."""
     tasks: dict[str, list[DrawingTask]] = {group: [] for group in DRAWING_GROUPS}
     for split, count in (("seen", sizes.seen), ("held_out", sizes.held_out)):
-        chosen = _records(files.evaluation["generation"], count, lambda record, split=split: record["split"] == split)
+        chosen = _records(files.evaluation["generation"], count, split=split)
         for record in chosen:
             is_pair = split == "seen" and len(record["scene"]["objects"]) == 2
             tasks["pairs" if is_pair else split].append(_task(record, files.image_folder))
@@ -232,9 +232,7 @@ def _open(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def _records(
-    path: Path, count: int, wanted: Callable[[dict[str, Any]], bool] = lambda record: True
-) -> Sequence[dict[str, Any]]:
-    """The first `count` records that are wanted."""
+def _records(path: Path, count: int, **wanted: str) -> Sequence[dict[str, Any]]:
+    """The first `count` records that have the wanted values."""
     with path.open(encoding="utf-8") as file:
-        return [record for record in map(json.loads, file) if wanted(record)][:count]
+        return [record for record in map(json.loads, file) if wanted.items() <= record.items()][:count]

@@ -43,7 +43,7 @@ class Recipe:
 
     sizes: WorldSizes
     """Records of training data; `evaluation` below decides the size of the evaluation files."""
-    evaluation: EvaluationSizes
+    evaluation: EvaluationSizes = EvaluationSizes()
     """How many records of each kind are evaluated."""
     batch_size: int = 32
     """Records per step of both stages."""
@@ -67,8 +67,6 @@ class Recipe:
     """Guidance with which evaluation draws."""
     sampling_steps: int = 15
     """Sampler steps with which evaluation draws."""
-    evaluation: EvaluationSizes = EvaluationSizes()
-    """How many scenes of each kind are evaluated."""
 
     @property
     def world_sizes(self) -> WorldSizes:

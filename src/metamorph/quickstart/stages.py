@@ -109,5 +109,5 @@ def _model_flags(space: Workspace, files: WorldFiles) -> dict[str, Any]:
 
 def _train(path: str, title: str) -> TrainResult:
     types = (ModelArguments, DataArguments, MetaMorphTrainingArguments)
-    arguments = parse_arguments(types, ["--config", path])
-    return run_training(*arguments, callbacks=[ProgressBar(title)])
+    model, data, training = parse_arguments(types, ["--config", path])
+    return run_training(model, data, training, callbacks=[ProgressBar(title)])

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
@@ -205,7 +206,8 @@ def evaluate_unet(
 
 def save_snapshot(folder: Path, model: nn.ModuleDict, facts: dict) -> None:
     """Save UNet, attribute encoder and facts about them, replacing an older snapshot."""
-    model["unet"].save_pretrained(folder / "unet")
+    unet: Any = model["unet"]
+    unet.save_pretrained(folder / "unet")
     save_file(model["encoder"].state_dict(), folder / "condition_encoder.safetensors")
     (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
@@ -231,13 +233,14 @@ def train_unet(vae: AutoencoderKL, seed: int, folder: Path, recipe: UnetRecipe, 
     torch.manual_seed(seed)
     model = nn.ModuleDict({"unet": new_unet(), "encoder": AttributeEncoder()})
     ema = Ema(model, recipe.ema_decay)
+    average: Any = ema.average  # a module dictionary like `model`
     bank = LatentBank(vae, seed, recipe.pair_scenes)
     logger.info("UNet: %d scenes encoded, latent std %.3f", len(bank.latents), bank.latents.std().item())
 
     def snapshot(step: int, seconds: float = 0.0) -> None:
-        figures = evaluate_unet(ema.average["unet"], vae, ema.average["encoder"], seed, recipe.snapshot_scenes)
+        figures = evaluate_unet(average["unet"], vae, average["encoder"], seed, recipe.snapshot_scenes)
         logger.info("UNet after %d steps: %s", step, figures)
-        save_snapshot(folder / "snapshot", ema.average, {"steps": step, "figures": figures, "seconds": seconds})
+        save_snapshot(folder / "snapshot", average, {"steps": step, "figures": figures, "seconds": seconds})
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         ema.update(step)
