@@ -138,6 +138,8 @@ def test_token_mixer_travels_with_the_connector(parts: Path, tmp_path: Path) -> 
     load_connector(target, tmp_path)
     for name, weight in source.model.vision_tower.reduction.state_dict().items():
         assert torch.equal(target.model.vision_tower.reduction.state_dict()[name], weight), name
+    with pytest.raises(ValueError, match="--image_token_reduction"):
+        load_connector(build(parts), tmp_path)
 
 
 def test_sharded_checkpoint_loads(model, other, tmp_path: Path) -> None:

@@ -106,8 +106,7 @@ def load_connector(model: PreTrainedModel, path: str | Path) -> None:
         if current != value:
             logger.warning("the connector %s was trained with %s=%s, this run uses %s", file, name, value, current)
     _load_part(model.model.mm_projector, connector.mm_projector, f"{file}: mm_projector")
-    if connector.reduction:
-        _load_part(model.model.vision_tower.reduction, connector.reduction, f"{file}: reduction")
+    _load_part(model.model.vision_tower.reduction, connector.reduction, f"{file}: reduction")
     if connector.vision_head:
         _load_part(model.vision_head, connector.vision_head, f"{file}: vision_head")
     _load_rows(model, connector.new_rows, file)
