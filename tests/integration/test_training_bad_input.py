@@ -129,6 +129,11 @@ def test_connector_folder_without_connector(bare: Path, capsys) -> None:
     assert f"no connector at {bare / 'images'}" in message
 
 
+def test_evaluation_without_validation_data(bare: Path, capsys) -> None:
+    message = train(bare, capsys, evaluation_strategy="steps", eval_steps=5)
+    assert "--eval_strategy steps needs validation data" in message
+
+
 def test_output_of_stage_1_as_model(bare: Path, capsys) -> None:
     stage_1 = bare / "stage1"
     stage_1.mkdir()

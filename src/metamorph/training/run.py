@@ -66,6 +66,11 @@ def run_training(
         The result, also in memory.
     """
     # 1. Everything that can be checked without weights.
+    if training_args.eval_strategy != "no":
+        raise ValueError(
+            f"--eval_strategy {training_args.eval_strategy.value} needs validation data, which this command does not "
+            "read: leave it at no"
+        )
     checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint, model_args.stage)
     plan = make_plan(model_args, data_args.image_aspect_ratio)
     dataset = ConversationDataset(
