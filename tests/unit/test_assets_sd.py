@@ -1,0 +1,116 @@
+"""The shipped mini-sd: what its card says, what diffusers loads, and what it draws from attributes."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from metamorph.quickstart.assets import asset_path, verify_asset
+from metamorph.quickstart.assets.build_sd import GATES, SdRecipe, build, check_gates, load_asset
+from metamorph.quickstart.assets.cards import AssetError, verify_folder
+from metamorph.quickstart.assets.probes import cells_of
+from metamorph.quickstart.assets.sd_unet import (
+    CONDITION_DIM,
+    AttributeEncoder,
+    UnetRecipe,
+    new_noise_scheduler,
+    sample_pictures,
+)
+from metamorph.quickstart.assets.sd_vae import VaeRecipe, to_pictures, to_pixels
+from metamorph.quickstart.checker import judge
+from metamorph.quickstart.render import render_array
+from metamorph.quickstart.scenes import Scene, SceneObject, sample_scene
+from metamorph.visualization.projector import pad_condition
+
+
+@pytest.fixture(scope="module")
+def asset():
+    return load_asset(asset_path("mini-sd"))
+
+
+def reserved_scenes(count: int, num_objects: int) -> list[Scene]:
+    rng = np.random.default_rng([7, num_objects])
+    return [sample_scene(rng, num_objects=num_objects, reserved=True) for _ in range(count)]
+
+
+def test_card_matches_the_folder_and_passes_its_gates() -> None:
+    card = verify_asset("mini-sd")
+    assert card.figures.keys() >= GATES.keys()
+    check_gates(card.figures)
+    size = sum(path.stat().st_size for path in asset_path("mini-sd").rglob("*") if path.is_file())
+    assert size < 12e6
+
+
+def test_parts_are_of_stable_diffusions_kind(asset) -> None:
+    vae, unet, _ = asset
+    assert unet.config.cross_attention_dim == CONDITION_DIM
+    assert unet.config.in_channels == vae.config.latent_channels == 4
+    scheduler = DDPMScheduler.from_pretrained(asset_path("mini-sd"), subfolder="scheduler")
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.config.beta_schedule == "scaled_linear"
+
+
+@torch.no_grad()
+def test_vae_rebuilds_unseen_scenes(asset) -> None:
+    vae = asset[0]
+    rng = np.random.default_rng(8)
+    scenes = reserved_scenes(20, 1) + reserved_scenes(20, 2)
+    pixels = to_pixels([render_array(scene, rng) for scene in scenes])
+    latents = vae.encode(pixels).latent_dist.mode()
+    scaled = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    assert abs(scaled.mean().item()) < 0.3
+    assert 0.7 < scaled.std().item() < 1.3
+    pictures = to_pictures(vae.decode(latents).sample)
+    assert sum(judge(picture, scene).all for picture, scene in zip(pictures, scenes, strict=True)) >= 39
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_unet_draws_unseen_scenes_from_attributes(asset) -> None:
+    vae, unet, encoder = asset
+    for num_objects, least in ((1, 11), (2, 9)):
+        scenes = reserved_scenes(12, num_objects)
+        pictures = sample_pictures(unet, vae, new_noise_scheduler(), encoder.encode(scenes), seed=0)
+        assert sum(judge(picture, scene).all for picture, scene in zip(pictures, scenes, strict=True)) >= least
+
+
+@torch.no_grad()
+def test_condition_tells_what_is_in_each_cell(asset) -> None:
+    encoder: AttributeEncoder = asset[2]
+    red = Scene((SceneObject("circle", "red", "large", "top left"),))
+    blue = Scene((SceneObject("circle", "blue", "large", "top left"),))
+    first, second = encoder.encode([red, blue])
+    assert first.shape == (16, CONDITION_DIM)
+    changed = {cell for cell in range(16) if not torch.equal(first[cell], second[cell])}
+    assert changed == set(cells_of("top left")) == {0, 1, 4, 5}
+    padded = pad_condition(first[None])
+    assert padded.shape == (1, 77, CONDITION_DIM)
+    assert not padded[:, 16:].any()
+
+
+@pytest.mark.slow
+def test_build_stops_at_a_gate_and_resumes(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    recipe = SdRecipe(
+        vae=VaeRecipe(steps=2, batch_size=2),
+        unet=UnetRecipe(steps=2, batch_size=2, pair_scenes=2, snapshot_scenes=1),
+        evaluation_scenes=2,
+    )
+    folder = tmp_path / "mini-sd"
+    with pytest.raises(AssetError, match=r"below its gates .*vae\.singles"):
+        build(folder, recipe=recipe)
+    assert not folder.exists()
+    figures = build(folder, recipe=recipe, enforce_gates=False)
+    assert "resuming" in caplog.text
+    card = verify_folder(folder)
+    assert card.figures == pytest.approx(figures)
+    assert card.recipe["unet.steps"] == 2
+    load_asset(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["mini-sd"]
+
+
+def test_gates_name_what_is_low() -> None:
+    good = dict.fromkeys(GATES, 1.0)
+    check_gates(good)
+    with pytest.raises(AssetError, match=r"attributes\.pairs.*0\.5"):
+        check_gates({**good, "attributes.pairs": 0.5})
