@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
 from metamorph.visualization.checkpoint import find_checkpoints
+from metamorph.visualization.data import crop_square
+from metamorph.visualization.parts import load_tower
 from metamorph.visualization.projector import PROJECTOR_MODES
 from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
 
@@ -197,6 +199,33 @@ def test_projector_goes_on_from_a_finished_visualizer(arguments, pictures, tmp_p
     before, after = weights(first.output_dir, "projector"), weights(args.output_dir, "projector")
     for name in before:
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+
+
+def test_alignment_brings_the_projector_to_known_conditions(arguments, pictures, parts, tmp_path):
+    """Conditions that another projector gives can be learned from the tokens alone."""
+    teacher = train_visualizer(arguments(output_dir=str(tmp_path / "teacher"), learn_positions=True), pictures)
+    projector = VisualizationPipeline.from_pretrained(teacher.output_dir).projector
+    tower, pixel_format = load_tower(arguments())
+    pixels = torch.stack([pixel_format.pixels(crop_square(picture)) for picture in pictures])
+    with torch.no_grad():
+        tokens = tower(pixels)
+        conditions = projector(tokens)
+    file = tmp_path / "conditions.safetensors"
+    save_file({"conditions": conditions}, file)
+    options = {"learn_positions": True, "cache_latents": True, "lr": 1e-9, "training_steps": 1, "seed": 5}
+    aligned = arguments(alignment_conditions=str(file), alignment_steps=200, **options)
+    plain = arguments(output_dir=str(tmp_path / "plain"), **options)
+    errors = []
+    for args in (aligned, plain):
+        result = train_visualizer(args, pictures)
+        student = VisualizationPipeline.from_pretrained(result.output_dir).projector
+        with torch.no_grad():
+            errors.append((student(tokens) - conditions).square().mean().item())
+    assert errors[0] < 0.1 * errors[1]
+    with pytest.raises(ValueError, match=r"\[5 pictures, tokens, features\]"):
+        train_visualizer(replace(aligned, output_dir=str(tmp_path / "five")), pictures[:5])
+    with pytest.raises(ValueError, match="--num_query_tokens"):
+        train_visualizer(replace(aligned, output_dir=str(tmp_path / "mode"), mode="xattn"), pictures)
 
 
 def test_unet_from_scratch_ignores_the_pretrained_one(arguments, pictures, parts):

@@ -93,6 +93,14 @@ class VisualizerArguments:
     pretrained_projector: str | None = None
     """Start from the projector in this folder: a finished visualizer, or its subfolder projector."""
 
+    alignment_conditions: str | None = None
+    """Safetensors file with the diffusion model's own `conditions` [pictures, tokens, features] of the pictures, in
+    their order: the projector is fitted to them before training. Needs cache_latents."""
+    alignment_steps: int = 1000
+    """Optimizer steps of that fit; they do not run the UNet."""
+    alignment_lr: float = 3e-3
+    """Peak learning rate of that fit."""
+
     image_folder: str | None = None
     """Folder of pictures (jpg, jpeg, png, webp), searched with its subfolders; or the root of paths in image_jsons."""
     image_jsons: list[str] = field(default_factory=list)
@@ -184,7 +192,7 @@ class VisualizerArguments:
         at_least = {
             1: (
                 "num_tokens num_query_tokens hidden_dim num_layers num_heads resolution training_steps batch_size "
-                "gradient_accumulation_steps logging_steps"
+                "gradient_accumulation_steps logging_steps alignment_steps"
             ),
             0: "save_step dataloader_num_workers max_grad_norm weight_decay noise_offset seed",
         }
@@ -193,7 +201,7 @@ class VisualizerArguments:
                 value = getattr(self, name)
                 if not (math.isfinite(value) and value >= least):
                     raise ValueError(f"--{name} {value} must be {least} or more")
-        for name in ("lr", "unet_lr", "timestep_power", "snr_gamma", "save_total_limit"):
+        for name in ("lr", "unet_lr", "alignment_lr", "timestep_power", "snr_gamma", "save_total_limit"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"--{name} {value} must be larger than 0")
@@ -213,6 +221,8 @@ class VisualizerArguments:
             raise ValueError(
                 f"--unet_lr {self.unet_lr} has no effect without --unfreeze_unet; set it or drop --unet_lr"
             )
+        if self.alignment_conditions is not None and not self.cache_latents:
+            raise ValueError("--alignment_conditions needs the tokens of all pictures; set --cache_latents")
         if self.cache_latents and self.random_crop:
             raise ValueError("--cache_latents keeps one crop of each picture; drop it or --random_crop")
         if not self.validation_guidance_scales:
@@ -221,7 +231,12 @@ class VisualizerArguments:
     def _check_paths(self) -> None:
         if self.image_folder is not None and not Path(self.image_folder).expanduser().is_dir():
             raise FileNotFoundError(f"--image_folder {self.image_folder} is not a folder")
-        for flag, paths in (("--image_jsons", self.image_jsons), ("--validation_images", self.validation_images)):
+        conditions = [] if self.alignment_conditions is None else [self.alignment_conditions]
+        for flag, paths in (
+            ("--image_jsons", self.image_jsons),
+            ("--validation_images", self.validation_images),
+            ("--alignment_conditions", conditions),
+        ):
             for path in paths:
                 if not Path(path).expanduser().is_file():
                     raise FileNotFoundError(f"{flag} {path} is not a file")

@@ -20,6 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from metamorph.visualization.alignment import align_projector, load_conditions
 from metamorph.visualization.arguments import VisualizerArguments
 from metamorph.visualization.checkpoint import (
     TrainingState,
@@ -97,6 +98,8 @@ def train_visualizer(
     trainer = VisualizerTrainer(args, source, accelerator, on_log)
     if checkpoint is not None:
         load_checkpoint(checkpoint, trainer.state)
+    elif args.alignment_conditions is not None:
+        trainer.align(args.alignment_conditions)
     return trainer.train()
 
 
@@ -181,6 +184,16 @@ class VisualizerTrainer:
             self.num_images,
         )
         return TrainingState(model, optimizer, lr_scheduler, ema)
+
+    def align(self, file: str) -> None:
+        """Fit the projector to the known conditions in `file`; every process does the same."""
+        conditions = load_conditions(file, self.num_images)
+        assert isinstance(self.dataset, TensorDataset)  # the flags demand cache_latents
+        tokens = self.dataset.tensors["visual_tokens"]
+        steps, lr = self.args.alignment_steps, self.args.alignment_lr
+        align_projector(self.projector, tokens, conditions, steps=steps, lr=lr, seed=self.args.seed)
+        if self.state.ema is not None:  # the average starts from here
+            self.state.ema = EMAModel(self.parameters, decay=self.args.ema_decay)
 
     def train(self) -> VisualizerResult:
         """Run the loop to `training_steps` and write the result."""
