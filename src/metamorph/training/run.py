@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, set_seed
+from transformers import IntervalStrategy, PrinterCallback, set_seed
 
 from metamorph.data.collation import PaddedCollator
 from metamorph.data.dataset import ConversationDataset
@@ -66,10 +66,10 @@ def run_training(
         The result, also in memory.
     """
     # 1. Everything that can be checked without weights.
-    if training_args.eval_strategy != "no":
+    strategy = IntervalStrategy(training_args.eval_strategy).value
+    if strategy != "no":
         raise ValueError(
-            f"--eval_strategy {training_args.eval_strategy.value} needs validation data, which this command does not "
-            "read: leave it at no"
+            f"--eval_strategy {strategy} needs validation data, which this command does not read: leave it at no"
         )
     checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint, model_args.stage)
     plan = make_plan(model_args, data_args.image_aspect_ratio)
