@@ -49,7 +49,7 @@ types: $(DEV_STAMP)
 	$(BIN)/mypy
 
 imports: $(DEV_STAMP)
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 docs: $(DEV_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

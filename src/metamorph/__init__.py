@@ -1,1 +1,31 @@
-"""MetaMorph: unified multimodal models by Visual-Predictive Instruction Tuning."""
+"""MetaMorph: one decoder-only language model that reads and draws pictures (Visual-Predictive Instruction Tuning).
+
+Names are imported on first use, so that `import metamorph`, and `metamorph --help`, take no time.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from metamorph.models.configuration_metamorph import MetaMorphConfig
+    from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+    from metamorph.models.processing_metamorph import MetaMorphProcessor
+    from metamorph.visualization.pipeline import VisualizationPipeline
+
+__all__ = ["MetaMorphConfig", "MetaMorphForConditionalGeneration", "MetaMorphProcessor", "VisualizationPipeline"]
+
+_HOMES = {
+    "MetaMorphConfig": "metamorph.models.configuration_metamorph",
+    "MetaMorphForConditionalGeneration": "metamorph.models.modeling_metamorph",
+    "MetaMorphProcessor": "metamorph.models.processing_metamorph",
+    "VisualizationPipeline": "metamorph.visualization.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

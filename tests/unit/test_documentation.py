@@ -57,3 +57,12 @@ def test_readme_links_to_pages_that_exist() -> None:
     links = LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     assert links
     assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_package_offers_its_main_classes() -> None:
+    import metamorph
+
+    for name in metamorph.__all__:
+        assert getattr(metamorph, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'MetaMorph'"):
+        _ = metamorph.MetaMorph
