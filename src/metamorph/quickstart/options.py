@@ -11,7 +11,7 @@ from pathlib import Path
 from metamorph.quickstart.assets import ASSETS, asset_path
 
 
-OWN_FOLDERS = ("data", "recipes", "connector", "model", "visualizer", "pictures")
+OWN_FOLDERS = ("data", "recipes", "connector", "model", "projector", "visualizer", "pictures")
 """Folders that a run makes in `output_dir`, and makes anew when it is repeated."""
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"

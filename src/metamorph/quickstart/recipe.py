@@ -47,21 +47,25 @@ class Recipe:
     """How many records of each kind are evaluated."""
     batch_size: int = 32
     """Records per step of both stages."""
-    stage1_steps: int = 120
+    stage1_steps: int = 100
     """Optimizer steps of stage 1."""
     stage1_lr: float = 3e-3
     """Peak learning rate of stage 1."""
-    stage2_steps: int = 900
+    stage2_steps: int = 800
     """Optimizer steps of stage 2."""
-    stage2_lr: float = 1.5e-3
+    stage2_lr: float = 2e-3
     """Peak learning rate of stage 2."""
     vision_coef: float = 4.0
     """Weight of the visual loss in stage 2."""
-    visualizer_steps: int = 300
+    warm_start_scenes: int = 3000
+    """Scenes on which the visualizer's projector first imitates mini-sd's own conditions."""
+    warm_start_steps: int = 800
+    """Regression steps of that; a hundred take a second."""
+    visualizer_steps: int = 150
     """Optimizer steps of the visualizer."""
-    visualizer_batch_size: int = 32
+    visualizer_batch_size: int = 16
     """Pictures per step of the visualizer."""
-    visualizer_lr: float = 2e-3
+    visualizer_lr: float = 5e-4
     """Peak learning rate of the projector."""
     guidance_scale: float = 2.0
     """Guidance with which evaluation draws."""
@@ -106,7 +110,9 @@ class Recipe:
             "lr": self.visualizer_lr,
             "lr_scheduler": "cosine",
             "lr_warmup_steps": self.visualizer_steps // 20,
-            "ema_decay": 0.0,
+            "weight_decay": 0.0,
+            "timestep_power": 0.6,
+            "ema_decay": 0.95,
             "save_step": 0,
         }
 
@@ -129,15 +135,15 @@ class Recipe:
 
 FULL = Recipe(
     sizes=WorldSizes(
-        captions=4000,
+        captions=3200,
         vqa=8000,
         text_vqa=800,
-        text_to_image=9000,
-        edits=4000,
-        next_frames=1500,
-        facts=800,
-        knowledge_prompts=1500,
-        visualizer=2000,
+        text_to_image=7500,
+        edits=5000,
+        next_frames=2000,
+        facts=600,
+        knowledge_prompts=1200,
+        visualizer=1500,
         evaluation=0,
     ),
     evaluation=EvaluationSizes(),
@@ -160,6 +166,8 @@ FAST = Recipe(
     batch_size=16,
     stage1_steps=6,
     stage2_steps=12,
+    warm_start_scenes=64,
+    warm_start_steps=10,
     visualizer_steps=4,
     visualizer_batch_size=8,
     sampling_steps=3,

@@ -12,10 +12,12 @@ TEMPLATE = """\
   body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); }
   body { max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
   h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
-  p.soft, td.soft { color: var(--soft); } code, pre { background: #f6f8fa; border-radius: 4px; padding: .1rem .3rem; }
+  p.soft, td.soft { color: var(--soft); } th.number { text-align: right; }
+  code, pre { background: #f6f8fa; border-radius: 4px; padding: .1rem .3rem; }
   pre { padding: .7rem; overflow-x: auto; }
   table { border-collapse: collapse; } th, td { text-align: left; padding: .25rem 1rem .25rem 0; vertical-align: top; }
   th { border-bottom: 1px solid var(--line); } td.number { font-variant-numeric: tabular-nums; text-align: right; }
+  td.label { white-space: pre; }
   .cards { display: flex; flex-wrap: wrap; gap: .8rem; }
   .card { border: 1px solid var(--line); border-radius: 8px; padding: .6rem; font-size: 12.5px; }
   .card p { margin: .35rem 0 0; } .card img, .empty { width: 112px; height: 112px; image-rendering: pixelated;
@@ -33,8 +35,8 @@ meaningless.</p>{% endif %}
 
 <h2>Result</h2>
 <table>
-<tr><th>what</th><th>n</th><th>result</th><th>floor</th></tr>
-{% for row in headline %}<tr><td>{{ row.label }}</td><td class="number">{{ row.n }}</td>
+<tr><th>what</th><th class="number">n</th><th class="number">result</th><th>floor</th></tr>
+{% for row in headline %}<tr><td class="label">{{ row.label }}</td><td class="number">{{ row.n }}</td>
 <td class="number">{{ row.value }}</td>
 <td class="{{ row.mark }}">{{ row.floor }}</td></tr>
 {% endfor %}
@@ -60,7 +62,7 @@ meaningless.</p>{% endif %}
 
 <h2>Time and memory</h2>
 <table>
-<tr><th>stage</th><th>seconds</th><th>peak memory so far, MB</th></tr>
+<tr><th>stage</th><th class="number">seconds</th><th class="number">peak memory so far, MB</th></tr>
 {% for row in stages %}<tr><td>{{ row.name }}</td><td class="number">{{ row.seconds }}</td>
 <td class="number">{{ row.memory }}</td></tr>
 {% endfor %}

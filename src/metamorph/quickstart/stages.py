@@ -12,6 +12,7 @@ import yaml
 from metamorph.quickstart.dataset import WorldFiles
 from metamorph.quickstart.progress import ProgressBar
 from metamorph.quickstart.recipe import Recipe
+from metamorph.quickstart.warm_start import imitate_conditions
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.parsing import parse_arguments
 from metamorph.training.run import TrainResult, run_training
@@ -51,6 +52,11 @@ class Workspace:
         return self.root / "visualizer"
 
     @property
+    def projector(self) -> Path:
+        """What the visualizer's projector starts from."""
+        return self.root / "projector"
+
+    @property
     def pictures(self) -> Path:
         """PNG files of the report."""
         return self.root / "pictures"
@@ -84,16 +90,18 @@ def train_model(space: Workspace, files: WorldFiles, recipe: Recipe) -> TrainRes
 def fit_visualizer(
     space: Workspace, files: WorldFiles, recipe: Recipe, on_log: Callable[[int, dict[str, float]], None] | None = None
 ) -> VisualizerResult:
-    """The visualizer: `metamorph train-visualizer --config recipes/visualizer.yaml`."""
+    """The visualizer: a first guess of the projector, then `metamorph train-visualizer --config …/visualizer.yaml`."""
     flags = {
-        "pretrained_model_name_or_path": space.assets["mini-sd"],
-        "vision_tower": space.assets["mini-siglip"],
-        "image_folder": files.visualizer_folder,
-        "output_dir": space.visualizer,
+        "pretrained_model_name_or_path": str(space.assets["mini-sd"]),
+        "vision_tower": str(space.assets["mini-siglip"]),
+        "image_folder": str(files.visualizer_folder),
+        "output_dir": str(space.visualizer),
         "seed": space.seed,
         **recipe.visualizer_flags(),
     }
-    path = space.write_recipe("visualizer", flags)
+    steps, scenes = recipe.warm_start_steps, recipe.warm_start_scenes
+    imitate_conditions(VisualizerArguments(**flags), space.projector, scenes=scenes, steps=steps)
+    path = space.write_recipe("visualizer", {**flags, "pretrained_projector": space.projector})
     (args,) = parse_arguments((VisualizerArguments,), ["--config", path], prog="metamorph train-visualizer")
     return train_visualizer(args, on_log=on_log)
 
