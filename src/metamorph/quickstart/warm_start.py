@@ -51,7 +51,7 @@ def imitate_conditions(args: VisualizerArguments, folder: Path, *, scenes: int, 
     with torch.no_grad():
         targets = condition_encoder.encode(drawn)
     torch.manual_seed(args.seed)
-    projector = build_projector(args, tuple(tokens.shape[1:]), unet.config.cross_attention_dim)
+    projector = build_projector(args, (tokens.shape[1], tokens.shape[2]), unet.config.cross_attention_dim)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=PEAK_LR, weight_decay=0.0)
     schedule = build_lr_scheduler("cosine", optimizer, warmup_steps=steps // 10, training_steps=steps)
     for _ in range(steps):
