@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
-from conftest import tiny_config
 from metamorph.models.configuration_metamorph import MetaMorphConfig
+from model_parts import tiny_config
 
 
 @pytest.mark.parametrize(

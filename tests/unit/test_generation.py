@@ -6,9 +6,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from conftest import build_tiny_model, image_ids
 from metamorph.models.generation import ImageGrammarLogitsProcessor
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from model_parts import build_tiny_model, image_ids
 
 
 PLACEHOLDER, START, END, EOS, PAD = 61, 62, 63, 2, 0

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForCausalLM
 
-from conftest import build_batch, build_tiny_model, tiny_config
 from metamorph.models.embeddings import NewTokenEmbedding, attach_new_token_rows, merge_new_token_rows
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from model_parts import build_batch, build_tiny_model, tiny_config
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
@@ -285,7 +285,7 @@ def build_language_model(**overrides) -> LlamaForCausalLM:
 def tokenizer():
     from transformers import PreTrainedTokenizerFast
 
-    from conftest import GOLDEN
+    from model_parts import GOLDEN
 
     return PreTrainedTokenizerFast(tokenizer_file=str(GOLDEN / "tokenizer" / "tokenizer.json"))
 

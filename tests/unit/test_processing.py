@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoProcessor, CLIPImageProcessor
 
-from conftest import tiny_config
 from metamorph.models.image_tokens import add_image_tokens
 from metamorph.models.processing_metamorph import ImagePart, MetaMorphProcessor, TextPart
+from model_parts import tiny_config
 from processing_parts import (
     build_processor,
     chat,

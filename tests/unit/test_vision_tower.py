@@ -13,13 +13,13 @@ from transformers import (
     ViTModel,
 )
 
-from conftest import build_tiny_model, tiny_config
 from metamorph.models.vision_tower import (
     VisionTower,
     load_vision_config,
     load_vision_encoder,
     resolve_vision_tower,
 )
+from model_parts import build_tiny_model, tiny_config
 
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}
