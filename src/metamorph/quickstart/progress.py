@@ -22,6 +22,8 @@ class StageClock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         """Wall-clock seconds by stage."""
+        self.cpu_seconds: dict[str, float] = {}
+        """Processor seconds by stage, over all threads: unlike wall-clock time it hardly depends on other programs."""
         self.peak_rss_mb: dict[str, float] = {}
         """The process's peak resident memory up to the end of the stage, in MB."""
         self._began = time.perf_counter()
@@ -35,9 +37,10 @@ class StageClock:
             title: What it does, in words.
         """
         logger.info("%s …", title)
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         yield
         self.seconds[name] = round(time.perf_counter() - began, 1)
+        self.cpu_seconds[name] = round(time.process_time() - cpu_began, 1)
         self.peak_rss_mb[name] = peak_rss_mb()
         logger.info("%s: %.0f s, peak memory %.0f MB", title, self.seconds[name], self.peak_rss_mb[name])
 

@@ -66,19 +66,27 @@ def write_report(space: Workspace, evaluation: WorldEvaluation, curves: LossCurv
         save_grid(space.pictures / f"{section.name}.png", section.title, section.cells[:CARDS_PER_SECTION])
     save_accuracies(space.pictures / "vqa_types.png", metrics["vqa"]["per_type"])
     losses = save_curves(space.pictures / "losses.png", curves)
-    seconds, memory = metrics["seconds"], metrics["peak_rss_mb_after"]
+    stages = [
+        {
+            "name": name,
+            "seconds": seconds,
+            "cpu": metrics["cpu_seconds"].get(name, ""),
+            "memory": metrics["peak_rss_mb_after"].get(name, ""),
+        }
+        for name, seconds in metrics["seconds"].items()
+    ]
     text = (
         Environment(autoescape=True)
         .from_string(TEMPLATE)
         .render(
             metrics=metrics,
-            minutes=duration(seconds["total"]),
+            minutes=duration(metrics["seconds"]["total"]),
             headline=headline(metrics),
             model=shlex.quote(str(space.model)),
             visualizer=shlex.quote(str(space.visualizer)),
             sections=[{"title": section.title, "text": section.text, "cards": _cards(section)} for section in sections],
             curves=data_url(Image.open(losses)),
-            stages=[{"name": name, "seconds": seconds[name], "memory": memory.get(name, "")} for name in seconds],
+            stages=stages,
             recipe=yaml.safe_dump({"recipe": metrics["recipe"], "versions": metrics["versions"]}, sort_keys=False),
         )
     )

@@ -99,7 +99,8 @@ def collect_metrics(
         **metrics,
         # A fast run learns nothing, so floors would only confuse.
         "floors": {} if options.fast else floors,
-        "seconds": {"total": clock.total, **clock.seconds},
+        "seconds": {**clock.seconds, "total": clock.total},
+        "cpu_seconds": clock.cpu_seconds,
         "peak_rss_mb": peak_rss_mb(),
         "peak_rss_mb_after": clock.peak_rss_mb,
         "seed": options.seed,
