@@ -48,3 +48,17 @@ def test_threads_follow_the_environment(monkeypatch):
     assert thread_count() == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert 1 <= thread_count() <= 4
+
+
+def test_an_unknown_asset_is_one_line_with_the_known_ones(capsys):
+    assert main(["quickstart", "--rebuild-assets", "llava"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "mini-siglip, mini-llama, mini-sd" in error
+
+
+def test_a_package_without_assets_says_how_to_build_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("metamorph.quickstart.assets.__file__", str(tmp_path / "__init__.py"))
+    assert main(["quickstart", "--fast", "--output-dir", str(tmp_path / "out")]) == 2
+    assert "--rebuild-assets siglip" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

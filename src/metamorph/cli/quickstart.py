@@ -32,17 +32,29 @@ def main(argv: Sequence[str]) -> None:
         argv: Command line after `quickstart`.
     """
     flags = build_parser().parse_args(argv)
-    from metamorph.quickstart.options import QuickstartOptions, require_extras
+    from metamorph.quickstart.assets import AssetError
+    from metamorph.quickstart.options import require_extras
 
     require_extras()
-    if flags.rebuild_assets is not None:
-        from metamorph.quickstart.assets import ASSETS, rebuild
+    try:
+        if flags.rebuild_assets is None:
+            run(flags)
+        else:
+            rebuild(flags)
+    except AssetError as error:  # its message says what to do; no traceback is needed
+        raise ValueError(str(error)) from error
 
-        figures = rebuild(flags.rebuild_assets or ASSETS, flags.assets_dir, seed=flags.seed)
-        for name, values in figures.items():
-            print(f"{name}: {values}")
-        return
+
+def run(flags: argparse.Namespace) -> None:
+    """Run the quickstart and print its result.
+
+    Args:
+        flags: The command line.
+    """
+    from metamorph.quickstart.options import QuickstartOptions
+
     options = QuickstartOptions(flags.output_dir, flags.seed, flags.fast, flags.assets_dir)
+    # Takes seconds to import, so only after the flags are known to be good.
     from metamorph.quickstart.report import duration, headline
     from metamorph.quickstart.run import run_quickstart
 
@@ -51,6 +63,19 @@ def main(argv: Sequence[str]) -> None:
     seconds, memory = result.metrics["seconds"]["total"], result.metrics["peak_rss_mb"]
     print(f"\n{duration(seconds)}, peak memory {memory:.0f} MB")
     print(f"report: {result.report.resolve()}")
+
+
+def rebuild(flags: argparse.Namespace) -> None:
+    """Train the assets again and print their figures.
+
+    Args:
+        flags: The command line.
+    """
+    from metamorph.quickstart import assets
+
+    figures = assets.rebuild(flags.rebuild_assets or assets.ASSETS, flags.assets_dir, seed=flags.seed)
+    for name, values in figures.items():
+        print(f"{name}: {values}")
 
 
 def print_table(rows: Sequence[dict]) -> None:
