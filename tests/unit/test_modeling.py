@@ -239,6 +239,8 @@ def test_r33_load_keeps_device_dtype_and_a_tuned_tower(tmp_path):
     assert torch.equal(loaded.get_parameter(name), model.get_parameter(name))
     assert not loaded.config.use_vision_ar
     assert loaded.config.vision_coef == 0.25
+    model.bfloat16().save_pretrained(tmp_path / "half")
+    assert MetaMorphForConditionalGeneration.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
@@ -318,6 +320,18 @@ def test_from_parts_with_a_tokenizer_that_knows_the_image_tokens_already(tokeniz
     encoder = AutoModel.from_config(tiny_config().vision_config)
     model = MetaMorphForConditionalGeneration.from_parts(language_model, encoder, tokenizer, num_image_tokens=4)
     torch.testing.assert_close(model.get_input_embeddings().weight[384], known.mean(dim=0))
+
+
+def test_from_parts_in_half_precision(tokenizer):
+    language_model = build_language_model(vocab_size=384).bfloat16()
+    encoder = AutoModel.from_config(tiny_config().vision_config).bfloat16()
+    model = MetaMorphForConditionalGeneration.from_parts(
+        language_model, encoder, tokenizer, num_image_tokens=4, image_token_reduction="mlpmixer"
+    )
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    batch = build_batch(model.config)
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    assert torch.isfinite(model(**batch).loss)
 
 
 def test_from_parts_uses_the_parts_weights(tokenizer, tmp_path):

@@ -99,6 +99,16 @@ def test_r32_frozen_tower_has_no_gradient_and_a_trained_one_has_them_all():
     assert all(p.grad is not None for p in tower.parameters())
 
 
+def test_frozen_tower_has_no_dropout_in_training():
+    """Inputs and targets of the same picture must be the same in every step."""
+    tower = VisionTower(tiny_config(vision_config={"attention_dropout": 0.5}))
+    pixels = torch.randn(1, 3, 32, 32)
+    tower.requires_grad_(False).train()
+    assert torch.equal(tower(pixels), tower(pixels))
+    tower.requires_grad_(True).train()
+    assert not torch.equal(tower(pixels), tower(pixels))
+
+
 def test_r32_image_size_is_checked():
     with pytest.raises(ValueError, match=r"64x64.*expects 32x32"):
         VisionTower(tiny_config())(torch.randn(1, 3, 64, 64))

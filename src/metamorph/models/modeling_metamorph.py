@@ -247,7 +247,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             model = cls(config)
         dtype, device = language_model.dtype, language_model.device
         model.model.language_model = language_model.base_model
-        model.model.vision_tower = VisionTower(config, vision_encoder).to(device)
+        model.model.vision_tower = VisionTower(config, vision_encoder).to(device, vision_encoder.dtype)
         model.model.mm_projector = build_mm_projector(config).to(device, dtype)
         model.lm_head = head
         model.vision_head = build_vision_head(config).to(device, dtype)

@@ -114,6 +114,21 @@ class VisionTower(nn.Module):
         self.num_prefix_tokens = _PREFIX_TOKENS[vision_config.model_type](vision_config)
         self.naflex_patch = vision_config.patch_size if vision_config.model_type == "siglip2_vision_model" else None
 
+    def train(self, mode: bool = True) -> "VisionTower":
+        """Sets the mode of the reduction, and of the encoder only where it is trained.
+
+        Dropout in a frozen encoder would make inputs and targets random: two encodings of one picture would differ.
+        """
+        super().train(mode)
+        if not self.is_trained:
+            self.encoder.eval()
+        return self
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether any weight of the encoder is trained."""
+        return any(parameter.requires_grad for parameter in self.encoder.parameters())
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encodes, reduces and normalises.
 
@@ -133,8 +148,7 @@ class VisionTower(nn.Module):
                 f"pixel_values are {height}x{width}, but the vision tower expects {self.image_size}x{self.image_size}; "
                 "prepare images with this model's own processor"
             )
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
-        with nullcontext() if trains else torch.no_grad():
+        with nullcontext() if torch.is_grad_enabled() and self.is_trained else torch.no_grad():
             patches = self._encode(pixel_values)[:, self.num_prefix_tokens :]
         return finish_visual_tokens(self.reduction(patches), normalize=self.normalize, apply_softmax=self.apply_softmax)
 
