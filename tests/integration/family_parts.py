@@ -20,12 +20,16 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Siglip2ImageProcessorPil,
     Siglip2VisionConfig,
     Siglip2VisionModel,
@@ -98,7 +102,8 @@ def save_language_model(folder: Path, family: str) -> str:
 
     Args:
         folder: where to.
-        family: `qwen2`, `qwen3`, `mistral` or `smollm` (a Llama with tied embeddings).
+        family: `qwen2`, `qwen3`, `mistral`, `smollm` (a Llama with tied embeddings), or a mixture of experts,
+            `mixtral` or `qwen3_moe`.
 
     Returns:
         The folder as a string.
@@ -124,6 +129,11 @@ def save_language_model(folder: Path, family: str) -> str:
         model = Qwen3ForCausalLM(Qwen3Config(**sizes, vocab_size=vocabulary, head_dim=16))
     elif family == "mistral":
         model = MistralForCausalLM(MistralConfig(**sizes, vocab_size=vocabulary, sliding_window=None))
+    elif family == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=vocabulary, num_local_experts=4))
+    elif family == "qwen3_moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, vocab_size=vocabulary))
     else:
         model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=vocabulary, tie_word_embeddings=True))
     model.save_pretrained(folder)

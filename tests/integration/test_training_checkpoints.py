@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_parts import save_language_model, save_vision_model
 from training_parts import arguments, make_language_model
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
@@ -140,6 +141,26 @@ def test_token_mixer_travels_with_the_connector(parts: Path, tmp_path: Path) -> 
         assert torch.equal(target.model.vision_tower.reduction.state_dict()[name], weight), name
     with pytest.raises(ValueError, match="--image_token_reduction"):
         load_connector(build(parts), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tower", "family"), [("siglip", "smollm"), ("dinov2", "smollm"), ("siglip", "mixtral"), ("siglip", "qwen3_moe")]
+)
+def test_r25_checkpoint_of_any_family_loads(tower: str, family: str, parts: Path, tmp_path: Path) -> None:
+    """The weights of some families are saved under other names, or in other pieces, than the model has them in."""
+    flags = {
+        "vision_tower": save_vision_model(tmp_path / "tower", tower),
+        "model_name_or_path": save_language_model(tmp_path / "llm", family),
+        "version": "auto",
+    }
+    torch.manual_seed(1)
+    source, target = build(parts, **flags), build(parts, **flags)
+    for weight in source.parameters():
+        weight.data += 0.5
+    source.save_pretrained(tmp_path / "saved")
+    load_weights(target, tmp_path / "saved")
+    for name, weight in source.state_dict().items():
+        assert torch.equal(target.state_dict()[name], weight), name
 
 
 def test_sharded_checkpoint_loads(model, other, tmp_path: Path) -> None:

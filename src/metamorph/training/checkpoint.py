@@ -1,5 +1,6 @@
 """The connector file of stage 1, the weights of checkpoints, and which checkpoint a run resumes from."""
 
+import copy
 import json
 import logging
 import pickle
@@ -160,8 +161,12 @@ def read_connector(file: Path) -> Connector:
     return Connector(**parts, new_rows=rows, config=json.loads(metadata.get("config", "{}")))
 
 
-def load_weights(model: nn.Module, folder: str | Path) -> None:
+@torch.no_grad()
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     """Load a full checkpoint into `model`, in place; every weight must be there.
+
+    The files are read by `from_pretrained`, since the names in them are not always those of `model.state_dict()`:
+    Transformers renames, splits and joins the weights of some models (DINOv2, mixtures of experts) when it saves.
 
     Args:
         model: A model of the same configuration.
@@ -170,24 +175,16 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ValueError: if weights are missing, unknown or of another shape.
     """
-    folder = Path(folder)
-    index = folder / WEIGHT_FILES[1]
-    files = (
-        sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if index.is_file()
-        else [WEIGHT_FILES[0]]
-    )
-    missing = set(model.state_dict()) - set(getattr(model, "_tied_weights_keys", None) or ())
-    for name in files:
-        try:
-            result = model.load_state_dict(load_file(folder / name), strict=False)
-        except RuntimeError as error:
-            raise ValueError(f"{folder / name} does not fit this model: {error}") from error
-        if result.unexpected_keys:
-            raise ValueError(f"{folder / name} holds weights this model does not have: {result.unexpected_keys[:3]}")
-        missing &= set(result.missing_keys)
-    if missing:
-        raise ValueError(f"the checkpoint {folder} lacks {len(missing)} weights, for example {min(missing)}")
+    try:
+        loaded, info = type(model).from_pretrained(
+            folder, config=copy.deepcopy(model.config), dtype=model.dtype, output_loading_info=True
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{folder} does not fit this model: {error}") from error
+    for problem, names in (("lacks", info["missing_keys"]), ("holds unknown", info["unexpected_keys"])):
+        if names:
+            raise ValueError(f"the checkpoint {folder} {problem} {len(names)} weights, for example {min(names)}")
+    model.load_state_dict(loaded.state_dict())
 
 
 def is_full_model(folder: str | Path) -> bool:
