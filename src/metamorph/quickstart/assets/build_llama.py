@@ -65,21 +65,31 @@ class LlamaRecipe:
     max_position_embeddings: int = 1024
     linear_std: float = 192**-0.5
     embedding_std: float = 1.0
+    attention_bias_std: float = 1.0
     batch_size: int = 16
-    steps: int = 2400
+    steps: int = 1600
     learning_rate: float = 2e-3
     warmup_steps: int = 100
+    prompt_weight: float = 0.5
 
 
 def initialise(model: LlamaForCausalLM, recipe: LlamaRecipe, seed: int) -> None:
-    """Draw the weights: linear layers with `linear_std`, embeddings with `embedding_std`, norms one."""
+    """Draw the weights: linear layers with `linear_std`, embeddings with `embedding_std`, norms one.
+
+    Queries and keys get random biases. Without them attention scores depend on the words alone at first, and heads
+    that look at a fixed distance (the adjective before this noun) take long to appear.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 # Wider inputs (the MLP's way back) get proportionally smaller weights.
                 scale = math.sqrt(recipe.hidden_size / module.in_features)
                 module.weight.normal_(0, recipe.linear_std * scale, generator=generator)
+                if name.endswith(("q_proj", "k_proj")):
+                    module.bias.normal_(0, recipe.attention_bias_std, generator=generator)
+                elif module.bias is not None:
+                    module.bias.zero_()
             elif isinstance(module, nn.Embedding):
                 module.weight.normal_(0, recipe.embedding_std, generator=generator)
 
@@ -94,6 +104,7 @@ def new_model(recipe: LlamaRecipe, tokenizer: PreTrainedTokenizerBase, seed: int
         num_attention_heads=recipe.num_attention_heads,
         num_key_value_heads=recipe.num_key_value_heads,
         max_position_embeddings=recipe.max_position_embeddings,
+        attention_bias=True,
         initializer_range=recipe.linear_std,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
@@ -134,25 +145,36 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversat
 
 
 def batch_loss(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    prompt_weight: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Mean cross-entropy over the supervised tokens of a batch, and figures for the log.
+    """Weighted mean cross-entropy over the tokens of a batch, and figures for the log.
+
+    The assistant's words have weight 1. The user's words have `prompt_weight`: a question names its object by words
+    that the description has put together ("the small ... triangle"), so predicting questions teaches which words
+    belong together, many times denser than the few words of answers do.
 
     Short and long conversations run apart, so that little time goes into padding; the loss is that of one batch.
     """
     by_length = sorted(conversations, key=lambda turns: sum(len(turn["content"]) for turn in turns))
-    total, count, right = torch.zeros(()), 0, 0
+    total, weight, right, answers = torch.zeros(()), torch.zeros(()), 0, 0
     for start in range(0, len(by_length), _CHUNK):
         input_ids, attention_mask, labels = encode(tokenizer, by_length[start : start + _CHUNK])
-        targets = labels[:, 1:]
-        chosen = targets != _IGNORED
+        spoken = labels[:, 1:] != _IGNORED
+        weights = torch.where(spoken, 1.0, prompt_weight) * attention_mask[:, 1:]
+        chosen = weights > 0
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = model.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
             logits = model.lm_head(hidden[:, :-1][chosen]).float()
-        total = total + functional.cross_entropy(logits, targets[chosen], reduction="sum")
-        count += int(chosen.sum())
-        right += int((logits.argmax(-1) == targets[chosen]).sum())
-    return total / count, {"token_accuracy": right / count}
+        targets = input_ids[:, 1:][chosen]
+        losses = functional.cross_entropy(logits, targets, reduction="none")
+        total = total + (losses * weights[chosen]).sum()
+        weight = weight + weights.sum()
+        right += int((logits.argmax(-1) == targets)[spoken[chosen]].sum())
+        answers += int(spoken.sum())
+    return total / weight, {"answer_accuracy": right / answers}
 
 
 @torch.no_grad()
@@ -191,16 +213,23 @@ def evaluate(
     return figures
 
 
+def missed_gates(figures: dict[str, Any]) -> dict[str, float]:
+    """The figures that are below their gates, by name."""
+    missed = {
+        f"vqa.{kind}": value
+        for kind, value in figures["vqa"].items()
+        if value < GATES["vqa.all" if kind == "all" else "vqa.each_type"]
+    }
+    return missed if figures["facts"] >= GATES["facts"] else {**missed, "facts": figures["facts"]}
+
+
 def check_gates(figures: dict[str, Any]) -> None:
     """Raise AssetError when a figure is below its gate, naming it."""
-    low = {}
-    for kind, value in figures["vqa"].items():
-        if value < GATES["vqa.all" if kind == "all" else "vqa.each_type"]:
-            low[f"vqa.{kind}"] = value
-    if figures["facts"] < GATES["facts"]:
-        low["facts"] = figures["facts"]
-    if low:
-        raise AssetError(f"{NAME} is below its gates {GATES}: {low}. Train longer, or try another seed.")
+    if missed := missed_gates(figures):
+        raise AssetError(
+            f"{NAME} is below its gates {GATES}: {missed}. Train longer, or try another seed; "
+            "--ignore_gates writes it all the same."
+        )
 
 
 def build(
@@ -236,7 +265,7 @@ def build(
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = step_rng(seed, _TRAINING_STREAM, step)
         conversations = [training_conversation(rng) for _ in range(recipe.batch_size)]
-        return batch_loss(model, tokenizer, conversations)
+        return batch_loss(model, tokenizer, conversations, recipe.prompt_weight)
 
     plan = TrainingPlan(recipe.steps, recipe.learning_rate, recipe.warmup_steps)
     fingerprint = f"{NAME} seed {seed} vocabulary {len(tokenizer)} {recipe}"
@@ -261,6 +290,8 @@ def _mean(verdicts: Sequence[bool]) -> float:
 
 
 def _card(seed: int, seconds: float, recipe: LlamaRecipe, figures: dict[str, Any]) -> AssetCard:
+    missed = missed_gates(figures)
+    verdict = f" It misses these gates: {', '.join(missed)}." if missed else " It passes all its gates."
     return AssetCard(
         name=NAME,
         summary=(
@@ -269,7 +300,7 @@ def _card(seed: int, seconds: float, recipe: LlamaRecipe, figures: dict[str, Any
             "trained from scratch on text that `metamorph.quickstart` makes: scenes described in words, "
             "questions and answers about them, instructions that change them, and facts. An answer counts "
             "when greedy decoding gives it exactly and stops; scenes are ones that were never trained on, and "
-            "the weights are those of this folder, in bf16."
+            "the weights are those of this folder, in bf16." + verdict
         ),
         build_command="metamorph quickstart --rebuild-assets llama",
         seed=seed,
@@ -286,9 +317,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / NAME)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no_resume", action="store_true", help="start over instead of continuing")
+    parser.add_argument("--ignore_gates", action="store_true", help="write it even if it misses a gate")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    build(options.output_dir, seed=options.seed, resume=not options.no_resume)
+    build(
+        options.output_dir,
+        seed=options.seed,
+        resume=not options.no_resume,
+        enforce_gates=not options.ignore_gates,
+    )
 
 
 if __name__ == "__main__":

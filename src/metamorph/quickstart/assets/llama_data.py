@@ -22,13 +22,13 @@ _PAIR_FRACTION = 0.7
 """Share of two-object scenes among those that are asked about: only there must the words of a question be matched to
 the right object, which is learnt last."""
 _TASK_SHARES = {
-    "questions": 0.72,
-    "caption": 0.03,
-    "edit": 0.08,
+    "questions": 0.6,
+    "caption": 0.08,
+    "edit": 0.12,
     "next_frame": 0.03,
-    "drawing": 0.04,
-    "knowledge": 0.04,
-    "facts": 0.06,
+    "drawing": 0.05,
+    "knowledge": 0.05,
+    "facts": 0.07,
 }
 
 

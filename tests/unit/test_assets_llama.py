@@ -1,0 +1,141 @@
+"""The shipped mini-llama: what its card says, what Transformers loads, and what it answers."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from metamorph.quickstart import world
+from metamorph.quickstart.assets import asset_path, verify_asset
+from metamorph.quickstart.assets.build_llama import (
+    LlamaRecipe,
+    answered_exactly,
+    batch_loss,
+    check_gates,
+    encode,
+    missed_gates,
+    new_model,
+)
+from metamorph.quickstart.assets.cards import AssetError
+from metamorph.quickstart.assets.llama_data import (
+    build_vocabulary,
+    evaluation_tasks,
+    fact_tasks,
+    training_conversation,
+)
+from metamorph.quickstart.assets.tokenizer import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(asset_path("mini-llama"))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model, report = AutoModelForCausalLM.from_pretrained(
+        asset_path("mini-llama"), dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def conversations():
+    rng = np.random.default_rng(11)
+    return [training_conversation(rng) for _ in range(400)]
+
+
+def test_card_matches_the_folder_and_names_the_gates_it_misses():
+    card = verify_asset("mini-llama")
+    sentence = card.summary.split("It misses these gates: ")
+    named = set(re.split(r"\.\s", sentence[1])[0].split(", ")) if len(sentence) == 2 else set()
+    assert named == set(missed_gates(card.figures))
+
+
+def test_answers_are_as_good_as_the_card_says(llama, tokenizer):
+    figures = verify_asset("mini-llama").figures
+    tasks = evaluation_tasks(np.random.default_rng(2024), 24)
+    verdicts = answered_exactly(llama, tokenizer, tasks)
+    questions = [right for task, right in zip(tasks, verdicts, strict=True) if task.is_question]
+    # About 140 questions: two standard errors at most.
+    assert np.mean(questions) >= figures["vqa"]["all"] - 0.08
+    assert np.mean(answered_exactly(llama, tokenizer, fact_tasks(seed=1, repeats=1))) >= figures["facts"] - 0.08
+
+
+def test_generate_says_the_answer_and_stops(llama, tokenizer):
+    task = evaluation_tasks(np.random.default_rng(3), 4)[0]
+    prompt = tokenizer.apply_chat_template(
+        task.conversation()[:1], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    ids = llama.generate(**prompt, max_new_tokens=20)[0, prompt["input_ids"].shape[1] :]
+    assert ids[-1] == tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == task.answer
+
+
+def test_answered_exactly_agrees_with_generate(tokenizer):
+    torch.manual_seed(0)
+    model = new_model(LlamaRecipe(num_hidden_layers=1), tokenizer, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    tasks = fact_tasks(repeats=1)[:24]
+    for _ in range(20):
+        loss, _ = batch_loss(model, tokenizer, [task.conversation() for task in tasks[:12]], 0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    verdicts = answered_exactly(model.eval(), tokenizer, tasks)
+    assert 0 < sum(verdicts) < len(tasks)
+    for task, right in zip(tasks, verdicts, strict=True):
+        prompt = tokenizer.apply_chat_template(
+            task.conversation()[:1], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        ids = model.generate(**prompt, max_new_tokens=24)[0, prompt["input_ids"].shape[1] :]
+        said = tokenizer.decode(ids)
+        assert (said == task.answer + "<|eot_id|>") == right
+
+
+def test_world_sentences_survive_the_tokenizer_word_by_word(tokenizer, conversations):
+    for conversation in conversations:
+        for turn in conversation:
+            ids = tokenizer(turn["content"]).input_ids
+            assert tokenizer.decode(ids, skip_special_tokens=True) == turn["content"]
+            words = world.words_of(turn["content"])
+            assert len(ids) == 1 + len(words) + turn["content"].count("\n")
+
+
+def test_shipped_tokenizer_is_the_worlds(tokenizer):
+    assert build_tokenizer(build_vocabulary()).get_vocab() == tokenizer.get_vocab()
+    assert "<image>" not in tokenizer.get_vocab()
+
+
+def test_labels_are_the_assistants_words(tokenizer, conversations):
+    _, attention_mask, labels = encode(tokenizer, conversations[:8])
+    for row, conversation in enumerate(conversations[:8]):
+        spoken = [turn["content"] + "<|eot_id|>" for turn in conversation if turn["role"] == "assistant"]
+        assert tokenizer.decode(labels[row][labels[row] != -100]) == "".join(spoken)
+        assert not (labels[row] != -100)[attention_mask[row] == 0].any()
+
+
+def test_chunks_make_one_batch(tokenizer, conversations):
+    model = new_model(LlamaRecipe(num_hidden_layers=1), tokenizer, seed=0)
+    whole, _ = batch_loss(model, tokenizer, conversations[:40], 0.0)
+    input_ids, attention_mask, labels = encode(tokenizer, conversations[:40])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(input_ids, attention_mask=attention_mask, labels=labels).loss
+    torch.testing.assert_close(whole, expected.float(), rtol=2e-3, atol=0)
+
+
+def test_no_reserved_scene_is_described_in_training(conversations):
+    descriptions = {turn["content"].split("\n")[0].rstrip(".") for c in conversations for turn in c[:1]}
+    for scene in world.single_scenes():
+        if world.is_reserved(scene):
+            phrase = world.caption(scene, np.random.default_rng(0)).split(" on a ")[0].removeprefix("there is ")
+            assert f"{phrase[0].upper()}{phrase[1:]} on a {scene.background} background" not in descriptions
+
+
+def test_a_missed_gate_is_named():
+    with pytest.raises(AssetError, match=r"vqa\.yes_no.*facts"):
+        check_gates({"vqa": {"all": 0.96, "yes_no": 0.7}, "facts": 0.9})
