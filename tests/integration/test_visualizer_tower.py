@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import SiglipImageProcessor, SiglipVisionModel
+from family_parts import save_vision_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, SiglipImageProcessorPil
 
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
@@ -25,33 +27,56 @@ TEXT_CONFIG = {
 }
 
 
-@pytest.mark.parametrize("reduction", ["interpolation", "concat_interpolation", "mlpmixer"])
-def test_tokens_equal_those_of_the_model(reduction, tmp_path):
-    encoder = SiglipVisionModel.from_pretrained(write_tiny_tower(tmp_path / "tower"))
+def write_model(folder, family, **options) -> MetaMorphForConditionalGeneration:
+    """A MetaMorph model with a tower of that family, written with its image processor."""
+    name = save_vision_model(folder / "tower", family)
     config = MetaMorphConfig(
         text_config=TEXT_CONFIG,
-        vision_config=encoder.config,
-        num_image_tokens=4,
-        image_token_reduction=reduction,
-        mm_vision_select_layer=-2,
+        vision_config=AutoConfig.from_pretrained(name),
         image_token_id=3,
         image_start_token_id=4,
         image_end_token_id=5,
+        **{"num_image_tokens": 4, "mm_vision_select_layer": -2, **options},
     )
     torch.manual_seed(1)
     model = MetaMorphForConditionalGeneration(config).eval()
-    model.save_pretrained(tmp_path / "model")
-    processor = SiglipImageProcessor(size={"height": 32, "width": 32})
-    processor.save_pretrained(tmp_path / "model")
+    for weight in model.parameters():  # no weight keeps a value that a fresh tower would have, such as 1 of a norm
+        weight.data += 0.1 * torch.randn_like(weight)
+    model.save_pretrained(folder / "model")
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "model")
+    return model
 
+
+@pytest.mark.parametrize(
+    ("family", "reduction"),
+    [
+        ("siglip", "interpolation"),
+        ("siglip", "concat_interpolation"),
+        ("siglip", "mlpmixer"),
+        ("clip", "interpolation"),
+        ("dinov2", "interpolation"),
+    ],
+)
+def test_tokens_equal_those_of_the_model(family, reduction, tmp_path):
+    model = write_model(tmp_path, family, image_token_reduction=reduction)
     args = adopt_token_options(VisualizerArguments("out", vision_tower=str(tmp_path / "model")))
     assert (args.num_tokens, args.mm_vision_select_layer, args.image_token_reduction) == (4, -2, reduction)
     tower, pixel_format = load_tower(args)
     images = [crop_square(image) for image in random_images(2)]
+    processor = SiglipImageProcessorPil.from_pretrained(tmp_path / "model")
     with torch.no_grad():
         expected = model.get_visual_tokens(processor(images, return_tensors="pt").pixel_values)
         tokens = tower.eval()(torch.stack([pixel_format.pixels(image) for image in images]))
     torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-6)
+
+
+def test_model_folder_without_weights_of_its_tower(tmp_path):
+    write_model(tmp_path, "siglip")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.endswith("position_embedding.weight")}
+    save_file(kept, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 weights of its vision tower"):
+        load_tower(VisualizerArguments("out", vision_tower=str(tmp_path / "model")))
 
 
 def test_plain_tower_cannot_have_a_trained_reduction(tmp_path):

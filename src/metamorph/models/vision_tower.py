@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -186,6 +187,35 @@ def finish_visual_tokens(tokens: Tensor, *, normalize: bool, apply_softmax: bool
     return finished.to(tokens.dtype)
 
 
+class _ModelWithoutLanguage(PreTrainedModel):
+    """A MetaMorph model of which only the tower is built; its weights have the names they have in the whole model."""
+
+    config_class = MetaMorphConfig
+
+    def __init__(self, config: MetaMorphConfig):
+        super().__init__(config)
+        self.model = nn.Module()
+        self.model.vision_tower = VisionTower(config)
+        self.post_init()
+
+
+def load_tower_of(folder: str | Path) -> VisionTower:
+    """Loads the vision tower of a finished MetaMorph model, in float32, and no other weight of it.
+
+    Args:
+        folder: as written by `save_pretrained`, or a Hub repository.
+
+    Raises:
+        ValueError: the folder lacks weights of the tower.
+    """
+    # Through Transformers: for some towers (DINOv2) the names in the files are not those of the modules.
+    with _quiet_load_report():
+        model, info = _ModelWithoutLanguage.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{folder} lacks {len(missing)} weights of its vision tower, for example {missing[0]!r}")
+    return model.model.vision_tower
+
+
 class TokenReduction(nn.Module):
     """Reduces the tower's patch tokens [images, patches, hidden] to [images, N, D].
 
@@ -273,7 +303,7 @@ def _cut_encoder(encoder: PreTrainedModel, select_layer: int, num_layers: int) -
 
 @contextmanager
 def _quiet_load_report() -> Iterator[None]:
-    """Hides the long report on the text half of a CLIP/SigLIP checkpoint, which is rightly not loaded."""
+    """Hides the long report on the text half of a checkpoint, which is rightly not loaded."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

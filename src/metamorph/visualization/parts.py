@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from safetensors import safe_open
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from metamorph.models.image_processing import load_image_processor
 from metamorph.models.vision_tower import (
     MetaMorphConfig,
     VisionTower,
+    load_tower_of,
     load_vision_config,
     load_vision_encoder,
     resolve_vision_tower,
@@ -28,7 +29,6 @@ from metamorph.visualization.projector import VisualizationProjector
 
 logger = logging.getLogger(__name__)
 
-_TOWER_PREFIX = "model.vision_tower."
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -130,13 +130,13 @@ def load_tower(args: VisualizerArguments) -> tuple[VisionTower, PixelFormat]:
     path = resolve_vision_tower(args.vision_tower)
     try:
         if _is_metamorph(path):
+            path = str(Path(path).expanduser())
             config = MetaMorphConfig.from_pretrained(path)
-            tower = VisionTower(config)
-            tower.load_state_dict(_weights_below(Path(path).expanduser(), _TOWER_PREFIX))
+            tower = load_tower_of(path)
         else:
             config = _token_config(args, load_vision_config(path))
             tower = VisionTower(config, load_vision_encoder(path))
-        processor = AutoImageProcessor.from_pretrained(path)
+        processor = load_image_processor(path)
     except OSError as error:
         raise ValueError(f"--vision_tower {args.vision_tower} cannot be loaded: {error}") from error
     pixel_format = PixelFormat(
@@ -216,23 +216,6 @@ def _is_metamorph(name: str) -> bool:
     """Whether `name` is the local folder of a MetaMorph model."""
     file = Path(name).expanduser() / "config.json"
     return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == "metamorph"
-
-
-def _weights_below(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """The weights of a safetensors model folder whose names begin with `prefix`, without it, in float32.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    weights = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if name.startswith(prefix):
-                    weights[name.removeprefix(prefix)] = tensors.get_tensor(name).float()
-    if not weights:
-        raise ValueError(f"--vision_tower {folder}: its safetensors files hold no weights named {prefix}*")
-    return weights
 
 
 def _check_fit(parts: DiffusionParts, args: VisualizerArguments) -> None:
