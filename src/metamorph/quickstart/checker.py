@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import permutations
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from metamorph.quickstart.render import BACKGROUND_RGB, CENTERS, HALF_EXTENT, IMAGE_SIZE, PALETTE, coverage
 from metamorph.quickstart.scenes import CORNERS, DEFAULT_POSITION, SHAPES, Scene, SceneObject
@@ -28,6 +28,8 @@ MIN_OVERLAP = 0.72
 """Soft intersection over union below which a shape is unreadable; a circle and its square have 0.79."""
 SEARCH = 2
 """Templates are tried up to this many pixels beside the nominal centre."""
+MARGIN = 2
+"""Foreground up to this many pixels outside an object's template still belongs to the object."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class Reading:
 
     @property
     def scene(self) -> Scene | None:
-        """The scene, or None if any attribute is unreadable or the count is not one or two."""
-        if len(self.objects) not in (1, 2):
+        """The scene, or None if any attribute is unreadable or no scene has so many objects at these places."""
+        positions = [item.position for item in self.objects]
+        if len(positions) not in (1, 2) or (len(positions) == 2 and DEFAULT_POSITION in positions):
             return None
         found = []
         for item in self.objects:
@@ -97,15 +100,18 @@ def read_image(image: Image.Image | np.ndarray) -> Reading:
         raise ValueError(f"The checker reads {IMAGE_SIZE}×{IMAGE_SIZE} RGB pictures, not shape {pixels.shape}.")
     background, backdrop = _read_background(pixels)
     foreground = np.linalg.norm(pixels - backdrop, axis=-1) > FOREGROUND_DISTANCE
+    found = []
     middle = foreground[28:36, 28:36]
     if middle.mean() > 0.5:
-        # Objects of the corners end before the middle, those of the centre always fill it.
-        return Reading((_read_object(pixels, foreground, backdrop, DEFAULT_POSITION),), background)
-    found = [
-        _read_object(pixels, foreground, backdrop, corner)
-        for corner in CORNERS
-        if foreground[_window(corner)].sum() >= MIN_AREA
-    ]
+        # Objects of the corners end before the middle, those of the centre always fill it. The centre object reaches
+        # into every corner's quadrant: only what it leaves there can be another object.
+        item, template = _read_object(pixels, foreground, backdrop, DEFAULT_POSITION)
+        found.append(item)
+        foreground = foreground & ~_grown(template > 0)
+    for corner in CORNERS:
+        if foreground[_window(corner)].sum() >= MIN_AREA:
+            item, _ = _read_object(pixels, foreground, backdrop, corner)
+            found.append(item)
     return Reading(tuple(found), background)
 
 
@@ -179,7 +185,16 @@ def _templates(position: str) -> tuple[list[tuple[str, str]], np.ndarray]:
     return names, np.stack(masks)
 
 
-def _read_object(pixels: np.ndarray, foreground: np.ndarray, backdrop: np.ndarray, position: str) -> ObjectReading:
+def _grown(mask: np.ndarray) -> np.ndarray:
+    """A mask and the `MARGIN` pixels around it."""
+    picture = Image.fromarray(mask.astype(np.uint8))
+    return np.asarray(picture.filter(ImageFilter.MaxFilter(2 * MARGIN + 1))).astype(bool)
+
+
+def _read_object(
+    pixels: np.ndarray, foreground: np.ndarray, backdrop: np.ndarray, position: str
+) -> tuple[ObjectReading, np.ndarray]:
+    """The object of a position, and its best template, in the shape of the position's window."""
     window = _window(position)
     patch = pixels[window].reshape(-1, 3)
     measured = np.median(patch[foreground[window].ravel()], axis=0)
@@ -199,10 +214,11 @@ def _read_object(pixels: np.ndarray, foreground: np.ndarray, backdrop: np.ndarra
     overlap = intersection / union
     best = int(overlap.argmax())
     readable = overlap[best] >= MIN_OVERLAP
-    return ObjectReading(
+    reading = ObjectReading(
         position=position,
         color=color if distance <= COLOR_TOLERANCE else None,
         shape=names[best][0] if readable else None,
         size=names[best][1] if readable else None,
         overlap=float(overlap[best]),
     )
+    return reading, templates[best].reshape(foreground[window].shape)
