@@ -10,6 +10,7 @@ from PIL import Image
 
 from metamorph.data.records import parse_record
 from metamorph.quickstart.world import (
+    HELD_OUT,
     QUESTION_TYPES,
     THINGS,
     Scene,
@@ -132,9 +133,32 @@ def test_reserved_scenes_are_in_no_training_image(files: WorldFiles) -> None:
         scene = read_image(Image.open(path)).scene
         assert scene is not None
         assert not is_reserved(scene), path
-    for name in ("vqa", "visualizer"):
+    for record in read(files.evaluation["vqa"]):
+        assert is_reserved(read_image(Image.open(files.image_folder / record["image"])).scene)
+    for name in ("generation", "edit", "next_frame", "visualizer"):
         for record in read(files.evaluation[name]):
-            assert is_reserved(read_image(Image.open(files.image_folder / record["image"])).scene)
+            assert is_reserved(Scene.from_dict(record["scene"])), record
+
+
+def test_knowledge_prompts_of_evaluation_name_things_that_training_never_draws(files: WorldFiles) -> None:
+    names = {thing.name for thing in THINGS if not thing.drawn}
+
+    def named(record: dict) -> set[str]:
+        prompt = record["conversations"][0]["value"].lower()
+        return {name for name in names if set(words_of(name)) <= set(words_of(prompt))}
+
+    for record in training_records(files):
+        assert not (answer_paths(record) and named(record)), record
+    assert all(named(record) for record in read(files.evaluation["knowledge"]))
+
+
+def test_every_held_out_pair_is_asked_for(files: WorldFiles) -> None:
+    scenes = [
+        Scene.from_dict(record["scene"])
+        for record in read(files.evaluation["generation"])
+        if record["split"] == "held_out"
+    ]
+    assert {(item.color, item.shape) for scene in scenes for item in scene.objects} == HELD_OUT
 
 
 def test_answer_images_show_their_scene(files: WorldFiles) -> None:
@@ -150,7 +174,6 @@ def test_evaluation_splits(files: WorldFiles) -> None:
     for record in generation:
         scene = Scene.from_dict(record["scene"])
         assert scene.has_held_out == (record["split"] == "held_out")
-        assert scene.has_held_out or is_reserved(scene)
     assert {record["type"] for record in read(files.evaluation["vqa"])} <= set(QUESTION_TYPES)
     drawn_names = {thing.name for thing in THINGS if thing.drawn}
     for record in read(files.evaluation["knowledge"]):

@@ -1,8 +1,10 @@
 """Writes the miniature world to disk: LLaVA JSONL and PNG files for both stages, the visualizer and evaluation.
 
-Training pictures show scenes that are not reserved (:func:`~metamorph.quickstart.scenes.is_reserved`), evaluation
-pictures show reserved ones. Input pictures are drawn with jitter, answer pictures exactly, because nothing in a prompt
-tells the jitter. No answer picture of a training file shows a held-out (colour, shape) pair.
+Training pictures show scenes that are not reserved (:func:`~metamorph.quickstart.scenes.is_reserved`). What evaluation
+asks about or wants drawn is a reserved scene, with one exception: a knowledge prompt is new because its thing is drawn
+in no training record, but the picture that it asks for (one large object in the centre, on white) may be one of
+training. Input pictures are drawn with jitter, answer pictures exactly, because nothing in a prompt tells the jitter.
+No answer picture of a training file shows a held-out (colour, shape) pair.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from metamorph.quickstart.language import (
     sentence,
 )
 from metamorph.quickstart.render import render
-from metamorph.quickstart.scenes import Scene, is_reserved, sample_scene
+from metamorph.quickstart.scenes import HELD_OUT, Scene, is_reserved, sample_scene
 
 
 @dataclass(frozen=True)
@@ -233,10 +235,11 @@ def _drawing(rng: np.random.Generator, writer: _Writer, reserved: bool) -> dict:
 
 
 def _held_out_drawing(rng: np.random.Generator, writer: _Writer) -> dict:
-    """One object of a held-out pair; every such scene is new as an answer, so none needs to be reserved."""
+    """One object of a held-out pair, every pair equally often, in a scene of no training picture, inputs included."""
+    wanted = pick(rng, sorted(HELD_OUT))
     while True:
-        scene = sample_scene(rng, num_objects=1, background="white", reserved=None)
-        if scene.has_held_out:
+        scene = sample_scene(rng, num_objects=1, background="white", reserved=True)
+        if (scene.objects[0].color, scene.objects[0].shape) == wanted:
             return _drawing_record("text_to_image", drawing_prompt(scene, rng), scene, writer, split="held_out")
 
 
@@ -245,8 +248,7 @@ def _edit(rng: np.random.Generator, writer: _Writer, reserved: bool) -> dict:
     while True:
         scene = sample_scene(rng, reserved=reserved)
         kind, instruction, changed = edit(scene, rng)
-        # In training neither picture may be reserved; in evaluation it is enough that the input is new.
-        if kind == kind_wanted and not changed.has_held_out and (reserved or not is_reserved(changed)):
+        if kind == kind_wanted and not changed.has_held_out and is_reserved(changed) == reserved:
             break
     return {
         "task": "image_edit",
@@ -280,7 +282,8 @@ def _facts(rng: np.random.Generator) -> dict:
 def _knowledge(rng: np.random.Generator, writer: _Writer, drawn: bool) -> dict:
     while True:
         prompt, scene, _ = knowledge_prompt(rng, drawn=drawn)
-        # An evaluation prompt is new because its thing is; a training prompt must not show a reserved scene.
+        # An evaluation prompt is new because its thing is, whatever its scene; too few scenes of this kind are reserved
+        # to ask for every colour and shape. A training prompt must not show a reserved scene.
         if not drawn or not is_reserved(scene):
             return _drawing_record("knowledge", prompt, scene, writer)
 
