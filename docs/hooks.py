@@ -5,16 +5,15 @@ What is missing is a warning, which `mkdocs build --strict` turns into a failure
 in Transformers' way, [`Name`], and in Sphinx's, :func:`name`, are shown as plain code.
 """
 
-import ast
 import dataclasses
 import importlib
-import inspect
 import logging
 import re
-import textwrap
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from metamorph.flags import attribute_docs
 
 
 logger = logging.getLogger("mkdocs.hooks.metamorph")
@@ -38,11 +37,11 @@ def on_page_content(html: str, **_: Any) -> str:
 def flag_table(module: str, name: str) -> str:
     """A Markdown table of the flags that a dataclass defines itself (inherited ones are left out)."""
     cls = getattr(importlib.import_module(module), name)
-    documented = _attribute_docstrings(cls)
+    documented = attribute_docs(cls)
     rows = ["| Flag | Default | Meaning |", "|---|---|---|"]
     for field in dataclasses.fields(cls):
         if field.name in cls.__annotations__ and field.init:
-            meaning = documented.get(field.name) or field.metadata.get("help", "")
+            meaning = documented.get(field.name, "")
             if not meaning:
                 logger.warning("%s.%s.%s has no attribute docstring", module, name, field.name)
             rows.append(f"| `--{field.name}` | {_default(field)} | {meaning.replace('|', chr(92) + '|')} |")
@@ -73,16 +72,3 @@ def _default(field: dataclasses.Field) -> str:
     if field.default is dataclasses.MISSING:
         return "required"
     return "–" if field.default is None else f"`{field.default}`"
-
-
-def _attribute_docstrings(cls: type) -> dict[str, str]:
-    """The strings that follow the fields of a class, by field name, each on one line."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(tree, ast.ClassDef)
-    found = {}
-    for statement, following in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            text = getattr(following.value, "value", None)
-            if isinstance(text, str) and isinstance(statement.target, ast.Name):
-                found[statement.target.id] = " ".join(text.split())
-    return found

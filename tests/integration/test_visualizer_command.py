@@ -34,7 +34,7 @@ def test_wrong_flag_is_one_line_with_a_suggestion(tmp_path, capsys):
     assert main(["train-visualizer", "--output_dir", str(tmp_path), "--guidance_scales", "3"]) == 2
     assert "validation_guidance_scales" in capsys.readouterr().err
     assert main(["train-visualizer", "--output_dir", str(tmp_path), "--mode", "mpl"]) == 2
-    assert "--mode 'mpl' is unknown; use one of mlp" in capsys.readouterr().err
+    assert "--mode 'mpl' is unknown: use one of mlp" in capsys.readouterr().err
 
 
 def test_shipped_recipe_is_valid():

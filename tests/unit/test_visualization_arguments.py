@@ -6,12 +6,13 @@ from dataclasses import fields
 
 import pytest
 
+from metamorph.flags import attribute_docs
 from metamorph.visualization.arguments import VisualizerArguments
 
 
 def test_every_flag_has_a_help_text():
     for item in fields(VisualizerArguments):
-        assert item.metadata["help"].strip(), item.name
+        assert attribute_docs(VisualizerArguments)[item.name], item.name
 
 
 def test_warmup_is_a_quarter_by_default():
@@ -23,7 +24,7 @@ def test_warmup_is_a_quarter_by_default():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "MLP"}, "--mode 'MLP' is unknown; use one of mlp"),
+        ({"mode": "MLP"}, "--mode 'MLP' is unknown: use one of mlp"),
         ({"lr_scheduler": "step"}, "--lr_scheduler"),
         ({"mixed_precision": "fp16"}, "--mixed_precision"),
         ({"report_to": "mlflow"}, "--report_to"),

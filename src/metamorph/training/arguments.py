@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from metamorph.flags import check_choice, check_model_reference
 from metamorph.models.configuration_metamorph import (
     PROJECTOR_TYPES,
     TOKEN_REDUCTIONS,
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 LOSS_NORMALIZATIONS = ("global", "micro_batch")
 BAD_RECORD_POLICIES = ("raise", "skip")
 IMAGE_ASPECT_RATIOS = ("square", "pad")
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass
@@ -137,10 +136,10 @@ class ModelArguments:
             )
 
     def _check_choices(self) -> None:
-        _check_choice("--image_token_reduction", self.image_token_reduction, TOKEN_REDUCTIONS)
-        _check_choice("--vision_head_type", self.vision_head_type, VISION_HEAD_TYPES)
+        check_choice("--image_token_reduction", self.image_token_reduction, TOKEN_REDUCTIONS)
+        check_choice("--vision_head_type", self.vision_head_type, VISION_HEAD_TYPES)
         if not is_projector_type(self.mm_projector_type):
-            _check_choice("--mm_projector_type", self.mm_projector_type, PROJECTOR_TYPES)
+            check_choice("--mm_projector_type", self.mm_projector_type, PROJECTOR_TYPES)
         if self.vision_coef is not None and not (math.isfinite(self.vision_coef) and self.vision_coef >= 0):
             raise ValueError(f"--vision_coef {self.vision_coef} must be a finite number, 0 or larger")
         if self.num_image_tokens < 1:
@@ -182,8 +181,8 @@ class DataArguments:
     """Largest share of skipped records, between 0 and 1; above it the run stops."""
 
     def __post_init__(self) -> None:
-        _check_choice("--image_aspect_ratio", self.image_aspect_ratio, IMAGE_ASPECT_RATIOS)
-        _check_choice("--on_bad_record", self.on_bad_record, BAD_RECORD_POLICIES)
+        check_choice("--image_aspect_ratio", self.image_aspect_ratio, IMAGE_ASPECT_RATIOS)
+        check_choice("--on_bad_record", self.on_bad_record, BAD_RECORD_POLICIES)
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"--max_bad_fraction {self.max_bad_fraction} must lie between 0 and 1")
         if self.model_max_length < 2:
@@ -251,7 +250,7 @@ class MetaMorphTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             raise ValueError("--output_dir is required: the folder for checkpoints and the trained model")
-        _check_choice("--loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)
+        check_choice("--loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)
         if self.bf16 and self.fp16:
             raise ValueError("--fp16 True and --bf16 True exclude each other: add --bf16 False")
         for name in ("learning_rate", "mm_projector_lr", "vision_lr", "vision_head_lr"):
@@ -276,29 +275,6 @@ class MetaMorphTrainingArguments(TrainingArguments):
             self._n_gpu = 1  # nn.DataParallel would split pixel_values as if every sample had one image
 
 
-def check_model_reference(name: str, flag: str) -> None:
-    """Check that `name` is a model folder, or can be a Hub id, without loading or downloading anything.
-
-    Args:
-        name: Folder or Hub id.
-        flag: Flag that the error message names.
-
-    Raises:
-        FileNotFoundError: if the folder, or the config.json in it, is missing.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{flag} {name} is a folder without config.json: give a folder written by save_pretrained"
-            )
-        return
-    # `out/model` is a mistyped path rather than a Hub id when there is a local folder `out`.
-    is_path = HUB_ID.fullmatch(name) is None or (folder.parent != Path(".") and folder.parent.is_dir())
-    if is_path or name.upper().startswith("PATH_TO"):
-        raise FileNotFoundError(f"{flag} {name} does not exist: give an existing model folder or a Hub id (owner/name)")
-
-
 def local_model_type(name: str) -> str | None:
     """The `model_type` that the config.json of a local folder names, or None for anything else."""
     config = Path(name) / "config.json"
@@ -308,8 +284,3 @@ def local_model_type(name: str) -> str | None:
         return json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except json.JSONDecodeError as error:
         raise ValueError(f"{config} is not valid JSON ({error}): the model folder is damaged") from error
-
-
-def _check_choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{flag} {value!r} is unknown: use one of {', '.join(allowed)}")

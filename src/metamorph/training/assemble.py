@@ -1,14 +1,13 @@
 """From the model flags to a processor and a model: configurations first, weights only once everything else is right."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from metamorph.flags import names_flag
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.image_processing import load_image_processor
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
@@ -59,17 +58,17 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str = "square") -> Plan:
         FileNotFoundError: if a model, tokenizer or image processor does not exist.
         ValueError: if the parts do not go together; the message names the flag.
     """
-    with _names_flag("--model_name_or_path", args.model_name_or_path):
+    with names_flag("--model_name_or_path", args.model_name_or_path):
         text_config = AutoConfig.from_pretrained(args.model_name_or_path)
     continues = text_config.model_type == MetaMorphConfig.model_type
     args.require_connector(continues)
     if args.pretrain_mm_mlp_adapter is not None:
         find_connector(args.pretrain_mm_mlp_adapter)
     if continues:
-        with _names_flag("--model_name_or_path", args.model_name_or_path):
+        with names_flag("--model_name_or_path", args.model_name_or_path):
             processor = MetaMorphProcessor.from_pretrained(args.model_name_or_path)
         return Plan(_continued_config(text_config, args), processor, continues)
-    with _names_flag("--vision_tower", args.vision_tower):
+    with names_flag("--vision_tower", args.vision_tower):
         vision_config = load_vision_config(args.vision_tower)
         image_processor = load_image_processor(resolve_vision_tower(args.vision_tower))
     config = MetaMorphConfig(text_config=text_config, vision_config=vision_config, **_overrides(args))
@@ -92,7 +91,7 @@ def load_model(args: ModelArguments, plan: Plan) -> MetaMorphForConditionalGener
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     if args.attn_implementation is not None:
         kwargs["attn_implementation"] = args.attn_implementation
-    with _names_flag("--model_name_or_path", args.model_name_or_path):
+    with names_flag("--model_name_or_path", args.model_name_or_path):
         if plan.continues:
             model = MetaMorphForConditionalGeneration.from_pretrained(
                 args.model_name_or_path, config=plan.config, **kwargs
@@ -102,7 +101,7 @@ def load_model(args: ModelArguments, plan: Plan) -> MetaMorphForConditionalGener
             # A tokenizer without the image tokens, unlike the processor's: from_parts initialises what it adds.
             tokenizer = load_tokenizer(args.model_name_or_path)
     if not plan.continues:
-        with _names_flag("--vision_tower", args.vision_tower):
+        with names_flag("--vision_tower", args.vision_tower):
             vision_encoder = load_vision_encoder(args.vision_tower)
         model = MetaMorphForConditionalGeneration.from_parts(
             language_model, vision_encoder, tokenizer, **_overrides(args)
@@ -118,7 +117,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Args:
         name_or_path: Folder or Hub id of the language model.
     """
-    with _names_flag("--model_name_or_path", name_or_path):
+    with names_flag("--model_name_or_path", name_or_path):
         return AutoTokenizer.from_pretrained(name_or_path)
 
 
@@ -146,18 +145,3 @@ def _continued_config(config: PreTrainedConfig, args: ModelArguments) -> PreTrai
         if getattr(args, name) is not None:
             setattr(config, name, getattr(args, name))
     return config
-
-
-@contextmanager
-def _names_flag(flag: str, value: str) -> Iterator[None]:
-    """Turn what Transformers raises for a missing or unknown model into an error that names the flag."""
-    try:
-        yield
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{flag} {value} cannot be loaded: {reason}") from error
-    except (ValueError, KeyError) as error:
-        message = str(error)
-        if flag in message:
-            raise
-        raise ValueError(f"{flag} {value} cannot be used: {message}") from error

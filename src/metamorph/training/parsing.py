@@ -1,17 +1,15 @@
 """Turns a YAML recipe and command-line flags into dataclasses: the recipe first, flags override, nothing unknown."""
 
-import ast
 import difflib
-import inspect
-import textwrap
 from argparse import Action, ArgumentTypeError
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+
+from metamorph.flags import attribute_docs
 
 
 class RecipeParser(HfArgumentParser):
@@ -119,20 +117,6 @@ def read_recipe(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold one mapping `flag: value`, not {type(values).__name__}")
     return {str(name).lstrip("-").replace("-", "_"): value for name, value in values.items()}
-
-
-def attribute_docs(kind: type) -> dict[str, str]:
-    """The docstrings below the fields of a dataclass (its own, not inherited ones), for `--help`.
-
-    Args:
-        kind: A class whose source can be read.
-    """
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
-    docs = {}
-    for field, below in pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(field.target, ast.Name):
-            docs[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
-    return docs
 
 
 def coerce(value: Any, action: Action, source: str) -> Any:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import math
-import textwrap
-from dataclasses import asdict, dataclass, field, fields
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
+from metamorph.flags import check_choice
 from metamorph.visualization.projector import CONDITION_LENGTH, PROJECTOR_MODES
 from metamorph.visualization.schedule import DEFAULT_LR_SCHEDULER, LR_SCHEDULERS
 
-
-T = TypeVar("T")
 
 MIXED_PRECISIONS = ("no", "bf16")
 TRACKERS = ("none", "tensorboard", "wandb")
@@ -24,20 +18,6 @@ LATEST = "latest"
 """Value of `resume_from_checkpoint` that means the newest checkpoint of `output_dir`."""
 
 
-def document_flags(cls: type[T]) -> type[T]:
-    """Make the docstring under each field of a dataclass its `--help` text as well, so that it is written once."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-    texts = {}
-    for node, below in pairwise(body):
-        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            # argparse formats help texts with %.
-            texts[node.target.id] = " ".join(str(below.value.value).split()).replace("%", "%%")  # type: ignore[union-attr]
-    for item in fields(cls):  # type: ignore[arg-type]
-        item.metadata = MappingProxyType({"help": texts[item.name], **item.metadata})
-    return cls
-
-
-@document_flags
 @dataclass
 class VisualizerArguments:
     """What the visualizer is made of, what it sees and how it is trained.
@@ -184,9 +164,7 @@ class VisualizerArguments:
             ("mixed_precision", MIXED_PRECISIONS),
             ("report_to", TRACKERS),
         ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"--{name} {value!r} is unknown; use one of {', '.join(allowed)}")
+            check_choice(f"--{name}", getattr(self, name), allowed)
 
     def _check_ranges(self) -> None:
         at_least = {

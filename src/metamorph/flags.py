@@ -1,0 +1,83 @@
+"""What all commands share about flags: help texts from docstrings, and errors that name the flag."""
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def attribute_docs(kind: type) -> dict[str, str]:
+    """The docstrings below the fields of a class (its own, not inherited ones), by field, each on one line.
+
+    Args:
+        kind: A class whose source can be read.
+    """
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for field, below in pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(field.target, ast.Name):
+            text = getattr(below.value, "value", None)
+            if isinstance(text, str):
+                docs[field.target.id] = " ".join(text.split())
+    return docs
+
+
+def check_choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Check that `value` is one of `allowed`.
+
+    Raises:
+        ValueError: naming flag, value and what is allowed.
+    """
+    if value not in allowed:
+        raise ValueError(f"{flag} {value!r} is unknown: use one of {', '.join(allowed)}")
+
+
+def check_model_reference(name: str, flag: str, file: str = "config.json") -> None:
+    """Check that `name` is a model folder, or can be a Hub id, without loading or downloading anything.
+
+    Args:
+        name: Folder or Hub id.
+        flag: Flag that the error message names.
+        file: File that such a folder must hold.
+
+    Raises:
+        FileNotFoundError: if the folder, or the file in it, is missing.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / file).is_file():
+            raise FileNotFoundError(
+                f"{flag} {name} is a folder without {file}: give a folder written by save_pretrained"
+            )
+        return
+    # `out/model` is a mistyped path rather than a Hub id when there is a local folder `out`.
+    is_path = HUB_ID.fullmatch(name) is None or (folder.parent != Path(".") and folder.parent.is_dir())
+    if is_path or name.upper().startswith("PATH_TO"):
+        raise FileNotFoundError(f"{flag} {name} does not exist: give an existing model folder or a Hub id (owner/name)")
+
+
+@contextmanager
+def names_flag(flag: str, value: str) -> Iterator[None]:
+    """Turn what Transformers and diffusers raise for a missing or unknown model into an error that names the flag.
+
+    Args:
+        flag: The flag, with dashes.
+        value: Its value.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{flag} {value} cannot be loaded: {reason}") from error
+    except (ValueError, KeyError) as error:
+        message = str(error)
+        if flag in message:
+            raise
+        raise ValueError(f"{flag} {value} cannot be used: {message}") from error
