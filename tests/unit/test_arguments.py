@@ -9,6 +9,7 @@ from metamorph import cli
 from metamorph.cli.lr import scale_learning_rate
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.parsing import parse_arguments
+from metamorph.visualization.arguments import VisualizerArguments
 
 
 TYPES = (ModelArguments, DataArguments, MetaMorphTrainingArguments)
@@ -227,6 +228,11 @@ def test_learning_rate_rule_of_the_guide(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipe_is_valid(recipe: Path, paths: dict[str, str], tmp_path: Path) -> None:
+    if recipe.stem.startswith("visualizer"):
+        words = ["--config", str(recipe), "--output_dir", paths["output_dir"]]
+        (visualizer,) = parse_arguments([VisualizerArguments], words, prog="metamorph train-visualizer")
+        assert visualizer.unfreeze_unet
+        return
     connector = {} if "stage1" in recipe.stem else {"pretrain_mm_mlp_adapter": tmp_path / "connector"}
     model, _, training = parse_arguments(TYPES, ["--config", str(recipe), *argv({**paths, **connector})])
     assert model.stage == int(recipe.stem[-1])
