@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 
 RIGHT, WRONG, INK = "#1a7f37", "#cf222e", "#24292f"
 _LINE_LENGTH = 24
-_CELL_INCHES = 1.45
+_CELL_INCHES, _LINE_INCHES, _ROW_GAP_INCHES, _TITLE_INCHES = 1.45, 0.125, 0.12, 0.45
 _NO_PICTURE = Image.new("RGB", (64, 64), "#f6f8fa")
 
 
@@ -84,17 +84,27 @@ def save_grid(path: Path, title: str, cells: Sequence[Cell], columns: int = 8) -
     width = max((len(cell.pictures) for cell in cells), default=1)
     columns = max(1, min(columns // width, len(cells)))
     rows = max(1, -(-len(cells) // columns))
-    figure = Figure(figsize=(columns * width * _CELL_INCHES, rows * (_CELL_INCHES + 0.75) + 0.5), dpi=110)
-    figure.suptitle(title, color=INK)
+    texts = [_wrap(cell.text, _LINE_LENGTH * width) for cell in cells]
+    text_inches = _LINE_INCHES * max((text.count("\n") + 1 for text in texts), default=0)
+    row_inches = _CELL_INCHES + text_inches + _ROW_GAP_INCHES
+    height = rows * row_inches + _TITLE_INCHES
+    figure = Figure(figsize=(columns * width * _CELL_INCHES, height), dpi=110)
+    figure.suptitle(title, color=INK, y=1 - 0.3 * _TITLE_INCHES / height, verticalalignment="center")
+    figure.subplots_adjust(
+        left=0.01,
+        right=0.99,
+        top=1 - _TITLE_INCHES / height,
+        bottom=(text_inches + _ROW_GAP_INCHES) / height,
+        wspace=0.08,
+        hspace=(text_inches + _ROW_GAP_INCHES) / _CELL_INCHES,
+    )
     for index, cell in enumerate(cells):
         for place, picture in enumerate(cell.pictures):
             axes = figure.add_subplot(rows, columns * width, index * width + place + 1)
             is_last = place == width - 1
             _show(axes, picture, cell.is_right if is_last else None)
             if place == 0:
-                lines = "\n".join(textwrap.fill(line, _LINE_LENGTH * width) for line in cell.text.splitlines())
-                axes.set_xlabel(lines, fontsize=7, color=_color(cell.is_right), loc="left")
-    figure.tight_layout()
+                axes.set_xlabel(texts[index], fontsize=7, color=_color(cell.is_right), loc="left")
     figure.savefig(path)
     return path
 
@@ -157,6 +167,11 @@ def _show(axes: Axes, picture: Image.Image | None, is_right: bool | None) -> Non
     axes.imshow(_NO_PICTURE if picture is None else picture, interpolation="nearest")
     for spine in axes.spines.values():
         spine.set(color="#d0d7de" if is_right is None else _color(is_right), linewidth=1 if is_right is None else 2)
+
+
+def _wrap(text: str, length: int) -> str:
+    """Break long lines of a text."""
+    return "\n".join(textwrap.fill(line, length) for line in text.splitlines())
 
 
 def _color(is_right: bool | None) -> str:
