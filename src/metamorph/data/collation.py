@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from metamorph.models.processing_metamorph import IGNORE_INDEX
+from metamorph.models.constants import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

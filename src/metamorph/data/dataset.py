@@ -14,7 +14,8 @@ from metamorph.data.media import MAX_IMAGE_PIXELS, MediaError, load_image, resol
 from metamorph.data.record_log import RecordLog
 from metamorph.data.records import DataError, Record, RecordError, UnsupervisedRecordError, parse_record
 from metamorph.data.sources import Source, open_source
-from metamorph.models.processing_metamorph import EncodedConversation, MetaMorphProcessor
+from metamorph.models.conversations import EncodedConversation
+from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 
 logger = logging.getLogger(__name__)

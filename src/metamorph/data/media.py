@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from metamorph.models.processing_metamorph import to_rgb
+from metamorph.models.image_processing import to_rgb
 
 
 MAX_IMAGE_PIXELS = 89_478_485

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from metamorph.models.processing_metamorph import DEFAULT_IMAGE_TOKEN
+from metamorph.models.constants import DEFAULT_IMAGE_TOKEN
 
 
 ROLE_OF_SPEAKER = {
