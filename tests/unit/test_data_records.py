@@ -116,13 +116,6 @@ def test_every_broken_line_is_found_before_training(tmp_path):
     assert source[2].value == GOOD
 
 
-def test_unchecked_json_lines_show_their_faults_when_they_are_read(tmp_path):
-    source = JsonlSource(write_jsonl(tmp_path / "data.jsonl", [GOOD, "{"]), check=False)
-    assert not source.broken
-    with pytest.raises(RecordError, match=r"data\.jsonl:2"):
-        source[1]
-
-
 def test_r12_json_arrays_are_read(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([GOOD, llava("b", "Hi", "Yes.")], indent=2), encoding="utf-8")

@@ -20,14 +20,6 @@ class PaddedCollator:
 
     pad_token_id: int
     """Id to pad with; any id will do, see `MetaMorphProcessor.pad_token_id`."""
-    pad_to_multiple_of: int = 1
-    """The padded length is a multiple of this."""
-    return_ids: bool = True
-    """Whether the batch carries the ids of its records, for logs and tests."""
-
-    def __post_init__(self) -> None:
-        if self.pad_to_multiple_of < 1:
-            raise ValueError(f"pad_to_multiple_of must be at least 1, not {self.pad_to_multiple_of}")
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch.
@@ -39,11 +31,10 @@ class PaddedCollator:
         Returns:
             `input_ids`, `attention_mask`, `labels` (int64) and `visual_target_mask` (bool) `[batch, sequence]`;
             `pixel_values` float32 `[images, 3, height, width]` of all rows in reading order, only if there are
-            images; `ids`, a list of strings, with `return_ids`.
+            images.
         """
         kept = [example for example in examples if "skipped" not in example]
         length = max((len(example["input_ids"]) for example in kept), default=1)
-        length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
         shape = (max(len(kept), 1), length)
         batch: dict[str, Any] = {
             "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.long),
@@ -61,6 +52,4 @@ class PaddedCollator:
         pixels = [example["pixel_values"] for example in kept if example.get("pixel_values") is not None]
         if pixels:
             batch["pixel_values"] = torch.cat(pixels)
-        if self.return_ids:
-            batch["ids"] = [example["id"] for example in kept]
         return batch

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from metamorph.data.media import MAX_IMAGE_PIXELS, MediaError, load_image, resolve_image_path
+from metamorph.data.media import MediaError, load_image, resolve_image_path
 from metamorph.data.record_log import RecordLog
 from metamorph.data.records import DataError, Record, RecordError, UnsupervisedRecordError, parse_record
 from metamorph.data.sources import Source, open_source
@@ -63,8 +63,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         *,
         on_bad_record: str = "raise",
         max_bad_fraction: float = 0.01,
-        check_first: int | None = 1000,
-        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ) -> None:
         if on_bad_record not in ON_BAD_RECORD:
             raise ValueError(f"--on_bad_record {on_bad_record!r} is unknown; use one of {', '.join(ON_BAD_RECORD)}")
@@ -76,7 +74,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.model_max_length = model_max_length
         self.on_bad_record = on_bad_record
         self.max_bad_fraction = max_bad_fraction
-        self.max_image_pixels = max_image_pixels
         self.log = RecordLog(len(self.source))
         if not self.image_folder.is_dir():
             raise DataError(f"--image_folder {self.image_folder} is not a folder")
@@ -121,9 +118,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def _build(self, index: int) -> dict[str, Any]:
         record = self.record(index)
         try:
-            images = [
-                load_image(resolve_image_path(path, self.image_folder), self.max_image_pixels) for path in record.images
-            ]
+            images = [load_image(resolve_image_path(path, self.image_folder)) for path in record.images]
         except MediaError as error:
             raise _record_error(error.kind, error.detail, record) from error
         try:

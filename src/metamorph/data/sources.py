@@ -71,10 +71,9 @@ class JsonlSource:
 
     Args:
         path: The file.
-        check: Whether to parse all lines now. Without it broken lines show only when they are read.
     """
 
-    def __init__(self, path: str | os.PathLike[str], check: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.broken: list[tuple[int, RecordError]] = []
         self._file: int | None = None
@@ -90,8 +89,7 @@ class JsonlSource:
                     offsets.append(offset)
                     lengths.append(len(line))
                     lines.append(number)
-                    if check:
-                        self._check(line, number, index=len(offsets) - 1)
+                    self._check(line, number, index=len(offsets) - 1)
                 offset += len(line)
                 bar.update(len(line))
         self._offsets, self._lengths, self._lines = (

@@ -95,7 +95,7 @@ def run_training(
         model=model,
         args=training_args,
         train_dataset=dataset,
-        data_collator=PaddedCollator(plan.processor.pad_token_id, return_ids=False),
+        data_collator=PaddedCollator(plan.processor.pad_token_id),
         processing_class=plan.processor,
         callbacks=callbacks,
     )
