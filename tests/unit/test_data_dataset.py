@@ -5,10 +5,12 @@ import logging
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from metamorph.data.collation import PaddedCollator
 from metamorph.data.dataset import ConversationDataset, TooManyBadRecordsError
+from metamorph.data.record_log import RecordLog
 from metamorph.data.records import DataError, RecordError, UnsupervisedRecordError
 from processing_parts import GOLDEN, build_processor, golden_image, llava, write_jsonl
 
@@ -143,6 +145,7 @@ def test_r11_skipped_records_are_logged_with_id_and_counted_over_workers(build, 
     text = dataset[0]["input_ids"].tolist()
     assert [batch["input_ids"].tolist() for batch in loader] == [[text], [text]]
     assert dataset.statistics()["bad"] == {"unsupervised": 2}
+    assert dataset.log.num_bad == 2  # the first was met here and in a worker
 
 
 def test_a_batch_of_skipped_records_has_nothing_to_learn(build, collate):
@@ -163,7 +166,9 @@ def test_r11_r12_a_wrong_image_folder_is_an_error_at_once(build, tmp_path, on_ba
 
 def test_missing_files_and_bad_fields_are_listed_before_training(build):
     records = [VQA, llava("gone", "<image>", "Yes.", image="gone.png"), '{"id": 3', {"id": "empty"}, TEXT]
-    with pytest.raises(DataError, match=r"has 3 bad record\(s\); .*--on_bad_record skip") as error:
+    with pytest.raises(
+        DataError, match=r"has 3 bad record\(s\), and 1 of 2 image file\(s\) are missing; .*--on_bad_record skip"
+    ) as error:
         build(*records)
     message = str(error.value)
     assert "data.jsonl:2 (id 'gone'): there is no image file" in message
@@ -173,15 +178,45 @@ def test_missing_files_and_bad_fields_are_listed_before_training(build):
     assert dataset.statistics()["bad"] == {"broken_line": 1, "bad_field": 1, "missing_image": 1}
 
 
-def test_broken_lines_are_found_everywhere_and_files_as_far_as_asked(build):
+def test_missing_files_are_found_however_late_they_come(build):
+    gone = [llava(f"gone{number}", "<image>", "Yes.", image=f"gone{number}.png") for number in range(12)]
+    with pytest.raises(DataError, match=r"has 12 bad .* and 12 of 13 image file\(s\) are missing") as error:
+        build(VQA, *[TEXT] * 1100, *gone)
+    assert "data.jsonl:1102 (id 'gone0'): there is no image file" in str(error.value)
+    assert "gone9.png" in str(error.value)
+    assert str(error.value).endswith("and 2 more")
+
+
+def test_nothing_is_read_on_behind_a_thousand_missing_files(build):
     gone = llava("gone", "<image>", "Yes.", image="gone.png")
-    with pytest.raises(DataError, match=r"has 1 bad record\(s\).*\n.*data.jsonl:4"):
-        build(VQA, TEXT, gone, "{", check_first=1)
-    dataset = build(VQA, TEXT, gone, check_first=1)
-    with pytest.raises(RecordError, match=r"data.jsonl:3 \(id 'gone'\)"):
-        dataset[2]
-    with pytest.raises(DataError, match="gone"):
-        build(VQA, TEXT, gone, check_first=None)
+    with pytest.raises(DataError, match=r"none of the 1000 image\(s\) that were looked for is there"):
+        build(*[gone] * 1001)
+
+
+def test_files_that_vanish_later_are_errors_of_their_record(build, tmp_path):
+    golden_image("vqa").save(tmp_path / "vqa.png")
+    dataset = build(VQA, image_folder=tmp_path)
+    (tmp_path / "vqa.png").unlink()
+    with pytest.raises(RecordError, match=r"data.jsonl:1 \(id 'vqa'\): there is no image file"):
+        dataset[0]
+
+
+def test_totals_of_the_log_are_read_without_a_look_at_every_record():
+    log = RecordLog(100_000)
+    for index in (7, 7, 99_999):
+        log.note_bad(index, "missing_image")
+        log.note_truncated(index, 1)
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.largest = max(self.largest, *(arg.numel() for arg in args if isinstance(arg, torch.Tensor)))
+            return func(*args, **(kwargs or {}))
+
+    with Sizes() as sizes:
+        assert (log.num_bad, log.num_truncated) == (2, 2)
+    assert 0 < sizes.largest < 1000
 
 
 def test_a_path_that_leaves_the_folder_is_refused(build):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from metamorph.data.media import MediaError, load_image, resolve_image_path
 from metamorph.data.record_log import RecordLog
@@ -25,6 +26,8 @@ ON_BAD_RECORD = ("raise", "skip")
 
 _SHOWN = 10
 """Problems that an error message lists; it counts the others."""
+_WRONG_FOLDER = 1000
+"""So many image paths, all of them missing, are enough to know that the folder is wrong."""
 
 
 class TooManyBadRecordsError(DataError):
@@ -33,6 +36,9 @@ class TooManyBadRecordsError(DataError):
 
 class ConversationDataset(Dataset[dict[str, Any]]):
     """LLaVA records as training examples, with random access.
+
+    All fields are checked at once, and that all image files are there, so that neither a typing error nor a wrong
+    folder shows after an hour only.
 
     An example is `{"id": str, "input_ids": int64 [sequence], "labels": int64 [sequence], "visual_target_mask":
     bool [sequence], "pixel_values": float32 [images, 3, height, width]}`, without `pixel_values` if it has no image.
@@ -45,12 +51,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         model_max_length: Longest sequence; longer ones are cut as `encode_conversation` says, and counted.
         on_bad_record: `raise`, or `skip` to count, log and leave out.
         max_bad_fraction: Largest share of bad records with `skip`; above it training stops.
-        check_first: Number of records whose fields and image files are checked at once (None for all), so that a
-            wrong folder shows in seconds and not after an hour.
-        max_image_pixels: Largest image.
 
     Raises:
-        DataError: If the source, or what was checked of it, is unusable.
+        DataError: If the source is unusable; with `on_bad_record="raise"` also if any record is bad.
         ValueError: For a value that is not allowed.
     """
 
@@ -77,7 +80,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.log = RecordLog(len(self.source))
         if not self.image_folder.is_dir():
             raise DataError(f"--image_folder {self.image_folder} is not a folder")
-        self._check_ahead(len(self.source) if check_first is None else check_first)
+        self._check_ahead()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -171,11 +174,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 f"{self.max_bad_fraction} allows: {self.log.bad_by_kind()}. The last one: {error}"
             ) from error
 
-    def _check_ahead(self, count: int) -> None:
-        """Find broken lines everywhere, and bad fields and missing files among the first records."""
+    def _check_ahead(self) -> None:
+        """Find all broken lines, bad fields and missing files; no image is opened."""
         problems: dict[int, RecordError] = dict(self.source.broken)
         num_paths = num_missing = 0
-        for index in range(min(count, len(self))):
+        name = f"Checking {self.source.path.name}"
+        for index in tqdm(range(len(self)), desc=name, unit="record", delay=2, disable=None):
             if index in problems:
                 continue
             try:
@@ -189,14 +193,17 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             if missing:
                 detail = f"there is no image file {missing[0]}; is --image_folder {self.image_folder} right?"
                 problems[index] = _record_error("missing_image", detail, record)
-        if num_paths and num_paths == num_missing:
+            if num_missing == num_paths >= _WRONG_FOLDER:
+                break
+        if num_paths and num_missing == num_paths:
             first = next(error for error in problems.values() if error.kind == "missing_image")
             raise DataError(
                 f"none of the {num_paths} image(s) that were looked for is there, so --image_folder "
                 f"{self.image_folder} is wrong. The first: {first}"
             )
         if problems and self.on_bad_record == "raise":
-            raise DataError(_summary(self.source.path, [problems[index] for index in sorted(problems)]))
+            found = [problems[index] for index in sorted(problems)]
+            raise DataError(_summary(self.source.path, found, num_missing, num_paths))
         for index in sorted(problems):
             self._skip(index, problems[index])
 
@@ -212,10 +219,11 @@ def _record_error(kind: str, detail: str, record: Record) -> RecordError:
     return RecordError.at(record.where, kind, detail, record.id)
 
 
-def _summary(path: Path, problems: list[RecordError]) -> str:
+def _summary(path: Path, problems: list[RecordError], num_missing: int, num_paths: int) -> str:
     lines = "\n  ".join(str(problem) for problem in problems[:_SHOWN])
     more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    missing = f", and {num_missing} of {num_paths} image file(s) are missing" if num_missing else ""
     return (
-        f"{path} has {len(problems)} bad record(s); correct them, or leave them out with --on_bad_record skip:\n"
-        f"  {lines}{more}"
+        f"{path} has {len(problems)} bad record(s){missing}; correct them, or leave them out with --on_bad_record "
+        f"skip:\n  {lines}{more}"
     )
