@@ -13,6 +13,10 @@ from metamorph.visualization.projector import VisualizationProjector
 from visualization_parts import CROSS_ATTENTION_DIM, RESOLUTION, tiny_scheduler, tiny_unet, tiny_vae
 
 
+ORIENTATION = 0x0112  # EXIF tag
+TURN_90_CLOCKWISE = 6
+
+
 @pytest.fixture
 def picture(tmp_path: Path) -> str:
     Image.new("RGB", (8, 8), "green").save(tmp_path / "in.png")
@@ -42,14 +46,43 @@ def test_markers_may_be_anywhere(picture: str) -> None:
         (["--prompt", "x", "--image", "/none.png"], "--image /none.png does not exist"),
         (["--prompt", "x", "--temperature", "-1"], "--temperature"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
-        (["--prompt", "x", "--visualizer", "{folder}"], "has no model_index.json"),
-        (["--prompt", "x", "--model", "{folder}"], "has no config.json"),
+        (["--prompt", "x", "--visualizer", "{folder}"], "is a folder without model_index.json"),
+        (["--prompt", "x", "--model", "{folder}"], "is a folder without config.json"),
+        (["--prompt", "x", "--model", "{folder}/nowhere/x"], "--model {folder}/nowhere/x does not exist"),
+        (["--prompt", "x", "--visualizer", "{folder}/nowhere/x"], "--visualizer {folder}/nowhere/x does not exist"),
+        (["--prompt", "x", "--model", "nowhere/x"], "--model nowhere/x cannot be loaded: "),
     ],
 )
 def test_bad_input(words: list[str], message: str, picture: str, tmp_path: Path, capsys) -> None:
     words = [word.format(picture=picture, folder=tmp_path) for word in words]
     assert cli.main(["generate", "--model", "owner/model", *words]) == 2
-    assert message in capsys.readouterr().err
+    assert message.format(folder=tmp_path) in capsys.readouterr().err
+
+
+def test_unknown_visualizer_names_the_flag() -> None:
+    flags = parse("--prompt", "x", "--visualizer", "nowhere/x")
+    with pytest.raises(FileNotFoundError, match="--visualizer nowhere/x cannot be loaded"):
+        draw(flags, torch.zeros(1, 9, 12), torch.device("cpu"))
+
+
+def test_pictures_are_upright(tmp_path: Path) -> None:
+    """A camera held sideways: the pixels lie, and EXIF says how to turn them."""
+    image = Image.new("RGB", (16, 8), "white")
+    image.paste("black", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[ORIENTATION] = TURN_90_CLOCKWISE
+    image.save(tmp_path / "camera.jpg", exif=exif, quality=95)
+    (opened,) = check_inputs(parse("--prompt", "x", "--image", str(tmp_path / "camera.jpg")))
+    assert opened.size == (8, 16)
+    assert max(opened.getpixel((4, 2))) < 30  # what was left is above
+    assert min(opened.getpixel((4, 13))) > 225
+
+
+def test_broken_picture_is_named(picture: str, tmp_path: Path, capsys) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(picture).read_bytes()[:40])
+    assert cli.main(["generate", "--model", "owner/model", "--prompt", "x", "--image", str(broken)]) == 2
+    assert f"--image {broken} cannot be read as an image" in capsys.readouterr().err
 
 
 def test_several_pictures_get_numbered_names(tmp_path: Path) -> None:

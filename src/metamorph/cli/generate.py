@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metamorph.flags import check_model_reference, names_flag
+
 
 if TYPE_CHECKING:
     import torch
@@ -62,18 +64,13 @@ def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
     Args:
         flags: The command line. `prompt` gets the missing image markers in front.
     """
-    from PIL import Image
-
     if flags.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {flags.max_new_tokens} must be at least 1")
     if flags.temperature < 0:
         raise ValueError(f"--temperature {flags.temperature} must be 0 (greedy) or larger")
-    for flag, name, file in (
-        ("--model", flags.model, "config.json"),
-        ("--visualizer", flags.visualizer, "model_index.json"),
-    ):
-        if name is not None and Path(name).is_dir() and not (Path(name) / file).is_file():
-            raise FileNotFoundError(f"{flag} {name} has no {file}: give the output folder of a finished training run")
+    check_model_reference(flags.model, flag="--model")
+    if flags.visualizer is not None:
+        check_model_reference(flags.visualizer, flag="--visualizer", file="model_index.json")
     missing = [path for path in flags.image if not Path(path).is_file()]
     if missing:
         raise FileNotFoundError(f"--image {missing[0]} does not exist")
@@ -82,7 +79,26 @@ def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
         flags.prompt = f"{IMAGE_MARKER}\n" * len(flags.image) + flags.prompt
     elif markers != len(flags.image):
         raise ValueError(f"--prompt has {markers} {IMAGE_MARKER}, but there are {len(flags.image)} --image flags")
-    return [Image.open(path) for path in flags.image]
+    return open_pictures(flags.image)
+
+
+def open_pictures(paths: Sequence[str]) -> "list[Image.Image]":
+    """Open pictures as training does: upright, RGB, and read to the end.
+
+    Args:
+        paths: Picture files.
+
+    Raises:
+        ValueError: if one of them cannot be read; the message names it.
+    """
+    if not paths:
+        return []
+    from metamorph.data.media import MediaError, load_image
+
+    try:
+        return [load_image(path) for path in paths]
+    except MediaError as error:
+        raise ValueError(f"--image {error}") from error
 
 
 def answer(flags: argparse.Namespace, pictures: "list[Image.Image]", device: "torch.device") -> list[Any]:
@@ -96,8 +112,9 @@ def answer(flags: argparse.Namespace, pictures: "list[Image.Image]", device: "to
     from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
     from metamorph.models.processing_metamorph import MetaMorphProcessor
 
-    processor = MetaMorphProcessor.from_pretrained(flags.model)
-    model = MetaMorphForConditionalGeneration.from_pretrained(flags.model).to(device).eval()
+    with names_flag("--model", flags.model):
+        processor = MetaMorphProcessor.from_pretrained(flags.model)
+        model = MetaMorphForConditionalGeneration.from_pretrained(flags.model).to(device).eval()
     encoded = processor.encode_conversation(
         [{"role": "user", "content": flags.prompt}], pictures, add_generation_prompt=True
     )
@@ -130,7 +147,8 @@ def draw(flags: argparse.Namespace, visual_tokens: "torch.Tensor", device: "torc
     except ModuleNotFoundError as error:
         raise ValueError(f"--visualizer needs {error.name}: pip install 'metamorph[visualization]'") from error
 
-    pipeline = VisualizationPipeline.from_pretrained(flags.visualizer).to(device)
+    with names_flag("--visualizer", flags.visualizer):
+        pipeline = VisualizationPipeline.from_pretrained(flags.visualizer).to(device)
     images = pipeline(
         visual_tokens,
         guidance_scale=flags.guidance_scale,
