@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, CLIPImageProcessor
 
+from metamorph.models.conversations import ImagePart, TextPart
 from metamorph.models.image_tokens import add_image_tokens
 from metamorph.models.processing_metamorph import ImagePart, MetaMorphProcessor, TextPart
 from model_parts import tiny_config

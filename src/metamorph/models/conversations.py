@@ -203,3 +203,63 @@ def check_image_count(num_markers: int, num_images: int) -> None:
             f"the text has {num_markers} {DEFAULT_IMAGE_TOKEN} marker(s), but {num_images} image(s) were given; there "
             "must be exactly one marker for each image"
         )
+
+
+def pad_rows(
+    rows: list[list[int]], pad_token_id: int, padding: bool | str, padding_side: str, max_length: int | None
+) -> dict[str, Any]:
+    """Pad rows of ids; `input_ids` and `attention_mask` as lists, `[batch, sequence]` where padded.
+
+    Args:
+        rows: Ids of each row.
+        pad_token_id: Id to pad with.
+        padding: True or `"longest"`, `"max_length"` (needs `max_length`), or False.
+        padding_side: `left` or `right`.
+        max_length: Least length with `padding="max_length"`.
+
+    Raises:
+        ValueError: If a value is not allowed.
+    """
+    if padding not in (True, False, "longest", "max_length", "do_not_pad"):
+        raise ValueError(f"padding={padding!r} is unknown; use True, 'longest', 'max_length' or False")
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side={padding_side!r} is unknown; use 'left' or 'right'")
+    target = max((len(row) for row in rows), default=0)
+    if padding == "max_length":
+        if max_length is None:
+            raise ValueError("padding='max_length' needs max_length")
+        target = max(target, max_length)
+    input_ids, attention_mask = [], []
+    for row in rows:
+        fill = target - len(row) if padding not in (False, "do_not_pad") else 0
+        pads, ones = [pad_token_id] * fill, [1] * len(row)
+        left = padding_side == "left"
+        input_ids.append(pads + row if left else row + pads)
+        attention_mask.append([0] * fill + ones if left else ones + [0] * fill)
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def split_generated(
+    ids: list[int], placeholder: int, num_image_tokens: int, ends: frozenset[int]
+) -> list[list[int] | None]:
+    """Take an answer apart: ids of text, with None for each complete image between them.
+
+    Args:
+        ids: Ids that the model wrote.
+        placeholder: Id of the placeholder.
+        num_image_tokens: Placeholders of one image.
+        ends: Ids that end the answer; what follows the first of them is ignored.
+    """
+    ids = ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+    runs: list[list[int] | None] = []
+    text: list[int] = []
+    placeholders = 0
+    for token in ids:
+        if token != placeholder:
+            text.append(token)
+            continue
+        placeholders += 1
+        if placeholders == num_image_tokens:
+            runs += [text, None]
+            text, placeholders = [], 0
+    return [*runs, text]

@@ -17,7 +17,7 @@ from transformers import (
 
 from metamorph.models.chat_templates import ChatTemplate, get_chat_template
 from metamorph.models.configuration_metamorph import MetaMorphConfig
-from metamorph.models.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from metamorph.models.constants import DEFAULT_IMAGE_TOKEN
 from metamorph.models.conversations import (
     EncodedConversation,
     ImagePart,
@@ -26,31 +26,20 @@ from metamorph.models.conversations import (
     TextPart,
     assign_images,
     check_image_count,
+    pad_rows,
     parse_messages,
     split_at_images,
+    split_generated,
     with_prefix,
 )
 from metamorph.models.image_processing import (
     ASPECT_RATIOS,
-    load_image_processor,
+    flatten_images,
     pixel_table,
     preprocess_images,
     square_image_processor,
-    to_rgb,
 )
 from metamorph.models.image_tokens import ImageTokens, add_image_tokens
-
-
-__all__ = [
-    "DEFAULT_IMAGE_TOKEN",
-    "IGNORE_INDEX",
-    "EncodedConversation",
-    "ImagePart",
-    "MetaMorphProcessor",
-    "TextPart",
-    "load_image_processor",
-    "to_rgb",
-]
 
 
 class MetaMorphProcessor(ProcessorMixin):
@@ -230,7 +219,7 @@ class MetaMorphProcessor(ProcessorMixin):
         Raises:
             ValueError: If the number of images is not that of the markers.
         """
-        pictures = _flatten(images)
+        pictures = flatten_images(images)
         rows: list[list[int]] = []
         num_markers = 0
         for prompt in [text] if isinstance(text, str) else list(text or []):
@@ -244,7 +233,7 @@ class MetaMorphProcessor(ProcessorMixin):
             num_markers += builder.num_images
         if text is not None:
             check_image_count(num_markers, len(pictures))
-        data = self._pad(rows, padding, padding_side, max_length) if text is not None else {}
+        data = pad_rows(rows, self.pad_token_id, padding, padding_side, max_length) if text is not None else {}
         pixel_values = self._pixel_values(pictures)
         if pixel_values is not None:
             data["pixel_values"] = pixel_values
@@ -284,7 +273,7 @@ class MetaMorphProcessor(ProcessorMixin):
         if not tokenize:
             texts = [self._render(messages, add_generation_prompt) for messages in conversations]
             return texts if is_batch else texts[0]
-        remaining = _flatten(images)
+        remaining = flatten_images(images)
         encoded = []
         for messages in conversations:
             own = sum(message.num_open_images for message in parse_messages(messages))
@@ -294,7 +283,8 @@ class MetaMorphProcessor(ProcessorMixin):
             remaining = remaining[own:]
         if remaining:
             raise ValueError(f"{len(remaining)} image(s) more than {DEFAULT_IMAGE_TOKEN} markers were given")
-        data = self._pad([row.input_ids.tolist() for row in encoded], padding, padding_side, max_length)
+        rows = [row.input_ids.tolist() for row in encoded]
+        data = pad_rows(rows, self.pad_token_id, padding, padding_side, max_length)
         if not return_dict:
             return BatchFeature(data, tensor_type=return_tensors)["input_ids"]
         pixels = [row.pixel_values for row in encoded if row.pixel_values is not None]
@@ -321,12 +311,13 @@ class MetaMorphProcessor(ProcessorMixin):
             ValueError: If placeholders and visual tokens disagree in number.
         """
         features = [] if visual_tokens is None else list(visual_tokens)
+        ends = frozenset(self.end_of_turn_token_ids)
         rows: list[list[TextPart | ImagePart]] = []
         used = 0
         for sequence in sequences:
             ids = sequence.tolist() if isinstance(sequence, torch.Tensor) else list(sequence)
             parts: list[TextPart | ImagePart] = []
-            for run in self._split_generated(ids[prompt_length:]):
+            for run in split_generated(ids[prompt_length:], self.image_tokens.image, self.num_image_tokens, ends):
                 if run is None:
                     if used < len(features):
                         parts.append(ImagePart(features[used]))
@@ -340,23 +331,6 @@ class MetaMorphProcessor(ProcessorMixin):
                 f"visual_tokens has {len(features)}; is prompt_length={prompt_length} the length of the prompt?"
             )
         return rows
-
-    def _split_generated(self, ids: list[int]) -> list[list[int] | None]:
-        """Ids of text, with None for each complete image between them."""
-        ends = set(self.end_of_turn_token_ids)
-        ids = ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
-        runs: list[list[int] | None] = []
-        text: list[int] = []
-        placeholders = 0
-        for token in ids:
-            if token != self.image_tokens.image:
-                text.append(token)
-                continue
-            placeholders += 1
-            if placeholders == self.num_image_tokens:
-                runs += [text, None]
-                text, placeholders = [], 0
-        return [*runs, text]
 
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         parsed = parse_messages(messages)
@@ -393,39 +367,10 @@ class MetaMorphProcessor(ProcessorMixin):
             return ids
         return [bos, *ids]
 
-    def _pad(
-        self, rows: list[list[int]], padding: bool | str, padding_side: str, max_length: int | None
-    ) -> dict[str, Any]:
-        if padding not in (True, False, "longest", "max_length", "do_not_pad"):
-            raise ValueError(f"padding={padding!r} is unknown; use True, 'longest', 'max_length' or False")
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side={padding_side!r} is unknown; use 'left' or 'right'")
-        target = max((len(row) for row in rows), default=0)
-        if padding == "max_length":
-            if max_length is None:
-                raise ValueError("padding='max_length' needs max_length")
-            target = max(target, max_length)
-        input_ids, attention_mask = [], []
-        for row in rows:
-            fill = target - len(row) if padding not in (False, "do_not_pad") else 0
-            pads, ones = [self.pad_token_id] * fill, [1] * len(row)
-            left = padding_side == "left"
-            input_ids.append(pads + row if left else row + pads)
-            attention_mask.append([0] * fill + ones if left else ones + [0] * fill)
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
-
     def _pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor | None:
         if not images:
             return None
         return preprocess_images(images, self.image_processor, self.image_aspect_ratio, self._pixel_table)
-
-
-def _flatten(images: Any) -> list[Image.Image]:
-    if images is None:
-        return []
-    if isinstance(images, Image.Image):
-        return [images]
-    return [image for item in images for image in _flatten(item)]
 
 
 def _special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
