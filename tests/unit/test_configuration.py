@@ -27,6 +27,13 @@ def test_bad_values_name_the_flag_and_the_mend(overrides, message):
         tiny_config(**overrides)
 
 
+@pytest.mark.parametrize(("count", "neighbours"), [(2, "1 and 4"), (50, "49 and 64"), (63, "49 and 64")])
+@pytest.mark.parametrize("reduction", ["interpolation", "concat_interpolation"])
+def test_r32_non_square_token_counts_are_refused(count, neighbours, reduction):
+    with pytest.raises(ValueError, match=f"num_image_tokens={count} is not a square number.*{neighbours}"):
+        tiny_config(num_image_tokens=count, image_token_reduction=reduction)
+
+
 def test_r03_sizes_and_ids_come_from_the_parts():
     config = MetaMorphConfig(
         text_config=LlamaConfig(hidden_size=48, num_attention_heads=4),

@@ -6,7 +6,7 @@ from transformers import AutoProcessor, CLIPImageProcessor
 
 from metamorph.models.conversations import ImagePart, TextPart
 from metamorph.models.image_tokens import add_image_tokens
-from metamorph.models.processing_metamorph import ImagePart, MetaMorphProcessor, TextPart
+from metamorph.models.processing_metamorph import MetaMorphProcessor
 from model_parts import tiny_config
 from processing_parts import (
     build_processor,
@@ -105,13 +105,18 @@ def test_unknown_roles_and_parts_are_named(processor):
 
 def test_r03_ids_and_sizes_come_from_the_tokenizer_and_the_settings():
     for tokenizer in (golden_tokenizer(), sentencepiece_tokenizer(), word_tokenizer()):
-        known = len(tokenizer)
+        known = tokenizer.get_vocab()
         processor = build_processor(tokenizer, version="plain", num_image_tokens=9)
         encoded = processor.encode_conversation(chat("<image>", "a red cat"), PICTURES[:1])
         assert encoded.input_ids.max() < len(tokenizer)
         ids = processor.image_tokens
         assert (encoded.input_ids == ids.image).sum() == 9
-        assert {ids.image, ids.image_start, ids.image_end}.isdisjoint(range(known)) or known == 384
+        vocabulary = tokenizer.get_vocab()
+        assert ids.image == vocabulary["<image>"]
+        assert (ids.image_start, ids.image_end) == (vocabulary["<image_start>"], vocabulary["<image_end>"])
+        # What the tokenizer knew keeps its id, and what is new is put behind it.
+        assert sorted(vocabulary[token] for token in ids.new) == list(range(len(known), len(tokenizer)))
+        assert {token: vocabulary[token] for token in known} == known
         assert encoded.input_ids[encoded.input_ids == ids.image_start].numel() == 1
 
 
