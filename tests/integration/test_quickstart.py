@@ -8,7 +8,7 @@ from PIL import Image
 
 from metamorph.cli import main
 from metamorph.quickstart.evaluate import DRAWING_GROUPS
-from metamorph.quickstart.options import OWN_FOLDERS
+from metamorph.quickstart.options import MARKER_FILE, OWN_FOLDERS
 from metamorph.quickstart.scenes import Scene, SceneObject
 from metamorph.quickstart.world import render
 
@@ -53,7 +53,7 @@ def test_metrics_have_every_promised_field(metrics):
 def test_time_and_memory_of_every_stage_are_noted(metrics):
     stages = ("data", "stage1", "stage2", "visualizer", "evaluation")
     assert set(metrics["seconds"]) == {"total", *stages}
-    assert set(metrics["cpu_seconds"]) == set(metrics["peak_rss_mb_after"]) == set(stages)
+    assert set(metrics["cpu_seconds"]) == set(metrics["peak_rss_mb_per_stage"]) == set(stages)
     assert 100 < metrics["peak_rss_mb"] < 4096
 
 
@@ -70,7 +70,7 @@ def test_the_report_holds_its_pictures_and_needs_no_other_file(out, metrics):
 
 
 def test_only_known_folders_are_left_so_that_a_second_run_may_clear_them(out):
-    assert {path.name for path in out.iterdir()} == {*OWN_FOLDERS, "metrics.json", "report.html"}
+    assert {path.name for path in out.iterdir()} == {*OWN_FOLDERS, MARKER_FILE, "metrics.json", "report.html"}
 
 
 def test_generate_answers_with_the_folders_that_are_left(out, tmp_path, capsys):

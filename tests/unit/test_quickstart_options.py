@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from metamorph.cli import main
-from metamorph.quickstart.options import QuickstartOptions, clear_output, require_extras, thread_count
+from metamorph.quickstart.options import MARKER_FILE, QuickstartOptions, clear_output, require_extras, thread_count
 
 
 def test_missing_extras_are_named_with_the_command_that_installs_them(monkeypatch, capsys):
@@ -38,9 +38,13 @@ def test_an_earlier_run_is_cleared_away(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").write_text("")
     (tmp_path / "metrics.json").write_text("{}")
+    # The names alone are no proof: somebody may keep a model of their own in out/model.
+    with pytest.raises(NotADirectoryError, match=r"metrics.json, model, which the quickstart did not make"):
+        QuickstartOptions(output_dir=tmp_path)
+    (tmp_path / MARKER_FILE).touch()
     assert QuickstartOptions(output_dir=tmp_path).output_dir == tmp_path
     clear_output(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [MARKER_FILE]
 
 
 def test_threads_follow_the_environment(monkeypatch):

@@ -194,6 +194,16 @@ def compare_tokens(
     return found
 
 
+def seen_color(generation: dict[str, dict[str, float]]) -> float:
+    """Share of drawings of seen combinations whose colours are right: one object (`seen`) and two (`pairs`) together.
+
+    Args:
+        generation: `metrics["generation"]`.
+    """
+    groups = [generation[name] for name in ("seen", "pairs")]
+    return sum(group["n"] * group["color"] for group in groups) / max(sum(group["n"] for group in groups), 1)
+
+
 def _redraw(
     model: MetaMorphForConditionalGeneration,
     processor: MetaMorphProcessor,

@@ -11,8 +11,10 @@ from pathlib import Path
 from metamorph.quickstart.assets import ASSETS, asset_path
 
 
-OWN_FOLDERS = ("data", "recipes", "connector", "model", "projector", "visualizer", "pictures")
+OWN_FOLDERS = ("data", "recipes", "connector", "model", "visualizer", "pictures")
 """Folders that a run makes in `output_dir`, and makes anew when it is repeated."""
+MARKER_FILE = ".metamorph-quickstart"
+"""Written first, so that only a folder of the quickstart's own is ever cleared."""
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
 EXTRAS = ("diffusers", "matplotlib")
@@ -62,11 +64,13 @@ class QuickstartOptions:
         folder = self.output_dir
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"--output-dir {folder} is a file; give a folder")
-        strangers = {path.name for path in folder.glob("*")} - {*OWN_FOLDERS, METRICS_FILE, REPORT_FILE}
-        if strangers:
+        found = sorted(path.name for path in folder.glob("*"))
+        is_own = (folder / MARKER_FILE).is_file()
+        strangers = [name for name in found if name not in (*OWN_FOLDERS, METRICS_FILE, REPORT_FILE, MARKER_FILE)]
+        if strangers or (found and not is_own):
             raise NotADirectoryError(
-                f"--output-dir {folder} holds {', '.join(sorted(strangers)[:3])}, which the quickstart did not make; "
-                "give a new folder"
+                f"--output-dir {folder} holds {', '.join((strangers or found)[:3])}, which the quickstart did not "
+                "make; give a new folder"
             )
 
 
@@ -84,6 +88,7 @@ def require_extras() -> None:
 def clear_output(folder: Path) -> None:
     """Make `folder`, and remove what an earlier run left in it: a checkpoint there would be resumed."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER_FILE).touch()
     for name in OWN_FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (METRICS_FILE, REPORT_FILE):

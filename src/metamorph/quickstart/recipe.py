@@ -19,7 +19,8 @@ class EvaluationSizes:
     vqa: int = 400
     """Questions about pictures."""
     seen: int = 96
-    """Drawing prompts for (colour, shape) pairs that training drew; about a third asks for two objects."""
+    """Drawing prompts for (colour, shape) pairs that training drew; about a third asks for two objects and is reported
+    apart, as `pairs`."""
     held_out: int = 48
     """Drawing prompts for pairs that training never drew."""
     knowledge: int = 32
@@ -57,10 +58,8 @@ class Recipe:
     """Peak learning rate of stage 2."""
     vision_coef: float = 4.0
     """Weight of the visual loss in stage 2."""
-    warm_start_scenes: int = 3000
-    """Scenes on which the visualizer's projector first imitates mini-sd's own conditions."""
-    warm_start_steps: int = 800
-    """Regression steps of that; a hundred take a second."""
+    alignment_steps: int = 800
+    """Steps that first fit the visualizer's projector to mini-sd's own conditions; a hundred take a second."""
     visualizer_steps: int = 150
     """Optimizer steps of the visualizer."""
     visualizer_batch_size: int = 16
@@ -105,6 +104,8 @@ class Recipe:
             "normalize_input": True,
             "learn_positions": True,
             "cache_latents": True,
+            "alignment_steps": self.alignment_steps,
+            "alignment_lr": 4e-3,
             "training_steps": self.visualizer_steps,
             "batch_size": self.visualizer_batch_size,
             "lr": self.visualizer_lr,
@@ -166,8 +167,7 @@ FAST = Recipe(
     batch_size=16,
     stage1_steps=6,
     stage2_steps=12,
-    warm_start_scenes=64,
-    warm_start_steps=10,
+    alignment_steps=10,
     visualizer_steps=4,
     visualizer_batch_size=8,
     sampling_steps=3,

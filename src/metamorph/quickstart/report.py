@@ -15,7 +15,7 @@ from jinja2 import Environment
 from PIL import Image
 
 from metamorph.evaluation.questions import AnsweredQuestion
-from metamorph.quickstart.evaluate import WorldEvaluation
+from metamorph.quickstart.evaluate import WorldEvaluation, seen_color
 from metamorph.quickstart.figures import (
     Cell,
     LossCurves,
@@ -71,7 +71,7 @@ def write_report(space: Workspace, evaluation: WorldEvaluation, curves: LossCurv
             "name": name,
             "seconds": seconds,
             "cpu": metrics["cpu_seconds"].get(name, ""),
-            "memory": metrics["peak_rss_mb_after"].get(name, ""),
+            "memory": metrics["peak_rss_mb_per_stage"].get(name, ""),
         }
         for name, seconds in metrics["seconds"].items()
     ]
@@ -98,6 +98,7 @@ def write_report(space: Workspace, evaluation: WorldEvaluation, curves: LossCurv
 def headline(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the main table: `label`, `n`, `value` and `floor` as text, and `mark`, right or wrong."""
     drawn, start = metrics["generation"], metrics["image_start"]
+    seen_total = drawn["seen"]["n"] + drawn["pairs"]["n"]
     rows: list[tuple[str, int, float, str | None]] = [
         ("questions answered exactly", metrics["vqa"]["n"], metrics["vqa"]["accuracy"], "vqa"),
         *(
@@ -111,11 +112,12 @@ def headline(metrics: dict[str, Any]) -> list[dict[str, Any]]:
             "image_start",
         ),
         ("drawings right in everything: one object", drawn["seen"]["n"], drawn["seen"]["all"], None),
-        ("  colour", drawn["seen"]["n"], drawn["seen"]["color"], "seen_color"),
+        ("  colour", drawn["seen"]["n"], drawn["seen"]["color"], None),
         ("  shape", drawn["seen"]["n"], drawn["seen"]["shape"], None),
         ("  size", drawn["seen"]["n"], drawn["seen"]["size"], None),
         ("  position", drawn["seen"]["n"], drawn["seen"]["position"], None),
         ("drawings: two objects", drawn["pairs"]["n"], drawn["pairs"]["all"], None),
+        ("drawings: colours, one and two objects", seen_total, seen_color(drawn), "seen_color"),
         ("drawings: colour and shape never drawn together", drawn["held_out"]["n"], drawn["held_out"]["all"], None),
         ("drawings: prompts that need a fact", drawn["knowledge"]["n"], drawn["knowledge"]["all"], None),
         ("edits", metrics["edit"]["n"], metrics["edit"]["all"], None),

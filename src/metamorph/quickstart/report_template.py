@@ -64,7 +64,7 @@ meaningless.</p>{% endif %}
 <h2>Time and memory</h2>
 <table>
 <tr><th>stage</th><th class="number">seconds</th><th class="number">processor seconds</th>
-<th class="number">peak memory so far, MB</th></tr>
+<th class="number">peak memory, MB</th></tr>
 {% for row in stages %}<tr><td>{{ row.name }}</td><td class="number">{{ row.seconds }}</td>
 <td class="number">{{ row.cpu }}</td>
 <td class="number">{{ row.memory }}</td></tr>

@@ -17,9 +17,9 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.quickstart.assets.cards import library_versions
 from metamorph.quickstart.dataset import WorldFiles, write_dataset
-from metamorph.quickstart.evaluate import WorldEvaluation, evaluate_world
+from metamorph.quickstart.evaluate import WorldEvaluation, evaluate_world, seen_color
 from metamorph.quickstart.options import METRICS_FILE, QuickstartOptions, clear_output, thread_count
-from metamorph.quickstart.progress import StageClock, peak_rss_mb
+from metamorph.quickstart.progress import StageClock
 from metamorph.quickstart.recipe import FAST, FULL, Recipe
 from metamorph.quickstart.report import LossCurves, write_report
 from metamorph.quickstart.stages import Workspace, fit_visualizer, train_connector, train_model
@@ -89,7 +89,7 @@ def collect_metrics(
     reached = {
         "vqa": metrics["vqa"]["accuracy"],
         "image_start": metrics["image_start"]["accuracy"],
-        "seen_color": metrics["generation"]["seen"]["color"],
+        "seen_color": seen_color(metrics["generation"]),
     }
     floors = {
         name: {"floor": floor, "value": reached[name], "reached": reached[name] >= floor}
@@ -101,8 +101,8 @@ def collect_metrics(
         "floors": {} if options.fast else floors,
         "seconds": {**clock.seconds, "total": clock.total},
         "cpu_seconds": clock.cpu_seconds,
-        "peak_rss_mb": peak_rss_mb(),
-        "peak_rss_mb_after": clock.peak_rss_mb,
+        "peak_rss_mb": clock.largest_peak_rss_mb,
+        "peak_rss_mb_per_stage": clock.peak_rss_mb,
         "seed": options.seed,
         "fast": options.fast,
         "threads": torch.get_num_threads(),

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
+from metamorph.quickstart.conditions import write_conditions
 from metamorph.quickstart.dataset import WorldFiles
 from metamorph.quickstart.progress import ProgressBar
 from metamorph.quickstart.recipe import Recipe
-from metamorph.quickstart.warm_start import imitate_conditions
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.parsing import parse_arguments
 from metamorph.training.run import TrainResult, run_training
@@ -52,9 +52,9 @@ class Workspace:
         return self.root / "visualizer"
 
     @property
-    def projector(self) -> Path:
-        """What the visualizer's projector starts from."""
-        return self.root / "projector"
+    def conditions(self) -> Path:
+        """Mini-sd's own conditions of the visualizer's pictures."""
+        return self.data / "conditions.safetensors"
 
     @property
     def pictures(self) -> Path:
@@ -90,18 +90,22 @@ def train_model(space: Workspace, files: WorldFiles, recipe: Recipe) -> TrainRes
 def fit_visualizer(
     space: Workspace, files: WorldFiles, recipe: Recipe, on_log: Callable[[int, dict[str, float]], None] | None = None
 ) -> VisualizerResult:
-    """The visualizer: a first guess of the projector, then `metamorph train-visualizer --config …/visualizer.yaml`."""
+    """The visualizer: `metamorph train-visualizer --config recipes/visualizer.yaml`.
+
+    The recipe first aligns the projector with the conditions that mini-sd itself has for the pictures.
+    """
     flags = {
         "pretrained_model_name_or_path": str(space.assets["mini-sd"]),
         "vision_tower": str(space.assets["mini-siglip"]),
         "image_folder": str(files.visualizer_folder),
+        "alignment_conditions": str(
+            write_conditions(files.visualizer_folder, space.assets["mini-sd"], space.conditions)
+        ),
         "output_dir": str(space.visualizer),
         "seed": space.seed,
         **recipe.visualizer_flags(),
     }
-    steps, scenes = recipe.warm_start_steps, recipe.warm_start_scenes
-    imitate_conditions(VisualizerArguments(**flags), space.projector, scenes=scenes, steps=steps)
-    path = space.write_recipe("visualizer", {**flags, "pretrained_projector": space.projector})
+    path = space.write_recipe("visualizer", flags)
     (args,) = parse_arguments((VisualizerArguments,), ["--config", path], prog="metamorph train-visualizer")
     return train_visualizer(args, on_log=on_log)
 
