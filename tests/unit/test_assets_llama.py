@@ -82,7 +82,7 @@ def test_answered_exactly_agrees_with_generate(tokenizer):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     tasks = fact_tasks(repeats=1)[:24]
     for _ in range(20):
-        loss, _ = batch_loss(model, tokenizer, [task.conversation() for task in tasks[:12]], 0.0)
+        loss, _ = batch_loss(model, tokenizer, [task.conversation() for task in tasks[:12]])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -121,7 +121,7 @@ def test_labels_are_the_assistants_words(tokenizer, conversations):
 
 def test_chunks_make_one_batch(tokenizer, conversations):
     model = new_model(LlamaRecipe(num_hidden_layers=1), tokenizer, seed=0)
-    whole, _ = batch_loss(model, tokenizer, conversations[:40], 0.0)
+    whole, _ = batch_loss(model, tokenizer, conversations[:40])
     input_ids, attention_mask, labels = encode(tokenizer, conversations[:40])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(input_ids, attention_mask=attention_mask, labels=labels).loss

@@ -257,6 +257,8 @@ def build(
 
 def _write_weights(model: SiglipModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     model.eval().to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.backend_tokenizer.no_padding()  # a trace of the last batch
+    tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     SiglipImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)

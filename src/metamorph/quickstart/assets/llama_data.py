@@ -17,18 +17,16 @@ from metamorph.quickstart.scenes import Scene, is_reserved, sample_scene
 
 Conversation = list[dict[str, str]]
 
-_MAX_QUESTIONS = 10
-_PAIR_FRACTION = 0.7
-"""Share of two-object scenes among those that are asked about: only there must the words of a question be matched to
-the right object, which is learnt last."""
+_MAX_QUESTIONS = 6
+_PAIR_FRACTION = 0.5
 _TASK_SHARES = {
-    "questions": 0.6,
-    "caption": 0.08,
+    "questions": 0.56,
+    "caption": 0.06,
     "edit": 0.12,
-    "next_frame": 0.03,
-    "drawing": 0.05,
-    "knowledge": 0.05,
-    "facts": 0.07,
+    "next_frame": 0.04,
+    "drawing": 0.08,
+    "knowledge": 0.06,
+    "facts": 0.08,
 }
 
 
@@ -44,6 +42,8 @@ class TextTask:
     """What the assistant must say, word for word."""
     is_question: bool
     """Whether it is a question about a scene, as opposed to an instruction or a fact."""
+    num_objects: int = 0
+    """Objects of the scene that a question is about."""
 
     def conversation(self) -> Conversation:
         """The task as one exchange."""
@@ -62,10 +62,9 @@ def training_conversation(rng: np.random.Generator) -> Conversation:
         return _question_conversation(sample_scene(rng, pair_fraction=_PAIR_FRACTION), rng)
     if task == "facts":
         exchanges = knowledge.fact_questions(language.pick(rng, knowledge.THINGS), rng)
-        order = rng.permutation(len(exchanges))
-        return [turn for index in order for turn in _exchange(*exchanges[index])]
+        return _exchange(*language.pick(rng, exchanges))
     if task == "caption":
-        scene = sample_scene(rng, pair_fraction=0.5)
+        scene = sample_scene(rng, pair_fraction=_PAIR_FRACTION)
         return _exchange(_lines(_described(scene, rng), _caption_request(rng)), language.caption(scene, rng))
     while True:
         request, scenes = _imagined(task, rng)
@@ -84,7 +83,7 @@ def evaluation_tasks(rng: np.random.Generator, scenes: int) -> list[TextTask]:
     for index in range(scenes):
         scene = sample_scene(rng, num_objects=1 + index % 2, reserved=True)
         tasks += [
-            TextTask(kind, _lines(_described(scene, rng), question), answer, True)
+            TextTask(kind, _lines(_described(scene, rng), question), answer, True, len(scene.objects))
             for kind, question, answer in language.questions(scene, rng)
         ]
     for kind in ("edit", "next_frame", "drawing", "knowledge"):
@@ -126,8 +125,7 @@ def _caption_request(rng: np.random.Generator) -> str:
 
 
 def _question_conversation(scene: Scene, rng: np.random.Generator) -> Conversation:
-    # Two rounds: many questions about one description cost far less than as many descriptions.
-    asked = [*language.questions(scene, rng), *language.questions(scene, rng)]
+    asked = language.questions(scene, rng)
     count = int(rng.integers(1, _MAX_QUESTIONS + 1))
     turns: Conversation = []
     for index in rng.permutation(len(asked))[:count]:
@@ -143,7 +141,7 @@ def _imagined(task: str, rng: np.random.Generator) -> tuple[str, tuple[Scene, ..
         The request, and the scenes that it involves; the last is the one to describe.
     """
     if task == "drawing":
-        scene = sample_scene(rng, pair_fraction=0.5, reserved=None)
+        scene = sample_scene(rng, pair_fraction=_PAIR_FRACTION, reserved=None)
         return _lines(language.drawing_prompt(scene, rng), _caption_request(rng)), (scene,)
     if task == "knowledge":
         drawn = bool(rng.random() < 0.5)
@@ -154,7 +152,7 @@ def _imagined(task: str, rng: np.random.Generator) -> tuple[str, tuple[Scene, ..
         prompt = language.sentence(language.pick(rng, changes.NEXT_FRAME_PROMPTS), rng)
         seen = (_described(first, rng), _described(second, rng))
         return _lines(*seen, prompt, _caption_request(rng)), (first, second, third)
-    scene = sample_scene(rng, pair_fraction=0.5, reserved=None)
+    scene = sample_scene(rng, pair_fraction=_PAIR_FRACTION, reserved=None)
     _, instruction, changed = changes.edit(scene, rng)
     return _lines(_described(scene, rng), instruction, _caption_request(rng)), (scene, changed)
 
