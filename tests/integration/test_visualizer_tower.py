@@ -57,8 +57,9 @@ def write_model(folder, family, **options) -> MetaMorphForConditionalGeneration:
         ("dinov2", "interpolation"),
     ],
 )
-def test_tokens_equal_those_of_the_model(family, reduction, tmp_path):
-    model = write_model(tmp_path, family, image_token_reduction=reduction)
+@pytest.mark.parametrize("apply_softmax", [False, True])
+def test_tokens_equal_those_of_the_model(family, reduction, apply_softmax, tmp_path):
+    model = write_model(tmp_path, family, image_token_reduction=reduction, apply_softmax=apply_softmax)
     args = adopt_token_options(VisualizerArguments("out", vision_tower=str(tmp_path / "model")))
     assert (args.num_tokens, args.mm_vision_select_layer, args.image_token_reduction) == (4, -2, reduction)
     tower, pixel_format = load_tower(args)
@@ -77,6 +78,14 @@ def test_model_folder_without_weights_of_its_tower(tmp_path):
     save_file(kept, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="lacks 1 weights of its vision tower"):
         load_tower(VisualizerArguments("out", vision_tower=str(tmp_path / "model")))
+
+
+@torch.no_grad()
+def test_plain_tower_with_softmax_gives_distributions(tmp_path):
+    args = VisualizerArguments("out", vision_tower=str(write_tiny_tower(tmp_path)), num_tokens=4, apply_softmax=True)
+    tokens = load_tower(args)[0](torch.randn(1, 3, 32, 32))
+    torch.testing.assert_close(tokens.sum(dim=-1), torch.ones(1, 4))
+    assert tokens.min() > 0
 
 
 def test_plain_tower_cannot_have_a_trained_reduction(tmp_path):

@@ -28,6 +28,7 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 OLD_PREFIXES = ("module.", "base_model.", "model.")
 """Wrappers in front of the keys of a .bin file."""
 MATCHING_FIELDS = (
+    "apply_softmax",
     "image_token_reduction",
     "mm_projector_type",
     "mm_use_im_start_end",

@@ -45,7 +45,7 @@ class VisualizerArguments:
 
     vision_tower: str = "siglip/CLIP-ViT-SO400M-14-384"
     """Vision encoder whose tokens are drawn: the folder or Hub id that the MetaMorph model was trained with, or the
-    folder of the finished MetaMorph model, whose tower and token options are then used whatever the four flags below
+    folder of the finished MetaMorph model, whose tower and token options are then used whatever the five flags below
     say."""
     mm_vision_select_layer: int = -1
     """Hidden state of the tower that becomes visual tokens, as in `metamorph train`."""
@@ -55,6 +55,8 @@ class VisualizerArguments:
     """How the tower's patches become num_tokens tokens, as in `metamorph train`."""
     normalize_vision: bool = True
     """Divide every visual token by its L2 norm, as in `metamorph train`."""
+    apply_softmax: bool = False
+    """Make every visual token a distribution over its features, as in `metamorph train`."""
 
     mode: str = "mlp"
     """Form of the projector: mlp, xattn, xattnffn or transformer."""

@@ -118,6 +118,7 @@ def adopt_token_options(args: VisualizerArguments) -> VisualizerArguments:
         num_tokens=config.num_image_tokens,
         image_token_reduction=config.image_token_reduction,
         normalize_vision=config.normalize_vision,
+        apply_softmax=config.apply_softmax,
     )
 
 
@@ -209,6 +210,7 @@ def _token_config(args: VisualizerArguments, vision_config: PreTrainedConfig) ->
         num_image_tokens=args.num_tokens,
         image_token_reduction=args.image_token_reduction,
         normalize_vision=args.normalize_vision,
+        apply_softmax=args.apply_softmax,
     )
 
 
