@@ -6,11 +6,29 @@ import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+class RemembersGiven:
+    """Base of a dataclass of flags that remembers which of them were given, be it with the value of the default."""
+
+    _given: frozenset[str]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the class says it
+        flags = super().__new__(cls)
+        names = [field.name for field in fields(cls) if field.init]  # type: ignore[arg-type]
+        flags._given = frozenset(names[: len(args)]) | frozenset(kwargs)
+        return flags
+
+    def is_given(self, name: str) -> bool:
+        """Whether the field `name` was given when the object was built."""
+        return name in self._given
 
 
 def attribute_docs(kind: type) -> dict[str, str]:

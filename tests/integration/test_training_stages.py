@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_parts import save_vision_model
 from safetensors.torch import load_file
 from training_parts import arguments, make_language_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.vision_tower import load_vision_encoder
+from metamorph.training.arguments import ModelArguments
 from metamorph.training.assemble import load_model, make_plan
 from metamorph.training.checkpoint import CONNECTOR_FILE
 from metamorph.training.run import TrainResult, run_training
@@ -116,6 +118,33 @@ def test_r33_flags_asked_for_on_reload_are_honoured(parts: Path, stage_2: TrainR
     assert (changed.use_vision_ar, changed.vision_coef) == (False, 0.25)
     with pytest.raises(ValueError, match=r"--num_image_tokens 9 contradicts .* trained with 4"):
         reload(num_image_tokens=9)
+    with pytest.raises(ValueError, match=r"--num_image_tokens 64 contradicts .* trained with 4"):  # the flag's default
+        reload(num_image_tokens=64)
+    with pytest.raises(ValueError, match=r"--apply_softmax True contradicts .* trained with False"):
+        reload(apply_softmax=True)
+    other = save_vision_model(tmp_path / "other", "clip")
+    with pytest.raises(ValueError, match=r"clip_vision_model\) contradicts .* \(model_type siglip_vision_model\)"):
+        reload(vision_tower=other)
+
+
+def test_r33_flags_not_given_on_reload_are_the_models(parts: Path, tmp_path: Path) -> None:
+    first = arguments(parts, tmp_path / "first", stage=2, from_scratch_connector=True, version="llama3_original")
+    make_plan(first[0], "pad").processor.save_pretrained(tmp_path / "first")
+    load_model(first[0], make_plan(first[0])).save_pretrained(tmp_path / "first")
+    model_args = ModelArguments(model_name_or_path=str(tmp_path / "first"))
+    plan = make_plan(model_args)
+    assert (plan.config.num_image_tokens, plan.config.version) == (4, "llama3_original")
+    assert plan.processor.image_aspect_ratio == "pad"
+    assert make_plan(model_args, "square").processor.image_aspect_ratio == "square"
+
+
+def test_r33_image_aspect_ratio_of_a_finished_model_can_be_changed(
+    parts: Path, stage_2: TrainResult, tmp_path: Path
+) -> None:
+    flags = {"model_name_or_path": stage_2.output_dir, "max_steps": 1}
+    padded = run_training(*arguments(parts, tmp_path / "pad", stage=2, image_aspect_ratio="pad", **flags))
+    assert padded.processor.image_aspect_ratio == "pad"
+    assert MetaMorphProcessor.from_pretrained(padded.output_dir).image_aspect_ratio == "pad"
 
 
 def test_r33_tuned_tower_survives_reload(parts: Path, stage_2: TrainResult, tmp_path: Path) -> None:

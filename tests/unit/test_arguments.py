@@ -132,6 +132,25 @@ def test_recipe_then_flags(paths: dict[str, str], tmp_path: Path) -> None:
     assert isinstance(training.weight_decay, float)
 
 
+def test_given_flags_are_known_though_they_have_the_default(paths: dict[str, str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("tune_mm_mlp_adapter: true\nversion: llama3\n")
+    words = ["--config", str(recipe), *argv(paths), "--num_image_tokens", "64"]
+    model, data, _ = parse_arguments(TYPES, words)
+    names = ("model_name_or_path", "tune_mm_mlp_adapter", "version", "num_image_tokens", "vision_tower")
+    assert [model.is_given(name) for name in names] == [True, True, True, True, False]
+    assert not data.is_given("image_aspect_ratio")
+    assert ModelArguments(paths["model_name_or_path"], version="llama3", tune_mm_mlp_adapter=True).is_given("version")
+
+
+def test_help_states_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "a square number for the interpolations. (default: 64)" in text
+    assert "(default: 0.999)" in text  # Transformers' own adam_beta2
+
+
 def test_recipe_may_hold_the_required_flags(paths: dict[str, str], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("\n".join(f"{k}: {v}" for k, v in paths.items()) + "\ntune_mm_mlp_adapter: true\n")

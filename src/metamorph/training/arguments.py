@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from metamorph.flags import check_choice, check_model_reference
+from metamorph.flags import RemembersGiven, check_choice, check_model_reference
 from metamorph.models.configuration_metamorph import (
     PROJECTOR_TYPES,
     TOKEN_REDUCTIONS,
@@ -28,11 +28,11 @@ IMAGE_ASPECT_RATIOS = ("square", "pad")
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(RemembersGiven):
     """What the network is and which part of it is trained.
 
-    A value of None means "not asked for": the stage's own default, or, when a finished MetaMorph folder is
-    trained further, what that folder says.
+    When a finished MetaMorph model is trained further, flags that are not given are as in that model. A value of
+    None means the stage's own default.
     """
 
     model_name_or_path: str
@@ -73,8 +73,9 @@ class ModelArguments:
     """Head from the language model to visual tokens: linear, mlp or mlp2x_gelu."""
     vision_coef: float | None = None
     """Weight of the visual loss; 1.0 when not given."""
-    apply_softmax: bool | None = None
-    """Whether the visual loss is a soft cross-entropy over features; False when not given."""
+    apply_softmax: bool = False
+    """Whether visual tokens are distributions over features, softmax(x / 0.07): so the connector reads them, and so
+    the vision head is trained to predict them, with cross-entropy."""
     attn_implementation: str | None = None
     """Attention of the language model, such as sdpa or flash_attention_2; by default Transformers chooses."""
 
@@ -84,7 +85,7 @@ class ModelArguments:
         self.model_name_or_path = os.path.expanduser(self.model_name_or_path)
         self.vision_tower = os.path.expanduser(self.vision_tower)
         check_model_reference(self.model_name_or_path, flag="--model_name_or_path")
-        if not self.continues_metamorph:
+        if not self.continues_metamorph or self.is_given("vision_tower"):
             check_model_reference(self.vision_tower, flag="--vision_tower")
         if self.pretrain_mm_mlp_adapter is not None:
             self.pretrain_mm_mlp_adapter = os.path.expanduser(self.pretrain_mm_mlp_adapter)
@@ -164,7 +165,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(RemembersGiven):
     """What the model learns from."""
 
     data_path: str
@@ -174,7 +175,8 @@ class DataArguments:
     model_max_length: int = 4096
     """Longest sequence in tokens, visual tokens included."""
     image_aspect_ratio: str = "square"
-    """`square` lets the image processor resize to a square, `pad` keeps the proportions by a border."""
+    """`square` lets the image processor resize to a square, `pad` keeps the proportions by a border. When a finished
+    model is trained further and this is not given, as in that model."""
     on_bad_record: str = "raise"
     """What happens with a record that cannot be used: raise, or skip (count, log and leave out)."""
     max_bad_fraction: float = 0.01

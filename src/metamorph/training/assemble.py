@@ -1,7 +1,7 @@
 """From the model flags to a processor and a model: configurations first, weights only once everything else is right."""
 
 import logging
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from metamorph.training.checkpoint import find_connector, load_connector
 logger = logging.getLogger(__name__)
 
 STRUCTURE_FIELDS = (
+    "apply_softmax",
     "image_token_reduction",
     "mm_projector_type",
     "mm_use_im_patch_token",
@@ -31,8 +32,10 @@ STRUCTURE_FIELDS = (
     "vision_head_type",
 )
 """Flags that a finished model has already decided."""
-LOSS_FIELDS = ("use_vision_ar", "vision_coef", "apply_softmax")
+LOSS_FIELDS = ("use_vision_ar", "vision_coef")
 """Flags that may change when a finished model is trained further."""
+TOWER_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "image_size", "patch_size")
+"""What tells one architecture of vision towers from another."""
 
 
 @dataclass
@@ -47,12 +50,13 @@ class Plan:
     """Whether a finished MetaMorph model is trained further."""
 
 
-def make_plan(args: ModelArguments, image_aspect_ratio: str = "square") -> Plan:
+def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None) -> Plan:
     """Read configurations, tokenizer and image processor, and check that they go together.
 
     Args:
         args: The model flags.
-        image_aspect_ratio: How images become square.
+        image_aspect_ratio: How images become square, see `DataArguments`. None: as in the finished model that is
+            trained further, else `square`.
 
     Raises:
         FileNotFoundError: if a model, tokenizer or image processor does not exist.
@@ -67,13 +71,18 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str = "square") -> Plan:
     if continues:
         with names_flag("--model_name_or_path", args.model_name_or_path):
             processor = MetaMorphProcessor.from_pretrained(args.model_name_or_path)
+        if image_aspect_ratio is not None:
+            processor.image_aspect_ratio = image_aspect_ratio
         return Plan(_continued_config(text_config, args), processor, continues)
     with names_flag("--vision_tower", args.vision_tower):
         vision_config = load_vision_config(args.vision_tower)
         image_processor = load_image_processor(resolve_vision_tower(args.vision_tower))
     config = MetaMorphConfig(text_config=text_config, vision_config=vision_config, **_overrides(args))
     processor = MetaMorphProcessor.from_parts(
-        load_tokenizer(args.model_name_or_path), image_processor, config, image_aspect_ratio=image_aspect_ratio
+        load_tokenizer(args.model_name_or_path),
+        image_processor,
+        config,
+        image_aspect_ratio=image_aspect_ratio or "square",
     )
     return Plan(config, processor, continues)
 
@@ -129,19 +138,42 @@ def _overrides(args: ModelArguments) -> dict[str, Any]:
 
 
 def _continued_config(config: PreTrainedConfig, args: ModelArguments) -> PreTrainedConfig:
-    """The configuration of a finished model with the loss flags that are asked for."""
-    defaults = {field.name: field.default for field in fields(args) if field.default is not MISSING}
+    """The configuration of a finished model with the loss flags that are given.
+
+    Raises:
+        ValueError: if a given flag contradicts the model.
+    """
     for name in STRUCTURE_FIELDS:
         asked, found = getattr(args, name), getattr(config, name)
         if asked == found:
             continue
-        if asked != defaults[name]:
+        if args.is_given(name):
             raise ValueError(
                 f"--{name} {asked} contradicts the model {args.model_name_or_path}, which was trained with {found}: "
                 "leave the flag out"
             )
         logger.info("%s=%s comes from the model %s", name, found, args.model_name_or_path)
+    if args.is_given("vision_tower"):
+        _check_tower(config.vision_config, args)
     for name in LOSS_FIELDS:
         if getattr(args, name) is not None:
             setattr(config, name, getattr(args, name))
     return config
+
+
+def _check_tower(found: PreTrainedConfig, args: ModelArguments) -> None:
+    """Refuse a `vision_tower` of another architecture than the finished model's."""
+    with names_flag("--vision_tower", args.vision_tower):
+        asked = load_vision_config(args.vision_tower)
+    for name in TOWER_FIELDS:
+        ours, theirs = getattr(asked, name, None), getattr(found, name, None)
+        if ours != theirs:
+            raise ValueError(
+                f"--vision_tower {args.vision_tower} ({name} {ours}) contradicts the model {args.model_name_or_path}, "
+                f"which has a tower of its own ({name} {theirs}): leave the flag out"
+            )
+    logger.warning(
+        "the tower's weights come from the model %s, not from --vision_tower %s",
+        args.model_name_or_path,
+        args.vision_tower,
+    )

@@ -1,8 +1,9 @@
 """Turns a YAML recipe and command-line flags into dataclasses: the recipe first, flags override, nothing unknown."""
 
 import difflib
-from argparse import Action, ArgumentTypeError
+from argparse import SUPPRESS, Action, ArgumentTypeError
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +25,10 @@ class RecipeParser(HfArgumentParser):
                 action.help = f"Same as --{action.dest} False."
             elif action.dest in docs:
                 action.help = docs[action.dest].replace("%", "%%")
+            if action.default not in (None, SUPPRESS) and action.const is not False:
+                action.help = f"{action.help or ''} (default: {action.default})"
+            # The dataclasses have the defaults; left out of the parsed values, they differ from what was given.
+            action.default = SUPPRESS
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage, which has hundreds of lines.
@@ -97,12 +102,14 @@ def parse_arguments(
     recipe = _recipe_path(argv)
     if recipe is not None:
         parser.set_recipe(recipe)
-    *objects, _, remaining = parser.parse_args_into_dataclasses(
-        list(argv), return_remaining_strings=True, look_for_args_file=False
-    )
+    namespace, remaining = parser.parse_known_args(list(argv))
     if remaining:
         raise ValueError(f"unexpected words on the command line: {' '.join(remaining)}")
-    return tuple(objects)
+    given = vars(namespace)
+    return tuple(
+        kind(**{field.name: given[field.name] for field in fields(kind) if field.init and field.name in given})
+        for kind in dataclass_types
+    )
 
 
 def read_recipe(path: str) -> dict[str, Any]:
@@ -130,7 +137,7 @@ def coerce(value: Any, action: Action, source: str) -> Any:
     if value is None or isinstance(value, dict):
         return value
     if isinstance(value, list):
-        if action.nargs != "+" and not isinstance(action.default, list):
+        if action.nargs != "+":
             raise ValueError(f"{action.dest} in {source} takes one value, not a list: {value}")
         return [coerce(item, action, source) for item in value]
     convert = action.type if callable(action.type) else str

@@ -72,7 +72,8 @@ def run_training(
             f"--eval_strategy {strategy} needs validation data, which this command does not read: leave it at no"
         )
     checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint, model_args.stage)
-    plan = make_plan(model_args, data_args.image_aspect_ratio)
+    aspect_ratio = data_args.image_aspect_ratio if data_args.is_given("image_aspect_ratio") else None
+    plan = make_plan(model_args, aspect_ratio)
     dataset = ConversationDataset(
         data_args.data_path,
         plan.processor,
