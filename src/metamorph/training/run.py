@@ -88,7 +88,9 @@ def run_training(
     model = load_model(model_args, plan)
     summary = apply_stage(model, model_args)
     logger.info("stage %d trains:\n%s", model_args.stage, format_summary(summary, training_args))
-    _allow_unused_parameters(model_args, training_args)
+    if not model_args.freeze_vision or model.config.image_token_reduction == "mlpmixer":
+        # They have no gradient on a rank whose batch has no image; DDP must expect that.
+        training_args.ddp_find_unused_parameters = True
 
     # 3. Training.
     trainer = MetaMorphTrainer(
@@ -134,9 +136,3 @@ def save_arguments(output_dir: str, model_args: ModelArguments, data_args: DataA
     values = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args)}
     path = Path(output_dir) / "model_and_data_args.json"
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _allow_unused_parameters(model_args: ModelArguments, training_args: MetaMorphTrainingArguments) -> None:
-    """A trained tower or token mixer has no gradient on a rank whose batch has no image; DDP must expect that."""
-    if not model_args.freeze_vision or model_args.image_token_reduction == "mlpmixer":
-        training_args.ddp_find_unused_parameters = True
