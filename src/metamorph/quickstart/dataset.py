@@ -1,8 +1,8 @@
 """Writes the miniature world to disk: LLaVA JSONL and PNG files for both stages, the visualizer and evaluation.
 
 Training pictures show scenes that are not reserved (:func:`~metamorph.quickstart.scenes.is_reserved`). What evaluation
-asks about or wants drawn is a reserved scene, with one exception: a knowledge prompt is new because its thing is drawn
-in no training record, but the picture that it asks for (one large object in the centre, on white) may be one of
+asks about or wants drawn is a reserved scene, with one exception: a knowledge prompt of evaluation names a thing that
+no training record draws, but the picture that it asks for (one large object in the centre, on white) may be one of
 training. Input pictures are drawn with jitter, answer pictures exactly, because nothing in a prompt tells the jitter.
 No answer picture of a training file shows a held-out (colour, shape) pair.
 """
@@ -282,8 +282,8 @@ def _facts(rng: np.random.Generator) -> dict:
 def _knowledge(rng: np.random.Generator, writer: _Writer, drawn: bool) -> dict:
     while True:
         prompt, scene, _ = knowledge_prompt(rng, drawn=drawn)
-        # An evaluation prompt is new because its thing is, whatever its scene; too few scenes of this kind are reserved
-        # to ask for every colour and shape. A training prompt must not show a reserved scene.
+        # What evaluation asks for is new by its thing, whatever its scene: too few scenes of this kind are reserved to
+        # ask for every colour and shape. A training prompt must not show a reserved scene.
         if not drawn or not is_reserved(scene):
             return _drawing_record("knowledge", prompt, scene, writer)
 

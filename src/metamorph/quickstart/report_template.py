@@ -30,7 +30,7 @@ TEMPLATE = """\
 <h1>MetaMorph in miniature</h1>
 <p class="soft">Three small pretrained models became one that reads and draws pictures, in {{ minutes }} on this
 machine ({{ metrics.threads }} thread(s), seed {{ metrics.seed }}). The scenes asked about or drawn below were in no
-training picture; of knowledge prompts only the words are new.</p>
+training picture, those of the knowledge prompts excepted.</p>
 {% if metrics.fast %}<p><b>This was a fast run:</b> every part ran for a few steps only, so answers and pictures are
 meaningless.</p>{% endif %}
 
