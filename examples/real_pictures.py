@@ -4,7 +4,7 @@ The photographs are those that scikit-image and scikit-learn bring with them; no
 random and small, so nothing useful is learnt: the example shows data and command line of a real run, at its real image
 size (27×27 patches, reduced to 64 visual tokens), and that both losses fall.
 
-    python examples/real_pictures.py --output-dir out/real_pictures --steps 20
+    python examples/real_pictures.py --output-dir runs/real_pictures --steps 20
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def train(output_dir: Path, steps: int = 20) -> dict[str, list[dict[str, float]]
 def main() -> None:
     """Trains, and prints both losses of the first and the last steps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("out/real_pictures"))
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/real_pictures"))
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each stage (default: %(default)s)")
     flags = parser.parse_args()
     for stage, lines in train(flags.output_dir, flags.steps).items():

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Trains the visualizer on all GPUs of this machine. Every variable can be set from outside:
-#   IMAGE_FOLDER=/data/pictures OUTPUT_DIR=out/visualizer bash visualization/train_1node.sh
+#   IMAGE_FOLDER=/data/pictures OUTPUT_DIR=runs/visualizer bash visualization/train_1node.sh
 # Arguments of the script are passed on:  bash visualization/train_1node.sh --unfreeze_unet True --seed 1
 set -euo pipefail
 
 # Data: a folder of pictures, or JSON/JSONL files that list them (separated by spaces) and the folder they are in.
 IMAGE_FOLDER="${IMAGE_FOLDER:?set IMAGE_FOLDER to a folder of pictures}"
 IMAGE_JSONS="${IMAGE_JSONS:-}"
-OUTPUT_DIR="${OUTPUT_DIR:-out/visualizer}"
+OUTPUT_DIR="${OUTPUT_DIR:-runs/visualizer}"
 
 # Models.
 DIFFUSION_MODEL="${DIFFUSION_MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}"

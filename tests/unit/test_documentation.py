@@ -7,6 +7,7 @@ import re
 import shlex
 from contextlib import redirect_stdout
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,19 @@ def test_documented_flags_exist(page: str, words: tuple[str, ...]) -> None:
     for word in rest:
         if word.startswith("--"):
             assert word.split("=")[0] in known, f"{page}: metamorph {command} has no flag {word}"
+
+
+@pytest.mark.parametrize(("page", "words"), documented_commands(), ids=str)
+def test_no_documented_training_writes_into_the_quickstarts_folder(page: str, words: tuple[str, ...]) -> None:
+    command, *rest = words
+    for flag, value in pairwise(rest):
+        if command.startswith("train") and flag == "--output_dir":
+            assert not value.startswith("out/"), f"{page}: metamorph {command} would write into {value}"
+
+
+def test_training_pages_and_scripts_leave_the_quickstarts_folder_alone() -> None:
+    for path in (ROOT / "visualization/train_1node.sh", ROOT / "visualization/Train_Visualization.md"):
+        assert not re.search(r"\bout/", path.read_text(encoding="utf-8")), path
 
 
 @cache
