@@ -38,8 +38,8 @@ def add_image_tokens(
     """Make sure that `tokenizer` has the image tokens, and return their ids.
 
     The tokenizer is changed in place. Tokens that it already has keep their ids, so a second call adds
-    nothing. `<image_start>` and `<image_end>` come first: their embedding rows are trained, the placeholder's
-    row is never looked up.
+    nothing. `<image_start>` and `<image_end>` come first: their embedding rows are trained. The placeholder's row
+    means nothing: visual tokens overwrite what is looked up there.
 
     Args:
         tokenizer: Any tokenizer of Transformers.
