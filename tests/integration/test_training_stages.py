@@ -163,7 +163,8 @@ def test_ddp_expects_the_token_mixer_of_a_finished_model_to_be_unused(parts: Pat
     plan = make_plan(model_args)
     load_model(model_args, plan).save_pretrained(tmp_path / "model")
     plan.processor.save_pretrained(tmp_path / "model")
-    _, data_args, training_args = arguments(parts, tmp_path / "out", stage=2, max_steps=1)
+    flags = {"from_scratch_connector": True, "max_steps": 1}
+    _, data_args, training_args = arguments(parts, tmp_path / "out", stage=2, **flags)
     run_training(ModelArguments(str(tmp_path / "model")), data_args, training_args)
     assert training_args.ddp_find_unused_parameters is True
 
