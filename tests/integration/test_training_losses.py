@@ -7,6 +7,8 @@ import pytest
 import torch
 from training_parts import arguments, write_records
 
+from metamorph.data.dataset import ConversationDataset
+from metamorph.training.assemble import make_plan
 from metamorph.training.run import TrainResult, run_training
 
 
@@ -103,12 +105,27 @@ def test_r01_a_micro_batch_without_answer_image_in_a_step(parts: Path, tmp_path:
     assert all(torch.isfinite(weight).all() for weight in result.model.state_dict().values())
 
 
+def test_cut_records_are_reported(parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = {"data_path": str(write_records(tmp_path / "text.jsonl", TEXT_ONLY)), "per_device_train_batch_size": 4}
+    lengths = sorted(len(example["input_ids"]) for example in text_only_dataset(parts, tmp_path))
+    with caplog.at_level("INFO", logger="metamorph"):
+        result = stage_2(parts, tmp_path / "out", model_max_length=lengths[-2], max_steps=1, **data)
+    assert result.data_statistics == {"records": 4, "bad": {}, "truncated": 1, "dropped_images": 0}
+    assert f"4 records, of which 1 cut to --model_max_length {lengths[-2]} (0 images dropped)" in caplog.text
+
+
+def text_only_dataset(parts: Path, tmp_path: Path) -> ConversationDataset:
+    model_args, _, _ = arguments(parts, tmp_path, stage=1)
+    return ConversationDataset(tmp_path / "text.jsonl", make_plan(model_args).processor)
+
+
 def test_r10_a_batch_without_any_target(parts: Path, tmp_path: Path) -> None:
     """A skipped record alone in its batch leaves a row of padding: loss 0, nothing moves, nothing is NaN."""
     records = [TEXT_ONLY[0], {"id": "bad", "conversations": [{"from": "human", "value": "No answer?"}]}]
     data = {"data_path": str(write_records(tmp_path / "bad.jsonl", records)), "max_bad_fraction": 0.5}
     flags = {"on_bad_record": "skip", "per_device_train_batch_size": 1, "max_steps": 2, "image_folder": None}
     result = stage_2(parts, tmp_path / "out", **flags, **data)
+    assert result.data_statistics["bad"] == {"unsupervised": 1}
     assert sorted(line["num_text_tokens"] == 0 for line in lines(result)) == [False, True]
     assert min(line["loss"] for line in lines(result)) == 0
     assert all(torch.isfinite(weight).all() for weight in result.model.state_dict().values())

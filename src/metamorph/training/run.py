@@ -42,6 +42,9 @@ class TrainResult:
     """The trained model, with a plain embedding table."""
     processor: MetaMorphProcessor
     """Its processor."""
+    data_statistics: dict[str, Any]
+    """What this process met in the data, each record counted once: `records` in the file, `bad` ones by kind (skipped),
+    `truncated` ones (cut to `model_max_length`) and `dropped_images` (cut off with them)."""
     is_main_process: bool
     """Whether this process wrote the result."""
 
@@ -113,6 +116,16 @@ def run_training(
         save_arguments(training_args.output_dir, model_args, data_args)
     trainer.accelerator.wait_for_everyone()
     merge_new_token_rows(model)
+    statistics = dataset.statistics()
+    logger.info(
+        "data: %d records, of which %d cut to --model_max_length %d (%d images dropped) and %d skipped as bad %s",
+        statistics["records"],
+        statistics["truncated"],
+        data_args.model_max_length,
+        statistics["dropped_images"],
+        sum(statistics["bad"].values()),
+        statistics["bad"] or "",
+    )
     return TrainResult(
         output_dir=training_args.output_dir,
         stage=model_args.stage,
@@ -121,6 +134,7 @@ def run_training(
         log_history=trainer.state.log_history,
         model=model,
         processor=plan.processor,
+        data_statistics=statistics,
         is_main_process=trainer.is_world_process_zero(),
     )
 
