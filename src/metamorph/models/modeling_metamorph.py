@@ -4,7 +4,6 @@ Shape legend: B batch, S sequence, H hidden size of the language model, V vocabu
 N visual tokens per image, D features of one visual token.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput
 
 from .configuration_metamorph import MetaMorphConfig
 from .constants import IGNORE_INDEX
@@ -27,41 +24,9 @@ from .embeddings import NewTokenEmbedding, add_token_rows
 from .generation import MetaMorphGenerationMixin
 from .image_tokens import add_image_tokens
 from .losses import average, cosine_sum, text_loss, visual_loss
+from .outputs import MetaMorphModelOutput, MetaMorphOutput
 from .projectors import build_mm_projector, build_vision_head
 from .vision_tower import VisionTower, finish_visual_tokens
-
-
-@dataclass
-class MetaMorphModelOutput(BaseModelOutputWithPast):
-    """Output of [`MetaMorphModel`]."""
-
-    visual_tokens: Tensor | None = None
-    """[I, N, D] what the images of the batch became; None in a batch without images."""
-
-
-@dataclass
-class MetaMorphOutput(ModelOutput):
-    """Output of [`MetaMorphForConditionalGeneration`]. The loss fields are 0-d tensors, None without `labels`."""
-
-    loss: Tensor | None = None
-    """`text_loss + vision_coef · visual_loss` with `use_vision_ar`, else `text_loss`."""
-    text_loss: Tensor | None = None
-    """Cross-entropy per supervised text token."""
-    visual_loss: Tensor | None = None
-    """Visual loss per target token; None without `use_vision_ar`."""
-    num_text_tokens: Tensor | None = None
-    """Supervised text tokens in this batch."""
-    num_visual_tokens: Tensor | None = None
-    """Visual target tokens in this batch."""
-    visual_cosine: Tensor | None = None
-    """Mean cos(prediction, target) over this batch's visual targets, without gradient; 0 if there are none."""
-    logits: Tensor | None = None
-    """[B, S or logits_to_keep, V]; None in training, see `logits_to_keep`."""
-    visual_prediction: Tensor | None = None
-    """[B, 1, D] the vision head's prediction after the last position, in the scale of visual tokens (decoding)."""
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
 
 
 class MetaMorphPreTrainedModel(PreTrainedModel):

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from metamorph.models.constants import IGNORE_INDEX
-from metamorph.models.modeling_metamorph import MetaMorphOutput
+from metamorph.models.outputs import MetaMorphOutput
 from metamorph.training.checkpoint import TRAINER_STATE_FILE, load_connector, load_weights, save_connector
 from metamorph.training.stages import optimizer_groups
 

@@ -1,0 +1,45 @@
+"""What the models return: typed, with shapes.
+
+Shape legend: B batch, S sequence, V vocabulary, I images in the batch, N visual tokens per image, D features of one
+visual token.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class MetaMorphModelOutput(BaseModelOutputWithPast):
+    """Output of [`MetaMorphModel`]."""
+
+    visual_tokens: Tensor | None = None
+    """[I, N, D] what the images of the batch became; None in a batch without images."""
+
+
+@dataclass
+class MetaMorphOutput(ModelOutput):
+    """Output of [`MetaMorphForConditionalGeneration`]. The loss fields are 0-d tensors, None without `labels`."""
+
+    loss: Tensor | None = None
+    """`text_loss + vision_coef · visual_loss` with `use_vision_ar`, else `text_loss`."""
+    text_loss: Tensor | None = None
+    """Cross-entropy per supervised text token."""
+    visual_loss: Tensor | None = None
+    """Visual loss per target token; None without `use_vision_ar`."""
+    num_text_tokens: Tensor | None = None
+    """Supervised text tokens in this batch."""
+    num_visual_tokens: Tensor | None = None
+    """Visual target tokens in this batch."""
+    visual_cosine: Tensor | None = None
+    """Mean cos(prediction, target) over this batch's visual targets, without gradient; 0 if there are none."""
+    logits: Tensor | None = None
+    """[B, S or logits_to_keep, V]; None in training, see `logits_to_keep`."""
+    visual_prediction: Tensor | None = None
+    """[B, 1, D] the vision head's prediction after the last position, in the scale of visual tokens (decoding)."""
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
