@@ -114,8 +114,8 @@ def test_empty_data(bare: Path, capsys) -> None:
 
 def test_token_count_that_is_not_a_square(bare: Path, capsys) -> None:
     message = train(bare, capsys, num_image_tokens=6)
-    assert "--num_image_tokens 6 is not a square number" in message
-    assert "use 4 or 9" in message
+    assert "--num_image_tokens=6 is not a square number" in message
+    assert "4 and 9" in message
 
 
 def test_stage_2_without_connector(bare: Path, capsys) -> None:

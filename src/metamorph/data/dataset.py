@@ -13,16 +13,13 @@ from tqdm import tqdm
 
 from metamorph.data.media import MediaError, load_image, resolve_image_path
 from metamorph.data.record_log import RecordLog
-from metamorph.data.records import DataError, Record, RecordError, UnsupervisedRecordError, parse_record
+from metamorph.data.records import ON_BAD_RECORD, DataError, Record, RecordError, UnsupervisedRecordError, parse_record
 from metamorph.data.sources import Source, open_source
 from metamorph.models.conversations import EncodedConversation
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 
 logger = logging.getLogger(__name__)
-
-ON_BAD_RECORD = ("raise", "skip")
-"""The values of `--on_bad_record`."""
 
 _SHOWN = 10
 """Problems that an error message lists; it counts the others."""

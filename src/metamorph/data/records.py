@@ -18,6 +18,9 @@ ROLE_OF_SPEAKER = {
 }
 """The values of `"from"`, and the roles that they mean."""
 
+ON_BAD_RECORD = ("raise", "skip")
+"""The values of `--on_bad_record`."""
+
 BAD_RECORD_KINDS = (
     "broken_line",
     "bad_field",

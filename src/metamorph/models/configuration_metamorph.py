@@ -19,6 +19,36 @@ def is_projector_type(name: str) -> bool:
     return name in PROJECTOR_TYPES or re.fullmatch(r"mlp[1-9]\d*x_gelu", name) is not None
 
 
+def check_options(options: Any) -> None:
+    """Checks the options that are right or wrong whatever the parts of the model are.
+
+    Args:
+        options: an object with `image_token_reduction`, `mm_projector_type`, `vision_head_type`, `num_image_tokens` and
+            `vision_coef` (None where that is not decided yet): a configuration, or the flags of one.
+
+    Raises:
+        ValueError: for a value outside its domain; the message begins with name and value.
+    """
+    reduction, count = options.image_token_reduction, options.num_image_tokens
+    if reduction not in TOKEN_REDUCTIONS:
+        raise ValueError(f"image_token_reduction={reduction!r} is unknown; use one of {TOKEN_REDUCTIONS}")
+    if not is_projector_type(options.mm_projector_type):
+        raise ValueError(f"mm_projector_type={options.mm_projector_type!r} is unknown; use one of {PROJECTOR_TYPES}")
+    if options.vision_head_type not in VISION_HEAD_TYPES:
+        raise ValueError(f"vision_head_type={options.vision_head_type!r} is unknown; use one of {VISION_HEAD_TYPES}")
+    coef = options.vision_coef
+    if coef is not None and not (math.isfinite(coef) and coef >= 0):
+        raise ValueError(f"vision_coef={coef} must be a finite number, 0 or larger")
+    if count < 1:
+        raise ValueError(f"num_image_tokens={count} must be at least 1")
+    side = math.isqrt(count)
+    if reduction in ("interpolation", "concat_interpolation") and side**2 != count:
+        raise ValueError(
+            f"num_image_tokens={count} is not a square number, which image_token_reduction={reduction!r} needs; the "
+            f"nearest are {side**2} and {(side + 1) ** 2}"
+        )
+
+
 class MetaMorphConfig(PreTrainedConfig):
     """Configuration of [`MetaMorphForConditionalGeneration`].
 
@@ -82,8 +112,8 @@ class MetaMorphConfig(PreTrainedConfig):
         # Decides in Transformers whether `lm_head` shares the embedding's weight: the language model's own choice.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
-        self._validate_names()
-        self._validate_token_count()
+        check_options(self)
+        self._check_fit()
 
     @property
     def patch_grid(self) -> int:
@@ -108,17 +138,8 @@ class MetaMorphConfig(PreTrainedConfig):
     def _is_naflex(self) -> bool:
         return self.vision_config.model_type == "siglip2_vision_model"
 
-    def _validate_names(self) -> None:
-        if self.image_token_reduction not in TOKEN_REDUCTIONS:
-            raise ValueError(
-                f"image_token_reduction={self.image_token_reduction!r} is unknown; use one of {TOKEN_REDUCTIONS}"
-            )
-        if not is_projector_type(self.mm_projector_type):
-            raise ValueError(f"mm_projector_type={self.mm_projector_type!r} is unknown; use one of {PROJECTOR_TYPES}")
-        if self.vision_head_type not in VISION_HEAD_TYPES:
-            raise ValueError(f"vision_head_type={self.vision_head_type!r} is unknown; use one of {VISION_HEAD_TYPES}")
-        if not math.isfinite(self.vision_coef) or self.vision_coef < 0:
-            raise ValueError(f"vision_coef={self.vision_coef} must be a finite number, 0 or larger")
+    def _check_fit(self) -> None:
+        """Checks the options against the two parts."""
         layers = self.vision_config.num_hidden_layers
         if not -layers - 1 <= self.mm_vision_select_layer <= layers:
             raise ValueError(
@@ -130,17 +151,7 @@ class MetaMorphConfig(PreTrainedConfig):
                 f"mm_projector_type='identity' needs equal sizes, but a visual token has {self.vision_feature_size} "
                 f"features and the language model {self.text_config.hidden_size}; use 'linear' or 'mlp2x_gelu'"
             )
-
-    def _validate_token_count(self) -> None:
         count, grid = self.num_image_tokens, self.patch_grid
-        if count < 1:
-            raise ValueError(f"num_image_tokens={count} must be at least 1")
-        square = math.isqrt(count) ** 2
-        if self.image_token_reduction in ("interpolation", "concat_interpolation") and square != count:
-            raise ValueError(
-                f"num_image_tokens={count} is not a square number, which image_token_reduction="
-                f"{self.image_token_reduction!r} needs; the nearest are {square} and {(math.isqrt(count) + 1) ** 2}"
-            )
         if self.image_token_reduction == "none" and count != grid**2:
             raise ValueError(
                 f"num_image_tokens={count} disagrees with image_token_reduction='none': the vision tower gives "

@@ -6,6 +6,9 @@ Token *ids* are never constants: they come from the tokenizer.
 IGNORE_INDEX = -100
 """Label of positions that carry no text loss (the value `torch.nn.functional.cross_entropy` ignores)."""
 
+ASPECT_RATIOS = ("square", "pad")
+"""The values of `--image_aspect_ratio`: stretch to a square, or pad to a square first."""
+
 DEFAULT_IMAGE_TOKEN = "<image>"
 """Marks an image in text and data; also the placeholder token unless `mm_use_im_patch_token` is set."""
 

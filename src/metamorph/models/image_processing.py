@@ -15,10 +15,6 @@ from transformers import BaseImageProcessor, SiglipImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
-ASPECT_RATIOS = ("square", "pad")
-"""The values of `--image_aspect_ratio`: stretch to a square, or pad to a square first."""
-
-
 def load_image_processor(name_or_path: str) -> BaseImageProcessor:
     """Load the image processor of a vision model with the Pillow backend, so that torchvision changes no pixel.
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from metamorph.models.chat_templates import ChatTemplate, get_chat_template
 from metamorph.models.configuration_metamorph import MetaMorphConfig
-from metamorph.models.constants import DEFAULT_IMAGE_TOKEN
+from metamorph.models.constants import ASPECT_RATIOS, DEFAULT_IMAGE_TOKEN
 from metamorph.models.conversations import (
     EncodedConversation,
     ImagePart,
@@ -33,7 +33,6 @@ from metamorph.models.conversations import (
     with_prefix,
 )
 from metamorph.models.image_processing import (
-    ASPECT_RATIOS,
     flatten_images,
     pixel_table,
     preprocess_images,

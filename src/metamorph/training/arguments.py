@@ -11,20 +11,15 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from metamorph.data.records import ON_BAD_RECORD
 from metamorph.flags import RemembersGiven, check_choice, check_model_reference
-from metamorph.models.configuration_metamorph import (
-    PROJECTOR_TYPES,
-    TOKEN_REDUCTIONS,
-    VISION_HEAD_TYPES,
-    is_projector_type,
-)
+from metamorph.models.configuration_metamorph import check_options
+from metamorph.models.constants import ASPECT_RATIOS
 
 
 logger = logging.getLogger(__name__)
 
 LOSS_NORMALIZATIONS = ("global", "micro_batch")
-BAD_RECORD_POLICIES = ("raise", "skip")
-IMAGE_ASPECT_RATIOS = ("square", "pad")
 
 
 @dataclass
@@ -137,20 +132,10 @@ class ModelArguments(RemembersGiven):
             )
 
     def _check_choices(self) -> None:
-        check_choice("--image_token_reduction", self.image_token_reduction, TOKEN_REDUCTIONS)
-        check_choice("--vision_head_type", self.vision_head_type, VISION_HEAD_TYPES)
-        if not is_projector_type(self.mm_projector_type):
-            check_choice("--mm_projector_type", self.mm_projector_type, PROJECTOR_TYPES)
-        if self.vision_coef is not None and not (math.isfinite(self.vision_coef) and self.vision_coef >= 0):
-            raise ValueError(f"--vision_coef {self.vision_coef} must be a finite number, 0 or larger")
-        if self.num_image_tokens < 1:
-            raise ValueError(f"--num_image_tokens {self.num_image_tokens} must be at least 1")
-        side = math.isqrt(self.num_image_tokens)
-        if "interpolation" in self.image_token_reduction and side**2 != self.num_image_tokens:
-            raise ValueError(
-                f"--num_image_tokens {self.num_image_tokens} is not a square number, which --image_token_reduction "
-                f"{self.image_token_reduction} needs: use {side**2} or {(side + 1) ** 2}"
-            )
+        try:
+            check_options(self)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
 
     def _check_stage(self) -> None:
         if self.tune_mm_mlp_adapter and not self.freeze_vision:
@@ -183,8 +168,8 @@ class DataArguments(RemembersGiven):
     """Largest share of skipped records, between 0 and 1; above it the run stops."""
 
     def __post_init__(self) -> None:
-        check_choice("--image_aspect_ratio", self.image_aspect_ratio, IMAGE_ASPECT_RATIOS)
-        check_choice("--on_bad_record", self.on_bad_record, BAD_RECORD_POLICIES)
+        check_choice("--image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
+        check_choice("--on_bad_record", self.on_bad_record, ON_BAD_RECORD)
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"--max_bad_fraction {self.max_bad_fraction} must lie between 0 and 1")
         if self.model_max_length < 2:
