@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -367,8 +367,10 @@ def _start_accelerate(args: VisualizerArguments) -> Accelerator:
     tracker = None if args.report_to == "none" else args.report_to
     if tracker is not None and importlib.util.find_spec(tracker) is None:
         raise ValueError(f"--report_to {tracker}: {tracker} is not installed; pip install 'metamorph[trackers]'")
-    # Another trainer of this process may have left a precision behind, which Accelerate refuses to change.
-    AcceleratorState._reset_state()
+    if is_initialized() and AcceleratorState().mixed_precision != args.mixed_precision:
+        # Left by another trainer of this process. Accelerate refuses to change it, and has no public way to start anew
+        # that keeps the process group; Transformers' Trainer does the same.
+        AcceleratorState._reset_state()
     accelerator = Accelerator(
         # Unless told, Accelerate takes several processes without a GPU for several unrelated single ones.
         cpu=not torch.accelerator.is_available(),
