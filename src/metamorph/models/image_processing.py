@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BaseImageProcessor, SiglipImageProcessor
+from transformers import BaseImageProcessor
 
-# In the package's root, older releases of our range show a dummy that asks for torchvision.
+# Not from the package root: there, without torchvision, older releases of our range show a dummy that asks for it, and
+# newer ones warn that they fall back to these.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 
 def load_image_processor(name_or_path: str) -> BaseImageProcessor:
@@ -39,7 +41,7 @@ def square_image_processor(image_processor: BaseImageProcessor, image_size: int 
     result = copy.deepcopy(image_processor)
     if hasattr(result, "max_num_patches"):  # SigLIP 2 NaFlex: makes patches; the tower wants pixels
         image_size = image_size or round(result.max_num_patches**0.5) * result.patch_size
-        result = SiglipImageProcessor(
+        result = SiglipImageProcessorPil(
             resample=result.resample, image_mean=result.image_mean, image_std=result.image_std
         )
     side = image_size or _own_size(result)
