@@ -7,12 +7,19 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from http import HTTPStatus
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
 
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_TIMEOUT = 10
+"""Seconds to wait for the Hub's answer whether a model exists."""
 
 
 class RemembersGiven:
@@ -79,6 +86,33 @@ def check_model_reference(name: str, flag: str, file: str = "config.json") -> No
     is_path = HUB_ID.fullmatch(name) is None or (folder.parent != Path(".") and folder.parent.is_dir())
     if is_path or name.upper().startswith("PATH_TO"):
         raise FileNotFoundError(f"{flag} {name} does not exist: give an existing model folder or a Hub id (owner/name)")
+
+
+def check_reachable(name: str, flag: str, file: str = "config.json") -> None:
+    """Ask the Hub once, without the minutes of retries of a download, whether a model that is no folder exists.
+
+    Args:
+        name: Folder or Hub id.
+        flag: Flag that the error message names.
+        file: File that such a model must hold.
+
+    Raises:
+        FileNotFoundError: if the model is neither a folder, nor in the Hub's cache, nor on the Hub; or the Hub cannot
+            be reached.
+    """
+    if Path(name).is_dir() or constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, file), str):
+        return
+    request = Request(hf_hub_url(name, file), method="HEAD")
+    try:
+        with urlopen(request, timeout=HUB_TIMEOUT):
+            return
+    except HTTPError as error:
+        if error.code != HTTPStatus.NOT_FOUND:
+            return  # private or gated, say: loading gives the better message
+        reason = f"the Hub has no {file} of that name"
+    except OSError as error:
+        reason = f"the Hub cannot be reached ({error})"
+    raise FileNotFoundError(f"{flag} {name} is not a local folder, and {reason}: check the path or the name")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamorph.flags import check_model_reference, names_flag
+from metamorph.flags import check_model_reference, check_reachable, names_flag
 
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
     check_model_reference(flags.model, flag="--model")
     if flags.visualizer is not None:
         check_model_reference(flags.visualizer, flag="--visualizer", file="model_index.json")
+        check_reachable(flags.visualizer, flag="--visualizer", file="model_index.json")
+    check_reachable(flags.model, flag="--model")
     missing = [path for path in flags.image if not Path(path).is_file()]
     if missing:
         raise FileNotFoundError(f"--image {missing[0]} does not exist")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from metamorph.flags import names_flag
+from metamorph.flags import check_reachable, names_flag
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.image_processing import load_image_processor
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
@@ -62,6 +62,7 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None) -> Pl
         FileNotFoundError: if a model, tokenizer or image processor does not exist.
         ValueError: if the parts do not go together; the message names the flag.
     """
+    check_reachable(args.model_name_or_path, "--model_name_or_path")
     with names_flag("--model_name_or_path", args.model_name_or_path):
         text_config = AutoConfig.from_pretrained(args.model_name_or_path)
     continues = text_config.model_type == MetaMorphConfig.model_type
@@ -74,6 +75,7 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None) -> Pl
         if image_aspect_ratio is not None:
             processor.image_aspect_ratio = image_aspect_ratio
         return Plan(_continued_config(text_config, args), processor, continues)
+    check_reachable(resolve_vision_tower(args.vision_tower), "--vision_tower")
     with names_flag("--vision_tower", args.vision_tower):
         vision_config = load_vision_config(args.vision_tower)
         image_processor = load_image_processor(resolve_vision_tower(args.vision_tower))
