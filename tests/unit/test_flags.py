@@ -51,3 +51,12 @@ def test_no_network(flag, tmp_path):
     result = run("http://127.0.0.1:9", "train", *flags, "--output_dir", str(tmp_path / "out"))
     assert result.returncode == 2
     assert f"{flag} owner/nowhere is not a local folder, and the Hub cannot be reached" in result.stderr
+
+
+def test_visualizer_without_network(tmp_path):
+    flags = ["--pretrained_model_name_or_path", "owner/nowhere", "--vision_tower", str(tmp_path)]
+    flags += ["--output_dir", str(tmp_path / "out")]
+    (tmp_path / "config.json").write_text('{"model_type": "siglip_vision_model"}')
+    result = run("http://127.0.0.1:9", "train-visualizer", *flags, "--image_folder", str(tmp_path))
+    assert result.returncode == 2
+    assert "--pretrained_model_name_or_path owner/nowhere is not a local folder, and the Hub" in result.stderr

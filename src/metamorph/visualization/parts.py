@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import PreTrainedConfig
 
+from metamorph.flags import check_reachable
 from metamorph.models.image_processing import load_image_processor
 from metamorph.models.vision_tower import (
     MetaMorphConfig,
@@ -45,10 +46,11 @@ class DiffusionParts:
 
 
 def check_folders(args: VisualizerArguments) -> None:
-    """Refuse local folders that cannot be what their flag says, before anything is loaded; Hub ids pass.
+    """Refuse folders and Hub ids that cannot be what their flag says, before anything is loaded.
 
     Raises:
         ValueError: naming flag, folder and what is missing.
+        FileNotFoundError: if a name is neither a folder nor a model of the Hub.
     """
     for flag, name, files, mend in (
         ("--vision_tower", args.vision_tower, ("config.json",), "a folder of a vision model"),
@@ -65,6 +67,8 @@ def check_folders(args: VisualizerArguments) -> None:
         missing = [file for file in files if folder.exists() and not (folder / file).is_file()]
         if missing:
             raise ValueError(f"{flag} {name} lacks {', '.join(missing)}; give {mend}")
+        if not folder.exists():
+            check_reachable(resolve_vision_tower(name), flag, files[0])
 
 
 def load_diffusion_parts(args: VisualizerArguments, vae_dtype: torch.dtype = torch.float32) -> DiffusionParts:
