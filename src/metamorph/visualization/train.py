@@ -217,8 +217,10 @@ class VisualizerTrainer:
                 if args.save_step and state.step % args.save_step == 0:
                     self._save_checkpoint()
         seconds = time.perf_counter() - started
-        self._save_result()
         means = self.accelerator.reduce(torch.stack(losses), "mean").tolist() if losses else []
+        # Saving ends with a barrier, so no reduction is in flight when the process group goes: gloo's threads need the
+        # interpreter lock to let go of a reduced tensor, and destroying the group waits for them while holding it.
+        self._save_result()
         self.accelerator.end_training()
         return VisualizerResult(self.output_dir, means, first_step, seconds, self.accelerator.is_main_process)
 
