@@ -218,10 +218,12 @@ class VisualizerTrainer:
                     self._save_checkpoint()
         seconds = time.perf_counter() - started
         means = self.accelerator.reduce(torch.stack(losses), "mean").tolist() if losses else []
-        # Saving ends with a barrier, so no reduction is in flight when the process group goes: gloo's threads need the
-        # interpreter lock to let go of a reduced tensor, and destroying the group waits for them while holding it.
         self._save_result()
-        self.accelerator.end_training()
+        # Not Accelerate's `end_training`, which destroys the process group as well: gloo's threads need the interpreter
+        # lock to let go of a reduced tensor, and destroying the group waits for them while holding it. The group goes
+        # with the process, as Transformers' Trainer leaves it too.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return VisualizerResult(self.output_dir, means, first_step, seconds, self.accelerator.is_main_process)
 
     def _optimizer_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
