@@ -175,7 +175,7 @@ def test_missing_files_and_bad_fields_are_listed_before_training(build):
     assert "data.jsonl:3: the line is not valid JSON" in message
     assert "data.jsonl:4 (id 'empty'): the record needs \"conversations\"" in message
     dataset = build(*records, on_bad_record="skip", max_bad_fraction=0.6)
-    assert dataset.statistics()["bad"] == {"broken_line": 1, "bad_field": 1, "missing_image": 1}
+    assert dataset.statistics()["bad"] == {"broken_line": 1, "no_conversations": 1, "missing_image": 1}
 
 
 def test_missing_files_are_found_however_late_they_come(build):

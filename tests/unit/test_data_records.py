@@ -5,7 +5,14 @@ import pickle
 
 import pytest
 
-from metamorph.data.records import DataError, RecordError, Turn, parse_record
+from metamorph.data.records import (
+    BAD_RECORD_KINDS,
+    DataError,
+    RecordError,
+    Turn,
+    check_conversation,
+    parse_record,
+)
 from metamorph.data.sources import JsonArraySource, JsonlSource, open_source
 from processing_parts import llava, write_jsonl
 
@@ -42,19 +49,23 @@ def test_a_record_without_id_is_known_by_its_place():
 
 
 BAD = {
-    "not an object": (["a"], "bad_field", "must be a JSON object, not list"),
-    "no conversations": ({"id": "x"}, "bad_field", 'needs "conversations"'),
-    "empty conversations": ({"id": "x", "conversations": []}, "bad_field", 'needs "conversations"'),
-    "turn is text": ({"id": "x", "conversations": ["Hi"]}, "bad_field", "turn 1 must be a JSON object, not str"),
+    "not an object": (["a"], "not_an_object", "must be a JSON object, not list"),
+    "no conversations": ({"id": "x"}, "no_conversations", 'needs "conversations"'),
+    "empty conversations": ({"id": "x", "conversations": []}, "no_conversations", 'needs "conversations"'),
+    "conversations are text": ({"id": "x", "conversations": "Hi"}, "no_conversations", "not 'Hi'"),
+    "turn is text": ({"id": "x", "conversations": ["Hi"]}, "bad_turn", "turn 1 must be a JSON object, not str"),
     "unknown speaker": (
         {"id": "x", "conversations": [{"from": "robot", "value": "Hi"}]},
-        "bad_field",
+        "unknown_speaker",
         "turn 1 has \"from\": 'robot'; use one of system, human",
     ),
-    "no text": ({"id": "x", "conversations": [{"from": "human"}]}, "bad_field", '"value": None; it must be a string'),
-    "image is a number": ({**GOOD, "image": 3}, "bad_field", '"image" must be a path or a list of paths'),
-    "image in a list of lists": ({**GOOD, "image": [["a.png"]]}, "bad_field", '"image" must be a path'),
-    "empty image path": ({**GOOD, "image": ""}, "bad_field", '"image" must be a path'),
+    "no text": ({"id": "x", "conversations": [{"from": "human"}]}, "bad_turn", '"value": None; it must be a string'),
+    "image is a number": ({**GOOD, "image": 3}, "bad_image_field", '"image" must be a path or a list of paths'),
+    "image in a list of lists": ({**GOOD, "image": [["a.png"]]}, "bad_image_field", '"image" must be a path'),
+    "empty image path": ({**GOOD, "image": ""}, "bad_image_field", '"image" must be a path'),
+    "video is a number": ({**GOOD, "video": 3}, "bad_video_field", '"video" must be a path, not 3'),
+    "two videos": ({"id": "x", "image": ["a.mp4", "b.mp4"]}, "bad_video_field", "at most one video, not 2"),
+    "video and image": ({**GOOD, "video": "a.mp4"}, "bad_video_field", "not 'a.mp4' beside 'a.png'"),
     "more markers": (llava("x", "<image><image>", "Yes.", image="a.png"), "image_count", r"2 <image> .* names 1 image"),
     "more images": (llava("x", "Hi", "Yes.", image=["a.png"]), "image_count", r"0 <image> .* names 1 image"),
     "gpt begins": (
@@ -70,15 +81,46 @@ BAD = {
 }
 
 
+def check(value):
+    record = parse_record(value, "data.jsonl:17")
+    check_conversation(record, record.turns, len(record.images))
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_records_are_named(name):
     value, kind, message = BAD[name]
     with pytest.raises(RecordError, match=message) as error:
-        parse_record(value, "data.jsonl:17")
+        check(value)
     assert error.value.kind == kind
+    assert kind in BAD_RECORD_KINDS
     assert str(error.value).startswith("data.jsonl:17")
     if isinstance(value, dict):
         assert "id 'x'" in str(error.value) or error.value.record_id == value["id"]
+
+
+@pytest.mark.parametrize("fields", [{"video": "clips/a.MP4"}, {"image": "clips/a.MP4"}, {"image": ["clips/a.MP4"]}])
+def test_a_video_may_stand_in_either_field(fields):
+    record = parse_record({"id": "v", **fields}, "file:1")
+    assert (record.video, record.images, record.turns) == ("clips/a.MP4", (), ())
+
+
+def test_r13_a_video_is_known_by_the_end_of_its_path():
+    """The original looked for ".mov" anywhere in a path."""
+    record = parse_record({"image": ["the.movies/a.jpg", "b.mp4.png"]}, "file:1")
+    assert record.video is None
+    assert len(record.images) == 2
+
+
+def test_r17_wrapped_images_count_once():
+    value = llava("a", "<image_start><image><image_end> What?", "<image_start> <image> <image_end>", image=["1", "2"])
+    check(value)
+
+
+def test_fields_that_only_a_task_knows_are_kept():
+    record = parse_record({"image": "a.png", "caption": "A cat."}, "file:9")
+    assert record.fields["caption"] == "A cat."
+    error = record.error("bad_box", "no box")
+    assert (str(error), error.kind) == ("file:9 (id 'file:9'): no box", "bad_box")
 
 
 def test_errors_travel_between_processes():

@@ -13,7 +13,15 @@ from tqdm import tqdm
 
 from metamorph.data.media import MediaError, load_image, resolve_image_path
 from metamorph.data.record_log import RecordLog
-from metamorph.data.records import ON_BAD_RECORD, DataError, Record, RecordError, UnsupervisedRecordError, parse_record
+from metamorph.data.records import (
+    ON_BAD_RECORD,
+    DataError,
+    Record,
+    RecordError,
+    UnsupervisedRecordError,
+    check_conversation,
+    parse_record,
+)
 from metamorph.data.sources import Source, open_source
 from metamorph.models.conversations import EncodedConversation
 from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -104,7 +112,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             RecordError: If the record is bad.
         """
         raw = self.source[index]
-        return parse_record(raw.value, raw.where)
+        record = parse_record(raw.value, raw.where)
+        check_conversation(record, record.turns, len(record.images))
+        return record
 
     def statistics(self) -> dict[str, Any]:
         """What has been met so far, over all workers: `{"records", "bad", "truncated", "dropped_images"}`."""

@@ -8,6 +8,7 @@ from torch.utils.data import get_worker_info
 from metamorph.data.records import BAD_RECORD_KINDS
 
 
+_KINDS = tuple(BAD_RECORD_KINDS)
 _SLOTS = 257
 """One counter for the main process and one for each of 256 workers of a data loader."""
 
@@ -29,10 +30,10 @@ class RecordLog:
         self._num_truncated = torch.zeros(_SLOTS, dtype=torch.int64).share_memory_()
 
     def note_bad(self, index: int, kind: str) -> None:
-        """Record `index` is bad; `kind` is one of `BAD_RECORD_KINDS`."""
+        """Record `index` is bad; `kind` is one of `BAD_RECORD_KINDS`, any other counts as `other`."""
         if not self._kinds[index]:
             self._num_bad[_slot()] += 1
-        self._kinds[index] = BAD_RECORD_KINDS.index(kind) + 1
+        self._kinds[index] = _KINDS.index(kind if kind in BAD_RECORD_KINDS else "other") + 1
 
     def note_truncated(self, index: int, num_dropped_images: int) -> None:
         """Record `index` was cut to `model_max_length` and lost this many images."""
@@ -48,8 +49,8 @@ class RecordLog:
 
     def bad_by_kind(self) -> dict[str, int]:
         """Number of bad records met so far, for each kind that occurred."""
-        counts = torch.bincount(self._kinds, minlength=len(BAD_RECORD_KINDS) + 1).tolist()
-        return {kind: count for kind, count in zip(BAD_RECORD_KINDS, counts[1:], strict=True) if count}
+        counts = torch.bincount(self._kinds, minlength=len(_KINDS) + 1).tolist()
+        return {kind: count for kind, count in zip(_KINDS, counts[1:], strict=True) if count}
 
     @property
     def num_truncated(self) -> int:

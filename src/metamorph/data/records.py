@@ -1,9 +1,9 @@
-"""LLaVA records: parsed into typed values, with errors that name the place, the record and the mend."""
+"""Records: parsed into typed values, with errors that name the place, the record and the mend."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from metamorph.models.constants import DEFAULT_IMAGE_TOKEN
@@ -18,20 +18,36 @@ ROLE_OF_SPEAKER = {
 }
 """The values of `"from"`, and the roles that they mean."""
 
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp")
+"""How the names of video files end."""
+
 ON_BAD_RECORD = ("raise", "skip")
 """The values of `--on_bad_record`."""
 
-BAD_RECORD_KINDS = (
-    "broken_line",
-    "bad_field",
-    "role_order",
-    "image_count",
-    "missing_image",
-    "unreadable_image",
-    "outside_folder",
-    "unsupervised",
-)
-"""What can be wrong with a record; bad records are counted by these names."""
+BAD_RECORD_KINDS = {
+    "broken_line": "the text of the record is not JSON, or not UTF-8",
+    "not_an_object": "the record is no JSON object",
+    "no_conversations": "there are no turns",
+    "bad_turn": 'a turn is not {"from": ..., "value": text}',
+    "unknown_speaker": '"from" is none of those allowed',
+    "bad_image_field": '"image" is neither a path nor a list of paths',
+    "bad_video_field": '"video" is not one path, or stands beside images',
+    "bad_field": "a field that the task reads is missing or wrong",
+    "bad_box": "a box is not four numbers that enclose an area",
+    "role_order": "turns do not alternate, or the template cannot express their order",
+    "image_count": "markers and images differ in number",
+    "outside_folder": "a relative path leaves the image folder",
+    "missing_image": "there is no such image file",
+    "unreadable_image": "the file is not an image, or broken",
+    "image_too_large": "the image has more pixels than the limit",
+    "missing_video": "there is no such video file, or the task needs one and the record names none",
+    "unreadable_video": "the file is not a video, or broken",
+    "too_few_frames": "the video is too short for the task",
+    "no_answer_image": "the task is to draw, but no answer has an image",
+    "unsupervised": "nothing to learn is in the record, or is left of it after the cut",
+    "other": "a kind that is not listed here",
+}
+"""What can be wrong with a record, by the names under which bad records are counted."""
 
 
 class RecordError(ValueError):
@@ -40,7 +56,7 @@ class RecordError(ValueError):
     The message alone is enough to make one, because a data loader does so with the errors of its workers.
     """
 
-    kind: str = "bad_field"
+    kind: str = "other"
     """One of `BAD_RECORD_KINDS`."""
     where: str = ""
     """File and line (or index) of the record."""
@@ -79,38 +95,71 @@ class Turn:
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation and the paths of its images."""
+    """What a record says, before its task makes a conversation of it."""
 
     id: str
     """The record's own id, or its place in the file."""
     where: str
     """File and line (or index), for messages."""
-    images: tuple[str, ...]
+    images: tuple[str, ...] = ()
     """Paths as written in the record, in the order of the markers."""
-    turns: tuple[Turn, ...]
+    video: str | None = None
+    """Path of the video as written in the record."""
+    turns: tuple[Turn, ...] = ()
+    """The conversation; empty if the record has none, as captions have."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """The JSON object itself, for tasks that read other fields than LLaVA's."""
+
+    def error(self, kind: str, detail: str) -> RecordError:
+        """Make an error of this record, see [`RecordError.at`]."""
+        return RecordError.at(self.where, kind, detail, self.id)
 
 
 def parse_record(value: Any, where: str) -> Record:
-    """Check a LLaVA record and turn it into a [`Record`].
+    """Check the fields of a record that all tasks share.
+
+    Whether turns and images fit together shows when the task has made a conversation: see [`check_conversation`].
 
     Args:
-        value: `{"id", "image": absent | path | list of paths, "conversations": [{"from", "value"}, ...]}`.
+        value: `{"id", "image": absent | path | list of paths, "video": absent | path, "conversations": absent |
+            [{"from", "value"}, ...]}` and further fields. A video may also stand in `"image"`.
         where: File and line (or index) of the record.
 
     Raises:
-        RecordError: If a field is missing or wrong, turns are out of order, or images and markers differ in number.
+        RecordError: If one of these fields is wrong.
     """
     if not isinstance(value, Mapping):
-        raise RecordError.at(where, "bad_field", f"a record must be a JSON object, not {_type(value)}")
+        raise RecordError.at(where, "not_an_object", f"a record must be a JSON object, not {_type(value)}")
     record_id = str(value["id"]) if value.get("id") is not None else where
     try:
-        images = _parse_images(value.get("image"))
+        images, video = _parse_media(value.get("image"), value.get("video"))
         turns = _parse_turns(value.get("conversations"))
-        _check_order(turns)
-        _check_markers(turns, images)
     except _Problem as problem:
         raise RecordError.at(where, problem.kind, problem.detail, record_id) from None
-    return Record(id=record_id, where=where, images=images, turns=turns)
+    return Record(record_id, where, images, video, turns, value)
+
+
+def check_conversation(record: Record, turns: Sequence[Turn], num_images: int) -> None:
+    """Check that turns alternate, and that there is one image for each marker.
+
+    Args:
+        record: The record that the turns were made from.
+        turns: All turns.
+        num_images: Number of images of all turns.
+
+    Raises:
+        RecordError: Of kind `no_conversations`, `role_order` or `image_count`.
+    """
+    if not turns:
+        raise record.error(
+            "no_conversations",
+            'the record needs "conversations": a list of {"from": "human" or "gpt", "value": text}, not nothing',
+        )
+    try:
+        _check_order(turns)
+        _check_markers(turns, num_images)
+    except _Problem as problem:
+        raise record.error(problem.kind, problem.detail) from None
 
 
 class _Problem(Exception):
@@ -122,31 +171,50 @@ class _Problem(Exception):
         self.detail = detail
 
 
-def _parse_images(value: Any) -> tuple[str, ...]:
-    paths = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise _Problem("bad_field", f'"image" must be a path or a list of paths, not {value!r:.80}')
-    return tuple(paths)
+def is_video(path: str) -> bool:
+    """Whether a path ends like a video's, in capitals or not; elsewhere in the path it does not matter."""
+    return path.lower().endswith(VIDEO_SUFFIXES)
+
+
+def _parse_media(image: Any, video: Any) -> tuple[tuple[str, ...], str | None]:
+    """Paths of the images, and of the video, which may stand in the field of the images."""
+    images = [] if image is None else [image] if isinstance(image, str) else image
+    if not isinstance(images, list) or not all(isinstance(path, str) and path for path in images):
+        raise _Problem("bad_image_field", f'"image" must be a path or a list of paths, not {image!r:.80}')
+    videos = [] if video is None else [video] if isinstance(video, str) else video
+    if not isinstance(videos, list) or not all(isinstance(path, str) and path for path in videos):
+        raise _Problem("bad_video_field", f'"video" must be a path, not {video!r:.80}')
+    videos = [*videos, *(path for path in images if is_video(path))]
+    images = [path for path in images if not is_video(path)]
+    if len(videos) > 1:
+        raise _Problem("bad_video_field", f"a record has at most one video, not {len(videos)}; make a record of each")
+    if videos and images:
+        raise _Problem(
+            "bad_video_field", f"a record has either a video or images, not {videos[0]!r} beside {images[0]!r}"
+        )
+    return tuple(images), videos[0] if videos else None
 
 
 def _parse_turns(value: Any) -> tuple[Turn, ...]:
+    if value is None:
+        return ()
     if not isinstance(value, list) or not value:
         raise _Problem(
-            "bad_field",
+            "no_conversations",
             'the record needs "conversations": a list of {"from": "human" or "gpt", "value": text}, '
-            f"not {'nothing' if value is None else repr(value)[:80]}",
+            f"not {value!r:.80}",
         )
     turns = []
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, Mapping):
-            raise _Problem("bad_field", f"turn {number} must be a JSON object, not {_type(turn)}")
+            raise _Problem("bad_turn", f"turn {number} must be a JSON object, not {_type(turn)}")
         speaker, text = turn.get("from"), turn.get("value")
         if not isinstance(speaker, str) or speaker not in ROLE_OF_SPEAKER:
             raise _Problem(
-                "bad_field", f'turn {number} has "from": {speaker!r}; use one of {", ".join(ROLE_OF_SPEAKER)}'
+                "unknown_speaker", f'turn {number} has "from": {speaker!r}; use one of {", ".join(ROLE_OF_SPEAKER)}'
             )
         if not isinstance(text, str):
-            raise _Problem("bad_field", f'turn {number} has "value": {text!r:.80}; it must be a string')
+            raise _Problem("bad_turn", f'turn {number} has "value": {text!r:.80}; it must be a string')
         turns.append(Turn(ROLE_OF_SPEAKER[speaker], text))
     return tuple(turns)
 
@@ -166,12 +234,12 @@ def _check_order(turns: Sequence[Turn]) -> None:
         expected = "assistant" if expected == "user" else "user"
 
 
-def _check_markers(turns: Sequence[Turn], images: Sequence[str]) -> None:
+def _check_markers(turns: Sequence[Turn], num_images: int) -> None:
     markers = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
-    if markers != len(images):
+    if markers != num_images:
         raise _Problem(
             "image_count",
-            f'the turns hold {markers} {DEFAULT_IMAGE_TOKEN} marker(s), but "image" names {len(images)} image(s); '
+            f"the turns hold {markers} {DEFAULT_IMAGE_TOKEN} marker(s), but the record names {num_images} image(s); "
             "write exactly one marker where each image belongs",
         )
 
