@@ -52,7 +52,7 @@ def test_large_images_are_refused_before_they_are_unpacked(tmp_path):
     Image.new("1", (3000, 2000)).save(tmp_path / "bomb.png")
     with pytest.raises(MediaError, match="3000x2000 pixels, more than the limit of 5000000") as error:
         load_image(tmp_path / "bomb.png", max_pixels=5_000_000)
-    assert error.value.kind == "unreadable_image"
+    assert error.value.kind == "image_too_large"
 
 
 def test_missing_and_broken_files_are_named(tmp_path):

@@ -1,34 +1,68 @@
-"""Pictures from disk: any mode, upright, first frame, and never larger than a limit."""
+"""From a reference to a picture: where files lie, which frame or part of them is meant."""
 
 from __future__ import annotations
 
 import os
-import struct
-import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from metamorph.models.image_processing import to_rgb
-
-
-MAX_IMAGE_PIXELS = 89_478_485
-"""Largest image in pixels (Pillow's own limit, 256 MiB as RGB): a small file may unpack to many gigabytes."""
+from metamorph.data.images import MAX_IMAGE_PIXELS, MediaError, load_image
+from metamorph.data.tasks.base import ImageRef
 
 
-class MediaError(ValueError):
-    """A picture that cannot be used; `kind` is one of `metamorph.data.records.BAD_RECORD_KINDS`."""
+__all__ = ["MAX_IMAGE_PIXELS", "FolderStore", "MediaError", "MediaStore", "load", "load_all", "load_image"]
 
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(detail)
-        self.kind = kind
-        self.detail = detail
+
+class MediaStore(Protocol):
+    """Where the images and videos of a source are kept, by the paths that its records name."""
+
+    def open(self, path: str) -> Path | BinaryIO:
+        """Find a file.
+
+        Returns:
+            Its path, or an open, seekable file that the caller closes.
+
+        Raises:
+            MediaError: If the path is not allowed.
+            FileNotFoundError: If the store knows at once that there is no such file; a path need not exist.
+        """
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file.
+
+        Raises:
+            MediaError: If the path is not allowed.
+        """
+
+
+class FolderStore:
+    """Files in a folder.
+
+    Relative paths may not leave the folder. Absolute paths are taken as they are, and links inside the folder may lead
+    out of it: they are the user's own.
+
+    Args:
+        image_folder: Folder that relative paths start at.
+    """
+
+    def __init__(self, image_folder: str | os.PathLike[str]) -> None:
+        self.image_folder = Path(image_folder)
+
+    def open(self, path: str) -> Path:
+        """Join a path to the folder; the file need not exist. See [`MediaStore`]."""
+        return resolve_image_path(path, self.image_folder)
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file. See [`MediaStore`]."""
+        return self.open(path).is_file()
 
 
 def resolve_image_path(path: str, image_folder: str | os.PathLike[str]) -> Path:
-    """Join a path from a record to the image folder.
-
-    Absolute paths are taken as they are. Links inside the folder may lead out of it: they are the user's own.
+    """Join a path from a record to the image folder, as [`FolderStore`] does.
 
     Raises:
         MediaError: If a relative path leaves the folder.
@@ -43,42 +77,50 @@ def resolve_image_path(path: str, image_folder: str | os.PathLike[str]) -> Path:
     return Path(image_folder) / normal
 
 
-def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Open an image as upright RGB.
-
-    Palettes, CMYK, grey and 16-bit values are converted, transparent pixels become white, the orientation of EXIF
-    data is applied, and of animations the first frame is taken.
+def load(ref: ImageRef, store: MediaStore) -> Image.Image:
+    """Read one picture as upright RGB; see [`load_all`] for the pictures of a conversation.
 
     Raises:
-        MediaError: If there is no such file, it is no image that Pillow can read, or it has more than `max_pixels`.
+        MediaError: If there is no such file, or it cannot be read.
+    """
+    return load_all([ref], store)[0]
+
+
+def load_all(refs: Sequence[ImageRef], store: MediaStore) -> list[Image.Image]:
+    """Read the pictures of a conversation as upright RGB, in order; each file is opened once.
+
+    Args:
+        refs: The pictures.
+        store: Where their files are.
+
+    Raises:
+        MediaError: If a file is missing or cannot be read.
+    """
+    read: dict[str, Image.Image] = {}
+    pictures = []
+    for ref in refs:
+        if ref.path not in read:
+            with opened(store, ref.path, "missing_image") as file:
+                read[ref.path] = load_image(file, name=ref.path if not isinstance(file, Path) else None)
+        pictures.append(read[ref.path])
+    return pictures
+
+
+@contextmanager
+def opened(store: MediaStore, path: str, missing: str) -> Iterator[Path | BinaryIO]:
+    """A file of a store, closed at the end.
+
+    Args:
+        store: The store.
+        path: Path as a record names it.
+        missing: Kind of the error if there is no such file.
     """
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > max_pixels:
-                raise MediaError(
-                    "unreadable_image",
-                    f"{path} has {image.width}x{image.height} pixels, more than the limit of {max_pixels}; resize it",
-                )
-            return to_rgb(ImageOps.exif_transpose(image))
-    except MediaError:
-        raise
+        file = store.open(path)
     except FileNotFoundError as error:
-        raise MediaError("missing_image", f"there is no image file {path}; is --image_folder right?") from error
-    except _DECODING_ERRORS as error:
-        raise MediaError("unreadable_image", f"{path} cannot be read as an image ({error}); replace it") from error
-
-
-_DECODING_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-"""What Pillow's many decoders raise for broken files."""
+        raise MediaError(missing, f"there is no file {path}") from error
+    try:
+        yield file
+    finally:
+        if not isinstance(file, Path):
+            file.close()

@@ -1,0 +1,79 @@
+"""Pictures as files hold them: any mode, upright, first frame, and never larger than a limit."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from typing import BinaryIO
+
+from PIL import Image, ImageOps
+
+from metamorph.models.image_processing import to_rgb
+
+
+MAX_IMAGE_PIXELS = 89_478_485
+"""Largest picture in pixels (Pillow's own limit, 256 MiB as RGB): a small file may unpack to many gigabytes."""
+
+
+class MediaError(ValueError):
+    """A picture or video that cannot be used; `kind` is one of `metamorph.data.records.BAD_RECORD_KINDS`."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
+
+
+def load_image(
+    file: str | os.PathLike[str] | BinaryIO, *, name: str | None = None, max_pixels: int = MAX_IMAGE_PIXELS
+) -> Image.Image:
+    """Read an image as upright RGB.
+
+    Palettes, CMYK, grey and 16-bit values are converted, transparent pixels become white, the orientation of EXIF
+    data is applied, and of animations the first frame is taken.
+
+    Args:
+        file: Path, or an open binary file, which stays open.
+        name: What messages call the file; by default its path.
+        max_pixels: Largest number of pixels, checked before anything is unpacked.
+
+    Raises:
+        MediaError: If there is no such file, it is no image that Pillow can read, or it has more than `max_pixels`.
+    """
+    name = str(file) if name is None else name
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > max_pixels:
+                raise MediaError(
+                    "image_too_large",
+                    f"{name} has {image.width}x{image.height} pixels, more than the limit of {max_pixels}; resize it",
+                )
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
+    except MediaError:
+        raise
+    except FileNotFoundError as error:
+        raise MediaError("missing_image", f"there is no image file {name}; is --image_folder right?") from error
+    except Image.DecompressionBombError as error:
+        raise MediaError(
+            "image_too_large", f"{name} has more pixels than Pillow allows ({error}); resize it"
+        ) from error
+    except _DECODING_ERRORS as error:
+        raise MediaError("unreadable_image", f"{name} cannot be read as an image ({error}); replace it") from error
+
+
+_DECODING_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow's many decoders raise for broken files."""

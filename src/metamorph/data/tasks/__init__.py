@@ -1,0 +1,59 @@
+"""Kinds of training data: each task turns a record into a conversation. A source's task is declared, never guessed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from types import MappingProxyType
+from typing import Any
+
+from metamorph.data.tasks.base import Box, Conversation, ImageRef, Task
+from metamorph.data.tasks.instruction import INSTRUCTION
+
+
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (INSTRUCTION,)})
+"""All tasks by name."""
+
+__all__ = ["TASKS", "Box", "Conversation", "ImageRef", "Task", "get_task", "parse_options"]
+
+
+def get_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        ValueError: If there is none; the message lists them all.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task {name!r} is unknown{_nearest(str(name), TASKS)}; use one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def parse_options(task: Task, values: Mapping[str, Any] | None = None) -> Any:
+    """Options of a task from a mapping, as a mixture file holds them.
+
+    Args:
+        task: The task.
+        values: Values by name; what is left out keeps its default.
+
+    Returns:
+        A `task.options_type`.
+
+    Raises:
+        ValueError: If an option is unknown, naming the nearest one, or its value is not allowed.
+    """
+    values = values or {}
+    known = [field.name for field in fields(task.options_type)]
+    for name in values:
+        if name not in known:
+            allowed = f"its options are {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"task {task.name} has no option {name!r}{_nearest(str(name), known)}; {allowed}")
+    try:
+        return task.options_type(**values)
+    except ValueError as error:
+        raise ValueError(f"options of task {task.name}: {error}") from error
+
+
+def _nearest(name: str, known: Any) -> str:
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {found[0]!r}?)" if found else ""
