@@ -7,13 +7,15 @@ import struct
 import zlib
 from typing import BinaryIO
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from metamorph.models.image_processing import to_rgb
 
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Largest picture in pixels (Pillow's own limit, 256 MiB as RGB): a small file may unpack to many gigabytes."""
+BOX_COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan")
+"""Colours of drawn boxes, in their order."""
 
 
 class MediaError(ValueError):
@@ -62,6 +64,29 @@ def load_image(
         ) from error
     except _DECODING_ERRORS as error:
         raise MediaError("unreadable_image", f"{name} cannot be read as an image ({error}); replace it") from error
+
+
+def draw_box(image: Image.Image, box: tuple[int, int, int, int], name: str, colour: str) -> None:
+    """Draw a frame and its name into an image.
+
+    Lines and letters grow with the image, so that they are still seen when it is resized for the vision tower.
+
+    Args:
+        image: RGB image, which is changed.
+        box: Left, top, right and bottom; the right column and bottom row belong to the outside.
+        name: Written above the frame where there is room, else inside it; may be empty.
+        colour: Name of the colour.
+    """
+    left, top, right, bottom = box
+    draw = ImageDraw.Draw(image)
+    width = max(1, round(min(image.size) / 100))
+    draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=width)
+    if name:
+        font = ImageFont.load_default(size=max(8, round(min(image.size) / 24)))
+        height = draw.textbbox((0, 0), name, font=font)[3] + 2
+        place = (left, top - height if top >= height else top + width)
+        draw.rectangle(draw.textbbox(place, name, font=font), fill=colour)
+        draw.text(place, name, fill="black" if colour in ("lime", "yellow", "cyan") else "white", font=font)
 
 
 _DECODING_ERRORS = (

@@ -10,11 +10,12 @@ from typing import BinaryIO, Protocol
 
 from PIL import Image
 
-from metamorph.data.images import MAX_IMAGE_PIXELS, MediaError, load_image
-from metamorph.data.tasks.base import ImageRef
+from metamorph.data.images import BOX_COLOURS, MAX_IMAGE_PIXELS, MediaError, draw_box, load_image
+from metamorph.data.tasks.base import Box, ImageRef
+from metamorph.data.video import VideoInfo, probe_video, read_frames
 
 
-__all__ = ["MAX_IMAGE_PIXELS", "FolderStore", "MediaError", "MediaStore", "load", "load_all", "load_image"]
+__all__ = ["MAX_IMAGE_PIXELS", "FolderStore", "MediaError", "MediaStore", "load", "load_all", "load_image", "probe"]
 
 
 class MediaStore(Protocol):
@@ -87,23 +88,46 @@ def load(ref: ImageRef, store: MediaStore) -> Image.Image:
 
 
 def load_all(refs: Sequence[ImageRef], store: MediaStore) -> list[Image.Image]:
-    """Read the pictures of a conversation as upright RGB, in order; each file is opened once.
+    """Read the pictures of a conversation as upright RGB, in order; each file is opened and decoded once.
 
     Args:
         refs: The pictures.
         store: Where their files are.
 
     Raises:
-        MediaError: If a file is missing or cannot be read.
+        MediaError: If a file is missing or cannot be read, or a box lies outside its image.
     """
-    read: dict[str, Image.Image] = {}
+    times: dict[str, list[float]] = {}
+    for ref in refs:
+        if ref.time is not None:
+            times.setdefault(ref.path, []).append(ref.time)
+    whole: dict[tuple[str, float | None], Image.Image] = {}
+    for path, wanted in times.items():
+        with opened(store, path, "missing_video") as file:
+            frames = read_frames(file, wanted, name=_name(file, path))
+        whole.update({(path, time): frame for time, frame in zip(wanted, frames, strict=True)})
     pictures = []
     for ref in refs:
-        if ref.path not in read:
+        place = (ref.path, ref.time)
+        if place not in whole:
             with opened(store, ref.path, "missing_image") as file:
-                read[ref.path] = load_image(file, name=ref.path if not isinstance(file, Path) else None)
-        pictures.append(read[ref.path])
+                whole[place] = load_image(file, name=_name(file, ref.path))
+        pictures.append(_finished(whole[place], ref))
     return pictures
+
+
+def probe(path: str, store: MediaStore) -> VideoInfo:
+    """Read when the frames of a video are shown, without decoding it.
+
+    Args:
+        path: Path as a record names it.
+        store: Where the file is.
+
+    Raises:
+        MediaError: If there is no such file, or it is no video.
+    """
+    with opened(store, path, "missing_video") as file:
+        return probe_video(file, name=_name(file, path))
 
 
 @contextmanager
@@ -124,3 +148,28 @@ def opened(store: MediaStore, path: str, missing: str) -> Iterator[Path | Binary
     finally:
         if not isinstance(file, Path):
             file.close()
+
+
+def _name(file: Path | BinaryIO, path: str) -> str:
+    """What messages call a file."""
+    return str(file) if isinstance(file, Path) else path
+
+
+def _finished(image: Image.Image, ref: ImageRef) -> Image.Image:
+    """The image with boxes drawn into it, cut to its crop."""
+    if ref.boxes:
+        image = image.copy()  # others may need it as it was
+        for index, (name, box) in enumerate(ref.boxes):
+            draw_box(image, _pixels(box, image, ref), name, BOX_COLOURS[index % len(BOX_COLOURS)])
+    return image if ref.crop is None else image.crop(_pixels(ref.crop, image, ref))
+
+
+def _pixels(box: Box, image: Image.Image, ref: ImageRef) -> tuple[int, int, int, int]:
+    pixels = box.pixels(*image.size)
+    if pixels is None:
+        raise MediaError(
+            "bad_box",
+            f"{ref.path}: the box {box.left:g}, {box.top:g}, {box.right:g}, {box.bottom:g} lies outside the image of "
+            f"{image.width}x{image.height} pixels; correct it, or the unit and form of boxes in the source's options",
+        )
+    return pixels

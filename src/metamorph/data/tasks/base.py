@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,22 @@ class Box:
     bottom: float
     relative: bool = False
     """Whether the sides are shares of width and height (0 to 1) instead of pixels."""
+
+    def grown(self, margin: float) -> Box:
+        """The box with `margin` times its width and height added on each side."""
+        x, y = margin * (self.right - self.left), margin * (self.bottom - self.top)
+        return replace(self, left=self.left - x, top=self.top - y, right=self.right + x, bottom=self.bottom + y)
+
+    def pixels(self, width: int, height: int) -> tuple[int, int, int, int] | None:
+        """Left, top, right and bottom in whole pixels of an image of that size, as far as they are in it.
+
+        Returns:
+            At least one pixel in each direction, or None if the box lies outside the image.
+        """
+        x, y = (width, height) if self.relative else (1, 1)
+        left, top = max(math.floor(self.left * x), 0), max(math.floor(self.top * y), 0)
+        right, bottom = min(math.ceil(self.right * x), width), min(math.ceil(self.bottom * y), height)
+        return (left, top, right, bottom) if left < right and top < bottom else None
 
 
 @dataclass(frozen=True)
