@@ -1,0 +1,253 @@
+"""`metamorph data check | show | cache-features`: look at training data before it is trained on."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from metamorph.flags import check_model_reference, check_reachable, names_flag
+
+
+if TYPE_CHECKING:
+    from metamorph.data.doctor import Diagnosis
+    from metamorph.data.doctor_data import OpenedData
+    from metamorph.models.processing_metamorph import MetaMorphProcessor
+
+MINIATURE_NOTE = (
+    "Without --model_name_or_path the tokens are those of the quickstart's small tokenizer: texts come out too long, "
+    "and whether records are too long was not judged."
+)
+SAMPLES = 12
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of the three commands."""
+    parser = argparse.ArgumentParser(
+        prog="metamorph data",
+        description="Look at training data before it is trained on.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    check = commands.add_parser("check", help="dry-run all records and report what is wrong with them")
+    add_data_flags(check)
+    add_processor_flags(check)
+    check.add_argument(
+        "--output-dir", type=Path, default=Path("data-check"), help="folder of the report (default: %(default)s)"
+    )
+    check.add_argument(
+        "--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes (default: %(default)s)"
+    )
+    check.add_argument("--limit", type=int, help="check only so many records, evenly spread")
+    check.set_defaults(run=run_check)
+    show = commands.add_parser("show", help="print one training example and write its images")
+    add_data_flags(show)
+    add_processor_flags(show)
+    show.add_argument("--index", type=int, default=0, help="which record, counted from 0 (default: %(default)s)")
+    show.add_argument(
+        "--output-dir", type=Path, default=Path("data-show"), help="folder of the images (default: %(default)s)"
+    )
+    show.set_defaults(run=run_show)
+    parser.epilog = "\n".join(command.format_usage() for command in commands.choices.values())
+    return parser
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where the data is.
+
+    Args:
+        parser: Where to.
+    """
+    parser.add_argument("path", metavar="PATH", help="what training takes as --data_path")
+    parser.add_argument(
+        "--image-folder", "--image_folder", help="folder of relative image paths (default: the file's own)"
+    )
+
+
+def add_processor_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how training would make sequences.
+
+    Args:
+        parser: Where to.
+    """
+    parser.add_argument(
+        "--model_name_or_path",
+        "--model-name-or-path",
+        help="the language model, or a finished MetaMorph model: its tokenizer counts (default: a small stand-in)",
+    )
+    parser.add_argument("--model_max_length", "--model-max-length", type=int, default=4096, help="as for training")
+    parser.add_argument("--version", default="llama3", help="conversation template (default: %(default)s)")
+    parser.add_argument("--num_image_tokens", "--num-image-tokens", type=int, default=64, help="as for training")
+    parser.add_argument(
+        "--image_aspect_ratio", "--image-aspect-ratio", default="square", help="square or pad (default: %(default)s)"
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one of the commands.
+
+    Args:
+        argv: Command line after `data`.
+
+    Returns:
+        Exit status: 0, or 1 if `check` found problems.
+    """
+    flags = build_parser().parse_args(argv)
+    status: int = flags.run(flags)
+    return status
+
+
+def run_check(flags: argparse.Namespace) -> int:
+    """Check all records, print a summary and write the report.
+
+    Args:
+        flags: The command line.
+
+    Returns:
+        0 if all is well, 1 if there are problems.
+    """
+    if flags.workers < 0:
+        raise ValueError(f"--workers {flags.workers} must be 0 or larger")
+    data = open_data(flags)
+    from metamorph.data.doctor import check_dataset
+    from metamorph.data.doctor_report import pick_samples, write_reports
+
+    diagnosis = check_dataset(data, num_workers=flags.workers, limit=flags.limit)
+    diagnosis.settings = {
+        "data": str(flags.path),
+        "tokenizer": flags.model_name_or_path or "stand-in",
+        "version": data.processor.version,
+        "num_image_tokens": data.processor.num_image_tokens,
+        "image_aspect_ratio": data.processor.image_aspect_ratio,
+    }
+    if flags.model_name_or_path is None:
+        diagnosis.note = MINIATURE_NOTE
+    samples = pick_samples(data, diagnosis, SAMPLES)
+    _, page = write_reports(flags.output_dir, diagnosis, samples, data.processor)
+    print_summary(diagnosis)
+    print(f"report: {page.resolve()}")
+    return 1 if diagnosis.problems else 0
+
+
+def run_show(flags: argparse.Namespace) -> int:
+    """Print one example token by token, and write its images.
+
+    Args:
+        flags: The command line.
+
+    Returns:
+        0.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    data = open_data(flags)
+    if not 0 <= flags.index < len(data):
+        raise ValueError(f"--index {flags.index} does not exist: {flags.path} has the records 0 to {len(data) - 1}")
+    from metamorph.data.doctor_samples import pictures_of, split_example, token_rows
+
+    example = data[flags.index]
+    record = data.record(flags.index)
+    print(f"{record.where} (id {record.id!r}), {len(example['input_ids'])} tokens")
+    table = Table(box=None, pad_edge=False)
+    for name in ("position", "id"):
+        table.add_column(name, justify="right")
+    table.add_column("token")
+    table.add_column("loss")
+    styles = {"text": "green", "visual target": "magenta", "": ""}
+    for *columns, loss in token_rows(split_example(example, data.processor), data.processor):
+        table.add_row(*(Text(column) for column in columns), Text(loss), style=styles[loss])
+    Console().print(table)
+    for number, picture in enumerate(pictures_of(example, data.processor.image_processor)):
+        flags.output_dir.mkdir(parents=True, exist_ok=True)
+        path = flags.output_dir / f"{flags.index}-image-{number}.png"
+        picture.save(path)
+        print(f"image {number}: {path}")
+    return 0
+
+
+def open_data(flags: argparse.Namespace) -> "OpenedData":
+    """Open the data with the processor that training would use.
+
+    Args:
+        flags: The command line.
+
+    Raises:
+        DataError: if the data cannot be used at all.
+        FileNotFoundError: if a file or folder does not exist.
+    """
+    if flags.image_folder is not None and not Path(flags.image_folder).is_dir():
+        raise FileNotFoundError(f"--image-folder {flags.image_folder} does not exist or is not a folder")
+    if not os.path.exists(flags.path):
+        raise FileNotFoundError(f"{flags.path} does not exist: give a file of records")
+    from metamorph.data.doctor_data import OpenedData
+
+    # Lengths in the stand-in's tokens are no reason to call a record too long.
+    limit = flags.model_max_length if flags.model_name_or_path is not None else None
+    return OpenedData(flags.path, load_processor(flags), flags.image_folder, limit)
+
+
+def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
+    """The processor of a finished model, or one made from a language model's tokenizer.
+
+    The images get the size of the default vision tower (384 pixels) where no finished model says otherwise: that
+    changes no length, because every image becomes `num_image_tokens` tokens.
+
+    Args:
+        flags: The command line.
+    """
+    name = flags.model_name_or_path
+    if name is not None:
+        check_model_reference(name, flag="--model_name_or_path")
+        check_reachable(name, flag="--model_name_or_path")
+    from transformers import AutoConfig, AutoTokenizer
+
+    from metamorph.models.configuration_metamorph import MetaMorphConfig
+    from metamorph.models.image_processing import SiglipImageProcessorPil
+    from metamorph.models.processing_metamorph import MetaMorphProcessor
+
+    if name is None:
+        from metamorph.quickstart.assets import asset_path
+
+        name = str(asset_path("mini-llama"))
+    with names_flag("--model_name_or_path", name):
+        if AutoConfig.from_pretrained(name).model_type == MetaMorphConfig.model_type:
+            return MetaMorphProcessor.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    image_processor = SiglipImageProcessorPil(
+        size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return MetaMorphProcessor(
+        image_processor,
+        tokenizer,
+        num_image_tokens=flags.num_image_tokens,
+        version=flags.version,
+        image_aspect_ratio=flags.image_aspect_ratio,
+    )
+
+
+def print_summary(diagnosis: "Diagnosis") -> None:
+    """Print how many records are in order, and the kinds of problems with an example of each.
+
+    Args:
+        diagnosis: What was found.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    print(f"{diagnosis.num_ok} of {len(diagnosis.probes)} records are in order")
+    if diagnosis.note:
+        print(diagnosis.note)
+    if not diagnosis.problems:
+        return
+    first = {problem.kind: problem for problem in reversed(diagnosis.problems)}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("problem")
+    table.add_column("n", justify="right")
+    table.add_column("for example")
+    for kind, count in diagnosis.by_kind().items():
+        problem = first[kind]
+        table.add_row(kind, str(count), Text(f"{problem.source}:{problem.line}: {problem.detail}"))
+    Console().print(table)
