@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from metamorph.data.collation import PaddedCollator
-from metamorph.data.dataset import ConversationDataset, TooManyBadRecordsError
-from metamorph.data.record_log import RecordLog
+from metamorph.data.dataset import ConversationDataset
+from metamorph.data.record_log import RecordLog, TooManyBadRecordsError
 from metamorph.data.records import DataError, RecordError, UnsupervisedRecordError
 from processing_parts import GOLDEN, build_processor, golden_image, llava, write_jsonl
 
@@ -121,7 +121,7 @@ def test_r11_a_bad_record_is_never_replaced_by_its_neighbour(build, tmp_path):
         dataset[1]
     dataset = build(good, bad, good, image_folder=tmp_path, on_bad_record="skip", max_bad_fraction=0.5)
     for _ in range(2):  # a second epoch counts nothing twice
-        assert dataset[1] == {"id": "bad", "skipped": "unreadable_image"}
+        assert dataset[1] == {"id": "bad", "source": "data", "skipped": "unreadable_image"}
     assert dataset.statistics()["bad"] == {"unreadable_image": 1}
     batch = PaddedCollator(0)([dataset[0], dataset[1], dataset[2]])
     assert [row.tolist() for row in batch["input_ids"]] == [dataset[0]["input_ids"].tolist()] * 2
@@ -167,12 +167,12 @@ def test_r11_r12_a_wrong_image_folder_is_an_error_at_once(build, tmp_path, on_ba
 def test_missing_files_and_bad_fields_are_listed_before_training(build):
     records = [VQA, llava("gone", "<image>", "Yes.", image="gone.png"), '{"id": 3', {"id": "empty"}, TEXT]
     with pytest.raises(
-        DataError, match=r"has 3 bad record\(s\), and 1 of 2 image file\(s\) are missing; .*--on_bad_record skip"
+        DataError, match=r"has 3 bad record\(s\), and 1 of 2 media file\(s\) are missing; .*--on_bad_record skip"
     ) as error:
         build(*records)
     message = str(error.value)
     assert "data.jsonl:2 (id 'gone'): there is no image file" in message
-    assert "data.jsonl:3: the line is not valid JSON" in message
+    assert "data.jsonl:3: the text is not valid JSON" in message
     assert "data.jsonl:4 (id 'empty'): the record needs \"conversations\"" in message
     dataset = build(*records, on_bad_record="skip", max_bad_fraction=0.6)
     assert dataset.statistics()["bad"] == {"broken_line": 1, "no_conversations": 1, "missing_image": 1}
@@ -180,7 +180,7 @@ def test_missing_files_and_bad_fields_are_listed_before_training(build):
 
 def test_missing_files_are_found_however_late_they_come(build):
     gone = [llava(f"gone{number}", "<image>", "Yes.", image=f"gone{number}.png") for number in range(12)]
-    with pytest.raises(DataError, match=r"has 12 bad .* and 12 of 13 image file\(s\) are missing") as error:
+    with pytest.raises(DataError, match=r"has 12 bad .* and 12 of 13 media file\(s\) are missing") as error:
         build(VQA, *[TEXT] * 1100, *gone)
     assert "data.jsonl:1102 (id 'gone0'): there is no image file" in str(error.value)
     assert "gone9.png" in str(error.value)
@@ -189,7 +189,7 @@ def test_missing_files_are_found_however_late_they_come(build):
 
 def test_nothing_is_read_on_behind_a_thousand_missing_files(build):
     gone = llava("gone", "<image>", "Yes.", image="gone.png")
-    with pytest.raises(DataError, match=r"none of the 1000 image\(s\) that were looked for is there"):
+    with pytest.raises(DataError, match=r"none of the 1000 image\(s\) or video\(s\) that were looked for is there"):
         build(*[gone] * 1001)
 
 

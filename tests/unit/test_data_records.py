@@ -1,20 +1,17 @@
-"""Records and sources: everything that is wrong is found, and named with its place and its mend."""
+"""Records: everything that is wrong is found, and named with its place and its mend."""
 
-import json
 import pickle
 
 import pytest
 
 from metamorph.data.records import (
     BAD_RECORD_KINDS,
-    DataError,
     RecordError,
     Turn,
     check_conversation,
     parse_record,
 )
-from metamorph.data.sources import JsonArraySource, JsonlSource, open_source
-from processing_parts import llava, write_jsonl
+from processing_parts import llava
 
 
 GOOD = llava("a", "<image> What?", "A cat.", image="a.png")
@@ -126,59 +123,3 @@ def test_fields_that_only_a_task_knows_are_kept():
 def test_errors_travel_between_processes():
     error = pickle.loads(pickle.dumps(RecordError.at("f:1", "bad_field", "detail", "a")))  # noqa: S301
     assert (str(error), error.kind, error.record_id) == ("f:1 (id 'a'): detail", "bad_field", "a")
-
-
-def test_json_lines_are_read_in_any_order(tmp_path):
-    records = [llava(f"é{index}", "Hi", "Yes." * index) for index in range(20)]
-    path = tmp_path / "data.jsonl"
-    lines = [json.dumps(record, ensure_ascii=index % 2 == 0) for index, record in enumerate(records)]
-    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines[:10]).encode() + b"\n \n\n" + "\n".join(lines[10:]).encode())
-    source = open_source(path)
-    assert isinstance(source, JsonlSource)
-    assert len(source) == 20
-    assert [source[index].value for index in reversed(range(20))] == records[::-1]
-    assert source[0].where == f"{path}:1"
-    assert source[10].where == f"{path}:13"  # the blank lines count
-    copy = pickle.loads(pickle.dumps(source))  # noqa: S301
-    assert copy[11].value == records[11]
-
-
-def test_every_broken_line_is_found_before_training(tmp_path):
-    lines = [GOOD, '{"id": "b", "conv', GOOD, "[1, 2", GOOD, '{"a": 1} {"b": 2}']
-    path = write_jsonl(tmp_path / "data.jsonl", lines)
-    with path.open("ab") as file:
-        file.write(b'{"id": "\xff"}\n')
-    source = JsonlSource(path)
-    assert [index for index, _ in source.broken] == [1, 3, 5, 6]
-    assert [error.where for _, error in source.broken] == [f"{path}:{line}" for line in (2, 4, 6, 7)]
-    assert {error.kind for _, error in source.broken} == {"broken_line"}
-    assert "not UTF-8" in str(source.broken[-1][1])
-    with pytest.raises(RecordError, match=r"data.jsonl:2: the line is not valid JSON \(.* at column \d+"):
-        source[1]
-    assert source[2].value == GOOD
-
-
-def test_r12_json_arrays_are_read(tmp_path):
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps([GOOD, llava("b", "Hi", "Yes.")], indent=2), encoding="utf-8")
-    source = open_source(path)
-    assert isinstance(source, JsonArraySource)
-    assert [record.value["id"] for record in source] == ["a", "b"]
-    assert source[1].where == f"{path}[1]"
-
-
-def test_what_is_no_source_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"--data_path .*missing.jsonl does not exist"):
-        open_source(tmp_path / "missing.jsonl")
-    with pytest.raises(DataError, match=r"is a folder; give a \.json or .jsonl file"):
-        open_source(tmp_path)
-    for name, text, message in (
-        ("empty.jsonl", "\n\n", "holds no records"),
-        ("empty.json", "[]", "holds no records"),
-        ("broken.json", '[{"id": 1},\n {"id": }]', r"broken.json:2:9: not valid JSON"),
-        ("latin.json", b'["\xe9"]', "not UTF-8 text"),
-    ):
-        path = tmp_path / name
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        with pytest.raises(DataError, match=message):
-            open_source(path)

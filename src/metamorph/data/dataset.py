@@ -2,63 +2,110 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Iterable
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from metamorph.data.media import MediaError, load_image, resolve_image_path
-from metamorph.data.record_log import RecordLog
-from metamorph.data.records import (
-    ON_BAD_RECORD,
-    DataError,
-    Record,
-    RecordError,
-    UnsupervisedRecordError,
-    check_conversation,
-    parse_record,
-)
-from metamorph.data.sources import Source, open_source
+from metamorph.data.media import FolderStore, MediaError, MediaStore, load_all, probe
+from metamorph.data.mixture import read_specs
+from metamorph.data.preflight import find_problems, summary
+from metamorph.data.record_log import BadRecordLimit, RecordLog
+from metamorph.data.records import DataError, Record, RecordError, UnsupervisedRecordError, parse_record
+from metamorph.data.sources import Source, TarSource, open_source
+from metamorph.data.tasks import Conversation, get_task, parse_options
 from metamorph.models.conversations import EncodedConversation
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 10
-"""Problems that an error message lists; it counts the others."""
-_WRONG_FOLDER = 1000
-"""So many image paths, all of them missing, are enough to know that the folder is wrong."""
 
+def load_data(
+    data_path: str | os.PathLike[str],
+    processor: MetaMorphProcessor,
+    image_folder: str | os.PathLike[str] | None = None,
+    model_max_length: int | None = None,
+    *,
+    seed: int = 0,
+    on_bad_record: str = "raise",
+    max_bad_fraction: float = 0.01,
+    check: bool = True,
+    weighted: bool = True,
+) -> MixtureDataset:
+    """Open what `--data_path` names: the one entrance for training, for checking data and for caching features.
 
-class TooManyBadRecordsError(DataError):
-    """More records are bad than `--max_bad_fraction` allows."""
+    Args:
+        data_path: A JSON or JSONL file, tars (`shard-{000..099}.tar`), or a mixture (YAML, see [`read_specs`]).
+        processor: Makes the sequences.
+        image_folder: Folder of relative media paths for sources that name none themselves; by default the folder of
+            each file.
+        model_max_length: Longest sequence; longer ones are cut.
+        seed: Chooses the records of sources that are not used as a whole, and what tasks draw.
+        on_bad_record: As for [`ConversationDataset`].
+        max_bad_fraction: Largest share of bad records, over all sources.
+        check: Whether to look at the records at once.
+        weighted: Whether `weight` and `max_samples` count; False gives every record of every source once.
+
+    Raises:
+        DataError: If a source or the mixture is unusable.
+        FileNotFoundError: If there is no file of that name.
+        ValueError: For a value that is not allowed.
+    """
+    datasets, indices = [], []
+    for spec in read_specs(data_path):
+        dataset = ConversationDataset(
+            spec.path,
+            processor,
+            spec.image_folder or image_folder,
+            model_max_length,
+            task=spec.task,
+            options=spec.options,
+            name=spec.name,
+            seed=seed,
+            check=False,
+        )
+        datasets.append(dataset)
+        indices.append(spec.choose(len(dataset), seed) if weighted else None)
+    limit = BadRecordLimit(on_bad_record, max_bad_fraction)
+    return MixtureDataset(datasets, indices, limit=limit, check=check)
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
-    """LLaVA records as training examples, with random access.
+    """The records of one source as training examples, with random access.
 
-    All fields are checked at once, and that all image files are there, so that neither a typing error nor a wrong
-    folder shows after an hour only.
+    Records are looked at at once (all, or 20,000 of more), and whether their media files are there, so that neither a
+    typing error nor a wrong folder shows after an hour only.
 
-    An example is `{"id": str, "input_ids": int64 [sequence], "labels": int64 [sequence], "visual_target_mask":
-    bool [sequence], "pixel_values": float32 [images, 3, height, width]}`, without `pixel_values` if it has no image.
-    With `on_bad_record="skip"` a bad record gives `{"id": str, "skipped": kind}`, which the collator leaves out.
+    An example is `{"id": str, "source": str, "input_ids": int64 [sequence], "labels": int64 [sequence],
+    "visual_target_mask": bool [sequence], "pixel_values": float32 [images, 3, height, width]}`, without `pixel_values`
+    if it has no image. With `on_bad_record="skip"` a bad record gives `{"id": str, "source": str, "skipped": kind}`,
+    which the collator leaves out.
+
+    What a task draws at random for a record depends on `seed`, the source's name and the record's id (or its index),
+    so it is the same in every process and in every epoch.
 
     Args:
-        source: A file of LLaVA records (JSON Lines or a JSON array), or an opened source.
+        source: What [`open_source`] takes, or an opened source.
         processor: Makes the sequences.
-        image_folder: Folder of relative image paths; by default the folder of the file.
+        image_folder: Folder of relative media paths; by default the folder of the file. Tars bring their media.
         model_max_length: Longest sequence; longer ones are cut as `encode_conversation` says, and counted.
+        task: What is made of the records, see `metamorph.data.tasks`.
+        options: Options of the task.
+        name: Name in logs and reports; by default the file's, without its ending.
+        seed: Seed of what tasks draw.
         on_bad_record: `raise`, or `skip` to count, log and leave out.
         max_bad_fraction: Largest share of bad records with `skip`; above it training stops.
+        check: Whether to look at the records at once.
 
     Raises:
-        DataError: If the source is unusable; with `on_bad_record="raise"` also if any record is bad.
+        DataError: If the source is unusable; with `on_bad_record="raise"` also if any record is seen to be bad.
         ValueError: For a value that is not allowed.
     """
 
@@ -69,23 +116,30 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         image_folder: str | os.PathLike[str] | None = None,
         model_max_length: int | None = None,
         *,
+        task: str = "instruction",
+        options: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        seed: int = 0,
         on_bad_record: str = "raise",
         max_bad_fraction: float = 0.01,
+        check: bool = True,
     ) -> None:
-        if on_bad_record not in ON_BAD_RECORD:
-            raise ValueError(f"--on_bad_record {on_bad_record!r} is unknown; use one of {', '.join(ON_BAD_RECORD)}")
-        if not 0 <= max_bad_fraction <= 1:
-            raise ValueError(f"--max_bad_fraction must be between 0 and 1, not {max_bad_fraction}")
+        limit = BadRecordLimit(on_bad_record, max_bad_fraction)
+        self.task = get_task(task)
+        self.options = parse_options(self.task, options)
         self.source = open_source(source) if isinstance(source, (str, os.PathLike)) else source
         self.processor = processor
         self.image_folder = Path(image_folder) if image_folder is not None else self.source.path.parent
         self.model_max_length = model_max_length
-        self.on_bad_record = on_bad_record
-        self.max_bad_fraction = max_bad_fraction
+        self.name = name or self.source.path.stem
+        self.seed = seed
         self.log = RecordLog(len(self.source))
+        self._folder = FolderStore(self.image_folder)
         if not self.image_folder.is_dir():
             raise DataError(f"--image_folder {self.image_folder} is not a folder")
-        self._check_ahead()
+        self.set_limit(limit, len(self.source))
+        if check:
+            self.check()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -100,21 +154,53 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         try:
             return self._build(index)
         except RecordError as error:
-            if self.on_bad_record == "raise":
+            if self.limit.on_bad_record == "raise":
                 raise
             self._skip(index, error)
-            return {"id": error.record_id or error.where, "skipped": error.kind}
+            return {"id": error.record_id or error.where, "source": self.name, "skipped": error.kind}
 
     def record(self, index: int) -> Record:
-        """Read and check record `index`, without its images.
+        """Read record `index`, and check the fields that all tasks share.
+
+        Raises:
+            RecordError: If it is bad.
+        """
+        raw = self.source[index]
+        return parse_record(raw.value, raw.where)
+
+    def conversation(self, index: int) -> Conversation:
+        """What the task makes of record `index`. No image is opened, and of a video only the times of its frames.
+
+        Raises:
+            RecordError: If the record is bad, or does not fit the task.
+        """
+        return self._converse(index, self.record(index))
+
+    def store(self, index: int) -> MediaStore:
+        """Where the media of record `index` are."""
+        return self.source.store(index) if isinstance(self.source, TarSource) else self._folder
+
+    def measure(self, index: int) -> tuple[int, int, int]:
+        """The numbers of tokens, images and answer images of example `index` before any cut; no image is opened.
 
         Raises:
             RecordError: If the record is bad.
         """
-        raw = self.source[index]
-        record = parse_record(raw.value, raw.where)
-        check_conversation(record, record.turns, len(record.images))
-        return record
+        record = self.record(index)
+        messages = [turn.as_message() for turn in self._converse(index, record).turns]
+        try:
+            return self.processor.measure_conversation(messages)
+        except ValueError as error:
+            raise record.error("role_order", str(error)) from error
+
+    def source_name(self, index: int) -> str:
+        """Name of the source of record `index`."""
+        return self.name
+
+    def fingerprint(self) -> str:
+        """Changes whenever the conversations may have changed: with the files, the task, its options, the seed."""
+        parts = (self.source.fingerprint(), self.name, self.task.name, repr(self.options), str(self.seed))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def statistics(self) -> dict[str, Any]:
         """What has been met so far, over all workers: `{"records", "bad", "truncated", "dropped_images"}`."""
@@ -125,24 +211,73 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             "dropped_images": self.log.num_dropped_images,
         }
 
+    def set_limit(self, limit: BadRecordLimit, num_records: int) -> None:
+        """Count bad records together with those of other sources.
+
+        Args:
+            limit: The limit of all sources.
+            num_records: How many records of this one are used.
+        """
+        self.limit = limit
+        limit.add(self.log, num_records)
+
+    def check(self, indices: Sequence[int] | np.ndarray | None = None) -> None:
+        """Look for broken records, records that do not fit the task, and missing files; no media are opened.
+
+        Args:
+            indices: Which records; by default all. Of more than `preflight.MAX_CHECKED` only some are looked at.
+
+        Raises:
+            DataError: If no media file at all is found; with `on_bad_record="raise"` also if any record is bad.
+            TooManyBadRecordsError: If more than `max_bad_fraction` of all records are bad, with `skip`.
+        """
+        problems, remark = find_problems(self, range(len(self)) if indices is None else indices)
+        if problems and self.limit.on_bad_record == "raise":
+            raise DataError(summary(self.place, [problems[index] for index in sorted(problems)], remark))
+        for index in sorted(problems):
+            self._skip(index, problems[index])
+
+    @property
+    def place(self) -> str:
+        """Path of the records, for messages."""
+        return str(self.source.path)
+
+    @property
+    def media_place(self) -> str:
+        """Where media are looked for, for messages."""
+        return "the sample in the tar" if isinstance(self.source, TarSource) else f"--image_folder {self.image_folder}"
+
+    def _converse(self, index: int, record: Record) -> Conversation:
+        video = None
+        if self.task.needs_video and record.video is not None:  # the task refuses records without one
+            try:
+                video = probe(record.video, self.store(index))
+            except MediaError as error:
+                raise record.error(error.kind, error.detail) from error
+        own_id = str(index) if record.id == record.where else record.id
+        words = [zlib.crc32(text.encode(errors="surrogatepass")) for text in (self.name, own_id)]
+        return self.task(record, np.random.default_rng([self.seed, *words]), self.options, video)
+
     def _build(self, index: int) -> dict[str, Any]:
         record = self.record(index)
+        conversation = self._converse(index, record)
         try:
-            images = [load_image(resolve_image_path(path, self.image_folder)) for path in record.images]
+            images = load_all(conversation.images, self.store(index))
         except MediaError as error:
-            raise _record_error(error.kind, error.detail, record) from error
+            raise record.error(error.kind, error.detail) from error
         try:
             encoded = self.processor.encode_conversation(
-                [turn.as_message() for turn in record.turns], images, model_max_length=self.model_max_length
+                [turn.as_message() for turn in conversation.turns], images, model_max_length=self.model_max_length
             )
         except ValueError as error:  # the template cannot express this order of roles
-            raise _record_error("role_order", str(error), record) from error
+            raise record.error("role_order", str(error)) from error
         if encoded.truncated:
             self._note_truncated(index, record, encoded)
         if not encoded.is_supervised:
             raise self._unsupervised(record, encoded)
         example = {
             "id": record.id,
+            "source": self.name,
             "input_ids": encoded.input_ids,
             "labels": encoded.labels,
             "visual_target_mask": encoded.visual_target_mask,
@@ -175,62 +310,123 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Count and log a bad record, and stop when there are too many."""
         self.log.note_bad(index, error.kind)
         logger.warning("Skipping a bad record (%s): %s", error.kind, error)
-        if self.log.num_bad > self.max_bad_fraction * len(self):
-            raise TooManyBadRecordsError(
-                f"{self.log.num_bad} of {len(self)} records are bad, more than --max_bad_fraction "
-                f"{self.max_bad_fraction} allows: {self.log.bad_by_kind()}. The last one: {error}"
-            ) from error
+        self.limit.check(last=error)
 
-    def _check_ahead(self) -> None:
-        """Find all broken lines, bad fields and missing files; no image is opened."""
-        problems: dict[int, RecordError] = dict(self.source.broken)
-        num_paths = num_missing = 0
-        name = f"Checking {self.source.path.name}"
-        for index in tqdm(range(len(self)), desc=name, unit="record", delay=2, disable=None):
-            if index in problems:
-                continue
-            try:
-                record = self.record(index)
-                missing = list(self._missing_files(record))
-            except RecordError as error:
-                problems[index] = error
-                continue
-            num_paths += len(record.images)
-            num_missing += len(missing)
-            if missing:
-                detail = f"there is no image file {missing[0]}; is --image_folder {self.image_folder} right?"
-                problems[index] = _record_error("missing_image", detail, record)
-            if num_missing == num_paths >= _WRONG_FOLDER:
-                break
-        if num_paths and num_missing == num_paths:
-            first = next(error for error in problems.values() if error.kind == "missing_image")
-            raise DataError(
-                f"none of the {num_paths} image(s) that were looked for is there, so --image_folder "
-                f"{self.image_folder} is wrong. The first: {first}"
+
+class MixtureDataset(Dataset[dict[str, Any]]):
+    """Several sources as one data set: first all samples of the first source, then those of the second, and so on.
+
+    Args:
+        datasets: The sources; their names differ.
+        indices: For each source, int64 `[samples]` record numbers; None takes each record once.
+        limit: What happens with bad records, counted over all sources.
+        check: Whether to look at the records at once.
+
+    Raises:
+        DataError: As for [`ConversationDataset`], if `check`.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[ConversationDataset],
+        indices: Sequence[np.ndarray | None],
+        *,
+        limit: BadRecordLimit | None = None,
+        check: bool = True,
+    ) -> None:
+        self.datasets = list(datasets)
+        self.indices = list(indices)
+        self.limit = limit or BadRecordLimit()
+        counts = []
+        for dataset, chosen in zip(datasets, indices, strict=True):
+            counts.append(len(dataset) if chosen is None else len(chosen))
+            dataset.set_limit(self.limit, min(counts[-1], len(dataset)))
+            logger.info(
+                "source %s: %d samples of %d records, task %s",
+                dataset.name,
+                counts[-1],
+                len(dataset),
+                dataset.task.name,
             )
-        if problems and self.on_bad_record == "raise":
-            found = [problems[index] for index in sorted(problems)]
-            raise DataError(_summary(self.source.path, found, num_missing, num_paths))
-        for index in sorted(problems):
-            self._skip(index, problems[index])
+        self._ends = np.cumsum(counts)
+        if check:
+            for dataset, chosen in zip(datasets, indices, strict=True):
+                dataset.check(chosen)
 
-    def _missing_files(self, record: Record) -> Iterable[Path]:
-        try:
-            paths = [resolve_image_path(path, self.image_folder) for path in record.images]
-        except MediaError as error:
-            raise _record_error(error.kind, error.detail, record) from error
-        return (path for path in paths if not path.is_file())
+    @property
+    def processor(self) -> MetaMorphProcessor:
+        """Makes the sequences."""
+        return self.datasets[0].processor
 
+    @property
+    def model_max_length(self) -> int | None:
+        """Longest sequence."""
+        return self.datasets[0].model_max_length
 
-def _record_error(kind: str, detail: str, record: Record) -> RecordError:
-    return RecordError.at(record.where, kind, detail, record.id)
+    @property
+    def sources(self) -> dict[str, int]:
+        """Number of samples of each source, by its name."""
+        counts = np.diff(self._ends, prepend=0).tolist()
+        return {dataset.name: count for dataset, count in zip(self.datasets, counts, strict=True)}
 
+    def __len__(self) -> int:
+        return int(self._ends[-1])
 
-def _summary(path: Path, problems: list[RecordError], num_missing: int, num_paths: int) -> str:
-    lines = "\n  ".join(str(problem) for problem in problems[:_SHOWN])
-    more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    missing = f", and {num_missing} of {num_paths} image file(s) are missing" if num_missing else ""
-    return (
-        f"{path} has {len(problems)} bad record(s){missing}; correct them, or leave them out with --on_bad_record "
-        f"skip:\n  {lines}{more}"
-    )
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Build example `index`; see [`ConversationDataset`]."""
+        dataset, number = self.locate(index)
+        return dataset[number]
+
+    def locate(self, index: int) -> tuple[ConversationDataset, int]:
+        """The source of sample `index`, and the number of its record there.
+
+        Raises:
+            IndexError: If there is no such sample.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no sample {index}: the sources hold {len(self)}")
+        source = int(np.searchsorted(self._ends, index, side="right"))
+        number = int(index) - (int(self._ends[source - 1]) if source else 0)
+        chosen = self.indices[source]
+        return self.datasets[source], number if chosen is None else int(chosen[number])
+
+    def record(self, index: int) -> Record:
+        """The record of sample `index`; see [`ConversationDataset.record`]."""
+        dataset, number = self.locate(index)
+        return dataset.record(number)
+
+    def conversation(self, index: int) -> Conversation:
+        """The conversation of sample `index`; see [`ConversationDataset.conversation`]."""
+        dataset, number = self.locate(index)
+        return dataset.conversation(number)
+
+    def measure(self, index: int) -> tuple[int, int, int]:
+        """The size of sample `index`; see [`ConversationDataset.measure`]."""
+        dataset, number = self.locate(index)
+        return dataset.measure(number)
+
+    def store(self, index: int) -> MediaStore:
+        """Where the media of sample `index` are."""
+        dataset, number = self.locate(index)
+        return dataset.store(number)
+
+    def source_name(self, index: int) -> str:
+        """Name of the source of sample `index`."""
+        return self.locate(index)[0].name
+
+    def fingerprint(self) -> str:
+        """Changes whenever the conversations may have changed, or which of them are used."""
+        digest = hashlib.sha256()
+        for dataset, chosen in zip(self.datasets, self.indices, strict=True):
+            digest.update(dataset.fingerprint().encode())
+            digest.update(b"all" if chosen is None else chosen.tobytes())
+        return digest.hexdigest()[:16]
+
+    def statistics(self) -> dict[str, Any]:
+        """The statistics of all sources together, and those of each under `"sources"`, by its name."""
+        sources = {dataset.name: dataset.statistics() for dataset in self.datasets}
+        total = {
+            name: sum(source[name] for source in sources.values())
+            for name in ("records", "truncated", "dropped_images")
+        }
+        return {**total, "bad": self.limit.bad_by_kind(), "sources": sources}

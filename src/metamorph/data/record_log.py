@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch.utils.data import get_worker_info
 
-from metamorph.data.records import BAD_RECORD_KINDS
+from metamorph.data.records import BAD_RECORD_KINDS, ON_BAD_RECORD, DataError, RecordError
 
 
 _KINDS = tuple(BAD_RECORD_KINDS)
@@ -61,6 +63,64 @@ class RecordLog:
     def num_dropped_images(self) -> int:
         """Number of images that were cut off with their placeholders."""
         return int(self._dropped.sum())
+
+
+class TooManyBadRecordsError(DataError):
+    """More records are bad than `--max_bad_fraction` allows."""
+
+
+class BadRecordLimit:
+    """How many bad records stop a run, counted over all its sources.
+
+    Args:
+        on_bad_record: `raise`, or `skip` to leave bad records out.
+        max_bad_fraction: Largest share of bad records with `skip`.
+
+    Raises:
+        ValueError: For a value that is not allowed.
+    """
+
+    def __init__(self, on_bad_record: str = "raise", max_bad_fraction: float = 0.01) -> None:
+        if on_bad_record not in ON_BAD_RECORD:
+            raise ValueError(f"--on_bad_record {on_bad_record!r} is unknown; use one of {', '.join(ON_BAD_RECORD)}")
+        if not 0 <= max_bad_fraction <= 1:
+            raise ValueError(f"--max_bad_fraction must be between 0 and 1, not {max_bad_fraction}")
+        self.on_bad_record = on_bad_record
+        self.max_bad_fraction = max_bad_fraction
+        self.num_records = 0
+        self._logs: list[RecordLog] = []
+
+    def add(self, log: RecordLog, num_records: int) -> None:
+        """Count the bad records of `log`, too, out of `num_records` that can be met."""
+        self._logs.append(log)
+        self.num_records += num_records
+
+    @property
+    def num_bad(self) -> int:
+        """Number of bad records that the processes of this data set have met so far."""
+        return sum(log.num_bad for log in self._logs)
+
+    def bad_by_kind(self) -> dict[str, int]:
+        """Number of bad records met so far, for each kind that occurred."""
+        return dict(sum((Counter(log.bad_by_kind()) for log in self._logs), Counter()))
+
+    def check(self, num_bad: int | None = None, last: RecordError | None = None) -> None:
+        """Stop when too many records are bad.
+
+        Args:
+            num_bad: Number of bad records that all ranks have met; by default those of this process and its workers.
+            last: The bad record met last, for the message.
+
+        Raises:
+            TooManyBadRecordsError: If it is more than `max_bad_fraction` of all records.
+        """
+        num_bad = self.num_bad if num_bad is None else num_bad
+        if num_bad > self.max_bad_fraction * self.num_records:
+            example = "" if last is None else f". The last one: {last}"
+            raise TooManyBadRecordsError(
+                f"{num_bad} of {self.num_records} records are bad, more than --max_bad_fraction "
+                f"{self.max_bad_fraction} allows: {self.bad_by_kind()}{example}"
+            ) from last
 
 
 def _slot() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,9 @@ ROLE_OF_SPEAKER = {
     "assistant": "assistant",
 }
 """The values of `"from"`, and the roles that they mean."""
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""What some programs write before UTF-8 text."""
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp")
 """How the names of video files end."""
@@ -80,6 +84,16 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
+class RawRecord:
+    """A record as JSON, and its place."""
+
+    where: str
+    """File and line (or index)."""
+    value: Any
+    """Result of parsing the JSON text."""
+
+
+@dataclass(frozen=True)
 class Turn:
     """What one speaker says."""
 
@@ -113,6 +127,33 @@ class Record:
     def error(self, kind: str, detail: str) -> RecordError:
         """Make an error of this record, see [`RecordError.at`]."""
         return RecordError.at(self.where, kind, detail, self.id)
+
+
+def parse_json(text: bytes, where: str) -> Any:
+    """Parse the text of one record.
+
+    Args:
+        text: JSON in UTF-8.
+        where: File and line (or index) of the record.
+
+    Raises:
+        RecordError: Of kind `broken_line`, if it is not JSON or not UTF-8.
+    """
+    try:
+        return json.loads(text.removeprefix(BYTE_ORDER_MARK))
+    except json.JSONDecodeError as error:
+        column = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise RecordError.at(
+            where,
+            "broken_line",
+            f"the text is not valid JSON ({error.msg} at {column}: {text[:60]!r}); correct or remove it",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise RecordError.at(
+            where, "broken_line", f"the text is not UTF-8 ({error.reason} at byte {error.start}); encode it anew"
+        ) from error
+    except RecursionError as error:
+        raise RecordError.at(where, "broken_line", "the text is nested too deeply; correct or remove it") from error
 
 
 def parse_record(value: Any, where: str) -> Record:

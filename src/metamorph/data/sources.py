@@ -1,39 +1,36 @@
-"""Files of records with random access: JSON Lines by byte offset, and JSON arrays."""
+"""What `--data_path` can name, opened: JSON Lines, a JSON array, or WebDataset tars."""
 
 from __future__ import annotations
 
-import json
+import glob
 import os
-from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-from tqdm import tqdm
+from metamorph.data.json_sources import JsonArraySource, JsonlSource
+from metamorph.data.records import BYTE_ORDER_MARK, DataError, RawRecord
+from metamorph.data.tars import TarSource
 
-from metamorph.data.records import DataError, RecordError
 
+__all__ = ["JsonArraySource", "JsonlSource", "Source", "TarSource", "expand_pattern", "is_tar_pattern", "open_source"]
 
-@dataclass(frozen=True)
-class RawRecord:
-    """A record as JSON, and its place."""
-
-    where: str
-    """File and line (or index)."""
-    value: Any
-    """Result of parsing the JSON text."""
+ALLOWED = "a .json or .jsonl file of records, tars (shard-{000..099}.tar), or a mixture (.yaml)"
+"""What `--data_path` takes, for messages."""
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
 
 class Source(Protocol):
-    """A sequence of raw records."""
+    """A sequence of raw records, in files that are read at any place."""
 
     path: Path
+    """The file, or the first of them."""
 
-    @property
-    def broken(self) -> Sequence[tuple[int, RecordError]]:
-        """Index and error of each record that is not JSON."""
+    def fingerprint(self) -> str:
+        """Changes when one of the files does."""
 
     def __len__(self) -> int: ...
 
@@ -42,136 +39,78 @@ class Source(Protocol):
 
         Raises:
             RecordError: If it is not JSON.
+            DataError: If its file has changed since it was indexed.
+            IndexError: If there is no such record.
         """
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Open a file of records; whether it is a JSON array or JSON Lines shows in its first character.
+    """Open records; whether a file is a JSON array or JSON Lines shows in its first character.
+
+    Args:
+        path: A `.json` or `.jsonl` file, or tars: one, or a pattern as `shard-{000..099}.tar` or `shard-*.tar`.
 
     Raises:
-        DataError: If there is no such file, it holds no records, or an array is not JSON.
+        DataError: If there is no such file, it holds no records, or an array or a tar cannot be read.
     """
+    if is_tar_pattern(path):
+        return TarSource(expand_pattern(path))
     path = Path(path)
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"--data_path {path} {found}; give a .json or .jsonl file of LLaVA records")
+        raise DataError(f"--data_path {path} {found}; give {ALLOWED}")
     with path.open("rb") as file:
-        start = file.read(4096).removeprefix(_BOM).lstrip()[:1]
+        start = file.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
     source: Source = JsonArraySource(path) if start == b"[" else JsonlSource(path)
     if len(source) == 0:
         raise DataError(f"--data_path {path} holds no records")
     return source
 
 
-class JsonlSource:
-    """JSON Lines: one record on each line, blank lines ignored.
+def is_tar_pattern(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names tars; a compressed tar does, so that it is refused with its reason."""
+    return str(path).lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2"))
 
-    All lines are parsed once when the file is opened, so that broken ones are known before training starts; after
-    that only byte offsets are kept, and records are read from disk when they are asked for.
+
+def expand_pattern(pattern: str | os.PathLike[str]) -> list[Path]:
+    """The files that a pattern names, in order.
 
     Args:
-        path: The file.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.broken: list[tuple[int, RecordError]] = []
-        self._file: int | None = None
-        offsets, lengths, lines = array("Q"), array("Q"), array("Q")
-        offset = 0
-        size = self.path.stat().st_size
-        with (
-            self.path.open("rb") as file,
-            tqdm(total=size, desc=f"Reading {self.path.name}", unit="B", unit_scale=True, delay=2, disable=None) as bar,
-        ):
-            for number, line in enumerate(file, 1):
-                if line.strip(_BLANK):
-                    offsets.append(offset)
-                    lengths.append(len(line))
-                    lines.append(number)
-                    self._check(line, number, index=len(offsets) - 1)
-                offset += len(line)
-                bar.update(len(line))
-        self._offsets, self._lengths, self._lines = (
-            np.frombuffer(values, dtype=np.uint64) if values else np.zeros(0, dtype=np.uint64)
-            for values in (offsets, lengths, lines)
-        )
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def __getitem__(self, index: int) -> RawRecord:
-        """Read one record; see [`Source`]. Safe in threads and in forked workers: reads share no position."""
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY)
-        line = os.pread(self._file, int(self._lengths[index]), int(self._offsets[index]))
-        number = int(self._lines[index])
-        return RawRecord(self._where(number), _parse_line(line, self._where(number)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies of the source (in spawned workers) open the file for themselves."""
-        return {**self.__dict__, "_file": None}
-
-    def __del__(self) -> None:
-        file = getattr(self, "_file", None)  # absent if the constructor failed
-        if file is not None:
-            os.close(file)
-
-    def _check(self, line: bytes, number: int, index: int) -> None:
-        try:
-            _parse_line(line, self._where(number))
-        except RecordError as error:
-            self.broken.append((index, error))
-
-    def _where(self, number: int) -> str:
-        return f"{self.path}:{number}"
-
-
-class JsonArraySource:
-    """A JSON array of records, held in memory as a whole. Large data is better kept as JSON Lines.
+        pattern: With any number of `{000..099}` (leading zeros are kept), `{a,b}`, `*`, `?` and `[...]`. A file whose
+            name is the pattern itself comes before all that.
 
     Raises:
-        DataError: If the file is not a JSON array.
+        DataError: If a file that the braces name is missing, or nothing matches.
     """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.broken: list[tuple[int, RecordError]] = []
-        try:
-            records = json.loads(self.path.read_bytes().removeprefix(_BOM))
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{self.path}:{error.lineno}:{error.colno}: not valid JSON ({error.msg}); correct the file, or keep "
-                "one record on each line (.jsonl)"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-        if not isinstance(records, list):
-            raise DataError(f"{self.path}: the file must hold a JSON array of records, not {type(records).__name__}")
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> RawRecord:
-        """Return one record; see [`Source`]."""
-        return RawRecord(f"{self.path}[{index}]", self._records[index])
+    pattern = os.path.expanduser(pattern)
+    if os.path.exists(pattern):
+        return [Path(pattern)]
+    paths: list[Path] = []
+    missing = []
+    for name in _expand_braces(pattern):
+        found = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * os.path.exists(name)
+        paths += map(Path, found)
+        if not found:
+            missing.append(name)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(f"--data_path {pattern}: {missing[0]}{more} does not exist; check the pattern and its numbers")
+    return paths
 
 
-_BOM = b"\xef\xbb\xbf"
-_BLANK = b" \t\r\n\xef\xbb\xbf"
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """All names of a pattern whose braces are not nested; the leftmost braces change slowest."""
+    pieces = _BRACES.split(pattern)  # texts and, between them, insides of braces
+    choices = [_choices(piece) if number % 2 else [piece] for number, piece in enumerate(pieces)]
+    return map("".join, product(*choices))
 
 
-def _parse_line(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line.removeprefix(_BOM))
-    except json.JSONDecodeError as error:
-        raise RecordError.at(
-            where,
-            "broken_line",
-            f"the line is not valid JSON ({error.msg} at column {error.colno}: {line[:60]!r}); correct or remove it",
-        ) from error
-    except UnicodeDecodeError as error:
-        raise RecordError.at(
-            where, "broken_line", f"the line is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from error
+def _choices(inside: str) -> list[str]:
+    bounds = _RANGE.fullmatch(inside)
+    if bounds is None:
+        return inside.split(",")
+    first, last = bounds[1], bounds[2]
+    is_padded = any(text.lstrip("-").startswith("0") and len(text.lstrip("-")) > 1 for text in (first, last))
+    width = max(len(first), len(last)) if is_padded else 0
+    step = 1 if int(last) >= int(first) else -1
+    return [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]

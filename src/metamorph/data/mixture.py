@@ -1,0 +1,152 @@
+"""Mixtures: a YAML list of sources, each with its task, and how much of each an epoch holds."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from metamorph.data.records import DataError
+from metamorph.data.sources import ALLOWED, expand_pattern, is_tar_pattern
+from metamorph.data.tasks import get_task, parse_options
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One entry of a mixture."""
+
+    path: str
+    """A JSON or JSONL file, or a pattern of tars; relative paths start at the folder of the mixture."""
+    image_folder: str | None = None
+    """Folder of the media; by default `--image_folder`, else the folder of the file. Tars bring their own."""
+    task: str = "instruction"
+    """What is made of the records."""
+    weight: float = 1.0
+    """How often an epoch holds each record: 2 is twice; 0.5 is every second one, chosen by the seed."""
+    max_samples: int | None = None
+    """Instead of `weight`: at most so many records, chosen by the seed."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the task."""
+    name: str = ""
+    """Name in logs and reports; by default the file's, without its ending."""
+
+    def __post_init__(self) -> None:
+        for name in ("path", "image_folder", "task", "name"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (name == "image_folder" and value is None):
+                raise ValueError(f"{name} must be text, not {value!r}")
+        if not self.path:
+            raise ValueError("path is required: the file of the records")
+        if not isinstance(self.options, Mapping):
+            raise ValueError(f"options must be a mapping of names to values, not {self.options!r}")
+        if not _is_number(self.weight) or not 0 < self.weight < float("inf"):
+            raise ValueError(f"weight must be a number above 0, not {self.weight!r}")
+        if self.max_samples is not None:
+            if not _is_number(self.max_samples) or self.max_samples != int(self.max_samples) or self.max_samples < 1:
+                raise ValueError(f"max_samples must be a whole number above 0, not {self.max_samples!r}")
+            if self.weight != 1:
+                raise ValueError(
+                    f"weight {self.weight} and max_samples {self.max_samples} exclude each other; keep one"
+                )
+        if not self.name:
+            object.__setattr__(self, "name", Path(self.path).stem)
+        parse_options(get_task(self.task), self.options)
+
+    def choose(self, num_records: int, seed: int) -> np.ndarray | None:
+        """Which records an epoch holds.
+
+        Args:
+            num_records: Number of records of the source.
+            seed: Chooses where not all records are taken equally often.
+
+        Returns:
+            int64 `[samples]` record numbers, or None for every record once.
+        """
+        wanted = round(self.weight * num_records) if self.max_samples is None else min(self.max_samples, num_records)
+        wanted = max(wanted, 1)
+        if wanted == num_records:
+            return None
+        copies, rest = divmod(wanted, num_records)
+        rng = np.random.default_rng([seed, zlib.crc32(self.name.encode())])
+        chosen = np.sort(rng.choice(num_records, size=rest, replace=False)).astype(np.int64)
+        return np.concatenate([np.tile(np.arange(num_records), copies), chosen])
+
+
+def is_mixture(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names a mixture."""
+    return str(path).lower().endswith((".yaml", ".yml"))
+
+
+def read_specs(path: str | os.PathLike[str]) -> list[SourceSpec]:
+    """What `--data_path` names, as a list of sources; their files are looked for, but not read.
+
+    Args:
+        path: A mixture, or a single JSON file, JSONL file or pattern of tars.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        DataError: If a mixture is not valid; the message names the file and the entry.
+    """
+    path = os.path.expanduser(path)
+    if not is_mixture(path):
+        _check_path(path, f"--data_path {path}")
+        return [SourceSpec(path)]
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--data_path {path} does not exist: give {ALLOWED}")
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{path} must hold a list of sources, each with path: and task:, not {entries!r:.80}")
+    specs: list[SourceSpec] = []
+    for number, entry in enumerate(entries, 1):
+        try:
+            spec = _parse_entry(entry, Path(path).parent, {spec.name for spec in specs})
+            _check_path(spec.path, f"path {spec.path}")
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            raise DataError(f"{path}, source {number}: {error}") from error
+        specs.append(spec)
+    return specs
+
+
+def _check_path(path: str, named: str) -> None:
+    if is_tar_pattern(path):
+        expand_pattern(path)
+    elif not os.path.isfile(path):
+        raise FileNotFoundError(f"{named} does not exist or is not a file: give {ALLOWED}")
+
+
+def _parse_entry(entry: Any, folder: Path, taken: set[str]) -> SourceSpec:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"a source must be a mapping with path: and task:, not {entry!r:.80}")
+    known = [item.name for item in fields(SourceSpec)]
+    for key in entry:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+            raise ValueError(f"unknown key {key!r}: {hint}Keys are {', '.join(known)}")
+    if "path" not in entry:
+        raise ValueError("path is required: the file of the records")
+    values = {key: value for key, value in entry.items() if value is not None}
+    for key in ("path", "image_folder"):
+        if isinstance(values.get(key), str):
+            values[key] = str(folder / os.path.expanduser(values[key]))
+    spec = SourceSpec(**values)
+    if spec.name not in taken:
+        return spec
+    if "name" in values:
+        raise ValueError(f"name {spec.name!r} is taken by another source; choose another")
+    number = next(number for number in range(2, len(taken) + 2) if f"{spec.name}-{number}" not in taken)
+    return SourceSpec(**values, name=f"{spec.name}-{number}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

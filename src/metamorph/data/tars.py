@@ -1,0 +1,224 @@
+"""WebDataset tars with random access: members are read where they lie in the tar, and never extracted to disk."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from metamorph.data.index import Index, index_files
+from metamorph.data.records import DataError, RawRecord, RecordError, is_video, parse_json
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""How the names of images in tars end."""
+
+
+class TarSource:
+    """Samples of WebDataset tars: consecutive members whose names agree up to the first dot of the file name.
+
+    A sample becomes the record in its `.json` member. Its images (or its video) are `"image"` (`"video"`) unless the
+    JSON says so itself; its text members are fields, too: `key.txt` is `"caption"`, `key.edit.txt` is `"edit"`.
+    Without a `.json` member the record is made of the others alone. Its id is the key, if the JSON has no `"id"`.
+
+    Args:
+        paths: The tars, not compressed.
+
+    Raises:
+        DataError: If one is missing, damaged or compressed.
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike[str]]) -> None:
+        self.paths = tuple(Path(path) for path in paths)
+        self.path = self.paths[0]
+        self.index = index_files(self.paths, "tars", lambda: scan_tars(self.paths))
+
+    def fingerprint(self) -> str:
+        """Changes when one of the tars does."""
+        return self.index.fingerprint()
+
+    def __len__(self) -> int:
+        return len(self.index["samples"]) - 1
+
+    def __getitem__(self, index: int) -> RawRecord:
+        """Read one record; see [`metamorph.data.sources.Source`]."""
+        sample = self.store(index)
+        where = f"{sample.tar}:{sample.key}"
+        return RawRecord(where, _read_record(sample, where))
+
+    def store(self, index: int) -> TarSample:
+        """The members of one sample, where the paths of its record are found."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.path} has no sample {index}: there are {len(self)}")
+        return TarSample(self.index, index)
+
+
+class TarSample:
+    """The members of one sample, by name.
+
+    A path means the member of that name; else the one whose name ends like it: `photos/7.jpg` is found as `7.jpg`, and
+    `source.jpg` as `000007.source.jpg`.
+
+    Args:
+        index: Index of the tars.
+        number: Number of the sample.
+    """
+
+    def __init__(self, index: Index, number: int) -> None:
+        first, last = index["samples"][number : number + 2].tolist()
+        name_ends = index["name_ends"][first : last + 1].tolist()
+        names = index["names"][name_ends[0] : name_ends[-1]].tobytes()
+        texts = [names[start - name_ends[0] : end - name_ends[0]] for start, end in pairwise(name_ends)]
+        spans = index["spans"][first:last].tolist()
+        self._index = index
+        self._file = int(index["files"][first])
+        self._spans = {text.decode("utf-8", "surrogateescape"): span for text, span in zip(texts, spans, strict=True)}
+
+    @property
+    def tar(self) -> str:
+        """Path of the tar."""
+        return self._index.stamps[self._file].path
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the members, in their order in the tar."""
+        return list(self._spans)
+
+    @property
+    def key(self) -> str:
+        """What the names of the members have in common."""
+        return split_name(self.names[0])[0]
+
+    def open(self, path: str) -> BinaryIO:
+        """A member as an open file in memory; see [`metamorph.data.media.MediaStore`].
+
+        Raises:
+            FileNotFoundError: If the sample has no such member.
+        """
+        return io.BytesIO(self.read(path))
+
+    def exists(self, path: str) -> bool:
+        """Whether the sample has such a member."""
+        return self._find(path) is not None
+
+    def read(self, path: str) -> bytes:
+        """The content of a member.
+
+        Raises:
+            FileNotFoundError: If the sample has no such member.
+        """
+        name = self._find(path)
+        if name is None:
+            raise FileNotFoundError(
+                f"{self.tar} has no member {path!r} in sample {self.key!r}: {', '.join(self.names)}"
+            )
+        start, end = self._spans[name]
+        return self._index.read(start, end, self._file)
+
+    def _find(self, path: str) -> str | None:
+        if path in self._spans:
+            return path
+        base = path.rpartition("/")[2]
+        return next((name for name in self._spans if base in (name.rpartition("/")[2], split_name(name)[1])), None)
+
+
+def scan_tars(paths: Sequence[Path]) -> dict[str, np.ndarray]:
+    """Find the members of tars and the samples that they form, reading headers only.
+
+    Args:
+        paths: The tars.
+
+    Returns:
+        For all members, one tar after the other: `spans` uint64 `[members, 2]`, where the content begins and ends;
+        `files` uint32 `[members]`, number of the tar; `names` uint8, all names in a row, and `name_ends` uint64
+        `[members + 1]`, where each begins and ends therein. `samples` uint64 `[samples + 1]`: the first member of each.
+
+    Raises:
+        DataError: If a tar is missing, damaged or compressed, or none holds a file.
+    """
+    spans, files, name_ends, samples, names = array("Q"), array("I"), array("Q", [0]), array("Q"), bytearray()
+    for number, path in enumerate(tqdm(paths, desc="Indexing tars", unit="tar", delay=2, disable=None)):
+        key = None
+        for member in _members(path):
+            new_key, _ = split_name(member.name)
+            if new_key != key:
+                samples.append(len(files))
+                key = new_key
+            spans.extend((member.offset_data, member.offset_data + member.size))
+            files.append(number)
+            names += member.name.encode("utf-8", "surrogateescape")
+            name_ends.append(len(names))
+    if not files:
+        raise DataError(f"--data_path {paths[0]}: the tars hold no files")
+    samples.append(len(files))
+    return {
+        "spans": np.frombuffer(spans, dtype=np.uint64).reshape(-1, 2),
+        "files": np.array(files, dtype=np.uint32),
+        "name_ends": np.frombuffer(name_ends, dtype=np.uint64),
+        "names": np.frombuffer(names, dtype=np.uint8),
+        "samples": np.frombuffer(samples, dtype=np.uint64),
+    }
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split the name of a member into the key of its sample and the rest: `a/7.edit.txt` into `a/7` and `edit.txt`."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, rest = base.partition(".")
+    return folder + slash + stem, rest
+
+
+def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """The regular files of a tar; hidden ones, folders, links and devices are passed over."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep all it has seen
+                hidden = member.name.rpartition("/")[2].startswith(".")
+                if member.isreg() and not member.issparse() and not hidden:
+                    yield member
+    except FileNotFoundError:
+        raise DataError(f"--data_path {path} does not exist; check the names and the numbers in braces") from None
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(
+            f"{path} cannot be read as a tar ({error}); it may be incomplete or compressed: copy it anew, or "
+            "decompress it (random access needs plain .tar)"
+        ) from error
+
+
+def _read_record(sample: TarSample, where: str) -> Any:
+    """The record of a sample; whatever the JSON holds is left as it is."""
+    texts = [name for name in sample.names if name.lower().endswith((".json", ".txt"))]
+    jsons = [name for name in texts if name.lower().endswith(".json")]
+    if len(jsons) > 1:
+        raise RecordError.at(where, "bad_field", f"the sample has {len(jsons)} JSON members; keep one", sample.key)
+    value = parse_json(sample.read(jsons[0]), where) if jsons else {}
+    if not isinstance(value, dict):
+        return value
+    images = [name for name in sample.names if name.lower().endswith(IMAGE_SUFFIXES)]
+    videos = [name for name in sample.names if is_video(name)]
+    found: dict[str, Any] = {"id": sample.key}
+    if images and "video" not in value:
+        found["image"] = images[0] if len(images) == 1 else images
+    if videos and "image" not in value:
+        found["video"] = videos[0]
+    for name in set(texts) - set(jsons):
+        field = split_name(name)[1].rpartition(".")[0] or "caption"
+        found[field] = _decode(sample.read(name), name, where)
+    return found | value
+
+
+def _decode(text: bytes, name: str, where: str) -> str:
+    try:
+        return text.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise RecordError.at(
+            where, "broken_line", f"the member {name} is not UTF-8 ({error.reason} at byte {error.start})"
+        ) from error
