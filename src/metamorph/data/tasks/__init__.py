@@ -9,10 +9,15 @@ from types import MappingProxyType
 from typing import Any
 
 from metamorph.data.tasks.base import Box, Conversation, ImageRef, Task
+from metamorph.data.tasks.frame_prediction import FRAME_PREDICTION
 from metamorph.data.tasks.instruction import INSTRUCTION
+from metamorph.data.tasks.pictures import IMAGE_EDIT, TEXT_TO_IMAGE
+from metamorph.data.tasks.regions import VISUAL_COT, VSTAR
+from metamorph.data.tasks.video_qa import VIDEO_QA
 
 
-TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (INSTRUCTION,)})
+_ALL = (INSTRUCTION, TEXT_TO_IMAGE, IMAGE_EDIT, VISUAL_COT, VSTAR, VIDEO_QA, FRAME_PREDICTION)
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ALL})
 """All tasks by name."""
 
 __all__ = ["TASKS", "Box", "Conversation", "ImageRef", "Task", "get_task", "parse_options"]

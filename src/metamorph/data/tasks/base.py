@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from metamorph.data.records import Record, Turn, check_conversation
 from metamorph.data.video import VideoInfo
 from metamorph.models.constants import DEFAULT_IMAGE_TOKEN
+from metamorph.models.conversations import split_at_images
+
+
+Chosen = TypeVar("Chosen")
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Conversation:
     @property
     def num_answer_images(self) -> int:
         """Number of pictures in assistant turns: those that the model learns to draw."""
-        return sum(count_markers(turn.text) for turn in self.turns if turn.role == "assistant")
+        return sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in self.turns if turn.role == "assistant")
 
 
 Build = Callable[[Record, np.random.Generator, Any, VideoInfo | None], Conversation]
@@ -83,12 +88,14 @@ class Task:
         options_type: Frozen dataclass of the options, all with defaults; its constructor checks their values.
         build: Makes the conversation; pure, so the same record, generator state, options and video give the same.
         needs_video: Whether records name a video, whose [`VideoInfo`] `build` needs.
+        draws: Whether every conversation must have a picture in an answer.
     """
 
     name: str
     options_type: type
     build: Build
     needs_video: bool = False
+    draws: bool = False
 
     def __call__(
         self, record: Record, rng: np.random.Generator, options: Any, video: VideoInfo | None = None
@@ -107,11 +114,58 @@ class Task:
         Raises:
             RecordError: If the record does not fit the task.
         """
+        if self.needs_video and record.video is None:
+            raise record.error(
+                "missing_video",
+                f'the task {self.name} needs a video; name its path in "video", or declare another task',
+            )
         conversation = self.build(record, rng, options, video)
         check_conversation(record, conversation.turns, len(conversation.images))
+        if self.draws and not conversation.num_answer_images:
+            raise record.error("no_answer_image", f"the task {self.name} is to draw, but no answer has an image")
         return conversation
 
 
-def count_markers(text: str) -> int:
-    """Number of images in a text; a wrapped `<image_start><image><image_end>` is one."""
-    return text.count(DEFAULT_IMAGE_TOKEN)
+def without_markers(text: str) -> str:
+    """The text without its image markers, wrapped or not, and without white space at its ends."""
+    return "".join(part for part in split_at_images(text) if isinstance(part, str)).strip()
+
+
+def draw(rng: np.random.Generator, choices: Sequence[Chosen]) -> Chosen:
+    """One of the choices, each with the same probability."""
+    return choices[int(rng.integers(len(choices)))]
+
+
+def fill(wording: str, **values: str) -> str:
+    """Put values into the `{slots}` of a wording; braces in the values mean nothing."""
+    return re.sub(r"\{(\w+)\}", lambda slot: values[slot[1]], wording)
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Check an option that must be a number above 0.
+
+    Raises:
+        ValueError: With name and value.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number above 0, not {value!r}")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Check an option that must be a whole number.
+
+    Raises:
+        ValueError: With name and value.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}, not {value!r}")
+
+
+def check_field_name(name: str, value: Any) -> None:
+    """Check an option that names a field of the records, or is None.
+
+    Raises:
+        ValueError: With name and value.
+    """
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ValueError(f"{name} must be the name of a field, not {value!r}")

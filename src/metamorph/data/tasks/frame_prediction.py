@@ -1,0 +1,191 @@
+"""`frame_prediction`: the model sees some frames of a video and draws others.
+
+Each template hands out the frames between the turns; how many markers a turn has follows from the frames it is given,
+so the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+
+from metamorph.data.records import Record, Turn
+from metamorph.data.tasks import wording
+from metamorph.data.tasks.base import (
+    Conversation,
+    ImageRef,
+    Task,
+    check_count,
+    check_field_name,
+    check_positive,
+    draw,
+    fill,
+    without_markers,
+)
+from metamorph.data.video import VideoInfo
+from metamorph.models.constants import DEFAULT_IMAGE_TOKEN
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One turn: what is said, and the frames shown in it."""
+
+    role: str
+    wording: str
+    frames: tuple[float, ...]
+    count: int = 0
+    """Number that the wording may speak of."""
+    seconds: float = 0.0
+    """Time that the wording may speak of."""
+
+
+def _forward(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
+    """The first frame is seen, all others are drawn."""
+    return _seen_and_drawn(rng, wording.FORWARD, frames[:1], frames[1:])
+
+
+def _split(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
+    """The frames before some place are seen, those behind it drawn."""
+    place = int(rng.integers(1, len(frames)))
+    return _seen_and_drawn(rng, wording.SPLIT, frames[:place], frames[place:])
+
+
+def _backward(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
+    """The last frame is seen, the others are drawn from there back to the first."""
+    return _seen_and_drawn(rng, wording.BACKWARD, frames[-1:], frames[-2::-1])
+
+
+def _alternate(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
+    """Frames are seen and drawn in turns."""
+    parts: list[_Part] = []
+    for index in range(0, len(frames) - 1, 2):
+        wordings = wording.ALTERNATE if parts else wording.ALTERNATE_FIRST
+        parts += _seen_and_drawn(rng, wordings, frames[index : index + 1], frames[index + 1 : index + 2])
+    return parts
+
+
+def _reorder(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
+    """All frames are seen out of order and drawn in order."""
+    shuffled = list(frames)
+    while shuffled == list(frames):
+        rng.shuffle(shuffled)
+    return _seen_and_drawn(rng, wording.REORDER, shuffled, frames)
+
+
+def _interval(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
+    """One frame is seen, and the one a stated number of seconds later is drawn."""
+    first, later = sorted(rng.choice(len(frames), size=2, replace=False).tolist())
+    return _seen_and_drawn(rng, wording.INTERVAL, frames[first : first + 1], frames[later : later + 1])
+
+
+def _next_k(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
+    """Some frames are seen, and a stated number of those that follow is drawn."""
+    count = int(rng.integers(1, min(max_next, len(frames) - 1) + 1))
+    place = int(rng.integers(1, len(frames) - count + 1))
+    return _seen_and_drawn(rng, wording.NEXT_K, frames[:place], frames[place : place + count])
+
+
+def _seen_and_drawn(
+    rng: np.random.Generator, wordings: Sequence[str], seen: Sequence[float], drawn: Sequence[float]
+) -> list[_Part]:
+    question = _Part("user", draw(rng, wordings), tuple(seen), len(drawn), drawn[-1] - seen[-1])
+    return [question, _Part("assistant", "{frames}", tuple(drawn))]
+
+
+Template = Callable[[Sequence[float], np.random.Generator, int], list[_Part]]
+
+TEMPLATES: Mapping[str, Template] = MappingProxyType(
+    {
+        "forward": _forward,
+        "split": _split,
+        "backward": _backward,
+        "alternate": _alternate,
+        "reorder": _reorder,
+        "interval": _interval,
+        "next_k": _next_k,
+    }
+)
+"""How frames are handed out; each takes at least two frames and has at least one of them drawn."""
+
+
+@dataclass(frozen=True)
+class FramePredictionOptions:
+    """Options of `frame_prediction`."""
+
+    fps: float = 1.0
+    """Frames taken of each second; fewer where the video itself has fewer."""
+    max_frames: int = 6
+    """Most frames of a conversation, at least 2. Of longer videos a stretch of that many frames is drawn."""
+    templates: tuple[str, ...] = tuple(TEMPLATES)
+    """Names of the templates of which one is drawn for each record."""
+    max_next: int = 3
+    """Most frames that `next_k` asks for."""
+    caption_field: str | None = None
+    """Field of a text that tells what happens in the video, said before the question; none by default."""
+
+    def __post_init__(self) -> None:
+        check_positive("fps", self.fps)
+        check_count("max_frames", self.max_frames, least=2)
+        check_count("max_next", self.max_next)
+        check_field_name("caption_field", self.caption_field)
+        if not isinstance(self.templates, (list, tuple)) or not self.templates:
+            raise ValueError(f"templates must be a list of names, not {self.templates!r}")
+        for name in self.templates:
+            if name not in TEMPLATES:
+                raise ValueError(f"template {name!r} is unknown; use some of {', '.join(TEMPLATES)}")
+        object.__setattr__(self, "templates", tuple(self.templates))  # YAML has lists; options are hashable
+
+
+def _frame_prediction(
+    record: Record, rng: np.random.Generator, options: FramePredictionOptions, video: VideoInfo | None
+) -> Conversation:
+    assert video is not None  # Task.needs_video
+    if video.num_frames < 2:
+        raise record.error(
+            "too_few_frames", f"{record.video!r} has one frame, so there is none to predict; remove the record"
+        )
+    frames = _stretch(video, rng, options)
+    parts = TEMPLATES[draw(rng, options.templates)](frames, rng, options.max_next)
+    turns = [
+        Turn(
+            part.role,
+            fill(
+                part.wording,
+                frames=DEFAULT_IMAGE_TOKEN * len(part.frames),
+                count=f"{part.count} frame{'s' if part.count != 1 else ''}",
+                seconds=f"{part.seconds:.{1 if part.seconds >= 0.1 else 3}f}",
+            ),
+        )
+        for part in parts
+    ]
+    turns[0] = Turn("user", _caption(record, rng, options.caption_field) + turns[0].text)
+    images = tuple(ImageRef(record.video or "", time=time) for part in parts for time in part.frames)
+    return Conversation(tuple(turns), images)
+
+
+def _stretch(video: VideoInfo, rng: np.random.Generator, options: FramePredictionOptions) -> list[float]:
+    """Times of two or more different frames that follow each other at the wanted rate, from a drawn place on."""
+    span = video.times[-1]
+    count = min(int(span * options.fps) + 1, options.max_frames)
+    start = rng.uniform(0, max(span - (count - 1) / options.fps, 0))
+    places = sorted({video.frame_at(start + index / options.fps) for index in range(count)})
+    if len(places) == 1:  # the video is shorter, or its frames are further apart, than frames are wanted
+        first = min(places[0], video.num_frames - 2)
+        places = [first, max(video.frame_at(video.times[first] + 1 / options.fps), first + 1)]
+    return [video.times[place] for place in places]
+
+
+def _caption(record: Record, rng: np.random.Generator, field: str | None) -> str:
+    if field is None:
+        return ""
+    caption = record.fields.get(field)
+    if not isinstance(caption, str) or not without_markers(caption):
+        raise record.error("bad_field", f'"{field}" must tell what the video shows, not {caption!r:.80}')
+    return fill(draw(rng, wording.SHOWN_IN_VIDEO), caption=without_markers(caption))
+
+
+FRAME_PREDICTION = Task("frame_prediction", FramePredictionOptions, _frame_prediction, needs_video=True, draws=True)
+"""A video alone: the model predicts frames from other frames."""

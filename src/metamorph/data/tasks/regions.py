@@ -1,0 +1,188 @@
+"""`visual_cot` and `vstar`: before the answer in words, a picture of what it depends on."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from metamorph.data.records import Record, Turn
+from metamorph.data.tasks import wording
+from metamorph.data.tasks.base import Box, Conversation, ImageRef, Task, draw, fill, without_markers
+from metamorph.data.video import VideoInfo
+from metamorph.flags import check_choice
+from metamorph.models.constants import DEFAULT_IMAGE_TOKEN
+
+
+BOX_UNITS = ("pixels", "relative")
+BOX_FORMATS = ("xyxy", "xywh")
+BOX_MARK = "###"
+"""Stands between path and box in the data of Visual CoT."""
+_ASKS_FOR_BOX = re.compile(r"[^.?!\n]*\bbounding box[^.?!\n]*[.?!]?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class VisualCotOptions:
+    """Options of `visual_cot`."""
+
+    box_units: str = "pixels"
+    """`pixels` of the upright image, or `relative`: shares of its width and height."""
+    margin: float = 0.0
+    """Share of the box's width and height that the crop shows around it on each side."""
+
+    def __post_init__(self) -> None:
+        check_choice("box_units", self.box_units, BOX_UNITS)
+        if not isinstance(self.margin, (int, float)) or not 0 <= self.margin < math.inf:
+            raise ValueError(f"margin must be a number, at least 0, not {self.margin!r}")
+
+
+@dataclass(frozen=True)
+class VstarOptions:
+    """Options of `vstar`."""
+
+    box_units: str = "pixels"
+    """`pixels` of the upright image, or `relative`: shares of its width and height."""
+    box_format: str = "xywh"
+    """`xywh` (left, top, width, height), as the V* data have them, or `xyxy` (left, top, right, bottom)."""
+    draw_names: bool = True
+    """Whether the name of an object is written at its box."""
+
+    def __post_init__(self) -> None:
+        check_choice("box_units", self.box_units, BOX_UNITS)
+        check_choice("box_format", self.box_format, BOX_FORMATS)
+        if not isinstance(self.draw_names, bool):
+            raise ValueError(f"draw_names must be true or false, not {self.draw_names!r}")
+
+
+def _visual_cot(
+    record: Record, rng: np.random.Generator, options: VisualCotOptions, video: VideoInfo | None
+) -> Conversation:
+    whole = [ImageRef(path) for path in record.images if BOX_MARK not in path]
+    crops = [_parse_crop(record, path, options) for path in record.images if BOX_MARK in path]
+    if not whole or not crops:
+        raise record.error(
+            "image_count",
+            f'"image" names {len(whole)} whole image(s) and {len(crops)} with a box; the task visual_cot takes at '
+            f'least one of each: ["a.jpg", "a.jpg{BOX_MARK}[x1, y1, x2, y2]"]',
+        )
+    system, question, answer = _question_and_answer(record)
+    # The data may ask for coordinates in words; here the part itself is shown.
+    question = _ASKS_FOR_BOX.sub("", question).strip() or question
+    if DEFAULT_IMAGE_TOKEN not in question:
+        question = f"{DEFAULT_IMAGE_TOKEN * len(whole)}\n{question}"
+    images = DEFAULT_IMAGE_TOKEN * len(crops)
+    return Conversation(
+        turns=(
+            *system,
+            Turn("user", f"{question}\n{draw(rng, wording.LOOK_CLOSER)}"),
+            Turn("assistant", fill(draw(rng, wording.LOOKED_CLOSER), images=images, answer=answer)),
+        ),
+        images=(*whole, *crops),
+    )
+
+
+def _question_and_answer(record: Record) -> tuple[list[Turn], str, str]:
+    """System turns, the first question and the last answer; between them the data speak of the box."""
+    questions = [turn.text for turn in record.turns if turn.role == "user"]
+    answers = [turn.text for turn in record.turns if turn.role == "assistant"]
+    if not 1 <= len(questions) <= 2 or len(answers) != len(questions) or not without_markers(answers[-1]):
+        raise record.error(
+            "bad_turn",
+            "the task visual_cot takes a question and an answer in words, with at most one pair of turns about the box "
+            f"between them, not {len(questions)} human and {len(answers)} gpt turn(s)",
+        )
+    system = [turn for turn in record.turns if turn.role == "system"]
+    return system, questions[0].strip(), without_markers(answers[-1])
+
+
+def _parse_crop(record: Record, text: str, options: VisualCotOptions) -> ImageRef:
+    path, _, numbers = text.rpartition(BOX_MARK)
+    numbers = numbers.strip()
+    try:
+        values = [float(number) for number in numbers.removeprefix("[").removesuffix("]").split(",")]
+    except ValueError:
+        values = []
+    if not path or not (numbers.startswith("[") and numbers.endswith("]")):
+        values = []
+    box = parse_box(record, values, f"{text!r}", relative=options.box_units == "relative")
+    return ImageRef(path, crop=box.grown(options.margin))
+
+
+def parse_box(record: Record, values: Any, where: str, *, relative: bool, width_and_height: bool = False) -> Box:
+    """Make a box of four numbers.
+
+    Args:
+        record: The record, for messages.
+        values: Left, top, right and bottom.
+        where: What the message quotes.
+        relative: Whether they are shares of the image's sides.
+        width_and_height: Whether the last two are width and height instead.
+
+    Raises:
+        RecordError: If they are not four numbers that enclose an area.
+    """
+    if (
+        isinstance(values, Sequence)
+        and len(values) == 4
+        and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+    ):
+        left, top, right, bottom = values
+        if width_and_height:
+            right, bottom = left + right, top + bottom
+        if left < right and top < bottom:
+            return Box(left, top, right, bottom, relative)
+    form = (
+        "[x, y, width, height] with width and height above 0"
+        if width_and_height
+        else "[x1, y1, x2, y2], x1 < x2, y1 < y2"
+    )
+    raise record.error("bad_box", f"{where} has no box of the form {form}; correct it, or the source's options")
+
+
+def _vstar(record: Record, rng: np.random.Generator, options: VstarOptions, video: VideoInfo | None) -> Conversation:
+    if len(record.images) != 1:
+        raise record.error("image_count", f'the task vstar takes one image, but "image" names {len(record.images)}')
+    boxes = _parse_instances(record, options)
+    turns = [Turn(turn.role, without_markers(turn.text)) for turn in record.turns]
+    roles = [turn.role for turn in turns]
+    if "user" not in roles or "assistant" not in roles:
+        raise record.error("no_conversations", "the task vstar needs a question and an answer in the conversations")
+    question, answer = roles.index("user"), roles.index("assistant")
+    turns[question] = Turn("user", f"{DEFAULT_IMAGE_TOKEN}\n{turns[question].text}\n{draw(rng, wording.MARK)}")
+    marked = fill(draw(rng, wording.MARKED), image=DEFAULT_IMAGE_TOKEN, answer=turns[answer].text)
+    turns[answer] = Turn("assistant", marked)
+    path = record.images[0]
+    return Conversation(tuple(turns), (ImageRef(path), ImageRef(path, boxes=boxes)))
+
+
+def _parse_instances(record: Record, options: VstarOptions) -> tuple[tuple[str, Box], ...]:
+    instances = record.fields.get("target_instances")
+    if not isinstance(instances, list) or not instances:
+        raise record.error(
+            "bad_field",
+            'the task vstar needs "target_instances": a list of {"name": text, "bbox": four numbers}, not '
+            f"{instances!r:.80}; records without objects belong into a source with task: instruction",
+        )
+    boxes = []
+    for number, instance in enumerate(instances, 1):
+        if not isinstance(instance, Mapping) or not isinstance(instance.get("name"), str):
+            raise record.error("bad_field", f'target instance {number} has no "name": {instance!r:.80}')
+        box = parse_box(
+            record,
+            instance.get("bbox"),
+            f'"bbox" of target instance {number}: {instance.get("bbox")!r:.80}',
+            relative=options.box_units == "relative",
+            width_and_height=options.box_format == "xywh",
+        )
+        boxes.append((instance["name"] if options.draw_names else "", box))
+    return tuple(boxes)
+
+
+VISUAL_COT = Task("visual_cot", VisualCotOptions, _visual_cot, draws=True)
+"""A question about a part of an image: the answer shows that part, then says the answer."""
+VSTAR = Task("vstar", VstarOptions, _vstar, draws=True)
+"""A question about objects in an image: the answer shows the image with these marked, then says the answer."""

@@ -1,0 +1,82 @@
+"""`video_qa`: questions about a video, which is read as a few of its frames."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from metamorph.data.records import Record, Turn
+from metamorph.data.tasks.base import Conversation, ImageRef, Task, check_count, check_positive
+from metamorph.data.video import VideoInfo
+from metamorph.models.constants import DEFAULT_IMAGE_TOKEN
+from metamorph.models.conversations import split_at_images
+
+
+VIDEO_MARKER = "<video>"
+"""Where the video belongs in the text; `<image>` is understood as well."""
+
+
+@dataclass(frozen=True)
+class VideoQaOptions:
+    """Options of `video_qa`."""
+
+    fps: float = 1.0
+    """Frames taken of each second; fewer where the video itself has fewer."""
+    max_frames: int = 8
+    """Most frames of a video; of longer videos so many are taken, evenly spread from beginning to end."""
+
+    def __post_init__(self) -> None:
+        check_positive("fps", self.fps)
+        check_count("max_frames", self.max_frames)
+
+
+def _video_qa(
+    record: Record, rng: np.random.Generator, options: VideoQaOptions, video: VideoInfo | None
+) -> Conversation:
+    assert video is not None  # Task.needs_video
+    times = sample_times(video, options.fps, options.max_frames)
+    turns = [Turn(turn.role, turn.text.replace(VIDEO_MARKER, DEFAULT_IMAGE_TOKEN)) for turn in record.turns]
+    places = [index for index, turn in enumerate(turns) for _ in range(turn.text.count(DEFAULT_IMAGE_TOKEN))]
+    questions = [index for index, turn in enumerate(turns) if turn.role == "user"]
+    if len(places) > 1:
+        raise record.error("image_count", f"the turns hold {len(places)} markers, but there is one video; leave one")
+    if not questions or not set(places) <= set(questions):
+        raise record.error(
+            "role_order", "the task video_qa shows the video in a human turn, and answers it in words in a gpt turn"
+        )
+    if not places:
+        turns[questions[0]] = Turn("user", f"{DEFAULT_IMAGE_TOKEN}\n{turns[questions[0]].text}")
+    frames = DEFAULT_IMAGE_TOKEN * len(times)
+    return Conversation(
+        turns=tuple(Turn(turn.role, _with_frames(turn.text, frames)) for turn in turns),
+        images=tuple(ImageRef(record.video or "", time=time) for time in times),
+    )
+
+
+def _with_frames(text: str, frames: str) -> str:
+    """The text with `frames` in the place of its marker, wrapped or not."""
+    return "".join(part if isinstance(part, str) else frames for part in split_at_images(text))
+
+
+def sample_times(video: VideoInfo, fps: float, max_frames: int) -> list[float]:
+    """Times of different frames of a video, evenly spread.
+
+    Args:
+        video: The video.
+        fps: Frames of each second, from the first frame on.
+        max_frames: Most frames; a video that has more at that rate is spread over so many, the first and last among
+            them.
+
+    Returns:
+        The frames' own times in seconds, ascending; fewer where the same frame is shown at several of the times.
+    """
+    # The last frame's length is often missing in files: what counts is when frames begin.
+    count = math.floor(max(video.times[-1], math.nextafter(video.duration, 0)) * fps) + 1
+    grid = np.arange(count) / fps if count <= max_frames else np.linspace(0, (count - 1) / fps, max_frames)
+    return [video.times[index] for index in sorted({video.frame_at(time) for time in grid.tolist()})]
+
+
+VIDEO_QA = Task("video_qa", VideoQaOptions, _video_qa, needs_video=True)
+"""Questions about a video."""
