@@ -1,10 +1,13 @@
 """Pictures on disk: whatever is legal is read as it is meant, and whatever is broken is named."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from metamorph.data.media import MediaError, load_image, resolve_image_path
+from metamorph.data.media import FolderStore, MediaError, load, load_all, load_image, resolve_image_path
+from metamorph.data.tasks import Box, ImageRef
 
 
 def corner(image: Image.Image) -> tuple[int, ...]:
@@ -29,6 +32,10 @@ def test_16_bit_png(tmp_path):
 def test_transparent_png(tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert corner(load_image(tmp_path / "clear.png")) == (255, 255, 255)
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.save(tmp_path / "clear.gif", transparency=1)
+    assert corner(load_image(tmp_path / "clear.gif")) == (255, 255, 255)
 
 
 def test_exif_rotation_is_applied(tmp_path):
@@ -42,10 +49,21 @@ def test_exif_rotation_is_applied(tmp_path):
     assert (corner(upright), upright.getpixel((0, 39))) == ((0, 0, 0), (255, 255, 255))
 
 
-def test_the_first_frame_of_an_animation(tmp_path):
+@pytest.mark.parametrize("name", ["moving.gif", "moving.png", "moving.webp"])
+def test_the_first_frame_of_an_animation(tmp_path, name):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
-    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert corner(load_image(tmp_path / "moving.gif")) == (255, 0, 0)
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+    image = load_image(tmp_path / name)
+    assert (image.mode, corner(image)) == ("RGB", (255, 0, 0))
+
+
+def test_an_open_file_is_read_and_stays_open(tmp_path):
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / "a.png")
+    with (tmp_path / "a.png").open("rb") as file:
+        assert corner(load_image(file)) == (0, 0, 255)
+        assert not file.closed
+    with pytest.raises(MediaError, match=r"^b/a.png cannot be read"):
+        load_image(io.BytesIO(b"nothing"), name="b/a.png")
 
 
 def test_large_images_are_refused_before_they_are_unpacked(tmp_path):
@@ -76,3 +94,103 @@ def test_relative_paths_stay_in_the_image_folder(tmp_path):
         with pytest.raises(MediaError, match="leaves --image_folder") as error:
             resolve_image_path(path, tmp_path)
         assert error.value.kind == "outside_folder"
+
+
+# Pictures from references
+
+
+class MemoryStore:
+    """Files in memory, as tars give them; remembers what was opened."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+        self.opened: list[tuple[str, io.BytesIO]] = []
+
+    def open(self, path: str) -> io.BytesIO:
+        if path not in self.files:
+            raise FileNotFoundError(path)
+        file = io.BytesIO(self.files[path])
+        self.opened.append((path, file))
+        return file
+
+    def exists(self, path: str) -> bool:
+        return path in self.files
+
+
+def quarters() -> Image.Image:
+    """200x100 pixels; each quarter has a colour of its own."""
+    image = Image.new("RGB", (200, 100), "red")
+    for place, colour in (((100, 0), "lime"), ((0, 50), "blue"), ((100, 50), "white")):
+        image.paste(colour, (*place, place[0] + 100, place[1] + 50))
+    return image
+
+
+@pytest.fixture
+def store(tmp_path) -> FolderStore:
+    quarters().save(tmp_path / "a.png")
+    return FolderStore(tmp_path)
+
+
+@pytest.mark.parametrize("box", [Box(100, 50, 200, 100), Box(0.5, 0.5, 1, 1, relative=True), Box(150.6, 60, 999, 999)])
+def test_crops_are_in_pixels_of_the_image(store, box):
+    crop = load(ImageRef("a.png", crop=box), store)
+    assert crop.getcolors() == [(crop.width * crop.height, (255, 255, 255))]
+    assert crop.size == ((50, 40) if box.right == 999 else (100, 50))
+
+
+def test_crops_of_turned_photographs_are_in_the_upright_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    quarters().save(tmp_path / "turned.png", exif=exif)
+    store = FolderStore(tmp_path)
+    assert load(ImageRef("turned.png"), store).size == (100, 200)
+    assert corner(load(ImageRef("turned.png", crop=Box(0, 0, 50, 100)), store)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("box", [Box(200, 0, 210, 10), Box(-20, 0, 0, 10), Box(2, 2, 3, 3, relative=True)])
+def test_a_box_outside_the_image_is_named(store, box):
+    for ref in (ImageRef("a.png", crop=box), ImageRef("a.png", boxes=(("cat", box),))):
+        with pytest.raises(MediaError, match="outside the image of 200x100 pixels") as error:
+            load(ref, store)
+        assert error.value.kind == "bad_box"
+
+
+def test_boxes_are_drawn_with_their_names_and_only_where_they_are_asked_for(store):
+    boxes = (("cat", Box(110, 60, 150, 90)), ("", Box(10, 10, 60, 40)))
+    plain, marked = load_all([ImageRef("a.png"), ImageRef("a.png", boxes=boxes)], store)
+    assert plain.tobytes() == quarters().tobytes()
+    assert (marked.getpixel((110, 75)), marked.getpixel((149, 89))) == ((255, 0, 0), (255, 0, 0))
+    assert marked.getpixel((10, 25)) == (0, 255, 0)
+    assert marked.getpixel((130, 75)) == (255, 255, 255)  # inside, the image is left as it is
+    changed = np.any(np.asarray(marked) != np.asarray(plain), axis=-1)
+    assert changed[48:60, 110:140].any()  # the name, above its box
+    assert not changed[:, 160:].any()
+
+
+def test_each_file_is_opened_once_and_closed():
+    buffer = io.BytesIO()
+    quarters().save(buffer, "png")
+    store = MemoryStore({"a.png": buffer.getvalue()})
+    refs = [ImageRef("a.png"), ImageRef("a.png", crop=Box(0, 0, 10, 10)), ImageRef("a.png")]
+    assert [image.size for image in load_all(refs, store)] == [(200, 100), (10, 10), (200, 100)]
+    assert [path for path, _ in store.opened] == ["a.png"]
+    assert all(file.closed for _, file in store.opened)
+
+
+def test_missing_files_of_a_store_are_named(store):
+    for where in (store, MemoryStore({})):
+        for ref, kind in ((ImageRef("b.png"), "missing_image"), (ImageRef("b.mp4", time=0.0), "missing_video")):
+            with pytest.raises(MediaError, match=r"b\.") as error:
+                load(ref, where)
+            assert error.value.kind == kind
+
+
+def test_a_folder_knows_its_files_and_keeps_paths_inside(store):
+    assert store.exists("a.png")
+    assert not store.exists("b.png")
+    assert not store.exists(".")
+    for path in ("../a.png", "x/../../a.png"):
+        for use in (store.open, store.exists):
+            with pytest.raises(MediaError) as error:
+                use(path)
+            assert error.value.kind == "outside_folder"

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metamorph.data.images import MediaError
+from metamorph.data.media import FolderStore, MediaError, load, load_all, probe
+from metamorph.data.tasks import Box, ImageRef
 from metamorph.data.video import probe_video, read_frames
 from video_parts import av, colour, index_of, write_video
 
@@ -148,6 +149,18 @@ def test_a_playlist_in_disguise_fetches_nothing(tmp_path):
     with pytest.raises(MediaError, match="cannot be read as a video") as error:
         probe_video(tmp_path / "list.mp4")
     assert error.value.kind == "unreadable_video"
+
+
+def test_pictures_of_a_conversation_come_in_order(tmp_path):
+    write_video(tmp_path / "a.mp4", TENTHS)
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "b.png")
+    store = FolderStore(tmp_path)
+    info = probe("a.mp4", store)
+    refs = [ImageRef("a.mp4", time=info.times[4]), ImageRef("b.png"), ImageRef("a.mp4", time=info.times[1])]
+    later, picture, earlier = load_all(refs, store)
+    assert [index_of(later), index_of(earlier), picture.size] == [4, 1, (8, 8)]
+    part = load(ImageRef("a.mp4", time=0.0, crop=Box(0, 0, 10, 20)), store)
+    assert part.size == (10, 20)
 
 
 def test_large_frames_are_refused(tmp_path):
