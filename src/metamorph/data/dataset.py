@@ -6,13 +6,15 @@ import hashlib
 import logging
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from metamorph.data.feature_cache import FeatureCache
 from metamorph.data.media import FolderStore, MediaError, MediaStore, load_all, probe
 from metamorph.data.mixture import read_specs
 from metamorph.data.preflight import find_problems, summary
@@ -38,6 +40,7 @@ def load_data(
     max_bad_fraction: float = 0.01,
     check: bool = True,
     weighted: bool = True,
+    features: FeatureCache | None = None,
 ) -> MixtureDataset:
     """Open what `--data_path` names: the one entrance for training, for checking data and for caching features.
 
@@ -52,6 +55,7 @@ def load_data(
         max_bad_fraction: Largest share of bad records, over all sources.
         check: Whether to look at the records at once.
         weighted: Whether `weight` and `max_samples` count; False gives every record of every source once.
+        features: Cached visual tokens; images are not opened then.
 
     Raises:
         DataError: If a source or the mixture is unusable.
@@ -70,6 +74,7 @@ def load_data(
             name=spec.name,
             seed=seed,
             check=False,
+            features=features,
         )
         datasets.append(dataset)
         indices.append(spec.choose(len(dataset), seed) if weighted else None)
@@ -85,8 +90,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     An example is `{"id": str, "source": str, "input_ids": int64 [sequence], "labels": int64 [sequence],
     "visual_target_mask": bool [sequence], "pixel_values": float32 [images, 3, height, width]}`, without `pixel_values`
-    if it has no image. With `on_bad_record="skip"` a bad record gives `{"id": str, "source": str, "skipped": kind}`,
-    which the collator leaves out.
+    if it has no image, and with `"visual_tokens"` `[images, N, D]` in its place if there are `features`. With
+    `on_bad_record="skip"` a bad record gives `{"id": str, "source": str, "skipped": kind}`, which the collator leaves
+    out.
 
     What a task draws at random for a record depends on `seed`, the source's name and the record's id (or its index),
     so it is the same in every process and in every epoch.
@@ -103,6 +109,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         on_bad_record: `raise`, or `skip` to count, log and leave out.
         max_bad_fraction: Largest share of bad records with `skip`; above it training stops.
         check: Whether to look at the records at once.
+        features: Cached visual tokens, which stand in for the images.
 
     Raises:
         DataError: If the source is unusable; with `on_bad_record="raise"` also if any record is seen to be bad.
@@ -123,6 +130,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         on_bad_record: str = "raise",
         max_bad_fraction: float = 0.01,
         check: bool = True,
+        features: FeatureCache | None = None,
     ) -> None:
         limit = BadRecordLimit(on_bad_record, max_bad_fraction)
         self.task = get_task(task)
@@ -133,6 +141,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.model_max_length = model_max_length
         self.name = name or self.source.path.stem
         self.seed = seed
+        self.features = features
         self.log = RecordLog(len(self.source))
         self._folder = FolderStore(self.image_folder)
         if not self.image_folder.is_dir():
@@ -261,13 +270,16 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def _build(self, index: int) -> dict[str, Any]:
         record = self.record(index)
         conversation = self._converse(index, record)
-        try:
-            images = load_all(conversation.images, self.store(index))
-        except MediaError as error:
-            raise record.error(error.kind, error.detail) from error
+        images: Sequence[Any] = conversation.images
+        if self.features is None:
+            with _blames(record):
+                images = load_all(conversation.images, self.store(index))
         try:
             encoded = self.processor.encode_conversation(
-                [turn.as_message() for turn in conversation.turns], images, model_max_length=self.model_max_length
+                [turn.as_message() for turn in conversation.turns],
+                images,
+                model_max_length=self.model_max_length,
+                with_pixels=self.features is None,
             )
         except ValueError as error:  # the template cannot express this order of roles
             raise record.error("role_order", str(error)) from error
@@ -284,6 +296,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         }
         if encoded.pixel_values is not None:
             example["pixel_values"] = encoded.pixel_values
+        if self.features is not None:
+            kept = conversation.images[: len(images) - encoded.num_dropped_images]
+            with _blames(record):
+                tokens = self.features.read(kept, self.store(index))
+            if tokens is not None:
+                example["visual_tokens"] = tokens
         return example
 
     def _unsupervised(self, record: Record, encoded: EncodedConversation) -> RecordError:
@@ -313,11 +331,20 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.limit.check(last=error)
 
 
+@contextmanager
+def _blames(record: Record) -> Iterator[None]:
+    """Turn an error of a picture into one of the record that names it."""
+    try:
+        yield
+    except MediaError as error:
+        raise record.error(error.kind, error.detail) from error
+
+
 class MixtureDataset(Dataset[dict[str, Any]]):
     """Several sources as one data set: first all samples of the first source, then those of the second, and so on.
 
     Args:
-        datasets: The sources; their names differ.
+        datasets: The sources, of one processor and one length; their names differ.
         indices: For each source, int64 `[samples]` record numbers; None takes each record once.
         limit: What happens with bad records, counted over all sources.
         check: Whether to look at the records at once.
@@ -337,6 +364,8 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         self.datasets = list(datasets)
         self.indices = list(indices)
         self.limit = limit or BadRecordLimit()
+        self.processor = self.datasets[0].processor
+        self.model_max_length = self.datasets[0].model_max_length
         counts = []
         for dataset, chosen in zip(datasets, indices, strict=True):
             counts.append(len(dataset) if chosen is None else len(chosen))
@@ -352,16 +381,6 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         if check:
             for dataset, chosen in zip(datasets, indices, strict=True):
                 dataset.check(chosen)
-
-    @property
-    def processor(self) -> MetaMorphProcessor:
-        """Makes the sequences."""
-        return self.datasets[0].processor
-
-    @property
-    def model_max_length(self) -> int | None:
-        """Longest sequence."""
-        return self.datasets[0].model_max_length
 
     @property
     def sources(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch.utils.data import get_worker_info
@@ -36,6 +37,17 @@ class RecordLog:
         if not self._kinds[index]:
             self._num_bad[_slot()] += 1
         self._kinds[index] = _KINDS.index(kind if kind in BAD_RECORD_KINDS else "other") + 1
+
+    def merge(self, reduce_max: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Take over the bad records that other ranks have met. Every rank must call it.
+
+        Args:
+            reduce_max: Returns the element-wise maximum over all ranks of a uint8 `[records]` tensor.
+        """
+        everywhere = reduce_max(self._kinds.clone())
+        new = (everywhere != 0) & (self._kinds == 0)
+        self._kinds[new] = everywhere[new]
+        self._num_bad[_slot()] += new.sum()
 
     def note_truncated(self, index: int, num_dropped_images: int) -> None:
         """Record `index` was cut to `model_max_length` and lost this many images."""
@@ -97,24 +109,28 @@ class BadRecordLimit:
 
     @property
     def num_bad(self) -> int:
-        """Number of bad records that the processes of this data set have met so far."""
+        """Number of bad records that this process and its workers have met so far, and other ranks until `merge`."""
         return sum(log.num_bad for log in self._logs)
+
+    def merge(self, reduce_max: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Take over the bad records that other ranks have met, see [`RecordLog.merge`]. Every rank must call it."""
+        for log in self._logs:
+            log.merge(reduce_max)
 
     def bad_by_kind(self) -> dict[str, int]:
         """Number of bad records met so far, for each kind that occurred."""
         return dict(sum((Counter(log.bad_by_kind()) for log in self._logs), Counter()))
 
-    def check(self, num_bad: int | None = None, last: RecordError | None = None) -> None:
+    def check(self, last: RecordError | None = None) -> None:
         """Stop when too many records are bad.
 
         Args:
-            num_bad: Number of bad records that all ranks have met; by default those of this process and its workers.
             last: The bad record met last, for the message.
 
         Raises:
             TooManyBadRecordsError: If it is more than `max_bad_fraction` of all records.
         """
-        num_bad = self.num_bad if num_bad is None else num_bad
+        num_bad = self.num_bad
         if num_bad > self.max_bad_fraction * self.num_records:
             example = "" if last is None else f". The last one: {last}"
             raise TooManyBadRecordsError(

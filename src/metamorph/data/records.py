@@ -44,6 +44,7 @@ BAD_RECORD_KINDS = {
     "missing_image": "there is no such image file",
     "unreadable_image": "the file is not an image, or broken",
     "image_too_large": "the image has more pixels than the limit",
+    "missing_features": "the feature cache has no visual tokens of the image",
     "missing_video": "there is no such video file, or the task needs one and the record names none",
     "unreadable_video": "the file is not a video, or broken",
     "too_few_frames": "the video is too short for the task",
@@ -194,7 +195,8 @@ def check_conversation(record: Record, turns: Sequence[Turn], num_images: int) -
     if not turns:
         raise record.error(
             "no_conversations",
-            'the record needs "conversations": a list of {"from": "human" or "gpt", "value": text}, not nothing',
+            'the record needs "conversations": a list of {"from": "human" or "gpt", "value": text}. If it is of '
+            "another kind, captions say, declare its task in a mixture",
         )
     try:
         _check_order(turns)

@@ -1,4 +1,4 @@
-"""From the model flags to a processor and a model: configurations first, weights only once everything else is right."""
+"""From the flags to processor, data and model: configurations first, weights only once everything else is right."""
 
 import logging
 from dataclasses import dataclass
@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from metamorph.data.dataset import MixtureDataset, load_data
+from metamorph.data.feature_cache import FeatureCache, describe_tower
 from metamorph.flags import check_reachable, names_flag
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.image_processing import load_image_processor
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.vision_tower import load_vision_config, load_vision_encoder, resolve_vision_tower
-from metamorph.training.arguments import ModelArguments
+from metamorph.training.arguments import DataArguments, ModelArguments
 from metamorph.training.checkpoint import find_connector, load_connector
 
 
@@ -87,6 +89,54 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None) -> Pl
         image_aspect_ratio=image_aspect_ratio or "square",
     )
     return Plan(config, processor, continues)
+
+
+def open_features(model_args: ModelArguments, data_args: DataArguments, plan: Plan) -> FeatureCache | None:
+    """Open the feature cache, if one is to stand in for the tower.
+
+    Args:
+        model_args: The model flags.
+        data_args: The data flags.
+        plan: Result of `make_plan` for them.
+
+    Raises:
+        DataError: if the cache is unusable, or was made with another tower or reduction.
+        ValueError: if the tower is trained.
+    """
+    if data_args.feature_cache is None:
+        return None
+    if not model_args.freeze_vision:
+        raise ValueError(
+            "--freeze_vision False trains the tower, so its visual tokens change and cannot come from --feature_cache "
+            f"{data_args.feature_cache}: leave one of the two out"
+        )
+    return FeatureCache(data_args.feature_cache, describe_tower(plan.config, plan.processor))
+
+
+def load_training_data(
+    args: DataArguments, processor: MetaMorphProcessor, seed: int, features: FeatureCache | None = None
+) -> MixtureDataset:
+    """Open what the model learns from, and look at the records.
+
+    Args:
+        args: The data flags.
+        processor: Makes the sequences.
+        seed: Chooses the records of sources that are not used as a whole, and what tasks draw at random.
+        features: Result of `open_features`.
+
+    Raises:
+        DataError: if a source is unusable, or (with `--on_bad_record raise`) a record is bad.
+    """
+    return load_data(
+        args.data_path,
+        processor,
+        image_folder=args.image_folder,
+        model_max_length=args.model_max_length,
+        seed=seed,
+        on_bad_record=args.on_bad_record,
+        max_bad_fraction=args.max_bad_fraction,
+        features=features,
+    )
 
 
 def load_model(args: ModelArguments, plan: Plan) -> MetaMorphForConditionalGeneration:
