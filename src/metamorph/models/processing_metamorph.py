@@ -138,11 +138,12 @@ class MetaMorphProcessor(ProcessorMixin):
     def encode_conversation(
         self,
         messages: Sequence[Mapping[str, Any]],
-        images: Sequence[Image.Image] | None = None,
+        images: Sequence[Any] | None = None,
         *,
         system: str | None = None,
         add_generation_prompt: bool = False,
         model_max_length: int | None = None,
+        with_pixels: bool = True,
     ) -> EncodedConversation:
         """Turn one conversation into ids, labels, visual-target mask and pixels, built together.
 
@@ -159,6 +160,8 @@ class MetaMorphProcessor(ProcessorMixin):
             add_generation_prompt: Whether to end with the header of the assistant's next answer.
             model_max_length: Longest sequence. A longer one is cut between tokens of text, or before the first
                 image that does not fit; images after the cut are dropped.
+            with_pixels: False leaves `pixel_values` out, for images that are encoded already: then anything may stand
+                for an image in `images`.
 
         Raises:
             ValueError: If the numbers of markers and images differ, or a role or part is unknown.
@@ -167,27 +170,31 @@ class MetaMorphProcessor(ProcessorMixin):
         if system is not None and not any(message.role == "system" for message in parsed):
             parsed.insert(0, Message("system", [system.strip()]))
         pictures = assign_images(parsed, images)
-        builder = SequenceBuilder(self.image_tokens, self.num_image_tokens, model_max_length)
-        layout = self.template.layout([message.role for message in parsed], add_generation_prompt=add_generation_prompt)
-        for segment in layout:
-            if segment.message is None:
-                builder.add_text(self._encode_template_text(segment.text), segment.supervised)
-                continue
-            parts = with_prefix(segment.text, parsed[segment.message].parts)
-            for part in parts:
-                if isinstance(part, str):
-                    builder.add_text(self._encode_content(part), segment.supervised)
-                else:
-                    builder.add_image(is_answer=segment.supervised)
+        builder = self._build(parsed, model_max_length, add_generation_prompt)
         kept = pictures[: builder.num_images]
         return EncodedConversation(
             input_ids=torch.tensor(builder.ids, dtype=torch.long),
             labels=torch.tensor(builder.labels, dtype=torch.long),
             visual_target_mask=torch.tensor(builder.targets, dtype=torch.bool),
-            pixel_values=self._pixel_values(kept),
+            pixel_values=self._pixel_values(kept) if with_pixels else None,
             num_dropped_images=len(pictures) - len(kept),
             truncated=builder.truncated,
         )
+
+    def measure_conversation(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
+        """Say how long `encode_conversation` would make a conversation without a limit, without its pictures.
+
+        Args:
+            messages: As for `encode_conversation`.
+
+        Returns:
+            The number of tokens, those of images included; the number of images; how many of them are in answers.
+
+        Raises:
+            ValueError: If a role or part is unknown, or the template cannot express the order of roles.
+        """
+        builder = self._build(parse_messages(messages), None, add_generation_prompt=False)
+        return len(builder.ids), builder.num_images, sum(builder.targets) // self.num_image_tokens
 
     def __call__(
         self,
@@ -342,6 +349,21 @@ class MetaMorphProcessor(ProcessorMixin):
             segment.text if segment.message is None else segment.text + texts[segment.message]
             for segment in self.template.layout(roles, add_generation_prompt=add_generation_prompt)
         )
+
+    def _build(self, parsed: list[Message], limit: int | None, add_generation_prompt: bool) -> SequenceBuilder:
+        """Ids, labels and visual-target mask of a conversation, up to `limit` tokens."""
+        builder = SequenceBuilder(self.image_tokens, self.num_image_tokens, limit)
+        layout = self.template.layout([message.role for message in parsed], add_generation_prompt=add_generation_prompt)
+        for segment in layout:
+            if segment.message is None:
+                builder.add_text(self._encode_template_text(segment.text), segment.supervised)
+                continue
+            for part in with_prefix(segment.text, parsed[segment.message].parts):
+                if isinstance(part, str):
+                    builder.add_text(self._encode_content(part), segment.supervised)
+                else:
+                    builder.add_image(is_answer=segment.supervised)
+        return builder
 
     def _encode_template_text(self, text: str) -> list[int]:
         """Ids of the template's own text, in which control tokens count."""
