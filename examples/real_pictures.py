@@ -177,6 +177,7 @@ def train(output_dir: Path, steps: int = 20) -> dict[str, list[dict[str, float]]
             MetaMorphTrainingArguments(
                 output_dir=str(output_dir / name),
                 max_steps=steps,
+                packing=False,
                 per_device_train_batch_size=8,
                 learning_rate=3e-3,
                 logging_steps=1,

@@ -28,6 +28,7 @@ def common(parts: Path) -> dict[str, object]:
         "image_folder": parts / "images",
         "num_image_tokens": 4,
         "max_steps": 2,
+        "packing": False,
         "per_device_train_batch_size": 2,
         "save_strategy": "no",
         "bf16": False,

@@ -95,7 +95,7 @@ def write_records(path: Path, records: list[dict]) -> Path:
 def arguments(
     parts: Path, output_dir: Path, *, stage: int, **flags: object
 ) -> tuple[ModelArguments, DataArguments, MetaMorphTrainingArguments]:
-    """The three argument objects of a float32 run of four steps on the parts in `parts`.
+    """The three argument objects of a float32 run of four steps, one sample a row, on the parts in `parts`.
 
     Args:
         parts: Folder with `llm`, `tower`, `data.jsonl` and `images`.
@@ -114,6 +114,7 @@ def arguments(
         "bf16": False,
         "learning_rate": 1e-2,
         "max_steps": 4,
+        "packing": False,
         "per_device_train_batch_size": 2,
         "logging_steps": 1,
         "save_strategy": "no",

@@ -267,15 +267,17 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
 
         Args:
             input_ids: [B, S] with `N` placeholders for each image.
-            attention_mask: [B, S], or a float [B, 1, S, S] mask for packed rows.
-            position_ids: [B, S]
+            attention_mask: [B, S], 0 where padded. None in packed rows.
+            position_ids: [B, S]. In packed rows they restart at each sample: without an attention mask and a cache,
+                Transformers then keeps the samples apart (`metamorph.data.collation.PackedCollator`).
             pixel_values: [I, 3, height, width] the images of the batch in reading order. None in a text-only batch.
             visual_tokens: [I, N, D] the same images already encoded or generated, instead of `pixel_values`.
             labels: [B, S], not shifted: `labels[b, s]` is `input_ids[b, s]` where supervised, else -100.
             visual_target_mask: [B, S] bool, the placeholders of images the model shall learn to generate.
             past_key_values: key/value cache.
             inputs_embeds: [B, S, H] instead of `input_ids`, for text without images.
-            use_cache: defaults to False with `labels` (a cache would also break packed rows), else to the config's.
+            use_cache: defaults to False with `labels`, and with `position_ids` but no mask and no cache, because
+                packed rows leak into each other if there is a cache; else to the config's.
             logits_to_keep: logits are computed for the last so many positions (0: all). None means all without
                 `labels`, and no logits at all with them.
             loss_normalizers: what the summed text and visual losses are divided by, instead of this batch's own
@@ -288,7 +290,8 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         Raises:
             ValueError: placeholders, images and target mask disagree, or arguments exclude each other.
         """
-        if labels is not None and use_cache is None:
+        may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
+        if use_cache is None and (labels is not None or may_be_packed):
             use_cache = False
         outputs = self.model(
             input_ids=input_ids,

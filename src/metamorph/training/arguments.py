@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from metamorph.data.mixture import read_specs
+from metamorph.data.packing import check_grouping
 from metamorph.data.records import ON_BAD_RECORD
 from metamorph.flags import RemembersGiven, check_choice, check_model_reference
 from metamorph.models.configuration_metamorph import check_options
@@ -20,6 +22,7 @@ from metamorph.models.constants import ASPECT_RATIOS
 logger = logging.getLogger(__name__)
 
 LOSS_NORMALIZATIONS = ("global", "micro_batch")
+SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 
 
 @dataclass
@@ -154,9 +157,11 @@ class DataArguments(RemembersGiven):
     """What the model learns from."""
 
     data_path: str
-    """LLaVA records: a JSON array or one record per line."""
+    """Records: a JSON array, JSON Lines, tars in WebDataset's layout (`shard-{000..099}.tar`), or a mixture of
+    sources (YAML)."""
     image_folder: str | None = None
-    """Folder of the images; not needed for text-only data."""
+    """Folder that relative paths of images and videos start at; by default the folder of the records. Tars bring
+    their media, and sources of a mixture may name a folder of their own."""
     model_max_length: int = 4096
     """Longest sequence in tokens, visual tokens included."""
     image_aspect_ratio: str = "square"
@@ -166,6 +171,9 @@ class DataArguments(RemembersGiven):
     """What happens with a record that cannot be used: raise, or skip (count, log and leave out)."""
     max_bad_fraction: float = 0.01
     """Largest share of skipped records, between 0 and 1; above it the run stops."""
+    feature_cache: str | None = None
+    """Folder with visual tokens made by `metamorph data cache-features`: they stand in for the images, and the tower,
+    which must be frozen, is not run."""
 
     def __post_init__(self) -> None:
         check_choice("--image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
@@ -175,12 +183,11 @@ class DataArguments(RemembersGiven):
         if self.model_max_length < 2:
             raise ValueError(f"--model_max_length {self.model_max_length} must be at least 2 tokens")
         self.data_path = os.path.expanduser(self.data_path)
-        if not Path(self.data_path).is_file():
-            raise FileNotFoundError(
-                f"--data_path {self.data_path} does not exist or is not a file: give a JSON or JSONL file of records"
-            )
+        read_specs(self.data_path)
         if self.image_folder is not None:
             self.image_folder = os.path.expanduser(self.image_folder)
+        if self.feature_cache is not None:
+            self.feature_cache = os.path.expanduser(self.feature_cache)
         if self.image_folder is not None and not Path(self.image_folder).is_dir():
             raise FileNotFoundError(f"--image_folder {self.image_folder} does not exist or is not a folder")
 
@@ -210,6 +217,17 @@ class MetaMorphTrainingArguments(TrainingArguments):
     loss_normalization: str = "global"
     """`global` divides each loss by its tokens over all micro-batches and ranks of the optimizer step;
     `micro_batch` averages every micro-batch by itself, as the original system did."""
+    packing: bool = True
+    """Whether several samples share a row of `model_max_length` tokens, without seeing each other. Batches are then
+    counted in rows: see `per_device_train_batch_size`. False pads every sample to the longest of its batch."""
+    per_device_train_batch_size: int = 8
+    """Rows per process and micro-batch. With `packing` a row holds as many samples as fit into `model_max_length`
+    tokens, without it one sample."""
+    train_sampling_strategy: str = "random"
+    """Order of the samples: random, sequential, or (only with `packing=False`) group_by_length, which puts samples of
+    similar length into one step."""
+    group_by_length: bool = False
+    """Spelling of `train_sampling_strategy="group_by_length"` in Transformers 4, still understood."""
     mm_projector_lr: float | None = None
     """Learning rate of the connector and of the new tokens' rows in stage 1; by default `learning_rate`."""
     vision_lr: float | None = None
@@ -238,6 +256,7 @@ class MetaMorphTrainingArguments(TrainingArguments):
         if self.output_dir is None:
             raise ValueError("--output_dir is required: the folder for checkpoints and the trained model")
         check_choice("--loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)
+        self._check_batches()
         if self.bf16 and self.fp16:
             raise ValueError("--fp16 True and --bf16 True exclude each other: add --bf16 False")
         for name in ("learning_rate", "mm_projector_lr", "vision_lr", "vision_head_lr"):
@@ -260,6 +279,19 @@ class MetaMorphTrainingArguments(TrainingArguments):
         if self.n_gpu > 1:
             logger.warning("using 1 of %d GPUs: start with torchrun to use them all", self.n_gpu)
             self._n_gpu = 1  # nn.DataParallel would split pixel_values as if every sample had one image
+
+    def _check_batches(self) -> None:
+        if self.group_by_length:
+            self.train_sampling_strategy = "group_by_length"
+        check_choice("--train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES)
+        check_grouping(self.packing, self.train_sampling_strategy == "group_by_length")
+        if self.per_device_train_batch_size < 1:
+            raise ValueError(f"--per_device_train_batch_size {self.per_device_train_batch_size} must be at least 1")
+        if self.dataloader_drop_last:
+            raise ValueError(
+                "--dataloader_drop_last True cannot be had: every sample is trained on exactly once in each epoch, and "
+                "a last step with fewer samples weighs each of them as all others do; drop the flag"
+            )
 
 
 def local_model_type(name: str) -> str | None:

@@ -3,19 +3,24 @@
 import dataclasses
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import IntervalStrategy, PrinterCallback, set_seed
 
-from metamorph.data.collation import PaddedCollator
-from metamorph.data.dataset import ConversationDataset
+from metamorph.data.collation import PackedCollator, PaddedCollator
+from metamorph.data.index import cache_folder
+from metamorph.data.lengths import Lengths, Measurable, measure
+from metamorph.data.packing import BatchPlanner
 from metamorph.models.embeddings import merge_new_token_rows
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.models.packed_rows import check_keeps_samples_apart, uses_flash_attention
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
-from metamorph.training.assemble import load_model, make_plan
+from metamorph.training.assemble import load_model, load_training_data, make_plan, open_features
+from metamorph.training.bad_records import StopOnBadRecords
 from metamorph.training.checkpoint import find_checkpoint
 from metamorph.training.stages import apply_stage, format_summary
 from metamorph.training.trainer import MetaMorphTrainer
@@ -77,34 +82,38 @@ def run_training(
     checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint, model_args.stage)
     aspect_ratio = data_args.image_aspect_ratio if data_args.is_given("image_aspect_ratio") else None
     plan = make_plan(model_args, aspect_ratio)
-    dataset = ConversationDataset(
-        data_args.data_path,
-        plan.processor,
-        image_folder=data_args.image_folder,
-        model_max_length=data_args.model_max_length,
-        on_bad_record=data_args.on_bad_record,
-        max_bad_fraction=data_args.max_bad_fraction,
-    )
+    data_seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    features = open_features(model_args, data_args, plan)
+    dataset = load_training_data(data_args, plan.processor, data_seed, features)
+    planner = plan_run(dataset, data_args.model_max_length, training_args)
 
     # 2. The model, and the part of it that this stage trains.
     set_seed(training_args.seed)  # the connector and the vision head start at random
     model = load_model(model_args, plan)
+    if features is not None:
+        features.check_weights(model.model.vision_tower)
     summary = apply_stage(model, model_args)
     logger.info("stage %d trains:\n%s", model_args.stage, format_summary(summary, training_args))
     if not model_args.freeze_vision or model.config.image_token_reduction == "mlpmixer":
         # They have no gradient on a rank whose batch has no image; DDP must expect that.
         training_args.ddp_find_unused_parameters = True
+    collator: PackedCollator | PaddedCollator = PaddedCollator(plan.processor.pad_token_id)
+    if planner.packing:
+        check_keeps_samples_apart(model)
+        collator = PackedCollator(plan.processor.pad_token_id, flash_attention=uses_flash_attention(model))
 
     # 3. Training.
     trainer = MetaMorphTrainer(
         stage=model_args.stage,
+        planner=planner,
         model=model,
         args=training_args,
         train_dataset=dataset,
-        data_collator=PaddedCollator(plan.processor.pad_token_id),
+        data_collator=collator,
         processing_class=plan.processor,
         callbacks=callbacks,
     )
+    trainer.add_callback(StopOnBadRecords(dataset.limit))
     if callbacks:  # they report: Transformers' printer, which stands in for its bar when that is off, is not needed
         trainer.remove_callback(PrinterCallback)
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -137,6 +146,49 @@ def run_training(
         data_statistics=statistics,
         is_main_process=trainer.is_world_process_zero(),
     )
+
+
+def plan_run(dataset: Measurable, model_max_length: int, args: MetaMorphTrainingArguments) -> BatchPlanner:
+    """Decide which samples make which batch, from lengths that are measured now if anything depends on them.
+
+    One process of each machine measures, with the workers of all, and the others read what it has kept.
+
+    Args:
+        dataset: The data set.
+        model_max_length: Tokens of a row.
+        args: How the run learns.
+    """
+    group_by_length = args.train_sampling_strategy == "group_by_length"
+    if args.packing or group_by_length:
+        with args.main_process_first(desc="measuring lengths"):
+            workers = args.dataloader_num_workers * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            lengths = measure(dataset, workers, cache_folder())
+    else:
+        lengths = Lengths.unknown(len(dataset))
+    planner = BatchPlanner(
+        lengths,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        world_size=args.world_size,
+        rows_per_batch=args.per_device_train_batch_size,
+        max_length=model_max_length,
+        packing=args.packing,
+        group_by_length=group_by_length,
+        shuffle=args.train_sampling_strategy != "sequential",
+    )
+    if args.packing:
+        per_row = len(dataset) / len(planner.rows)
+        logger.info(
+            "packing: %d samples in %d rows of %d tokens, %.1f %% full; %d steps of micro-batches an epoch, on average "
+            "%.1f samples a row and %.0f in each optimizer step",
+            len(dataset),
+            len(planner.rows),
+            model_max_length,
+            100 * planner.efficiency,
+            planner.steps,
+            per_row,
+            per_row * args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        )
+    return planner
 
 
 def save_arguments(output_dir: str, model_args: ModelArguments, data_args: DataArguments) -> None:

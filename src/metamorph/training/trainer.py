@@ -4,16 +4,21 @@ import json
 import logging
 import math
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState
-from transformers.trainer_utils import TrainOutput
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput, seed_worker
 
+from metamorph.data.batches import PackedExamples, PlannedBatches
+from metamorph.data.packing import BatchPlanner
 from metamorph.models.constants import IGNORE_INDEX
 from metamorph.models.outputs import MetaMorphOutput
 from metamorph.training.checkpoint import TRAINER_STATE_FILE, load_connector, load_weights, save_connector
@@ -74,14 +79,17 @@ class MetaMorphTrainer(Trainer):
 
     Args:
         stage: 1: checkpoints hold the connector only, 2: the whole model. Both hold all that resuming needs.
+        planner: Plans the batches of each epoch.
         **kwargs: As for `transformers.Trainer`.
     """
 
     optimizer: torch.optim.Optimizer | None
 
-    def __init__(self, *, stage: int, **kwargs: Any) -> None:
+    def __init__(self, *, stage: int, planner: BatchPlanner, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.stage = stage
+        self.batches = PlannedBatches(planner, self.accelerator.process_index)
+        self.add_callback(_EpochOfPlan(self.batches))
         # Trainer divides the loss by the number of micro-batches unless the model is said to normalise by a count
         # over the step. Ours does so (by `get_batch_samples`); with `micro_batch` there is no count, and it divides.
         self.model_accepts_loss_kwargs = True
@@ -114,6 +122,34 @@ class MetaMorphTrainer(Trainer):
         if self.args.max_steps > 0:
             return state.global_step >= self.args.max_steps
         return (state.epoch or 0) >= self.args.num_train_epochs
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A loader of this rank's batches in the order of the plan, which workers and interruptions do not change."""
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset")
+        loader = DataLoader(
+            PackedExamples(self.train_dataset) if self.batches.planner.packing else self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            # Transformers 5.12 has no such flag yet.
+            multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
+            worker_init_fn=partial(
+                seed_worker, num_workers=self.args.dataloader_num_workers, rank=self.args.process_index
+            ),
+        )
+        # As Accelerator.prepare does, but the batches are this rank's already.
+        return prepare_data_loader(
+            loader,
+            device=self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=self.accelerator.device_placement,
+            non_blocking=self.accelerator.non_blocking,
+        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -216,6 +252,23 @@ class MetaMorphTrainer(Trainer):
             load_connector(self.model, resume_from_checkpoint)
         else:
             load_weights(self.model, resume_from_checkpoint)
+
+
+class _EpochOfPlan(TrainerCallback):
+    """Sets the epoch of the plan from the step counter: so it is right after a resume, too.
+
+    Trainer hands the epoch on to samplers, but its loader of a resumed epoch hides ours behind others, through which
+    not every version of Transformers and Accelerate reaches.
+    """
+
+    def __init__(self, batches: PlannedBatches) -> None:
+        self.batches = batches
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        steps = math.ceil(len(self.batches) / args.gradient_accumulation_steps)
+        self.batches.set_epoch(state.global_step // steps)
 
 
 def count_targets(batch: dict[str, Any]) -> Tensor:
