@@ -152,32 +152,6 @@ FULL = Recipe(
 )
 """What `metamorph quickstart` runs."""
 
-MINI = Recipe(
-    sizes=WorldSizes(
-        captions=6400,
-        vqa=24_000,
-        questions_per_image=4,
-        text_vqa=2000,
-        text_to_image=24_000,
-        edits=18_000,
-        next_frames=6000,
-        facts=1500,
-        knowledge_prompts=3000,
-        visualizer=2500,
-        evaluation=0,
-        pair_fraction=0.5,
-    ),
-    stage1_steps=200,
-    stage2_steps=3000,
-    alignment_steps=1500,
-    visualizer_steps=400,
-    evaluation=EvaluationSizes(vqa=1000, seen=192, held_out=96, knowledge=64, edit=96, next_frame=48, visualizer=128),
-)
-"""What `metamorph quickstart --rebuild-assets mini` runs: the quickstart, with more of everything."""
-
-MINI_EVALUATION_SEED = 1000
-"""Seed of the records that mini is judged by; no build or tuning uses it."""
-
 FAST = Recipe(
     sizes=WorldSizes(
         captions=64,
