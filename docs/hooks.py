@@ -1,6 +1,7 @@
 """Fills in what the documentation takes from the code.
 
-`{{ flags module:Class }}` becomes a table of that class, `{{ tests r07 }}` the tests named after that fault.
+`{{ flags module:Class }}` becomes a table of that class (`{{ options module:Class }}` one without dashes before the
+names), `{{ tests r07 }}` the tests named after that fault.
 What is missing is a warning, which `mkdocs build --strict` turns into a failure. In docstrings, names
 in Transformers' way, [`Name`], and in Sphinx's, :func:`name`, are shown as plain code.
 """
@@ -17,7 +18,7 @@ from metamorph.flags import attribute_docs
 
 
 logger = logging.getLogger("mkdocs.hooks.metamorph")
-FLAGS = re.compile(r"^\{\{ flags ([\w.]+):(\w+) \}\}$", re.MULTILINE)
+FLAGS = re.compile(r"^\{\{ (flags|options) ([\w.]+):(\w+) \}\}$", re.MULTILINE)
 TESTS = re.compile(r"^\{\{ tests (r\d\d) \}\}$", re.MULTILINE)
 MARKED_NAME = re.compile(r"\[(<code>[\w.]+</code>)\]|:(?:attr|class|data|func|meth|mod):(<code>[^<]*</code>)")
 TEST_FOLDER = Path(__file__).parent.parent / "tests"
@@ -25,7 +26,7 @@ TEST_FOLDER = Path(__file__).parent.parent / "tests"
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replaces every placeholder of a page; MkDocs calls this by its name."""
-    markdown = FLAGS.sub(lambda match: flag_table(match[1], match[2]), markdown)
+    markdown = FLAGS.sub(lambda match: flag_table(match[2], match[3], "--" * (match[1] == "flags")), markdown)
     return TESTS.sub(lambda match: guarding_tests(match[1]), markdown)
 
 
@@ -34,17 +35,17 @@ def on_page_content(html: str, **_: Any) -> str:
     return MARKED_NAME.sub(lambda match: match[1] or match[2], html)
 
 
-def flag_table(module: str, name: str) -> str:
-    """A Markdown table of the flags that a dataclass defines itself (inherited ones are left out)."""
+def flag_table(module: str, name: str, dashes: str = "--") -> str:
+    """A Markdown table of the flags or options that a dataclass defines itself (inherited ones are left out)."""
     cls = getattr(importlib.import_module(module), name)
     documented = attribute_docs(cls)
-    rows = ["| Flag | Default | Meaning |", "|---|---|---|"]
+    rows = [f"| {'Flag' if dashes else 'Option'} | Default | Meaning |", "|---|---|---|"]
     for field in dataclasses.fields(cls):
         if field.name in cls.__annotations__ and field.init:
             meaning = documented.get(field.name, "")
             if not meaning:
                 logger.warning("%s.%s.%s has no attribute docstring", module, name, field.name)
-            rows.append(f"| `--{field.name}` | {_default(field)} | {meaning.replace('|', chr(92) + '|')} |")
+            rows.append(f"| `{dashes}{field.name}` | {_default(field)} | {meaning.replace('|', chr(92) + '|')} |")
     return "\n".join(rows)
 
 

@@ -1,15 +1,21 @@
 """Tasks on records written by hand: what is asked, what is answered, and with which pictures."""
 
+import json
 import re
+import runpy
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from metamorph.data.dataset import load_data
+from metamorph.data.doctor import WARNINGS
 from metamorph.data.records import BAD_RECORD_KINDS, RecordError, parse_record
 from metamorph.data.tasks import TASKS, Box, ImageRef, get_task, parse_options
 from metamorph.data.tasks.frame_prediction import TEMPLATES
 from metamorph.data.video import VideoInfo
-from processing_parts import llava
+from processing_parts import build_processor, llava
 
 
 def video_of(*times: float, last: float = 0.1) -> VideoInfo:
@@ -450,3 +456,37 @@ def test_unknown_tasks_and_options_name_the_nearest():
 def test_bad_options_are_named(name, options, message):
     with pytest.raises(ValueError, match=rf"options of task {name}: .*{re.escape(message)}"):
         parse_options(get_task(name), options)
+
+
+# documentation
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_documented_record_of_each_task_is_that_of_the_example(name):
+    section = PAGE.split(f"### `{name}`\n")[1].split("\n## ")[0]
+    (record,) = re.findall(r"```json\n(.*?)```", section.split("\n### ")[0], re.DOTALL)
+    example = runpy.run_path(str(ROOT / "examples" / "prepare_data.py"))
+    assert json.loads(record) == example["RECORDS"][name]
+
+
+def test_the_example_gives_a_training_example_of_each_task(tmp_path):
+    mixture = runpy.run_path(str(ROOT / "examples" / "prepare_data.py"))["write_data"](tmp_path)
+    data = load_data(mixture, build_processor())
+    assert list(data.sources) == list(TASKS)
+    examples = [data[index] for index in range(len(data))]
+    assert {example["source"] for example in examples} == set(TASKS)
+    for example in examples:
+        assert example["visual_target_mask"].any() == TASKS[example["source"]].draws
+
+
+def test_every_template_option_and_kind_is_documented():
+    for name in TEMPLATES:
+        assert f"| `{name}` |" in PAGE
+    for task in TASKS.values():
+        if fields(task.options_type):
+            assert f"{{{{ options {task.options_type.__module__}:{task.options_type.__name__} }}}}" in PAGE
+    for kind in (*BAD_RECORD_KINDS, *WARNINGS):
+        assert re.search(rf"^\|[^|]*`{kind}`", PAGE, re.MULTILINE), f"docs/data.md does not explain {kind}"

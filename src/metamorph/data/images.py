@@ -82,7 +82,7 @@ def draw_box(image: Image.Image, box: tuple[int, int, int, int], name: str, colo
     width = max(1, round(min(image.size) / 100))
     draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=width)
     if name:
-        font = ImageFont.load_default(size=max(8, round(min(image.size) / 24)))
+        font = ImageFont.load_default(size=max(10, round(min(image.size) / 18)))
         height = draw.textbbox((0, 0), name, font=font)[3] + 2
         place = (left, top - height if top >= height else top + width)
         draw.rectangle(draw.textbbox(place, name, font=font), fill=colour)
