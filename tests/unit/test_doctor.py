@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from metamorph.data.dataset import load_data
 from metamorph.data.doctor import WARNINGS, check_dataset
-from metamorph.data.doctor_data import OpenedData
 from metamorph.data.doctor_report import make_report, pick_samples, write_reports
 from metamorph.data.doctor_samples import pictures_of, split_example, text_of, token_rows
 from metamorph.data.records import BAD_RECORD_KINDS
@@ -101,8 +101,12 @@ def broken_records() -> dict[str, tuple[object, str, str]]:
     }
 
 
+def opened(path: Path, processor, limit: int | None = LIMIT):
+    return load_data(path, processor, path.parent, limit, check=False, weighted=False)
+
+
 def check_file(path: Path, processor, **options):
-    return check_dataset(OpenedData(path, processor, path.parent, LIMIT), **options)
+    return check_dataset(opened(path, processor), **options)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -126,7 +130,7 @@ def test_every_fault_of_a_broken_set_is_found(folder, processor, num_workers):
     line_of = {name: 1 + len(good) + number for number, name in enumerate(faults, 1)}
     for name, (_, kind, words) in faults.items():
         found = [problem for problem in diagnosis.problems if (problem.line, problem.kind) == (line_of[name], kind)]
-        assert [problem.source for problem in found] == ["broken.jsonl"], name
+        assert [problem.source for problem in found] == ["broken"], name
         assert re.search(words, found[0].detail), found[0].detail
         assert found[0].id == (None if kind in ("broken_line", "not_an_object") else name)
     assert (len(diagnosis.probes), diagnosis.num_ok) == (len(lines) + 1, 1 + len(good))
@@ -143,7 +147,7 @@ def test_report_has_the_promised_form(folder, processor):
     assert report["by_kind"] == {"unsupervised": 1, "image_count": 1}
     assert report["problems"][0] == {
         "kind": "unsupervised",
-        "source": "data.jsonl",
+        "source": "data",
         "line": 2,
         "id": "b",
         "detail": "the record has no gpt turn, so there is nothing to learn; add an answer or remove the record",
@@ -160,17 +164,17 @@ def test_statistics_are_those_of_the_examples(folder, processor):
         llava("long", "Hi", "bla " * 200),
     ]
     path = write_jsonl(folder / "data.jsonl", records)
-    data = OpenedData(path, processor, folder, LIMIT)
+    data = opened(path, processor)
     statistics = make_report(check_dataset(data))["statistics"]
     examples = [data[index] for index in range(4)]
-    whole = OpenedData(path, processor, folder)
+    whole = opened(path, processor, None)
     lengths = [len(whole[index]["input_ids"]) for index in range(4)]
     assert statistics["tokens"]["total"] == sum(lengths)
     assert statistics["tokens"]["max"] == lengths[3] > LIMIT
     learnt = sum(int((example["labels"] != -100).sum()) for example in examples)
     assert statistics["text_targets"]["total"] == learnt
     assert (statistics["images"]["total"], statistics["answer_images"]["total"]) == (3, 2)
-    assert statistics["sources"]["data.jsonl"]["records"] == 4
+    assert statistics["sources"]["data"]["records"] == 4
     kept = sum(len(example["input_ids"]) for example in examples)
     packing = statistics["packing"]
     assert packing["efficiency"] == pytest.approx(kept / (packing["rows"] * LIMIT), abs=1e-4)
@@ -200,7 +204,7 @@ def test_page_shows_problems_samples_and_masks(folder, processor):
         *[llava("same", "Hi", "Hi.")] * 30,
     ]
     path = write_jsonl(folder / "data.jsonl", records)
-    data = OpenedData(path, processor, folder, LIMIT)
+    data = opened(path, processor)
     diagnosis = check_dataset(data)
     samples = pick_samples(data, diagnosis, 3)
     page = write_reports(folder / "report", diagnosis, samples, processor)[1].read_text()
@@ -216,7 +220,7 @@ def test_page_shows_problems_samples_and_masks(folder, processor):
 
 def test_pieces_cover_the_example_and_agree_with_its_masks(folder, processor):
     record = llava("x", "<image><image> Which?", "This: <image> or that.", image=["good.png"] * 3)
-    data = OpenedData(write_jsonl(folder / "data.jsonl", [record]), processor, folder)
+    data = opened(write_jsonl(folder / "data.jsonl", [record]), processor, None)
     example = data[0]
     pieces = split_example(example, processor)
     assert [token for piece in pieces for token in piece.ids] == example["input_ids"].tolist()
@@ -233,6 +237,6 @@ def test_pieces_cover_the_example_and_agree_with_its_masks(folder, processor):
 
 def test_pictures_are_those_the_tower_sees(folder, processor):
     path = write_jsonl(folder / "data.jsonl", [llava("x", "<image>", "A cat.", image="good.png")])
-    (picture,) = pictures_of(OpenedData(path, processor, folder)[0], processor.image_processor)
+    (picture,) = pictures_of(opened(path, processor, None)[0], processor.image_processor)
     expected = Image.open(folder / "good.png").resize((112, 112), resample=processor.image_processor.resample)
     assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected)).max() <= 1

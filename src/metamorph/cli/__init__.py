@@ -16,7 +16,7 @@ class Command:
     """A subcommand."""
 
     module: str
-    """Module with `main(argv: Sequence[str]) -> None`."""
+    """Module with `main(argv: Sequence[str])`, which returns its exit status, or None for 0."""
     summary: str
     """One line for `metamorph --help`."""
 
@@ -26,6 +26,7 @@ COMMANDS = {
     "train": Command("metamorph.cli.train", "train the connector (stage 1) or the whole model (stage 2)"),
     "train-visualizer": Command("metamorph.cli.train_visualizer", "train the diffusion decoder of visual tokens"),
     "generate": Command("metamorph.cli.generate", "answer a prompt with text and pictures"),
+    "data": Command("metamorph.cli.data", "check training data before it is trained on, show it, cache its features"),
     "lr": Command("metamorph.cli.lr", "scale a learning rate to another batch size"),
 }
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command line without the program's name; None reads `sys.argv`.
 
     Returns:
-        Exit status: 0 on success, 2 for bad input.
+        Exit status: 0 on success, 1 if `data check` found problems, 2 for bad input.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = words[:1] == ["--debug"]  # before the command only: `train` has Transformers' own --debug
@@ -56,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _set_up_logging(debug)
     try:
-        importlib.import_module(COMMANDS[words[0]].module).main(words[1:])
+        status = importlib.import_module(COMMANDS[words[0]].module).main(words[1:])
     except USER_ERRORS as error:
         if debug:
             raise
         print(f"metamorph {words[0]}: error: {error} (metamorph --debug {words[0]} … shows where)", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 def usage() -> str:

@@ -10,8 +10,8 @@ from metamorph.flags import check_model_reference, check_reachable, names_flag
 
 
 if TYPE_CHECKING:
+    from metamorph.data.dataset import MixtureDataset
     from metamorph.data.doctor import Diagnosis
-    from metamorph.data.doctor_data import OpenedData
     from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 MINIATURE_NOTE = (
@@ -19,6 +19,11 @@ MINIATURE_NOTE = (
     "and whether records are too long was not judged."
 )
 SAMPLES = 12
+CACHE_FEATURES = "cache-features"
+CACHE_USAGE = (
+    "cache-features [PATH] --feature_cache DIR [--config RECIPE.yaml] [--feature_dtype bfloat16|float32]\n"
+    "       and the flags of `metamorph train`, of which it needs those of the model and of the data"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,6 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--output-dir", type=Path, default=Path("data-show"), help="folder of the images (default: %(default)s)"
     )
     show.set_defaults(run=run_show)
+    commands.add_parser(
+        CACHE_FEATURES, help="run the frozen tower once over all images", usage=f"metamorph data {CACHE_USAGE}"
+    )
     parser.epilog = "\n".join(command.format_usage() for command in commands.choices.values())
     return parser
 
@@ -92,6 +100,11 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         Exit status: 0, or 1 if `check` found problems.
     """
+    if list(argv[:1]) == [CACHE_FEATURES]:  # takes the flags of training, so that it makes what training needs
+        from metamorph.cli import cache_features
+
+        cache_features.main(argv[1:])
+        return 0
     flags = build_parser().parse_args(argv)
     status: int = flags.run(flags)
     return status
@@ -167,7 +180,7 @@ def run_show(flags: argparse.Namespace) -> int:
     return 0
 
 
-def open_data(flags: argparse.Namespace) -> "OpenedData":
+def open_data(flags: argparse.Namespace) -> "MixtureDataset":
     """Open the data with the processor that training would use.
 
     Args:
@@ -179,13 +192,11 @@ def open_data(flags: argparse.Namespace) -> "OpenedData":
     """
     if flags.image_folder is not None and not Path(flags.image_folder).is_dir():
         raise FileNotFoundError(f"--image-folder {flags.image_folder} does not exist or is not a folder")
-    if not os.path.exists(flags.path):
-        raise FileNotFoundError(f"{flags.path} does not exist: give a file of records")
-    from metamorph.data.doctor_data import OpenedData
+    from metamorph.data.dataset import load_data
 
     # Lengths in the stand-in's tokens are no reason to call a record too long.
     limit = flags.model_max_length if flags.model_name_or_path is not None else None
-    return OpenedData(flags.path, load_processor(flags), flags.image_folder, limit)
+    return load_data(flags.path, load_processor(flags), flags.image_folder, limit, check=False, weighted=False)
 
 
 def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":

@@ -15,20 +15,23 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from metamorph.data.records import Record, RecordError
+from metamorph.data.records import DataError, Record, RecordError, Turn
+from metamorph.data.tasks import Conversation
 from metamorph.models.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, IGNORE_INDEX
 from metamorph.models.conversations import split_at_images
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 
 WARNINGS = {
-    "over_long": "the record is longer than `--model_max_length` and would be cut",
+    "over_long": "the record is longer than --model_max_length and would be cut",
     "empty_turn": "a turn has neither text nor image",
     "control_token": "a text holds the name of a control token, which the template adds itself",
     "duplicate_id": "an earlier record of the source has the same id",
 }
 """What the doctor finds in records that training would accept; `BAD_RECORD_KINDS` has all other kinds."""
 
+_FOUND_MEDIA = ("unreadable_image", "image_too_large", "unreadable_video", "too_few_frames")
+"""Kinds of records whose media are there."""
 _BATCH = 16
 _NO_VALUE = -1
 
@@ -36,8 +39,13 @@ _NO_VALUE = -1
 class CheckedDataset(Protocol):
     """What the doctor needs of a data set, which raises the errors of its records (`on_bad_record="raise"`)."""
 
-    processor: MetaMorphProcessor
-    model_max_length: int | None
+    @property
+    def processor(self) -> MetaMorphProcessor:
+        """Makes the sequences."""
+
+    @property
+    def model_max_length(self) -> int | None:
+        """Longest sequence; None if lengths are not to be judged."""
 
     def __len__(self) -> int: ...
 
@@ -46,6 +54,9 @@ class CheckedDataset(Protocol):
 
     def record(self, index: int) -> Record:
         """The record it is made of."""
+
+    def conversation(self, index: int) -> Conversation:
+        """What the task makes of the record."""
 
     def measure(self, index: int) -> tuple[int, int, int]:
         """Tokens, images and answer images of the uncut example, without opening a picture."""
@@ -152,6 +163,7 @@ def check_dataset(dataset: CheckedDataset, *, num_workers: int = 0, limit: int |
         Lengths of all checked records, and all problems.
 
     Raises:
+        DataError: If a source names media and not a single file of them is there.
         ValueError: If `limit` is below 1.
     """
     if limit is not None and limit < 1:
@@ -181,6 +193,7 @@ def check_dataset(dataset: CheckedDataset, *, num_workers: int = 0, limit: int |
         rows[place]["problems"] += 1
         problems.append((place, _duplicate(dataset, int(rows[place]["index"]), int(rows[first]["index"]))))
     problems.sort(key=lambda item: item[0])
+    _refuse_wrong_folder(rows, list(names), [problem for _, problem in problems])
     return Diagnosis(
         total_records=total,
         probes=rows,
@@ -217,7 +230,7 @@ class _DryRun(Dataset[Probe]):
         try:
             record = dataset.record(index)
             where, record_id = record.where, record.id
-            found += _faults_of_turns(record, self.control_tokens)
+            found += _faults_of_turns(dataset.conversation(index).turns, self.control_tokens)
             lengths = dataset.measure(index)
             example = dataset[index]
         except RecordError as error:
@@ -259,8 +272,8 @@ def _probes(dataset: CheckedDataset, indices: Sequence[int], num_workers: int) -
 
 
 def line_of(where: str, index: int) -> int:
-    """The number at the end of `file:12` or `file[12]`; `index` if there is none."""
-    match = re.search(r":(\d+)$|\[(\d+)\]$", where)
+    """The number at the end of `file:12` or `file[12]`; `index` if there is none, as for samples in a tar."""
+    match = None if ".tar:" in where else re.search(r":(\d+)$|\[(\d+)\]$", where)
     return index if match is None else int(match[1] or match[2])
 
 
@@ -272,9 +285,9 @@ def _without_place(error: RecordError) -> str:
     return text.removeprefix(": ")
 
 
-def _faults_of_turns(record: Record, control_tokens: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+def _faults_of_turns(turns: Sequence[Turn], control_tokens: re.Pattern[str]) -> Iterator[tuple[str, str]]:
     """Kind and detail of what is odd in the texts."""
-    for number, turn in enumerate(record.turns, 1):
+    for number, turn in enumerate(turns, 1):
         parts = split_at_images(turn.text)
         texts = [part for part in parts if isinstance(part, str)]
         if not "".join(texts).strip() and len(texts) == len(parts):
@@ -308,6 +321,22 @@ def _cut(lengths: tuple[int, int, int], example: dict[str, Any] | None, limit: i
     lost = images - (0 if visual is None else len(visual))
     dropped = f" and {lost} of {images} image(s)" if lost else ""
     return f"{text}its last {tokens - len(example['input_ids'])} tokens{dropped} would be cut off; shorten or split it"
+
+
+def _refuse_wrong_folder(rows: np.ndarray, names: Sequence[str], problems: Sequence[Problem]) -> None:
+    """Stop when all media of a source are missing: then the folder is wrong, and not each of its records."""
+    missing: dict[str, list[Problem]] = {}
+    for problem in problems:
+        if problem.kind.startswith("missing_"):
+            missing.setdefault(problem.source, []).append(problem)
+    found = {names[number] for number in rows["source"][rows["images"] > 0].tolist()}
+    found |= {problem.source for problem in problems if problem.kind in _FOUND_MEDIA}
+    for source, gone in missing.items():
+        if source not in found:
+            raise DataError(
+                f"none of the {len(gone)} records of {source} with images or videos has its files, so --image-folder "
+                f"is wrong. The first, {source}:{gone[0].line}: {gone[0].detail}"
+            )
 
 
 def _digest(source: str, record_id: str) -> int:

@@ -22,9 +22,10 @@ PAGE = """\
   td.detail { overflow-wrap: anywhere; } td.place { white-space: nowrap; }
   details { margin: .4rem 0; } summary { cursor: pointer; } summary .soft { margin-left: .5rem; }
   details table { margin: .4rem 0 .8rem 1.1rem; font-size: 13px; }
-  .histograms { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 1.6rem 2.4rem; }
+  .histograms { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1.6rem 2.4rem; }
   .histograms h3 { font-size: 14px; margin: 0 0 .5rem; } .scale { display: flex; justify-content: space-between; }
-  .scale, .top { font-size: 12px; color: var(--soft); font-variant-numeric: tabular-nums; }
+  .few { display: flex; } .few span { flex: 1; text-align: center; }
+  .scale, .few, .top { font-size: 12px; color: var(--soft); font-variant-numeric: tabular-nums; }
   svg { display: block; width: 100%; height: 130px; border-bottom: 1px solid var(--line); overflow: visible; }
   .sample { border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem; margin: .8rem 0; }
   .sample h3 { font-size: 13px; margin: 0 0 .4rem; color: var(--soft); font-weight: 500; overflow-wrap: anywhere; }
@@ -54,7 +55,7 @@ looked at, evenly spread.{% endif %}
 {% if statistics.note %}<p><b>{{ statistics.note }}</b></p>{% endif %}
 
 {% if kinds %}<h2>Problems</h2>
-{% for kind in kinds %}<details{{ " open" if kinds|length <= 3 }}>
+{% for kind in kinds %}<details{{ " open" if kinds|length <= 3 or report.problems|length <= 20 }}>
 <summary><b>{{ kind.name }}</b> × {{ number(kind.count) }}<span class="soft">{{ kind.meaning }}</span></summary>
 <div class="wide"><table>
 <tr><th>place</th><th>id</th><th>what is wrong</th></tr>
@@ -98,13 +99,14 @@ record in each row would fill {{ "%.1f"|format(100 * statistics.packing.unpacked
 <div class="top">{{ number(chart.highest) }} records</div>
 <svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{{ chart.title }}">
 {% for bar in chart.bars %}<rect x="{{ bar.left + 0.06 * bar.width }}" y="{{ 100 - bar.height }}"
- width="{{ 0.88 * bar.width }}" height="{{ bar.height }}" fill="#0969da"><title>{{ bar.label }}: {{ number(bar.count) }}
- records</title></rect>
+ width="{{ 0.88 * bar.width }}" height="{{ bar.height }}" fill="{{ '#54a3ec' if bar.is_rest else '#0969da' }}">
+<title>{{ bar.label }}: {{ number(bar.count) }} records</title></rect>
 {% endfor %}{% if chart.limit_left is not none %}<line x1="{{ chart.limit_left }}" x2="{{ chart.limit_left }}" y1="0"
  y2="100" stroke="#cf222e" stroke-width="1.5" vector-effect="non-scaling-stroke"></line>{% endif %}
 </svg>
-<div class="scale"><span>{{ number(chart.first) }}</span>{% if chart.limit_left is not none %}<span class="wrong">red:
---model_max_length {{ number(chart.limit) }}</span>{% endif %}<span>{{ number(chart.last) }}</span></div></div>
+{% if chart.few %}<div class="few">{% for bar in chart.bars %}<span>{{ bar.label }}</span>{% endfor %}</div>
+{% else %}<div class="scale"><span>0</span>{% if chart.limit_left is not none %}<span class="wrong">red:
+--model_max_length {{ number(chart.limit) }}</span>{% endif %}<span>{{ chart.end }}</span></div>{% endif %}</div>
 {% endfor %}
 </div>
 

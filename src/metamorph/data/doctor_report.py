@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 from metamorph.data.doctor import WARNINGS, CheckedDataset, Diagnosis, as_json, line_of
 from metamorph.data.doctor_page import PAGE
 from metamorph.data.doctor_samples import pictures_of, split_example, text_of
+from metamorph.data.packing import pack_rows
 from metamorph.data.records import BAD_RECORD_KINDS
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 
@@ -29,6 +29,9 @@ SHOWN_PER_KIND = 20
 PICTURE_SIDE = 160
 """Largest side in pixels of the pictures on the page."""
 _BINS = 24
+"""Bars of a histogram, at most."""
+_FEW = 8
+"""So many bars have room for a label each."""
 
 
 @dataclass(frozen=True)
@@ -128,17 +131,15 @@ def packing(lengths: np.ndarray, model_max_length: int | None) -> dict[str, Any]
     """
     if model_max_length is None or not len(lengths):
         return None
-    rows = _first_fit_rows(lengths, model_max_length)
+    rows = len(
+        pack_rows(lengths, max_length=model_max_length, order=np.random.default_rng(0).permutation(len(lengths)))
+    )
     tokens = int(lengths.sum())
     return {
         "rows": rows,
         "efficiency": round(tokens / (rows * model_max_length), 4),
         "unpacked_efficiency": round(tokens / (len(lengths) * model_max_length), 4),
     }
-
-
-def _first_fit_rows(lengths: np.ndarray, row: int) -> int:
-    return math.ceil(int(lengths.sum()) / row)
 
 
 def render_page(
@@ -209,30 +210,40 @@ def _source_row(probes: np.ndarray) -> dict[str, Any]:
 
 
 def _histogram(title: str, values: np.ndarray, limit: int | None = None) -> dict[str, Any] | None:
-    """Bars of a histogram in per cent of its drawing, and a mark at `limit`; None if there is nothing to draw."""
+    """Bars of a histogram in per cent of its drawing, and a mark at `limit`; None if there is nothing to draw.
+
+    The longest hundredth is one bar at the end: a single record of ten thousand tokens would hide all others.
+    """
     if not len(values) or not values.max():
         return None
-    width = _bin_width(int(values.max()))
-    counts = np.bincount(values // width)
-    end = len(counts) * width
-    bars = [
-        {
-            "left": 100 * number / len(counts),
-            "width": 100 / len(counts),
-            "height": 100 * count / counts.max(),
-            "label": f"{number * width}" + (f"–{(number + 1) * width - 1}" if width > 1 else ""),
-            "count": int(count),
-        }
-        for number, count in enumerate(counts.tolist())
-    ]
+    typical = int(np.quantile(values, 0.99, method="higher"))
+    largest = int(values.max()) if values.max() <= 1.5 * max(typical, 1) else typical
+    width = _bin_width(largest)
+    counts = np.bincount(np.minimum(values, largest + width) // width)
+    end = (largest // width + 1) * width
+    bars = []
+    for number, count in enumerate(counts.tolist()):
+        low, is_rest = number * width, number * width >= end
+        label = f"{low:,} or more" if is_rest else f"{low:,}" if width == 1 else f"{low:,}–{low + width - 1:,}"
+        bars.append(
+            {
+                "left": 100 * number / len(counts),
+                "width": 100 / len(counts),
+                "height": 100 * count / counts.max(),
+                "label": label,
+                "count": count,
+                "is_rest": is_rest,
+            }
+        )
+    has_rest = len(counts) * width > end
     return {
         "title": title,
         "bars": bars,
-        "first": 0,
-        "last": end if width > 1 else end - 1,
+        "few": len(bars) <= _FEW,
+        "end": f"{end:,} or more" if has_rest else f"{end:,}",
         "highest": int(counts.max()),
         "limit": limit,
-        "limit_left": None if limit is None or limit >= end else 100 * limit / end,
+        "limit_left": None if limit is None or limit >= end else 100 * limit / (len(counts) * width),
     }
 
 

@@ -1,0 +1,24 @@
+"""`metamorph data cache-features [PATH] --feature_cache DIR --config recipe.yaml`: visual tokens, made once."""
+
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the frozen tower over all images of the training data, and keep its visual tokens.
+
+    Args:
+        argv: Command line after `cache-features`: the flags of `metamorph train`; its `--data_path` may come first.
+    """
+    words = list(argv)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--data_path")
+    from metamorph.training.arguments import DataArguments, ModelArguments
+    from metamorph.training.features import FeatureArguments
+    from metamorph.training.parsing import parse_arguments
+
+    types = (ModelArguments, DataArguments, FeatureArguments)
+    arguments = parse_arguments(types, words, prog="metamorph data cache-features")
+    from metamorph.training.features import cache_features  # after the arguments are known to be good: takes seconds
+
+    folder, count = cache_features(*arguments)
+    print(f"visual tokens of {count} images: {folder}")
