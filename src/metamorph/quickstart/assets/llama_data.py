@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from metamorph.quickstart import changes, knowledge, language, world
-from metamorph.quickstart.scenes import Scene, is_reserved, sample_scene
+from metamorph.quickstart.scenes import COLORS, POSITIONS, SHAPES, SIZES, Scene, is_reserved, sample_scene
 
 
 Conversation = list[dict[str, str]]
@@ -20,13 +20,24 @@ Conversation = list[dict[str, str]]
 _MAX_QUESTIONS = 6
 _PAIR_FRACTION = 0.5
 _TASK_SHARES = {
-    "questions": 0.56,
+    "questions": 0.44,
+    "list": 0.08,
     "caption": 0.06,
     "edit": 0.12,
     "next_frame": 0.04,
     "drawing": 0.08,
     "knowledge": 0.06,
-    "facts": 0.08,
+    "facts": 0.12,
+}
+_LIST_QUESTIONS = 5
+_LIST_COUNT_SHARE = 0.25
+_COUNT_WHAT_IS_THERE = 0.7
+_ATTRIBUTES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "position": POSITIONS}
+_QUESTIONS = {
+    "size": language.SIZE_QUESTION,
+    "color": language.COLOUR_QUESTION,
+    "shape": language.SHAPE_QUESTION,
+    "position": language.POSITION_QUESTION,
 }
 
 
@@ -58,11 +69,12 @@ def build_vocabulary() -> list[str]:
 def training_conversation(rng: np.random.Generator) -> Conversation:
     """Draw one conversation. Scenes that are kept for evaluation never occur."""
     task = str(rng.choice(list(_TASK_SHARES), p=list(_TASK_SHARES.values())))
+    if task == "list":
+        return list_conversation(rng, count_share=_LIST_COUNT_SHARE)
     if task == "questions":
         return _question_conversation(sample_scene(rng, pair_fraction=_PAIR_FRACTION), rng)
     if task == "facts":
-        exchanges = knowledge.fact_questions(language.pick(rng, knowledge.THINGS), rng)
-        return _exchange(*language.pick(rng, exchanges))
+        return fact_conversation(rng)
     if task == "caption":
         scene = sample_scene(rng, pair_fraction=_PAIR_FRACTION)
         return _exchange(_lines(_described(scene, rng), _caption_request(rng)), language.caption(scene, rng))
@@ -70,6 +82,70 @@ def training_conversation(rng: np.random.Generator) -> Conversation:
         request, scenes = _imagined(task, rng)
         if not any(map(is_reserved, scenes)):
             return _exchange(request, _plain_caption(scenes[-1], rng))
+
+
+def fact_conversation(rng: np.random.Generator) -> Conversation:
+    """A question about a thing, or about whether something is true of it."""
+    return _exchange(*language.pick(rng, knowledge.fact_questions(language.pick(rng, knowledge.THINGS), rng)))
+
+
+def list_conversation(rng: np.random.Generator, *, count_share: float = 0.0) -> Conversation:
+    """Questions about a list of two to four things, of each of which two attributes or more are told.
+
+    It never tells all of one thing or of two, so no scene that is kept for evaluation occurs.
+
+    Args:
+        rng: Source of things and words.
+        count_share: Share of questions that ask how many there are, as opposed to how one is.
+    """
+    while True:
+        count = int(rng.integers(2, 5))
+        things = [_partial_thing(rng, most=3 if count == 2 else 4) for _ in range(count)]
+        told = language.sentence("{text}", rng, text=" and ".join(language.object_phrase(**thing) for thing in things))
+        turns: Conversation = []
+        for _ in range(3 * _LIST_QUESTIONS):
+            draw = _list_count if rng.random() < count_share else _list_question
+            found = draw(things, rng)
+            if found is not None:
+                question, answer = found
+                turns += _exchange(question if turns else _lines(told, question), answer)
+            if len(turns) == 2 * _LIST_QUESTIONS:
+                return turns
+        if turns:
+            return turns
+
+
+def _list_question(things: list[dict[str, str]], rng: np.random.Generator) -> tuple[str, str] | None:
+    """A question about an attribute of one of the things; None if its words fit another thing as well."""
+    thing = language.pick(rng, things)
+    asked = language.pick(rng, list(thing))
+    others = [name for name in thing if name != asked]
+    named = {name: thing[name] for name in rng.permutation(others)[: rng.integers(1, len(others) + 1)]}
+    if sum(named.items() <= other.items() for other in things) > 1:
+        return None
+    words = {
+        "object": "the " + language.object_phrase(**named).split(" ", 1)[1],
+        "colour": language.pick(rng, language.COLOUR_WORDS),
+    }
+    return language.sentence(_QUESTIONS[asked], rng, **words), thing[asked]
+
+
+def _list_count(things: list[dict[str, str]], rng: np.random.Generator) -> tuple[str, str] | None:
+    """How many things have a colour or a shape; None for more than there is a word for."""
+    name, values = language.pick(rng, (("color", COLORS), ("shape", SHAPES)))
+    told = [thing[name] for thing in things if name in thing]
+    value = language.pick(rng, told if told and rng.random() < _COUNT_WHAT_IS_THERE else values)
+    count = told.count(value)
+    if count >= len(language.NUMBERS):
+        return None
+    counted = f"{value} objects" if name == "color" else language.PLURALS[value]
+    return language.sentence(language.COUNT_QUESTION, rng, things=counted), language.NUMBERS[count]
+
+
+def _partial_thing(rng: np.random.Generator, *, most: int) -> dict[str, str]:
+    """Two to `most` attributes of a thing, by name."""
+    names = rng.permutation(list(_ATTRIBUTES))[: rng.integers(2, most + 1)]
+    return {str(name): language.pick(rng, _ATTRIBUTES[str(name)]) for name in names}
 
 
 def evaluation_tasks(rng: np.random.Generator, scenes: int) -> list[TextTask]:
