@@ -96,7 +96,7 @@ def test_r04_later_samples_keep_their_own_images(build, collate, processor):
 
 def test_a_cut_is_logged_once_with_its_id(build, caplog):
     dataset = build(VQA, {**VQA, "id": "again"}, model_max_length=50)
-    with caplog.at_level(logging.WARNING, logger="metamorph.data.dataset"):
+    with caplog.at_level(logging.WARNING, logger="metamorph.data.conversation_dataset"):
         for index in (0, 1, 0):
             dataset[index]
     assert [record.getMessage() for record in caplog.records if "was cut" in record.getMessage()] == [
