@@ -5,9 +5,11 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from metamorph.data.media import FolderStore, MediaError, load, load_all, load_image, resolve_image_path
 from metamorph.data.tasks import Box, ImageRef
+from metamorph.models.image_processing import preprocess_images
 
 
 def corner(image: Image.Image) -> tuple[int, ...]:
@@ -64,6 +66,17 @@ def test_an_open_file_is_read_and_stays_open(tmp_path):
         assert not file.closed
     with pytest.raises(MediaError, match=r"^b/a.png cannot be read"):
         load_image(io.BytesIO(b"nothing"), name="b/a.png")
+
+
+def test_the_aspect_ratio_is_stretched_or_padded_with_the_mean_colour():
+    wide = Image.new("RGB", (80, 40), "white")
+    processor = SiglipImageProcessorPil(size={"height": 40, "width": 40}, image_mean=[0.2] * 3, image_std=[0.5] * 3)
+    square, padded = (preprocess_images([wide], processor, ratio)[0, 0] for ratio in ("square", "pad"))
+    white = square.max()
+    assert (square == white).all()
+    assert (padded[13:27] == white).all()
+    for border in (padded[:8], padded[-8:]):
+        assert border.abs().max() < 1e-6  # the mean colour is 0 when it is normalised
 
 
 def test_large_images_are_refused_before_they_are_unpacked(tmp_path):
