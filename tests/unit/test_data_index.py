@@ -47,7 +47,6 @@ def test_an_index_is_uint64_mapped_and_made_once(path, cache):
         assert index["offsets"].dtype == np.uint64
         assert index["offsets"].tolist() == list(range(10))
     assert len(calls) == 1
-    assert not os.access(folders(cache)[0] / "offsets.npy", os.X_OK)
     assert json.loads((folders(cache)[0] / "index.json").read_text())["files"][0]["path"] == str(path)
     index_files([path], "other", build)
     assert len(calls) == 2
@@ -124,6 +123,16 @@ def test_a_file_that_changes_while_it_is_indexed_is_refused(path, cache):
     with pytest.raises(DataError, match="changed while it was indexed; wait until it is complete"):
         index_files([path], "test", build)
     assert not folders(cache)
+
+
+def test_what_a_killed_process_left_is_no_index(path, cache):
+    open_source(path)
+    complete = folders(cache)[0]
+    (cache / f".new-{complete.name.rpartition('-')[0]}").mkdir()
+    (cache / f".new-{complete.name.rpartition('-')[0]}" / "offsets.npy").write_bytes(b"half")
+    path.write_text('{"id": 1}\n')
+    assert [record.value for record in open_source(path)] == [{"id": 1}]
+    assert len(folders(cache)) == 1
 
 
 def test_small_files_leave_nothing_behind(path, cache, monkeypatch):

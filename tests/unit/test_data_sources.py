@@ -1,5 +1,6 @@
 """Files of records: read by offset in any order, whatever their layout; what is wrong is named with its place."""
 
+import gzip
 import json
 import pickle
 
@@ -145,6 +146,9 @@ def test_what_is_no_source_is_named(tmp_path):
         open_source(tmp_path / "missing.jsonl")
     with pytest.raises(DataError, match=r"is a folder; give a \.json or .jsonl file"):
         open_source(tmp_path)
+    (tmp_path / "data.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1}\n'))
+    with pytest.raises(DataError, match=r"data.jsonl.gz is not UTF-8 text \(compressed, perhaps"):
+        open_source(tmp_path / "data.jsonl.gz")
     for name, text in (("empty.jsonl", "\n\n"), ("nothing.jsonl", ""), ("empty.json", " [ ]")):
         (tmp_path / name).write_text(text)
         with pytest.raises(DataError, match="holds no records"):

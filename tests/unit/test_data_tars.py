@@ -66,6 +66,7 @@ def test_the_json_of_a_sample_comes_first(tmp_path):
         "c.0.jpg": b"4",
         "c.1.jpg": b"5",
         "d.txt": "No picture.",
+        "d.json": {"image": None, "id": None},
         "e.mp4": b"6",
     }
     source = open_source(write_tar(tmp_path / "x.tar", members))

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -161,7 +160,7 @@ def index_files(files: Sequence[Path], kind: str, build: Callable[[], dict[str, 
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = _wait_for(folder.parent / f"{of_files}.lock", files[0])
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
             logger.warning(
                 "The index of %s cannot be saved in %s (%s), so every process makes its own; set %s to a folder that "
                 "can be written to",
@@ -173,7 +172,7 @@ def index_files(files: Sequence[Path], kind: str, build: Callable[[], dict[str, 
             return Index(stamps, build())
         with lock:
             if not folder.is_dir():  # else another process has made it meanwhile
-                _build(folder, stamps, build)
+                _build(folder, folder.parent / f".new-{of_files}", stamps, build)
                 _remove_stale(folder, of_files, files[0])
     return Index(stamps, folder)
 
@@ -188,23 +187,21 @@ def _wait_for(path: Path, file: Path) -> AcquireReturnProxy:
         return lock.acquire()
 
 
-def _build(folder: Path, stamps: Sequence[FileStamp], build: Callable[[], dict[str, np.ndarray]]) -> None:
+def _build(
+    folder: Path, temporary: Path, stamps: Sequence[FileStamp], build: Callable[[], dict[str, np.ndarray]]
+) -> None:
     """Make and save the arrays, so that the folder appears as a whole or not at all."""
     arrays = build()
     for stamp in stamps:
         if FileStamp.of(stamp.path) != stamp:
             raise DataError(f"{stamp.path} changed while it was indexed; wait until it is complete, then start again")
-    temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
-    try:
-        for name, values in arrays.items():
-            np.save(temporary / f"{name}.npy", values, allow_pickle=False)
-        about = {"files": [asdict(stamp) for stamp in stamps]}
-        (temporary / "index.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)  # mkdtemp's folders are private; other users may share the cache
-        temporary.rename(folder)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed; the lock keeps others out
+    temporary.mkdir()
+    for name, values in arrays.items():
+        np.save(temporary / f"{name}.npy", values, allow_pickle=False)
+    about = {"files": [asdict(stamp) for stamp in stamps]}
+    (temporary / "index.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+    temporary.rename(folder)
 
 
 def _remove_stale(folder: Path, of_files: str, file: Path) -> None:

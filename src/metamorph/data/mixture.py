@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import zlib
 from collections.abc import Mapping
@@ -46,10 +47,10 @@ class SourceSpec:
             raise ValueError("path is required: the file of the records")
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options must be a mapping of names to values, not {self.options!r}")
-        if not _is_number(self.weight) or not 0 < self.weight < float("inf"):
+        if not isinstance(self.weight, (int, float)) or isinstance(self.weight, bool) or not 0 < self.weight < math.inf:
             raise ValueError(f"weight must be a number above 0, not {self.weight!r}")
         if self.max_samples is not None:
-            if not _is_number(self.max_samples) or self.max_samples != int(self.max_samples) or self.max_samples < 1:
+            if not isinstance(self.max_samples, int) or isinstance(self.max_samples, bool) or self.max_samples < 1:
                 raise ValueError(f"max_samples must be a whole number above 0, not {self.max_samples!r}")
             if self.weight != 1:
                 raise ValueError(
@@ -146,7 +147,3 @@ def _parse_entry(entry: Any, folder: Path, taken: set[str]) -> SourceSpec:
         raise ValueError(f"name {spec.name!r} is taken by another source; choose another")
     number = next(number for number in range(2, len(taken) + 2) if f"{spec.name}-{number}" not in taken)
     return SourceSpec(**values, name=f"{spec.name}-{number}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

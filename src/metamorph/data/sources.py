@@ -60,8 +60,11 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         found = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"--data_path {path} {found}; give {ALLOWED}")
     with path.open("rb") as file:
-        start = file.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
-    source: Source = JsonArraySource(path) if start == b"[" else JsonlSource(path)
+        start = file.read(4096)
+    if b"\0" in start:
+        raise DataError(f"--data_path {path} is not UTF-8 text (compressed, perhaps?); give {ALLOWED}")
+    is_array = start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
+    source: Source = JsonArraySource(path) if is_array else JsonlSource(path)
     if len(source) == 0:
         raise DataError(f"--data_path {path} holds no records")
     return source

@@ -202,6 +202,7 @@ def _read_record(sample: TarSample, where: str) -> Any:
     value = parse_json(sample.read(jsons[0]), where) if jsons else {}
     if not isinstance(value, dict):
         return value
+    value = {field: content for field, content in value.items() if content is not None}
     images = [name for name in sample.names if name.lower().endswith(IMAGE_SUFFIXES)]
     videos = [name for name in sample.names if is_video(name)]
     found: dict[str, Any] = {"id": sample.key}
