@@ -90,6 +90,27 @@ def test_without_a_model_lengths_are_not_judged(parts: Path, tmp_path: Path) -> 
     assert "texts come out too long" in (tmp_path / "report.html").read_text()
 
 
+def test_a_recipe_of_training_gives_the_flags(parts: Path, tmp_path: Path) -> None:
+    recipe = {
+        "model_name_or_path": str(parts / "llm"),
+        "data_path": str(parts / "data.jsonl"),
+        "image_folder": str(parts / "images"),
+        "num_image_tokens": NUM_IMAGE_TOKENS,
+        "mm_use_im_start_end": False,
+        "model_max_length": 40,
+        "learning_rate": 1e-3,
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    words = ["data", "check", "--config", str(tmp_path / "recipe.yaml"), "--workers", "0"]
+    totals = []
+    for flags in (["--model_max_length", "500"], ["--model_max_length", "500", "--mm_use_im_start_end", "True"], []):
+        code = cli.main([*words, "--output-dir", str(tmp_path / "out"), *flags])
+        assert code == (0 if flags else 1)
+        totals.append(json.loads((tmp_path / "out" / "report.json").read_text())["statistics"]["tokens"]["total"])
+    assert totals[1] == totals[0] + 2 * 12  # start and end of each image
+    assert cli.main(["data", "check"]) == 2
+
+
 def test_show_prints_tokens_and_writes_images(
     parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from metamorph.data.dataset import load_data
 from metamorph.data.doctor import WARNINGS, check_dataset
 from metamorph.data.doctor_report import make_report, pick_samples, write_reports
 from metamorph.data.doctor_samples import pictures_of, split_example, text_of, token_rows
-from metamorph.data.records import BAD_RECORD_KINDS
+from metamorph.data.records import BAD_RECORD_KINDS, DataError
 from processing_parts import build_processor, llava, write_jsonl
 
 
@@ -134,6 +134,63 @@ def test_every_fault_of_a_broken_set_is_found(folder, processor, num_workers):
         assert re.search(words, found[0].detail), found[0].detail
         assert found[0].id == (None if kind in ("broken_line", "not_an_object") else name)
     assert (len(diagnosis.probes), diagnosis.num_ok) == (len(lines) + 1, 1 + len(good))
+
+
+def test_faults_of_tasks_are_found(folder, processor):
+    """Kinds of fault that only a declared task has; one source for each task."""
+    pytest.importorskip("av", reason="videos need the extra 'video'")
+    (folder / "text.mp4").write_text("<html>404 Not Found</html>")
+    ask = llava(None, "<image> What?", "A cat.")["conversations"]
+    sources = {
+        "visual_cot": {
+            "good": {"image": ["good.png", "good.png###[1, 1, 9, 9]"], "conversations": ask},
+            "bad_box": {"image": ["good.png", "good.png###[9, 9, 1, 1]"], "conversations": ask},
+        },
+        "vstar": {"bad_field": {"image": "good.png", "target_instances": "cup", "conversations": ask}},
+        "text_to_image": {
+            "good": {"image": "good.png", "caption": "A cat."},
+            "bad_field": {"image": "good.png", "caption": 3},
+            "missing_image": {"image": "gone.png", "caption": "A cat."},
+        },
+        "video_qa": {
+            "no-video": {"conversations": ask},
+            "missing_video": {"video": "gone.mp4", "conversations": ask},
+            "unreadable_video": {"video": "text.mp4", "conversations": ask},
+        },
+    }
+    kinds = {"no-video": "missing_video"}
+    for task, records in sources.items():
+        write_jsonl(folder / f"{task}.jsonl", [{"id": name, **record} for name, record in records.items()])
+    mixture = folder / "mixture.yaml"
+    mixture.write_text(json.dumps([{"path": f"{task}.jsonl", "task": task} for task in sources]))
+    diagnosis = check_file(mixture, processor)
+    found = [(problem.source, problem.id, problem.kind) for problem in diagnosis.problems]
+    expected = [
+        (task, name, kinds.get(name, name)) for task, records in sources.items() for name in records if name != "good"
+    ]
+    assert found == expected
+    assert all(kind in BAD_RECORD_KINDS for *_, kind in found)
+
+
+def test_a_source_without_any_of_its_files_is_unusable(folder, processor):
+    sources = {"good": "good.png", "moved": "elsewhere/good.png"}
+    for name, image in sources.items():
+        write_jsonl(folder / f"{name}.jsonl", [llava(number, "<image>", "A cat.", image=image) for number in range(3)])
+    mixture = folder / "mixture.yaml"
+    mixture.write_text(json.dumps([{"path": f"{name}.jsonl"} for name in sources]))
+    with pytest.raises(DataError, match=r"none of the 3 records of moved .* has its files, so --image-folder is wrong"):
+        check_file(mixture, processor)
+
+
+def test_cut_examples_are_measured_whole(folder, processor):
+    """However an example is cut, in a text or before an image, its length is told as it was."""
+    answer = "First <image> then <image> and last <image>."
+    path = write_jsonl(folder / "data.jsonl", [llava("x", "Hi", answer, image=["good.png"] * 3)])
+    tokens, images, answers = opened(path, processor, None).measure(0)
+    for limit in range(30, tokens + 2):
+        (row,) = check_dataset(opened(path, processor, limit)).probes
+        assert (row["tokens"], row["images"], row["answer_images"]) == (tokens, images, answers)
+        assert row["problems"] == (limit < tokens)
 
 
 def test_report_has_the_promised_form(folder, processor):

@@ -19,6 +19,8 @@ MINIATURE_NOTE = (
     "and whether records are too long was not judged."
 )
 SAMPLES = 12
+OWN_FLAGS = ("command", "run", "path", "config", "output_dir", "workers", "limit", "index")
+"""Flags that a recipe of training does not set."""
 CACHE_FEATURES = "cache-features"
 CACHE_USAGE = (
     "cache-features [PATH] --feature_cache DIR [--config RECIPE.yaml] [--feature_dtype bfloat16|float32]\n"
@@ -66,14 +68,17 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: Where to.
     """
-    parser.add_argument("path", metavar="PATH", help="what training takes as --data_path")
+    parser.add_argument("path", nargs="?", metavar="PATH", help="what training takes as --data_path")
+    parser.add_argument(
+        "--config", metavar="RECIPE.yaml", help="recipe of a training: its values are the defaults of the flags below"
+    )
     parser.add_argument(
         "--image-folder", "--image_folder", help="folder of relative image paths (default: the file's own)"
     )
 
 
 def add_processor_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how training would make sequences.
+    """Add the flags that say how training would make sequences, with its defaults.
 
     Args:
         parser: Where to.
@@ -83,12 +88,54 @@ def add_processor_flags(parser: argparse.ArgumentParser) -> None:
         "--model-name-or-path",
         help="the language model, or a finished MetaMorph model: its tokenizer counts (default: a small stand-in)",
     )
-    parser.add_argument("--model_max_length", "--model-max-length", type=int, default=4096, help="as for training")
-    parser.add_argument("--version", default="llama3", help="conversation template (default: %(default)s)")
-    parser.add_argument("--num_image_tokens", "--num-image-tokens", type=int, default=64, help="as for training")
-    parser.add_argument(
-        "--image_aspect_ratio", "--image-aspect-ratio", default="square", help="square or pad (default: %(default)s)"
-    )
+    for name, kind, default, text in (
+        ("model_max_length", int, 4096, "longest sequence; not judged without a model"),
+        ("version", str, "llama3", "conversation template"),
+        ("num_image_tokens", int, 64, "visual tokens per image"),
+        ("mm_use_im_start_end", boolean, True, "whether images stand between <image_start> and <image_end>"),
+        ("mm_use_im_patch_token", boolean, False, "whether the placeholder is <im_patch>"),
+        ("image_aspect_ratio", str, "square", "square or pad"),
+        ("seed", int, 42, "seed of what tasks draw at random"),
+    ):
+        spellings = {f"--{name}": None, f"--{name.replace('_', '-')}": None}
+        parser.add_argument(*spellings, type=kind, default=default, help=f"{text} (default: %(default)s)")
+
+
+def boolean(text: str) -> bool:
+    """Read `True` or `False`, in any case.
+
+    Args:
+        text: The value of a flag.
+    """
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; a recipe gives the defaults of the flags that say how training makes sequences.
+
+    Args:
+        argv: Command line after `data`.
+
+    Raises:
+        ValueError: if there is no path, or a value of the recipe is of the wrong type.
+    """
+    parser = build_parser()
+    flags = parser.parse_args(argv)
+    if flags.config is not None:
+        from metamorph.training.parsing import read_recipe
+
+        recipe = read_recipe(flags.config)
+        recipe["seed"] = recipe.get("data_seed", recipe.get("seed"))
+        names = {"data_path": "path", **{name: name for name in vars(flags) if name not in OWN_FLAGS}}
+        words = [f"--{names[key]}={value}" for key, value in recipe.items() if key in names and value is not None]
+        path = [] if flags.path else [word.removeprefix("--path=") for word in words if word.startswith("--path=")]
+        words = [word for word in words if not word.startswith("--path=")]
+        flags = parser.parse_args([argv[0], *path, *words, *argv[1:]])  # what comes later counts
+    if flags.path is None:
+        raise ValueError("PATH is required: a file of records or a mixture, or a --config that names one as data_path")
+    return flags
 
 
 def main(argv: Sequence[str]) -> int:
@@ -105,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
 
         cache_features.main(argv[1:])
         return 0
-    flags = build_parser().parse_args(argv)
+    flags = parse(argv)
     status: int = flags.run(flags)
     return status
 
@@ -121,6 +168,7 @@ def run_check(flags: argparse.Namespace) -> int:
     """
     if flags.workers < 0:
         raise ValueError(f"--workers {flags.workers} must be 0 or larger")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are parallel already
     data = open_data(flags)
     from metamorph.data.doctor import check_dataset
     from metamorph.data.doctor_report import pick_samples, write_reports
@@ -196,7 +244,15 @@ def open_data(flags: argparse.Namespace) -> "MixtureDataset":
 
     # Lengths in the stand-in's tokens are no reason to call a record too long.
     limit = flags.model_max_length if flags.model_name_or_path is not None else None
-    return load_data(flags.path, load_processor(flags), flags.image_folder, limit, check=False, weighted=False)
+    return load_data(
+        flags.path,
+        load_processor(flags),
+        flags.image_folder,
+        limit,
+        seed=flags.seed,
+        check=False,
+        weighted=False,
+    )
 
 
 def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
@@ -234,6 +290,8 @@ def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
         tokenizer,
         num_image_tokens=flags.num_image_tokens,
         version=flags.version,
+        mm_use_im_start_end=flags.mm_use_im_start_end,
+        mm_use_im_patch_token=flags.mm_use_im_patch_token,
         image_aspect_ratio=flags.image_aspect_ratio,
     )
 

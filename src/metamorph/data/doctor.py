@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from metamorph.data.records import DataError, Record, RecordError, Turn
+from metamorph.data.records import DataError, Record, RecordError, Turn, UnsupervisedRecordError
 from metamorph.data.tasks import Conversation
 from metamorph.models.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, IGNORE_INDEX
 from metamorph.models.conversations import split_at_images
@@ -34,6 +33,8 @@ _FOUND_MEDIA = ("unreadable_image", "image_too_large", "unreadable_video", "too_
 """Kinds of records whose media are there."""
 _BATCH = 16
 _NO_VALUE = -1
+_IMAGE_WRAPPERS = 2
+"""`<image_start>` and `<image_end>`: an example is cut by at most one image more than the limit asks for."""
 
 
 class CheckedDataset(Protocol):
@@ -222,22 +223,25 @@ class _DryRun(Dataset[Probe]):
 
     def __getitem__(self, place: int) -> Probe:
         index = int(self.indices[place])
-        dataset, source = self.dataset, self.dataset.source_name(index)
+        source = self.dataset.source_name(index)
         found: list[tuple[str, str]] = []
         where, record_id = "", None
         lengths: tuple[int, int, int] | None = None
         example: dict[str, Any] | None = None
         try:
-            record = dataset.record(index)
+            record = self.dataset.record(index)
             where, record_id = record.where, record.id
-            found += _faults_of_turns(dataset.conversation(index).turns, self.control_tokens)
-            lengths = dataset.measure(index)
-            example = dataset[index]
+            found += _faults_of_turns(self.dataset.conversation(index).turns, self.control_tokens)
+            example = self.dataset[index]
+            lengths = self._lengths(index, example)
         except RecordError as error:
             where, record_id = error.where, error.record_id or record_id
             found.insert(0, (error.kind, _without_place(error)))
-        if lengths is not None and dataset.model_max_length is not None and lengths[0] > dataset.model_max_length:
-            found.append(("over_long", _cut(lengths, example, dataset.model_max_length)))
+            if isinstance(error, UnsupervisedRecordError):  # perhaps because it was cut
+                lengths = self.dataset.measure(index)
+        limit = self.dataset.model_max_length
+        if lengths is not None and limit is not None and lengths[0] > limit:
+            found.append(("over_long", _cut(lengths, example, limit)))
         record_id = None if record_id == where else record_id
         line = line_of(where, index)
         problems = tuple(Problem(kind, source, line, record_id, detail) for kind, detail in found)
@@ -256,6 +260,16 @@ class _DryRun(Dataset[Probe]):
             problems=problems,
         )
 
+    def _lengths(self, index: int, example: dict[str, Any]) -> tuple[int, int, int]:
+        """Tokens, images and answer images before any cut; measured anew only if the example may have been cut."""
+        count = self.dataset.processor.num_image_tokens
+        tokens, limit = len(example["input_ids"]), self.dataset.model_max_length
+        if limit is not None and tokens > limit - count - _IMAGE_WRAPPERS:
+            return self.dataset.measure(index)
+        images = example.get("pixel_values")
+        answers = int(example["visual_target_mask"].sum()) // count
+        return tokens, 0 if images is None else len(images), answers
+
 
 def _probes(dataset: CheckedDataset, indices: Sequence[int], num_workers: int) -> Iterator[Probe]:
     loader: DataLoader[Probe] = DataLoader(
@@ -263,7 +277,6 @@ def _probes(dataset: CheckedDataset, indices: Sequence[int], num_workers: int) -
         batch_size=_BATCH,
         num_workers=num_workers,
         collate_fn=list,
-        multiprocessing_context="fork" if num_workers and not torch.cuda.is_initialized() else None,
     )
     with tqdm(total=len(indices), desc="Checking records", unit="record", delay=2, disable=None) as bar:
         for batch in loader:
