@@ -110,7 +110,8 @@ def test_cut_records_are_reported(parts: Path, tmp_path: Path, caplog: pytest.Lo
     lengths = sorted(len(example["input_ids"]) for example in text_only_dataset(parts, tmp_path))
     with caplog.at_level("INFO", logger="metamorph"):
         result = stage_2(parts, tmp_path / "out", model_max_length=lengths[-2], max_steps=1, **data)
-    assert result.data_statistics == {"records": 4, "bad": {}, "truncated": 1, "dropped_images": 0}
+    counts = {"records": 4, "bad": {}, "truncated": 1, "dropped_images": 0}
+    assert result.data_statistics == {**counts, "sources": {"text": counts}}
     assert f"4 records, of which 1 cut to --model_max_length {lengths[-2]} (0 images dropped)" in caplog.text
 
 

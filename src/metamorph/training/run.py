@@ -48,8 +48,9 @@ class TrainResult:
     processor: MetaMorphProcessor
     """Its processor."""
     data_statistics: dict[str, Any]
-    """What this process met in the data, each record counted once: `records` in the file, `bad` ones by kind (skipped),
-    `truncated` ones (cut to `model_max_length`) and `dropped_images` (cut off with them)."""
+    """What was met in the data, each record counted once: `records` in the files, `bad` ones by kind (skipped, on all
+    ranks), and of this process `truncated` ones (cut to `model_max_length`) and `dropped_images` (cut off with them);
+    the same for each source by its name, under `sources`."""
     is_main_process: bool
     """Whether this process wrote the result."""
 
