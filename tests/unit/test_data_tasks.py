@@ -134,6 +134,7 @@ def test_text_to_image_refuses_what_does_not_fit():
         {"id": "r", "input": "a.jpg", "instruction": "Add a hat.", "output": "b.jpg"},
         {"id": "r", "original_image": "a.jpg", "edit_prompt": "Add a hat.", "edited_image": "b.jpg"},
         {"id": "r", "image": ["a.jpg", "b.jpg"], "instruction": "Add a hat."},
+        {"id": "r", "image": "a.jpg", "instruction": "Add a hat.", "target": "b.jpg"},
         llava("r", "<image>\nAdd a hat.", "<image>", image=["a.jpg", "b.jpg"]),
     ],
 )
@@ -157,7 +158,8 @@ def test_image_edit_refuses_what_does_not_fit():
     assert "path of the image to edit" in refused("bad_field", "image_edit", {**whole, "source": 3})
     assert "path of the edited image" in refused("bad_field", "image_edit", {**whole, "target": None})
     assert "there is no instruction" in refused("bad_field", "image_edit", {**whole, "instruction": ""})
-    assert "list of the image to edit" in refused("bad_field", "image_edit", llava("r", "<image> b", "c", image="a"))
+    assert "path of the edited image" in refused("bad_field", "image_edit", llava("r", "<image> b", "c", image="a"))
+    assert "path of the image to edit" in refused("bad_field", "image_edit", {"id": "r", "instruction": "Add a hat."})
 
 
 # visual_cot

@@ -84,6 +84,11 @@ def test_frames_stand_upright(tmp_path):
     assert image.getpixel((24, 5))[0] > 200 > 50 > image.getpixel((24, 60))[0]
 
 
+def test_a_file_that_changes_is_looked_at_anew(tmp_path):
+    assert probe_video(write_video(tmp_path / "a.mp4", TENTHS)).num_frames == 7
+    assert probe_video(write_video(tmp_path / "a.mp4", TENTHS[:3])).num_frames == 3
+
+
 def test_variable_frame_rate(tmp_path):
     path = write_video(tmp_path / "a.mp4", [0.0, 0.5, 0.6, 3.0])
     info = probe_video(path)

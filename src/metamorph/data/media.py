@@ -72,9 +72,7 @@ def resolve_image_path(path: str, image_folder: str | os.PathLike[str]) -> Path:
         return Path(path)
     normal = os.path.normpath(path)
     if normal == os.pardir or normal.startswith(os.pardir + os.sep):
-        raise MediaError(
-            "outside_folder", f"the image path {path!r} leaves --image_folder {image_folder}; remove the '..'"
-        )
+        raise MediaError("outside_folder", f"the path {path!r} leaves --image_folder {image_folder}; remove the '..'")
     return Path(image_folder) / normal
 
 

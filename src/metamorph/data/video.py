@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,8 +77,7 @@ def probe_video(file: VideoFile, *, name: str | None = None, max_pixels: int = M
         MediaError: If there is no such file, it is no video that FFmpeg can read, or its frames are too large.
         ModuleNotFoundError: Without PyAV.
     """
-    with _decoding(file, name, max_pixels) as (container, stream, _):
-        return _scan(container, stream).info
+    return _index(file, name, max_pixels).info
 
 
 def read_frames(
@@ -100,10 +100,9 @@ def read_frames(
         MediaError: As [`probe_video`], or if a frame cannot be decoded.
         ModuleNotFoundError: Without PyAV.
     """
-    with _decoding(file, name, max_pixels) as (container, stream, _):
-        index = _scan(container, stream)
+    index = _index(file, name, max_pixels)
     wanted = [index.stamps[index.info.frame_at(time)] for time in times]
-    with _decoding(file, name, max_pixels) as (container, stream, name):  # again: the scan has read to the end
+    with _decoding(file, name, max_pixels) as (container, stream, name):
         decoded = {stamp: _upright(frame) for stamp, frame in _decode(container, stream, sorted({*wanted}), index)}
     if len(decoded) < len({*wanted}):
         raise MediaError("unreadable_video", f"{name} has no frame that can be decoded; replace it")
@@ -115,10 +114,26 @@ class _Index:
     """Where the frames of a stream are, in units of its time base."""
 
     info: VideoInfo
-    stamps: list[int]
+    stamps: tuple[int, ...]
     """Time stamp of each frame, ascending."""
-    keys: list[int]
+    keys: tuple[int, ...]
     """Time stamps of the frames at which decoding can start, ascending; the first frame is always one."""
+
+
+def _index(file: VideoFile, name: str | None, max_pixels: int) -> _Index:
+    """The index of a video; it is remembered for files on disk, because frames are read soon after it is made."""
+    if isinstance(file, (str, os.PathLike)) and os.path.isfile(file):
+        status = os.stat(file)
+        return _index_of_path(os.fspath(file), name, max_pixels, status.st_size, status.st_mtime_ns)
+    with _decoding(file, name, max_pixels) as (container, stream, _):
+        return _scan(container, stream)
+
+
+@lru_cache(maxsize=16)
+def _index_of_path(path: str, name: str | None, max_pixels: int, size: int, mtime_ns: int) -> _Index:
+    """The index of a file of that size and age."""
+    with _decoding(path, name, max_pixels) as (container, stream, _):
+        return _scan(container, stream)
 
 
 @contextmanager
@@ -179,7 +194,7 @@ def _scan(container: Any, stream: Any) -> _Index:
         width=stream.codec_context.width,
         height=stream.codec_context.height,
     )
-    return _Index(info, sorted(stamps), sorted(keys | {first}))
+    return _Index(info, tuple(sorted(stamps)), tuple(sorted(keys | {first})))
 
 
 def _decode(container: Any, stream: Any, wanted: Sequence[int], index: _Index) -> Iterator[tuple[int, Any]]:

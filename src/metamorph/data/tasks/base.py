@@ -113,12 +113,15 @@ class Task:
 
         Raises:
             RecordError: If the record does not fit the task.
+            ValueError: If the task needs a video and `video` is missing although the record names one.
         """
         if self.needs_video and record.video is None:
             raise record.error(
                 "missing_video",
                 f'the task {self.name} needs a video; name its path in "video", or declare another task',
             )
+        if self.needs_video and video is None:
+            raise ValueError(f"the task {self.name} needs the VideoInfo of {record.video!r}; pass video=")
         conversation = self.build(record, rng, options, video)
         check_conversation(record, conversation.turns, len(conversation.images))
         if self.draws and not conversation.num_answer_images:

@@ -91,7 +91,7 @@ def _path(record: Record, chosen: str | None, usual: tuple[str, ...], place: int
         if not isinstance(value, str) or not value:
             raise record.error("bad_field", f'"{name}" must be the path of the {what}, not {value!r:.80}')
         return value
-    if place < len(record.images) == 2:
+    if place < len(record.images) <= 2:
         return record.images[place]
     raise record.error(
         "bad_field",
