@@ -1,17 +1,21 @@
 """Training with a feature cache gives the losses of the tower; a cache that does not fit is refused."""
 
+import io
 import json
+import pickle
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from training_parts import NUM_IMAGE_TOKENS, arguments
+from training_parts import NUM_IMAGE_TOKENS, arguments, write_records
 from transformers import SiglipVisionModel
 
 from metamorph import cli
 from metamorph.data.dataset import load_data
-from metamorph.data.feature_cache import FeatureCache, describe_tower
+from metamorph.data.feature_cache import FeatureCache, describe_tower, write_features
+from metamorph.data.feature_images import PictureSet
 from metamorph.data.records import DataError, RecordError
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.arguments import DataArguments, ModelArguments
@@ -187,3 +191,44 @@ def test_a_finished_model_brings_its_own_tower(parts: Path, tmp_path: Path) -> N
     plan = make_plan(model_args)
     features = FeatureCache(tmp_path / "cache", describe_tower(plan.config, plan.processor))
     features.check_weights(MetaMorphForConditionalGeneration.from_pretrained(first.output_dir).model.vision_tower)
+
+
+class Corners(torch.nn.Module):
+    """Stands in for a tower where only the bookkeeping is tested: the corner pixels of each image are its tokens."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[images, 3, height, width] -> [images, 4, 3]."""
+        return pixel_values[:, :, ::31, ::31].flatten(2).transpose(1, 2)
+
+
+def test_parts_of_images_and_members_of_tars_are_images_of_their_own(parts: Path, tmp_path: Path) -> None:
+    """Each row of the cache is found again, over several shards; the same image is kept once."""
+    answer = [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "It."}]
+    crops = [f"0.png###[{left}, 0, {left + 8}, 8]" for left in (0, 8, 16, 8)]
+    records = [{"id": number, "image": ["0.png", crop], "conversations": answer} for number, crop in enumerate(crops)]
+    write_records(tmp_path / "crops.jsonl", records)
+    for number in range(2):  # the same names in both tars
+        with tarfile.open(tmp_path / f"shard-{number}.tar", "w") as tar:
+            for key in range(2):
+                tar.add(parts / "images" / f"{2 * number + key}.png", arcname=f"{key}.png")
+                text = json.dumps({"image": f"{key}.png", "caption": "A cat."}).encode()
+                info = tarfile.TarInfo(f"{key}.json")
+                info.size = len(text)
+                tar.addfile(info, io.BytesIO(text))
+    sources = [
+        {"path": "crops.jsonl", "task": "visual_cot", "image_folder": str(parts / "images")},
+        {"path": "shard-{0..1}.tar", "task": "text_to_image"},
+    ]
+    (tmp_path / "mixture.yaml").write_text(json.dumps(sources))
+    plan = make_plan(arguments(parts, tmp_path, stage=1)[0])
+    plain = load_data(tmp_path / "mixture.yaml", plan.processor)
+    pictures = PictureSet(plain)
+    assert pictures.num_images == 1 + 3 + 4  # the whole image, three crops of it, four members
+    tower, description = Corners(), describe_tower(plan.config, plan.processor)
+    options = {"dtype": "float32", "batch_size": 3, "images_per_shard": 3}
+    assert write_features(tmp_path / "cache", pictures.images(), tower, description, **options) == 8
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
+    features = FeatureCache(tmp_path / "cache", description)
+    cached = load_data(tmp_path / "mixture.yaml", plan.processor, features=pickle.loads(pickle.dumps(features)))  # noqa: S301
+    for index in range(len(plain)):
+        assert torch.equal(cached[index]["visual_tokens"], tower(plain[index]["pixel_values"]))
