@@ -19,7 +19,8 @@ PAGE = """\
   table { border-collapse: collapse; } th, td { text-align: left; padding: .25rem 1rem .25rem 0; vertical-align: top; }
   th { border-bottom: 1px solid var(--line); font-weight: 600; }
   th.number, td.number { font-variant-numeric: tabular-nums; text-align: right; white-space: nowrap; }
-  td.detail { overflow-wrap: anywhere; } td.place { white-space: nowrap; }
+  td.detail { overflow-wrap: anywhere; } td.place, td.name { white-space: nowrap; }
+  td.name { max-width: 18rem; overflow: hidden; text-overflow: ellipsis; }
   details { margin: .4rem 0; } summary { cursor: pointer; } summary .soft { margin-left: .5rem; }
   details table { margin: .4rem 0 .8rem 1.1rem; font-size: 13px; }
   .histograms { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1.6rem 2.4rem; }
@@ -60,7 +61,7 @@ looked at, evenly spread.{% endif %}
 <div class="wide"><table>
 <tr><th>place</th><th>id</th><th>what is wrong</th></tr>
 {% for problem in kind.problems %}<tr><td class="place">{{ problem.source }}:{{ problem.line }}</td>
-<td class="detail">{{ problem.id if problem.id is not none else "–" }}</td>
+<td class="name" title="{{ problem.id or '' }}">{{ problem.id if problem.id is not none else "–" }}</td>
 <td class="detail">{{ problem.detail }}</td></tr>
 {% endfor %}</table></div>
 {% if kind.count > kind.problems|length %}<p class="soft">{{ number(kind.count - kind.problems|length) }} more are in
@@ -73,7 +74,7 @@ report.json.</p>{% endif %}
 <tr><th>source</th><th class="number">records</th><th class="number">in order</th><th class="number">problems</th>
 <th class="number">tokens</th><th class="number">with text loss</th><th class="number">images</th>
 <th class="number">answer images</th><th class="number">mean tokens</th><th class="number">longest</th></tr>
-{% for name, row in statistics.sources.items() %}<tr><td class="detail">{{ name }}</td>
+{% for name, row in statistics.sources.items() %}<tr><td class="name" title="{{ name }}">{{ name }}</td>
 <td class="number">{{ number(row.records) }}</td><td class="number">{{ number(row.ok) }}</td>
 <td class="number {{ 'wrong' if row.problems }}">{{ number(row.problems) }}</td>
 <td class="number">{{ number(row.tokens) }}</td><td class="number">{{ number(row.text_targets) }}</td>
