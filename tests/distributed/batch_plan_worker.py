@@ -1,0 +1,29 @@
+"""One process of `test_batch_plan_processes.py`: a run, and the same run killed and resumed; writes what it saw."""
+
+import json
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from packing_parts import TWO_EPOCHS, KillAfter, Killed, recorded
+from training_parts import arguments
+
+from metamorph.training.run import run_training
+
+
+def main(parts: Path, output_dir: Path) -> None:
+    """Train three times and write `rank-N.json`."""
+    with recorded() as whole:
+        result = run_training(*arguments(parts, output_dir / "whole", stage=2, **TWO_EPOCHS))
+    with recorded() as first, suppress(Killed):
+        run_training(*arguments(parts, output_dir / "cut", stage=2, **TWO_EPOCHS), callbacks=[KillAfter(2)])
+    with recorded() as rest:
+        run_training(*arguments(parts, output_dir / "cut", stage=2, **TWO_EPOCHS, dataloader_num_workers=1))
+    losses = [line["loss"] for line in result.log_history if "text_loss" in line]
+    seen = {"whole": whole, "first": first, "rest": rest, "losses": losses}
+    (output_dir / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
