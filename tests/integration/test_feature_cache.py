@@ -14,9 +14,11 @@ from transformers import SiglipVisionModel
 
 from metamorph import cli
 from metamorph.data.dataset import load_data
-from metamorph.data.feature_cache import FeatureCache, describe_tower, write_features
+from metamorph.data.feature_cache import FeatureCache, describe_tower, image_key, write_features
 from metamorph.data.feature_images import PictureSet
+from metamorph.data.media import FolderStore, MediaError
 from metamorph.data.records import DataError, RecordError
+from metamorph.data.tasks import ImageRef
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.arguments import DataArguments, ModelArguments
 from metamorph.training.assemble import make_plan
@@ -177,6 +179,12 @@ def test_a_picture_that_changed_since_is_an_error_of_its_record(parts: Path, tmp
     shutil.copy(tmp_path / "images" / "1.png", tmp_path / "images" / "0.png")
     with pytest.raises(RecordError, match=r"sample-0'\): --feature_cache .* has no visual tokens of 0.png"):
         train(parts, tmp_path / "out", image_folder=str(tmp_path / "images"), feature_cache=str(folder))
+
+
+def test_a_name_that_no_file_can_have_is_a_missing_image(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="there is no file") as error:
+        image_key(ImageRef("a" * 300), FolderStore(tmp_path))
+    assert error.value.kind == "missing_image"
 
 
 @pytest.mark.slow

@@ -202,6 +202,11 @@ def test_a_folder_knows_its_files_and_keeps_paths_inside(store):
     assert store.exists("a.png")
     assert not store.exists("b.png")
     assert not store.exists(".")
+    assert not store.exists("a" * 300 + ".png")
+    for path in ("data:image/png;base64,iVBORw0KGgo", "a/" * 3000, "a\0.png"):
+        with pytest.raises(MediaError, match=rf"\({len(path)} characters\) is not the path of a file") as error:
+            store.exists(path)
+        assert error.value.kind == "missing_image"
     for path in ("../a.png", "x/../../a.png"):
         for use in (store.open, store.exists):
             with pytest.raises(MediaError) as error:

@@ -57,6 +57,11 @@ BAD = {
         "turn 1 has \"from\": 'robot'; use one of system, human",
     ),
     "no text": ({"id": "x", "conversations": [{"from": "human"}]}, "bad_turn", '"value": None; it must be a string'),
+    "half a character": (
+        llava("x", "Hi", "Yes \ud83d"),
+        "broken_line",
+        r"turn 2 holds '\\ud83d' at character 4, half a character",
+    ),
     "image is a number": ({**GOOD, "image": 3}, "bad_image_field", '"image" must be a path or a list of paths'),
     "image in a list of lists": ({**GOOD, "image": [["a.png"]]}, "bad_image_field", '"image" must be a path'),
     "empty image path": ({**GOOD, "image": ""}, "bad_image_field", '"image" must be a path'),

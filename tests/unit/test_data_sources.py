@@ -51,7 +51,7 @@ def test_lines_may_end_anywhere_in_a_chunk(tmp_path, monkeypatch, chunk, text):
 
 
 def test_a_broken_line_is_an_error_of_its_record_alone(tmp_path):
-    lines = [GOOD, '{"id": "b", "conv', GOOD, "[1, 2", GOOD, '{"a": 1} {"b": 2}']
+    lines = [GOOD, '{"id": "b", "conv', GOOD, "[1, 2", GOOD, '{"a": 1} {"b": 2}', "1" * 5000]
     path = write_jsonl(tmp_path / "data.jsonl", lines)
     with path.open("ab") as file:
         file.write(b'{"id": "\xff"}\n')
@@ -63,10 +63,11 @@ def test_a_broken_line_is_an_error_of_its_record_alone(tmp_path):
         except RecordError as error:
             broken[index] = error
     assert [(index, error.where, error.kind) for index, error in broken.items()] == [
-        (index, f"{path}:{index + 1}", "broken_line") for index in (1, 3, 5, 6)
+        (index, f"{path}:{index + 1}", "broken_line") for index in (1, 3, 5, 6, 7)
     ]
     assert "data.jsonl:2: the text is not valid JSON (Unterminated string starting at at column 13" in str(broken[1])
-    assert "not UTF-8" in str(broken[6])
+    assert "the text cannot be read (Exceeds the limit" in str(broken[6])
+    assert "not UTF-8" in str(broken[7])
 
 
 def test_r12_json_arrays_are_read(tmp_path):

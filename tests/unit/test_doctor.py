@@ -213,6 +213,17 @@ def test_report_has_the_promised_form(folder, processor):
     assert report["problems"][1]["line"] == 3
 
 
+def test_half_a_character_breaks_no_report(folder, processor):
+    """JSON can spell it; neither a tokenizer nor a file takes it."""
+    odd = llava("id \ud83d", "Hi", "Hi.")
+    path = write_jsonl(folder / "data.jsonl", [odd, odd, llava("b", "Hi \ude00", "Hi."), llava("c", "Hi", "Hi.")])
+    diagnosis = check_file(path, processor)
+    assert diagnosis.by_kind() == {"duplicate_id": 1, "broken_line": 1}
+    paths = write_reports(folder / "report", diagnosis, pick_samples(opened(path, processor), diagnosis, 4), processor)
+    assert json.loads(paths[0].read_text())["problems"][0]["id"] == r"id \ud83d"
+    assert r"id \ud83d" in paths[1].read_text()
+
+
 def test_statistics_are_those_of_the_examples(folder, processor):
     records = [
         llava("text", "Hi", "Hello."),

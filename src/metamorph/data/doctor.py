@@ -242,9 +242,9 @@ class _DryRun(Dataset[Probe]):
         limit = self.dataset.model_max_length
         if lengths is not None and limit is not None and lengths[0] > limit:
             found.append(("over_long", _cut(lengths, example, limit)))
-        record_id = None if record_id == where else record_id
+        record_id = None if record_id is None or record_id == where else _printable(record_id)
         line = line_of(where, index)
-        problems = tuple(Problem(kind, source, line, record_id, detail) for kind, detail in found)
+        problems = tuple(Problem(kind, source, line, record_id, _printable(detail)) for kind, detail in found)
         digest = 0 if record_id is None else _digest(source, record_id)
         if example is None or lengths is None:
             return Probe(index, source, digest, problems=problems)
@@ -288,6 +288,11 @@ def line_of(where: str, index: int) -> int:
     """The number at the end of `file:12` or `file[12]`; `index` if there is none, as for samples in a tar."""
     match = None if ".tar:" in where else re.search(r":(\d+)$|\[(\d+)\]$", where)
     return index if match is None else int(match[1] or match[2])
+
+
+def _printable(text: str) -> str:
+    """The text with half characters, which JSON can spell but no file or terminal can show, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _without_place(error: RecordError) -> str:
@@ -371,6 +376,7 @@ def _duplicate(dataset: CheckedDataset, index: int, first: int) -> Problem:
     where, record_id = _place(dataset, index)
     first_where, _ = _place(dataset, first)
     detail = f"the id is that of {first_where}, too; give each record an id of its own"
+    record_id = None if record_id is None else _printable(record_id)
     return Problem("duplicate_id", dataset.source_name(index), line_of(where, index), record_id, detail)
 
 

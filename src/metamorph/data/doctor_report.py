@@ -83,6 +83,7 @@ def pick_samples(dataset: CheckedDataset, diagnosis: Diagnosis, count: int) -> l
         for index in indices[chosen].tolist():
             record = dataset.record(index)
             title = f"{name}:{line_of(record.where, index)}" + (f" · {record.id}" if record.id != record.where else "")
+            title = title.encode("utf-8", "backslashreplace").decode()  # an id may hold half a character
             samples.append(Sample(title, dataset[index]))
     return samples
 

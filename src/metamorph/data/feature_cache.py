@@ -273,8 +273,10 @@ def image_key(ref: ImageRef, store: MediaStore) -> tuple[int, int]:
         file = found
     try:
         stat = file.stat()
-    except FileNotFoundError as error:
-        raise MediaError("missing_image", f"there is no file {file}; is --image_folder right?") from error
+    except OSError as error:
+        raise MediaError(
+            "missing_image", f"there is no file {file} ({error.strerror}); is --image_folder right?"
+        ) from error
     crop = None if ref.crop is None else astuple(ref.crop)
     boxes = [(name, astuple(box)) for name, box in ref.boxes]
     text = json.dumps([os.path.abspath(file), stat.st_size, stat.st_mtime_ns, member, crop, boxes, ref.time])

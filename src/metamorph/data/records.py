@@ -29,7 +29,7 @@ ON_BAD_RECORD = ("raise", "skip")
 """The values of `--on_bad_record`."""
 
 BAD_RECORD_KINDS = {
-    "broken_line": "the text of the record is not JSON, or not UTF-8",
+    "broken_line": "the text of the record is not JSON, or not UTF-8, or holds half a character",
     "not_an_object": "the record is no JSON object",
     "no_conversations": "there are no turns",
     "bad_turn": 'a turn is not {"from": ..., "value": text}',
@@ -153,6 +153,10 @@ def parse_json(text: bytes, where: str) -> Any:
         raise RecordError.at(
             where, "broken_line", f"the text is not UTF-8 ({error.reason} at byte {error.start}); encode it anew"
         ) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise RecordError.at(
+            where, "broken_line", f"the text cannot be read ({error}); correct or remove it"
+        ) from error
     except RecursionError as error:
         raise RecordError.at(where, "broken_line", "the text is nested too deeply; correct or remove it") from error
 
@@ -190,7 +194,8 @@ def check_conversation(record: Record, turns: Sequence[Turn], num_images: int) -
         num_images: Number of images of all turns.
 
     Raises:
-        RecordError: Of kind `no_conversations`, `role_order` or `image_count`.
+        RecordError: Of kind `no_conversations`, `role_order`, `image_count`, or `broken_line` for text that cannot be
+            encoded.
     """
     if not turns:
         raise record.error(
@@ -200,6 +205,7 @@ def check_conversation(record: Record, turns: Sequence[Turn], num_images: int) -
         )
     try:
         _check_order(turns)
+        _check_text(turns)
         _check_markers(turns, num_images)
     except _Problem as problem:
         raise record.error(problem.kind, problem.detail) from None
@@ -275,6 +281,19 @@ def _check_order(turns: Sequence[Turn]) -> None:
                 "system (optional), then human and gpt in turns; join or remove turns",
             )
         expected = "assistant" if expected == "user" else "user"
+
+
+def _check_text(turns: Sequence[Turn]) -> None:
+    """Refuse half characters: JSON can spell them (half of an emoji, say), but no tokenizer takes them."""
+    for number, turn in enumerate(turns, 1):
+        try:
+            turn.text.encode()
+        except UnicodeEncodeError as error:
+            raise _Problem(
+                "broken_line",
+                f"turn {number} holds {turn.text[error.start]!r} at character {error.start}, half a character that "
+                "cannot be written as UTF-8; remove or complete it",
+            ) from None
 
 
 def _check_markers(turns: Sequence[Turn], num_images: int) -> None:

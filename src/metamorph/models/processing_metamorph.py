@@ -373,7 +373,7 @@ class MetaMorphProcessor(ProcessorMixin):
 
     def _encode_content(self, text: str) -> list[int]:
         """Ids of what somebody wrote, in which control tokens are plain text."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
         if self._special_ids.isdisjoint(ids):
             return ids
         # A word-level tokenizer cannot spell the name of a control token; it is an unknown word then.
