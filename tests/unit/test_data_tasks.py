@@ -185,6 +185,11 @@ def test_visual_cot_shows_the_crop_before_the_answer():
     assert conversation.images == (ImageRef("a.jpg"), ImageRef("a.jpg", crop=Box(10, 20, 110, 60)))
 
 
+def test_visual_cot_keeps_a_question_about_a_box():
+    record = llava("r", "<image>\nWhat is inside the bounding box?", "A cat.", image=["a.jpg", "a.jpg###[1, 2, 3, 4]"])
+    assert apply("visual_cot", record).turns[0].text.startswith("<image>\nWhat is inside the bounding box?")
+
+
 def test_visual_cot_takes_two_turns_too_and_several_crops():
     crops = ["a###b.jpg###[10,20,110,60]", "a.jpg###[ 1.5, 2, 3, 4e1 ]"]
     conversation = apply("visual_cot", llava("r", "What is it?", "A cat.", image=["a.jpg", *crops]))
@@ -203,7 +208,9 @@ def test_visual_cot_options():
     assert apply("visual_cot", record, box_units="relative").images[1].crop == Box(0.5, 0, 1, 1, relative=True)
 
 
-@pytest.mark.parametrize("box", ["[10, 20, 5, 60]", "[1, 2, 3]", "[a, b, c, d]", "1, 2, 3, 4", "[1, 2, nan, 4]", ""])
+@pytest.mark.parametrize(
+    "box", ["[10, 20, 5, 60]", "[1, 2, 3]", "[a, b, c, d]", "1, 2, 3, 4", "[1, 2, nan, 4]", "[1, 2, 3, 1e300]", ""]
+)
 def test_boxes_that_enclose_nothing_are_named(box):
     assert f"a.jpg###{box}" in refused("bad_box", "visual_cot", {**COT, "image": ["a.jpg", f"a.jpg###{box}"]})
 

@@ -20,6 +20,8 @@ from metamorph.models.constants import DEFAULT_IMAGE_TOKEN
 
 BOX_UNITS = ("pixels", "relative")
 BOX_FORMATS = ("xyxy", "xywh")
+_LARGEST = 1e9
+"""No image has so many pixels; what is not finite is not below it, either."""
 BOX_MARK = "###"
 """Stands between path and box in the data of Visual CoT."""
 _ASKS_FOR_BOX = re.compile(r"[^.?!\n]*\bbounding box[^.?!\n]*[.?!]?", re.IGNORECASE)
@@ -71,7 +73,9 @@ def _visual_cot(
         )
     system, question, answer = _question_and_answer(record)
     # The data may ask for coordinates in words; here the part itself is shown.
-    question = _ASKS_FOR_BOX.sub("", question).strip() or question
+    without_request = _ASKS_FOR_BOX.sub("", question).strip()
+    if without_markers(without_request):  # else the question itself is about a box
+        question = without_request
     if DEFAULT_IMAGE_TOKEN not in question:
         question = f"{DEFAULT_IMAGE_TOKEN * len(whole)}\n{question}"
     images = DEFAULT_IMAGE_TOKEN * len(crops)
@@ -128,7 +132,7 @@ def parse_box(record: Record, values: Any, where: str, *, relative: bool, width_
     if (
         isinstance(values, Sequence)
         and len(values) == 4
-        and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+        and all(isinstance(value, (int, float)) and abs(value) < _LARGEST for value in values)
     ):
         left, top, right, bottom = values
         if width_and_height:
