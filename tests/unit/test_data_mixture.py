@@ -150,6 +150,16 @@ def test_fingerprints_change_with_what_the_conversations_depend_on(folder, proce
     assert len(changed - {first}) == 5
 
 
+def test_frames_may_be_others_in_another_folder(folder, processor, tmp_path):
+    clip = write_jsonl(folder / "clip.jsonl", [{"id": "clip", "video": "clip.mp4"}])
+
+    def fingerprint(image_folder):
+        entry = {"path": str(clip), "task": "frame_prediction", "image_folder": str(image_folder)}
+        return load_data(write_mixture(folder, entry), processor, check=False).fingerprint()
+
+    assert fingerprint(folder) != fingerprint(tmp_path.parent)
+
+
 def test_bad_records_are_counted_over_all_sources(folder, processor):
     lines = [llava(f"bad{n}", "Hi") for n in range(3)]
     write_jsonl(folder / "bad.jsonl", [*lines, "{"])

@@ -98,6 +98,29 @@ def test_lengths_are_kept_until_something_changes(folder: Path, monkeypatch: pyt
     assert number() == 5
 
 
+def test_what_could_not_be_measured_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A video that is copied later would else count as nothing, and overfill its row."""
+    av = pytest.importorskip("av", reason="videos need the extra 'video'")
+    monkeypatch.setattr(lengths_module, "_WORTH_KEEPING", 1)
+    path = write_jsonl(folder / "data.jsonl", [{"id": "clip", "video": "clip.mp4"}])
+
+    def measured() -> list[int]:
+        data = ConversationDataset(path, build_processor(), task="frame_prediction", check=False)
+        return measure(data, cache_dir=folder / "cache").tokens.tolist()
+
+    assert measured() == [0]
+    with av.open(str(folder / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        for _ in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (16, 16)))))
+        container.mux(stream.encode())
+    (now,) = measured()
+    assert now > 16
+    (folder / "clip.mp4").unlink()
+    assert measured() == [now]  # kept
+
+
 def test_a_broken_cache_is_made_anew(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -154,7 +154,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def fingerprint(self) -> str:
         """Changes whenever the conversations may have changed: with the files, the task, its options, the seed."""
-        parts = (self.source.fingerprint(), self.name, self.task.name, repr(self.options), str(self.seed))
+        parts = [self.source.fingerprint(), self.name, self.task.name, repr(self.options), str(self.seed)]
+        if self.task.needs_video:  # how many frames there are depends on the files
+            parts.append(os.path.abspath(self.image_folder))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def statistics(self) -> dict[str, Any]:

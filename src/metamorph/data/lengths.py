@@ -6,6 +6,9 @@ import hashlib
 import json
 import logging
 import os
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -86,8 +89,15 @@ def measure(dataset: Measurable, num_workers: int = 0, cache_dir: str | os.PathL
         path = Path(cache_dir) / f"lengths-{_fingerprint(dataset)}.npy"
     sizes = _load(path, len(dataset))
     if sizes is None:
-        sizes = _measure(dataset, num_workers)
+        sizes = _measure(dataset, range(len(dataset)), num_workers)
         if path is not None:
+            _save(path, sizes)
+    elif path is not None and len(failed := np.flatnonzero(sizes[0] == 0)):
+        # A video that was missing then may be there now: what counts as nothing would overfill its row.
+        again = _measure(dataset, failed.tolist(), num_workers)
+        if again.any():
+            sizes = np.array(sizes)
+            sizes[:, failed] = again
             _save(path, sizes)
     return Lengths(*sizes)
 
@@ -95,14 +105,15 @@ def measure(dataset: Measurable, num_workers: int = 0, cache_dir: str | os.PathL
 class _Chunks(Dataset[torch.Tensor]):
     """Sizes of the samples, some at a time, for the workers of a data loader."""
 
-    def __init__(self, dataset: Measurable) -> None:
+    def __init__(self, dataset: Measurable, indices: Sequence[int]) -> None:
         self.dataset = dataset
+        self.indices = indices
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // _CHUNK)
+        return -(-len(self.indices) // _CHUNK)
 
     def __getitem__(self, chunk: int) -> torch.Tensor:
-        indices = range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(self.dataset)))
+        indices = self.indices[chunk * _CHUNK : (chunk + 1) * _CHUNK]
         return torch.tensor([_sizes(self.dataset, index) for index in indices], dtype=torch.int32)
 
 
@@ -114,12 +125,12 @@ def _sizes(dataset: Measurable, index: int) -> tuple[int, int, int]:
         return 0, 0, 0
 
 
-def _measure(dataset: Measurable, num_workers: int) -> np.ndarray:
-    """int32 `[3, samples]`."""
-    workers = num_workers if len(dataset) >= _WORTH_WORKERS else 0
-    loader = DataLoader(_Chunks(dataset), batch_size=None, num_workers=workers)
+def _measure(dataset: Measurable, indices: Sequence[int], num_workers: int) -> np.ndarray:
+    """int32 `[3, len(indices)]`."""
+    workers = num_workers if len(indices) >= _WORTH_WORKERS else 0
+    loader = DataLoader(_Chunks(dataset, indices), batch_size=None, num_workers=workers)
     parts = []
-    with tqdm(total=len(dataset), desc="Measuring lengths", unit="sample", delay=2, disable=None) as bar:
+    with tqdm(total=len(indices), desc="Measuring lengths", unit="sample", delay=2, disable=None) as bar:
         for part in loader:
             parts.append(part.numpy())
             bar.update(len(part))
@@ -142,13 +153,16 @@ def _load(path: Path | None, num_samples: int) -> np.ndarray | None:
 
 
 def _save(path: Path, sizes: np.ndarray) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    # Not named by the process: numbers of processes repeat on the machines that share a folder.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             np.save(file, sizes, allow_pickle=False)
         temporary.replace(path)  # at once: another process never sees half a file
     except OSError as error:  # a folder that cannot be written to costs time, not the run
+        with suppress(OSError):
+            temporary.unlink()
         logger.warning("lengths cannot be kept in %s (%s): the next run measures them again", path.parent, error)
 
 
