@@ -1,5 +1,6 @@
 """Indexes: made once, shared by processes, made anew when a file changes."""
 
+import errno
 import json
 import logging
 import os
@@ -113,6 +114,16 @@ def test_where_nothing_can_be_saved_every_process_has_its_own(path, cache, caplo
     assert len(source) == 100
     assert "set METAMORPH_CACHE to a folder that can be written to" in caplog.text
     assert pickle.loads(pickle.dumps(source))[3].value["id"] == 3  # noqa: S301
+
+
+def test_a_full_disk_costs_time_but_not_the_run(path, cache, caplog, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", fail)
+    assert len(open_source(path)) == 100
+    assert "No space left on device" in caplog.text
+    assert not folders(cache)
 
 
 def test_a_file_that_changes_while_it_is_indexed_is_refused(path, cache):

@@ -161,18 +161,13 @@ def index_files(files: Sequence[Path], kind: str, build: Callable[[], dict[str, 
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = _wait_for(folder.parent / f"{of_files}.lock", files[0])
         except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-            logger.warning(
-                "The index of %s cannot be saved in %s (%s), so every process makes its own; set %s to a folder that "
-                "can be written to",
-                files[0],
-                folder.parent,
-                error,
-                CACHE_VARIABLE,
-            )
+            _warn_unsaved(files[0], folder.parent, error)
             return Index(stamps, build())
         with lock:
             if not folder.is_dir():  # else another process has made it meanwhile
-                _build(folder, folder.parent / f".new-{of_files}", stamps, build)
+                arrays = _build(stamps, build)
+                if not _save(folder, folder.parent / f".new-{of_files}", stamps, arrays):
+                    return Index(stamps, arrays)
                 _remove_stale(folder, of_files, files[0])
     return Index(stamps, folder)
 
@@ -187,21 +182,41 @@ def _wait_for(path: Path, file: Path) -> AcquireReturnProxy:
         return lock.acquire()
 
 
-def _build(
-    folder: Path, temporary: Path, stamps: Sequence[FileStamp], build: Callable[[], dict[str, np.ndarray]]
-) -> None:
-    """Make and save the arrays, so that the folder appears as a whole or not at all."""
+def _build(stamps: Sequence[FileStamp], build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Make the arrays, of files that do not change meanwhile."""
     arrays = build()
     for stamp in stamps:
         if FileStamp.of(stamp.path) != stamp:
             raise DataError(f"{stamp.path} changed while it was indexed; wait until it is complete, then start again")
+    return arrays
+
+
+def _save(folder: Path, temporary: Path, stamps: Sequence[FileStamp], arrays: Mapping[str, np.ndarray]) -> bool:
+    """Save the arrays, so that the folder appears as a whole or not at all; False if the disk is full, say."""
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed; the lock keeps others out
-    temporary.mkdir()
-    for name, values in arrays.items():
-        np.save(temporary / f"{name}.npy", values, allow_pickle=False)
-    about = {"files": [asdict(stamp) for stamp in stamps]}
-    (temporary / "index.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
-    temporary.rename(folder)
+    try:
+        temporary.mkdir()
+        for name, values in arrays.items():
+            np.save(temporary / f"{name}.npy", values, allow_pickle=False)
+        about = {"files": [asdict(stamp) for stamp in stamps]}
+        (temporary / "index.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+        temporary.rename(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _warn_unsaved(Path(stamps[0].path), folder.parent, error)
+        return False
+    return True
+
+
+def _warn_unsaved(file: Path, folder: Path, error: Exception) -> None:
+    logger.warning(
+        "The index of %s cannot be saved in %s (%s), so every process makes its own; set %s to a folder that can be "
+        "written to",
+        file,
+        folder,
+        error,
+        CACHE_VARIABLE,
+    )
 
 
 def _remove_stale(folder: Path, of_files: str, file: Path) -> None:
