@@ -232,6 +232,7 @@ def test_workers_read_what_this_process_reads(folder, processor):
         ("- {path: text/chat.jsonl, options: {fps: 2}}", "task instruction has no option 'fps'"),
         ("- {path: text/chat.jsonl, options: [fps]}", "options must be a mapping"),
         ("- {path: 3}", "path must be text, not 3"),
+        ("- {path: text/chat.jsonl, image_folder: nowhere}", "source 1: image_folder .*nowhere does not exist or is"),
         ("- {path: text/chat.jsonl, name: a}\n- {path: vqa/train.jsonl, name: a}", "source 2: name 'a' is taken"),
     ],
 )

@@ -273,9 +273,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.log.note_truncated(index, encoded.num_dropped_images)
 
     def _skip(self, index: int, error: RecordError) -> None:
-        """Count and log a bad record, and stop when there are too many."""
-        self.log.note_bad(index, error.kind)
-        logger.warning("Skipping a bad record (%s): %s", error.kind, error)
+        """Count and log a bad record (in later epochs for the curious only), and stop when there are too many."""
+        is_new = self.log.note_bad(index, error.kind)
+        logger.log(logging.WARNING if is_new else logging.DEBUG, "Skipping a bad record (%s): %s", error.kind, error)
         self.limit.check(last=error)
 
 

@@ -112,6 +112,8 @@ def read_specs(path: str | os.PathLike[str]) -> list[SourceSpec]:
         try:
             spec = _parse_entry(entry, Path(path).parent, {spec.name for spec in specs})
             _check_path(spec.path, f"path {spec.path}")
+            if spec.image_folder is not None and not os.path.isdir(spec.image_folder):
+                raise FileNotFoundError(f"image_folder {spec.image_folder} does not exist or is not a folder")
         except (ValueError, TypeError, FileNotFoundError) as error:
             raise DataError(f"{path}, source {number}: {error}") from error
         specs.append(spec)

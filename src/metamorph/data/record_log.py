@@ -32,11 +32,17 @@ class RecordLog:
         self._num_bad = torch.zeros(_SLOTS, dtype=torch.int64).share_memory_()
         self._num_truncated = torch.zeros(_SLOTS, dtype=torch.int64).share_memory_()
 
-    def note_bad(self, index: int, kind: str) -> None:
-        """Record `index` is bad; `kind` is one of `BAD_RECORD_KINDS`, any other counts as `other`."""
-        if not self._kinds[index]:
+    def note_bad(self, index: int, kind: str) -> bool:
+        """Record `index` is bad; `kind` is one of `BAD_RECORD_KINDS`, any other counts as `other`.
+
+        Returns:
+            Whether that is news.
+        """
+        is_new = not self._kinds[index]
+        if is_new:
             self._num_bad[_slot()] += 1
         self._kinds[index] = _KINDS.index(kind if kind in BAD_RECORD_KINDS else "other") + 1
+        return is_new
 
     def merge(self, reduce_max: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Take over the bad records that other ranks have met. Every rank must call it.
