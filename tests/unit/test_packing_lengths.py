@@ -1,5 +1,6 @@
 """Lengths measured by tokenization are those of the examples, and are kept until something changes."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from PIL import Image
 from metamorph.data import lengths as lengths_module
 from metamorph.data.dataset import ConversationDataset
 from metamorph.data.lengths import measure
+from metamorph.training.arguments import MetaMorphTrainingArguments
+from metamorph.training.run import measuring_workers
 from processing_parts import build_processor, chat, golden_image, llava, tokenizer_with, write_jsonl
 
 
@@ -133,6 +136,20 @@ def test_a_broken_cache_is_made_anew(
     assert np.array_equal(measure(dataset, cache_dir=cache).tokens, expected.tokens)
     assert "measuring lengths anew" in caplog.text
     assert np.array_equal(measure(dataset, cache_dir=cache).tokens, expected.tokens)
+
+
+def test_lengths_are_measured_in_parallel_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def workers(**flags: object) -> int:
+        return measuring_workers(
+            MetaMorphTrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False, **flags)
+        )
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(12), raising=False)
+    assert workers() == 12
+    assert workers(dataloader_num_workers=3) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert workers(dataloader_num_workers=3) == 12
 
 
 def test_few_lengths_are_not_kept(folder: Path) -> None:

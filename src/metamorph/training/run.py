@@ -28,6 +28,9 @@ from metamorph.training.trainer import MetaMorphTrainer
 
 logger = logging.getLogger(__name__)
 
+MAX_MEASURING = 32
+"""Most processes that measure lengths where no number of workers is asked for."""
+
 
 @dataclass
 class TrainResult:
@@ -152,7 +155,7 @@ def run_training(
 def plan_run(dataset: Measurable, model_max_length: int, args: MetaMorphTrainingArguments) -> BatchPlanner:
     """Decide which samples make which batch, from lengths that are measured now if anything depends on them.
 
-    One process of each machine measures, with the workers of all, and the others read what it has kept.
+    One process of each machine measures, with workers of its own, and the others read what it has kept.
 
     Args:
         dataset: The data set.
@@ -162,8 +165,7 @@ def plan_run(dataset: Measurable, model_max_length: int, args: MetaMorphTraining
     group_by_length = args.train_sampling_strategy == "group_by_length"
     if args.packing or group_by_length:
         with args.main_process_first(desc="measuring lengths"):
-            workers = args.dataloader_num_workers * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-            lengths = measure(dataset, workers, cache_folder())
+            lengths = measure(dataset, measuring_workers(args), cache_folder())
     else:
         lengths = Lengths.unknown(len(dataset))
     planner = BatchPlanner(
@@ -190,6 +192,20 @@ def plan_run(dataset: Measurable, model_max_length: int, args: MetaMorphTraining
             per_row * args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
         )
     return planner
+
+
+def measuring_workers(args: MetaMorphTrainingArguments) -> int:
+    """Processes that measure lengths: as many as all data loaders of this machine will have, else one for each core.
+
+    One process alone takes hours for ten million samples, and the other ranks wait for `--ddp_timeout` only.
+
+    Args:
+        args: How the run learns.
+    """
+    asked = args.dataloader_num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Of a shared machine the cores that are ours, where the system tells.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return asked or min(cores, MAX_MEASURING)
 
 
 def save_arguments(output_dir: str, model_args: ModelArguments, data_args: DataArguments) -> None:
