@@ -212,3 +212,10 @@ def test_a_folder_knows_its_files_and_keeps_paths_inside(store):
             with pytest.raises(MediaError) as error:
                 use(path)
             assert error.value.kind == "outside_folder"
+
+
+def test_formats_that_need_other_programs_are_refused(tmp_path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "page.eps")
+    with pytest.raises(MediaError, match=r"page.eps cannot be read as an image") as caught:
+        load_image(tmp_path / "page.eps")
+    assert caught.value.kind == "unreadable_image"

@@ -14,6 +14,9 @@ from metamorph.models.image_processing import to_rgb
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Largest picture in pixels (Pillow's own limit, 256 MiB as RGB): a small file may unpack to many gigabytes."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+"""What is read. Pillow knows more, some of which it hands to other programs (EPS to Ghostscript): not for data from
+strangers."""
 BOX_COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan")
 """Colours of drawn boxes, in their order."""
 
@@ -41,11 +44,11 @@ def load_image(
         max_pixels: Largest number of pixels, checked before anything is unpacked.
 
     Raises:
-        MediaError: If there is no such file, it is no image that Pillow can read, or it has more than `max_pixels`.
+        MediaError: If there is no such file, it is no image in one of `FORMATS`, or it has more than `max_pixels`.
     """
     name = str(file) if name is None else name
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise MediaError(
                     "image_too_large",
