@@ -11,7 +11,7 @@ import metamorph.quickstart.assets as assets
 tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
 
 
-def test_a_wheel_ships_all_files_of_the_three_assets_and_nothing_else() -> None:
+def test_a_wheel_ships_all_files_of_the_assets_and_nothing_else() -> None:
     settings = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
     package = Path(assets.__file__).parents[1]
     shipped = {
@@ -20,12 +20,11 @@ def test_a_wheel_ships_all_files_of_the_three_assets_and_nothing_else() -> None:
         for found in glob.glob(pattern, root_dir=package, recursive=True)
         if (package / found).is_file()
     }
-    folders = ("mini-siglip", "mini-llama", "mini-sd")
     wanted = {
         path.relative_to(package)
-        for folder in folders
+        for folder in assets.ASSETS
         for path in (package / "assets" / folder).rglob("*")
         if path.is_file()
     }
     assert shipped == wanted
-    assert {path.parts[1] for path in shipped} == set(folders)
+    assert {path.parts[1] for path in shipped} == set(assets.ASSETS)

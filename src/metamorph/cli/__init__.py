@@ -27,6 +27,8 @@ COMMANDS = {
     "train-visualizer": Command("metamorph.cli.train_visualizer", "train the diffusion decoder of visual tokens"),
     "generate": Command("metamorph.cli.generate", "answer a prompt with text and pictures"),
     "data": Command("metamorph.cli.data", "check training data before it is trained on, show it, cache its features"),
+    "evaluate": Command("metamorph.cli.evaluate", "how good a finished model is, with pictures"),
+    "study": Command("metamorph.cli.study", "experiments on the miniature world, with error bars"),
     "lr": Command("metamorph.cli.lr", "scale a learning rate to another batch size"),
 }
 

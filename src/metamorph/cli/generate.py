@@ -19,8 +19,12 @@ IMAGE_MARKER = "<image>"
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = argparse.ArgumentParser(prog="metamorph generate", description="Answer a prompt with text and pictures.")
-    parser.add_argument("--model", required=True, help="folder or Hub id of a trained MetaMorph model")
-    parser.add_argument("--visualizer", help="folder of the visualizer; without it pictures are only counted")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="folder or Hub id of a trained MetaMorph model; mini is the one that ships with MetaMorph",
+    )
+    parser.add_argument("--visualizer", help="folder of the visualizer, or mini; without it pictures are only counted")
     parser.add_argument("--prompt", required=True, help=f"the question; {IMAGE_MARKER} says where an --image belongs")
     parser.add_argument("--image", action="append", default=[], help="an input picture; may be given several times")
     parser.add_argument("--output", default="generated.png", help="where pictures go; a second one becomes …-2.png")
@@ -44,10 +48,13 @@ def main(argv: Sequence[str]) -> None:
         argv: Command line after `generate`.
     """
     flags = build_parser().parse_args(argv)
+    use_shipped(flags)
     pictures = check_inputs(flags)
     import torch
     from transformers import set_seed
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # of loading weights: the output is the answer
     device = torch.device(flags.device) if flags.device else torch.accelerator.current_accelerator() or "cpu"
     set_seed(flags.seed)
     parts = answer(flags, pictures, torch.device(device))
@@ -56,6 +63,22 @@ def main(argv: Sequence[str]) -> None:
     names = iter(files)
     for part in parts:
         print(part.text if hasattr(part, "text") else f"[picture: {next(names, 'not drawn without --visualizer')}]")
+
+
+def use_shipped(flags: argparse.Namespace) -> None:
+    """Replace `mini` by the folder of the miniature that ships with the package.
+
+    Args:
+        flags: The command line; `model` and `visualizer` are changed.
+    """
+    from metamorph.quickstart.assets import AssetError, shipped_folder
+
+    try:
+        flags.model = shipped_folder(flags.model, "model")
+        if flags.visualizer is not None:
+            flags.visualizer = shipped_folder(flags.visualizer, "visualizer")
+    except AssetError as error:
+        raise ValueError(f"--model or --visualizer: {error}") from error
 
 
 def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
@@ -145,10 +168,13 @@ def draw(flags: argparse.Namespace, visual_tokens: "torch.Tensor", device: "torc
     import torch
 
     try:
+        from diffusers.utils import logging as diffusers_logging
+
         from metamorph.visualization.pipeline import VisualizationPipeline
     except ModuleNotFoundError as error:
         raise ValueError(f"--visualizer needs {error.name}: pip install 'metamorph[visualization]'") from error
 
+    diffusers_logging.disable_progress_bar()
     with names_flag("--visualizer", flags.visualizer):
         pipeline = VisualizationPipeline.from_pretrained(flags.visualizer).to(device)
     images = pipeline(

@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--rebuild-assets",
         nargs="*",
         metavar="NAME",
-        help="instead: train the small pretrained models again (siglip, llama, sd; all without a name), "
+        help="instead: train the small pretrained models again (siglip, llama, sd, mini; all without a name), "
         "into --assets-dir or the package",
     )
     return parser

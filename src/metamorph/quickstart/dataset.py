@@ -31,6 +31,9 @@ from metamorph.quickstart.render import render
 from metamorph.quickstart.scenes import HELD_OUT, Scene, is_reserved, sample_scene
 
 
+_PAIR_FRACTION = 0.35
+
+
 @dataclass(frozen=True)
 class WorldSizes:
     """Number of records of every kind."""
@@ -57,11 +60,31 @@ class WorldSizes:
     """Pictures in the visualizer's folder."""
     evaluation: int = 200
     """Records of each evaluation file."""
+    pair_fraction: float = _PAIR_FRACTION
+    """Share of scenes with two objects in training records; evaluation has 0.35 of them always."""
+
+    @classmethod
+    def only_evaluation(cls, count: int) -> WorldSizes:
+        """No training records, and `count` in each evaluation file."""
+        return cls(
+            captions=0,
+            vqa=0,
+            text_vqa=0,
+            text_to_image=0,
+            edits=0,
+            next_frames=0,
+            facts=0,
+            knowledge_prompts=0,
+            visualizer=0,
+            evaluation=count,
+        )
 
     def __post_init__(self) -> None:
         for field in fields(self):
             if getattr(self, field.name) < 0:
                 raise ValueError(f"{field.name}={getattr(self, field.name)} is negative; give 0 or more.")
+        if self.pair_fraction > 1:
+            raise ValueError(f"pair_fraction={self.pair_fraction} is a share: give at most 1.")
         if self.questions_per_image not in range(1, len(QUESTION_TYPES) + 1):
             raise ValueError(
                 f"questions_per_image={self.questions_per_image} is not between 1 and {len(QUESTION_TYPES)}."
@@ -103,10 +126,10 @@ def write_dataset(folder: str | Path, *, seed: int = 0, sizes: WorldSizes | None
     sizes = sizes or WorldSizes()
     writer = _Writer(folder / "images", seed)
     stage2 = [
-        *writer.records("vqa", sizes.vqa, lambda rng: _vqa(rng, writer, sizes.questions_per_image)),
-        *writer.records("text_vqa", sizes.text_vqa, lambda rng: _text_vqa(rng, sizes.questions_per_image)),
-        *writer.records("text_to_image", sizes.text_to_image, lambda rng: _drawing(rng, writer, False)),
-        *writer.records("image_edit", sizes.edits, lambda rng: _edit(rng, writer, False)),
+        *writer.records("vqa", sizes.vqa, lambda rng: _vqa(rng, writer, sizes)),
+        *writer.records("text_vqa", sizes.text_vqa, lambda rng: _text_vqa(rng, sizes)),
+        *writer.records("text_to_image", sizes.text_to_image, lambda rng: _drawing(rng, writer, sizes.pair_fraction)),
+        *writer.records("image_edit", sizes.edits, lambda rng: _edit(rng, writer, sizes.pair_fraction)),
         *writer.records("next_frame", sizes.next_frames, lambda rng: _next_frame(rng, writer, False)),
         *writer.records("facts", sizes.facts, _facts),
         *writer.records("knowledge", sizes.knowledge_prompts, lambda rng: _knowledge(rng, writer, True)),
@@ -115,10 +138,10 @@ def write_dataset(folder: str | Path, *, seed: int = 0, sizes: WorldSizes | None
     evaluation = {
         "vqa": writer.records("eval_vqa", sizes.evaluation, lambda rng: _vqa_test(rng, writer)),
         "generation": [
-            *writer.records("eval_seen", sizes.evaluation, lambda rng: _drawing(rng, writer, True)),
+            *writer.records("eval_seen", sizes.evaluation, lambda rng: _drawing(rng, writer, reserved=True)),
             *writer.records("eval_held_out", sizes.evaluation, lambda rng: _held_out_drawing(rng, writer)),
         ],
-        "edit": writer.records("eval_edit", sizes.evaluation, lambda rng: _edit(rng, writer, True)),
+        "edit": writer.records("eval_edit", sizes.evaluation, lambda rng: _edit(rng, writer, reserved=True)),
         "next_frame": writer.records("eval_next", sizes.evaluation, lambda rng: _next_frame(rng, writer, True)),
         "knowledge": writer.records("eval_knowledge", sizes.evaluation, lambda rng: _knowledge(rng, writer, False)),
         "visualizer": writer.records("eval_visualizer", sizes.evaluation, lambda rng: _picture(rng, writer)),
@@ -127,7 +150,7 @@ def write_dataset(folder: str | Path, *, seed: int = 0, sizes: WorldSizes | None
         image_folder=writer.image_folder,
         stage1=_write_jsonl(
             folder / "stage1.jsonl",
-            writer.records("captions", sizes.captions, lambda rng: _captioned(rng, writer)),
+            writer.records("captions", sizes.captions, lambda rng: _captioned(rng, writer, sizes.pair_fraction)),
         ),
         stage2=_write_jsonl(folder / "stage2.jsonl", (stage2[i] for i in order)),
         visualizer_folder=_write_visualizer_folder(folder / "visualizer", seed, sizes.visualizer),
@@ -168,8 +191,8 @@ def _turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
     ]
 
 
-def _captioned(rng: np.random.Generator, writer: _Writer) -> dict:
-    scene = sample_scene(rng)
+def _captioned(rng: np.random.Generator, writer: _Writer, pair_fraction: float) -> dict:
+    scene = sample_scene(rng, pair_fraction=pair_fraction)
     request = sentence(pick(rng, CAPTION_REQUESTS), rng)
     return {
         "task": "caption",
@@ -184,9 +207,9 @@ def _some_questions(scene: Scene, rng: np.random.Generator, count: int) -> list[
     return [found[i][1:] for i in chosen]
 
 
-def _vqa(rng: np.random.Generator, writer: _Writer, count: int) -> dict:
-    scene = sample_scene(rng)
-    (first, answer), *others = _some_questions(scene, rng, count)
+def _vqa(rng: np.random.Generator, writer: _Writer, sizes: WorldSizes) -> dict:
+    scene = sample_scene(rng, pair_fraction=sizes.pair_fraction)
+    (first, answer), *others = _some_questions(scene, rng, sizes.questions_per_image)
     return {
         "task": "vqa",
         "image": writer.picture(scene, rng),
@@ -194,9 +217,9 @@ def _vqa(rng: np.random.Generator, writer: _Writer, count: int) -> dict:
     }
 
 
-def _text_vqa(rng: np.random.Generator, count: int) -> dict:
-    scene = sample_scene(rng)
-    (first, answer), *others = _some_questions(scene, rng, count)
+def _text_vqa(rng: np.random.Generator, sizes: WorldSizes) -> dict:
+    scene = sample_scene(rng, pair_fraction=sizes.pair_fraction)
+    (first, answer), *others = _some_questions(scene, rng, sizes.questions_per_image)
     return {"task": "text_vqa", "conversations": _turns((f"{caption(scene, rng)}\n{first}", answer), *others)}
 
 
@@ -227,9 +250,13 @@ def _drawing_record(task: str, prompt: str, scene: Scene, writer: _Writer, **ext
     }
 
 
-def _drawing(rng: np.random.Generator, writer: _Writer, reserved: bool) -> dict:
+def _drawing(
+    rng: np.random.Generator, writer: _Writer, pair_fraction: float = _PAIR_FRACTION, *, reserved: bool = False
+) -> dict:
     background = "grey" if rng.random() < 0.25 else "white"
-    scene = sample_scene(rng, background=background, allow_held_out=False, reserved=reserved)
+    scene = sample_scene(
+        rng, pair_fraction=pair_fraction, background=background, allow_held_out=False, reserved=reserved
+    )
     extra = {"split": "seen"} if reserved else {}
     return _drawing_record("text_to_image", drawing_prompt(scene, rng), scene, writer, **extra)
 
@@ -243,10 +270,12 @@ def _held_out_drawing(rng: np.random.Generator, writer: _Writer) -> dict:
             return _drawing_record("text_to_image", drawing_prompt(scene, rng), scene, writer, split="held_out")
 
 
-def _edit(rng: np.random.Generator, writer: _Writer, reserved: bool) -> dict:
+def _edit(
+    rng: np.random.Generator, writer: _Writer, pair_fraction: float = _PAIR_FRACTION, *, reserved: bool = False
+) -> dict:
     kind_wanted = pick(rng, EDIT_KINDS)
     while True:
-        scene = sample_scene(rng, reserved=reserved)
+        scene = sample_scene(rng, pair_fraction=pair_fraction, reserved=reserved)
         kind, instruction, changed = edit(scene, rng)
         if kind == kind_wanted and not changed.has_held_out and is_reserved(changed) == reserved:
             break

@@ -137,6 +137,37 @@ def save_accuracies(path: Path, per_type: dict[str, float]) -> Path:
     return path
 
 
+def save_study(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Draw the share of right drawings over the number of drawing records, with standard errors over seeds.
+
+    Args:
+        path: PNG file to write.
+        rows: As `metamorph.quickstart.study.summarise_runs` makes them.
+    """
+    figure = Figure(figsize=(10, 3.8), dpi=110)
+    titles = {"seen": "colour and shape drawn together in training", "held_out": "never drawn together"}
+    for axes, (group, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for condition, color in (("generation only", "#9a6700"), ("joint", "#0969da")):
+            points = [row for row in rows if (row["group"], row["condition"]) == (group, condition)]
+            budgets = [row["budget"] for row in points]
+            errors = [row["standard_error"] for row in points]
+            means = [row["mean"] for row in points]
+            axes.errorbar(budgets, means, yerr=errors, color=color, marker="o", capsize=3, label=condition)
+        axes.set_title(title, fontsize=10)
+        axes.set_xscale("log")
+        axes.set_xticks(sorted({row["budget"] for row in rows}))
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.minorticks_off()
+        axes.set_xlabel("drawing records", fontsize=9)
+        axes.set_ylim(-0.02, 1.02)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("drawings right in everything", fontsize=9)
+    figure.axes[0].legend(fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path)
+    return path
+
+
 def smoothed(losses: Sequence[float], window: int = 10) -> tuple[list[int], list[float]]:
     """Steps and running means of per-step losses, one point for each `window` steps."""
     window = max(1, min(window, len(losses) // 4))

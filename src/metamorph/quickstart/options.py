@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from metamorph.quickstart.assets import ASSETS, asset_path
+from metamorph.quickstart.assets import PARTS, asset_path
 
 
 OWN_FOLDERS = ("data", "recipes", "connector", "model", "visualizer", "pictures")
@@ -46,7 +46,7 @@ class QuickstartOptions:
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed} must be 0 or more")
         if self.assets_dir is not None:
-            missing = [name for name in ASSETS if not (self.assets_dir / name).is_dir()]
+            missing = [name for name in PARTS if not (self.assets_dir / name).is_dir()]
             if missing:
                 raise FileNotFoundError(f"--assets-dir {self.assets_dir} lacks {', '.join(missing)}")
         self._check_output_dir()
@@ -58,7 +58,7 @@ class QuickstartOptions:
         Raises:
             AssetError: if the package was installed without one.
         """
-        return {name: self.assets_dir / name if self.assets_dir else asset_path(name) for name in ASSETS}
+        return {name: self.assets_dir / name if self.assets_dir else asset_path(name) for name in PARTS}
 
     def _check_output_dir(self) -> None:
         folder = self.output_dir

@@ -52,10 +52,14 @@ class Recipe:
     """Optimizer steps of stage 1."""
     stage1_lr: float = 3e-3
     """Peak learning rate of stage 1."""
-    stage2_steps: int = 800
+    stage2_steps: int = 700
     """Optimizer steps of stage 2."""
-    stage2_lr: float = 2e-3
+    stage2_lr: float = 3e-3
     """Peak learning rate of stage 2."""
+    stage2_adam_beta2: float = 0.98
+    """Decay of AdamW's second moment in stage 2; lower than the usual 0.999, as the run is short."""
+    stage2_save_steps: int = 0
+    """Steps of stage 2 between checkpoints, from which an interrupted run goes on; 0 keeps none."""
     vision_coef: float = 4.0
     """Weight of the visual loss in stage 2."""
     alignment_steps: int = 800
@@ -91,7 +95,9 @@ class Recipe:
             "vision_coef": self.vision_coef,
             "max_steps": self.stage2_steps,
             "learning_rate": self.stage2_lr,
+            "adam_beta2": self.stage2_adam_beta2,
             **self._common_flags(),
+            **self._checkpoint_flags(),
         }
 
     def visualizer_flags(self) -> dict[str, Any]:
@@ -117,6 +123,11 @@ class Recipe:
             "save_step": 0,
         }
 
+    def _checkpoint_flags(self) -> dict[str, Any]:
+        if not self.stage2_save_steps:
+            return {}
+        return {"save_strategy": "steps", "save_steps": self.stage2_save_steps, "save_total_limit": 1}
+
     def _common_flags(self) -> dict[str, Any]:
         return {
             "num_image_tokens": NUM_IMAGE_TOKENS,
@@ -138,19 +149,49 @@ class Recipe:
 FULL = Recipe(
     sizes=WorldSizes(
         captions=3200,
-        vqa=8000,
-        text_vqa=800,
-        text_to_image=7500,
-        edits=5000,
-        next_frames=2000,
-        facts=600,
+        vqa=5000,
+        text_vqa=400,
+        text_to_image=8000,
+        edits=6000,
+        next_frames=2500,
+        facts=500,
         knowledge_prompts=1200,
         visualizer=1500,
         evaluation=0,
+        pair_fraction=0.45,
     ),
     evaluation=EvaluationSizes(),
 )
 """What `metamorph quickstart` runs."""
+
+MINI = Recipe(
+    sizes=WorldSizes(
+        captions=6400,
+        vqa=10_000,
+        questions_per_image=4,
+        text_vqa=500,
+        text_to_image=24_000,
+        edits=24_000,
+        next_frames=10_000,
+        facts=1000,
+        knowledge_prompts=3000,
+        visualizer=2500,
+        evaluation=0,
+        pair_fraction=0.5,
+    ),
+    stage1_steps=200,
+    stage2_steps=2400,
+    stage2_lr=1.5e-3,
+    stage2_adam_beta2=0.999,
+    stage2_save_steps=400,
+    alignment_steps=2000,
+    visualizer_steps=300,
+    evaluation=EvaluationSizes(vqa=1000, seen=192, held_out=96, knowledge=64, edit=96, next_frame=48, visualizer=128),
+)
+"""What `metamorph quickstart --rebuild-assets mini` runs: the quickstart with more of everything, above all edits."""
+
+MINI_EVALUATION_SEED = 1000
+"""Seed of the records that mini is judged by; no build or tuning uses it."""
 
 FAST = Recipe(
     sizes=WorldSizes(

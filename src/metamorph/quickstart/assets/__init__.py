@@ -2,7 +2,7 @@
 
 As the real system starts from pretrained SigLIP, Llama and Stable Diffusion, the quickstart starts from three
 small models of the same classes. Each is an ordinary Hugging Face folder of bf16 safetensors with a model card
-that names its recipe, figures and hashes.
+that names its recipe, figures and hashes. `mini` is what comes of them: a trained MetaMorph model and its visualizer.
 """
 
 from __future__ import annotations
@@ -18,23 +18,26 @@ from metamorph.quickstart.assets.cards import AssetCard, AssetError, verify_fold
 
 logger = logging.getLogger(__name__)
 
-ASSETS = ("mini-siglip", "mini-llama", "mini-sd")
+PARTS = ("mini-siglip", "mini-llama", "mini-sd")
+"""The small pretrained models that the quickstart starts from."""
+ASSETS = (*PARTS, "mini")
 """The shipped assets, in the order in which they are built."""
 
 _BUILDERS = {
     "mini-siglip": "metamorph.quickstart.assets.build_siglip",
     "mini-llama": "metamorph.quickstart.assets.build_llama",
     "mini-sd": "metamorph.quickstart.assets.build_sd",
+    "mini": "metamorph.quickstart.build_mini",
 }
 
-__all__ = ["ASSETS", "AssetCard", "AssetError", "asset_path", "rebuild", "verify_asset"]
+__all__ = ["ASSETS", "PARTS", "AssetCard", "AssetError", "asset_path", "rebuild", "verify_asset"]
 
 
 def asset_path(name: str) -> Path:
     """Folder of a shipped asset, for `from_pretrained`.
 
     Args:
-        name: `mini-siglip`, `mini-llama` or `mini-sd`; the prefix `mini-` may be left out.
+        name: `mini-siglip`, `mini-llama`, `mini-sd` or `mini`; the prefix `mini-` may be left out.
 
     Raises:
         ValueError: There is no asset of this name.
@@ -48,6 +51,21 @@ def asset_path(name: str) -> Path:
             f"`metamorph quickstart --rebuild-assets {full_name.removeprefix('mini-')}`."
         )
     return folder
+
+
+def shipped_folder(reference: str, part: str) -> str:
+    """The folder that `--model mini` and `--visualizer mini` mean; any other reference stays as it is.
+
+    Args:
+        reference: Value of the flag. A local folder called `mini` goes before the shipped one.
+        part: `model` or `visualizer`.
+
+    Raises:
+        AssetError: The package was installed without the asset.
+    """
+    if reference != "mini" or Path(reference).exists():
+        return reference
+    return str(asset_path(reference) / part)
 
 
 def verify_asset(name: str) -> AssetCard:
@@ -101,7 +119,7 @@ def rebuild(
 
 
 def _full_name(name: str) -> str:
-    full_name = name if name.startswith("mini-") else f"mini-{name}"
+    full_name = name if name in ASSETS else f"mini-{name}"
     if full_name not in ASSETS:
         raise ValueError(f"There is no asset {name!r}: choose among {', '.join(ASSETS)} (--rebuild-assets).")
     return full_name

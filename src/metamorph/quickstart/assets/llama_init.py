@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 
 LOOK_BACK = ((1, 2, 3, 4, 6), (1, 3))
@@ -67,7 +68,7 @@ def _heads(head_dim: int, count: int) -> list[slice]:
 
 
 def _look_back(
-    attention: nn.Module, head: slice, distance: int, frequencies: Tensor, generator: torch.Generator
+    attention: LlamaAttention, head: slice, distance: int, frequencies: Tensor, generator: torch.Generator
 ) -> None:
     """Make a head's score largest for the word `distance` words before.
 

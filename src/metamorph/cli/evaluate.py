@@ -1,0 +1,54 @@
+"""`metamorph evaluate world --model mini --visualizer mini`: how good a finished model is, with pictures."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from metamorph.flags import check_model_reference
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    parser = argparse.ArgumentParser(
+        prog="metamorph evaluate",
+        description="Measure a finished model.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    world = kinds.add_parser("world", help="questions and drawings of the miniature world, judged by its pixel checker")
+    world.add_argument("--model", default="mini", help="folder of the model (default: mini, the shipped one)")
+    world.add_argument("--visualizer", default="mini", help="folder of the visualizer (default: mini)")
+    world.add_argument("--output-dir", type=Path, default=Path("evaluation"), help="gets metrics.json and grids")
+    world.add_argument("--seed", type=int, help="of scenes, words and noise (default: the one of mini's card)")
+    parser.epilog = "\n".join(kind.format_usage() for kind in kinds.choices.values())
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Evaluate and print a table.
+
+    Args:
+        argv: Command line after `evaluate`.
+    """
+    flags = build_parser().parse_args(argv)
+    from metamorph.quickstart.assets import AssetError, shipped_folder
+    from metamorph.quickstart.options import require_extras
+
+    require_extras()
+    if flags.seed is not None and flags.seed < 0:
+        raise ValueError(f"--seed {flags.seed} must be 0 or more")
+    try:
+        model, visualizer = shipped_folder(flags.model, "model"), shipped_folder(flags.visualizer, "visualizer")
+    except AssetError as error:
+        raise ValueError(f"--model or --visualizer: {error}") from error
+    check_model_reference(model, flag="--model")
+    check_model_reference(visualizer, flag="--visualizer", file="model_index.json")
+    from metamorph.cli.quickstart import print_table
+    from metamorph.quickstart.measure import measure_world
+    from metamorph.quickstart.recipe import MINI_EVALUATION_SEED
+    from metamorph.quickstart.report import headline
+
+    seed = MINI_EVALUATION_SEED if flags.seed is None else flags.seed
+    measured = measure_world(model, visualizer, flags.output_dir, seed=seed)
+    print_table(headline({**measured.metrics, "floors": {}}))
+    print(f"\npictures and metrics.json: {flags.output_dir.resolve()}")

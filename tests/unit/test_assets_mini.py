@@ -1,0 +1,128 @@
+"""The shipped miniature: what its card says, that it still is as good as it says, and the command of the README."""
+
+import re
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from metamorph.cli import main
+from metamorph.quickstart.assets import ASSETS, asset_path, shipped_folder, verify_asset
+from metamorph.quickstart.assets.cards import AssetError, verify_folder
+from metamorph.quickstart.build_mini import GATES, build, missed_gates, summarise_figures
+from metamorph.quickstart.checker import judge
+from metamorph.quickstart.dataset import WorldSizes
+from metamorph.quickstart.measure import measure_world
+from metamorph.quickstart.recipe import FAST, EvaluationSizes
+from metamorph.quickstart.scenes import Scene, SceneObject
+
+
+def test_card_matches_the_folder_and_names_the_gates_it_misses():
+    card = verify_asset("mini")
+    assert card.gates == GATES
+    sentence = card.summary.split("It misses these gates: ")
+    named = set(re.split(r"\.\s", sentence[1])[0].split(", ")) if len(sentence) == 2 else set()
+    assert named == set(missed_gates(card.figures))
+
+
+def test_all_assets_together_are_small_enough_to_ship():
+    sizes = [path.stat().st_size for name in ASSETS for path in asset_path(name).rglob("*") if path.is_file()]
+    assert sum(sizes) < 40e6
+
+
+def test_missed_gates_are_named():
+    figures = {
+        "vqa": {"all": 0.96, "yes_no": 0.7},
+        "image_start": 1.0,
+        "seen": 0.89,
+        "visualizer": {"singles": 1.0, "pairs": 0.5},
+        "n": {"vqa": 10},
+    }
+    assert missed_gates(figures) == {"vqa.yes_no": 0.7, "seen": 0.89, "visualizer.pairs": 0.5}
+
+
+@pytest.mark.slow
+def test_mini_is_as_good_as_its_card_says_on_a_small_sample(tmp_path):
+    sample = EvaluationSizes(vqa=60, seen=24, held_out=12, knowledge=6, edit=12, next_frame=6, visualizer=16)
+    folder = asset_path("mini")
+    measured = measure_world(folder / "model", folder / "visualizer", tmp_path, sizes=sample)
+    found, card = summarise_figures(measured.metrics), verify_asset("mini").figures
+    assert (tmp_path / "pictures" / "grid.png").is_file()
+    # Sixty answers and two dozen drawings: about two standard errors of the card's figures.
+    assert found["vqa"]["all"] >= card["vqa"]["all"] - 0.08
+    assert found["image_start"] >= 0.96
+    for group in ("seen", "held_out", "pairs", "edit"):
+        assert found[group] >= card[group] - 0.3
+
+
+README_PROMPTS = {
+    "Generate an image of a red circle": [("circle", "red", "large", "center")],
+    "Draw the colour of grass as a square": [("square", "green", "large", "center")],
+    "Generate an image of a small yellow triangle in the top left and a large blue circle in the bottom right": [
+        ("triangle", "yellow", "small", "top left"),
+        ("circle", "blue", "large", "bottom right"),
+    ],
+}
+"""The prompts whose pictures the README shows, and what they must show."""
+
+
+@pytest.mark.parametrize("prompt", README_PROMPTS)
+def test_the_readme_s_commands_draw_what_they_are_told(tmp_path, capsys, prompt):
+    file = tmp_path / "drawn.png"
+    assert main(["generate", "--model", "mini", "--visualizer", "mini", "--prompt", prompt, "--output", str(file)]) == 0
+    assert str(file) in capsys.readouterr().out
+    wanted = Scene(tuple(SceneObject(*attributes) for attributes in README_PROMPTS[prompt]))
+    assert judge(Image.open(file).convert("RGB"), wanted).all
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "{folder}"], "--model {folder} is a folder without config.json"),
+        (["--visualizer", "{folder}/nowhere/x"], "--visualizer {folder}/nowhere/x does not exist"),
+        (["--seed", "-1"], "--seed -1 must be 0 or more"),
+    ],
+)
+def test_evaluate_names_what_is_wrong_before_it_begins(tmp_path, capsys, flags, message):
+    words = [flag.format(folder=tmp_path) for flag in flags]
+    assert main(["evaluate", "world", "--output-dir", str(tmp_path / "out"), *words]) == 2
+    assert message.format(folder=tmp_path) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_local_folder_called_mini_goes_before_the_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shipped_folder("mini", "model") == str(asset_path("mini") / "model")
+    assert shipped_folder("owner/mini", "model") == "owner/mini"
+    (tmp_path / "mini").mkdir()
+    assert shipped_folder("mini", "model") == "mini"
+
+
+@pytest.mark.slow
+def test_build_stops_at_a_gate_and_does_not_train_again(tmp_path, caplog):
+    sizes = WorldSizes(
+        captions=8,
+        vqa=8,
+        text_vqa=2,
+        text_to_image=8,
+        edits=4,
+        next_frames=2,
+        facts=2,
+        knowledge_prompts=2,
+        visualizer=16,
+        evaluation=0,
+    )
+    sample = EvaluationSizes(vqa=6, seen=6, held_out=2, knowledge=2, edit=2, next_frame=2, visualizer=6)
+    recipe = replace(
+        FAST, sizes=sizes, batch_size=4, stage1_steps=2, stage2_steps=2, visualizer_steps=2, evaluation=sample
+    )
+    folder = tmp_path / "mini"
+    with pytest.raises(AssetError, match=r"mini is below its gates"):
+        build(folder, recipe=recipe)
+    assert not folder.exists()
+    caplog.set_level("INFO", logger="metamorph")
+    figures = build(folder, recipe=recipe, enforce_gates=False)
+    assert "stage 2 trains" not in caplog.text
+    card = verify_folder(folder)
+    assert card.figures["vqa"]["all"] == pytest.approx(figures["vqa"]["all"])
+    assert [path.name for path in tmp_path.iterdir()] == ["mini"]
