@@ -121,6 +121,7 @@ def test_build_stops_at_a_gate_and_does_not_train_again(tmp_path, caplog):
         build(folder, recipe=recipe)
     assert not folder.exists()
     caplog.set_level("INFO", logger="metamorph")
+    caplog.clear()
     figures = build(folder, recipe=recipe, enforce_gates=False)
     assert "stage 2 trains" not in caplog.text
     card = verify_folder(folder)
