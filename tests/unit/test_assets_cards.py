@@ -1,12 +1,26 @@
 """Model cards and the resumable training loop of the asset builds."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
-from metamorph.quickstart.assets import asset_path, rebuild
+from metamorph.quickstart.assets import ASSETS, asset_path, rebuild
 from metamorph.quickstart.assets.cards import AssetCard, AssetError, verify_folder, write_card
 from metamorph.quickstart.assets.training_state import TrainingPlan, train
+
+
+CARD = AssetCard(
+    name="mini-test",
+    summary="A test.",
+    build_command="none",
+    seed=7,
+    seconds=3600.0,
+    recipe={"steps": 10},
+    figures={"singles": {"shape": 0.99}, "loss": 0.1},
+    gates={"shape": 0.97},
+)
 
 
 @pytest.fixture
@@ -14,17 +28,7 @@ def folder(tmp_path):
     (tmp_path / "part").mkdir()
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "part" / "weights.bin").write_bytes(b"1234")
-    card = AssetCard(
-        name="mini-test",
-        summary="A test.",
-        build_command="none",
-        seed=7,
-        seconds=3600.0,
-        recipe={"steps": 10},
-        figures={"singles": {"shape": 0.99}, "loss": 0.1},
-        gates={"shape": 0.97},
-    )
-    write_card(tmp_path, card)
+    write_card(tmp_path, CARD)
     return tmp_path
 
 
@@ -104,3 +108,20 @@ def test_loss_that_is_not_finite_stops_the_build(tmp_path):
     model = nn.Linear(1, 1)
     with pytest.raises(FloatingPointError, match="step 0"):
         train(model, plan, lambda _: (model.weight.sum() * torch.inf, {}), tmp_path, fingerprint="", resume=False)
+
+
+@pytest.mark.parametrize("name", ASSETS)
+def test_shipped_files_name_no_folder_of_the_builder(name):
+    for path in asset_path(name).rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(encoding="utf-8"), path
+
+
+def test_a_card_is_written_without_the_builders_folders(tmp_path):
+    config = {"hidden_size": 8, "text_config": {"_name_or_path": "/home/builder/llama", "layers": [{"size": 2}]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_card(tmp_path, CARD)
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "hidden_size": 8,
+        "text_config": {"layers": [{"size": 2}]},
+    }
+    verify_folder(tmp_path)

@@ -7,6 +7,7 @@ of every file) and the same facts in words for people.
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 
 CARD_FILE = "README.md"
 _HEAD_MARK = "---\n"
+_ORIGIN = "_name_or_path"
 
 
 class AssetError(RuntimeError):
@@ -54,6 +56,18 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
+def forget_local_paths(folder: Path) -> None:
+    """Remove from all JSON files where on the builder's machine a part was loaded from (`_name_or_path`).
+
+    `save_pretrained` keeps that of nested configurations and of diffusers' parts; it means nothing elsewhere.
+    """
+    for path in sorted(folder.rglob("*.json")):
+        text = path.read_text(encoding="utf-8")
+        if _ORIGIN in text:
+            values = json.loads(text, object_hook=lambda found: {k: v for k, v in found.items() if k != _ORIGIN})
+            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide what a build computes."""
     import numpy
@@ -68,7 +82,7 @@ def library_versions() -> dict[str, str]:
 
 
 def write_card(folder: Path, card: AssetCard) -> AssetCard:
-    """Write the card of the finished asset in `folder`, hashing the files that lie there.
+    """Write the card of the finished asset in `folder`, without local paths in its files, and hash them.
 
     Args:
         folder: The asset's folder, with all its files in place.
@@ -77,6 +91,7 @@ def write_card(folder: Path, card: AssetCard) -> AssetCard:
     Returns:
         The card as written.
     """
+    forget_local_paths(folder)
     head = {
         "license": "apache-2.0",
         "metamorph_asset": {
