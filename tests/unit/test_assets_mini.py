@@ -9,7 +9,7 @@ from PIL import Image
 from metamorph.cli import main
 from metamorph.quickstart.assets import ASSETS, asset_path, shipped_folder, verify_asset
 from metamorph.quickstart.assets.cards import AssetError, verify_folder
-from metamorph.quickstart.build_mini import GATES, build, missed_gates, summarise_figures
+from metamorph.quickstart.build_mini import GATES, _parts_beside, build, missed_gates, summarise_figures
 from metamorph.quickstart.checker import judge
 from metamorph.quickstart.dataset import WorldSizes
 from metamorph.quickstart.measure import measure_world
@@ -96,6 +96,13 @@ def test_a_local_folder_called_mini_goes_before_the_shipped_one(tmp_path, monkey
     assert shipped_folder("owner/mini", "model") == "owner/mini"
     (tmp_path / "mini").mkdir()
     assert shipped_folder("mini", "model") == "mini"
+
+
+def test_mini_is_built_of_what_was_built_beside_it(tmp_path):
+    (tmp_path / "mini-llama").mkdir()
+    parts = _parts_beside(tmp_path / "mini")
+    assert parts["mini-llama"] == tmp_path / "mini-llama"
+    assert parts["mini-siglip"] == asset_path("mini-siglip")
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ from metamorph.models.image_processing import (
     preprocess_images,
     square_image_processor,
 )
-from metamorph.models.image_tokens import ImageTokens, add_image_tokens
+from metamorph.models.image_tokens import ImageTokens, add_image_tokens, special_token_ids
 
 
 class MetaMorphProcessor(ProcessorMixin):
@@ -87,7 +87,7 @@ class MetaMorphProcessor(ProcessorMixin):
         )
         self.template: ChatTemplate = get_chat_template(version, tokenizer, chat_template)
         self._pixel_table = pixel_table(self.image_processor)
-        self._special_ids = _special_token_ids(tokenizer)
+        self._special_ids = special_token_ids(tokenizer)
         self._template_ids: dict[str, list[int]] = {}
 
     @classmethod
@@ -392,12 +392,6 @@ class MetaMorphProcessor(ProcessorMixin):
         if not images:
             return None
         return preprocess_images(images, self.image_processor, self.image_aspect_ratio, self._pixel_table)
-
-
-def _special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that contents must never give. The unknown token is none of them: ordinary words may become it."""
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(special - {tokenizer.unk_token_id})
 
 
 AutoProcessor.register(MetaMorphConfig, MetaMorphProcessor)

@@ -70,7 +70,8 @@ def build(
         resume: Whether to continue an interrupted build.
         recipe: Sizes and hyper-parameters, the shipped ones by default.
         work_dir: Folder of the unfinished build, by default `<output_dir>.building`; removed at the end.
-        assets: Folders of mini-siglip, mini-llama and mini-sd; by default the shipped ones.
+        assets: Folders of mini-siglip, mini-llama and mini-sd; by default those beside `output_dir`, else the
+            shipped ones.
         enforce_gates: Whether figures below the gates are an error.
 
     Returns:
@@ -82,7 +83,7 @@ def build(
     work_dir = work_dir or output_dir.with_name(output_dir.name + ".building")
     if not resume:
         shutil.rmtree(work_dir, ignore_errors=True)
-    space = Workspace(work_dir, assets or {name: asset_path(name) for name in PARTS}, seed)
+    space = Workspace(work_dir, assets or _parts_beside(output_dir), seed)
     seconds = _train_stages(space, recipe)
     finished = work_dir / "finished"
     write_weights(space, finished)
@@ -99,6 +100,12 @@ def build(
     shutil.move(finished, output_dir)
     shutil.rmtree(work_dir)
     return figures
+
+
+def _parts_beside(output_dir: Path) -> dict[str, Path]:
+    """What the same command built before into the same folder goes before what ships."""
+    beside = {name: output_dir.parent / name for name in PARTS}
+    return {name: path if path.is_dir() else asset_path(name) for name, path in beside.items()}
 
 
 def summarise_figures(metrics: dict[str, Any]) -> dict[str, Any]:
