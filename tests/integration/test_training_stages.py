@@ -15,7 +15,7 @@ from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.vision_tower import load_vision_encoder
 from metamorph.training.arguments import ModelArguments
 from metamorph.training.assemble import load_model, make_plan
-from metamorph.training.checkpoint import CONNECTOR_FILE
+from metamorph.training.connector import CONNECTOR_FILE
 from metamorph.training.run import TrainResult, run_training
 
 

@@ -11,7 +11,7 @@ from metamorph.data import lengths as lengths_module
 from metamorph.data.dataset import ConversationDataset
 from metamorph.data.lengths import measure
 from metamorph.training.arguments import MetaMorphTrainingArguments
-from metamorph.training.run import measuring_workers
+from metamorph.training.planning import measuring_workers
 from processing_parts import build_processor, chat, golden_image, llava, tokenizer_with, write_jsonl
 
 

@@ -16,7 +16,7 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.vision_tower import load_vision_config, load_vision_encoder, resolve_vision_tower
 from metamorph.training.arguments import DataArguments, ModelArguments
-from metamorph.training.checkpoint import find_connector, load_connector
+from metamorph.training.connector import find_connector, load_connector
 
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,6 @@ from typing import Any
 from transformers import IntervalStrategy, PrinterCallback, set_seed
 
 from metamorph.data.collation import PackedCollator, PaddedCollator
-from metamorph.data.index import cache_folder
-from metamorph.data.lengths import Lengths, Measurable, measure
-from metamorph.data.packing import BatchPlanner
 from metamorph.models.embeddings import merge_new_token_rows
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.packed_rows import check_keeps_samples_apart, uses_flash_attention
@@ -22,14 +18,12 @@ from metamorph.training.arguments import DataArguments, MetaMorphTrainingArgumen
 from metamorph.training.assemble import load_model, load_training_data, make_plan, open_features
 from metamorph.training.bad_records import StopOnBadRecords
 from metamorph.training.checkpoint import find_checkpoint
+from metamorph.training.planning import plan_run
 from metamorph.training.stages import apply_stage, format_summary
 from metamorph.training.trainer import MetaMorphTrainer
 
 
 logger = logging.getLogger(__name__)
-
-MAX_MEASURING = 32
-"""Most processes that measure lengths where no number of workers is asked for."""
 
 
 @dataclass
@@ -150,62 +144,6 @@ def run_training(
         data_statistics=statistics,
         is_main_process=trainer.is_world_process_zero(),
     )
-
-
-def plan_run(dataset: Measurable, model_max_length: int, args: MetaMorphTrainingArguments) -> BatchPlanner:
-    """Decide which samples make which batch, from lengths that are measured now if anything depends on them.
-
-    One process of each machine measures, with workers of its own, and the others read what it has kept.
-
-    Args:
-        dataset: The data set.
-        model_max_length: Tokens of a row.
-        args: How the run learns.
-    """
-    group_by_length = args.train_sampling_strategy == "group_by_length"
-    if args.packing or group_by_length:
-        with args.main_process_first(desc="measuring lengths"):
-            lengths = measure(dataset, measuring_workers(args), cache_folder())
-    else:
-        lengths = Lengths.unknown(len(dataset))
-    planner = BatchPlanner(
-        lengths,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        world_size=args.world_size,
-        rows_per_batch=args.per_device_train_batch_size,
-        max_length=model_max_length,
-        packing=args.packing,
-        group_by_length=group_by_length,
-        shuffle=args.train_sampling_strategy != "sequential",
-    )
-    if args.packing:
-        per_row = len(dataset) / len(planner.rows)
-        logger.info(
-            "packing: %d samples in %d rows of %d tokens, %.1f %% full; %d steps of micro-batches an epoch, on average "
-            "%.1f samples a row and %.0f in each optimizer step",
-            len(dataset),
-            len(planner.rows),
-            model_max_length,
-            100 * planner.efficiency,
-            planner.steps,
-            per_row,
-            per_row * args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
-        )
-    return planner
-
-
-def measuring_workers(args: MetaMorphTrainingArguments) -> int:
-    """Processes that measure lengths: as many as all data loaders of this machine will have, else one for each core.
-
-    One process alone takes hours for ten million samples, and the other ranks wait for `--ddp_timeout` only.
-
-    Args:
-        args: How the run learns.
-    """
-    asked = args.dataloader_num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Of a shared machine the cores that are ours, where the system tells.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return asked or min(cores, MAX_MEASURING)
 
 
 def save_arguments(output_dir: str, model_args: ModelArguments, data_args: DataArguments) -> None:

@@ -1,76 +1,31 @@
 """`transformers.Trainer` with the two losses of VPiT, normalised over the whole optimizer step."""
 
-import json
 import logging
 import math
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import TrainOutput, seed_worker
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import seed_worker
 
 from metamorph.data.batches import PackedExamples, PlannedBatches
 from metamorph.data.packing import BatchPlanner
-from metamorph.models.constants import IGNORE_INDEX
 from metamorph.models.outputs import MetaMorphOutput
-from metamorph.training.checkpoint import TRAINER_STATE_FILE, load_connector, load_weights, save_connector
+from metamorph.training.checkpointing import CheckpointingTrainer
+from metamorph.training.metrics import LossWindow, count_targets
 from metamorph.training.stages import optimizer_groups
 
 
 logger = logging.getLogger(__name__)
 
 
-class LossWindow:
-    """Sums of the losses of each kind since the last log line, kept on the device: no host sync until they are read."""
-
-    def __init__(self) -> None:
-        self._sums: Tensor | None = None
-
-    def add(self, outputs: MetaMorphOutput, normalizers: tuple[Tensor, Tensor] | None) -> None:
-        """Add one micro-batch.
-
-        Args:
-            outputs: Losses and counts of the micro-batch.
-            normalizers: What the model divided the two losses by; None means its own counts.
-        """
-        if outputs.text_loss is None or outputs.num_text_tokens is None:
-            raise ValueError("the model returned no losses: the batch has no labels")
-        text, num_text = outputs.text_loss.detach(), outputs.num_text_tokens
-        visual, num_visual, cosine = (
-            torch.zeros_like(text) if value is None else value.detach()
-            for value in (outputs.visual_loss, outputs.num_visual_tokens, outputs.visual_cosine)
-        )
-        by_text, by_visual = normalizers or (num_text.clamp(min=1), num_visual.clamp(min=1))
-        values = (text * by_text, visual * by_visual, cosine * num_visual, num_text, num_visual)
-        sums = torch.stack([value.float() for value in values])
-        self._sums = sums if self._sums is None else self._sums + sums
-
-    def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all tokens of all ranks since the last call. Every rank must call it.
-
-        Args:
-            accelerator: Sums over the ranks.
-        """
-        if self._sums is None:
-            return {}
-        sums = accelerator.reduce(self._sums, reduction="sum").tolist()
-        self._sums = None
-        text, visual, cosine, num_text, num_visual = sums
-        logs = {"text_loss": text / max(num_text, 1), "num_text_tokens": num_text}
-        if num_visual:
-            logs |= {"visual_loss": visual / num_visual, "visual_cosine": cosine / num_visual}
-        return logs | {"num_visual_tokens": num_visual}
-
-
-class MetaMorphTrainer(Trainer):
+class MetaMorphTrainer(CheckpointingTrainer):
     """Trains a MetaMorph model after `apply_stage`.
 
     With `loss_normalization="global"` the sums of both losses are divided by their numbers of tokens over the whole
@@ -98,30 +53,6 @@ class MetaMorphTrainer(Trainer):
         self._normalizers: tuple[Tensor, Tensor] | None = None
         self._window = LossWindow()
         self._rates: dict[str, float] = {}
-
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
-        """Train, or only load the weights of a checkpoint that is already at the last step.
-
-        `transformers.Trainer` would do one step too many there (seen in 5.23, when the last step is not the last of
-        an epoch), so that restarting a finished run would change its result.
-
-        Args:
-            resume_from_checkpoint: Folder of a checkpoint.
-            **kwargs: As for `transformers.Trainer.train`.
-        """
-        if resume_from_checkpoint is not None:
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_FILE))
-            if self._is_finished(state):
-                logger.info("%s is at the last step already: there is nothing left to train", resume_from_checkpoint)
-                self._load_from_checkpoint(resume_from_checkpoint)
-                self.state = state
-                return TrainOutput(state.global_step, math.nan, {})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _is_finished(self, state: TrainerState) -> bool:
-        if self.args.max_steps > 0:
-            return state.global_step >= self.args.max_steps
-        return (state.epoch or 0) >= self.args.num_train_epochs
 
     def get_train_dataloader(self) -> DataLoader:
         """A loader of this rank's batches in the order of the plan, which workers and interruptions do not change."""
@@ -227,32 +158,6 @@ class MetaMorphTrainer(Trainer):
         self._rates = {f"lr_{group['name']}": group["lr"] for group in groups}
         return super()._get_learning_rate()
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write connector (stage 1) or model (stage 2), configuration and processor; the main process only."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.stage == 1:
-            save_connector(self.model, folder)
-            self.model.config.save_pretrained(folder)
-        else:
-            # Base language models name one end token; ours also end their turns.
-            self.model.generation_config.eos_token_id = self.processing_class.end_of_turn_token_ids
-            self.model.save_pretrained(folder, state_dict=state_dict)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        arguments = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
-        (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif self.stage == 1:
-            load_connector(self.model, resume_from_checkpoint)
-        else:
-            load_weights(self.model, resume_from_checkpoint)
-
 
 class _EpochOfPlan(TrainerCallback):
     """Sets the epoch of the plan from the step counter: so it is right after a resume, too.
@@ -269,17 +174,3 @@ class _EpochOfPlan(TrainerCallback):
     ) -> None:
         steps = math.ceil(len(self.batches) / args.gradient_accumulation_steps)
         self.batches.set_epoch(state.global_step // steps)
-
-
-def count_targets(batch: dict[str, Any]) -> Tensor:
-    """[2] the numbers of text tokens and of visual tokens that a batch supervises.
-
-    Position 0 of a row is never predicted, so it does not count.
-
-    Args:
-        batch: With `labels` [batch, sequence] and, unless there are no images, `visual_target_mask` of that shape.
-    """
-    text = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
-    mask = batch.get("visual_target_mask")
-    visual = torch.zeros_like(text) if mask is None else mask[:, 1:].sum()
-    return torch.stack([text, visual])

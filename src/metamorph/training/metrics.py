@@ -1,0 +1,66 @@
+"""What is counted and summed while training: losses of each kind, without a device sync before they are logged."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from metamorph.models.constants import IGNORE_INDEX
+from metamorph.models.outputs import MetaMorphOutput
+
+
+class LossWindow:
+    """Sums of the losses of each kind since the last log line, kept on the device: no host sync until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def add(self, outputs: MetaMorphOutput, normalizers: tuple[Tensor, Tensor] | None) -> None:
+        """Add one micro-batch.
+
+        Args:
+            outputs: Losses and counts of the micro-batch.
+            normalizers: What the model divided the two losses by; None means its own counts.
+        """
+        if outputs.text_loss is None or outputs.num_text_tokens is None:
+            raise ValueError("the model returned no losses: the batch has no labels")
+        text, num_text = outputs.text_loss.detach(), outputs.num_text_tokens
+        visual, num_visual, cosine = (
+            torch.zeros_like(text) if value is None else value.detach()
+            for value in (outputs.visual_loss, outputs.num_visual_tokens, outputs.visual_cosine)
+        )
+        by_text, by_visual = normalizers or (num_text.clamp(min=1), num_visual.clamp(min=1))
+        values = (text * by_text, visual * by_visual, cosine * num_visual, num_text, num_visual)
+        sums = torch.stack([value.float() for value in values])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all tokens of all ranks since the last call. Every rank must call it.
+
+        Args:
+            accelerator: Sums over the ranks.
+        """
+        if self._sums is None:
+            return {}
+        sums = accelerator.reduce(self._sums, reduction="sum").tolist()
+        self._sums = None
+        text, visual, cosine, num_text, num_visual = sums
+        logs = {"text_loss": text / max(num_text, 1), "num_text_tokens": num_text}
+        if num_visual:
+            logs |= {"visual_loss": visual / num_visual, "visual_cosine": cosine / num_visual}
+        return logs | {"num_visual_tokens": num_visual}
+
+
+def count_targets(batch: dict[str, Any]) -> Tensor:
+    """[2] the numbers of text tokens and of visual tokens that a batch supervises.
+
+    Position 0 of a row is never predicted, so it does not count.
+
+    Args:
+        batch: With `labels` [batch, sequence] and, unless there are no images, `visual_target_mask` of that shape.
+    """
+    text = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+    mask = batch.get("visual_target_mask")
+    visual = torch.zeros_like(text) if mask is None else mask[:, 1:].sum()
+    return torch.stack([text, visual])

@@ -1,0 +1,147 @@
+"""The flags of `metamorph train` that say what the network is and which part of it is trained."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from metamorph.flags import RemembersGiven, check_model_reference
+from metamorph.models.configuration_metamorph import check_options
+
+
+@dataclass
+class ModelArguments(RemembersGiven):
+    """What the network is and which part of it is trained.
+
+    When a finished MetaMorph model is trained further, flags that are not given are as in that model. A value of
+    None means the stage's own default.
+    """
+
+    model_name_or_path: str
+    """Base language model, or a finished MetaMorph model: a local folder or a Hub id."""
+    version: str = "llama3"
+    """Conversation template: llama3, llama3_original, chatml, plain, or auto, which takes the tokenizer's own."""
+    vision_tower: str = "siglip/CLIP-ViT-SO400M-14-384"
+    """SigLIP, SigLIP 2, CLIP or DINOv2 vision model: a folder or Hub id. The default is SigLIP-SO400M/14 at 384 px."""
+    mm_vision_select_layer: int = -1
+    """Which hidden state of the tower becomes visual tokens; -1 is the last layer's, before the final norm."""
+    freeze_vision: bool = True
+    """Whether the vision tower stays bit-identical."""
+    normalize_vision: bool = True
+    """Whether visual tokens, and predictions of them, have length 1."""
+    image_token_reduction: str = "interpolation"
+    """How patches become `num_image_tokens` tokens: interpolation, concat_interpolation, mlpmixer or none."""
+    num_image_tokens: int = 64
+    """Visual tokens per image; a square number for the interpolations."""
+    mm_use_im_start_end: bool = True
+    """Whether the tokens `<image_start>` and `<image_end>` stand around every image."""
+    mm_use_im_patch_token: bool = False
+    """Whether the placeholder token is `<im_patch>`."""
+    mm_projector_type: str = "mlp2x_gelu"
+    """Connector from visual tokens to the language model: linear, mlp{N}x_gelu, mlpsoftmax or identity."""
+    tune_mm_mlp_adapter: bool = False
+    """True is stage 1 (pretraining), False is stage 2 (fine-tuning)."""
+    pretrain_mm_mlp_adapter: str | None = None
+    """The connector that stage 2 starts from: stage 1's output folder, or an mm_projector.safetensors or .bin."""
+    from_scratch_connector: bool = False
+    """Must be set to run stage 2 on a plain language model without a connector."""
+    freeze_backbone: bool = False
+    """Whether the language model, its embeddings and `lm_head` stay bit-identical in stage 2."""
+    freeze_mm_mlp_adapter: bool = False
+    """Whether the connector stays bit-identical in stage 2."""
+    use_vision_ar: bool | None = None
+    """Whether the visual loss is trained; by default not in stage 1 and yes in stage 2."""
+    vision_head_type: str = "mlp"
+    """Head from the language model to visual tokens: linear, mlp or mlp2x_gelu."""
+    vision_coef: float | None = None
+    """Weight of the visual loss; 1.0 when not given."""
+    apply_softmax: bool = False
+    """Whether visual tokens are distributions over features, softmax(x / 0.07): so the connector reads them, and so
+    the vision head is trained to predict them, with cross-entropy."""
+    attn_implementation: str | None = None
+    """Attention of the language model, such as sdpa or flash_attention_2; by default Transformers chooses."""
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_stage()
+        self.model_name_or_path = os.path.expanduser(self.model_name_or_path)
+        self.vision_tower = os.path.expanduser(self.vision_tower)
+        check_model_reference(self.model_name_or_path, flag="--model_name_or_path")
+        if not self.continues_metamorph or self.is_given("vision_tower"):
+            check_model_reference(self.vision_tower, flag="--vision_tower")
+        if self.pretrain_mm_mlp_adapter is not None:
+            self.pretrain_mm_mlp_adapter = os.path.expanduser(self.pretrain_mm_mlp_adapter)
+        if self.pretrain_mm_mlp_adapter is not None and not Path(self.pretrain_mm_mlp_adapter).exists():
+            raise FileNotFoundError(
+                f"--pretrain_mm_mlp_adapter {self.pretrain_mm_mlp_adapter} does not exist: give the output folder of "
+                "stage 1, or the mm_projector.safetensors in it"
+            )
+        if Path(self.model_name_or_path).is_dir():  # of a Hub id the type is not known yet
+            self._check_is_whole()
+            self.require_connector(self.continues_metamorph)
+
+    @property
+    def continues_metamorph(self) -> bool:
+        """Whether `model_name_or_path` is a local folder with a finished MetaMorph model."""
+        return local_model_type(self.model_name_or_path) == "metamorph"
+
+    @property
+    def stage(self) -> int:
+        """1 while only the connector is trained, else 2."""
+        return 1 if self.tune_mm_mlp_adapter else 2
+
+    @property
+    def resolved_use_vision_ar(self) -> bool:
+        """`use_vision_ar` as asked for, else the stage's default."""
+        return not self.tune_mm_mlp_adapter if self.use_vision_ar is None else self.use_vision_ar
+
+    def require_connector(self, continues_metamorph: bool) -> None:
+        """Refuse stage 2 on a plain language model without a trained connector.
+
+        Args:
+            continues_metamorph: Whether the model is a finished MetaMorph model, which has its connector.
+        """
+        has_connector = continues_metamorph or self.pretrain_mm_mlp_adapter is not None
+        if self.tune_mm_mlp_adapter or has_connector or self.from_scratch_connector:
+            return
+        raise ValueError(
+            f"stage 2 (--tune_mm_mlp_adapter False) has no connector: {self.model_name_or_path} is a plain language "
+            "model and --pretrain_mm_mlp_adapter is not set. Run stage 1 (--tune_mm_mlp_adapter True) and pass its "
+            "output folder as --pretrain_mm_mlp_adapter, or allow a random one by --from_scratch_connector True"
+        )
+
+    def _check_is_whole(self) -> None:
+        folder = Path(self.model_name_or_path)
+        if self.continues_metamorph and not any(folder.glob("model*.safetensors*")):
+            raise FileNotFoundError(
+                f"--model_name_or_path {self.model_name_or_path} has no model weights. If it is the output of stage 1, "
+                "pass it as --pretrain_mm_mlp_adapter, and the language model as --model_name_or_path"
+            )
+
+    def _check_choices(self) -> None:
+        try:
+            check_options(self)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
+
+    def _check_stage(self) -> None:
+        if self.tune_mm_mlp_adapter and not self.freeze_vision:
+            raise ValueError(
+                "--tune_mm_mlp_adapter True trains the connector only, but --freeze_vision False asks to train the "
+                "tower: tune the tower in stage 2 (--tune_mm_mlp_adapter False)"
+            )
+        if self.tune_mm_mlp_adapter and self.freeze_mm_mlp_adapter:
+            raise ValueError(
+                "--tune_mm_mlp_adapter True and --freeze_mm_mlp_adapter True leave nothing to train: drop one of them"
+            )
+
+
+def local_model_type(name: str) -> str | None:
+    """The `model_type` that the config.json of a local folder names, or None for anything else."""
+    config = Path(name) / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{config} is not valid JSON ({error}): the model folder is damaged") from error
