@@ -14,8 +14,13 @@ def main(argv: Sequence[str]) -> None:
 
     types = (ModelArguments, DataArguments, MetaMorphTrainingArguments)
     arguments = parse_arguments(types, argv, prog="metamorph train")
+    from metamorph.preemption import Preempted, ignore_signals
     from metamorph.training.run import run_training  # after the arguments are known to be good: takes seconds
 
-    result = run_training(*arguments)
+    try:
+        result = run_training(*arguments)
+    except Preempted:
+        ignore_signals()  # torchrun ends the others with SIGTERM once one is gone: let trackers finish their uploads
+        raise
     if result.is_main_process:
         print(f"stage {result.stage} finished after {result.global_step} steps: {result.output_dir}")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from metamorph.data.records import RecordError
 from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.preemption import ignore_signals
 
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def _sizes(dataset: Measurable, index: int) -> tuple[int, int, int]:
 def _measure(dataset: Measurable, indices: Sequence[int], num_workers: int) -> np.ndarray:
     """int32 `[3, len(indices)]`."""
     workers = num_workers if len(indices) >= _WORTH_WORKERS else 0
-    loader = DataLoader(_Chunks(dataset, indices), batch_size=None, num_workers=workers)
+    loader = DataLoader(_Chunks(dataset, indices), batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
     parts = []
     with tqdm(total=len(indices), desc="Measuring lengths", unit="sample", delay=2, disable=None) as bar:
         for part in loader:

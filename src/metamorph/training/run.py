@@ -14,10 +14,12 @@ from metamorph.models.embeddings import merge_new_token_rows
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.packed_rows import check_keeps_samples_apart, uses_flash_attention
 from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.preemption import Preemption, clear_marker
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.assemble import load_model, load_training_data, make_plan, open_features
 from metamorph.training.bad_records import StopOnBadRecords
 from metamorph.training.checkpoint import find_checkpoint
+from metamorph.training.interruption import StopWhenPreempted
 from metamorph.training.planning import plan_run
 from metamorph.training.stages import apply_stage, format_summary
 from metamorph.training.trainer import MetaMorphTrainer
@@ -60,7 +62,8 @@ def run_training(
 ) -> TrainResult:
     """Train stage 1 or stage 2. `metamorph train` is this function with flags.
 
-    What can be wrong with the input is found before the weights are loaded.
+    What can be wrong with the input is found before the weights are loaded. While it runs in the main thread, SIGUSR1
+    and SIGTERM let it save and stop at the next step.
 
     Args:
         model_args: What the network is, and the stage.
@@ -70,7 +73,23 @@ def run_training(
 
     Returns:
         The result, also in memory.
+
+    Raises:
+        Preempted: If a signal has stopped it.
     """
+    if training_args.process_index == 0:
+        clear_marker(training_args.output_dir)
+    with Preemption(training_args.ddp_timeout_delta) as preemption:
+        return _train(model_args, data_args, training_args, callbacks, preemption)
+
+
+def _train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: MetaMorphTrainingArguments,
+    callbacks: list[Any] | None,
+    preemption: Preemption,
+) -> TrainResult:
     # 1. Everything that can be checked without weights.
     strategy = IntervalStrategy(training_args.eval_strategy).value
     if strategy != "no":
@@ -114,7 +133,10 @@ def run_training(
     trainer.add_callback(StopOnBadRecords(dataset.limit))
     if callbacks:  # they report: Transformers' printer, which stands in for its bar when that is off, is not needed
         trainer.remove_callback(PrinterCallback)
+    stop = StopWhenPreempted(preemption, checkpoint)
+    trainer.add_callback(stop)
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    stop.leave_if_stopped(trainer)
 
     # 4. The result.
     trainer.save_model()

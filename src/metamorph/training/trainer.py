@@ -17,6 +17,7 @@ from transformers.trainer_utils import seed_worker
 from metamorph.data.batches import PackedExamples, PlannedBatches
 from metamorph.data.packing import BatchPlanner
 from metamorph.models.outputs import MetaMorphOutput
+from metamorph.preemption import ignore_signals
 from metamorph.training.checkpointing import CheckpointingTrainer
 from metamorph.training.metrics import LossWindow, count_targets
 from metamorph.training.stages import optimizer_groups
@@ -69,7 +70,7 @@ class MetaMorphTrainer(CheckpointingTrainer):
             # Transformers 5.12 has no such flag yet.
             multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
             worker_init_fn=partial(
-                seed_worker, num_workers=self.args.dataloader_num_workers, rank=self.args.process_index
+                _start_worker, num_workers=self.args.dataloader_num_workers, rank=self.args.process_index
             ),
         )
         # As Accelerator.prepare does, but the batches are this rank's already.
@@ -157,6 +158,11 @@ class MetaMorphTrainer(CheckpointingTrainer):
         groups = [group for group in self.create_optimizer().param_groups if "no_decay" not in group["name"]]
         self._rates = {f"lr_{group['name']}": group["lr"] for group in groups}
         return super()._get_learning_rate()
+
+
+def _start_worker(worker: int, num_workers: int, rank: int) -> None:
+    ignore_signals()
+    seed_worker(worker, num_workers=num_workers, rank=rank)
 
 
 class _EpochOfPlan(TrainerCallback):

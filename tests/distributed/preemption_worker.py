@@ -1,0 +1,75 @@
+"""One process of `test_preemption.py`: whole runs, and runs that a signal to one of the processes interrupts."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from packing_parts import recorded
+from training_parts import arguments
+from transformers import TrainerCallback
+
+from metamorph.preemption import MARKER_FILE, PREEMPTED, Preempted
+from metamorph.training.run import TrainResult, run_training
+
+
+FLAGS: dict[str, Any] = {
+    "max_steps": 5,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "dataloader_num_workers": 1,
+    "learning_rate": 1e-3,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "stage1": {"stage": 1},
+    "stage2": {"stage": 2, "from_scratch_connector": True, "packing": True, "model_max_length": 128},
+}
+
+
+class SignalIn(TrainerCallback):
+    """Sends a signal to this process, on one rank only, between the micro-batches of a step."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        self.step, self.number = step, number
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1 and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), self.number)
+
+
+def losses(result: TrainResult) -> list[float]:
+    return [line["loss"] for line in result.log_history if "text_loss" in line]
+
+
+def run_case(parts: Path, folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """A whole run, and one that is interrupted in its third step and resumed."""
+    with recorded() as whole:
+        result = run_training(*arguments(parts, folder / "whole", **FLAGS, **flags))
+    status, marker = None, folder / "cut" / MARKER_FILE
+    with recorded() as first:
+        try:
+            run_training(*arguments(parts, folder / "cut", **FLAGS, **flags), callbacks=[SignalIn(3, signal.SIGUSR1)])
+        except Preempted as error:
+            status = error.code
+    seen = {"whole": whole, "first": first, "losses": losses(result), "status": status}
+    seen["marker"] = json.loads(marker.read_text())
+    with recorded() as seen["rest"]:
+        resumed = run_training(*arguments(parts, folder / "cut", **FLAGS, **flags))
+    assert not marker.exists()
+    weights = result.model.state_dict()
+    difference = max((value - weights[name]).abs().max().item() for name, value in resumed.model.state_dict().items())
+    return {**seen, "resumed_losses": losses(resumed), "difference": difference}
+
+
+def main(parts: Path) -> None:
+    """Run all cases and write `rank-N.json`."""
+    seen = {name: run_case(parts, parts / name, flags) for name, flags in CASES.items()}
+    (parts / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(seen))
+    # As a preempted process of the command ends.
+    raise SystemExit(PREEMPTED)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
