@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Runs `metamorph "$@"` with one process for each GPU of this machine, or one on the CPU. The other scripts end here.
+#
+# Several machines train together when each of them calls this with the same NNODES, MASTER_ADDR and RDZV_ID and its own
+# NODE_RANK; slurm_common.sh does so.
+#
+# SIGUSR1 and SIGTERM are passed on to the processes, which save a checkpoint after the step they are in and stop.
+# Exit status: 75 if they stopped for that reason, otherwise that of torchrun.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=scripts/common.sh
+source "${here}/common.sh"
+
+OUTPUT_DIR="${OUTPUT_DIR:?set OUTPUT_DIR to the folder that the run writes to}"
+PYTHON="${PYTHON:-python}"                                # of the environment that metamorph is installed in
+NPROC_PER_NODE="${NPROC_PER_NODE:-$(count_processes)}"
+NNODES="${NNODES:-1}"
+NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-0}}"
+
+PREEMPTED=75                                              # EX_TEMPFAIL: try again later
+marker="${OUTPUT_DIR}/preempted.json"                     # torchrun exits with 1 whatever its processes exit with
+resend_seconds=5
+
+if ((NNODES == 1)); then
+    NODE_RANK=0
+    rendezvous=(--standalone)
+else
+    is_host=$( ((NODE_RANK == 0)) && echo true || echo false)
+    rendezvous=(
+        --nnodes "${NNODES}"
+        --rdzv-backend c10d
+        --rdzv-id "${RDZV_ID:-metamorph}"
+        --rdzv-endpoint "${MASTER_ADDR:?set MASTER_ADDR to the host name of the first machine}:${MASTER_PORT:-29500}"
+        --rdzv-conf "is_host=${is_host},read_timeout=600" # machines may start minutes apart
+    )
+fi
+
+torchrun="" relay="" requested=""
+
+# A signal that comes while Python is still starting is lost, so it is repeated until the processes are gone.
+pass_on() {
+    requested=$1
+    if [[ -z "${torchrun}" || -n "${relay}" ]]; then
+        return
+    fi
+    echo "$(basename "$0"): passing SIG${requested} on to the training processes of $(hostname)" >&2
+    (
+        trap '' USR1 TERM INT
+        while kill -0 "${torchrun}" 2> /dev/null; do
+            for child in $(cat "/proc/${torchrun}/task/${torchrun}/children" 2> /dev/null || pgrep -P "${torchrun}"); do
+                kill -s "${requested}" "${child}" 2> /dev/null || true
+            done
+            sleep "${resend_seconds}"
+        done
+    ) &
+    relay=$!
+}
+
+trap 'pass_on USR1' USR1
+trap 'pass_on TERM' TERM
+trap '[[ -z "${torchrun}" ]] || kill -INT "${torchrun}"' INT
+
+if ((NODE_RANK == 0)); then
+    rm -f "${marker}" # of an earlier run
+fi
+# torchrun itself must outlive both signals: by default it would kill its processes 30 seconds after SIGTERM.
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGINT,SIGHUP,SIGQUIT}"
+set -m # a process group of its own, in which Bash does not ignore Ctrl-C
+(
+    trap '' USR1 TERM
+    exec "${PYTHON}" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "${NPROC_PER_NODE}" -m metamorph "$@"
+) &
+torchrun=$!
+set +m
+if [[ -n "${requested}" ]]; then
+    pass_on "${requested}"
+fi
+
+status=0
+wait_through_signals "${torchrun}" || status=$?
+if [[ -n "${relay}" ]]; then
+    kill -KILL "${relay}" 2> /dev/null || true
+fi
+if ((status != 0)) && [[ -e "${marker}" ]]; then
+    status=${PREEMPTED}
+fi
+exit "${status}"
