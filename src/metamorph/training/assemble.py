@@ -10,13 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from metamorph.data.dataset import MixtureDataset, load_data
 from metamorph.data.feature_cache import FeatureCache, describe_tower
 from metamorph.flags import check_reachable, names_flag
+from metamorph.models.adapters import forget_quantisation
 from metamorph.models.configuration_metamorph import MetaMorphConfig
+from metamorph.models.connector import find_connector, load_connector
 from metamorph.models.image_processing import load_image_processor
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.vision_tower import load_vision_config, load_vision_encoder, resolve_vision_tower
+from metamorph.training.adapters import adapter_base, quantization_config
 from metamorph.training.arguments import DataArguments, ModelArguments
-from metamorph.training.connector import find_connector, load_connector
 
 
 logger = logging.getLogger(__name__)
@@ -81,7 +83,7 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None) -> Pl
     with names_flag("--vision_tower", args.vision_tower):
         vision_config = load_vision_config(args.vision_tower)
         image_processor = load_image_processor(resolve_vision_tower(args.vision_tower))
-    config = MetaMorphConfig(text_config=text_config, vision_config=vision_config, **_overrides(args))
+    config = MetaMorphConfig(text_config=text_config, vision_config=vision_config, **config_overrides(args))
     processor = MetaMorphProcessor.from_parts(
         load_tokenizer(args.model_name_or_path),
         image_processor,
@@ -139,12 +141,15 @@ def load_training_data(
     )
 
 
-def load_model(args: ModelArguments, plan: Plan) -> MetaMorphForConditionalGeneration:
-    """Load the weights, in float32, and the connector of stage 1 if one is given.
+def load_model(
+    args: ModelArguments, plan: Plan, compute_dtype: torch.dtype = torch.float32
+) -> MetaMorphForConditionalGeneration:
+    """Load the weights, in float32 (or the language model in 4 bits), and the connector of stage 1 if one is given.
 
     Args:
         args: The model flags.
         plan: Result of `make_plan` for the same flags.
+        compute_dtype: Precision of the matrix products of a language model in 4 bits.
 
     Returns:
         The model, with new parts initialised from PyTorch's global random generator.
@@ -152,6 +157,9 @@ def load_model(args: ModelArguments, plan: Plan) -> MetaMorphForConditionalGener
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     if args.attn_implementation is not None:
         kwargs["attn_implementation"] = args.attn_implementation
+    quantization = quantization_config(args, compute_dtype)
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
     with names_flag("--model_name_or_path", args.model_name_or_path):
         if plan.continues:
             model = MetaMorphForConditionalGeneration.from_pretrained(
@@ -165,8 +173,12 @@ def load_model(args: ModelArguments, plan: Plan) -> MetaMorphForConditionalGener
         with names_flag("--vision_tower", args.vision_tower):
             vision_encoder = load_vision_encoder(args.vision_tower)
         model = MetaMorphForConditionalGeneration.from_parts(
-            language_model, vision_encoder, tokenizer, **_overrides(args)
+            language_model, vision_encoder, tokenizer, **config_overrides(args)
         )
+    if quantization is not None:
+        forget_quantisation(model)
+    if args.lora_enable:
+        model.adapter_base = adapter_base(args, plan.continues, quantization)
     if args.pretrain_mm_mlp_adapter is not None:
         load_connector(model, args.pretrain_mm_mlp_adapter)
     return model
@@ -182,7 +194,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name_or_path)
 
 
-def _overrides(args: ModelArguments) -> dict[str, Any]:
+def config_overrides(args: ModelArguments) -> dict[str, Any]:
     """The flags as fields of `MetaMorphConfig`; those not asked for are left to its defaults."""
     values = {name: getattr(args, name) for name in (*STRUCTURE_FIELDS, *LOSS_FIELDS)}
     values["use_vision_ar"] = args.resolved_use_vision_ar

@@ -1,0 +1,315 @@
+"""How much memory a training run will need on each GPU, from shapes alone.
+
+An estimate with its terms named, so that what does not fit is known before weights are loaded. `docs/training.md` has
+the formulas; the term for activations is compared with what autograd keeps in `tests/unit/test_memory.py`. Not counted
+are temporary results inside single operations and the fragmentation of the allocator: leave a tenth of the GPU free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from metamorph.flags import check_choice
+from metamorph.training.stages import VISION_TOWER, module_of
+
+
+GIB = 2**30
+ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3", "zero2_offload", "zero3_offload")
+"""What `estimate_memory` knows: one process, or one of the engines of `--sharding`."""
+CHECKPOINTING = ("none", "full")
+LOGIT_CHUNK = 1024
+"""Supervised positions whose logits exist at a time."""
+LOGIT_BYTES = 12
+"""For one logit: in the precision of the computation, in float32, its gradient, and the softmax."""
+RUNTIME_BYTES = int(1.5 * GIB)
+"""CUDA context, kernels, cuBLAS and NCCL buffers of a process with a GPU: an assumption."""
+_FLOAT32, _HALF = 4, 2
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Numbers of parameters, as a sharding engine distinguishes them. See [`model_sizes`]."""
+
+    trained: int
+    """Trained parameters of all modules."""
+    frozen_bytes: int
+    """Bytes of frozen parameters outside of a frozen tower, as they are kept in memory."""
+    frozen: int
+    """The same as a number of parameters."""
+    tower: int
+    """Parameters of a frozen vision tower: replicated, without gradients."""
+    layer: int
+    """Parameters of the largest decoder layer: what is gathered at a time when weights are sharded."""
+    root: int
+    """Parameters of embedding table and head of the language model."""
+    products: int
+    """Trained weights that matrices are multiplied by; autocast copies them and keeps the copies."""
+    frozen_products: int
+    """Frozen ones outside of a frozen tower: their copies live as long as the activations of their layer."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one process computes at a time."""
+
+    rows: int
+    """Rows (`per_device_train_batch_size`)."""
+    length: int
+    """Tokens of a row, padding included."""
+    images: float
+    """Images in all rows."""
+    supervised: int | None = None
+    """Positions with a label; None counts all."""
+    block_mask: bool = False
+    """Whether samples of a row are kept apart by a mask of length × length (packing with SDPA or eager attention)."""
+
+    @property
+    def tokens(self) -> int:
+        """Positions of all rows."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on each GPU by what they are for."""
+
+    weights: int
+    """Weights (float32 masters where they are trained), or this process's share of them."""
+    compute_copies: int
+    """Copies of weights in the precision of the computation, gathered ones included."""
+    gradients: int
+    """Gradients and the buffers they are averaged in."""
+    optimizer: int
+    """State of the optimizer."""
+    activations: int
+    """What the decoder, and a trained tower, keep for the backward pass."""
+    logits: int
+    """Logits of one chunk of supervised positions, and their gradient."""
+    frozen_tower: int
+    """Weights of the frozen tower, and what it needs for the images of a micro-batch."""
+    runtime: int
+    """CUDA context and libraries."""
+    host: int = 0
+    """Main memory of each process that offloading takes; not part of the total."""
+
+    @property
+    def total(self) -> int:
+        """Bytes on the GPU."""
+        return sum(getattr(self, field.name) for field in fields(self) if field.name != "host")
+
+    @property
+    def state(self) -> int:
+        """Bytes that are there all the time, whatever the batch: weights, gradients, optimizer."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def model_sizes(model: PreTrainedModel) -> ModelSizes:
+    """Count the parameters of a model after `apply_stage`.
+
+    Args:
+        model: A MetaMorph model, possibly on the meta device.
+    """
+    trained = frozen = frozen_bytes = tower = 0
+    products = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        count = parameter.numel()
+        if parameter.requires_grad:
+            trained += count
+        elif module_of(name) == VISION_TOWER:
+            tower += count
+            continue
+        else:
+            frozen += count
+            frozen_bytes += count * parameter.element_size()
+        if parameter.ndim > 1 and not _is_table(name):
+            products[parameter.requires_grad] += count
+    decoder = model.get_decoder()
+    layers = [_count(layer) for part in decoder.modules() if isinstance(part, nn.ModuleList) for layer in part]
+    tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    return ModelSizes(
+        trained=trained,
+        frozen_bytes=frozen_bytes,
+        frozen=frozen,
+        tower=tower,
+        layer=max(layers, default=_count(decoder)),
+        root=sum(table.numel() for table in tables),
+        products=products[True],
+        frozen_products=products[False],
+    )
+
+
+def estimate_memory(
+    model: PreTrainedModel,
+    engine: str,
+    batch: MicroBatch,
+    *,
+    num_processes: int = 1,
+    bf16: bool = True,
+    checkpointing: str = "none",
+    optimizer_bytes: int = 8,
+    on_gpu: bool = True,
+) -> MemoryEstimate:
+    """Estimate the memory that training takes on each GPU.
+
+    Args:
+        model: A MetaMorph model after `apply_stage`; the meta device suffices.
+        engine: One of `ENGINES`.
+        batch: Micro-batch of one process.
+        num_processes: GPUs of the run.
+        bf16: Whether bfloat16 (or float16) computes; else float32.
+        checkpointing: `full` computes the activations of each decoder layer again in the backward pass.
+        optimizer_bytes: State of the optimizer for each trained parameter; AdamW has 8, see [`optimizer_bytes_of`].
+        on_gpu: Whether to count CUDA's own memory.
+
+    Raises:
+        ValueError: for an unknown engine or kind of checkpointing.
+    """
+    check_choice("--sharding", engine, ENGINES)
+    check_choice("activation checkpointing", checkpointing, CHECKPOINTING)
+    sizes = model_sizes(model)
+    compute = _HALF if bf16 else _FLOAT32
+    # Only autocast keeps the residual stream in float32; sharding engines cast the inputs of the model.
+    residual = _FLOAT32 if engine in ("single", "ddp") else compute
+    state, host = _state(sizes, engine, num_processes, compute, optimizer_bytes, checkpointing)
+    return MemoryEstimate(
+        **state,
+        activations=int(
+            decoder_activations(model.config.text_config, batch, compute, residual, checkpointing)
+            + _trained_tower_activations(model, batch.images, compute)
+        ),
+        logits=min(batch.supervised or batch.tokens, LOGIT_CHUNK)
+        * model.config.text_config.vocab_size
+        * (LOGIT_BYTES - (0 if bf16 else _HALF)),
+        frozen_tower=sizes.tower * compute + (_frozen_tower_work(model, batch.images, compute) if sizes.tower else 0),
+        runtime=RUNTIME_BYTES if on_gpu else 0,
+        host=host,
+    )
+
+
+def optimizer_bytes_of(optim: str) -> int:
+    """Bytes of state for each trained parameter of an optimizer of `--optim`."""
+    name = str(optim).lower()
+    if "8bit" in name:
+        return 2
+    if "adafactor" in name or "sgd" in name:
+        return 0
+    return 4 if "lion" in name or "rmsprop" in name else 8
+
+
+def decoder_activations(
+    config: PreTrainedConfig, batch: MicroBatch, compute: int, residual: int, checkpointing: str = "none"
+) -> int:
+    """Bytes that the decoder keeps for the backward pass.
+
+    For each token and layer of a Llama-like decoder (h hidden size, q and k widths of queries and keys, f width of
+    the MLP, c and r bytes of computation and residual stream): two norms, queries, keys, values and output of the
+    attention, four activations of the MLP:
+
+        (2·(4 + r)·h + 5·c·h  if autocast, else 2·(4 + 2·c)·h) + c·(2·q + 2·k) + 4·c·f + 8 + 4·heads
+
+    Args:
+        config: Configuration of the language model.
+        batch: Micro-batch of one process.
+        compute: Bytes of a number in the computation.
+        residual: Bytes of a number in the residual stream.
+        checkpointing: `full` keeps the input of each layer, and all of one layer at a time.
+    """
+    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    queries = heads * head_dim
+    # A mask makes SDPA repeat keys and values for the queries that share them.
+    shared = heads if batch.block_mask else getattr(config, "num_key_value_heads", None) or heads
+    norms = 2 * (4 + residual) * hidden + 5 * compute * hidden if residual > compute else 2 * (4 + 2 * compute) * hidden
+    attention = compute * (2 * queries + 2 * shared * head_dim) + 4 * heads
+    layer = batch.tokens * (norms + attention + 4 * compute * _mlp_width(config) + 8)
+    mask = compute * batch.tokens * batch.length if batch.block_mask else 0
+    if residual > compute:  # autocast converts the mask in every layer
+        layer, mask = layer + mask, 2 * mask
+    inputs = batch.tokens * hidden * residual
+    kept = layers * layer if checkpointing == "none" else layers * inputs + layer
+    ends = batch.tokens * hidden * (4 + 2 * residual)  # embeddings with visual tokens in them; the final norm
+    return int(kept + ends + mask)
+
+
+def _state(
+    sizes: ModelSizes, engine: str, processes: int, compute: int, optimizer_bytes: int, checkpointing: str
+) -> tuple[dict[str, int], int]:
+    """Weights, copies, gradients and optimizer of one process, and what is offloaded to main memory."""
+    trained, share = sizes.trained, 1 / processes
+    if engine in ("single", "ddp"):
+        buckets = _FLOAT32 * trained if processes > 1 else 0
+        copied = sizes.products + (sizes.frozen_products if checkpointing == "none" else sizes.layer)
+        state = {
+            "weights": _FLOAT32 * trained + sizes.frozen_bytes,
+            "compute_copies": compute * copied if compute < _FLOAT32 else 0,
+            "gradients": _FLOAT32 * trained + buckets,
+            "optimizer": optimizer_bytes * trained,
+        }
+        return state, 0
+    # Weights of two layers (the next one is fetched early) and of the two tables are whole at a time.
+    gathered = compute * (2 * sizes.layer + sizes.root)
+    partial = compute * (sizes.layer + sizes.root) if trained > sizes.layer else 0
+    if engine == "fsdp2":
+        sharded = {
+            "weights": share * (_FLOAT32 * trained + sizes.frozen_bytes),
+            "compute_copies": gathered,
+            "gradients": share * _FLOAT32 * trained + partial,
+            "optimizer": share * optimizer_bytes * trained,
+        }
+        return {name: int(value) for name, value in sharded.items()}, 0
+    # DeepSpeed keeps the model in the precision of the computation, and shards of float32 masters beside it.
+    masters, moments = share * _FLOAT32 * trained, share * optimizer_bytes * trained
+    whole = compute * (trained + sizes.frozen)
+    gradients = share * compute * trained
+    host = 0.0
+    copies: float = whole if engine.startswith("zero2") else gathered + share * whole
+    if engine.endswith("offload"):
+        host = masters + moments + share * _FLOAT32 * trained
+        masters = moments = gradients = 0.0
+        if engine.startswith("zero3"):
+            host, copies = host + share * whole, gathered
+    zero = {"weights": masters, "compute_copies": copies, "gradients": gradients + partial, "optimizer": moments}
+    return {name: int(value) for name, value in zero.items()}, int(host)
+
+
+def _trained_tower_activations(model: PreTrainedModel, images: float, compute: int) -> float:
+    """Of a vision tower that is trained: a transformer with layer norms, biases and a plain MLP."""
+    if not model.model.vision_tower.is_trained:
+        return 0
+    config = model.config.vision_config
+    patches, hidden = model.config.patch_grid**2, config.hidden_size
+    # Two norms (float32 input and result, converted), four attention tensors and its output, three of the MLP.
+    layer = patches * (hidden * (16 + 2 * compute + 5 * compute) + 3 * compute * _mlp_width(config))
+    return images * config.num_hidden_layers * layer
+
+
+def _frozen_tower_work(model: PreTrainedModel, images: float, compute: int) -> int:
+    """One layer's results of a tower without gradients, and the pixels."""
+    config: Any = model.config.vision_config
+    patches, side = model.config.patch_grid**2, model.config.vision_image_size
+    layer = patches * (6 * config.hidden_size + 2 * _mlp_width(config)) * compute
+    return int(images * (layer + 3 * side * side * _FLOAT32))
+
+
+def _mlp_width(config: PreTrainedConfig) -> int:
+    """Width of the MLP; DINOv2 gives it as a multiple of the hidden size."""
+    width = getattr(config, "intermediate_size", None)
+    return int(width or getattr(config, "mlp_ratio", 4) * config.hidden_size)
+
+
+def _is_table(name: str) -> bool:
+    return "embed" in name or name.endswith(".new_rows")
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def available_memory() -> int | None:
+    """Bytes of the first GPU, or None without one."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
