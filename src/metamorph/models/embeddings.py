@@ -45,6 +45,39 @@ class NewTokenEmbedding(nn.Module):
         return logits.index_copy(-1, self.token_ids, (hidden_states @ self.new_rows.T).to(logits.dtype))
 
 
+class NewTokenHead(nn.Module):
+    """An `lm_head` whose rows `token_ids` are replaced by the trainable parameter `new_rows`.
+
+    For adapters: the head is frozen, but the rows of the new tokens start at the mean of all rows, so that the model
+    would hardly ever choose `<image_start>`. Weight and bias keep their parameter names.
+
+    Args:
+        head: [hidden] -> [vocabulary]; it is frozen.
+        token_ids: the replaced rows.
+    """
+
+    def __init__(self, head: nn.Linear, token_ids: list[int]):
+        super().__init__()
+        self.token_ids: Tensor
+        self.weight = head.weight.requires_grad_(False)
+        self.bias = None if head.bias is None else head.bias.requires_grad_(False)
+        self.new_rows = nn.Parameter(head.weight.detach()[token_ids].clone())
+        self.register_buffer("token_ids", torch.tensor(token_ids, device=head.weight.device), persistent=False)
+        self._head = (head,)  # in a tuple: not a submodule, its weight is already registered here
+
+    @property
+    def head(self) -> nn.Linear:
+        """The plain head this module stands in for."""
+        return self._head[0]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., hidden] -> [..., vocabulary]."""
+        bias = None if self.bias is None else self.bias[self.token_ids]
+        logits = nn.functional.linear(hidden_states, self.weight, self.bias)
+        rows = nn.functional.linear(hidden_states, self.new_rows.to(hidden_states.dtype), bias)
+        return logits.index_copy(-1, self.token_ids, rows.to(logits.dtype))
+
+
 def attach_new_token_rows(model: PreTrainedModel) -> nn.Parameter | None:
     """Freezes the embedding table and makes the rows of `<image_start>` and `<image_end>` trainable on their own.
 
@@ -67,9 +100,34 @@ def attach_new_token_rows(model: PreTrainedModel) -> nn.Parameter | None:
     return replacement.new_rows
 
 
+def attach_new_head_rows(model: PreTrainedModel) -> nn.Parameter | None:
+    """Freezes `lm_head` and makes its rows of `<image_start>` and `<image_end>` trainable on their own.
+
+    Args:
+        model: a MetaMorph model.
+
+    Returns:
+        The new parameter [2, hidden]. None when the model has no such tokens, or when the head is tied to the
+        embedding table: then the rows of [`attach_new_token_rows`] serve both.
+    """
+    config, head = model.config, model.get_output_embeddings()
+    token_ids = [i for i in (config.image_start_token_id, config.image_end_token_id) if i is not None]
+    if isinstance(head, NewTokenHead):
+        return head.new_rows
+    if not token_ids or config.tie_word_embeddings:
+        return None
+    replacement = NewTokenHead(head, token_ids)
+    model.set_output_embeddings(replacement)
+    return replacement.new_rows
+
+
 @torch.no_grad()
 def merge_new_token_rows(model: PreTrainedModel) -> None:
-    """Writes the trained rows into the table and restores the plain embedding. Without effect if none are attached."""
+    """Writes the trained rows into their tables and restores the plain ones. Without effect if none are attached."""
+    head = model.get_output_embeddings()
+    if isinstance(head, NewTokenHead):
+        head.head.weight[head.token_ids] = head.new_rows.to(head.weight.dtype)
+        model.set_output_embeddings(head.head)
     embedding = model.get_input_embeddings()
     if isinstance(embedding, NewTokenEmbedding):
         table = embedding.table

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
+from .adapters import LoadsAdapterFolders
 from .configuration_metamorph import MetaMorphConfig
 from .constants import IGNORE_INDEX
 from .embeddings import NewTokenEmbedding, add_token_rows
@@ -155,7 +156,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         return flat.view_as(embeds)
 
 
-class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGenerationMixin):
+class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrainedModel, MetaMorphGenerationMixin):
     """A language model that reads and writes images as visual tokens (VPiT, arXiv 2412.14164).
 
     Parts: `model.vision_tower`, `model.mm_projector` (connector), `model.language_model` (decoder), `lm_head` and

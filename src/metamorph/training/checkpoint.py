@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from metamorph.training.connector import CONNECTOR_FILE, is_full_model
+from metamorph.models.adapters import is_adapter_folder
+from metamorph.models.connector import CONNECTOR_FILE, is_full_model
 
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     model.load_state_dict(loaded.state_dict())
 
 
-def find_checkpoint(output_dir: str, request: str | bool | None, stage: int) -> str | None:
+def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, adapter: bool = False) -> str | None:
     """The checkpoint to resume from.
 
     Args:
@@ -49,6 +50,7 @@ def find_checkpoint(output_dir: str, request: str | bool | None, stage: int) -> 
         request: None: the newest complete checkpoint in `output_dir`, if any. "True": the same, but there must be
             one. "False": none. Otherwise the path of a checkpoint.
         stage: Stage of this run; a checkpoint of the other stage is an error.
+        adapter: Whether this run trains an adapter (`--lora_enable True`); a checkpoint of the other kind is an error.
 
     Raises:
         FileNotFoundError: if the checkpoint asked for does not exist.
@@ -66,11 +68,11 @@ def find_checkpoint(output_dir: str, request: str | bool | None, stage: int) -> 
                 f"--resume_from_checkpoint {choice} is not a complete checkpoint: give a checkpoint-… folder with "
                 f"{TRAINER_STATE_FILE} and weights, or True for the newest one in --output_dir"
             )
-        return _of_stage(choice, stage)
+        return _of_run(choice, stage, adapter)
     for folder in reversed(folders):
         if _is_complete(folder):
             logger.info("resuming from %s (--resume_from_checkpoint False starts anew)", folder)
-            return _of_stage(str(folder), stage)
+            return _of_run(str(folder), stage, adapter)
         logger.warning("skipping the incomplete checkpoint %s", folder)
     if choice.lower() == "true":
         raise FileNotFoundError(f"--resume_from_checkpoint True: there is no checkpoint in --output_dir {output_dir}")
@@ -88,11 +90,17 @@ def _is_complete(folder: Path) -> bool:
     return (folder / TRAINER_STATE_FILE).is_file() and has_weights
 
 
-def _of_stage(folder: str, stage: int) -> str:
-    found = 2 if is_full_model(folder) else 1
+def _of_run(folder: str, stage: int, adapter: bool) -> str:
+    found_adapter = is_adapter_folder(folder)
+    found = 2 if found_adapter or is_full_model(folder) else 1
     if found != stage:
         raise ValueError(
             f"{folder} is a checkpoint of stage {found}, but this run is stage {stage}: give each stage its own "
             "--output_dir, or start anew with --resume_from_checkpoint False"
+        )
+    if found_adapter != adapter:
+        raise ValueError(
+            f"{folder} is a checkpoint with --lora_enable {found_adapter}, but this run has --lora_enable {adapter}: "
+            "give each its own --output_dir, or start anew with --resume_from_checkpoint False"
         )
     return folder

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from metamorph.models.adapters import has_adapter, load_adapter_weights, save_adapter
+from metamorph.models.connector import load_connector, save_connector
 from metamorph.training.checkpoint import TRAINER_STATE_FILE, load_weights
-from metamorph.training.connector import load_connector, save_connector
 
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,11 @@ class CheckpointingTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if self.stage == 1:
-            save_connector(self.model, folder)
+            save_connector(self.model, folder, state_dict)
             self.model.config.save_pretrained(folder)
+        elif has_adapter(self.model):
+            self.model.generation_config.eos_token_id = self.processing_class.end_of_turn_token_ids
+            save_adapter(self.model, folder, self.model.adapter_base, state_dict)
         else:
             # Base language models name one end token; ours also end their turns.
             self.model.generation_config.eos_token_id = self.processing_class.end_of_turn_token_ids
@@ -69,5 +73,7 @@ class CheckpointingTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif self.stage == 1:
             load_connector(self.model, resume_from_checkpoint)
+        elif has_adapter(self.model):
+            load_adapter_weights(self.model, resume_from_checkpoint)
         else:
             load_weights(self.model, resume_from_checkpoint)

@@ -5,7 +5,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from metamorph.flags import RemembersGiven, check_model_reference
+from metamorph.flags import RemembersGiven, check_choice, check_model_reference
+from metamorph.models.adapters import is_adapter_folder
 from metamorph.models.configuration_metamorph import check_options
 
 
@@ -58,12 +59,32 @@ class ModelArguments(RemembersGiven):
     apply_softmax: bool = False
     """Whether visual tokens are distributions over features, softmax(x / 0.07): so the connector reads them, and so
     the vision head is trained to predict them, with cross-entropy."""
+    lora_enable: bool = False
+    """Whether stage 2 trains low-rank matrices (LoRA) beside the language model's linear layers instead of the layers
+    themselves. Connector, vision head and the new tokens' rows are trained in full, and saved with them."""
+    lora_r: int = 64
+    """Rank of the LoRA matrices."""
+    lora_alpha: int = 16
+    """LoRA's contribution is multiplied by `lora_alpha / lora_r`."""
+    lora_dropout: float = 0.05
+    """Share of the inputs that LoRA drops in training, in [0, 1)."""
+    lora_target_modules: list[str] | None = None
+    """Names of the linear layers that get LoRA, such as q_proj v_proj; by default all of the language model."""
+    bits: int = 16
+    """4: the frozen language model is loaded in 4 bits by bitsandbytes (in stage 1, or with `lora_enable`: QLoRA)."""
+    double_quant: bool = True
+    """Whether the scales of 4-bit weights are quantised, too."""
+    quant_type: str = "nf4"
+    """Kind of 4-bit numbers: nf4 or fp4."""
+    model_license: str | None = None
+    """Licence that the model card of the result names; without it the card calls the licence unknown."""
     attn_implementation: str | None = None
     """Attention of the language model, such as sdpa or flash_attention_2; by default Transformers chooses."""
 
     def __post_init__(self) -> None:
         self._check_choices()
         self._check_stage()
+        self._check_adapter()
         self.model_name_or_path = os.path.expanduser(self.model_name_or_path)
         self.vision_tower = os.path.expanduser(self.vision_tower)
         check_model_reference(self.model_name_or_path, flag="--model_name_or_path")
@@ -112,6 +133,11 @@ class ModelArguments(RemembersGiven):
 
     def _check_is_whole(self) -> None:
         folder = Path(self.model_name_or_path)
+        if is_adapter_folder(folder):
+            raise ValueError(
+                f"--model_name_or_path {self.model_name_or_path} is an adapter, which cannot be trained further by "
+                f"itself: merge it first (metamorph convert --merge-adapter {self.model_name_or_path} --output FOLDER)"
+            )
         if self.continues_metamorph and not any(folder.glob("model*.safetensors*")):
             raise FileNotFoundError(
                 f"--model_name_or_path {self.model_name_or_path} has no model weights. If it is the output of stage 1, "
@@ -133,6 +159,34 @@ class ModelArguments(RemembersGiven):
         if self.tune_mm_mlp_adapter and self.freeze_mm_mlp_adapter:
             raise ValueError(
                 "--tune_mm_mlp_adapter True and --freeze_mm_mlp_adapter True leave nothing to train: drop one of them"
+            )
+
+    def _check_adapter(self) -> None:
+        check_choice("--bits", str(self.bits), ("4", "16"))
+        check_choice("--quant_type", self.quant_type, ("nf4", "fp4"))
+        if self.lora_r < 1 or self.lora_alpha < 1:
+            raise ValueError(f"--lora_r {self.lora_r} and --lora_alpha {self.lora_alpha} must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout {self.lora_dropout} must lie in [0, 1)")
+        if self.bits == 4 and not (self.lora_enable or self.tune_mm_mlp_adapter):
+            raise ValueError(
+                "--bits 4 keeps the language model frozen, but stage 2 would train it: add --lora_enable True (QLoRA)"
+            )
+        if not self.lora_enable:
+            return
+        if self.tune_mm_mlp_adapter:
+            raise ValueError(
+                "--lora_enable True belongs to stage 2, and --tune_mm_mlp_adapter True is stage 1, which leaves the "
+                "language model as it is: drop one of them"
+            )
+        if self.freeze_backbone:
+            raise ValueError(
+                "--lora_enable True trains the language model, and --freeze_backbone True freezes it: drop one of them"
+            )
+        if not self.freeze_vision:
+            raise ValueError(
+                "--lora_enable True saves an adapter, which has no place for a trained vision tower: drop "
+                "--freeze_vision False, or train without LoRA"
             )
 
 

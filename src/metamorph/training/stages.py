@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from metamorph.models.embeddings import attach_new_token_rows
+from metamorph.models.embeddings import attach_new_head_rows, attach_new_token_rows
+from metamorph.training.adapters import attach_lora, is_lora
 from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments
 
 
@@ -56,7 +57,8 @@ def apply_stage(model: PreTrainedModel, args: ModelArguments) -> list[ModuleSumm
 
     Stage 1 trains the connector and the embedding rows of the new tokens, which become a parameter of their own.
     Stage 2 trains the language model, the connector and the vision head. The head is trained with `use_vision_ar`
-    only: without the visual loss it would never have a gradient.
+    only: without the visual loss it would never have a gradient. With `lora_enable`, LoRA matrices and the rows of the
+    new tokens are trained in the place of the language model.
 
     Args:
         model: A MetaMorph model; changed in place.
@@ -69,15 +71,20 @@ def apply_stage(model: PreTrainedModel, args: ModelArguments) -> list[ModuleSumm
         ValueError: if the flags leave nothing to train.
     """
     trained = {
-        LANGUAGE_MODEL: args.stage == 2 and not args.freeze_backbone,
+        LANGUAGE_MODEL: args.stage == 2 and not args.freeze_backbone and not args.lora_enable,
         CONNECTOR: args.stage == 1 or not args.freeze_mm_mlp_adapter,
         VISION_HEAD: model.config.use_vision_ar,
         VISION_TOWER: args.stage == 2 and not args.freeze_vision,
     }
+    if args.lora_enable:
+        attach_lora(model, args)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained[module_of(name)])
-    if args.stage == 1:
+        if parameter.is_floating_point():  # weights in 4 bits are not
+            parameter.requires_grad_(trained[module_of(name)] or is_lora(name))
+    if args.stage == 1 or args.lora_enable:
         attach_new_token_rows(model)
+    if args.lora_enable:
+        attach_new_head_rows(model)
     summary = summarise(model)
     if not any(line.trainable for line in summary):
         raise ValueError(

@@ -1,0 +1,269 @@
+"""Adapter folders: LoRA on the language model through PEFT, with everything else that is trained beside it.
+
+Such a folder is what `metamorph train --lora_enable True` writes: the LoRA matrices and their configuration as PEFT
+knows them, the connector file (connector, vision head, rows of the new tokens), the configuration, the processor, and
+`metamorph_adapter.json`, which says what the adapter belongs to.
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import is_bitsandbytes_available, is_peft_available
+
+from .configuration_metamorph import MetaMorphConfig
+from .connector import load_connector, save_connector
+from .vision_tower import load_vision_encoder
+
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FILE = "metamorph_adapter.json"
+LORA_WEIGHTS_FILE = "adapter_model.safetensors"
+"""PEFT's name."""
+LORA_CONFIG_FILE = "adapter_config.json"
+"""PEFT's name."""
+ADAPTER_NAME = "default"
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts in front of the names of weights in its files."""
+PARTS_NOT_QUANTISED = ("vision_tower", "mm_projector", "vision_head", "lm_head")
+"""Modules of a finished model that stay as they are when its language model is loaded in 4 bits."""
+BUILT_FIELDS = ("text_config", "vision_config", "image_token_id", "image_start_token_id", "image_end_token_id")
+"""Configuration that follows from the parts."""
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """What an adapter was trained on."""
+
+    language_model: str
+    """Folder or Hub id of a language model, or of a finished MetaMorph model."""
+    vision_tower: str | None
+    """Folder or Hub id of the vision tower; None with a finished MetaMorph model, which has its own."""
+    quantization: dict[str, Any] | None = None
+    """Fields of `BitsAndBytesConfig` the language model was loaded with; None when it was not quantised."""
+
+
+def require_peft() -> None:
+    """Check that PEFT is installed.
+
+    Raises:
+        ModuleNotFoundError: if not; the message names the extra.
+    """
+    if not is_peft_available():
+        raise ModuleNotFoundError("LoRA adapters need the package peft: pip install 'metamorph[lora]'", name="peft")
+
+
+def require_bitsandbytes() -> None:
+    """Check that bitsandbytes is installed.
+
+    Raises:
+        ModuleNotFoundError: if not; the message names the extra.
+    """
+    if not is_bitsandbytes_available():
+        raise ModuleNotFoundError(
+            "4-bit language models need the package bitsandbytes: pip install 'metamorph[lora]'", name="bitsandbytes"
+        )
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    """Whether LoRA matrices are attached to `model`."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def is_adapter_folder(path: Any) -> bool:
+    """Whether `path` is a local folder that `save_adapter` has written."""
+    return isinstance(path, (str, Path)) and (Path(path) / ADAPTER_FILE).is_file()
+
+
+def save_adapter(
+    model: PreTrainedModel, folder: str | Path, base: AdapterBase, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the adapter and everything that is trained beside it; the processor is the caller's.
+
+    Args:
+        model: A MetaMorph model with LoRA on its language model.
+        folder: Created if missing.
+        base: What the adapter belongs to.
+        state_dict: The weights, by the names of `model.state_dict()`, where those of `model` are sharded.
+    """
+    from peft import get_peft_model_state_dict
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = model.state_dict() if state_dict is None else dict(state_dict)
+    # Embeddings never: PEFT would ask the Hub whether the vocabulary has grown. The new rows are in the connector file.
+    lora = get_peft_model_state_dict(model, weights, ADAPTER_NAME, save_embedding_layers=False)
+    lora = {f"{PEFT_PREFIX}{name}": value.detach().cpu().contiguous() for name, value in lora.items()}
+    save_file(lora, folder / LORA_WEIGHTS_FILE, {"format": "pt"})
+    settings = copy.deepcopy(model.peft_config[ADAPTER_NAME])
+    settings.inference_mode, settings.base_model_name_or_path = True, base.language_model
+    settings.save_pretrained(str(folder))
+    save_connector(model, folder, weights)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    text = json.dumps(dataclasses.asdict(base), indent=2, sort_keys=True)
+    (folder / ADAPTER_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load_adapter_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Load what `save_adapter` wrote into a model that has the same LoRA matrices attached.
+
+    Args:
+        model: Changed in place.
+        folder: An adapter folder, or a checkpoint of a LoRA run.
+
+    Raises:
+        ValueError: if a file is damaged, or does not fit the model.
+    """
+    from peft import set_peft_model_state_dict
+
+    file = Path(folder) / LORA_WEIGHTS_FILE
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): copy it again, or use an earlier checkpoint") from error
+    expected = {name.replace(f".{ADAPTER_NAME}.", "."): tuple(value.shape) for name, value in _lora_of(model).items()}
+    found = {name.removeprefix(PEFT_PREFIX): tuple(value.shape) for name, value in tensors.items()}
+    if found != expected:
+        name = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        raise ValueError(
+            f"{file} does not fit this model: {name} has the shape {found.get(name, 'of nothing')} in the file and "
+            f"{expected.get(name, 'of nothing')} in the model; use the --lora_r and --lora_target_modules, and the "
+            "--model_name_or_path, that it was trained with"
+        )
+    weights = {name.removeprefix(PEFT_PREFIX): value for name, value in tensors.items()}
+    set_peft_model_state_dict(model, weights, ADAPTER_NAME)
+    load_connector(model, folder)
+
+
+def read_adapter_base(folder: str | Path) -> AdapterBase:
+    """What the adapter in `folder` belongs to.
+
+    Raises:
+        ValueError: if the file that says it is damaged.
+    """
+    file = Path(folder) / ADAPTER_FILE
+    try:
+        return AdapterBase(**json.loads(file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): copy the adapter folder again") from error
+
+
+class LoadsAdapterFolders:
+    """Mixin of the model class: `from_pretrained` opens adapter folders as well."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; of an adapter folder the base is loaded and the adapter merged into it.
+
+        An adapter on a 4-bit language model stays beside it, because merged weights would have to be rounded again;
+        with `dequantize=True` the language model is expanded first, and the adapter merged.
+
+        Args:
+            pretrained_model_name_or_path: Model or adapter folder, or the Hub id of a model.
+            *args: As in Transformers.
+            **kwargs: As in Transformers. For adapter folders also `dequantize`, and `base`, an `AdapterBase` to use
+                instead of the one that the folder names, where that has moved.
+
+        Raises:
+            FileNotFoundError: If the base of an adapter is not there; the message names it.
+        """
+        if is_adapter_folder(pretrained_model_name_or_path):
+            return _load_adapter_folder(cls, Path(pretrained_model_name_or_path), **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+
+
+def _load_adapter_folder(
+    cls: Any,
+    folder: Path,
+    *,
+    base: AdapterBase | None = None,
+    dequantize: bool = False,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> Any:
+    require_peft()
+    from peft import LoraConfig, PeftModel, inject_adapter_in_model
+
+    base = read_adapter_base(folder) if base is None else base
+    model = _build_base(cls, folder, base, dequantize, kwargs)
+    if base.quantization is not None and not dequantize:
+        settings = LoraConfig.from_pretrained(str(folder))
+        model = inject_adapter_in_model(settings, model, ADAPTER_NAME)
+        load_adapter_weights(model, folder)
+    else:
+        load_connector(model, folder)
+        model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+        del model.peft_config  # PEFT leaves it behind; the model is a plain one now
+    model.generation_config = type(model.generation_config).from_pretrained(folder)
+    model.eval()
+    missing: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": []}
+    return (model, missing) if output_loading_info else model
+
+
+def _build_base(cls: Any, folder: Path, base: AdapterBase, dequantize: bool, kwargs: dict[str, Any]) -> Any:
+    """The model an adapter was trained on, without the adapter; as `metamorph train` builds it."""
+    config = MetaMorphConfig.from_pretrained(folder)
+    kwargs = {name: value for name, value in kwargs.items() if name != "config"}
+    if base.quantization is not None:
+        require_bitsandbytes()
+        kwargs["quantization_config"] = BitsAndBytesConfig(**base.quantization)
+    try:
+        if AutoConfig.from_pretrained(base.language_model).model_type == MetaMorphConfig.model_type:
+            model = cls.from_pretrained(base.language_model, config=config, **kwargs)
+            return _expanded(model) if dequantize and base.quantization is not None else model
+        language_model = AutoModelForCausalLM.from_pretrained(base.language_model, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(base.language_model)
+        encoder = load_vision_encoder(str(base.vision_tower))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"the adapter {folder} was trained on {base.language_model}"
+            + (f" and {base.vision_tower}" if base.vision_tower else "")
+            + f", which cannot be loaded: {reason} Correct the paths in {folder / ADAPTER_FILE} where they have moved"
+        ) from error
+    if dequantize and base.quantization is not None:
+        language_model = _expanded(language_model)
+    fields = [name for name in MetaMorphConfig.__annotations__ if name not in BUILT_FIELDS]
+    overrides = {name: getattr(config, name) for name in fields}
+    model = cls.from_parts(language_model, encoder.to(language_model.dtype), tokenizer, **overrides)
+    forget_quantisation(model)
+    for name in BUILT_FIELDS[2:]:
+        if getattr(model.config, name) != getattr(config, name):
+            raise ValueError(
+                f"the adapter {folder} was trained with {name}={getattr(config, name)}, but the tokenizer of "
+                f"{base.language_model} now gives {getattr(model.config, name)}: it has changed since"
+            )
+    return model
+
+
+def forget_quantisation(model: PreTrainedModel) -> None:
+    """Remove the quantisation from the configuration: saved there, it would be taken for that of the saved weights.
+
+    Args:
+        model: A MetaMorph model whose language model may be quantised.
+    """
+    for config in (model.config, model.config.text_config):
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+
+
+def _expanded(model: PreTrainedModel) -> PreTrainedModel:
+    """A 4-bit model with plain weights of the same values."""
+    model = model.dequantize()
+    forget_quantisation(model) if hasattr(model.config, "text_config") else None
+    return model
+
+
+def _lora_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if ".lora_" in name}

@@ -1,0 +1,269 @@
+"""The connector file of stage 1 and of adapters: written, read (those of LLaVA and the original, too), loaded."""
+
+import json
+import logging
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
+from .embeddings import NewTokenEmbedding, NewTokenHead
+
+
+logger = logging.getLogger(__name__)
+
+CONNECTOR_FILE = "mm_projector.safetensors"
+CONNECTOR_FILES = (CONNECTOR_FILE, "mm_projector.bin")
+"""What a folder is searched for; the second is what LLaVA and the original MetaMorph write."""
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+OLD_PREFIXES = ("module.", "base_model.", "model.")
+"""Wrappers in front of the keys of a .bin file."""
+MATCHING_FIELDS = (
+    "apply_softmax",
+    "image_token_reduction",
+    "mm_projector_type",
+    "mm_use_im_start_end",
+    "mm_vision_select_layer",
+    "normalize_vision",
+    "num_image_tokens",
+)
+"""Configuration that stage 2 should share with stage 1."""
+
+
+@dataclass
+class Connector:
+    """What a connector file holds."""
+
+    mm_projector: dict[str, Tensor]
+    """State dict of the connector."""
+    reduction: dict[str, Tensor]
+    """State dict of the token reduction; empty unless it has weights (`mlpmixer`)."""
+    vision_head: dict[str, Tensor]
+    """State dict of the vision head; empty when stage 1 did not train it."""
+    new_rows: dict[str, Tensor]
+    """Embedding row [hidden] of each new token, by token. Under the key "" when the file does not name its tokens:
+    then it is a table [rows, hidden] whose last rows are the new tokens'."""
+    head_rows: dict[str, Tensor]
+    """Row [hidden] of `lm_head` of each new token, by token; empty unless they were trained by themselves (adapters)."""
+    config: dict[str, object]
+    """The `MATCHING_FIELDS` it was trained with; empty for .bin files."""
+
+
+def save_connector(
+    model: PreTrainedModel, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None
+) -> Path:
+    """Write what stage 1 trains: connector, new tokens' embedding rows, and the vision head if it is trained.
+
+    Args:
+        model: A MetaMorph model, with or without attached new rows.
+        folder: Created if missing.
+        state_dict: The weights, by the names of `model.state_dict()`, where those of `model` are sharded.
+
+    Returns:
+        Path of `mm_projector.safetensors`.
+    """
+    prefixes = {"mm_projector": "model.mm_projector.", "reduction": "model.vision_tower.reduction."}
+    if model.config.use_vision_ar:
+        prefixes["vision_head"] = "vision_head."
+    weights = model.state_dict() if state_dict is None else state_dict
+    tensors = {
+        f"{part}.{name.removeprefix(prefix)}": value
+        for part, prefix in prefixes.items()
+        for name, value in weights.items()
+        if name.startswith(prefix)
+    }
+    tokens = _new_tokens(model)
+    if tokens:
+        tensors["new_rows"] = _rows_of(model, model.get_input_embeddings(), weights)
+    if isinstance(model.get_output_embeddings(), NewTokenHead):
+        tensors["new_head_rows"] = _rows_of(model, model.get_output_embeddings(), weights)
+    config = {name: getattr(model.config, name) for name in MATCHING_FIELDS}
+    return write_connector(folder, tensors, list(tokens), config)
+
+
+def write_connector(
+    folder: str | Path, tensors: Mapping[str, Tensor], tokens: list[str], config: Mapping[str, object]
+) -> Path:
+    """Write a connector file.
+
+    Args:
+        folder: Created if missing.
+        tensors: Weights named `mm_projector.…`, `reduction.…`, `vision_head.…`, `new_rows`, `new_head_rows`.
+        tokens: The new tokens, in the order of the rows.
+        config: The `MATCHING_FIELDS` it was trained with, as far as they are known.
+
+    Returns:
+        Path of `mm_projector.safetensors`.
+    """
+    metadata = {"format": "pt", "new_tokens": json.dumps(tokens), "config": json.dumps(dict(config))}
+    path = Path(folder) / CONNECTOR_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Cloned where they are views: safetensors refuses tensors that share memory.
+    save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, path, metadata)
+    return path
+
+
+def load_connector(model: PreTrainedModel, path: str | Path) -> None:
+    """Load a connector into `model`: its projector, the new tokens' rows, and the vision head if the file has one.
+
+    Args:
+        model: A MetaMorph model, with or without attached new rows; changed in place.
+        path: `mm_projector.safetensors`, an `mm_projector.bin` of LLaVA or the original MetaMorph, or a folder with
+            one of them.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, or does not fit the model; the message names sizes and flags.
+    """
+    file = find_connector(path)
+    connector = read_connector(file)
+    if not connector.mm_projector and any(True for _ in model.model.mm_projector.parameters()):
+        raise ValueError(f"{file} holds no weights named mm_projector.*: it is not a connector of stage 1")
+    for name, value in connector.config.items():
+        current = getattr(model.config, name, value)
+        if current != value:
+            logger.warning("the connector %s was trained with %s=%s, this run uses %s", file, name, value, current)
+    _load_part(model.model.mm_projector, connector.mm_projector, f"{file}: mm_projector")
+    _load_part(model.model.vision_tower.reduction, connector.reduction, f"{file}: reduction")
+    if connector.vision_head:
+        _load_part(model.vision_head, connector.vision_head, f"{file}: vision_head")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    _load_rows(model, embedding, _named_rows(model, connector.new_rows), file, "the embedding")
+    if connector.head_rows and not model.config.tie_word_embeddings:
+        _load_rows(model, head, connector.head_rows, file, "the row of lm_head")
+
+
+def find_connector(path: str | Path) -> Path:
+    """The connector file that `path`, a file or a folder, stands for."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    for name in CONNECTOR_FILES:
+        if (path / name).is_file():
+            return path / name
+    if path.is_dir() and is_full_model(path):
+        raise ValueError(
+            f"{path} is a finished model, not a connector of stage 1: pass it as --model_name_or_path instead of "
+            "--pretrain_mm_mlp_adapter"
+        )
+    raise FileNotFoundError(
+        f"no connector at {path}: give stage 1's output folder or its {CONNECTOR_FILE} as --pretrain_mm_mlp_adapter"
+    )
+
+
+def read_connector(file: Path) -> Connector:
+    """Read a connector file without running any code in it.
+
+    Args:
+        file: `.safetensors` of ours, or a `.bin` whose pickle may hold tensors only (`weights_only=True`).
+    """
+    metadata: Mapping[str, str] = {}
+    if file.suffix == ".safetensors":
+        try:
+            tensors = load_file(file)
+            with safe_open(file, framework="pt") as handle:
+                metadata = handle.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}): copy it again or rerun stage 1") from error
+    else:
+        tensors = _read_bin(file)
+    parts: dict[str, dict[str, Tensor]] = {"mm_projector": {}, "reduction": {}, "vision_head": {}}
+    rows: dict[str, Tensor] = {}
+    head_rows: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        name = _without_prefixes(key)
+        part, _, rest = name.partition(".")
+        if part in parts:
+            parts[part][rest] = value
+        elif name == "new_rows":
+            rows = dict(zip(json.loads(metadata.get("new_tokens", "[]")), value, strict=True))
+        elif name == "new_head_rows":
+            head_rows = dict(zip(json.loads(metadata.get("new_tokens", "[]")), value, strict=True))
+        elif name == "embed_tokens.weight":
+            rows = {"": value}
+    config = json.loads(metadata.get("config", "{}"))
+    return Connector(**parts, new_rows=rows, head_rows=head_rows, config=config)
+
+
+def is_full_model(folder: str | Path) -> bool:
+    """Whether `folder` holds the weights of a whole model."""
+    return any((Path(folder) / name).is_file() for name in WEIGHT_FILES)
+
+
+def _new_tokens(model: PreTrainedModel) -> dict[str, int]:
+    """The new tokens and their ids, in the order in which `attach_new_token_rows` holds their rows."""
+    config = model.config
+    ids = {DEFAULT_IM_START_TOKEN: config.image_start_token_id, DEFAULT_IM_END_TOKEN: config.image_end_token_id}
+    return {token: number for token, number in ids.items() if number is not None}
+
+
+def _rows_of(model: PreTrainedModel, table: nn.Module, weights: Mapping[str, Tensor]) -> Tensor:
+    """[new tokens, hidden] of the embedding table or of `lm_head`."""
+    prefix = next(name for name, module in model.named_modules() if module is table)
+    if isinstance(table, (NewTokenEmbedding, NewTokenHead)):
+        return weights[f"{prefix}.new_rows"]
+    return weights[f"{prefix}.weight"][list(_new_tokens(model).values())]
+
+
+def _named_rows(model: PreTrainedModel, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows by token, also of a table without names: its last rows, in the order in which the tokens were added."""
+    tokens = _new_tokens(model)
+    if "" not in rows:
+        return rows
+    return dict(zip(tokens, rows[""][-len(tokens) :], strict=True)) if tokens else {}
+
+
+@torch.no_grad()
+def _load_rows(model: PreTrainedModel, table: nn.Module, rows: dict[str, Tensor], file: Path, what: str) -> None:
+    """Copy rows into the embedding table or `lm_head`, or into the rows that are attached to it."""
+    attached = isinstance(table, (NewTokenEmbedding, NewTokenHead))
+    for position, (token, number) in enumerate(_new_tokens(model).items()):
+        if token not in rows:
+            logger.warning("%s has no embedding of %s: it keeps its initial value", file, token)
+            continue
+        target = table.new_rows[position] if attached else table.weight[number]
+        if rows[token].shape != target.shape:
+            raise ValueError(
+                f"{file}: {what} of {token} has {rows[token].shape[-1]} features, the language model "
+                f"{target.shape[-1]}: the connector was trained for another --model_name_or_path"
+            )
+        target.copy_(rows[token])
+
+
+def _load_part(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """`load_state_dict` with messages that name sizes and flags."""
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if expected != found:
+        raise ValueError(
+            f"{source} does not fit this model: the file has {found or 'nothing'}, the model needs "
+            f"{expected or 'nothing'}. Use the --model_name_or_path, --vision_tower, --image_token_reduction, "
+            "--mm_projector_type and --vision_head_type of stage 1"
+        )
+    module.load_state_dict(tensors)
+
+
+def _read_bin(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{file} cannot be read as plain tensors and is refused, because loading other objects can run code: "
+            f"convert it to {CONNECTOR_FILE} where you trust it"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{file} is not a dictionary of tensors: give the mm_projector.bin of stage 1")
+    return tensors
+
+
+def _without_prefixes(key: str) -> str:
+    while key.startswith(OLD_PREFIXES):
+        key = key.partition(".")[2]
+    return key
