@@ -15,6 +15,7 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.models.packed_rows import check_keeps_samples_apart, uses_flash_attention
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.preemption import Preemption, clear_marker
+from metamorph.training.adapters import compute_dtype, store_frozen_matrices
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.assemble import load_model, load_training_data, make_plan, open_features
 from metamorph.training.bad_records import StopOnBadRecords
@@ -96,7 +97,9 @@ def _train(
         raise ValueError(
             f"--eval_strategy {strategy} needs validation data, which this command does not read: leave it at no"
         )
-    checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint, model_args.stage)
+    checkpoint = find_checkpoint(
+        training_args.output_dir, training_args.resume_from_checkpoint, model_args.stage, model_args.lora_enable
+    )
     aspect_ratio = data_args.image_aspect_ratio if data_args.is_given("image_aspect_ratio") else None
     plan = make_plan(model_args, aspect_ratio)
     data_seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
@@ -106,10 +109,11 @@ def _train(
 
     # 2. The model, and the part of it that this stage trains.
     set_seed(training_args.seed)  # the connector and the vision head start at random
-    model = load_model(model_args, plan)
+    model = load_model(model_args, plan, compute_dtype(training_args))
     if features is not None:
         features.check_weights(model.model.vision_tower)
     summary = apply_stage(model, model_args)
+    store_frozen_matrices(model, training_args)
     logger.info("stage %d trains:\n%s", model_args.stage, format_summary(summary, training_args))
     if not model_args.freeze_vision or model.config.image_token_reduction == "mlpmixer":
         # They have no gradient on a rank whose batch has no image; DDP must expect that.
