@@ -16,9 +16,10 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_arguments(types, argv, prog="metamorph train")
     from metamorph.preemption import Preempted, ignore_signals
     from metamorph.training.run import run_training  # after the arguments are known to be good: takes seconds
+    from metamorph.visualization.drawing import open_visualizer
 
     try:
-        result = run_training(*arguments)
+        result = run_training(*arguments, open_visualizer=open_visualizer)
     except Preempted:
         ignore_signals()  # torchrun ends the others with SIGTERM once one is gone: let trackers finish their uploads
         raise

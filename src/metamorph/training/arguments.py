@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from metamorph.data.packing import check_grouping
-from metamorph.flags import check_choice
+from metamorph.flags import check_choice, check_model_reference
 from metamorph.training.data_arguments import DataArguments
 from metamorph.training.model_arguments import ModelArguments
 
@@ -82,9 +82,21 @@ class MetaMorphTrainingArguments(TrainingArguments):
     """A checkpoint folder. By default the newest complete one in `output_dir`, if any; True: there must be one;
     False: start anew."""
 
+    sample_steps: int | None = None
+    """Every so many optimizer steps the prompts of `sample_prompts` are answered, into `output_dir`/samples and to the
+    tracker; by default never."""
+    sample_prompts: str | None = None
+    """Prompts for `sample_steps`: a text file with one a line, or JSON Lines of `{"prompt": "…", "images": ["…"],
+    "draw": true}`."""
+    sample_visualizer: str | None = None
+    """Folder of a visualizer that draws the pictures of these answers; without it their visual tokens are kept."""
+    peak_tflops: float | None = None
+    """Peak of one device in 10¹² FLOP/s, for `mfu` in the log; by default that of the GPU's data sheet."""
+
     def __post_init__(self) -> None:
         if self.output_dir is None:
             raise ValueError("--output_dir is required: the folder for checkpoints and the trained model")
+        self._check_observation()
         check_choice("--loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)
         self._check_batches()
         if self.bf16 and self.fp16:
@@ -109,6 +121,25 @@ class MetaMorphTrainingArguments(TrainingArguments):
         if self.n_gpu > 1:
             logger.warning("using 1 of %d GPUs: start with torchrun to use them all", self.n_gpu)
             self._n_gpu = 1  # nn.DataParallel would split pixel_values as if every sample had one image
+
+    def _check_observation(self) -> None:
+        trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        if set(trackers) - {"none"}:
+            from metamorph.training.trackers import check_trackers  # imports Transformers' integrations
+
+            check_trackers(trackers)
+        if (self.sample_steps is None) != (self.sample_prompts is None):
+            raise ValueError(
+                f"--sample_steps {self.sample_steps} and --sample_prompts {self.sample_prompts} go together: give both"
+            )
+        if self.sample_steps is not None and self.sample_steps < 1:
+            raise ValueError(f"--sample_steps {self.sample_steps} must be at least 1")
+        if self.sample_visualizer is not None:
+            if self.sample_steps is None:
+                raise ValueError(f"--sample_visualizer {self.sample_visualizer} needs --sample_steps")
+            check_model_reference(self.sample_visualizer, flag="--sample_visualizer", file="model_index.json")
+        if self.peak_tflops is not None and not (math.isfinite(self.peak_tflops) and self.peak_tflops > 0):
+            raise ValueError(f"--peak_tflops {self.peak_tflops} must be a number above 0")
 
     def _check_batches(self) -> None:
         if self.group_by_length:

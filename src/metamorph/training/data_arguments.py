@@ -6,7 +6,7 @@ from pathlib import Path
 
 from metamorph.data.mixture import read_specs
 from metamorph.data.records import ON_BAD_RECORD
-from metamorph.flags import RemembersGiven, check_choice
+from metamorph.flags import RemembersGiven, check_choice, names_flag
 from metamorph.models.constants import ASPECT_RATIOS
 
 
@@ -33,6 +33,12 @@ class DataArguments(RemembersGiven):
     """Folder with visual tokens made by `metamorph data cache-features`: they stand in for the images, and the tower,
     which must be frozen, is not run."""
 
+    eval_data_path: str | None = None
+    """Records that are not trained on, in any form of `data_path`: their text and visual losses are measured for each
+    source when `eval_strategy` says."""
+    eval_image_folder: str | None = None
+    """As `image_folder`, for `eval_data_path`; by default the folder of those records."""
+
     def __post_init__(self) -> None:
         check_choice("--image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
         check_choice("--on_bad_record", self.on_bad_record, ON_BAD_RECORD)
@@ -48,3 +54,16 @@ class DataArguments(RemembersGiven):
             self.feature_cache = os.path.expanduser(self.feature_cache)
         if self.image_folder is not None and not Path(self.image_folder).is_dir():
             raise FileNotFoundError(f"--image_folder {self.image_folder} does not exist or is not a folder")
+        self._check_validation_data()
+
+    def _check_validation_data(self) -> None:
+        if self.eval_image_folder is not None:
+            self.eval_image_folder = os.path.expanduser(self.eval_image_folder)
+            if not Path(self.eval_image_folder).is_dir():
+                raise FileNotFoundError(
+                    f"--eval_image_folder {self.eval_image_folder} does not exist or is not a folder"
+                )
+        if self.eval_data_path is not None:
+            self.eval_data_path = os.path.expanduser(self.eval_data_path)
+            with names_flag("--eval_data_path", self.eval_data_path):
+                read_specs(self.eval_data_path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import IntervalStrategy, PrinterCallback, set_seed
+from transformers import PrinterCallback, set_seed
 
 from metamorph.data.collation import PackedCollator, PaddedCollator
 from metamorph.models.embeddings import merge_new_token_rows
@@ -21,6 +21,7 @@ from metamorph.training.assemble import load_model, load_training_data, make_pla
 from metamorph.training.bad_records import StopOnBadRecords
 from metamorph.training.checkpoint import find_checkpoint
 from metamorph.training.interruption import StopWhenPreempted
+from metamorph.training.observation import OpenVisualizer, observe
 from metamorph.training.planning import plan_run
 from metamorph.training.stages import apply_stage, format_summary
 from metamorph.training.trainer import MetaMorphTrainer
@@ -60,6 +61,7 @@ def run_training(
     data_args: DataArguments,
     training_args: MetaMorphTrainingArguments,
     callbacks: list[Any] | None = None,
+    open_visualizer: OpenVisualizer | None = None,
 ) -> TrainResult:
     """Train stage 1 or stage 2. `metamorph train` is this function with flags.
 
@@ -71,6 +73,8 @@ def run_training(
         data_args: What it learns from.
         training_args: How it learns.
         callbacks: `transformers.TrainerCallback` objects, for example a progress display.
+        open_visualizer: Opens `sample_visualizer`, if that is asked for:
+            `metamorph.visualization.drawing.open_visualizer`.
 
     Returns:
         The result, also in memory.
@@ -81,7 +85,7 @@ def run_training(
     if training_args.process_index == 0:
         clear_marker(training_args.output_dir)
     with Preemption(training_args.ddp_timeout_delta) as preemption:
-        return _train(model_args, data_args, training_args, callbacks, preemption)
+        return _train(model_args, data_args, training_args, callbacks, preemption, open_visualizer)
 
 
 def _train(
@@ -90,13 +94,9 @@ def _train(
     training_args: MetaMorphTrainingArguments,
     callbacks: list[Any] | None,
     preemption: Preemption,
+    open_visualizer: OpenVisualizer | None,
 ) -> TrainResult:
     # 1. Everything that can be checked without weights.
-    strategy = IntervalStrategy(training_args.eval_strategy).value
-    if strategy != "no":
-        raise ValueError(
-            f"--eval_strategy {strategy} needs validation data, which this command does not read: leave it at no"
-        )
     checkpoint = find_checkpoint(
         training_args.output_dir, training_args.resume_from_checkpoint, model_args.stage, model_args.lora_enable
     )
@@ -105,6 +105,7 @@ def _train(
     data_seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     features = open_features(model_args, data_args, plan)
     dataset = load_training_data(data_args, plan.processor, data_seed, features)
+    observation = observe(data_args, training_args, plan.processor, open_visualizer)
     planner = plan_run(dataset, data_args.model_max_length, training_args)
 
     # 2. The model, and the part of it that this stage trains.
@@ -130,11 +131,14 @@ def _train(
         model=model,
         args=training_args,
         train_dataset=dataset,
+        eval_dataset=observation.validation,
         data_collator=collator,
         processing_class=plan.processor,
         callbacks=callbacks,
     )
     trainer.add_callback(StopOnBadRecords(dataset.limit))
+    trainer.monitor.skipped_records = lambda: dataset.limit.num_bad
+    observation.attach(trainer, training_args)
     if callbacks:  # they report: Transformers' printer, which stands in for its bar when that is off, is not needed
         trainer.remove_callback(PrinterCallback)
     stop = StopWhenPreempted(preemption, checkpoint)

@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,12 +14,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import seed_worker
 
 from metamorph.data.batches import PackedExamples, PlannedBatches
+from metamorph.data.dataset import MixtureDataset
 from metamorph.data.packing import BatchPlanner
 from metamorph.models.outputs import MetaMorphOutput
 from metamorph.preemption import ignore_signals
 from metamorph.training.checkpointing import CheckpointingTrainer
+from metamorph.training.flops import model_flops
 from metamorph.training.metrics import LossWindow, count_targets
+from metamorph.training.monitor import RunMonitor, find_peak_tflops
 from metamorph.training.stages import optimizer_groups
+from metamorph.training.validation import validation_metrics
 
 
 logger = logging.getLogger(__name__)
@@ -51,9 +54,17 @@ class MetaMorphTrainer(CheckpointingTrainer):
         self.model_accepts_loss_kwargs = True
         if "use_cache" in vars(self.model.config):
             del self.model.config.use_cache  # set by Trainer; it would be saved and slow down generation
+        self.monitor = self._create_monitor()
+        self.add_callback(self.monitor)
         self._normalizers: tuple[Tensor, Tensor] | None = None
         self._window = LossWindow()
         self._rates: dict[str, float] = {}
+
+    def _create_monitor(self) -> RunMonitor:
+        config = self.model.config
+        half = self.args.bf16 or self.args.fp16
+        peak = find_peak_tflops(self.args.peak_tflops, half_precision=half, device=self.args.device)
+        return RunMonitor(self.accelerator, model_flops(self.model), config.num_image_tokens, peak)
 
     def get_train_dataloader(self) -> DataLoader:
         """A loader of this rank's batches in the order of the plan, which workers and interruptions do not change."""
@@ -96,7 +107,7 @@ class MetaMorphTrainer(CheckpointingTrainer):
         Returns:
             The micro-batches, and the number of supervised text tokens of the step (None with `micro_batch`).
         """
-        batches = list(islice(epoch_iterator, num_batches))
+        batches = self.monitor.fetch(epoch_iterator, num_batches)
         if self.args.loss_normalization == "micro_batch" or not batches:
             self._normalizers = None
             return batches, None
@@ -138,7 +149,55 @@ class MetaMorphTrainer(CheckpointingTrainer):
         if "loss" in logs:
             logs.update(self._window.drain(self.accelerator))
             logs.update(self._rates)
+            logs.update(self.monitor.drain(self.state, logs.get("grad_norm")))
+        if "train_runtime" in logs:  # the last line of a run; Trainer would count rows as samples
+            self.monitor.settle(self.state)
+            logs["train_samples_per_second"] = round(self.monitor.total_samples / logs["train_runtime"], 3)
         super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: MixtureDataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Measure the losses on data that is not trained on, of all sources together and of each.
+
+        Args:
+            eval_dataset: Defaults to the trainer's.
+            ignore_keys: Ignored: only losses are measured.
+            metric_key_prefix: What the names of the values begin with.
+
+        Returns:
+            `eval_loss`, `eval_text_loss`, `eval_visual_loss`, …, and `eval_SOURCE_text_loss`, … for each source.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        with self.monitor.pause():
+            metrics = validation_metrics(
+                self.model_wrapped if sharded else self.model,
+                dataset,
+                self.accelerator,
+                self.args,
+                prefix=metric_key_prefix,
+            )
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Nothing: Transformers' estimate counts frozen parameters and padding; the monitor counts `total_flos`.
+
+        Args:
+            inputs: A batch.
+        """
+        return 0
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer does, with counters up to date and the clock of the speed stopped: no hook comes before it."""
+        self.monitor.settle(self.state)
+        with self.monitor.pause():
+            super()._save_checkpoint(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer with one group for each module.

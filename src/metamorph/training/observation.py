@@ -1,0 +1,107 @@
+"""What of a run is looked at while it learns: validation data, fixed prompts, trackers. Opened before any weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from transformers import IntervalStrategy
+
+from metamorph.data.dataset import MixtureDataset, load_data
+from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments
+from metamorph.training.samples import Draw, SamplePrompt, SampleWriter, read_prompts
+from metamorph.training.trackers import set_up_trackers
+
+
+if TYPE_CHECKING:
+    from metamorph.training.trainer import MetaMorphTrainer
+
+OpenVisualizer = Callable[[str], Draw]
+"""Opens the visualizer in a folder. Training does not import it: `metamorph train` hands it over."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What [`observe`] has opened."""
+
+    validation: MixtureDataset | None
+    """Data that are not trained on."""
+    prompts: list[SamplePrompt]
+    """What is answered every `sample_steps` steps; empty for nothing."""
+    draw: Draw | None
+    """Draws the pictures of the answers; on the main process only."""
+
+    def attach(self, trainer: MetaMorphTrainer, args: MetaMorphTrainingArguments) -> None:
+        """Connect the trackers and the prompts to a trainer that was made with the same flags.
+
+        Args:
+            trainer: Before training.
+            args: Flags of the run.
+        """
+        trackers = set_up_trackers(trainer.callback_handler.callbacks, args.output_dir)
+        if args.sample_steps is not None:
+            trainer.add_callback(SampleWriter(trainer, self.prompts, args.sample_steps, trackers, self.draw))
+
+
+def observe(
+    data_args: DataArguments,
+    args: MetaMorphTrainingArguments,
+    processor: MetaMorphProcessor,
+    open_visualizer: OpenVisualizer | None = None,
+) -> Observation:
+    """Open what the flags ask to look at.
+
+    Args:
+        data_args: `eval_data_path` and how records are read.
+        args: `eval_strategy`, `sample_…`.
+        processor: Makes the sequences.
+        open_visualizer: Opens `sample_visualizer`.
+
+    Raises:
+        DataError: If validation data are unusable.
+        FileNotFoundError: If a file of the prompts is missing.
+        ValueError: If flags contradict each other, a prompt is not valid, or the visualizer cannot be opened.
+    """
+    _check_validation(data_args, args)
+    prompts = read_prompts(args.sample_prompts) if args.sample_prompts is not None else []
+    draw = None
+    if args.sample_visualizer is not None:
+        if open_visualizer is None:
+            raise ValueError(
+                f"--sample_visualizer {args.sample_visualizer}: run_training does not know how to open it; pass "
+                "open_visualizer=metamorph.visualization.drawing.open_visualizer"
+            )
+        draw = open_visualizer(args.sample_visualizer) if args.process_index == 0 else None
+    return Observation(_load_validation(data_args, args, processor), prompts, draw)
+
+
+def _check_validation(data_args: DataArguments, args: MetaMorphTrainingArguments) -> None:
+    strategy = IntervalStrategy(args.eval_strategy).value
+    evaluates = strategy != "no" or args.eval_on_start
+    if evaluates and data_args.eval_data_path is None:
+        flag = f"--eval_strategy {strategy}" if strategy != "no" else "--eval_on_start True"
+        raise ValueError(f"{flag} needs validation data: give them by --eval_data_path, or leave the flag out")
+    if data_args.eval_data_path is not None and not evaluates:
+        raise ValueError(
+            f"--eval_data_path {data_args.eval_data_path} is never read with --eval_strategy no: add --eval_strategy "
+            "steps (with --eval_steps) or epoch, or leave it out"
+        )
+
+
+def _load_validation(
+    data_args: DataArguments, args: MetaMorphTrainingArguments, processor: MetaMorphProcessor
+) -> MixtureDataset | None:
+    """As training data, but from the pictures also where training reads a feature cache, which lacks these."""
+    if data_args.eval_data_path is None:
+        return None
+    return load_data(
+        data_args.eval_data_path,
+        processor,
+        image_folder=data_args.eval_image_folder,
+        model_max_length=data_args.model_max_length,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        on_bad_record=data_args.on_bad_record,
+        max_bad_fraction=data_args.max_bad_fraction,
+    )

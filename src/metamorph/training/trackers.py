@@ -1,0 +1,130 @@
+"""Where a run reports to: TensorBoard, Weights & Biases, trackio or nothing; scalars by Transformers, pictures here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from transformers import TrainerCallback
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+    get_available_reporting_integrations,
+)
+
+
+logger = logging.getLogger(__name__)
+
+INSTALL_HINTS = {
+    "tensorboard": "pip install 'metamorph[trackers]'",
+    "wandb": "pip install 'metamorph[trackers]'",
+    "trackio": "pip install trackio",
+}
+
+
+class MediaTracker(Protocol):
+    """A tracker that shows texts and pictures beside the scalars that Transformers reports."""
+
+    def log_media(self, texts: Mapping[str, str], images: Mapping[str, Image.Image], step: int) -> None:
+        """Report texts and pictures.
+
+        Args:
+            texts: By name, such as `samples/a red cat`.
+            images: RGB pictures by name.
+            step: Optimizer step.
+        """
+
+
+class TensorBoardMedia:
+    """Texts and pictures beside the scalars of Transformers' TensorBoard callback."""
+
+    def __init__(self, callback: TensorBoardCallback) -> None:
+        self.callback = callback
+
+    def log_media(self, texts: Mapping[str, str], images: Mapping[str, Image.Image], step: int) -> None:
+        """See [`MediaTracker`]."""
+        writer = self.callback.tb_writer
+        if writer is None:  # there is one on the main process, while it trains
+            return
+        for name, text in texts.items():
+            writer.add_text(name, text, step)
+        for name, image in images.items():
+            writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        writer.flush()
+
+
+class RunMedia:
+    """Texts and pictures in the run that Transformers' callback has begun with `wandb` or `trackio`.
+
+    The two packages agree in what is needed: `log`, and `Image` with a caption.
+
+    Args:
+        package: The module `wandb` or `trackio`.
+    """
+
+    def __init__(self, package: Any) -> None:
+        self.package = package
+
+    def log_media(self, texts: Mapping[str, str], images: Mapping[str, Image.Image], step: int) -> None:
+        """See [`MediaTracker`]; the texts become the captions of their pictures, and values where there is none."""
+        values: dict[str, Any] = dict(texts)
+        for name, image in images.items():
+            values[f"{name}/image" if name in texts else name] = self.package.Image(image, caption=texts.get(name))
+        self.package.log({**values, "train/global_step": step})  # the name that Transformers gives to steps
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Refuse a tracker that is unknown or not installed, before anything is loaded.
+
+    Args:
+        names: Values of `--report_to`.
+
+    Raises:
+        ValueError: Naming the tracker, and how to install it.
+    """
+    names = [name for name in names if name not in ("none", "all")]
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            usual = ", ".join(["none", *INSTALL_HINTS])
+            raise ValueError(
+                f"--report_to {name} is unknown: use one of {usual} (or another of Transformers' integrations: "
+                f"{', '.join(sorted(set(INTEGRATION_TO_CALLBACK) - set(INSTALL_HINTS)))})"
+            )
+    available = get_available_reporting_integrations() if names else []
+    for name in names:
+        if name not in available:
+            hint = INSTALL_HINTS.get(name, f"install what Transformers' documentation names for {name}")
+            raise ValueError(f"--report_to {name}: {name} is not installed; {hint}, or report to none")
+
+
+def set_up_trackers(callbacks: Iterable[TrainerCallback], output_dir: str) -> list[MediaTracker]:
+    """The trackers of a run that can show pictures.
+
+    TensorBoard writes to `output_dir`/tensorboard, unless `TENSORBOARD_LOGGING_DIR` is set: a resumed run continues
+    its curves there. Transformers would begin another folder, named by the time.
+
+    Args:
+        callbacks: Those of the trainer, in which Transformers has put its own for `--report_to`.
+        output_dir: Folder of the run.
+    """
+    found: list[MediaTracker] = []
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            if callback.logging_dir is None:
+                callback.logging_dir = str(Path(output_dir) / "tensorboard")
+            found.append(TensorBoardMedia(callback))
+        elif isinstance(callback, WandbCallback):
+            import wandb
+
+            found.append(RunMedia(wandb))
+        elif isinstance(callback, TrackioCallback):
+            import trackio
+
+            found.append(RunMedia(trackio))
+    return found
