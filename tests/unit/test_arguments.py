@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from metamorph import cli
-from metamorph.cli.lr import scale_learning_rate
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.learning_rate import scale_learning_rate
 from metamorph.training.parsing import parse_arguments
 from metamorph.visualization.arguments import VisualizerArguments
 
@@ -202,6 +202,11 @@ def test_unknown_flag_suggests_the_nearest(paths: dict[str, str]) -> None:
         ({"freeze_vision": False}, "--freeze_vision False"),
         ({"freeze_mm_mlp_adapter": True}, "nothing to train"),
         ({"fp16": True}, "--bf16 False"),
+        ({"learning_rate": "fast"}, "--learning_rate.* 'fast' is neither a number nor auto"),
+        ({"learning_rate": "-1"}, "--learning_rate -1.0 must be a finite number, 0 or larger, or auto"),
+        ({"learning_rate": "auto"}, "needs --base_learning_rate.*6.93e-5 --base_batch_size 1536"),
+        ({"learning_rate": "auto", "base_learning_rate": 1e-4}, "needs --base_batch_size"),
+        ({"base_batch_size": 0}, "--base_batch_size 0 must be a finite number larger than 0"),
         ({"loss_normalization": "token"}, "micro_batch"),
         ({"warmup_ratio": 1.5}, "warmup_ratio"),
         ({"mm_projector_lr": -1}, "mm_projector_lr"),

@@ -1,22 +1,7 @@
 """`metamorph lr --base-lr 6.93e-5 --base-batch 1536 --batch 768`: the square-root rule of the training guide."""
 
 import argparse
-import math
 from collections.abc import Sequence
-
-
-def scale_learning_rate(base_lr: float, base_batch: int, batch: int) -> float:
-    """Learning rate for another global batch size: `base_lr * sqrt(batch / base_batch)`.
-
-    Args:
-        base_lr: Learning rate known to work at `base_batch`.
-        base_batch: Samples per optimizer step it was tuned for.
-        batch: Samples per optimizer step of the new run.
-    """
-    for name, value in (("--base-lr", base_lr), ("--base-batch", base_batch), ("--batch", batch)):
-        if not value > 0:
-            raise ValueError(f"{name} {value} must be larger than 0")
-    return base_lr * math.sqrt(batch / base_batch)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,4 +15,6 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--base-batch", type=int, default=1536, help="its global batch size (default: %(default)s)")
     parser.add_argument("--batch", type=int, required=True, help="batch per device x accumulation x GPUs x nodes")
     flags = parser.parse_args(argv)
+    from metamorph.training.learning_rate import scale_learning_rate  # after --help: takes seconds
+
     print(f"{scale_learning_rate(flags.base_lr, flags.base_batch, flags.batch):.3g}")

@@ -19,6 +19,7 @@ __all__ = ["DataArguments", "MetaMorphTrainingArguments", "ModelArguments"]
 logger = logging.getLogger(__name__)
 
 LOSS_NORMALIZATIONS = ("global", "micro_batch")
+AUTO_LEARNING_RATE = "auto"
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 
 
@@ -30,6 +31,13 @@ class MetaMorphTrainingArguments(TrainingArguments):
     GPU the run falls back to the CPU.
     """
 
+    learning_rate: float | str = 5e-5
+    """Peak learning rate. `auto` takes `base_learning_rate` × √(samples in a step / `base_batch_size`), the rule of the
+    training guide."""
+    base_learning_rate: float | None = None
+    """For `learning_rate="auto"`: a learning rate that is known to be good for `base_batch_size`."""
+    base_batch_size: int | None = None
+    """For `learning_rate="auto"`: samples in an optimizer step that `base_learning_rate` was found with."""
     weight_decay: float = 0.0
     """Weight decay of AdamW; norms and biases have none."""
     lr_scheduler_type: str = "cosine"
@@ -101,10 +109,7 @@ class MetaMorphTrainingArguments(TrainingArguments):
         self._check_batches()
         if self.bf16 and self.fp16:
             raise ValueError("--fp16 True and --bf16 True exclude each other: add --bf16 False")
-        for name in ("learning_rate", "mm_projector_lr", "vision_lr", "vision_head_lr"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"--{name} {value} must be a finite number, 0 or larger")
+        self._check_learning_rates()
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"--warmup_ratio {self.warmup_ratio} must lie in [0, 1)")
         if not self.warmup_steps:
@@ -140,6 +145,26 @@ class MetaMorphTrainingArguments(TrainingArguments):
             check_model_reference(self.sample_visualizer, flag="--sample_visualizer", file="model_index.json")
         if self.peak_tflops is not None and not (math.isfinite(self.peak_tflops) and self.peak_tflops > 0):
             raise ValueError(f"--peak_tflops {self.peak_tflops} must be a number above 0")
+
+    def _check_learning_rates(self) -> None:
+        auto = self.learning_rate == AUTO_LEARNING_RATE
+        for name in ("learning_rate", "mm_projector_lr", "vision_lr", "vision_head_lr"):
+            value = getattr(self, name)
+            if value is None or (auto and name == "learning_rate"):
+                continue
+            if isinstance(value, str) or not (math.isfinite(value) and value >= 0):
+                word = f", or {AUTO_LEARNING_RATE}" if name == "learning_rate" else ""
+                raise ValueError(f"--{name} {value} must be a finite number, 0 or larger{word}")
+        for name in ("base_learning_rate", "base_batch_size"):
+            value = getattr(self, name)
+            if value is None and auto:
+                raise ValueError(
+                    f"--learning_rate {AUTO_LEARNING_RATE} needs --{name}: give a learning rate that is known to be "
+                    "good and the number of samples in a step it was found with (the training guide's, for stage 2: "
+                    "--base_learning_rate 6.93e-5 --base_batch_size 1536)"
+                )
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"--{name} {value} must be a finite number larger than 0")
 
     def _check_batches(self) -> None:
         if self.group_by_length:

@@ -5,7 +5,7 @@ from argparse import SUPPRESS, Action, ArgumentTypeError
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -19,6 +19,9 @@ class RecipeParser(HfArgumentParser):
     def __init__(self, dataclass_types: Iterable[type], **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.add_argument("--config", metavar="RECIPE.yaml", help="YAML file of flags; command-line flags override it")
+        # `float | str` is a number or `auto`; HfArgumentParser takes it for a number alone.
+        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        number_or_auto = {name for name, hint in hints.items() if hint == float | str}
         docs = {name: text for kind in self.dataclass_types for name, text in attribute_docs(kind).items()}
         for action in self._actions:
             if action.const is False:
@@ -27,6 +30,8 @@ class RecipeParser(HfArgumentParser):
                 action.help = docs[action.dest].replace("%", "%%")
             if action.default not in (None, SUPPRESS) and action.const is not False:
                 action.help = f"{action.help or ''} (default: {action.default})"
+            if action.dest in number_or_auto:
+                action.type = _number_or_auto
             # The dataclasses have the defaults; left out of the parsed values, they differ from what was given.
             action.default = SUPPRESS
 
@@ -148,6 +153,15 @@ def coerce(value: Any, action: Action, source: str) -> Any:
     if action.choices is not None and converted not in action.choices:
         raise ValueError(f"{action.dest}: {value!r} in {source}; use one of {list(action.choices)}")
     return converted
+
+
+def _number_or_auto(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is neither a number nor auto") from error
 
 
 def _recipe_path(argv: Sequence[str]) -> str | None:

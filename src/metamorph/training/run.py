@@ -22,6 +22,7 @@ from metamorph.training.bad_records import StopOnBadRecords
 from metamorph.training.checkpoint import find_checkpoint
 from metamorph.training.interruption import StopWhenPreempted
 from metamorph.training.observation import OpenVisualizer, observe
+from metamorph.training.learning_rate import apply_learning_rate_rule, samples_in_a_step
 from metamorph.training.planning import plan_run
 from metamorph.training.stages import apply_stage, format_summary
 from metamorph.training.trainer import MetaMorphTrainer
@@ -107,6 +108,7 @@ def _train(
     dataset = load_training_data(data_args, plan.processor, data_seed, features)
     observation = observe(data_args, training_args, plan.processor, open_visualizer)
     planner = plan_run(dataset, data_args.model_max_length, training_args)
+    apply_learning_rate_rule(training_args, samples_in_a_step(planner, training_args.gradient_accumulation_steps))
 
     # 2. The model, and the part of it that this stage trains.
     set_seed(training_args.seed)  # the connector and the vision head start at random
