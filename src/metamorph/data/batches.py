@@ -52,6 +52,7 @@ class PlannedBatches(Sampler[list[Any]]):
         self.planner = planner
         self.rank = rank
         self.epoch = 0
+        self._trained = (0, 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields.
@@ -61,11 +62,21 @@ class PlannedBatches(Sampler[list[Any]]):
         """
         self.epoch = epoch
 
+    def leave_out(self, epoch: int, rows: int) -> None:
+        """Leave out the first rows of an epoch, which an interrupted run has trained on in batches of another size.
+
+        Args:
+            epoch: Number of the epoch.
+            rows: How many of its rows.
+        """
+        self._trained = (epoch, rows)
+
     def __len__(self) -> int:
         return self.planner.steps
 
     def __iter__(self) -> Iterator[list[Any]]:
-        plan = self.planner.plan(self.epoch)
+        epoch, rows = self._trained
+        plan = self.planner.plan(self.epoch, rows if epoch == self.epoch else 0)
         for step in range(plan.steps):
             rows = plan.batch(self.rank, step)
             yield rows if self.planner.packing else [sample for row in rows for sample in row]

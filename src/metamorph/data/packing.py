@@ -54,7 +54,9 @@ class BatchPlan:
         return len(self.slots)
 
     def batch(self, rank: int, step: int) -> list[list[int]]:
-        """The rows of one batch, each a list of sample numbers. Only in the last step may it be empty.
+        """The rows of one batch, each a list of sample numbers.
+
+        Empty batches occur only in the last step, and in the first after a resume with batches of another size.
 
         Args:
             rank: Data-parallel rank.
@@ -74,6 +76,9 @@ class BatchPlanner:
     each into the row with the least space that suffices; rows with space left stay open for the next window. Which
     samples share a row is decided once by the seed, so that all epochs have the same number of steps; which rows
     share a batch is drawn anew in each epoch. Samples of a row do not see each other.
+
+    Batches take the rows of an epoch in an order that, except with `group_by_length`, depends on neither `world_size`
+    nor `rows_per_batch`. What an interrupted run has trained on is a prefix of it, also for a run with other batches.
 
     Without `packing` a row is one sample. With `group_by_length` the samples of a step (of all ranks) have similar
     lengths, and the step with the longest comes first: if it fits into memory, all do.
@@ -130,15 +135,17 @@ class BatchPlanner:
         """Share of the positions of full rows (`max_length`) that hold a token."""
         return float(self._tokens.sum() / (len(self.rows) * self.max_length))
 
-    def plan(self, epoch: int) -> BatchPlan:
+    def plan(self, epoch: int, trained_rows: int = 0) -> BatchPlan:
         """The batches of an epoch.
 
         Args:
             epoch: Number of the epoch, from 0.
+            trained_rows: Rows, from the first, that are left out because they have been trained on; the others stay
+                in their steps.
         """
         shape = (self.steps, self.world_size, self.rows_per_batch)
         slots = np.full(shape, -1, dtype=np.int64)
-        slots.reshape(-1)[: len(self.rows)] = self._row_order(epoch)
+        slots.reshape(-1)[trained_rows : len(self.rows)] = self._row_order(epoch)[trained_rows:]
         if self.world_size > 1:
             slots = self._dealt(slots)
         return BatchPlan(self.rows, slots)

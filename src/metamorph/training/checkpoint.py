@@ -3,12 +3,15 @@
 import copy
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from metamorph.models.adapters import is_adapter_folder
-from metamorph.models.connector import CONNECTOR_FILE, is_full_model
+from metamorph.models.connector import is_full_model
+from metamorph.training.checkpoint_files import checkpoints, damage
 
 
 logger = logging.getLogger(__name__)
@@ -43,51 +46,66 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, adapter: bool = False) -> str | None:
-    """The checkpoint to resume from.
+    """The checkpoint to resume from; with several processes, the first looks for it and tells the others.
 
     Args:
         output_dir: Folder of the run.
-        request: None: the newest complete checkpoint in `output_dir`, if any. "True": the same, but there must be
-            one. "False": none. Otherwise the path of a checkpoint.
+        request: None: the checkpoint in `output_dir` that was written last and is complete and undamaged, if any.
+            "True": the same, but there must be one. "False": none. Otherwise the path of a checkpoint.
         stage: Stage of this run; a checkpoint of the other stage is an error.
         adapter: Whether this run trains an adapter (`--lora_enable True`); a checkpoint of the other kind is an error.
 
     Raises:
-        FileNotFoundError: if the checkpoint asked for does not exist.
-        ValueError: if the checkpoint belongs to the other stage.
+        FileNotFoundError: if the checkpoint asked for does not exist, or is not on storage that all machines share.
+        ValueError: if the checkpoint asked for is damaged, or belongs to the other stage.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return _find(output_dir, request, stage, adapter)
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = _find(output_dir, request, stage, adapter)
+        except (FileNotFoundError, ValueError) as error:
+            found[1] = error  # for all: the others would wait
+    dist.broadcast_object_list(found)
+    folder, error = found
+    if error is not None:
+        raise error
+    if folder is not None and not Path(folder).is_dir():
+        raise FileNotFoundError(
+            f"{folder} is seen by the first process but not by process {dist.get_rank()} on this machine: put "
+            "--output_dir on storage that all machines share, or write to each with --save_on_each_node True"
+        )
+    return folder
+
+
+def _find(output_dir: str, request: str | bool | None, stage: int, adapter: bool) -> str | None:
     choice = str(request)
-    folders = _checkpoints(output_dir)
+    folders = checkpoints(output_dir)
     if choice.lower() == "false":
         if folders:
             logger.warning("starting anew beside old checkpoints: a later resume would take %s", folders[-1])
         return None
     if choice.lower() not in ("none", "true"):
-        if not _is_complete(Path(choice)):
-            raise FileNotFoundError(
-                f"--resume_from_checkpoint {choice} is not a complete checkpoint: give a checkpoint-… folder with "
-                f"{TRAINER_STATE_FILE} and weights, or True for the newest one in --output_dir"
+        problem = damage(choice)
+        if problem is not None:
+            kind = ValueError if Path(choice).is_dir() else FileNotFoundError
+            raise kind(
+                f"--resume_from_checkpoint {choice} is not a complete checkpoint: {problem}. Give a checkpoint-… "
+                "folder of this command, or True for the newest undamaged one in --output_dir"
             )
         return _of_run(choice, stage, adapter)
     for folder in reversed(folders):
-        if _is_complete(folder):
+        problem = damage(folder)
+        if problem is None:
             logger.info("resuming from %s (--resume_from_checkpoint False starts anew)", folder)
             return _of_run(str(folder), stage, adapter)
-        logger.warning("skipping the incomplete checkpoint %s", folder)
+        logger.warning("skipping the checkpoint %s: %s", folder, problem)
     if choice.lower() == "true":
         raise FileNotFoundError(f"--resume_from_checkpoint True: there is no checkpoint in --output_dir {output_dir}")
+    if folders:
+        logger.warning("no checkpoint in %s is usable: starting anew", output_dir)
     return None
-
-
-def _checkpoints(output_dir: str) -> list[Path]:
-    """The checkpoint folders in `output_dir`, oldest first."""
-    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(output_dir).glob("checkpoint-*")}
-    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
-
-
-def _is_complete(folder: Path) -> bool:
-    has_weights = is_full_model(folder) or (folder / CONNECTOR_FILE).is_file()
-    return (folder / TRAINER_STATE_FILE).is_file() and has_weights
 
 
 def _of_run(folder: str, stage: int, adapter: bool) -> str:

@@ -3,25 +3,56 @@
 import json
 import logging
 import math
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from metamorph.data.batches import PlannedBatches
 from metamorph.models.adapters import has_adapter, load_adapter_weights, save_adapter
 from metamorph.models.connector import load_connector, save_connector
 from metamorph.training.checkpoint import TRAINER_STATE_FILE, load_weights
+from metamorph.training.checkpoint_files import (
+    PARTIAL_FOLDER,
+    PREFIX,
+    begin_checkpoint,
+    commit_checkpoint,
+    delete_old,
+    explains_write_errors,
+    flush,
+)
+from metamorph.training.resume import Position, ResumePoint, describe_data
 
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointingTrainer(Trainer):
-    """`transformers.Trainer` whose checkpoints hold what the stage trains and all that resuming needs."""
+    """`transformers.Trainer` whose checkpoints hold what the stage trains and all that resuming needs.
+
+    They are written to a folder beside and renamed when they are complete. Some methods of Trainer that are overridden
+    here are private; they are the same in all versions that we support, and there is no public hook in their place.
+    """
 
     stage: int
+    batches: PlannedBatches
+    resume_point: ResumePoint | None = None
+    _saving = False
+
+    def go_on_from(self, point: ResumePoint | None) -> None:
+        """Choose where in the data `train` goes on from its checkpoint. To be called on all processes.
+
+        Args:
+            point: Result of `plan_resume`. None: as Trainer finds from the number of the step.
+        """
+        self.resume_point = point
+        if point is not None:
+            self.batches.leave_out(point.epoch, point.trained_rows)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Train, or only load the weights of a checkpoint that is already at the last step.
@@ -35,6 +66,8 @@ class CheckpointingTrainer(Trainer):
         """
         if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_FILE))
+            if self.resume_point is not None:
+                state.global_step = self.resume_point.step
             if self._is_finished(state):
                 logger.info("%s is at the last step already: there is nothing left to train", resume_from_checkpoint)
                 self._load_from_checkpoint(resume_from_checkpoint)
@@ -46,6 +79,84 @@ class CheckpointingTrainer(Trainer):
         if self.args.max_steps > 0:
             return state.global_step >= self.args.max_steps
         return (state.epoch or 0) >= self.args.num_train_epochs
+
+    def _init_training_state(self, max_steps: int, steps_in_epoch: int, *args: Any) -> tuple[int, int]:
+        """Trainer derives its place from the step of the checkpoint; ours may count in steps of another size."""
+        place = super()._init_training_state(max_steps, steps_in_epoch, *args)
+        if self.resume_point is None:
+            return place
+        self.state.global_step = self.resume_point.step
+        epoch, steps = divmod(self.resume_point.step, steps_in_epoch)
+        return epoch, steps * self.args.gradient_accumulation_steps
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.resume_point is None or not self.resume_point.counts_anew:
+            return
+        if not isinstance(self.lr_scheduler, LambdaLR):
+            logger.warning("%s keeps its own count of steps", type(self.lr_scheduler).__name__)
+        elif self.resume_point.step:
+            state = {**self.lr_scheduler.state_dict(), "last_epoch": self.resume_point.step - 1}
+            self.lr_scheduler.load_state_dict(state)
+            self.lr_scheduler.step()  # sets the rates, too
+
+    @cached_property
+    def _data_description(self) -> dict[str, Any]:
+        return describe_data(self.train_dataset, self.batches.planner)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """While a checkpoint is being written, the folder in which it takes shape."""
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / PARTIAL_FOLDER) if self._saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as Trainer does, but so that there is a checkpoint at no time that is not complete.
+
+        Raises:
+            CheckpointError: If it cannot be written; the last good one is still there.
+        """
+        output_dir, name = self._get_output_dir(trial), f"{PREFIX}{self.state.global_step}"
+        with explains_write_errors(output_dir, name):
+            if self.args.should_save:
+                begin_checkpoint(output_dir)
+            self.accelerator.wait_for_everyone()
+            self._saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving = False
+            if self.args.should_save:
+                self._name_best(Path(output_dir) / PARTIAL_FOLDER / name, Path(output_dir) / name)
+            if self.args.local_process_index == 0:
+                flush(output_dir)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                commit_checkpoint(output_dir, name, self._record())
+                delete_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(Path(output_dir) / name))
+
+    def _record(self) -> dict[str, Any]:
+        """What resuming has to know beside the state of the trainer."""
+        position = Position.at(self.state.global_step, self.batches.planner, self.args.gradient_accumulation_steps)
+        return {
+            "step": self.state.global_step,
+            "stage": self.stage,
+            "position": asdict(position),
+            "data": self._data_description,
+        }
+
+    def _name_best(self, partial: Path, final: Path) -> None:
+        """If this is the best checkpoint so far, Trainer has noted the folder in which it took shape."""
+        if self.state.best_model_checkpoint == str(partial):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(partial / TRAINER_STATE_FILE))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer pushes in the middle of saving: not before the checkpoint is in its place."""
+        if not self._saving:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write connector (stage 1) or model (stage 2), configuration and processor; the main process only."""

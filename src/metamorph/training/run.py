@@ -20,10 +20,12 @@ from metamorph.training.arguments import DataArguments, MetaMorphTrainingArgumen
 from metamorph.training.assemble import load_model, load_training_data, make_plan, open_features
 from metamorph.training.bad_records import StopOnBadRecords
 from metamorph.training.checkpoint import find_checkpoint
+from metamorph.training.checkpoint_files import clean_up, explains_write_errors
 from metamorph.training.interruption import StopWhenPreempted
-from metamorph.training.observation import OpenVisualizer, observe
 from metamorph.training.learning_rate import apply_learning_rate_rule, samples_in_a_step
+from metamorph.training.observation import OpenVisualizer, observe
 from metamorph.training.planning import plan_run
+from metamorph.training.resume import plan_resume
 from metamorph.training.stages import apply_stage, format_summary
 from metamorph.training.trainer import MetaMorphTrainer
 
@@ -85,6 +87,7 @@ def run_training(
     """
     if training_args.process_index == 0:
         clear_marker(training_args.output_dir)
+        clean_up(training_args.output_dir)
     with Preemption(training_args.ddp_timeout_delta) as preemption:
         return _train(model_args, data_args, training_args, callbacks, preemption, open_visualizer)
 
@@ -108,6 +111,7 @@ def _train(
     dataset = load_training_data(data_args, plan.processor, data_seed, features)
     observation = observe(data_args, training_args, plan.processor, open_visualizer)
     planner = plan_run(dataset, data_args.model_max_length, training_args)
+    resume_point = plan_resume(checkpoint, dataset, planner, training_args)
     apply_learning_rate_rule(training_args, samples_in_a_step(planner, training_args.gradient_accumulation_steps))
 
     # 2. The model, and the part of it that this stage trains.
@@ -143,13 +147,15 @@ def _train(
     observation.attach(trainer, training_args)
     if callbacks:  # they report: Transformers' printer, which stands in for its bar when that is off, is not needed
         trainer.remove_callback(PrinterCallback)
+    trainer.go_on_from(resume_point)
     stop = StopWhenPreempted(preemption, checkpoint)
     trainer.add_callback(stop)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     stop.leave_if_stopped(trainer)
 
     # 4. The result.
-    trainer.save_model()
+    with explains_write_errors(training_args.output_dir, "the result"):
+        trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         save_arguments(training_args.output_dir, model_args, data_args)
