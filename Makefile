@@ -14,13 +14,14 @@ DEV_STAMP   := $(VENV)/.installed-dev
 # Many of the pinned releases need Python 3.11.
 CONSTRAINTS  = $(shell $(BIN)/python -c 'import sys; print("-c constraints.txt" * (sys.version_info >= (3, 11)))')
 TEST_ENV    := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-SHELL_FILES := .ci/run $(wildcard scripts/*.sh visualization/*.sh)
+SHELL_FILES := .ci/run $(wildcard scripts/*.sh visualization/*.sh tests/slurm/*.sh)
 
-.PHONY: help quickstart test test-fast lint format types imports docs check clean
+.PHONY: help quickstart test test-fast test-slurm lint format types imports docs check clean
 
 help:
 	@echo "make quickstart   install, then train the small world end to end (report in out/)"
 	@echo "make test         install, then run the whole test suite (test-fast: without the slow tests)"
+	@echo "make test-slurm   the tests on a cluster: two virtual nodes of a Slurm that it starts (as root)"
 	@echo "make check        lint, types, import contracts and the documentation"
 	@echo "make format       let ruff rewrite the code"
 	@echo "make clean        remove the virtual environment and everything built"
@@ -33,6 +34,10 @@ test: $(DEV_STAMP)
 
 test-fast: $(DEV_STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST)
+
+# Starts a Slurm of its own for the time of the tests; needs root and Slurm's daemons, see tests/slurm/with_slurm.sh.
+test-slurm: $(DEV_STAMP)
+	$(TEST_ENV) bash tests/slurm/with_slurm.sh $(BIN)/python -m pytest -m slurm $(PYTEST)
 
 check: lint types imports docs
 

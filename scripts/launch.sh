@@ -63,6 +63,7 @@ trap '[[ -z "${torchrun}" ]] || kill -INT "${torchrun}"' INT
 if ((NODE_RANK == 0)); then
     rm -f "${marker}" # of an earlier run
 fi
+export PYTHONUNBUFFERED=1 # log lines appear when they are written
 # torchrun itself must outlive both signals: by default it would kill its processes 30 seconds after SIGTERM.
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGINT,SIGHUP,SIGQUIT}"
 set -m # a process group of its own, in which Bash does not ignore Ctrl-C
