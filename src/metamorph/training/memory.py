@@ -7,7 +7,7 @@ are temporary results inside single operations and the fragmentation of the allo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ GIB = 2**30
 ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3", "zero2_offload", "zero3_offload")
 """What `estimate_memory` knows: one process, or one of the engines of `--sharding`."""
 CHECKPOINTING = ("none", "full")
+LAYERS = ("trained", "frozen", "lora")
+"""What happens to the decoder's layers: it decides what they keep for the backward pass."""
 LOGIT_CHUNK = 1024
 """Supervised positions whose logits exist at a time."""
 LOGIT_BYTES = 12
@@ -29,6 +31,10 @@ LOGIT_BYTES = 12
 RUNTIME_BYTES = int(1.5 * GIB)
 """CUDA context, kernels, cuBLAS and NCCL buffers of a process with a GPU: an assumption."""
 _FLOAT32, _HALF = 4, 2
+_BUCKETS = 400_000_000
+"""Gradients in DeepSpeed's two buckets, of `reduce_bucket_size` each."""
+_MAX_LIVE = 1_000_000_000
+"""Weights that ZeRO-3 keeps gathered (`stage3_max_live_parameters`)."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class ModelSizes:
     """Bytes of frozen parameters outside of a frozen tower, as they are kept in memory."""
     frozen: int
     """The same as a number of parameters."""
+    frozen_matrices: int
+    """Those of them that belong to linear layers of the decoder, which can be kept in fewer bits."""
     tower: int
     """Parameters of a frozen vision tower: replicated, without gradients."""
     layer: int
@@ -51,6 +59,8 @@ class ModelSizes:
     """Trained weights that matrices are multiplied by; autocast copies them and keeps the copies."""
     frozen_products: int
     """Frozen ones outside of a frozen tower: their copies live as long as the activations of their layer."""
+    layers: str
+    """One of `LAYERS`."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,7 @@ def model_sizes(model: PreTrainedModel) -> ModelSizes:
         model: A MetaMorph model, possibly on the meta device.
     """
     trained = frozen = frozen_bytes = tower = 0
+    decoder = model.get_decoder()
     products = {True: 0, False: 0}
     for name, parameter in model.named_parameters():
         count = parameter.numel()
@@ -128,18 +139,21 @@ def model_sizes(model: PreTrainedModel) -> ModelSizes:
             frozen_bytes += count * parameter.element_size()
         if parameter.ndim > 1 and not _is_table(name):
             products[parameter.requires_grad] += count
-    decoder = model.get_decoder()
+    matrices = [module.weight for module in decoder.modules() if isinstance(module, nn.Linear)]
+    lora = any(".lora_" in name for name, _ in decoder.named_parameters())
     layers = [_count(layer) for part in decoder.modules() if isinstance(part, nn.ModuleList) for layer in part]
     tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     return ModelSizes(
         trained=trained,
         frozen_bytes=frozen_bytes,
         frozen=frozen,
+        frozen_matrices=sum(weight.numel() for weight in matrices if not weight.requires_grad),
         tower=tower,
         layer=max(layers, default=_count(decoder)),
         root=sum(table.numel() for table in tables),
         products=products[True],
         frozen_products=products[False],
+        layers="lora" if lora else "trained" if any(weight.requires_grad for weight in matrices) else "frozen",
     )
 
 
@@ -152,6 +166,7 @@ def estimate_memory(
     bf16: bool = True,
     checkpointing: str = "none",
     optimizer_bytes: int = 8,
+    matrix_bytes: float = _FLOAT32,
     on_gpu: bool = True,
 ) -> MemoryEstimate:
     """Estimate the memory that training takes on each GPU.
@@ -164,6 +179,7 @@ def estimate_memory(
         bf16: Whether bfloat16 (or float16) computes; else float32.
         checkpointing: `full` computes the activations of each decoder layer again in the backward pass.
         optimizer_bytes: State of the optimizer for each trained parameter; AdamW has 8, see [`optimizer_bytes_of`].
+        matrix_bytes: Bytes of each frozen weight of the decoder's linear layers, see [`matrix_bytes_of`].
         on_gpu: Whether to count CUDA's own memory.
 
     Raises:
@@ -172,6 +188,13 @@ def estimate_memory(
     check_choice("--sharding", engine, ENGINES)
     check_choice("activation checkpointing", checkpointing, CHECKPOINTING)
     sizes = model_sizes(model)
+    if matrix_bytes < _FLOAT32:  # and then autocast has nothing to copy
+        fewer = sizes.frozen_matrices
+        sizes = replace(
+            sizes,
+            frozen_bytes=int(sizes.frozen_bytes - (_FLOAT32 - matrix_bytes) * fewer),
+            frozen_products=sizes.frozen_products - fewer,
+        )
     compute = _HALF if bf16 else _FLOAT32
     # Only autocast keeps the residual stream in float32; sharding engines cast the inputs of the model.
     residual = _FLOAT32 if engine in ("single", "ddp") else compute
@@ -179,7 +202,7 @@ def estimate_memory(
     return MemoryEstimate(
         **state,
         activations=int(
-            decoder_activations(model.config.text_config, batch, compute, residual, checkpointing)
+            decoder_activations(model.config.text_config, batch, compute, residual, checkpointing, sizes.layers)
             + _trained_tower_activations(model, batch.images, compute)
         ),
         logits=min(batch.supervised or batch.tokens, LOGIT_CHUNK)
@@ -201,38 +224,66 @@ def optimizer_bytes_of(optim: str) -> int:
     return 4 if "lion" in name or "rmsprop" in name else 8
 
 
+def matrix_bytes_of(bits: int, *, lora: bool, double_quant: bool = True, compute: int = _HALF) -> float:
+    """Bytes of each frozen weight in the linear layers of the decoder on a GPU.
+
+    Args:
+        bits: 4 or 16 (`--bits`).
+        lora: Whether LoRA is trained beside them; they are then kept in the precision of the computation.
+        double_quant: Whether the scales of 4-bit weights, one for 64 of them, are quantised themselves.
+        compute: Bytes of a number in the computation.
+    """
+    if bits == 4:
+        return 0.5 + (1 / 64 + 4 / (64 * 256) if double_quant else 4 / 64)
+    return compute if lora else _FLOAT32
+
+
 def decoder_activations(
-    config: PreTrainedConfig, batch: MicroBatch, compute: int, residual: int, checkpointing: str = "none"
+    config: PreTrainedConfig,
+    batch: MicroBatch,
+    compute: int,
+    residual: int,
+    checkpointing: str = "none",
+    layers: str = "trained",
 ) -> int:
     """Bytes that the decoder keeps for the backward pass.
 
-    For each token and layer of a Llama-like decoder (h hidden size, q and k widths of queries and keys, f width of
-    the MLP, c and r bytes of computation and residual stream): two norms, queries, keys, values and output of the
-    attention, four activations of the MLP:
+    Of each token and layer of a Llama-like decoder (h hidden size, q and k widths of queries and of keys, f width of
+    the MLP, c and r bytes of a number in the computation and in the residual stream):
 
-        (2·(4 + r)·h + 5·c·h  if autocast, else 2·(4 + 2·c)·h) + c·(2·q + 2·k) + 4·c·f + 8 + 4·heads
+        8·h                           inputs of the two norms, in float32
+        + c·(2·q + 2·k) + 4·heads     queries, keys, values and output of the attention
+        + 3·c·f + 8                   the gate before and after its activation function, and what it is multiplied by
+        + 2·r·h + c·f + (5·c·h if r > c else 2·c·h)    where weights are trained: what they are multiplied by
+        + (c + 1)·(5·h + q + f)       with LoRA instead: its own inputs and the mask of its dropout
 
     Args:
         config: Configuration of the language model.
         batch: Micro-batch of one process.
         compute: Bytes of a number in the computation.
-        residual: Bytes of a number in the residual stream.
+        residual: Bytes of a number in the residual stream; more than `compute` only under autocast.
         checkpointing: `full` keeps the input of each layer, and all of one layer at a time.
+        layers: One of `LAYERS`.
     """
-    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    hidden, heads, width = config.hidden_size, config.num_attention_heads, _mlp_width(config)
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     queries = heads * head_dim
     # A mask makes SDPA repeat keys and values for the queries that share them.
     shared = heads if batch.block_mask else getattr(config, "num_key_value_heads", None) or heads
-    norms = 2 * (4 + residual) * hidden + 5 * compute * hidden if residual > compute else 2 * (4 + 2 * compute) * hidden
-    attention = compute * (2 * queries + 2 * shared * head_dim) + 4 * heads
-    layer = batch.tokens * (norms + attention + 4 * compute * _mlp_width(config) + 8)
+    autocast = residual > compute
+    token = 8 * hidden + compute * (2 * queries + 2 * shared * head_dim) + 4 * heads + 3 * compute * width + 8
+    if layers == "trained":
+        token += 2 * residual * hidden + compute * width + compute * hidden * (5 if autocast else 2)
+    elif layers == "lora":
+        token += (compute + 1) * (5 * hidden + queries + width)
+    layer = batch.tokens * token
     mask = compute * batch.tokens * batch.length if batch.block_mask else 0
-    if residual > compute:  # autocast converts the mask in every layer
+    if autocast:  # converts the mask in every layer
         layer, mask = layer + mask, 2 * mask
-    inputs = batch.tokens * hidden * residual
-    kept = layers * layer if checkpointing == "none" else layers * inputs + layer
-    ends = batch.tokens * hidden * (4 + 2 * residual)  # embeddings with visual tokens in them; the final norm
+    count = config.num_hidden_layers
+    kept = count * layer if checkpointing == "none" else count * batch.tokens * hidden * residual + layer
+    # Embeddings with visual tokens in them, and the final norm.
+    ends = batch.tokens * hidden * (4 + (2 if layers == "trained" else 1) * residual)
     return int(kept + ends + mask)
 
 
@@ -252,9 +303,10 @@ def _state(
         }
         return state, 0
     # Weights of two layers (the next one is fetched early) and of the two tables are whole at a time.
-    gathered = compute * (2 * sizes.layer + sizes.root)
-    partial = compute * (sizes.layer + sizes.root) if trained > sizes.layer else 0
+    live = 2 * sizes.layer + sizes.root
+    gathered = compute * live
     if engine == "fsdp2":
+        partial = compute * (sizes.layer + sizes.root) if trained > live else 0
         sharded = {
             "weights": share * (_FLOAT32 * trained + sizes.frozen_bytes),
             "compute_copies": gathered,
@@ -267,13 +319,15 @@ def _state(
     whole = compute * (trained + sizes.frozen)
     gradients = share * compute * trained
     host = 0.0
-    copies: float = whole if engine.startswith("zero2") else gathered + share * whole
+    live_weights = compute * min(max(live, _MAX_LIVE), trained + sizes.frozen)
+    copies: float = whole if engine.startswith("zero2") else live_weights + share * whole
+    buckets = compute * min(_BUCKETS, trained)
     if engine.endswith("offload"):
         host = masters + moments + share * _FLOAT32 * trained
         masters = moments = gradients = 0.0
         if engine.startswith("zero3"):
-            host, copies = host + share * whole, gathered
-    zero = {"weights": masters, "compute_copies": copies, "gradients": gradients + partial, "optimizer": moments}
+            host, copies = host + share * whole, live_weights
+    zero = {"weights": masters, "compute_copies": copies, "gradients": gradients + buckets, "optimizer": moments}
     return {name: int(value) for name, value in zero.items()}, int(host)
 
 
