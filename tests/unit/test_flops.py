@@ -78,7 +78,7 @@ def test_features_from_a_cache_cost_no_tower():
 def test_packed_batch_is_counted_by_its_samples():
     batch = {"labels": torch.full((1, 6), -100), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0]])}
     assert count_work(batch, 4).tolist()[:2] == [6, 3 * 4 / 2 + 2 * 3 / 2 + 1]
-    batch["sample_lengths"] = torch.tensor([3, 2])  # the last position is padding
+    batch["indices"] = {"sample_lengths": torch.tensor([3, 2])}  # the last position is padding
     assert count_work(batch, 4).tolist()[:2] == [5, 9]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from metamorph.models.batch_indices import index_batch
 from metamorph.models.constants import IGNORE_INDEX
 
 
@@ -23,6 +24,8 @@ class PaddedCollator:
 
     pad_token_id: int
     """Id to pad with; any id will do, see `MetaMorphProcessor.pad_token_id`."""
+    image_token_id: int | None = None
+    """Id of the image placeholder. With it batches bring their `indices`, so that a GPU need not look them up."""
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch.
@@ -34,7 +37,7 @@ class PaddedCollator:
         Returns:
             `input_ids`, `attention_mask`, `labels` (int64) and `visual_target_mask` (bool) `[batch, sequence]`;
             `pixel_values` float32 `[images, 3, height, width]` of all rows in reading order, only if there are
-            images.
+            images; with `image_token_id` also `indices`, see `BatchIndices`.
         """
         kept = _without_skipped(examples)
         batch = _empty_batch(len(kept), max((len(example["input_ids"]) for example in kept), default=1), self)
@@ -46,7 +49,7 @@ class PaddedCollator:
             batch["attention_mask"][row, :count] = 1
             for name in _PER_TOKEN:
                 batch[name][row, :count] = example[name]
-        return batch | _pixels(kept)
+        return batch | _indices(batch, kept, self) | _pixels(kept)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class PackedCollator:
     """Id to pad with; any id will do, see `MetaMorphProcessor.pad_token_id`."""
     flash_attention: bool = False
     """Whether to add what flash attention needs: see [`flash_attention_boundaries`]."""
+    image_token_id: int | None = None
+    """Id of the image placeholder. With it batches bring their `indices`, so that a GPU need not look them up."""
 
     def __call__(self, rows: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
         """Make a batch.
@@ -73,7 +78,8 @@ class PackedCollator:
         Returns:
             `input_ids`, `labels`, `position_ids` (int64) and `visual_target_mask` (bool) `[rows, sequence]`;
             `pixel_values` float32 `[images, 3, height, width]` of all rows in reading order, only if there are
-            images. The padding of a row counts as one more sample of its own, that supervises nothing.
+            images; with `image_token_id` also `indices`, see `BatchIndices`. The padding of a row counts as one more
+            sample of its own, that supervises nothing.
 
         Raises:
             ValueError: If a sample begins with an image to draw: nothing precedes it that could predict it.
@@ -96,7 +102,8 @@ class PackedCollator:
             raise ValueError("a sample begins with an image to draw, which nothing precedes: put text before it")
         if self.flash_attention:
             batch |= flash_attention_boundaries(batch["position_ids"])
-        return batch | _pixels([example for examples in kept for example in examples])
+        joined_rows = [example for examples in kept for example in examples]
+        return batch | _indices(batch, joined_rows, self) | _pixels(joined_rows)
 
 
 def flash_attention_boundaries(position_ids: torch.Tensor) -> dict[str, Any]:
@@ -131,6 +138,17 @@ def _empty_batch(num_rows: int, length: int, collator: PaddedCollator | PackedCo
         "labels": torch.full(shape, IGNORE_INDEX, dtype=torch.long),
         "visual_target_mask": torch.zeros(shape, dtype=torch.bool),
     }
+
+
+def _indices(
+    batch: dict[str, Any], examples: Sequence[dict[str, Any]], collator: PaddedCollator | PackedCollator
+) -> dict[str, Any]:
+    """Positions of images and targets, looked up here on the CPU; nothing if the collator does not know the images."""
+    if collator.image_token_id is None:
+        return {}
+    indices = index_batch(batch["input_ids"], batch["labels"], batch["visual_target_mask"], collator.image_token_id)
+    indices["sample_lengths"] = torch.tensor([len(example["input_ids"]) for example in examples], dtype=torch.long)
+    return {"indices": indices}
 
 
 def _pixels(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

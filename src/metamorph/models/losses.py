@@ -26,6 +26,12 @@ class LossSum:
     count: Tensor
     """0-d integer tensor: the number of summed positions."""
 
+    @classmethod
+    def of(cls, total: Tensor, positions: Tensor) -> "LossSum":
+        """A sum over `positions` [positions, ...]."""
+        # Filled on the device: a number copied there would make the host wait.
+        return cls(total, torch.full((), positions.shape[0], device=positions.device))
+
 
 def text_loss(logits: Tensor, labels: Tensor) -> LossSum:
     """Cross-entropy of next-token prediction.
@@ -35,7 +41,7 @@ def text_loss(logits: Tensor, labels: Tensor) -> LossSum:
         labels: [positions], every one a token id.
     """
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
-    return LossSum(total, _count(labels))
+    return LossSum.of(total, labels)
 
 
 def visual_loss(predictions: Tensor, targets: Tensor, *, normalize: bool, apply_softmax: bool) -> LossSum:
@@ -60,7 +66,7 @@ def visual_loss(predictions: Tensor, targets: Tensor, *, normalize: bool, apply_
         per_position = 1 - (predictions * targets).sum(dim=-1)
     else:
         per_position = (predictions - targets).abs().mean(dim=-1)
-    return LossSum(per_position.sum(), _count(per_position))
+    return LossSum.of(per_position.sum(), per_position)
 
 
 def cosine_sum(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -75,7 +81,3 @@ def average(loss: LossSum, normalizer: Tensor | float | None) -> Tensor:
     """
     divisor = torch.as_tensor(loss.count if normalizer is None else normalizer, device=loss.sum.device)
     return loss.sum / (divisor + (divisor == 0))
-
-
-def _count(positions: Tensor) -> Tensor:
-    return torch.tensor(positions.shape[0], device=positions.device)

@@ -19,14 +19,15 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from .adapters import LoadsAdapterFolders
+from .batch_indices import BatchIndices, index_batch
 from .configuration_metamorph import MetaMorphConfig
-from .constants import IGNORE_INDEX
 from .embeddings import NewTokenEmbedding, add_token_rows
 from .generation import MetaMorphGenerationMixin
 from .image_tokens import add_image_tokens
-from .losses import average, cosine_sum, text_loss, visual_loss
+from .losses import LossSum, average, cosine_sum, text_loss, visual_loss
 from .outputs import MetaMorphModelOutput, MetaMorphOutput
 from .projectors import build_mm_projector, build_vision_head
+from .text_head import TextHead, TextLossOptions
 from .vision_tower import VisionTower, finish_visual_tokens
 
 
@@ -79,6 +80,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        image_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> MetaMorphModelOutput:
         """See [`MetaMorphForConditionalGeneration.forward`]."""
@@ -89,7 +91,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         if pixel_values is not None and pixel_values.shape[0]:
             visual_tokens = self.vision_tower(pixel_values)
         if input_ids is not None:
-            inputs_embeds = self.embed(input_ids, visual_tokens, generated_visual_tokens)
+            inputs_embeds = self.embed(input_ids, visual_tokens, generated_visual_tokens, image_positions)
         elif visual_tokens is not None:
             raise ValueError("images need input_ids, whose placeholders say where they belong; inputs_embeds have none")
         outputs = self.language_model(
@@ -109,7 +111,11 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         )
 
     def embed(
-        self, input_ids: Tensor, visual_tokens: Tensor | None, generated_visual_tokens: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        visual_tokens: Tensor | None,
+        generated_visual_tokens: Tensor | None = None,
+        image_positions: Tensor | None = None,
     ) -> Tensor:
         """Looks up text tokens and puts the projected visual tokens at the placeholders.
 
@@ -118,6 +124,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             visual_tokens: [I, N, D] for the placeholders in reading order, those of generated tokens excepted.
             generated_visual_tokens: [B, G, D] one candidate for each of the last G positions; used where that
                 position holds a placeholder.
+            image_positions: [placeholders] where they are in [B · S], if that is known: see [`BatchIndices`].
 
         Returns:
             [B, S, H]
@@ -126,8 +133,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             ValueError: the placeholders are not `N` for each image.
         """
         embeds = self.get_input_embeddings()(input_ids)
-        is_placeholder = input_ids == self.config.image_token_id
         if generated_visual_tokens is not None:
+            is_placeholder = input_ids == self.config.image_token_id
             count = generated_visual_tokens.shape[1]
             is_generated = is_placeholder.clone()
             is_generated[:, :-count] = False
@@ -136,15 +143,25 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             embeds = torch.where(is_generated.unsqueeze(-1), candidates, embeds)
             if visual_tokens is None:
                 return embeds
-            is_placeholder = is_placeholder & ~is_generated
+            image_positions = (is_placeholder & ~is_generated).flatten().nonzero().squeeze(-1)
+        if image_positions is None:
+            image_positions = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(-1)
         if visual_tokens is None:
-            # An empty batch of images still passes the connector: its parameters stay in the graph (gradient 0), so
-            # that data-parallel ranks without images take part in every collective operation.
-            visual_tokens = embeds.new_zeros(0, self.config.num_image_tokens, self.config.vision_feature_size)
-        return self._place(embeds, is_placeholder, visual_tokens)
+            visual_tokens = self._no_images(embeds)
+        return self._place(embeds, image_positions, visual_tokens)
 
-    def _place(self, embeds: Tensor, is_placeholder: Tensor, visual_tokens: Tensor) -> Tensor:
-        positions = is_placeholder.flatten().nonzero().squeeze(-1)
+    def _no_images(self, embeds: Tensor) -> Tensor:
+        """[0, N, D] an empty batch of images, so that every trained weight is in the graph, with gradient 0.
+
+        Data-parallel ranks without images so take part in every collective operation. The empty batch passes the
+        connector; a tower or reduction that is trained sees one grey picture, of which nothing is used.
+        """
+        tower = self.vision_tower
+        if self.training and torch.is_grad_enabled() and any(weight.requires_grad for weight in tower.parameters()):
+            return tower(embeds.new_zeros(1, 3, tower.image_size, tower.image_size))[:0]
+        return embeds.new_zeros(0, self.config.num_image_tokens, self.config.vision_feature_size)
+
+    def _place(self, embeds: Tensor, positions: Tensor, visual_tokens: Tensor) -> Tensor:
         wanted = visual_tokens.shape[0] * visual_tokens.shape[1]
         if positions.shape[0] != wanted:
             raise ValueError(
@@ -163,13 +180,15 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
     `vision_head`. Compose one from pretrained parts with [`from_parts`]; load a finished one with `from_pretrained`.
     """
 
+    text_loss_options = TextLossOptions()
+    """How the text loss is computed. Not part of the configuration: every way gives the same."""
     accepts_loss_kwargs = False  # losses are normalised by `loss_normalizers`, not by Trainer's text-only count
 
     def __init__(self, config: MetaMorphConfig):
         super().__init__(config)
         self.model = MetaMorphModel(config)
         text = config.text_config
-        self.lm_head: nn.Module = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
+        self.lm_head: nn.Module = TextHead(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
         self.vision_head = build_vision_head(config)
         self._declare_tied_weights()
         self.post_init()
@@ -215,7 +234,7 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         model.model.language_model = language_model.base_model
         model.model.vision_tower = VisionTower(config, vision_encoder).to(device, vision_encoder.dtype)
         model.model.mm_projector = build_mm_projector(config).to(device, dtype)
-        model.lm_head = head
+        model.lm_head = TextHead.from_linear(head)
         model.vision_head = build_vision_head(config).to(device, dtype)
         model._declare_tied_weights()
         model.tie_weights()
@@ -236,7 +255,7 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replaces the language model's head."""
-        self.lm_head = value
+        self.lm_head = TextHead.from_linear(value)
 
     def get_decoder(self) -> PreTrainedModel:
         """The language model without its head."""
@@ -262,6 +281,7 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         loss_normalizers: tuple[Tensor | float, Tensor | float] | None = None,
         generated_visual_tokens: Tensor | None = None,
         predict_visual_token: bool = False,
+        indices: BatchIndices | None = None,
         **kwargs: Any,
     ) -> MetaMorphOutput:
         """One pass over a batch, with losses if `labels` are given.
@@ -286,6 +306,8 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
             generated_visual_tokens: [B, G, D], set by `generate`: visual tokens for placeholders among the last G
                 positions.
             predict_visual_token: set by `generate`: also return `visual_prediction`.
+            indices: where images and targets are, as our collators look them up. Without, the model does so itself,
+                and a GPU has to wait for the answer.
             **kwargs: passed to the language model.
 
         Raises:
@@ -294,6 +316,8 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
         if use_cache is None and (labels is not None or may_be_packed):
             use_cache = False
+        if indices is None and labels is not None:
+            indices = index_batch(input_ids, labels, visual_target_mask, self.config.image_token_id)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -304,16 +328,15 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            image_positions=None if indices is None or input_ids is None else indices["images"],
             **kwargs,
         )
         result = MetaMorphOutput(
             past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
         hidden = outputs.last_hidden_state
-        if labels is not None:
-            self._add_losses(
-                result, hidden, labels, input_ids, visual_target_mask, outputs.visual_tokens, loss_normalizers
-            )
+        if labels is not None and indices is not None:
+            self._add_losses(result, hidden, indices, outputs.visual_tokens, loss_normalizers)
         if labels is None or logits_to_keep is not None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             result.logits = self.compute_logits(hidden if keep is None else hidden[:, keep])
@@ -323,7 +346,10 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., V], including the logit scaling of families that have one (Gemma, Cohere, Granite)."""
-        logits = self.lm_head(hidden_states)
+        return self._finish_logits(self.lm_head(hidden_states), hidden_states)
+
+    def _finish_logits(self, logits: Tensor, hidden_states: Tensor) -> Tensor:
+        """What the family of the language model, or stage 1, makes of the logits of `lm_head`."""
         text = self.config.text_config
         embedding = self.get_input_embeddings()
         if isinstance(embedding, NewTokenEmbedding) and self.config.tie_word_embeddings:
@@ -333,48 +359,46 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
             logits = torch.tanh(logits / cap) * cap
         return logits
 
+    @property
+    def _finishes_logits(self) -> bool:
+        """Whether `_finish_logits` changes anything."""
+        fields = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        has_new_rows = isinstance(self.get_input_embeddings(), NewTokenEmbedding) and self.config.tie_word_embeddings
+        return has_new_rows or any(getattr(self.config.text_config, name, None) is not None for name in fields)
+
+    def _text_loss(self, hidden: Tensor, labels: Tensor) -> LossSum:
+        """Loss of [positions, H] hidden states, each of which predicts one of `labels` [positions]."""
+        if not isinstance(self.lm_head, TextHead):  # replaced, by an adapter or a quantised layer
+            return text_loss(self.compute_logits(hidden), labels)
+        finish = self._finish_logits if self._finishes_logits else None
+        return LossSum.of(self.lm_head(hidden, labels, self.text_loss_options, finish), labels)
+
     def _add_losses(
         self,
         result: MetaMorphOutput,
         hidden: Tensor,
-        labels: Tensor,
-        input_ids: Tensor | None,
-        visual_target_mask: Tensor | None,
+        indices: BatchIndices,
         visual_tokens: Tensor | None,
         normalizers: tuple[Tensor | float, Tensor | float] | None,
     ) -> None:
         text_normalizer, visual_normalizer = normalizers if normalizers is not None else (None, None)
-        previous = hidden[:, :-1]  # position t is predicted from t - 1
-        supervised = labels[:, 1:] != IGNORE_INDEX
-        text = text_loss(self.compute_logits(previous[supervised]), labels[:, 1:][supervised])
+        hidden = hidden.flatten(0, 1)
+        text = self._text_loss(hidden.index_select(0, indices["text"]), indices["text_labels"])
         result.text_loss, result.num_text_tokens = average(text, text_normalizer), text.count
         result.loss = result.text_loss
         if not self.config.use_vision_ar:
             return
-        targets = self._visual_targets(input_ids, visual_target_mask, visual_tokens, hidden)
-        if visual_target_mask is None:
-            visual_target_mask = torch.zeros_like(labels, dtype=torch.bool)
-        predictions = self.vision_head(previous[visual_target_mask[:, 1:]])
-        if predictions.shape != targets.shape:
-            raise ValueError(
-                f"visual_target_mask selects {predictions.shape[0]} predictable positions, but {targets.shape[0]} of "
-                "them are placeholders of images (the first position of a row cannot be a target)"
-            )
+        predictions = self.vision_head(hidden.index_select(0, indices["visual"]))
+        if visual_tokens is None:
+            targets = hidden.new_zeros(0, self.config.vision_feature_size)
+        else:
+            targets = visual_tokens.flatten(0, 1).index_select(0, indices["visual_targets"]).detach()
         visual = visual_loss(
             predictions, targets, normalize=self.config.normalize_vision, apply_softmax=self.config.apply_softmax
         )
         result.visual_loss, result.num_visual_tokens = average(visual, visual_normalizer), visual.count
         result.visual_cosine = cosine_sum(self._finish(predictions), targets) / visual.count.clamp(min=1)
         result.loss = result.text_loss + self.config.vision_coef * result.visual_loss
-
-    def _visual_targets(
-        self, input_ids: Tensor | None, mask: Tensor | None, visual_tokens: Tensor | None, hidden: Tensor
-    ) -> Tensor:
-        """[targets, D] the visual tokens of the answer images, in the order of the mask."""
-        if input_ids is None or mask is None or visual_tokens is None:
-            return hidden.new_zeros(0, self.config.vision_feature_size)
-        placeholders = input_ids == self.config.image_token_id
-        return visual_tokens.flatten(0, 1)[mask[placeholders]].detach()
 
     def _finish(self, predictions: Tensor) -> Tensor:
         return finish_visual_tokens(

@@ -137,7 +137,7 @@ def model_flops(model: PreTrainedModel) -> ModelFlops:
         + tower_attention * tower_tokens**2,
         visual_token=_reduction(tower.reduction, vision.hidden_size, inputs_need=tower_trained)
         + _chain(model.model.mm_projector, inputs_need=reduction_trained),
-        text_target=_linears(model.lm_head, text, inputs_need=decoder_trained),
+        text_target=_product(text.hidden_size, text.vocab_size, model.lm_head.weight, inputs_need=decoder_trained),
         visual_target=_chain(model.vision_head, inputs_need=decoder_trained) if config.use_vision_ar else Cost(0),
     )
 
@@ -146,15 +146,15 @@ def count_work(batch: dict[str, Any], num_image_tokens: int) -> Tensor:
     """Count the work of a micro-batch, on the device that it is on and without waiting for it.
 
     Args:
-        batch: A batch of one of our collators. `sample_lengths` [samples], which they add, says how long the samples
-            are; without it a padded batch is counted by its `attention_mask`, and a packed one by its `position_ids`,
+        batch: A batch of one of our collators. The `sample_lengths` of its `indices` say how long the samples are;
+            without them a padded batch is counted by its `attention_mask`, and a packed one by its `position_ids`,
             which take the padding at the end of a row for one more sample.
         num_image_tokens: Visual tokens for each image (`N`).
 
     Returns:
         int64 [6], the fields of [`Work`] in their order: sum them, then `Work(*total.tolist())`.
     """
-    lengths = batch.get("sample_lengths")
+    lengths = batch.get("indices", {}).get("sample_lengths")
     if lengths is None and "attention_mask" in batch:
         lengths = batch["attention_mask"].sum(dim=-1)
     if lengths is not None:
@@ -203,6 +203,11 @@ def _linears(module: nn.Module, config: PreTrainedConfig, *, inputs_need: bool) 
                 continue
             cost += Cost(2 * products, 2 * products * (weight.requires_grad + inputs_need))
     return cost
+
+
+def _product(size_in: int, size_out: int, weight: Tensor, *, inputs_need: bool) -> Cost:
+    """One linear layer for one position."""
+    return Cost(2 * size_in * size_out, 2 * size_in * size_out * (weight.requires_grad + inputs_need))
 
 
 def _convolution(layer: nn.Conv2d) -> Cost:

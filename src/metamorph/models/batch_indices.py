@@ -1,0 +1,68 @@
+"""Where in a batch its images, its supervised tokens and its visual targets are, as index tensors.
+
+Looking them up on a GPU would stop the host until the device has caught up, because the number of matches decides
+the shape of what follows. The collators look them up on the CPU, beside the batch; the model does it only for batches
+that come without.
+"""
+
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from .constants import IGNORE_INDEX
+
+
+class BatchIndices(TypedDict, total=False):
+    """Positions in a batch [B, S] flattened to [B · S], and what belongs to them; all int64."""
+
+    images: Tensor
+    """[placeholders] positions of the visual tokens, in reading order."""
+    text: Tensor
+    """[text targets] positions whose hidden state predicts a supervised token: the one before each."""
+    text_labels: Tensor
+    """[text targets] the tokens to predict."""
+    visual: Tensor
+    """[visual targets] positions whose hidden state predicts a visual token: the one before each."""
+    visual_targets: Tensor
+    """[visual targets] which of the placeholders each of them predicts."""
+    sample_lengths: Tensor
+    """[samples] tokens of each sample; only from the collators, which know where padding begins."""
+
+
+def index_batch(
+    input_ids: Tensor | None, labels: Tensor, visual_target_mask: Tensor | None, image_token_id: int
+) -> BatchIndices:
+    """Look up the positions.
+
+    Args:
+        input_ids: [B, S]; None for text given as embeddings.
+        labels: [B, S], not shifted, `IGNORE_INDEX` where nothing is supervised.
+        visual_target_mask: [B, S] bool; None without visual targets.
+        image_token_id: Id of the placeholder of one visual token.
+
+    Raises:
+        ValueError: if the mask selects positions that are no placeholders, or the first of a row, which nothing
+            precedes that could predict it.
+    """
+    none = torch.zeros(0, dtype=torch.long, device=labels.device)
+    images = none if input_ids is None else (input_ids == image_token_id).flatten().nonzero().squeeze(-1)
+    text = _predicted(labels != IGNORE_INDEX)
+    indices = BatchIndices(images=images, text=text - 1, text_labels=labels.flatten()[text])
+    if visual_target_mask is None:
+        return indices | BatchIndices(visual=none, visual_targets=none)
+    visual = _predicted(visual_target_mask)
+    targets = visual_target_mask.flatten()[images].nonzero().squeeze(-1)
+    if not torch.equal(images[targets], visual):
+        raise ValueError(
+            f"visual_target_mask selects {len(visual)} predictable positions, but {len(targets)} of them are "
+            "placeholders of images (the first position of a row cannot be a target)"
+        )
+    return indices | BatchIndices(visual=visual - 1, visual_targets=targets)
+
+
+def _predicted(mask: Tensor) -> Tensor:
+    """Flat positions where `mask` [B, S] is set, the first of each row left out."""
+    mask = mask.clone()
+    mask[:, 0] = False
+    return mask.flatten().nonzero().squeeze(-1)

@@ -1,0 +1,164 @@
+"""`lm_head`, and the text loss without the logits of all supervised positions at once.
+
+Logits of 4,096 positions over Llama-3's vocabulary are 2.1 GB in float32, their gradient as much again. The loss is a
+sum over positions, so a few hundred of them at a time will do. It is computed inside the head's own forward: engines
+that shard parameters gather them when a module is called, and see one call, however many parts there are.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .losses import text_loss
+
+
+TEXT_LOSSES = ("auto", "full", "chunked", "fused", "liger")
+"""Ways to compute the text loss, see [`TextLossOptions`]."""
+MAX_LOGITS = 2**25
+"""Logits that `auto` allows at a time: 134 MB in float32, 261 positions of Llama-3's vocabulary."""
+
+FinishLogits = Callable[[Tensor, Tensor], Tensor]
+"""(logits [positions, V], hidden states [positions, H]) -> final logits, for models that change what the head gives."""
+
+
+@dataclass(frozen=True)
+class TextLossOptions:
+    """How the text loss is computed. All ways give the same loss and gradients, up to rounding."""
+
+    kernel: str = "auto"
+    """`full`: the logits of all supervised positions. `chunked`: some positions at a time, whose logits are computed
+    again for the backward pass. `fused`: `torch.nn.functional.linear_cross_entropy` (PyTorch 2.13), which takes some
+    positions at a time too, and their gradients at once; in float32, because it rounds the summed loss to the dtype of
+    its input. `liger`: the kernel of liger-kernel, on a GPU. `auto`: `full` where the logits are few; else `liger` if
+    it is installed and this is a GPU, `fused` in float32 if PyTorch has it, or `chunked`."""
+    max_logits: int = MAX_LOGITS
+    """Logits at a time, except with `full` and `liger`."""
+
+    def chunk_size(self, vocabulary: int) -> int:
+        """Positions at a time."""
+        return max(1, self.max_logits // vocabulary)
+
+
+class TextHead(nn.Linear):
+    """The language model's head [..., H] -> [..., V], which can also compute its loss.
+
+    Called with labels it returns the summed cross-entropy instead of logits.
+    """
+
+    @classmethod
+    def from_linear(cls, head: nn.Module) -> nn.Module:
+        """The same parameters as a `TextHead`; modules that are not exactly `nn.Linear` are returned unchanged.
+
+        Args:
+            head: the head of a language model.
+        """
+        if type(head) is not nn.Linear:
+            return head
+        new = cls(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        new.weight, new.bias = head.weight, head.bias
+        return new.train(head.training)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None = None,
+        options: TextLossOptions | None = None,
+        finish: FinishLogits | None = None,
+    ) -> Tensor:
+        """Logits, or the loss.
+
+        Args:
+            hidden_states: [..., H]; with `labels` [positions, H].
+            labels: [positions] token ids, every one supervised.
+            options: how the loss is computed.
+            finish: what the model makes of the logits before the softmax.
+
+        Returns:
+            [..., V] logits; with `labels` the sum of the cross-entropy, a 0-d float32 tensor.
+        """
+        if labels is None:
+            return super().forward(hidden_states)
+        options = options or TextLossOptions()
+        kernel = choose_kernel(self, hidden_states, options, finish)
+        if kernel == "fused":
+            return _fused_loss(self, hidden_states, labels, options.chunk_size(self.out_features))
+        if kernel == "liger":
+            return _liger_loss(self, hidden_states, labels)
+
+        def loss(hidden: Tensor, labels: Tensor) -> Tensor:
+            logits = F.linear(hidden, self.weight, self.bias)
+            return text_loss(logits if finish is None else finish(logits, hidden), labels).sum
+
+        if kernel == "full":
+            return loss(hidden_states, labels)
+        size = options.chunk_size(self.out_features)
+        total = torch.zeros((), device=hidden_states.device)
+        for part, part_labels in zip(hidden_states.split(size), labels.split(size), strict=True):
+            total = total + checkpoint(loss, part, part_labels, use_reentrant=False, preserve_rng_state=False)
+        return total
+
+
+def choose_kernel(
+    head: TextHead, hidden_states: Tensor, options: TextLossOptions, finish: FinishLogits | None = None
+) -> str:
+    """The way that `options` mean for these hidden states: `full`, `chunked`, `fused` or `liger`.
+
+    Args:
+        head: the head.
+        hidden_states: [positions, H]
+        options: how the loss is computed.
+        finish: see [`TextHead.forward`]; logits that are changed are only known to `full` and `chunked`.
+    """
+    positions = hidden_states.shape[0]
+    if positions == 0:
+        return "full"
+    if options.kernel in ("full", "chunked"):
+        return options.kernel
+    if finish is not None:
+        return "chunked"
+    if options.kernel != "auto":
+        return options.kernel
+    if positions * head.out_features <= options.max_logits:
+        return "full"
+    if hidden_states.device.type == "cuda" and has_liger():
+        return "liger"
+    return "fused" if _compute_dtype(hidden_states) == torch.float32 and has_fused() else "chunked"
+
+
+def has_fused() -> bool:
+    """Whether this PyTorch has a fused linear cross-entropy."""
+    return hasattr(F, "linear_cross_entropy") and hasattr(nn, "LinearCrossEntropyOptions")
+
+
+def has_liger() -> bool:
+    """Whether liger-kernel is installed."""
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def _compute_dtype(hidden_states: Tensor) -> torch.dtype:
+    device = hidden_states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+
+
+def _fused_loss(head: TextHead, hidden_states: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+    # The size is given, because the operator's own choice took 31 s for 1,024 positions on a CPU.
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None)
+    bias = None if head.bias is None else head.bias.float()
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return F.linear_cross_entropy(
+            hidden_states.float(), head.weight.float(), labels, linear_bias=bias, reduction="sum", options=options
+        )
+
+
+def _liger_loss(head: TextHead, hidden_states: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # needs Triton, hence a GPU
+
+    dtype = _compute_dtype(hidden_states)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return loss(head.weight.to(dtype), hidden_states.to(dtype), labels, bias).float()

@@ -1,0 +1,99 @@
+"""Positions of images and targets, looked up beside the batch instead of in the model."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from metamorph.data.collation import PackedCollator, PaddedCollator
+from metamorph.models.batch_indices import index_batch
+from model_parts import build_batch, build_tiny_model, image_ids
+
+
+def make_examples(config) -> list[dict]:
+    """A question about an image, an image to draw, and text."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, 32, 32, generator=generator)
+    image = image_ids(config)
+    examples = []
+    for prompt, reply, drawn, images in (
+        ([1, *image, 5], [6, 7, 2], False, pixels[:1]),
+        ([1, 8, 9], [10, *image, 2], True, pixels[1:]),
+        ([1, 11], [12, 13, 14, 2], False, None),
+    ):
+        ids = torch.tensor(prompt + reply)
+        labels = torch.tensor([-100] * len(prompt) + reply).masked_fill(ids == config.image_token_id, -100)
+        mask = (ids == config.image_token_id) & drawn
+        example = {"input_ids": ids, "labels": labels, "visual_target_mask": mask}
+        examples.append(example | ({} if images is None else {"pixel_values": images}))
+    return examples
+
+
+def collate(config, packed: bool, image_token_id: int | None) -> dict:
+    examples = make_examples(config)
+    if packed:
+        return PackedCollator(0, image_token_id=image_token_id)([examples[:2], examples[2:]])
+    return PaddedCollator(0, image_token_id)(examples)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_batches_with_indices_give_the_same(packed):
+    model = build_tiny_model()
+    results = []
+    for image_token_id in (None, model.config.image_token_id):
+        batch = collate(model.config, packed, image_token_id)
+        assert ("indices" in batch) == (image_token_id is not None)
+        model.zero_grad()
+        output = model(**batch)
+        output.loss.backward()
+        results.append((output, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    (one, one_gradients), (other, other_gradients) = results
+    for name in ("loss", "text_loss", "visual_loss", "visual_cosine", "num_text_tokens", "num_visual_tokens"):
+        assert torch.equal(one[name], other[name]), name
+    assert (one.num_text_tokens, one.num_visual_tokens) == (11, 4)
+    for name, gradient in one_gradients.items():
+        assert torch.equal(gradient, other_gradients[name]), name
+
+
+def test_r06_forward_and_backward_never_ask_the_device():
+    """Fake tensors have no values, as a GPU's have none yet: whatever needs one to go on raises."""
+    model = build_tiny_model().train()
+    for packed in (False, True):
+        for image_token_id, asks in ((model.config.image_token_id, False), (None, True)):
+            batch = collate(model.config, packed, image_token_id)
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                normalizers = (mode.from_tensor(torch.tensor(11.0)), mode.from_tensor(torch.tensor(4.0)))
+                batch["indices"] = {name: mode.from_tensor(value) for name, value in batch.get("indices", {}).items()}
+                batch = {name: value if name == "indices" else mode.from_tensor(value) for name, value in batch.items()}
+                batch["indices"] = batch["indices"] or None
+                if asks:
+                    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+                        model(**batch, loss_normalizers=normalizers)
+                else:
+                    model(**batch, loss_normalizers=normalizers).loss.backward()
+
+
+def test_lengths_of_samples_exclude_padding():
+    config = build_tiny_model().config
+    for packed in (False, True):
+        lengths = collate(config, packed, config.image_token_id)["indices"]["sample_lengths"]
+        assert lengths.tolist() == [11, 11, 6]
+
+
+def test_empty_batch():
+    batch = PaddedCollator(0, 61)([])
+    assert all(len(index) == 0 for index in batch["indices"].values())
+    assert build_tiny_model()(**batch).loss == 0
+
+
+def test_r02_targets_must_be_placeholders():
+    config = build_tiny_model().config
+    batch = build_batch(config, "g")
+    ids, labels, mask = batch["input_ids"], batch["labels"], batch["visual_target_mask"]
+    mask[0, 1] = True
+    with pytest.raises(ValueError, match=r"visual_target_mask selects 5 predictable positions, but 4 of them"):
+        index_batch(ids, labels, mask, config.image_token_id)
+    ids = ids.clone()
+    ids[0, 0] = config.image_token_id
+    mask[0, 1], mask[0, 0] = False, True
+    with pytest.raises(ValueError, match="first position of a row cannot be a target"):
+        index_batch(ids, labels, mask, config.image_token_id)
