@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from packing_parts import recorded
 from training_parts import arguments
 from transformers import TrainerCallback
@@ -25,6 +26,7 @@ FLAGS: dict[str, Any] = {
 CASES: dict[str, dict[str, Any]] = {
     "stage1": {"stage": 1},
     "stage2": {"stage": 2, "from_scratch_connector": True, "packing": True, "model_max_length": 128},
+    "lora": {"stage": 2, "from_scratch_connector": True, "lora_enable": True, "lora_r": 4, "lora_dropout": 0.5},
 }
 
 
@@ -55,6 +57,7 @@ def run_case(parts: Path, folder: Path, flags: dict[str, Any]) -> dict[str, Any]
             status = error.code
     seen = {"whole": whole, "first": first, "losses": losses(result), "status": status}
     seen["marker"] = json.loads(marker.read_text())
+    dist.barrier()  # the next run removes it
     with recorded() as seen["rest"]:
         resumed = run_training(*arguments(parts, folder / "cut", **FLAGS, **flags))
     assert not marker.exists()

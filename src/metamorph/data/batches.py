@@ -75,8 +75,8 @@ class PlannedBatches(Sampler[list[Any]]):
         return self.planner.steps
 
     def __iter__(self) -> Iterator[list[Any]]:
-        epoch, rows = self._trained
-        plan = self.planner.plan(self.epoch, rows if epoch == self.epoch else 0)
+        epoch, trained_rows = self._trained
+        plan = self.planner.plan(self.epoch, trained_rows if epoch == self.epoch else 0)
         for step in range(plan.steps):
             rows = plan.batch(self.rank, step)
             yield rows if self.planner.packing else [sample for row in rows for sample in row]

@@ -68,9 +68,9 @@ def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, ada
         except (FileNotFoundError, ValueError) as error:
             found[1] = error  # for all: the others would wait
     dist.broadcast_object_list(found)
-    folder, error = found
-    if error is not None:
-        raise error
+    folder, problem = found
+    if problem is not None:
+        raise problem
     if folder is not None and not Path(folder).is_dir():
         raise FileNotFoundError(
             f"{folder} is seen by the first process but not by process {dist.get_rank()} on this machine: put "
