@@ -15,8 +15,8 @@ from metamorph.visualization import VisualizationPipeline, VisualizerArguments, 
 from metamorph.visualization.checkpoint import find_checkpoints
 from metamorph.visualization.data import crop_square
 from metamorph.visualization.parts import load_tower
+from metamorph.visualization.processes import start_accelerate
 from metamorph.visualization.projector import PROJECTOR_MODES
-from metamorph.visualization.train import _start_accelerate
 from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
 
 
@@ -270,9 +270,9 @@ def test_folders_that_do_not_fit_are_refused(arguments, pictures, parts, tmp_pat
 
 def test_precision_of_another_trainer_in_the_process_is_replaced_only_if_it_differs(arguments):
     Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no").state.left_by_another_trainer = True
-    accelerator = _start_accelerate(arguments(mixed_precision="no"))
+    accelerator = start_accelerate(arguments(mixed_precision="no"))
     assert hasattr(accelerator.state, "left_by_another_trainer")
-    accelerator = _start_accelerate(arguments(mixed_precision="bf16"))
+    accelerator = start_accelerate(arguments(mixed_precision="bf16"))
     assert accelerator.mixed_precision == "bf16"
     assert not hasattr(accelerator.state, "left_by_another_trainer")
-    assert _start_accelerate(arguments(mixed_precision="no")).mixed_precision == "no"
+    assert start_accelerate(arguments(mixed_precision="no")).mixed_precision == "no"

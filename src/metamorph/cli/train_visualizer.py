@@ -13,8 +13,13 @@ def main(argv: Sequence[str]) -> None:
     from metamorph.visualization.arguments import VisualizerArguments
 
     (arguments,) = parse_arguments([VisualizerArguments], argv, prog="metamorph train-visualizer")
+    from metamorph.preemption import Preempted, ignore_signals
     from metamorph.visualization.train import train_visualizer  # after the arguments are known to be good
 
-    result = train_visualizer(arguments)
+    try:
+        result = train_visualizer(arguments)
+    except Preempted:
+        ignore_signals()  # torchrun ends the others with SIGTERM once one is gone: let trackers finish their uploads
+        raise
     if result.is_main_process:
         print(f"visualizer finished after {result.seconds:.0f} s: {result.output_dir}")

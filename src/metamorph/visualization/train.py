@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from metamorph.preemption import Preemption, clear_marker, ignore_signals
 from metamorph.visualization.alignment import align_projector, load_conditions
 from metamorph.visualization.arguments import VisualizerArguments
 from metamorph.visualization.checkpoint import (
@@ -49,6 +48,7 @@ from metamorph.visualization.parts import (
     load_tower,
     token_shape,
 )
+from metamorph.visualization.processes import leave_preempted, start_accelerate
 from metamorph.visualization.schedule import build_lr_scheduler
 
 
@@ -81,6 +81,8 @@ def train_visualizer(
 ) -> VisualizerResult:
     """Train a visualizer and write it as a diffusers pipeline to `args.output_dir`.
 
+    While it runs in the main thread, SIGUSR1 and SIGTERM let it save and stop at the next step.
+
     Args:
         args: The flags.
         images: Pictures in memory, in place of `image_folder` and `image_jsons`.
@@ -88,14 +90,27 @@ def train_visualizer(
 
     Raises:
         ValueError: for parts, data or checkpoints that do not fit, before training starts.
+        Preempted: if a signal has stopped it.
     """
+    with Preemption() as preemption:
+        return _train(args, images, on_log, preemption)
+
+
+def _train(
+    args: VisualizerArguments,
+    images: Sequence[Image.Image] | None,
+    on_log: StepCallback | None,
+    preemption: Preemption,
+) -> VisualizerResult:
     check_folders(args)
     args = adopt_token_options(args)
     source = open_source(args, images)
     output_dir = Path(args.output_dir).expanduser()
     checkpoint = resolve_resume(args.resume_from_checkpoint, output_dir)
-    accelerator = _start_accelerate(args)
-    trainer = VisualizerTrainer(args, source, accelerator, on_log)
+    accelerator = start_accelerate(args)
+    if accelerator.is_main_process:
+        clear_marker(output_dir)
+    trainer = VisualizerTrainer(args, source, accelerator, preemption, on_log)
     if checkpoint is not None:
         load_checkpoint(checkpoint, trainer.state)
     elif args.alignment_conditions is not None:
@@ -127,6 +142,7 @@ class VisualizerTrainer:
         args: The flags.
         source: Pictures.
         accelerator: Device, precision and processes.
+        preemption: Catches the signals.
         on_log: See `train_visualizer`.
     """
 
@@ -135,9 +151,11 @@ class VisualizerTrainer:
         args: VisualizerArguments,
         source: ImageSource,
         accelerator: Accelerator,
+        preemption: Preemption,
         on_log: StepCallback | None = None,
     ) -> None:
         self.args, self.accelerator, self.on_log = args, accelerator, on_log
+        self.preemption = preemption
         self.output_dir = Path(args.output_dir).expanduser()
         self.validation = ImageFiles(tuple(Path(name).expanduser() for name in args.validation_images))
         self.num_images = len(source)
@@ -196,7 +214,11 @@ class VisualizerTrainer:
             self.state.ema = EMAModel(self.parameters, decay=self.args.ema_decay)
 
     def train(self) -> VisualizerResult:
-        """Run the loop to `training_steps` and write the result."""
+        """Run the loop to `training_steps` and write the result.
+
+        Raises:
+            Preempted: on all processes, if one of them got a signal; a checkpoint and the marker have been written.
+        """
         args, state = self.args, self.state
         first_step, started = state.step, time.perf_counter()
         losses: list[torch.Tensor] = []
@@ -214,6 +236,9 @@ class VisualizerTrainer:
                 progress.update()
                 if state.step % args.logging_steps == 0 or state.step == args.training_steps:
                     self._log(losses, progress)
+                if state.step < args.training_steps and self.preemption.agreed():
+                    folder = self._save_checkpoint(validate=False)  # time is short
+                    leave_preempted(self.accelerator, self.preemption, folder, state.step)
                 if args.save_step and state.step % args.save_step == 0:
                     self._save_checkpoint()
         seconds = time.perf_counter() - started
@@ -294,13 +319,19 @@ class VisualizerTrainer:
             num_workers=workers,
             pin_memory=self.accelerator.device.type == "cuda",
             persistent_workers=workers > 0,
+            worker_init_fn=ignore_signals,
         )
 
     def _encode_all(self) -> TensorDataset:
         """Tokens and latents of every picture, on the CPU."""
         size, count, chunks = self.args.batch_size, self.num_images, []
         order = [[Sample(i, i) for i in range(at, min(at + size, count))] for at in range(0, count, size)]
-        loader = DataLoader(self.dataset, batch_sampler=order, num_workers=self.args.dataloader_num_workers)
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=order,
+            num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=ignore_signals,
+        )
         for batch in tqdm(loader, desc="encoding pictures", unit="batch", disable=None):
             pixels = {name: batch[name].to(self.accelerator.device) for name in ("tower_pixels", "vae_pixels")}
             chunks.append({name: value.cpu() for name, value in self.encoders(**pixels).items()})
@@ -319,13 +350,15 @@ class VisualizerTrainer:
         if self.on_log is not None and self.accelerator.is_main_process:
             self.on_log(self.state.step, values)
 
-    def _save_checkpoint(self) -> None:
+    def _save_checkpoint(self, validate: bool = True) -> Path:
+        folder = self.output_dir / f"checkpoint-{self.state.step}"
         if self.accelerator.is_main_process:
-            folder = save_checkpoint(self.output_dir, self.state, self.args.save_total_limit)
+            save_checkpoint(self.output_dir, self.state, self.args.save_total_limit)
             logger.info("Wrote %s", folder)
-            if len(self.validation):
+            if validate and len(self.validation):
                 self._validate()
         self.accelerator.wait_for_everyone()
+        return folder
 
     def _validate(self) -> None:
         """Draw the validation pictures from their tokens, to a file and to the trackers."""
@@ -364,25 +397,3 @@ class VisualizerTrainer:
             yield
         finally:
             ema.restore(self.parameters)
-
-
-def _start_accelerate(args: VisualizerArguments) -> Accelerator:
-    """Device, precision and trackers of this run."""
-    tracker = None if args.report_to == "none" else args.report_to
-    if tracker is not None and importlib.util.find_spec(tracker) is None:
-        raise ValueError(f"--report_to {tracker}: {tracker} is not installed; pip install 'metamorph[trackers]'")
-    if is_initialized() and AcceleratorState().mixed_precision != args.mixed_precision:
-        # Left by another trainer of this process. Accelerate refuses to change it, and has no public way to start anew
-        # that keeps the process group; Transformers' Trainer does the same.
-        AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        # Unless told, Accelerate takes several processes without a GPU for several unrelated single ones.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=args.mixed_precision,
-        log_with=tracker,
-        project_dir=args.output_dir,
-    )
-    if tracker is not None:
-        plain = {name: value for name, value in args.to_dict().items() if isinstance(value, (int, float, str))}
-        accelerator.init_trackers("metamorph-visualizer", config=plain)
-    return accelerator

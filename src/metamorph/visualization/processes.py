@@ -1,0 +1,66 @@
+"""The processes of a run of the trainer: how they start together, and how they stop when a signal asks them to."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
+
+from metamorph.preemption import Preempted, Preemption, write_marker
+from metamorph.visualization.arguments import VisualizerArguments
+
+
+logger = logging.getLogger(__name__)
+
+
+def start_accelerate(args: VisualizerArguments) -> Accelerator:
+    """Device, precision and trackers of this run.
+
+    Raises:
+        ValueError: if the tracker is not installed.
+    """
+    tracker = None if args.report_to == "none" else args.report_to
+    if tracker is not None and importlib.util.find_spec(tracker) is None:
+        raise ValueError(f"--report_to {tracker}: {tracker} is not installed; pip install 'metamorph[trackers]'")
+    if is_initialized() and AcceleratorState().mixed_precision != args.mixed_precision:
+        # Left by another trainer of this process. Accelerate refuses to change it, and has no public way to start anew
+        # that keeps the process group; Transformers' Trainer does the same.
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        # Unless told, Accelerate takes several processes without a GPU for several unrelated single ones.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        log_with=tracker,
+        project_dir=args.output_dir,
+    )
+    if tracker is not None:
+        plain = {name: value for name, value in args.to_dict().items() if isinstance(value, (int, float, str))}
+        accelerator.init_trackers("metamorph-visualizer", config=plain)
+    return accelerator
+
+
+def leave_preempted(accelerator: Accelerator, preemption: Preemption, checkpoint: Path, step: int) -> NoReturn:
+    """Tell the script that started the run to start it again, and stop. For all processes, behind a checkpoint.
+
+    Args:
+        accelerator: Of the run.
+        preemption: What has caught the signal.
+        checkpoint: Folder that the run goes on from, in the output folder.
+        step: Optimizer steps done.
+
+    Raises:
+        Preempted: always.
+    """
+    if accelerator.is_main_process:
+        reason = None if preemption.signal is None else preemption.signal.name
+        write_marker(checkpoint.parent, step, checkpoint.name, reason)
+        logger.warning("preempted at step %d: the same command goes on from there", step)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    preemption.agreed()  # torchrun ends all processes when the first is gone: not before the marker is there
+    raise Preempted(step)
