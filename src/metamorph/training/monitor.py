@@ -129,7 +129,8 @@ class RunMonitor(TrainerCallback):
             yield
         finally:
             self._synchronize()
-            self._paused += time.perf_counter() - began
+            if self._started is not None:  # else the clock does not run yet
+                self._paused += time.perf_counter() - began
 
     def drain(self, state: TrainerState, grad_norm: float | None) -> dict[str, float]:
         """The values of a log line, over all ranks. Every rank must call it.
@@ -174,7 +175,7 @@ class RunMonitor(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Take the gradient norm of each module, on the device, where this step's log line will want it."""
-        if model is not None and _will_log(args, state.global_step + 1):
+        if model is not None and _will_log(args, state, state.global_step + 1):
             self._norms = gradient_norms(model)
 
     def _module_norms(self, grad_norm: float | None) -> dict[str, float]:
@@ -231,7 +232,7 @@ def num_samples(batch: dict[str, Any]) -> int:
     Args:
         batch: The batch.
     """
-    lengths = batch.get("sample_lengths")
+    lengths = batch.get("indices", {}).get("sample_lengths")
     return len(batch["input_ids"] if lengths is None else lengths)
 
 
@@ -287,11 +288,10 @@ def peak_memory(device: torch.device) -> float:
     return float(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def _will_log(args: TrainingArguments, step: int) -> bool:
+def _will_log(args: TrainingArguments, state: TrainerState, step: int) -> bool:
     """Whether Trainer's own callback will ask for a log line after this step (or may, at the end of an epoch)."""
     if args.logging_first_step and step == 1:
         return True
     if args.logging_strategy == IntervalStrategy.STEPS:
-        # A value below 1 is a share of all steps, known to the trainer's state only: then measure always.
-        return args.logging_steps < 1 or step % int(args.logging_steps) == 0
+        return step % state.logging_steps == 0
     return args.logging_strategy == IntervalStrategy.EPOCH

@@ -152,6 +152,7 @@ class MetaMorphTrainer(CheckpointingTrainer):
             logs.update(self.monitor.drain(self.state, logs.get("grad_norm")))
         if "train_runtime" in logs:  # the last line of a run; Trainer would count rows as samples
             self.monitor.settle(self.state)
+            logs["total_flos"] = self.state.total_flos
             logs["train_samples_per_second"] = round(self.monitor.total_samples / logs["train_runtime"], 3)
         super().log(logs, start_time)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
@@ -139,7 +140,7 @@ def evaluate_losses(
         bar = tqdm(zip(batches.sources, loader, strict=True), "Evaluating", len(batches), disable=show, delay=2)
         for source, batch in bar:
             with accelerator.autocast():
-                outputs = model(**_to_device(batch, accelerator.device))
+                outputs = model(**send_to_device(batch, accelerator.device))
             sums[source] += _loss_sums(outputs)
     finally:
         model.train(was_training)
@@ -195,10 +196,6 @@ def total_loss(losses: dict[str, SourceLoss]) -> SourceLoss:
 
 def _start_worker(worker: int) -> None:
     ignore_signals()  # the main process decides what to do about them
-
-
-def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _loss_sums(outputs: Any) -> Tensor:
