@@ -7,6 +7,7 @@ and weight decay could move frozen rows. A small parameter of its own has none o
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 
@@ -37,7 +38,8 @@ class NewTokenEmbedding(nn.Module):
         """[batch, sequence] -> [batch, sequence, hidden]."""
         is_new = input_ids.unsqueeze(-1).eq(self.token_ids)  # [batch, sequence, new tokens]
         rows = self.new_rows[is_new.int().argmax(dim=-1)] * getattr(self.table, "embed_scale", 1.0)
-        plain = self.table(input_ids)
+        # With the weight of this module, which is the one that engines gather.
+        plain = functional_call(self.table, {"weight": self.weight}, (input_ids,))
         return torch.where(is_new.any(dim=-1, keepdim=True), rows.to(plain.dtype), plain)
 
     def replace_logits(self, logits: Tensor, hidden_states: Tensor) -> Tensor:

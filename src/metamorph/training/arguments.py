@@ -12,6 +12,7 @@ from metamorph.data.packing import check_grouping
 from metamorph.flags import check_choice, check_model_reference
 from metamorph.training.data_arguments import DataArguments
 from metamorph.training.model_arguments import ModelArguments
+from metamorph.training.sharding import apply_sharding
 
 
 __all__ = ["DataArguments", "MetaMorphTrainingArguments", "ModelArguments"]
@@ -52,6 +53,9 @@ class MetaMorphTrainingArguments(TrainingArguments):
     """Compute in bfloat16, with float32 weights."""
     fp16: bool = False
     """Compute in float16, with float32 weights; needs `bf16=False`."""
+    sharding: str = "auto"
+    """How the state of training is divided among GPUs: ddp (each has all of it), fsdp2, zero2, zero3 (DeepSpeed),
+    zero2_offload, zero3_offload (in main memory), or auto: fsdp2 where one GPU cannot hold it, else ddp."""
     loss_normalization: str = "global"
     """`global` divides each loss by its tokens over all micro-batches and ranks of the optimizer step;
     `micro_batch` averages every micro-batch by itself, as the original system did."""
@@ -118,6 +122,7 @@ class MetaMorphTrainingArguments(TrainingArguments):
             self.eval_strategy = self.evaluation_strategy
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        apply_sharding(self, self.sharding)
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         if self.label_names is None:

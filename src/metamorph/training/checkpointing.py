@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from metamorph.data.batches import PlannedBatches
@@ -27,12 +27,13 @@ from metamorph.training.checkpoint_files import (
     flush,
 )
 from metamorph.training.resume import Position, ResumePoint, describe_data
+from metamorph.training.sharded_trainer import ShardedTrainer
 
 
 logger = logging.getLogger(__name__)
 
 
-class CheckpointingTrainer(Trainer):
+class CheckpointingTrainer(ShardedTrainer):
     """`transformers.Trainer` whose checkpoints hold what the stage trains and all that resuming needs.
 
     They are written to a folder beside and renamed when they are complete. Some methods of Trainer that are overridden
@@ -180,7 +181,7 @@ class CheckpointingTrainer(Trainer):
         (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
+        if self.is_sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif self.stage == 1:
             load_connector(self.model, resume_from_checkpoint)

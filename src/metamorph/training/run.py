@@ -21,6 +21,7 @@ from metamorph.training.assemble import load_model, load_training_data, make_pla
 from metamorph.training.bad_records import StopOnBadRecords
 from metamorph.training.checkpoint import find_checkpoint
 from metamorph.training.checkpoint_files import clean_up, explains_write_errors
+from metamorph.training.engine import prepare_engine, whole_weights
 from metamorph.training.interruption import StopWhenPreempted
 from metamorph.training.learning_rate import apply_learning_rate_rule, samples_in_a_step
 from metamorph.training.observation import OpenVisualizer, observe
@@ -48,7 +49,7 @@ class TrainResult:
     log_history: list[dict[str, Any]]
     """Every log line: `step`, `loss`, `text_loss`, `visual_loss`, `visual_cosine`, `learning_rate`, ..."""
     model: MetaMorphForConditionalGeneration
-    """The trained model, with a plain embedding table."""
+    """The trained model, with a plain embedding table. After an engine has sharded it, of no use: open `output_dir`."""
     processor: MetaMorphProcessor
     """Its processor."""
     data_statistics: dict[str, Any]
@@ -116,19 +117,19 @@ def _train(
 
     # 2. The model, and the part of it that this stage trains.
     set_seed(training_args.seed)  # the connector and the vision head start at random
-    model = load_model(model_args, plan, compute_dtype(training_args))
+    with whole_weights(training_args):
+        model = load_model(model_args, plan, compute_dtype(training_args))
     if features is not None:
         features.check_weights(model.model.vision_tower)
     summary = apply_stage(model, model_args)
+    engine = prepare_engine(training_args, model)
     store_frozen_matrices(model, training_args)
-    logger.info("stage %d trains:\n%s", model_args.stage, format_summary(summary, training_args))
-    if not model_args.freeze_vision or model.config.image_token_reduction == "mlpmixer":
-        # They have no gradient on a rank whose batch has no image; DDP must expect that.
-        training_args.ddp_find_unused_parameters = True
-    collator: PackedCollator | PaddedCollator = PaddedCollator(plan.processor.pad_token_id)
+    logger.info("stage %d trains (%s):\n%s", model_args.stage, engine, format_summary(summary, training_args))
+    image_token_id = model.config.image_token_id
+    collator: PackedCollator | PaddedCollator = PaddedCollator(plan.processor.pad_token_id, image_token_id)
     if planner.packing:
         check_keeps_samples_apart(model)
-        collator = PackedCollator(plan.processor.pad_token_id, flash_attention=uses_flash_attention(model))
+        collator = PackedCollator(plan.processor.pad_token_id, uses_flash_attention(model), image_token_id)
 
     # 3. Training.
     trainer = MetaMorphTrainer(
@@ -160,7 +161,9 @@ def _train(
     if trainer.is_world_process_zero():
         save_arguments(training_args.output_dir, model_args, data_args)
     trainer.accelerator.wait_for_everyone()
-    merge_new_token_rows(model)
+    trainer.release_encoder()
+    if not trainer.is_sharded:
+        merge_new_token_rows(model)
     statistics = dataset.statistics()
     logger.info(
         "data: %d records, of which %d cut to --model_max_length %d (%d images dropped) and %d skipped as bad %s",
