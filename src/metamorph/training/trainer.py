@@ -43,6 +43,7 @@ class MetaMorphTrainer(CheckpointingTrainer):
     """
 
     optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
 
     def __init__(self, *, stage: int, planner: BatchPlanner, **kwargs: Any) -> None:
         super().__init__(**kwargs)
