@@ -29,6 +29,7 @@ COMMANDS = {
     "data": Command("metamorph.cli.data", "check training data before it is trained on, show it, cache its features"),
     "evaluate": Command("metamorph.cli.evaluate", "how good a finished model is, with pictures"),
     "study": Command("metamorph.cli.study", "experiments on the miniature world, with error bars"),
+    "convert": Command("metamorph.cli.convert", "merge an adapter, or import a checkpoint of the original system"),
     "lr": Command("metamorph.cli.lr", "scale a learning rate to another batch size"),
 }
 
@@ -84,3 +85,5 @@ def _set_up_logging(debug: bool) -> None:
     level = logging.DEBUG if debug else logging.INFO if is_main else logging.WARNING
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("metamorph").setLevel(level)
+    # PEFT imports bitsandbytes, which then recommends a package for 4-bit products on a CPU to every command.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

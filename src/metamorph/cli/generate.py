@@ -51,12 +51,11 @@ def main(argv: Sequence[str]) -> None:
     use_shipped(flags)
     pictures = check_inputs(flags)
     import torch
-    from transformers import set_seed
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # of loading weights: the output is the answer
     device = torch.device(flags.device) if flags.device else torch.accelerator.current_accelerator() or "cpu"
-    set_seed(flags.seed)
+    torch.manual_seed(flags.seed)
     parts = answer(flags, pictures, torch.device(device))
     drawn = [part.visual_tokens for part in parts if hasattr(part, "visual_tokens")]
     files = draw(flags, torch.stack(drawn), torch.device(device)) if drawn and flags.visualizer else []

@@ -204,7 +204,6 @@ def _load_adapter_folder(
     else:
         load_connector(model, folder)
         model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
-        del model.peft_config  # PEFT leaves it behind; the model is a plain one now
     model.generation_config = type(model.generation_config).from_pretrained(folder)
     model.eval()
     missing: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": []}

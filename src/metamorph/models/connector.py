@@ -23,6 +23,8 @@ CONNECTOR_FILE = "mm_projector.safetensors"
 CONNECTOR_FILES = (CONNECTOR_FILE, "mm_projector.bin")
 """What a folder is searched for; the second is what LLaVA and the original MetaMorph write."""
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+NEW_TOKENS = (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
+"""In the order in which they are added to a tokenizer."""
 OLD_PREFIXES = ("module.", "base_model.", "model.")
 """Wrappers in front of the keys of a .bin file."""
 MATCHING_FIELDS = (
@@ -51,14 +53,12 @@ class Connector:
     """Embedding row [hidden] of each new token, by token. Under the key "" when the file does not name its tokens:
     then it is a table [rows, hidden] whose last rows are the new tokens'."""
     head_rows: dict[str, Tensor]
-    """Row [hidden] of `lm_head` of each new token, by token; empty unless they were trained by themselves (adapters)."""
+    """Row [hidden] of `lm_head` of each new token, by token; empty unless they are trained alone (adapters)."""
     config: dict[str, object]
     """The `MATCHING_FIELDS` it was trained with; empty for .bin files."""
 
 
-def save_connector(
-    model: PreTrainedModel, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None
-) -> Path:
+def save_connector(model: PreTrainedModel, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> Path:
     """Write what stage 1 trains: connector, new tokens' embedding rows, and the vision head if it is trained.
 
     Args:
@@ -192,6 +192,36 @@ def read_connector(file: Path) -> Connector:
     return Connector(**parts, new_rows=rows, head_rows=head_rows, config=config)
 
 
+def rewrite_connector(file: Path, folder: str | Path) -> Path:
+    """Write any connector that can be read as a connector file of ours, for a model that need not be at hand.
+
+    Args:
+        file: Result of `find_connector`.
+        folder: Where to write; created if missing.
+
+    Returns:
+        Path of `mm_projector.safetensors`.
+
+    Raises:
+        ValueError: If the file is damaged, or no connector.
+    """
+    connector = read_connector(file)
+    if not connector.mm_projector:
+        raise ValueError(f"{file} holds no weights named mm_projector.*: it is not a connector of stage 1")
+    rows = connector.new_rows
+    if "" in rows:  # a table whose last rows are those of the tokens that were added
+        rows = dict(zip(NEW_TOKENS, rows[""][-len(NEW_TOKENS) :], strict=True))
+    tensors = {
+        f"{part}.{name}": value
+        for part in ("mm_projector", "reduction", "vision_head")
+        for name, value in getattr(connector, part).items()
+    }
+    for name, by_token in (("new_rows", rows), ("new_head_rows", connector.head_rows)):
+        if by_token:
+            tensors[name] = torch.stack(list(by_token.values()))
+    return write_connector(folder, tensors, list(rows), connector.config)
+
+
 def is_full_model(folder: str | Path) -> bool:
     """Whether `folder` holds the weights of a whole model."""
     return any((Path(folder) / name).is_file() for name in WEIGHT_FILES)
@@ -200,7 +230,7 @@ def is_full_model(folder: str | Path) -> bool:
 def _new_tokens(model: PreTrainedModel) -> dict[str, int]:
     """The new tokens and their ids, in the order in which `attach_new_token_rows` holds their rows."""
     config = model.config
-    ids = {DEFAULT_IM_START_TOKEN: config.image_start_token_id, DEFAULT_IM_END_TOKEN: config.image_end_token_id}
+    ids = dict(zip(NEW_TOKENS, (config.image_start_token_id, config.image_end_token_id), strict=True))
     return {token: number for token, number in ids.items() if number is not None}
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -78,8 +78,8 @@ def target_pattern(model: PreTrainedModel, wanted: list[str] | None) -> str:
     unknown = sorted(set(wanted or ()) - names)
     if unknown or not names:
         raise ValueError(
-            f"--lora_target_modules {' '.join(unknown)}: the language model {type(language_model).__name__} has no such "
-            f"linear layers; it has {', '.join(sorted(names)) or 'none at all'}"
+            f"--lora_target_modules {' '.join(unknown)}: the {type(language_model).__name__} has no such linear "
+            f"layers; it has {', '.join(sorted(names)) or 'none at all'}"
         )
     prefix = LANGUAGE_MODEL_PREFIX.replace(".", r"\.")
     return rf"{prefix}(.*\.)?({'|'.join(sorted(wanted or names))})"
@@ -98,7 +98,7 @@ def adapter_base(
     return AdapterBase(
         language_model=_whole_path(args.model_name_or_path),
         vision_tower=None if continues_metamorph else _whole_path(resolve_vision_tower(args.vision_tower)),
-        quantization=None if quantization is None else quantization.to_diff_dict(),
+        quantization=None if quantization is None else _public_fields(quantization),
     )
 
 
@@ -149,3 +149,8 @@ def store_frozen_matrices(model: PreTrainedModel, args: "MetaMorphTrainingArgume
 
 def _whole_path(name: str) -> str:
     return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+def _public_fields(quantization: BitsAndBytesConfig) -> dict[str, Any]:
+    """The arguments it was made with, for JSON."""
+    return {name: value for name, value in quantization.to_diff_dict().items() if not name.startswith("_")}

@@ -1,0 +1,159 @@
+"""`metamorph convert`: an adapter merged into its base, or a checkpoint of the original system, as a plain model."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metamorph.flags import names_flag
+
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16")
+CONNECTOR_NAMES = ("mm_projector.bin", "mm_projector.safetensors")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    parser = argparse.ArgumentParser(
+        prog="metamorph convert",
+        description="Write a model, adapter or connector as a plain folder of ours. Exactly one of --merge-adapter and "
+        "--from is needed.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--merge-adapter", metavar="FOLDER", help="a result of --lora_enable True: merged into its base")
+    what.add_argument("--from", dest="layout", choices=["original"], help="layout of --model")
+    parser.add_argument(
+        "--model",
+        help="with --from: folder of a checkpoint, or an mm_projector.bin (of LLaVA, too), whose result is stage 1's",
+    )
+    parser.add_argument("--output", required=True, help="folder to write; it must be empty or not exist")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
+    parser.add_argument("--tokenizer", help="with --from: folder or Hub id of the tokenizer, if not in --model")
+    parser.add_argument("--vision-tower", help="with --from: folder or Hub id of the tower, if not what --model names")
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Convert, and say where the result is.
+
+    Args:
+        argv: Command line after `convert`.
+    """
+    flags = build_parser().parse_args(argv)
+    check_flags(flags)
+    output = Path(flags.output)
+    if flags.merge_adapter is not None:
+        merge_adapter(flags.merge_adapter, output, flags.dtype)
+    elif is_connector(Path(flags.model)):
+        convert_connector(Path(flags.model), output)
+    else:
+        convert_original(flags, output)
+    print(f"written to {output}")
+
+
+def check_flags(flags: argparse.Namespace) -> None:
+    """Check everything that does not need weights.
+
+    Args:
+        flags: The command line.
+    """
+    output = Path(flags.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} is not an empty folder: name a new one")
+    for flag, value in (("--model", flags.model), ("--merge-adapter", flags.merge_adapter)):
+        if value is not None and not Path(value).exists():
+            raise FileNotFoundError(f"{flag} {value} does not exist: give a local folder")
+    given = [name for name in ("model", "tokenizer", "vision_tower") if getattr(flags, name) is not None]
+    if flags.merge_adapter is not None and given:
+        raise ValueError(f"--{given[0].replace('_', '-')} belongs to --from, not to --merge-adapter: drop it")
+    if flags.layout is not None and flags.model is None:
+        raise ValueError("--from original needs --model: the folder of the checkpoint, or an mm_projector.bin")
+
+
+def merge_adapter(folder: str, output: Path, dtype: str) -> None:
+    """Write an adapter and its base as one plain model.
+
+    Args:
+        folder: Adapter folder.
+        output: Where to write.
+        dtype: Name of the type of the weights.
+    """
+    import torch
+
+    from metamorph.models.adapters import ADAPTER_FILE, is_adapter_folder
+    from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+    from metamorph.models.processing_metamorph import MetaMorphProcessor
+
+    if not is_adapter_folder(folder):
+        raise ValueError(
+            f"--merge-adapter {folder} has no {ADAPTER_FILE}: give the folder of a run with --lora_enable True"
+        )
+    # Merged in float32, rounded once.
+    model = MetaMorphForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, dequantize=True)
+    save(model, MetaMorphProcessor.from_pretrained(folder), output, dtype)
+
+
+def convert_original(flags: argparse.Namespace, output: Path) -> None:
+    """Write a checkpoint of the original system as a model of ours.
+
+    Args:
+        flags: The command line.
+        output: Where to write.
+    """
+    import torch
+
+    from metamorph.models.original import load_original
+
+    with names_flag("--model", flags.model):
+        model, processor = load_original(
+            flags.model,
+            tokenizer=flags.tokenizer,
+            vision_tower=flags.vision_tower,
+            dtype=getattr(torch, flags.dtype),
+        )
+    save(model, processor, output, flags.dtype)
+
+
+def convert_connector(path: Path, output: Path) -> None:
+    """Write a connector of LLaVA or the original system as stage 1 of ours leaves it.
+
+    Args:
+        path: The file, or a folder with one.
+        output: Where to write.
+    """
+    from metamorph.models.connector import find_connector, rewrite_connector
+
+    rewrite_connector(find_connector(path), output)
+
+
+def is_connector(path: Path) -> bool:
+    """Whether `path` is a connector file, or a folder with one and no model.
+
+    Args:
+        path: File or folder.
+    """
+    from metamorph.models.original import WEIGHT_FILES
+
+    if path.is_file():
+        return True
+    has_model = any((path / name).is_file() for name in WEIGHT_FILES)
+    return not has_model and any((path / name).is_file() for name in CONNECTOR_NAMES)
+
+
+def save(model: Any, processor: Any, output: Path, dtype: str) -> None:
+    """Write model and processor.
+
+    Args:
+        model: A MetaMorph model.
+        processor: Its processor.
+        output: Where to write.
+        dtype: Name of the type of the weights.
+    """
+    import torch
+
+    model.to(getattr(torch, dtype)).save_pretrained(output)
+    processor.save_pretrained(output)
+    logger.info("%s parameters in %s", f"{model.num_parameters():,}", dtype)
