@@ -1,6 +1,8 @@
 """`metamorph train --config recipe.yaml [--flag value …]`."""
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 
 def main(argv: Sequence[str]) -> None:
@@ -9,19 +11,29 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Command line after `train`.
     """
-    from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
-    from metamorph.training.parsing import parse_arguments
+    from metamorph.training.dry_run_arguments import parse_training_flags
 
-    types = (ModelArguments, DataArguments, MetaMorphTrainingArguments)
-    arguments = parse_arguments(types, argv, prog="metamorph train")
+    model_args, data_args, training_args, dry_run = parse_training_flags(argv)
+    if dry_run.dry_run:
+        _print_plan(model_args, data_args, training_args, dry_run)
+        return
     from metamorph.preemption import Preempted, ignore_signals
     from metamorph.training.run import run_training  # after the arguments are known to be good: takes seconds
     from metamorph.visualization.drawing import open_visualizer
 
     try:
-        result = run_training(*arguments, open_visualizer=open_visualizer)
+        result = run_training(model_args, data_args, training_args, open_visualizer=open_visualizer)
     except Preempted:
         ignore_signals()  # torchrun ends the others with SIGTERM once one is gone: let trackers finish their uploads
         raise
     if result.is_main_process:
         print(f"stage {result.stage} finished after {result.global_step} steps: {result.output_dir}")
+
+
+def _print_plan(*arguments: Any) -> None:
+    """What a run would do, once however many processes there are."""
+    from metamorph.training.dry_run import preview
+    from metamorph.training.dry_run_report import format_dry_run
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(format_dry_run(preview(*arguments)))
