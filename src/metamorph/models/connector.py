@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -258,7 +259,7 @@ def _load_rows(model: PreTrainedModel, table: nn.Module, rows: dict[str, Tensor]
         if token not in rows:
             logger.warning("%s has no embedding of %s: it keeps its initial value", file, token)
             continue
-        target = table.new_rows[position] if attached else table.weight[number]
+        target = cast("Tensor", table.new_rows)[position] if attached else cast("Tensor", table.weight)[number]
         if rows[token].shape != target.shape:
             raise ValueError(
                 f"{file}: {what} of {token} has {rows[token].shape[-1]} features, the language model "

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from .text_head import FinishLogits, TextHead, TextLossOptions
+
 
 class NewTokenEmbedding(nn.Module):
     """An embedding table whose rows `token_ids` are replaced by the trainable parameter `new_rows`.
@@ -47,7 +49,7 @@ class NewTokenEmbedding(nn.Module):
         return logits.index_copy(-1, self.token_ids, (hidden_states @ self.new_rows.T).to(logits.dtype))
 
 
-class NewTokenHead(nn.Module):
+class NewTokenHead(TextHead):
     """An `lm_head` whose rows `token_ids` are replaced by the trainable parameter `new_rows`.
 
     For adapters: the head is frozen, but the rows of the new tokens start at the mean of all rows, so that the model
@@ -59,10 +61,11 @@ class NewTokenHead(nn.Module):
     """
 
     def __init__(self, head: nn.Linear, token_ids: list[int]):
-        super().__init__()
+        super().__init__(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
         self.token_ids: Tensor
-        self.weight = head.weight.requires_grad_(False)
-        self.bias = None if head.bias is None else head.bias.requires_grad_(False)
+        self.weight, self.bias = head.weight.requires_grad_(False), head.bias
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
         self.new_rows = nn.Parameter(head.weight.detach()[token_ids].clone())
         self.register_buffer("token_ids", torch.tensor(token_ids, device=head.weight.device), persistent=False)
         self._head = (head,)  # in a tuple: not a submodule, its weight is already registered here
@@ -72,12 +75,24 @@ class NewTokenHead(nn.Module):
         """The plain head this module stands in for."""
         return self._head[0]
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., hidden] -> [..., vocabulary]."""
-        bias = None if self.bias is None else self.bias[self.token_ids]
-        logits = nn.functional.linear(hidden_states, self.weight, self.bias)
-        rows = nn.functional.linear(hidden_states, self.new_rows.to(hidden_states.dtype), bias)
-        return logits.index_copy(-1, self.token_ids, rows.to(logits.dtype))
+    def forward(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None = None,
+        options: TextLossOptions | None = None,
+        finish: FinishLogits | None = None,
+    ) -> Tensor:
+        """As [`TextHead.forward`]."""
+
+        def replace(logits: Tensor, hidden: Tensor) -> Tensor:
+            bias = None if self.bias is None else self.bias[self.token_ids]
+            rows = nn.functional.linear(hidden, self.new_rows.to(hidden.dtype), bias)
+            logits = logits.index_copy(-1, self.token_ids, rows.to(logits.dtype))
+            return logits if finish is None or labels is None else finish(logits, hidden)
+
+        if labels is None:
+            return replace(super().forward(hidden_states), hidden_states)
+        return super().forward(hidden_states, labels, options, replace)
 
 
 def attach_new_token_rows(model: PreTrainedModel) -> nn.Parameter | None:
