@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_parts import arguments, make_records
 
+from metamorph import cli
 from metamorph.data.collation import PaddedCollator
 from metamorph.data.dataset import load_data
 from metamorph.training.flops import Work, count_work, model_flops
 from metamorph.training.monitor import gradient_norms
 from metamorph.training.run import TrainResult, run_training
+from metamorph.training.validation import evaluate_losses, total_loss
 from metamorph.visualization.drawing import open_visualizer
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector
@@ -185,6 +188,47 @@ def test_validation_losses_equal_a_direct_computation(parts: Path, validation: P
 def fixed(line: dict[str, float]) -> dict[str, float]:
     """What differs between two evaluations of the same weights."""
     return {name: line[name] for name in ("step", "epoch", "eval_runtime") if name in line}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_best_model_is_loaded_at_the_end(stage: int, parts: Path, validation: Path, tmp_path: Path) -> None:
+    """Here the largest loss counts as best, so that it is not the last."""
+    flags = {"from_scratch_connector": True} if stage == 2 else {}
+    result = run_training(
+        *arguments(
+            parts,
+            tmp_path,
+            stage=stage,
+            max_steps=3,
+            eval_data_path=str(validation),
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            load_best_model_at_end=True,
+            greater_is_better=True,
+            **flags,
+        )
+    )
+    losses = [line["eval_loss"] for line in lines(result, "eval_loss")]
+    assert max(losses) - losses[-1] > 1e-3
+    data = load_data(validation, result.processor)
+    end = total_loss(evaluate_losses(result.model, data, Accelerator(cpu=True)))
+    assert end.loss(1.0) == pytest.approx(max(losses), rel=1e-5)
+
+
+def test_evaluate_loss_measures_what_training_logged(
+    observed: TrainResult, validation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", observed.output_dir, "--data_path", str(validation), "--cpu", "--batch_size", "2"]
+    assert cli.main(["evaluate", "loss", *words, "--output", str(tmp_path / "losses.json")]) == 0
+    assert "edits" in capsys.readouterr().out
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    logged = lines(observed, "eval_loss")[-1]
+    for prefix, values in (("eval_data_", losses["data"]), ("eval_edits_", losses["edits"]), ("eval_", losses["all"])):
+        assert {name: logged[prefix + name] for name in values} == pytest.approx(values, rel=1e-4)
+    assert cli.main(["evaluate", "loss", *words, "--batch_size", "0"]) == 2
+    assert "--batch_size 0" in capsys.readouterr().err
 
 
 def test_samples_are_written(observed: TrainResult) -> None:

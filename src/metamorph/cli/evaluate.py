@@ -1,9 +1,10 @@
-"""`metamorph evaluate world --model mini --visualizer mini`: how good a finished model is, with pictures."""
+"""`metamorph evaluate world | loss`: how good a finished model is, with pictures, or by its losses on some data."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from metamorph.cli import evaluate_loss
 from metamorph.flags import check_model_reference
 
 
@@ -20,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     world.add_argument("--visualizer", default="mini", help="folder of the visualizer (default: mini)")
     world.add_argument("--output-dir", type=Path, default=Path("evaluation"), help="gets metrics.json and grids")
     world.add_argument("--seed", type=int, help="of scenes, words and noise (default: the one of mini's card)")
+    evaluate_loss.add_flags(kinds.add_parser("loss", help="text and visual loss on data, for each source"))
     parser.epilog = "\n".join(kind.format_usage() for kind in kinds.choices.values())
     return parser
 
@@ -31,6 +33,9 @@ def main(argv: Sequence[str]) -> None:
         argv: Command line after `evaluate`.
     """
     flags = build_parser().parse_args(argv)
+    if flags.kind == "loss":
+        evaluate_loss.run(flags)
+        return
     from metamorph.quickstart.assets import AssetError, shipped_folder
     from metamorph.quickstart.options import require_extras
 

@@ -259,11 +259,10 @@ class SampleWriter(TrainerCallback):
             folder: Where to write.
         """
         trainer = self.trainer
-        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        if not (trainer.is_world_process_zero() or sharded):
+        if not (trainer.is_world_process_zero() or trainer.is_sharded):
             return
         with trainer.accelerator.autocast():
-            samples = answer(trainer.model, trainer.processing_class, self.prompts)
+            samples = answer(trainer.plain_model, trainer.processing_class, self.prompts)
         if not trainer.is_world_process_zero():
             return
         images = write_samples(samples, folder, self.draw)

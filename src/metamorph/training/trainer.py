@@ -174,10 +174,9 @@ class MetaMorphTrainer(CheckpointingTrainer):
             `eval_loss`, `eval_text_loss`, `eval_visual_loss`, …, and `eval_SOURCE_text_loss`, … for each source.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         with self.monitor.pause():
             metrics = validation_metrics(
-                self.model_wrapped if sharded else self.model,
+                self.model_wrapped if self.is_sharded else self.plain_model,
                 dataset,
                 self.accelerator,
                 self.args,
@@ -194,6 +193,14 @@ class MetaMorphTrainer(CheckpointingTrainer):
             inputs: A batch.
         """
         return 0
+
+    def _load_best_model(self) -> None:
+        """Trainer would look for the weights of a whole model only: a checkpoint of stage 1 or of adapters has none."""
+        if self.is_sharded:
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint is not None:
+            logger.info("the best model is %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As Trainer does, with counters up to date and the clock of the speed stopped: no hook comes before it."""

@@ -1,0 +1,79 @@
+"""`metamorph evaluate loss --model FOLDER --data_path DATA`: the losses of a finished model, for each source."""
+
+import argparse
+import json
+from pathlib import Path
+
+from metamorph.flags import check_model_reference, check_reachable, names_flag
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Define the flags.
+
+    Args:
+        parser: Of the command.
+    """
+    parser.add_argument("--model", required=True, help="folder or Hub id of a trained model, or mini")
+    parser.add_argument("--data_path", required=True, help="records, as for metamorph train")
+    parser.add_argument("--image_folder", help="where relative paths of media start (default: folder of the records)")
+    parser.add_argument("--model_max_length", type=int, default=4096, help="longer samples are cut (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=8, help="samples at a time (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load data (default: %(default)s)")
+    parser.add_argument("--cpu", action="store_true", help="compute on the CPU though there is an accelerator")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--output", type=Path, help="JSON file to write the numbers to")
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Measure and print a table.
+
+    Args:
+        flags: The command line.
+
+    Raises:
+        FileNotFoundError: If the model or the data do not exist.
+        ValueError: For a value that is not allowed.
+    """
+    from metamorph.quickstart.assets import AssetError, shipped_folder
+
+    for name, least in (("model_max_length", 2), ("batch_size", 1), ("workers", 0)):
+        if getattr(flags, name) < least:
+            raise ValueError(f"--{name} {getattr(flags, name)} must be at least {least}")
+    try:
+        folder = shipped_folder(flags.model, "model")
+    except AssetError as error:
+        raise ValueError(f"--model: {error}") from error
+    check_model_reference(folder, flag="--model")
+    check_reachable(folder, flag="--model")
+
+    import torch
+    from accelerate import Accelerator
+
+    from metamorph.data.dataset import load_data
+    from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+    from metamorph.models.processing_metamorph import MetaMorphProcessor
+    from metamorph.training.validation import evaluate_losses, total_loss
+
+    with names_flag("--model", folder):
+        processor = MetaMorphProcessor.from_pretrained(folder)
+    data = load_data(flags.data_path, processor, flags.image_folder, flags.model_max_length)
+    accelerator = Accelerator(cpu=flags.cpu, mixed_precision="bf16" if flags.bf16 else "no")
+    with names_flag("--model", folder):
+        model = MetaMorphForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        model = model.to(accelerator.device)
+    losses = evaluate_losses(model, data, accelerator, batch_size=flags.batch_size, num_workers=flags.workers)
+    losses["all"] = total_loss(losses)
+    coefficient = model.config.vision_coef
+    if accelerator.is_main_process:
+        print(f"{'source':<24}{'loss':>10}{'text':>10}{'tokens':>12}{'visual':>10}{'cosine':>10}{'tokens':>12}")
+        for name, loss in losses.items():
+            visual = "-" if loss.visual_loss is None else f"{loss.visual_loss:.4f}"
+            cosine = "-" if loss.visual_cosine is None else f"{loss.visual_cosine:.4f}"
+            print(
+                f"{name:<24}{loss.loss(coefficient):>10.4f}{loss.text_loss:>10.4f}{loss.num_text_tokens:>12,}"
+                f"{visual:>10}{cosine:>10}{loss.num_visual_tokens:>12,}"
+            )
+        if flags.output is not None:
+            values = {name: loss.as_metrics("", coefficient) for name, loss in losses.items()}
+            flags.output.parent.mkdir(parents=True, exist_ok=True)
+            flags.output.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
