@@ -90,6 +90,9 @@ class MetaMorphTrainingArguments(TrainingArguments):
     """Log lines instead of a progress bar; by default when there is no terminal."""
     ddp_find_unused_parameters: bool | None = False
     """Off: text-only batches keep the connector and the vision head in the graph."""
+    hub_strategy: str = "end"
+    """When `push_to_hub` uploads: end, when the result is whole; every_save, checkpoint and all_checkpoints as in
+    Transformers, which then uploads the parts of a checkpoint that it knows."""
     resume_from_checkpoint: str | None = None
     """A checkpoint folder. By default the newest complete one in `output_dir`, if any; True: there must be one;
     False: start anew."""

@@ -26,6 +26,7 @@ from metamorph.training.checkpoint_files import (
     explains_write_errors,
     flush,
 )
+from metamorph.training.model_card import CardFacts, write_model_card
 from metamorph.training.resume import Position, ResumePoint, describe_data
 from metamorph.training.sharded_trainer import ShardedTrainer
 
@@ -43,7 +44,19 @@ class CheckpointingTrainer(ShardedTrainer):
     stage: int
     batches: PlannedBatches
     resume_point: ResumePoint | None = None
+    card_facts: CardFacts | None = None
+    """What the model card is made of; without them there is none."""
     _saving = False
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write `README.md` into `output_dir`; Trainer calls it before it pushes to the Hub.
+
+        Args:
+            *args: Ignored: ours says what was trained, and on what.
+            **kwargs: Ignored, too.
+        """
+        if self.card_facts is not None and self.is_world_process_zero():
+            write_model_card(str(self.args.output_dir), self.card_facts, self.state)
 
     def go_on_from(self, point: ResumePoint | None) -> None:
         """Choose where in the data `train` goes on from its checkpoint. To be called on all processes.

@@ -29,6 +29,8 @@ class DataArguments(RemembersGiven):
     """What happens with a record that cannot be used: raise, or skip (count, log and leave out)."""
     max_bad_fraction: float = 0.01
     """Largest share of skipped records, between 0 and 1; above it the run stops."""
+    data_license: str | None = None
+    """Licence of the records that the model card of the result names; without it the card calls it unknown."""
     feature_cache: str | None = None
     """Folder with visual tokens made by `metamorph data cache-features`: they stand in for the images, and the tower,
     which must be frozen, is not run."""

@@ -24,6 +24,7 @@ from metamorph.training.checkpoint_files import clean_up, explains_write_errors
 from metamorph.training.engine import prepare_engine, whole_weights
 from metamorph.training.interruption import StopWhenPreempted
 from metamorph.training.learning_rate import apply_learning_rate_rule, samples_in_a_step
+from metamorph.training.model_card import CardFacts
 from metamorph.training.observation import OpenVisualizer, observe
 from metamorph.training.planning import plan_run
 from metamorph.training.resume import plan_resume
@@ -155,16 +156,18 @@ def _train(
     stop.leave_if_stopped(trainer)
 
     # 4. The result.
+    statistics = dataset.statistics()
+    trainer.card_facts = CardFacts(model_args, data_args, training_args, statistics)
     with explains_write_errors(training_args.output_dir, "the result"):
-        trainer.save_model()
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        save_arguments(training_args.output_dir, model_args, data_args)
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            save_arguments(training_args.output_dir, model_args, data_args)
+        trainer.create_model_card()
+        trainer.save_model()  # with --push_to_hub also there, and with all of the above
     trainer.accelerator.wait_for_everyone()
     trainer.release_encoder()
     if not trainer.is_sharded:
         merge_new_token_rows(model)
-    statistics = dataset.statistics()
     logger.info(
         "data: %d records, of which %d cut to --model_max_length %d (%d images dropped) and %d skipped as bad %s",
         statistics["records"],

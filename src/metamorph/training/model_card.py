@@ -1,0 +1,189 @@
+"""The model card of a result: `README.md` with data, recipe and metrics, as the Hub shows it."""
+
+import dataclasses
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from transformers import TrainerState
+
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
+
+
+CARD_FILE = "README.md"
+UNKNOWN_LICENSE = "unknown"
+"""The Hub's own word for it."""
+MODEL_FLAGS_LEFT_OUT = ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "model_license")
+"""Paths of this machine, and what the card says elsewhere."""
+TRAINING_FLAGS = (
+    "learning_rate",
+    "mm_projector_lr",
+    "vision_head_lr",
+    "vision_lr",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "packing",
+    "loss_normalization",
+    "bf16",
+    "fp16",
+    "gradient_checkpointing",
+    "seed",
+)
+METRICS = ("loss", "text_loss", "visual_loss", "visual_cosine")
+"""Of training; all that begins with `eval_` is added."""
+LIBRARIES = ("metamorph", "torch", "transformers", "accelerate")
+
+
+@dataclasses.dataclass(frozen=True)
+class CardFacts:
+    """What a card is made of."""
+
+    model_args: ModelArguments
+    """Flags of the model."""
+    data_args: DataArguments
+    """Flags of the data."""
+    training_args: MetaMorphTrainingArguments
+    """Flags of training."""
+    statistics: Mapping[str, Any]
+    """`TrainResult.data_statistics`."""
+
+
+def write_model_card(folder: str | Path, facts: CardFacts, state: TrainerState) -> Path:
+    """Write `README.md`.
+
+    Args:
+        folder: Folder of the result.
+        facts: What the run was asked to do, and the data it met.
+        state: Where the trainer has come to.
+    """
+    path = Path(folder) / CARD_FILE
+    path.write_text(render_model_card(facts, state), encoding="utf-8")
+    return path
+
+
+def render_model_card(facts: CardFacts, state: TrainerState) -> str:
+    """The text of the card: metadata for the Hub, then what it is, data, recipe, metrics and licences."""
+    args = facts.model_args
+    kind = "connector" if args.stage == 1 else "adapter" if args.lora_enable else "model"
+    base = {"language model": args.model_name_or_path}
+    if not args.continues_metamorph:
+        base["vision tower"] = args.vision_tower
+    hub_ids = [name for name in base.values() if not _is_local(name)]
+    metadata = ModelCardData(
+        library_name="metamorph",
+        pipeline_tag="image-text-to-text",
+        license=args.model_license or UNKNOWN_LICENSE,
+        base_model=hub_ids or None,
+        tags=["metamorph", "vpit", *(["lora"] if kind == "adapter" else [])],
+    )
+    name = facts.training_args.hub_model_id or Path(facts.training_args.output_dir or ".").resolve().name
+    sections = [
+        f"---\n{metadata.to_yaml()}\n---\n",
+        f"# {name.rpartition('/')[2]}\n",
+        _what(kind, base, name),
+        _data(facts),
+        _table("Recipe", "flag", "value", _recipe(facts)),
+        _table(f"Metrics after {state.global_step} steps", "metric", "last value", _metrics(state)),
+        _licences(facts),
+    ]
+    return "\n".join(sections)
+
+
+def _what(kind: str, base: Mapping[str, str], name: str) -> str:
+    parts = "\n".join(f"- {part}: `{_shown(value)}`" for part, value in base.items())
+    folder = name if "/" in name else "FOLDER"
+    usage = {
+        "connector": f"metamorph train --pretrain_mm_mlp_adapter {folder} …",
+        "adapter": f"metamorph generate --model {folder} --prompt 'What is in this picture?' --image photo.jpg\n"
+        f"metamorph convert --merge-adapter {folder} --output merged",
+        "model": f"metamorph generate --model {folder} --prompt 'What is in this picture?' --image photo.jpg",
+    }[kind]
+    what = {
+        "connector": "The connector of a MetaMorph model (stage 1 of VPiT), for stage 2 to start from",
+        "adapter": "A LoRA adapter for MetaMorph (stage 2 of VPiT), with its connector, vision head and new token rows",
+        "model": "A MetaMorph model (stage 2 of VPiT), which reads and writes text and pictures",
+    }[kind]
+    return f"{what}. Trained from\n\n{parts}\n\n```bash\n{usage}\n```\n"
+
+
+def _data(facts: CardFacts) -> str:
+    rows = []
+    for source, counts in facts.statistics["sources"].items():
+        bad = counts["bad"]
+        skipped = sum(bad.values()) if isinstance(bad, Mapping) else bad
+        rows.append((_shown(source), f"{counts['records']} records, {counts['truncated']} cut, {skipped} skipped"))
+    text = _table("Data", "source", "use", rows)
+    length = facts.data_args.model_max_length
+    return f"{text}\nRecords longer than {length} tokens were cut. Skipped records could not be used.\n"
+
+
+def _recipe(facts: CardFacts) -> list[tuple[str, str]]:
+    values = {
+        name: value for name, value in dataclasses.asdict(facts.model_args).items() if name not in MODEL_FLAGS_LEFT_OUT
+    }
+    values["use_vision_ar"] = facts.model_args.resolved_use_vision_ar
+    if not facts.model_args.lora_enable:
+        values = {name: value for name, value in values.items() if not name.startswith("lora_")}
+    if facts.model_args.bits != 4:
+        values = {name: value for name, value in values.items() if name not in ("double_quant", "quant_type")}
+    values |= {name: getattr(facts.training_args, name) for name in TRAINING_FLAGS}
+    rows = [(name, _text(value)) for name, value in values.items() if value is not None]
+    return [*rows, *((library, importlib.metadata.version(library)) for library in LIBRARIES)]
+
+
+def _metrics(state: TrainerState) -> list[tuple[str, str]]:
+    last: dict[str, float] = {}
+    for line in state.log_history:
+        last |= {
+            name: value
+            for name, value in line.items()
+            if isinstance(value, (int, float)) and (name in METRICS or name.startswith("eval_"))
+        }
+    return [(name, f"{value:.4g}") for name, value in last.items()]
+
+
+def _licences(facts: CardFacts) -> str:
+    model = facts.model_args.model_license
+    unknown = "unknown (not given to the training command; ask the author before use)"
+    return (
+        "## Licences\n\n"
+        f"- This result: {model or unknown}\n"
+        f"- Training data: {facts.data_args.data_license or unknown}\n"
+        "- The models it was trained from have licences of their own, which bind this result, too.\n"
+    )
+
+
+def _table(title: str, left: str, right: str, rows: list[tuple[str, str]]) -> str:
+    lines = [f"## {title}\n", f"| {left} | {right} |", "| --- | --- |"]
+    lines += [f"| `{_escaped(name)}` | {_escaped(value)} |" for name, value in rows] or ["| - | none |"]
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", r"\|").replace("\n", " ")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(getattr(value, "value", value))  # of Transformers' enumerations the value
+
+
+def _is_local(name: str) -> bool:
+    return os.path.isabs(name) or Path(name).exists()
+
+
+def _shown(name: str) -> str:
+    """Of a path on this machine only the last part: a card is read elsewhere."""
+    return Path(name).name if _is_local(name) else name
