@@ -37,7 +37,7 @@ test-fast: $(DEV_STAMP)
 
 # Starts a Slurm of its own for the time of the tests; needs root and Slurm's daemons, see tests/slurm/with_slurm.sh.
 test-slurm: $(DEV_STAMP)
-	$(TEST_ENV) bash tests/slurm/with_slurm.sh $(BIN)/python -m pytest -m slurm $(PYTEST)
+	$(TEST_ENV) bash tests/slurm/with_slurm.sh $(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST)
 
 check: lint types imports docs
 

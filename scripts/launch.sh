@@ -80,7 +80,7 @@ fi
 status=0
 wait_through_signals "${torchrun}" || status=$?
 if [[ -n "${relay}" ]]; then
-    kill -KILL "${relay}" 2> /dev/null || true
+    { kill -KILL "${relay}" && wait "${relay}"; } 2> /dev/null || true # without Bash's remark that it was killed
 fi
 if ((status != 0)) && [[ -e "${marker}" ]]; then
     status=${PREEMPTED}
