@@ -27,6 +27,7 @@ from metamorph.training.checkpoint_files import (
     flush,
 )
 from metamorph.training.model_card import CardFacts, write_model_card
+from metamorph.training.engine import whole_weights
 from metamorph.training.resume import Position, ResumePoint, describe_data
 from metamorph.training.sharded_trainer import ShardedTrainer
 
@@ -201,4 +202,5 @@ class CheckpointingTrainer(ShardedTrainer):
         elif has_adapter(self.model):
             load_adapter_weights(self.model, resume_from_checkpoint)
         else:
-            load_weights(self.model, resume_from_checkpoint)
+            with whole_weights(self.args):
+                load_weights(self.model, resume_from_checkpoint)

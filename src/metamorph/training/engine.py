@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import PreTrainedModel
 from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -72,10 +73,34 @@ def configure_fsdp2(args: MetaMorphTrainingArguments, model: PreTrainedModel) ->
         model: A MetaMorph model after `apply_stage`.
 
     Raises:
+        ValueError: see [`layer_classes`].
+    """
+    given = {
+        "fsdp_version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "state_dict_type": "SHARDED_STATE_DICT",
+        "reshard_after_forward": True,
+        "cpu_ram_efficient_loading": False,
+        "transformer_cls_names_to_wrap": ",".join(layer_classes(model)),
+    } | (args.fsdp_plugin_args or {})
+    if given["fsdp_version"] == 2:
+        given["mixed_precision_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+    args.fsdp_plugin_args = given
+
+
+def layer_classes(model: PreTrainedModel) -> list[str]:
+    """Names of the classes whose modules are sharded one by one: layers of the decoder and of a tower that is trained.
+
+    Args:
+        model: A MetaMorph model after `apply_stage`.
+
+    Raises:
         ValueError: if the language model does not say which of its modules are layers.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
     parts = [model.get_decoder()]
     if model.model.vision_tower.is_trained:
         parts.append(model.model.vision_tower.encoder)
@@ -86,20 +111,7 @@ def configure_fsdp2(args: MetaMorphTrainingArguments, model: PreTrainedModel) ->
             f"FSDP2 cannot shard {type(parts[0]).__name__}: it does not name its layers (_no_split_modules); use "
             "--sharding zero3"
         )
-    given = {
-        "fsdp_version": 2,
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "state_dict_type": "SHARDED_STATE_DICT",
-        "reshard_after_forward": True,
-        "cpu_ram_efficient_loading": False,
-        "transformer_cls_names_to_wrap": ",".join(layers),
-    } | args.fsdp_plugin_args
-    if given["fsdp_version"] == 2:
-        compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        given["mixed_precision_policy"] = MixedPrecisionPolicy(
-            param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-    args.fsdp_plugin_args = given
+    return layers
 
 
 @contextmanager
@@ -190,8 +202,6 @@ def gather_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     Returns:
         The state of the model by name, in main memory where it was sharded; trained weights in float32.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     if isinstance(model, FSDPModule):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

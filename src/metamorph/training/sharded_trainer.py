@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
@@ -27,7 +28,7 @@ class ShardedTrainer(Trainer):
         """Whether the weights of the model are now those of an engine: divided among processes, or DeepSpeed's."""
         if self.is_deepspeed_enabled:
             return self.model_wrapped is not self.plain_model
-        return _has_shards(self.plain_model)
+        return isinstance(self.plain_model, FSDPModule)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Train, with the frozen encoder of the vision tower in its place.
@@ -73,9 +74,3 @@ class ShardedTrainer(Trainer):
         if self.frozen_encoder is not None:
             self.frozen_encoder.restore(self.plain_model)
             self.frozen_encoder = None
-
-
-def _has_shards(model: torch.nn.Module) -> bool:
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(model, FSDPModule)
