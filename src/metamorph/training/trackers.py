@@ -62,7 +62,7 @@ class TensorBoardMedia:
 class RunMedia:
     """Texts and pictures in the run that Transformers' callback has begun with `wandb` or `trackio`.
 
-    The two packages agree in what is needed: `log`, and `Image` with a caption.
+    The two packages agree in what is needed: `log` and `Image`.
 
     Args:
         package: The module `wandb` or `trackio`.
@@ -72,11 +72,10 @@ class RunMedia:
         self.package = package
 
     def log_media(self, texts: Mapping[str, str], images: Mapping[str, Image.Image], step: int) -> None:
-        """See [`MediaTracker`]; the texts become the captions of their pictures, and values where there is none."""
-        values: dict[str, Any] = dict(texts)
-        for name, image in images.items():
-            values[f"{name}/image" if name in texts else name] = self.package.Image(image, caption=texts.get(name))
-        self.package.log({**values, "train/global_step": step})  # the name that Transformers gives to steps
+        """See [`MediaTracker`]."""
+        pictures = {name: self.package.Image(image) for name, image in images.items()}
+        # Transformers gives steps this name.
+        self.package.log({**texts, **pictures, "train/global_step": step})
 
 
 def check_trackers(names: Iterable[str]) -> None:
