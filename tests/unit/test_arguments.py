@@ -1,4 +1,4 @@
-"""The flags: the guide's tables as data, recipes, and errors for bad input before anything is loaded."""
+"""The flags: recipes, and errors for bad input before anything is loaded."""
 
 import json
 from pathlib import Path
@@ -15,38 +15,6 @@ from metamorph.visualization.arguments import VisualizerArguments
 TYPES = (ModelArguments, DataArguments, MetaMorphTrainingArguments)
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-REQUIRED = "a placeholder in the guide"
-GUIDE = {
-    # Basic model configuration
-    "model_name_or_path": REQUIRED,
-    "version": "llama3",
-    "model_max_length": 4096,
-    "output_dir": REQUIRED,
-    # Vision tower
-    "vision_tower": "siglip/CLIP-ViT-SO400M-14-384",
-    "mm_vision_select_layer": -1,
-    "freeze_vision": True,
-    "normalize_vision": True,
-    # Image tokens
-    "image_token_reduction": "interpolation",
-    "num_image_tokens": 64,
-    "mm_use_im_start_end": True,
-    "mm_use_im_patch_token": False,
-    # Projector; the guide sets tune_mm_mlp_adapter to True in pretraining
-    "mm_projector_type": "mlp2x_gelu",
-    "tune_mm_mlp_adapter": False,
-    # Visual auto-regression
-    "vision_head_type": "mlp",
-    # Optimization
-    "weight_decay": 0.0,
-    "warmup_ratio": 0.03,
-    "lr_scheduler_type": "cosine",
-    "bf16": True,
-    "fp16": False,
-    # Data
-    "data_path": REQUIRED,
-}
-"""Parameter -> default, from the tables of the training guide. Those that depend on the stage have their own tests."""
 
 
 @pytest.fixture
@@ -70,29 +38,6 @@ def argv(flags: dict[str, object]) -> list[str]:
 
 def parse(flags: dict[str, object]) -> tuple[ModelArguments, DataArguments, MetaMorphTrainingArguments]:
     return parse_arguments(TYPES, argv(flags))
-
-
-def value_of(name: str, parsed: tuple) -> object:
-    return next(getattr(part, name) for part in parsed if hasattr(part, name))
-
-
-@pytest.mark.parametrize("name", [name for name, default in GUIDE.items() if default is not REQUIRED])
-def test_default_is_the_guides(name: str, paths: dict[str, str], tmp_path: Path) -> None:
-    value = value_of(name, parse({**paths, "pretrain_mm_mlp_adapter": tmp_path / "connector"}))
-    assert value == GUIDE[name]
-    assert type(value) is type(GUIDE[name]) or name == "lr_scheduler_type"  # an enum of strings
-
-
-@pytest.mark.parametrize("name", [name for name, default in GUIDE.items() if default is REQUIRED])
-def test_placeholder_of_the_guide_is_required(name: str, paths: dict[str, str]) -> None:
-    flags = {key: value for key, value in paths.items() if key != name}
-    with pytest.raises(ValueError, match=name):
-        parse({**flags, "tune_mm_mlp_adapter": True})
-
-
-@pytest.mark.parametrize("name", ["pretrain_mm_mlp_adapter", "image_folder", "learning_rate", "use_vision_ar"])
-def test_flag_of_the_guide_without_one_default_exists(name: str, paths: dict[str, str]) -> None:
-    assert any(hasattr(part, name) for part in parse({**paths, "tune_mm_mlp_adapter": True}))
 
 
 @pytest.mark.parametrize("stage_1", [True, False])

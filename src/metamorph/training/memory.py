@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from metamorph.flags import check_choice
+from metamorph.models.text_head import MAX_LOGITS
 from metamorph.training.stages import VISION_TOWER, module_of
 
 
@@ -24,8 +25,6 @@ ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3", "zero2_offload", "zero3_o
 CHECKPOINTING = ("none", "full")
 LAYERS = ("trained", "frozen", "lora")
 """What happens to the decoder's layers: it decides what they keep for the backward pass."""
-LOGIT_CHUNK = 1024
-"""Supervised positions whose logits exist at a time."""
 LOGIT_BYTES = 12
 """For one logit: in the precision of the computation, in float32, its gradient, and the softmax."""
 RUNTIME_BYTES = int(1.5 * GIB)
@@ -205,8 +204,7 @@ def estimate_memory(
             decoder_activations(model.config.text_config, batch, compute, residual, checkpointing, sizes.layers)
             + _trained_tower_activations(model, batch.images, compute)
         ),
-        logits=min(batch.supervised or batch.tokens, LOGIT_CHUNK)
-        * model.config.text_config.vocab_size
+        logits=min((batch.supervised or batch.tokens) * model.config.text_config.vocab_size, MAX_LOGITS)
         * (LOGIT_BYTES - (0 if bf16 else _HALF)),
         frozen_tower=sizes.tower * compute + (_frozen_tower_work(model, batch.images, compute) if sizes.tower else 0),
         runtime=RUNTIME_BYTES if on_gpu else 0,
