@@ -25,6 +25,7 @@ OUTPUT_DIR="${OUTPUT_DIR:-runs/stage1}"
 PER_DEVICE_TRAIN_BATCH_SIZE="${PER_DEVICE_TRAIN_BATCH_SIZE:-}"
 GRADIENT_ACCUMULATION_STEPS="${GRADIENT_ACCUMULATION_STEPS:-}"
 LEARNING_RATE="${LEARNING_RATE:-}"
+SHARDING="${SHARDING:-}" # auto, ddp, fsdp2, zero2, zero3, zero2_offload, zero3_offload
 
 # Where the numbers go: tensorboard, wandb, … Keys are read from the environment, never written here.
 REPORT_TO="${REPORT_TO:-none}"
@@ -41,6 +42,7 @@ optional --image_folder "${IMAGE_FOLDER}"
 optional --per_device_train_batch_size "${PER_DEVICE_TRAIN_BATCH_SIZE}"
 optional --gradient_accumulation_steps "${GRADIENT_ACCUMULATION_STEPS}"
 optional --learning_rate "${LEARNING_RATE}"
+optional --sharding "${SHARDING}"
 
 export OUTPUT_DIR
 exec bash "${here}/launch.sh" train "${flags[@]}" "$@"
