@@ -26,8 +26,8 @@ from metamorph.training.checkpoint_files import (
     explains_write_errors,
     flush,
 )
-from metamorph.training.model_card import CardFacts, write_model_card
 from metamorph.training.engine import whole_weights
+from metamorph.training.model_card import CardFacts, write_model_card
 from metamorph.training.resume import Position, ResumePoint, describe_data
 from metamorph.training.sharded_trainer import ShardedTrainer
 
