@@ -1,6 +1,7 @@
 """LoRA and QLoRA: what is trained, what the adapter folder holds, and that it gives the trained model again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,20 @@ def test_from_pretrained_gives_the_trained_model(lora: TrainResult) -> None:
     assert model.generation_config.eos_token_id == lora.processor.end_of_turn_token_ids
 
 
+def test_from_pretrained_finds_adapters_of_the_hub(lora: TrainResult, tmp_path: Path) -> None:
+    """In the Hub's cache, since tests have no network."""
+    repository = tmp_path / "models--somebody--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(lora.output_dir, snapshot, ignore=shutil.ignore_patterns("checkpoint-*"))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    options = {"cache_dir": tmp_path, "local_files_only": True}
+    model = MetaMorphForConditionalGeneration.from_pretrained("somebody/tiny", **options)
+    assert_same_output(model, logits_of(lora.model))
+    with pytest.raises(OSError, match="cached files"):
+        MetaMorphForConditionalGeneration.from_pretrained("somebody/other", **options)
+
+
 def test_peft_reads_the_adapter(parts: Path, lora: TrainResult, tmp_path: Path) -> None:
     """The LoRA files are PEFT's own: its loader adds them to a MetaMorph model with the same connector."""
     from peft import PeftModel
@@ -285,3 +300,22 @@ def test_weights_that_do_not_fit(parts: Path, lora: TrainResult, tmp_path: Path)
     attach_lora(model, model_args)
     with pytest.raises(ValueError, match=r"\(4, .* in the file and \(8, .* use the --lora_r"):
         load_adapter_weights(model, lora.output_dir)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", [16, 4])
+def test_on_a_gpu_the_base_is_small_and_the_adapter_exact(bits: int, wide_parts: Path, tmp_path: Path) -> None:
+    """Frozen matrices are kept in bfloat16 or 4 bits; what is trained, and the norms, in float32."""
+    flags = {"use_cpu": False, "bf16": True, "bits": bits, "lora_dropout": 0.0}
+    result = run_training(*arguments(wide_parts, tmp_path, stage=2, **LORA, **flags))
+    frozen = {
+        parameter.dtype
+        for name, parameter in result.model.get_decoder().named_parameters()
+        if "_proj." in name and not parameter.requires_grad
+    }
+    assert frozen == {torch.bfloat16 if bits == 16 else torch.uint8}
+    assert {p.dtype for p in result.model.parameters() if p.requires_grad} == {torch.float32}
+    losses = [line["loss"] for line in result.log_history if "text_loss" in line]
+    assert len(losses) == 4
+    assert all(0 < loss < 20 for loss in losses)

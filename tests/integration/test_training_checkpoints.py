@@ -8,10 +8,10 @@ import torch
 from family_parts import save_language_model, save_vision_model
 from training_parts import arguments, make_language_model
 
+from metamorph.models.connector import load_connector, save_connector
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.assemble import load_model, make_plan
 from metamorph.training.checkpoint import load_weights
-from metamorph.training.connector import load_connector, save_connector
 
 
 def build(parts: Path, **flags: object) -> MetaMorphForConditionalGeneration:

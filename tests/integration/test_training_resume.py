@@ -7,8 +7,8 @@ import pytest
 import torch
 from training_parts import arguments
 
+from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.training.checkpoint import find_checkpoint
-from metamorph.training.connector import CONNECTOR_FILE
 from metamorph.training.run import TrainResult, run_training
 
 

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from training_parts import arguments, make_language_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.vision_tower import load_vision_encoder
 from metamorph.training.arguments import ModelArguments
 from metamorph.training.assemble import load_model, make_plan
-from metamorph.training.connector import CONNECTOR_FILE
 from metamorph.training.run import TrainResult, run_training
 
 

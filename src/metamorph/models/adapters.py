@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -37,6 +39,7 @@ PEFT_PREFIX = "base_model.model."
 """What PEFT puts in front of the names of weights in its files."""
 PARTS_NOT_QUANTISED = ("vision_tower", "mm_projector", "vision_head", "lm_head")
 """Modules of a finished model that stay as they are when its language model is loaded in 4 bits."""
+HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only")
 BUILT_FIELDS = ("text_config", "vision_config", "image_token_id", "image_start_token_id", "image_end_token_id")
 """Configuration that follows from the parts."""
 
@@ -83,6 +86,26 @@ def has_adapter(model: PreTrainedModel) -> bool:
 def is_adapter_folder(path: Any) -> bool:
     """Whether `path` is a local folder that `save_adapter` has written."""
     return isinstance(path, (str, Path)) and (Path(path) / ADAPTER_FILE).is_file()
+
+
+def find_adapter_folder(name: Any, hub_kwargs: Mapping[str, Any]) -> Path | None:
+    """The local folder of an adapter, which is downloaded if it is on the Hub; None for everything else.
+
+    Args:
+        name: Folder or Hub id.
+        hub_kwargs: Of `from_pretrained`: `cache_dir`, `revision`, `token` and `local_files_only` count.
+    """
+    if is_adapter_folder(name):
+        return Path(name)
+    if not isinstance(name, str) or Path(name).exists():
+        return None
+    options = {option: hub_kwargs[option] for option in HUB_OPTIONS if option in hub_kwargs}
+    try:
+        hf_hub_download(name, ADAPTER_FILE, **options)
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        logger.debug("%s is no adapter on the Hub: %s", name, error)  # if it is nothing else either, loading will say
+        return None
+    return Path(snapshot_download(name, **options))
 
 
 def save_adapter(
@@ -170,7 +193,7 @@ class LoadsAdapterFolders:
         with `dequantize=True` the language model is expanded first, and the adapter merged.
 
         Args:
-            pretrained_model_name_or_path: Model or adapter folder, or the Hub id of a model.
+            pretrained_model_name_or_path: Folder or Hub id of a model or an adapter.
             *args: As in Transformers.
             **kwargs: As in Transformers. For adapter folders also `dequantize`, and `base`, an `AdapterBase` to use
                 instead of the one that the folder names, where that has moved.
@@ -178,8 +201,9 @@ class LoadsAdapterFolders:
         Raises:
             FileNotFoundError: If the base of an adapter is not there; the message names it.
         """
-        if is_adapter_folder(pretrained_model_name_or_path):
-            return _load_adapter_folder(cls, Path(pretrained_model_name_or_path), **kwargs)
+        folder = find_adapter_folder(pretrained_model_name_or_path, kwargs)
+        if folder is not None:
+            return _load_adapter_folder(cls, folder, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 
 
@@ -213,7 +237,7 @@ def _load_adapter_folder(
 def _build_base(cls: Any, folder: Path, base: AdapterBase, dequantize: bool, kwargs: dict[str, Any]) -> Any:
     """The model an adapter was trained on, without the adapter; as `metamorph train` builds it."""
     config = MetaMorphConfig.from_pretrained(folder)
-    kwargs = {name: value for name, value in kwargs.items() if name != "config"}
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("config", *HUB_OPTIONS)}
     if base.quantization is not None:
         require_bitsandbytes()
         kwargs["quantization_config"] = BitsAndBytesConfig(**base.quantization)
@@ -258,9 +282,10 @@ def forget_quantisation(model: PreTrainedModel) -> None:
 
 
 def _expanded(model: PreTrainedModel) -> PreTrainedModel:
-    """A 4-bit model with plain weights of the same values."""
+    """A 4-bit model, or language model, with plain weights of the same values."""
     model = model.dequantize()
-    forget_quantisation(model) if hasattr(model.config, "text_config") else None
+    if isinstance(model.config, MetaMorphConfig):
+        forget_quantisation(model)
     return model
 
 
