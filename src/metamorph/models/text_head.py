@@ -130,6 +130,29 @@ def choose_kernel(
     return "fused" if _compute_dtype(hidden_states) == torch.float32 and has_fused() else "chunked"
 
 
+def check_text_loss(kernel: str, *, half_precision: bool) -> None:
+    """Check `--text_loss` before anything is loaded.
+
+    Args:
+        kernel: its value.
+        half_precision: whether the run computes in bfloat16 or float16.
+
+    Raises:
+        ValueError: for an unknown way, or one that cannot be had here.
+    """
+    if kernel not in TEXT_LOSSES:
+        raise ValueError(f"--text_loss {kernel} is unknown: use one of {', '.join(TEXT_LOSSES)}")
+    if kernel == "fused" and not has_fused():
+        raise ValueError(f"--text_loss fused needs PyTorch 2.13 or newer, this is {torch.__version__}: use chunked")
+    if kernel == "fused" and half_precision:
+        raise ValueError(
+            "--text_loss fused is for float32 (--bf16 False): in half precision PyTorch's operator rounds the summed "
+            "loss; use chunked or auto"
+        )
+    if kernel == "liger" and not (has_liger() and torch.cuda.is_available()):
+        raise ValueError("--text_loss liger needs a CUDA GPU and liger-kernel (pip install metamorph[liger])")
+
+
 def has_fused() -> bool:
     """Whether this PyTorch has a fused linear cross-entropy."""
     return hasattr(F, "linear_cross_entropy") and hasattr(nn, "LinearCrossEntropyOptions")

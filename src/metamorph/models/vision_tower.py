@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -149,8 +149,13 @@ class VisionTower(nn.Module):
                 f"pixel_values are {height}x{width}, but the vision tower expects {self.image_size}x{self.image_size}; "
                 "prepare images with this model's own processor"
             )
-        with nullcontext() if torch.is_grad_enabled() and self.is_trained else torch.no_grad():
-            patches = self._encode(pixel_values)[:, self.num_prefix_tokens :]
+        if torch.is_grad_enabled() and self.is_trained:
+            patches = self._encode(pixel_values)
+        else:
+            with torch.inference_mode():
+                patches = self._encode(pixel_values)
+            patches = patches.clone()  # what was made in inference mode cannot be kept for a backward pass
+        patches = patches[:, self.num_prefix_tokens :]
         return finish_visual_tokens(self.reduction(patches), normalize=self.normalize, apply_softmax=self.apply_softmax)
 
     def _encode(self, pixel_values: Tensor) -> Tensor:

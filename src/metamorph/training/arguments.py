@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from metamorph.data.packing import check_grouping
 from metamorph.flags import check_choice, check_model_reference
+from metamorph.models.text_head import check_text_loss
 from metamorph.training.data_arguments import DataArguments
 from metamorph.training.model_arguments import ModelArguments
 from metamorph.training.sharding import apply_sharding
@@ -20,6 +21,7 @@ __all__ = ["DataArguments", "MetaMorphTrainingArguments", "ModelArguments"]
 logger = logging.getLogger(__name__)
 
 LOSS_NORMALIZATIONS = ("global", "micro_batch")
+RECOMPUTE = ("none", "full", "selective")
 AUTO_LEARNING_RATE = "auto"
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 
@@ -93,6 +95,13 @@ class MetaMorphTrainingArguments(TrainingArguments):
     hub_strategy: str = "end"
     """When `push_to_hub` uploads: end, when the result is whole; every_save, checkpoint and all_checkpoints as in
     Transformers, which then uploads the parts of a checkpoint that it knows."""
+    text_loss: str = "auto"
+    """How the text loss is computed, with the same result: `full` makes the logits of all supervised tokens; `chunked`
+    some at a time, and again for the backward pass; `fused` by PyTorch 2.13's operator, in float32 only; `liger` by
+    liger-kernel, on a GPU. `auto` takes the one that fits, and `full` where the logits are few."""
+    recompute: str = "none"
+    """What is computed again for the backward pass instead of kept: `none`; `full`, all but the input of each layer;
+    or `selective`, what lies between matrix products and attention. Saves memory, costs time."""
     resume_from_checkpoint: str | None = None
     """A checkpoint folder. By default the newest complete one in `output_dir`, if any; True: there must be one;
     False: start anew."""
@@ -113,6 +122,8 @@ class MetaMorphTrainingArguments(TrainingArguments):
             raise ValueError("--output_dir is required: the folder for checkpoints and the trained model")
         self._check_observation()
         check_choice("--loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)
+        check_choice("--recompute", self.recompute, RECOMPUTE)
+        check_text_loss(self.text_loss, half_precision=self.bf16 or self.fp16)
         self._check_batches()
         if self.bf16 and self.fp16:
             raise ValueError("--fp16 True and --bf16 True exclude each other: add --bf16 False")

@@ -28,6 +28,7 @@ from metamorph.training.model_card import CardFacts
 from metamorph.training.observation import OpenVisualizer, observe
 from metamorph.training.planning import plan_run
 from metamorph.training.resume import plan_resume
+from metamorph.training.speed import choose_attention, prepare_speed
 from metamorph.training.stages import apply_stage, format_summary
 from metamorph.training.trainer import MetaMorphTrainer
 
@@ -126,11 +127,13 @@ def _train(
     engine = prepare_engine(training_args, model)
     store_frozen_matrices(model, training_args)
     logger.info("stage %d trains (%s):\n%s", model_args.stage, engine, format_summary(summary, training_args))
+    choose_attention(model, model_args, training_args)
     image_token_id = model.config.image_token_id
     collator: PackedCollator | PaddedCollator = PaddedCollator(plan.processor.pad_token_id, image_token_id)
     if planner.packing:
         check_keeps_samples_apart(model)
         collator = PackedCollator(plan.processor.pad_token_id, uses_flash_attention(model), image_token_id)
+    prepare_speed(model, training_args)
 
     # 3. Training.
     trainer = MetaMorphTrainer(
