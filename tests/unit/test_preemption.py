@@ -1,0 +1,76 @@
+"""Signals are noted, the marker is written and removed, and everything is as before afterwards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from metamorph.preemption import (
+    MARKER_FILE,
+    PREEMPTED,
+    SIGNALS,
+    Preempted,
+    Preemption,
+    clear_marker,
+    write_marker,
+)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noted_and_nothing_else_happens(number: signal.Signals) -> None:
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with Preemption() as preemption:
+        assert not preemption.agreed()
+        os.kill(os.getpid(), number)
+        assert preemption.agreed()
+        assert preemption.signal == number
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.signal == number  # the first one counts
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_handlers_are_restored_after_an_error() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyError), Preemption():
+        raise KeyError
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_other_threads_run_without(caplog: pytest.LogCaptureFixture) -> None:
+    answers = []
+
+    def run() -> None:
+        with Preemption() as preemption:
+            answers.append(preemption.agreed())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert answers == [False]
+    assert "not in the main thread" in caplog.text
+
+
+def test_marker(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    clear_marker(folder)  # nothing there yet
+    path = write_marker(folder, 12, "checkpoint-12", "SIGUSR1")
+    assert path == folder / MARKER_FILE
+    values = json.loads(path.read_text())
+    assert values.pop("time").endswith("+00:00")
+    assert values == {"step": 12, "checkpoint": "checkpoint-12", "signal": "SIGUSR1"}
+    assert [file.name for file in folder.iterdir()] == [MARKER_FILE]
+    clear_marker(folder)
+    assert not list(folder.iterdir())
+
+
+def test_r28_uncaught_it_ends_the_process_with_its_status() -> None:
+    code = "from metamorph.preemption import Preempted; raise Preempted(3)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == PREEMPTED == 75
+    assert done.stderr == ""
+    assert not isinstance(Preempted(3), Exception)  # `except Exception` does not swallow it
