@@ -130,7 +130,7 @@ def test_lora_in_4_bits(large: Path, capsys: pytest.CaptureFixture[str]) -> None
         lora_enable=True,
         bits=4,
         per_device_train_batch_size=1,
-        gradient_checkpointing=True,
+        recompute="full",
         gpu_memory=24,
     )
     language_model = trained(report)["language_model"]

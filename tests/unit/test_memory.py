@@ -12,6 +12,7 @@ from training_parts import arguments, make_language_model, make_vision_tower
 from transformers import AutoModel, LlamaConfig
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.models.text_head import MAX_LOGITS
 from metamorph.training.assemble import load_model, make_plan
 from metamorph.training.memory import (
     ENGINES,
@@ -112,12 +113,12 @@ def test_checkpointing_keeps_the_inputs_of_the_layers() -> None:
     """What the forward pass keeps; the estimate adds one layer, which the backward pass computes again."""
     batch = MicroBatch(rows=2, length=192, images=0)
     measured = measured_activations(batch, autocast=False, dtype=torch.bfloat16, checkpointing=True)
-    none, full = (decoder_activations(CONFIG, batch, 2, 2, kind) for kind in ("none", "full"))
+    none, selective, full = (decoder_activations(CONFIG, batch, 2, 2, kind) for kind in ("none", "selective", "full"))
     inputs = CONFIG.num_hidden_layers * batch.tokens * CONFIG.hidden_size * 2
     ends = 2 * batch.tokens * CONFIG.hidden_size * 4
     one_layer = (none - ends) / CONFIG.num_hidden_layers
     assert full == pytest.approx(inputs + ends + one_layer, rel=0.01)
-    assert inputs <= measured <= full
+    assert inputs <= measured <= full < selective < none
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +183,13 @@ def test_sharding_divides_the_state(parts: Path) -> None:
     assert of["zero3_offload"].host == 4 * trained + 2 * trained // 4 > of["zero2_offload"].host == 4 * trained
     assert of["zero2_offload"].state < of["zero2"].state < of["ddp"].state
     assert of["fsdp2"].total == sum(v for k, v in vars(of["fsdp2"]).items() if k != "host")
+
+
+def test_logits_of_a_part_of_the_positions(parts: Path) -> None:
+    model, batch = outline(parts, 2), MicroBatch(1, 2**20, 1)
+    some, every = (estimate_memory(model, "single", batch, all_logits=all_logits) for all_logits in (False, True))
+    assert some.logits == 12 * MAX_LOGITS
+    assert every.logits == 12 * batch.tokens * model.config.text_config.vocab_size
 
 
 def test_a_trained_tower_needs_activations_and_state(parts: Path) -> None:

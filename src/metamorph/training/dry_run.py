@@ -139,7 +139,8 @@ def preview(
             batch,
             num_processes=processes,
             bf16=compute == 2,
-            checkpointing="full" if training_args.gradient_checkpointing else "none",
+            recompute=recomputed(training_args),
+            all_logits=training_args.text_loss == "full",
             optimizer_bytes=optimizer_bytes_of(training_args.optim),
             matrix_bytes=matrix_bytes,
         )
@@ -161,6 +162,11 @@ def preview(
         learning_rate=_learning_rate(training_args, data, processes),
         matrix_bytes=matrix_bytes,
     )
+
+
+def recomputed(args: PreviewTrainingArguments) -> str:
+    """What `--recompute` is, also where Transformers' own flag says it."""
+    return "full" if args.gradient_checkpointing and args.recompute == "none" else args.recompute
 
 
 def _processes(args: DryRunArguments) -> tuple[int, int]:

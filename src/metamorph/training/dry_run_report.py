@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from metamorph.training.arguments import AUTO_LEARNING_RATE, MetaMorphTrainingArguments
-from metamorph.training.dry_run import DryRun
+from metamorph.training.dry_run import DryRun, recomputed
 from metamorph.training.memory import GIB
 from metamorph.training.stages import LANGUAGE_MODEL, VISION_TOWER, ModuleSummary, learning_rates
 
@@ -132,8 +132,8 @@ def _memory(run: DryRun) -> list[str]:
     if estimate.host:
         lines.append(f"{'main memory of each process':<34}{estimate.host / GIB:>8.1f} GiB")
     lines.append(
-        f"for {run.batch.rows} × {run.batch.length} tokens and {run.batch.images:.1f} images at a time, gradient "
-        f"checkpointing {'on' if run.training_args.gradient_checkpointing else 'off'}"
+        f"for {run.batch.rows} × {run.batch.length} tokens and {run.batch.images:.1f} images at a time, --recompute "
+        f"{recomputed(run.training_args)}"
     )
     others = [f"{name} {other.total / GIB:.1f}" for name, other in run.memory.items() if name != run.engine]
     if others:

@@ -16,13 +16,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from metamorph.flags import check_choice
 from metamorph.models.text_head import MAX_LOGITS
+from metamorph.training.arguments import RECOMPUTE
 from metamorph.training.stages import VISION_TOWER, module_of
 
 
 GIB = 2**30
 ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3", "zero2_offload", "zero3_offload")
 """What `estimate_memory` knows: one process, or one of the engines of `--sharding`."""
-CHECKPOINTING = ("none", "full")
 LAYERS = ("trained", "frozen", "lora")
 """What happens to the decoder's layers: it decides what they keep for the backward pass."""
 LOGIT_BYTES = 12
@@ -163,7 +163,8 @@ def estimate_memory(
     *,
     num_processes: int = 1,
     bf16: bool = True,
-    checkpointing: str = "none",
+    recompute: str = "none",
+    all_logits: bool = False,
     optimizer_bytes: int = 8,
     matrix_bytes: float = _FLOAT32,
     on_gpu: bool = True,
@@ -176,7 +177,8 @@ def estimate_memory(
         batch: Micro-batch of one process.
         num_processes: GPUs of the run.
         bf16: Whether bfloat16 (or float16) computes; else float32.
-        checkpointing: `full` computes the activations of each decoder layer again in the backward pass.
+        recompute: How much of each decoder layer is computed again in the backward pass, one of `RECOMPUTE`.
+        all_logits: Whether the logits of all supervised positions exist at once (`--text_loss full`).
         optimizer_bytes: State of the optimizer for each trained parameter; AdamW has 8, see [`optimizer_bytes_of`].
         matrix_bytes: Bytes of each frozen weight of the decoder's linear layers, see [`matrix_bytes_of`].
         on_gpu: Whether to count CUDA's own memory.
@@ -185,7 +187,7 @@ def estimate_memory(
         ValueError: for an unknown engine or kind of checkpointing.
     """
     check_choice("--sharding", engine, ENGINES)
-    check_choice("activation checkpointing", checkpointing, CHECKPOINTING)
+    check_choice("--recompute", recompute, RECOMPUTE)
     sizes = model_sizes(model)
     if matrix_bytes < _FLOAT32:  # and then autocast has nothing to copy
         fewer = sizes.frozen_matrices
@@ -197,15 +199,15 @@ def estimate_memory(
     compute = _HALF if bf16 else _FLOAT32
     # Only autocast keeps the residual stream in float32; sharding engines cast the inputs of the model.
     residual = _FLOAT32 if engine in ("single", "ddp") else compute
-    state, host = _state(sizes, engine, num_processes, compute, optimizer_bytes, checkpointing)
+    logits = (batch.supervised or batch.tokens) * model.config.text_config.vocab_size
+    state, host = _state(sizes, engine, num_processes, compute, optimizer_bytes, recompute)
     return MemoryEstimate(
         **state,
         activations=int(
-            decoder_activations(model.config.text_config, batch, compute, residual, checkpointing, sizes.layers)
+            decoder_activations(model.config.text_config, batch, compute, residual, recompute, sizes.layers)
             + _trained_tower_activations(model, batch.images, compute)
         ),
-        logits=min((batch.supervised or batch.tokens) * model.config.text_config.vocab_size, MAX_LOGITS)
-        * (LOGIT_BYTES - (0 if bf16 else _HALF)),
+        logits=(logits if all_logits else min(logits, MAX_LOGITS)) * (LOGIT_BYTES - (0 if bf16 else _HALF)),
         frozen_tower=sizes.tower * compute + (_frozen_tower_work(model, batch.images, compute) if sizes.tower else 0),
         runtime=RUNTIME_BYTES if on_gpu else 0,
         host=host,
@@ -241,7 +243,7 @@ def decoder_activations(
     batch: MicroBatch,
     compute: int,
     residual: int,
-    checkpointing: str = "none",
+    recompute: str = "none",
     layers: str = "trained",
 ) -> int:
     """Bytes that the decoder keeps for the backward pass.
@@ -260,7 +262,8 @@ def decoder_activations(
         batch: Micro-batch of one process.
         compute: Bytes of a number in the computation.
         residual: Bytes of a number in the residual stream; more than `compute` only under autocast.
-        checkpointing: `full` keeps the input of each layer, and all of one layer at a time.
+        recompute: `full` keeps the input of each layer, and all of one layer at a time; `selective` also results of
+            matrix products and of attention: c·(2·q + 2·k + 2·h + 2·f) for each token and layer.
         layers: One of `LAYERS`.
     """
     hidden, heads, width = config.hidden_size, config.num_attention_heads, _mlp_width(config)
@@ -279,20 +282,24 @@ def decoder_activations(
     if autocast:  # converts the mask in every layer
         layer, mask = layer + mask, 2 * mask
     count = config.num_hidden_layers
-    kept = count * layer if checkpointing == "none" else count * batch.tokens * hidden * residual + layer
+    inputs = batch.tokens * hidden * residual
+    if recompute == "selective":
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        inputs += batch.tokens * compute * (2 * queries + 2 * kv_heads * head_dim + 2 * hidden + 2 * width)
+    kept = count * layer if recompute == "none" else count * inputs + layer
     # Embeddings with visual tokens in them, and the final norm.
     ends = batch.tokens * hidden * (4 + (2 if layers == "trained" else 1) * residual)
     return int(kept + ends + mask)
 
 
 def _state(
-    sizes: ModelSizes, engine: str, processes: int, compute: int, optimizer_bytes: int, checkpointing: str
+    sizes: ModelSizes, engine: str, processes: int, compute: int, optimizer_bytes: int, recompute: str
 ) -> tuple[dict[str, int], int]:
     """Weights, copies, gradients and optimizer of one process, and what is offloaded to main memory."""
     trained, share = sizes.trained, 1 / processes
     if engine in ("single", "ddp"):
         buckets = _FLOAT32 * trained if processes > 1 else 0
-        copied = sizes.products + (sizes.frozen_products if checkpointing == "none" else sizes.layer)
+        copied = sizes.products + (sizes.frozen_products if recompute == "none" else sizes.layer)
         state = {
             "weights": _FLOAT32 * trained + sizes.frozen_bytes,
             "compute_copies": compute * copied if compute < _FLOAT32 else 0,
