@@ -84,5 +84,6 @@ if [[ -n "${relay}" ]]; then
 fi
 if ((status != 0)) && [[ -e "${marker}" ]]; then
     status=${PREEMPTED}
+    echo "$(basename "$0"): the run has saved and can go on; what torchrun calls a failure above is how it was told" >&2
 fi
 exit "${status}"

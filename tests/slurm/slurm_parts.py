@@ -66,9 +66,13 @@ class Job:
         self.wait_for("the end", lambda: self.field("JobState") in ENDED)
         return self.field("JobState")
 
-    def preempt(self) -> None:
+    def reach_time_limit(self) -> None:
         """Do what Slurm does shortly before the time limit, as `#SBATCH --signal=B:USR1@120` asks it to."""
         run("scancel", "--batch", "--signal=USR1", self.number)
+
+    def give_way(self) -> None:
+        """Let a job that takes both nodes and goes before this one come."""
+        run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
 
     def cancel(self) -> None:
         """Cancel it, as its owner would."""

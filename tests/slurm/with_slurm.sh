@@ -2,7 +2,7 @@
 # Runs a command with a Slurm of its own: a controller and two virtual nodes, n1 and n2, as daemons on this machine.
 #   bash tests/slurm/with_slurm.sh python -m pytest -m slurm
 # Needs root, slurmctld, slurmd and munged (Debian: apt-get install slurm-wlm munge); an installed Slurm is not touched.
-# Everything lives in a temporary folder and ends with the command. Each node claims 16 CPUs and 8 GPUs that do not exist.
+# Everything lives in a temporary folder and ends with the command. Each node claims 16 CPUs and 8 GPUs it does not have.
 set -euo pipefail
 
 nodes=2
@@ -38,7 +38,7 @@ start_authentication() {
         --log-file="${folder}/munged.log" --seed-file="${folder}/munge.seed" || give_up "munged did not start"
 }
 
-# No cgroups, no accounting, no prologs: what a container lets root do.
+# No cgroups, accounting or prologs: what a container lets root do. Jobs of the partition `urgent` preempt the others.
 write_configuration() {
     local node gpu
     mkdir "${folder}/state"
@@ -68,7 +68,10 @@ ReturnToService=2
 SlurmdTimeout=120
 GresTypes=gpu
 SlurmdParameters=config_overrides
-PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=300
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 CONF
     for node in $(seq "${nodes}"); do
         echo "NodeName=n${node} NodeHostname=${host} NodeAddr=127.0.0.1 Port=$((port + node)) CPUs=16 Gres=gpu:8" \
@@ -82,7 +85,7 @@ CONF
 
 wait_for_nodes() {
     for _ in $(seq 60); do
-        if (($(sinfo --noheader --Node --states=idle | wc -l) == nodes)); then
+        if (($(sinfo --noheader --Node --partition=test --states=idle | wc -l) == nodes)); then
             return
         fi
         sleep 0.5
