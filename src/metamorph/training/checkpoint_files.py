@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import zlib
@@ -96,13 +97,13 @@ def flush(output_dir: str | os.PathLike[str]) -> None:
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoint folders, oldest first; those whose list of files cannot be read come before all others.
+    """The checkpoint folders, oldest first; those whose list of files cannot be read come behind all others.
 
     "Old" is what was written earlier: after going back to checkpoint-100, the new checkpoint-150 is newer than an old
     checkpoint-200.
     """
     serials = {path: manifest["serial"] for path, manifest in _readable(output_dir)}
-    return sorted(_folders(output_dir), key=lambda path: (serials.get(path, 0), int(path.name.removeprefix(PREFIX))))
+    return sorted(_folders(output_dir), key=lambda path: (serials.get(path, math.inf), _step(path)))
 
 
 def damage(folder: str | os.PathLike[str]) -> str | None:
@@ -167,9 +168,8 @@ def explains_write_errors(output_dir: str | os.PathLike[str], what: str) -> Iter
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # PyTorch's writer has no error class of its own.
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+    except Exception as error:
+        if not _is_write_error(error):
             raise
         clean_up(output_dir)
         good = [path for path in reversed(checkpoints(output_dir)) if damage(path) is None]
@@ -180,6 +180,17 @@ def explains_write_errors(output_dir: str | os.PathLike[str], what: str) -> Iter
             f"{what} cannot be written to --output_dir {output_dir} ({reason}; {free:.1f} GiB are free there): {last}. "
             "Make room (quotas count, too) or lower --save_total_limit, then start the same command again"
         ) from error
+
+
+def _is_write_error(error: Exception) -> bool:
+    if isinstance(error, (OSError, SafetensorError)):
+        return True
+    # The writers of PyTorch and of the tokenizers have no error class of their own.
+    return "inline_container.cc" in str(error) or (type(error) is Exception and "(os error " in str(error))
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def _folders(output_dir: str | os.PathLike[str]) -> list[Path]:

@@ -110,7 +110,7 @@ class CheckpointingTrainer(ShardedTrainer):
             return
         if not isinstance(self.lr_scheduler, LambdaLR):
             logger.warning("%s keeps its own count of steps", type(self.lr_scheduler).__name__)
-        elif self.resume_point.step:
+        else:
             state = {**self.lr_scheduler.state_dict(), "last_epoch": self.resume_point.step - 1}
             self.lr_scheduler.load_state_dict(state)
             self.lr_scheduler.step()  # sets the rates, too
