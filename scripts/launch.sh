@@ -35,6 +35,7 @@ else
     )
 fi
 
+echo "$(basename "$0"): ${NPROC_PER_NODE} processes on $(hostname), machine $((NODE_RANK + 1)) of ${NNODES}" >&2
 torchrun="" relay="" requested=""
 
 # A signal that comes while Python is still starting is lost, so it is repeated until the processes are gone.

@@ -21,6 +21,10 @@ set -euo pipefail
 # where it came from). And the Python that metamorph is installed in.
 METAMORPH_HOME="${METAMORPH_HOME:-${SLURM_SUBMIT_DIR:?submit this script with sbatch}}"
 export PYTHON="${PYTHON:-python}"
+if [[ ! -r "${METAMORPH_HOME}/scripts/slurm_common.sh" ]]; then
+    echo "${METAMORPH_HOME} is not the repository: submit from its folder, or set METAMORPH_HOME to it" >&2
+    exit 1
+fi
 
 # What it starts from. Empty: as in the recipe, a YAML file of flags.
 RECIPE="${RECIPE:-${METAMORPH_HOME}/recipes/llama3.1-8b-stage2.yaml}"

@@ -20,6 +20,10 @@ set -euo pipefail
 # where it came from). And the Python that metamorph is installed in.
 METAMORPH_HOME="${METAMORPH_HOME:-${SLURM_SUBMIT_DIR:?submit this script with sbatch}}"
 export PYTHON="${PYTHON:-python}"
+if [[ ! -r "${METAMORPH_HOME}/scripts/slurm_common.sh" ]]; then
+    echo "${METAMORPH_HOME} is not the repository: submit from its folder, or set METAMORPH_HOME to it" >&2
+    exit 1
+fi
 
 # Data: a folder of pictures, or JSON/JSONL files that list them (separated by spaces) and the folder they are in.
 IMAGE_FOLDER="${IMAGE_FOLDER:?set IMAGE_FOLDER to a folder of pictures}"

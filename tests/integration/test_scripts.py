@@ -52,6 +52,19 @@ def test_r28_a_missing_variable_is_named_before_anything_runs(script: str, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("script", SLURM)
+def test_a_job_that_was_submitted_from_elsewhere_says_what_to_do(script: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / script)],
+        env=environment(SLURM_SUBMIT_DIR=tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert f"{tmp_path} is not the repository: submit from its folder, or set METAMORPH_HOME" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("visible", "expected"),
     [

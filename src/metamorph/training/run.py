@@ -150,7 +150,8 @@ def _train(
     trainer.add_callback(StopOnBadRecords(dataset.limit))
     trainer.monitor.skipped_records = lambda: dataset.limit.num_bad
     observation.attach(trainer, training_args)
-    if callbacks:  # they report: Transformers' printer, which stands in for its bar when that is off, is not needed
+    # Transformers' printer stands in for its bar when that is off. It prints on each node, and beside our callbacks.
+    if callbacks or not trainer.is_world_process_zero():
         trainer.remove_callback(PrinterCallback)
     trainer.go_on_from(resume_point)
     stop = StopWhenPreempted(preemption, checkpoint)
