@@ -44,6 +44,13 @@ def test_recomputation_gives_the_same(selective, tower_trained):
     assert ours == theirs if selective else ours > 1.1 * theirs
 
 
+def test_recomputation_makes_no_gradient_flow_through_a_frozen_decoder():
+    model = build_tiny_model().train().requires_grad_(False)
+    model.vision_head.requires_grad_(True)
+    recompute_layers(model, selective=False)
+    assert not model.get_input_embeddings()(torch.tensor([[1, 2]])).requires_grad
+
+
 def test_compiled_layers_give_the_same():
     """By the ahead-of-time tracer without code generation, which would take minutes here."""
     plain, model = build_tiny_model(), build_tiny_model()

@@ -130,3 +130,28 @@ def test_model_learns_the_same(options, stage, tied):
     assert any("new_rows" in name for name in results[0]) == (stage == 1)
     for name, gradient in results[0].items():
         torch.testing.assert_close(results[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_parts_in_a_sharded_model(alone, tmp_path):
+    """FSDP2 gathers a weight when the module it belongs to is called, `lm_head` by itself or with the whole model."""
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    batch = build_batch(build_tiny_model().config)
+    plain = build_tiny_model().train()
+    plain.text_loss_options = TextLossOptions("full")
+    plain(**batch).loss.backward()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = build_tiny_model().train()
+        model.text_loss_options = TextLossOptions("chunked", max_logits=64 * 3)
+        if alone:
+            fully_shard(model.lm_head)
+        fully_shard(model)
+        model(**batch).loss.backward()
+        assert isinstance(model.lm_head, TextHead)
+        gradient = model.lm_head.weight.grad.full_tensor()
+    finally:
+        distributed.destroy_process_group()
+    torch.testing.assert_close(gradient, plain.lm_head.weight.grad, rtol=1e-4, atol=1e-6)

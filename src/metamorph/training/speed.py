@@ -75,6 +75,10 @@ def recompute_layers(model: PreTrainedModel, *, selective: bool) -> None:
             part.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
         else:
             part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        if part is model.get_decoder():
+            # Transformers makes the embeddings require a gradient, for the reentrant kind. Ours needs none, and with a
+            # frozen decoder a backward pass through all of it would follow.
+            part.disable_input_require_grads()
 
 
 def compile_layers(model: PreTrainedModel, *, backend: str | None = None, mode: str | None = None) -> None:
