@@ -88,6 +88,23 @@ def test_stage_2_of_the_8b_recipe(large: Path, capsys: pytest.CaptureFixture[str
     assert "does not fit" in dry_run(capsys, **flags, num_gpus=1)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_memory_table_of_the_documentation(stage: int, large: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (RECIPES.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    engines = re.findall(r"`(\w+)`", re.search(r"^\| Stage, `--recompute` .*$", page, re.MULTILINE)[0])
+    numbers = re.search(rf"^\| {stage}, `full` \| (.*) \|$", page, re.MULTILINE)[1].split(" | ")
+    report = dry_run(
+        capsys,
+        config=RECIPES / f"llama3.1-8b-stage{stage}.yaml",
+        model_name_or_path=large / "llm",
+        vision_tower=large / "tower",
+        num_gpus=8,
+    )
+    others = dict(re.findall(r"(\w+) ([\d.]+)[, ]", re.search(r"with other engines .*", report)[0]))
+    assert dict(zip(engines, numbers, strict=True)).items() >= others.items()
+    assert f"{gib(report, 'total')}" in numbers
+
+
 def test_what_data_decide(parts: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """12 samples of a tiny model: packed rows, samples in a step, the rate by the rule, steps of an epoch."""
     flags: dict[str, object] = {

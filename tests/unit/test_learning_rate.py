@@ -29,6 +29,13 @@ def test_rule(base: float, base_batch: int, batch: int, rate: float) -> None:
     assert scale_learning_rate(base, base_batch, batch) == pytest.approx(rate, rel=1e-3)
 
 
+def test_r28_one_rule_decides_the_rate(tmp_path: Path) -> None:
+    """Where scripts and text of the original system disagree: its batch of 448 from the guide's base."""
+    args = flags(tmp_path, learning_rate="auto", base_learning_rate=6.93e-5, base_batch_size=1536)
+    apply_learning_rate_rule(args, 448)
+    assert args.learning_rate == pytest.approx(3.74e-5, rel=1e-3)
+
+
 @pytest.mark.parametrize("values", [(0, 1, 1), (1e-3, 0, 1), (1e-3, 1, -1), (float("nan"), 1, 1)])
 def test_rule_refuses_what_is_not_above_zero(values: tuple[float, float, float]) -> None:
     with pytest.raises(ValueError, match="finite number larger than 0"):

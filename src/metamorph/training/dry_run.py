@@ -166,7 +166,8 @@ def preview(
 
 def recomputed(args: PreviewTrainingArguments) -> str:
     """What `--recompute` is, also where Transformers' own flag says it."""
-    return "full" if args.gradient_checkpointing and args.recompute == "none" else args.recompute
+    theirs = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)  # from 5.23 on
+    return "full" if theirs and args.recompute == "none" else args.recompute
 
 
 def _processes(args: DryRunArguments) -> tuple[int, int]:
