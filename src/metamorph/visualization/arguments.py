@@ -135,6 +135,9 @@ class VisualizerArguments:
     """Checkpoints to keep; the oldest are removed. None keeps all."""
     resume_from_checkpoint: str | None = None
     """Checkpoint folder to go on from, or `latest` for the newest in output_dir, if there is one."""
+    save_vision_tower: bool = False
+    """Write the vision tower into the result too, so that `pipe(images=…)` can encode pictures; a large tower makes the
+    folder as much larger."""
     logging_steps: int = 10
     """Optimizer steps between entries of the log."""
     report_to: str = "none"

@@ -78,8 +78,10 @@ class FrozenEncoders:
             `visual_tokens [images, N, D]` and `moments [images, 2 · channels, height, width]`, the mean and
             logarithm of the variance of the latents, both float32. The latents are drawn anew each time.
         """
-        moments = self.vae.encode(vae_pixels.to(self.vae.dtype)).latent_dist.parameters
-        return {"visual_tokens": self.tower(tower_pixels).float(), "moments": moments.float()}
+        with torch.inference_mode():
+            moments = self.vae.encode(vae_pixels.to(self.vae.dtype)).latent_dist.parameters
+        # What was made in inference mode cannot be kept for a backward pass; the tower sees to this itself.
+        return {"visual_tokens": self.tower(tower_pixels).float(), "moments": moments.clone().float()}
 
 
 @dataclass(frozen=True)

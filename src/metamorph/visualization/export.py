@@ -14,7 +14,8 @@ from PIL import Image
 from metamorph.visualization.arguments import VisualizerArguments
 from metamorph.visualization.data import PixelFormat, crop_square
 from metamorph.visualization.denoiser import FrozenEncoders
-from metamorph.visualization.parts import DiffusionParts, load_vae
+from metamorph.visualization.grids import reconstruction_grid
+from metamorph.visualization.parts import DiffusionParts, load_encoder, load_vae
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector
 
@@ -39,7 +40,8 @@ def save_pipeline(
     """
     # Frozen parts are passed on as they came, not as training cast them.
     vae = parts.vae if parts.vae.dtype == torch.float32 else load_vae(args, torch.float32)
-    pipeline = VisualizationPipeline.from_parts(projector, parts.unet, vae, parts.noise_scheduler)
+    tower = load_encoder(args) if args.save_vision_tower else None
+    pipeline = VisualizationPipeline.from_parts(projector, parts.unet, vae, parts.noise_scheduler, tower)
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".partial-") as partial:
         pipeline.save_pretrained(partial)
@@ -91,11 +93,5 @@ def draw_validation_grid(
     )
     projector.train(training)
 
-    side, columns = args.resolution, 1 + len(args.validation_guidance_scales)
-    grid = Image.new("RGB", (columns * side, len(images) * side))
-    for row, square in enumerate(squares):
-        cells = [square.resize((side, side), Image.Resampling.BICUBIC)]
-        cells += drawn[row * (columns - 1) : (row + 1) * (columns - 1)]
-        for column, cell in enumerate(cells):
-            grid.paste(cell, (column * side, row * side))
-    return grid
+    originals = [square.resize((args.resolution,) * 2, Image.Resampling.BICUBIC) for square in squares]
+    return reconstruction_grid(originals, drawn, args.validation_guidance_scales, side=args.resolution)

@@ -24,6 +24,7 @@ from metamorph.models.vision_tower import (
 )
 from metamorph.visualization.arguments import VisualizerArguments
 from metamorph.visualization.data import PixelFormat
+from metamorph.visualization.encoder import VisualTokenEncoder
 from metamorph.visualization.pipeline import vae_scale_factor
 from metamorph.visualization.projector import VisualizationProjector
 
@@ -130,6 +131,16 @@ def load_tower(args: VisualizerArguments) -> tuple[VisionTower, PixelFormat]:
     """Load the vision tower with the layer, reduction and normalisation of the MetaMorph model, and its format.
 
     Raises:
+        ValueError: as `load_encoder`.
+    """
+    encoder = load_encoder(args)
+    return encoder.tower, encoder.pixel_format
+
+
+def load_encoder(args: VisualizerArguments) -> VisualTokenEncoder:
+    """Load the vision tower, in float32, as a part of a pipeline.
+
+    Raises:
         ValueError: if the tower is of an unknown kind, lacks weights, or does not fit the token options.
     """
     path = resolve_vision_tower(args.vision_tower)
@@ -150,7 +161,7 @@ def load_tower(args: VisualizerArguments) -> tuple[VisionTower, PixelFormat]:
         std=tuple(processor.image_std),
         resample=Image.Resampling(processor.resample),
     )
-    return tower, pixel_format
+    return VisualTokenEncoder.from_tower(tower, config, pixel_format)
 
 
 def build_projector(

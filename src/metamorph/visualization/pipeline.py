@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from metamorph.visualization.encoder import VisualTokenEncoder
+from metamorph.visualization.guidance import GuidedBatch
 from metamorph.visualization.projector import VisualizationProjector, pad_condition
 
 
@@ -30,9 +33,11 @@ class VisualizationPipeline(DiffusionPipeline):
         unet: Noise predictor with the `cross_attention_dim` of the projector's `output_dim`.
         vae: Latents to pixels.
         scheduler: Any diffusers scheduler of the UNet's prediction type; `from_parts` makes it DPM-Solver.
+        vision_tower: Makes visual tokens of pictures, for calls with `images`. A folder need not have one.
     """
 
-    model_cpu_offload_seq = "projector->unet->vae"
+    model_cpu_offload_seq = "vision_tower->projector->unet->vae"
+    _optional_components = ["vision_tower"]
 
     def __init__(
         self,
@@ -40,9 +45,10 @@ class VisualizationPipeline(DiffusionPipeline):
         unet: UNet2DConditionModel,
         vae: AutoencoderKL,
         scheduler: SchedulerMixin,
+        vision_tower: VisualTokenEncoder | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(projector=projector, unet=unet, vae=vae, scheduler=scheduler)
+        self.register_modules(projector=projector, unet=unet, vae=vae, scheduler=scheduler, vision_tower=vision_tower)
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor(vae))
         # None: show the bar on a terminal only.
         self.set_progress_bar_config(disable=None)
@@ -54,23 +60,41 @@ class VisualizationPipeline(DiffusionPipeline):
         unet: UNet2DConditionModel,
         vae: AutoencoderKL,
         noise_scheduler: SchedulerMixin,
+        vision_tower: VisualTokenEncoder | None = None,
     ) -> VisualizationPipeline:
         """Compose a pipeline that samples with DPM-Solver on the noise schedule of `noise_scheduler`."""
         scheduler = DPMSolverMultistepScheduler.from_config(noise_scheduler.config)
-        return cls(projector=projector, unet=unet, vae=vae, scheduler=scheduler)
+        return cls(projector=projector, unet=unet, vae=vae, scheduler=scheduler, vision_tower=vision_tower)
+
+    def compile(self, **options: Any) -> VisualizationPipeline:
+        """Compile UNet, VAE decoder and projector with `torch.compile` on their first use.
+
+        They are compiled in place: names of weights, saving and loading stay as they are. The first call, and the
+        first with another number of pictures, takes long.
+
+        Args:
+            **options: Of `torch.compile`, for example `mode="max-autotune"`.
+
+        Returns:
+            The pipeline itself.
+        """
+        for module in (self.projector, self.unet, self.vae.decoder):
+            module.compile(**options)
+        return self
 
     @torch.no_grad()
     def __call__(
         self,
-        visual_tokens: torch.Tensor,
+        visual_tokens: torch.Tensor | None = None,
         guidance_scale: float | Sequence[float] = 3.0,
         num_inference_steps: int = 20,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        images: Image.Image | Sequence[Image.Image] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Draw one picture per image of `visual_tokens`, all in one batch.
+        """Draw one picture per image of `visual_tokens` and guidance scale, all in one batch of the UNet.
 
         Args:
             visual_tokens: `[images, N, D]`, or `[N, D]` for one image.
@@ -84,31 +108,46 @@ class VisualizationPipeline(DiffusionPipeline):
             output_type: `pil`, `np` (`[images, height, width, 3]` in 0..1), `pt`
                 (`[images, 3, height, width]` in 0..1) or `latent`.
             return_dict: False returns the tuple `(images,)`.
+            images: Pictures to draw again, in place of `visual_tokens`: the pipeline's vision tower encodes their
+                central squares.
 
         Returns:
             `ImagePipelineOutput` whose `images` has one entry per image and guidance scale.
 
         Raises:
-            ValueError: If tokens do not fit the projector, or generators or latents do not fit the tokens.
+            ValueError: If tokens do not fit the projector, or generators or latents do not fit the tokens; if there
+                are both or neither of tokens and images, or images without a vision tower.
         """
-        if visual_tokens.dim() == 2:
-            visual_tokens = visual_tokens.unsqueeze(0)
-        condition = self._condition(visual_tokens)
-        latents = self._starting_latents(visual_tokens.shape[0], generator, latents)
-
         scales = [guidance_scale] if isinstance(guidance_scale, (int, float)) else list(guidance_scale)
         if not scales:
             raise ValueError("guidance_scale is an empty list; give one number or more.")
-        condition = condition.repeat_interleave(len(scales), dim=0)
-        latents = latents.repeat_interleave(len(scales), dim=0)
-        weights = latents.new_tensor(scales).repeat(visual_tokens.shape[0]).view(-1, 1, 1, 1)
-
-        latents = self._denoise(
-            latents, condition, weights, num_inference_steps, generator if len(scales) == 1 else None
-        )
-        images = self._decode(latents, output_type)
+        visual_tokens = self._visual_tokens(visual_tokens, images)
+        latents = self._starting_latents(visual_tokens.shape[0], generator, latents)
+        if len(scales) > 1 and isinstance(generator, list):
+            # A stochastic sampler gives all scales of an image the same noise.
+            generator = [each.clone_state() for each in generator for _ in scales]
+        batch = GuidedBatch(self._condition(visual_tokens), scales)
+        latents = self._denoise(batch, latents, num_inference_steps, generator)
+        drawn = self._decode(latents, output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
+
+    def _visual_tokens(
+        self, visual_tokens: torch.Tensor | None, images: Image.Image | Sequence[Image.Image] | None
+    ) -> torch.Tensor:
+        """`[images, N, D]`, given or encoded."""
+        if (visual_tokens is None) == (images is None):
+            raise ValueError("give either visual_tokens or images")
+        if visual_tokens is None:
+            if self.vision_tower is None:
+                raise ValueError(
+                    "this visualizer has no vision tower, so it cannot encode images: give visual_tokens, load it "
+                    "with vision_tower=…, or train it with --save_vision_tower True"
+                )
+            return self.vision_tower.encode_pictures(
+                [images] if isinstance(images, Image.Image) else list(images or ())
+            )
+        return visual_tokens.unsqueeze(0) if visual_tokens.dim() == 2 else visual_tokens
 
     def _condition(self, visual_tokens: torch.Tensor) -> torch.Tensor:
         """`[images, N, D]` to the padded condition `[images, >= 77, cross_attention_dim]`."""
@@ -137,33 +176,23 @@ class VisualizationPipeline(DiffusionPipeline):
 
     def _denoise(
         self,
+        batch: GuidedBatch,
         latents: torch.Tensor,
-        condition: torch.Tensor,
-        weights: torch.Tensor,
         num_inference_steps: int,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """Run the sampler from noise to clean latents; `weights` `[images, 1, 1, 1]` scale the guidance."""
+        """Run the sampler from noise `[images, …]` to clean latents `[images · scales, …]`."""
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
-        latents = latents * self.scheduler.init_noise_sigma
-        guided = bool((weights != 1).any())
-        if guided:
-            condition = torch.cat([torch.zeros_like(condition), condition])
+        latents = batch.start(latents * self.scheduler.init_noise_sigma)
         # Only stochastic samplers draw noise in a step.
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_options = {"generator": generator} if takes_generator else {}
 
         with self.progress_bar(total=num_inference_steps) as progress:
-            for timestep in self.scheduler.timesteps:
-                noisy = self.scheduler.scale_model_input(latents, timestep)
-                prediction = self.unet(
-                    torch.cat([noisy, noisy]) if guided else noisy,
-                    timestep,
-                    encoder_hidden_states=condition,
-                ).sample
-                if guided:
-                    without, with_condition = prediction.chunk(2)
-                    prediction = without + weights * (with_condition - without)
+            for index, timestep in enumerate(self.scheduler.timesteps):
+                noisy, condition = batch.inputs(self.scheduler.scale_model_input(latents, timestep), index == 0)
+                prediction = self.unet(noisy, timestep, encoder_hidden_states=condition).sample
+                prediction = batch.combine(prediction, index == 0)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
                 progress.update()
         return latents

@@ -1,0 +1,115 @@
+"""The vision tower with all that turns pictures into visual tokens, as one part of a diffusers pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from PIL import Image
+
+from metamorph.models.image_processing import to_rgb
+from metamorph.models.vision_tower import MetaMorphConfig, VisionTower
+from metamorph.visualization.data import PixelFormat, crop_square
+
+
+class VisualTokenEncoder(ModelMixin, ConfigMixin):
+    """Pictures to visual tokens `[images, N, D]`, with the crop, size and token options of the visualizer's training.
+
+    Args:
+        vision_config: Configuration of the tower, with its `model_type`.
+        mm_vision_select_layer: Hidden state of the tower that becomes visual tokens.
+        num_image_tokens: Visual tokens per picture, N.
+        image_token_reduction: How the tower's patches become N tokens.
+        normalize_vision: Whether every token is divided by its L2 norm.
+        apply_softmax: Whether every token then becomes a distribution over its features.
+        image_mean: Subtracted from each channel in 0..1.
+        image_std: Divides each channel afterwards.
+        resample: Pillow's number of the filter for resizing.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        vision_config: dict[str, Any],
+        mm_vision_select_layer: int = -1,
+        num_image_tokens: int = 64,
+        image_token_reduction: str = "interpolation",
+        normalize_vision: bool = True,
+        apply_softmax: bool = False,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        resample: int = Image.Resampling.BICUBIC.value,
+    ) -> None:
+        super().__init__()
+        config = MetaMorphConfig(
+            vision_config=dict(vision_config),
+            mm_vision_select_layer=mm_vision_select_layer,
+            num_image_tokens=num_image_tokens,
+            image_token_reduction=image_token_reduction,
+            normalize_vision=normalize_vision,
+            apply_softmax=apply_softmax,
+        )
+        self.tower = VisionTower(config)
+        self.num_features = config.vision_feature_size
+        self.pixel_format = PixelFormat(
+            size=config.vision_image_size,
+            mean=tuple(image_mean),
+            std=tuple(image_std),
+            resample=Image.Resampling(resample),
+        )
+
+    @classmethod
+    def from_tower(cls, tower: VisionTower, config: MetaMorphConfig, pixel_format: PixelFormat) -> VisualTokenEncoder:
+        """Around a tower that is loaded already.
+
+        Args:
+            tower: With its weights.
+            config: The configuration that it was built with.
+            pixel_format: What it takes; its size is that of `config`.
+        """
+        vision_config = config.vision_config.to_dict()
+        vision_config.pop("_name_or_path", None)  # a path of this machine
+        with torch.device("meta"):  # the weights of this one are not used
+            encoder = cls(
+                vision_config=vision_config,
+                mm_vision_select_layer=config.mm_vision_select_layer,
+                num_image_tokens=config.num_image_tokens,
+                image_token_reduction=config.image_token_reduction,
+                normalize_vision=config.normalize_vision,
+                apply_softmax=config.apply_softmax,
+                image_mean=pixel_format.mean,
+                image_std=pixel_format.std,
+                resample=pixel_format.resample.value,
+            )
+        encoder.tower = tower
+        return encoder.eval()
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`[images, 3, S, S]` as the tower wants them to visual tokens `[images, N, D]`."""
+        return self.tower(pixel_values)
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Sequence[Image.Image], batch_size: int = 64) -> torch.Tensor:
+        """Encode the central squares of pictures.
+
+        Args:
+            pictures: One or more, of any size and mode.
+            batch_size: Pictures encoded at once.
+
+        Returns:
+            `[pictures, N, D]` float32, on the device of the tower.
+
+        Raises:
+            ValueError: If there is no picture.
+        """
+        if not pictures:
+            raise ValueError("there are no pictures to encode; give at least one")
+        chunks = []
+        for start in range(0, len(pictures), batch_size):
+            squares = [crop_square(to_rgb(picture)) for picture in pictures[start : start + batch_size]]
+            pixels = torch.stack([self.pixel_format.pixels(square) for square in squares])
+            chunks.append(self(pixels.to(self.device)).float())
+        return torch.cat(chunks)

@@ -1,0 +1,71 @@
+"""Pictures in rows and columns, as one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+HEADER_HEIGHT = 22
+_MIN_LABEL_SIDE = 64
+"""Pixels of a column that has room for a label."""
+
+
+def picture_grid(
+    rows: Sequence[Sequence[Image.Image]], *, side: int, labels: Sequence[str] = (), gap: int = 0
+) -> Image.Image:
+    """Paste pictures into a grid.
+
+    Args:
+        rows: Pictures of each row, as many in each.
+        side: Width and height of a cell in pixels. Smaller pictures are enlarged without smoothing.
+        labels: One for each column, written above it; left out where columns are narrower than 64 pixels.
+        gap: White pixels between cells.
+
+    Raises:
+        ValueError: If there is no picture, or rows or labels are of another length than the first row.
+    """
+    if not rows or not rows[0]:
+        raise ValueError("a grid needs a row with a picture")
+    columns = len(rows[0])
+    if lengths := {len(row) for row in rows} - {columns}:
+        raise ValueError(f"rows of a grid have {columns} pictures, but one has {lengths.pop()}")
+    if labels and len(labels) != columns:
+        raise ValueError(f"{len(labels)} labels for {columns} columns")
+    top = HEADER_HEIGHT if labels and side >= _MIN_LABEL_SIDE else 0
+    step = side + gap
+    grid = Image.new("RGB", (columns * step - gap, top + len(rows) * step - gap), "white")
+    for number, row in enumerate(rows):
+        for column, picture in enumerate(row):
+            enlarge = picture.width < side
+            cell = picture.resize((side, side), Image.Resampling.NEAREST if enlarge else Image.Resampling.BICUBIC)
+            grid.paste(cell, (column * step, top + number * step))
+    if top:
+        pen, font = ImageDraw.Draw(grid), ImageFont.load_default(size=12)
+        for column, label in enumerate(labels):
+            pen.text((column * step + side / 2, top / 2), label, fill="black", font=font, anchor="mm")
+    return grid
+
+
+def reconstruction_grid(
+    originals: Sequence[Image.Image],
+    drawn: Sequence[Image.Image],
+    guidance_scales: Sequence[float],
+    *,
+    side: int,
+    gap: int = 0,
+) -> Image.Image:
+    """One row per picture: the original, then its drawing at each guidance scale.
+
+    Args:
+        originals: Square pictures.
+        drawn: As `VisualizationPipeline` returns them: picture 1 at each scale, picture 2 at each, …
+        guidance_scales: The scales.
+        side: Width and height of a cell in pixels.
+        gap: White pixels between cells.
+    """
+    count = len(guidance_scales)
+    rows = [[original, *drawn[row * count : (row + 1) * count]] for row, original in enumerate(originals)]
+    labels = ["original", *(f"scale {scale:g}" for scale in guidance_scales)]
+    return picture_grid(rows, side=side, labels=labels, gap=gap)

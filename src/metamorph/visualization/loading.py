@@ -1,0 +1,88 @@
+"""Opens a finished visualizer together with the vision tower whose tokens it draws."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+from metamorph.flags import names_flag
+from metamorph.visualization.arguments import VisualizerArguments
+from metamorph.visualization.encoder import VisualTokenEncoder
+from metamorph.visualization.export import ARGUMENTS_FILE
+from metamorph.visualization.parts import adopt_token_options, load_encoder
+from metamorph.visualization.pipeline import VisualizationPipeline
+
+
+_TOKEN_OPTIONS = (
+    "vision_tower",
+    "mm_vision_select_layer",
+    "num_tokens",
+    "image_token_reduction",
+    "normalize_vision",
+    "apply_softmax",
+)
+
+
+def load_visualizer(
+    folder: str | Path, vision_tower: str | None = None, num_tokens: int | None = None
+) -> VisualizationPipeline:
+    """Load a visualizer that can encode pictures.
+
+    Args:
+        folder: What `metamorph train-visualizer` has written, or a Hub id.
+        vision_tower: The tower, or the folder of a MetaMorph model. By default the one in the folder or, if there is
+            none, the one that the visualizer was trained with, as visualizer_arguments.json names it.
+        num_tokens: Visual tokens per picture; by default as in training. Of no effect with the tower of the folder or
+            of a MetaMorph model, which know their number.
+
+    Raises:
+        FileNotFoundError: If the folder or the tower cannot be loaded.
+        ValueError: If no tower is known, or it gives other tokens than the projector takes.
+    """
+    with names_flag("--visualizer", str(folder)):
+        pipeline = VisualizationPipeline.from_pretrained(folder)
+    if vision_tower is not None or pipeline.vision_tower is None:
+        pipeline.register_modules(vision_tower=_load_tower(folder, vision_tower, num_tokens))
+    _check_tokens(pipeline, folder)
+    return pipeline
+
+
+def trained_token_options(folder: str | Path) -> dict[str, str | int | bool]:
+    """Vision tower and token options that the visualizer in `folder` was trained with; empty if it does not say."""
+    file = Path(folder).expanduser() / ARGUMENTS_FILE
+    if not file.is_file():
+        return {}
+    values = json.loads(file.read_text(encoding="utf-8"))
+    known = {field.name for field in fields(VisualizerArguments)}
+    return {name: values[name] for name in _TOKEN_OPTIONS if name in known and name in values}
+
+
+def _load_tower(folder: str | Path, vision_tower: str | None, num_tokens: int | None) -> VisualTokenEncoder:
+    options = trained_token_options(folder)
+    given = {"vision_tower": vision_tower, "num_tokens": num_tokens}
+    options |= {name: value for name, value in given.items() if value is not None}
+    if "vision_tower" not in options:
+        raise ValueError(
+            f"--visualizer {folder} has neither a vision tower nor {ARGUMENTS_FILE}, which would name it: give "
+            "--vision_tower, the tower it was trained with or the folder of the MetaMorph model"
+        )
+    with names_flag("--vision_tower", str(options["vision_tower"])):
+        return load_encoder(adopt_token_options(VisualizerArguments(output_dir="", **options)))  # type: ignore[arg-type]
+
+
+def _check_tokens(pipeline: VisualizationPipeline, folder: str | Path) -> None:
+    """Compare sizes before anything is drawn."""
+    size = pipeline.vision_tower.num_features
+    projector = pipeline.projector.config
+    if size != projector.input_dim:
+        raise ValueError(
+            f"--vision_tower gives visual tokens of {size} features, but --visualizer {folder} was trained on "
+            f"{projector.input_dim}: give the tower it was trained with"
+        )
+    count = pipeline.vision_tower.config.num_image_tokens
+    if projector.num_positions and count != projector.num_positions:
+        raise ValueError(
+            f"--vision_tower gives {count} visual tokens per picture, but --visualizer {folder} was trained on "
+            f"{projector.num_positions}: set --num_tokens {projector.num_positions}"
+        )
