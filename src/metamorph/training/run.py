@@ -15,7 +15,7 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.models.packed_rows import check_keeps_samples_apart, uses_flash_attention
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.preemption import Preemption, clear_marker
-from metamorph.training.adapters import compute_dtype, store_frozen_matrices
+from metamorph.training.adapters import check_engine, compute_dtype, store_frozen_matrices
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.assemble import load_model, load_training_data, make_plan, open_features
 from metamorph.training.bad_records import StopOnBadRecords
@@ -104,6 +104,7 @@ def _train(
     open_visualizer: OpenVisualizer | None,
 ) -> TrainResult:
     # 1. Everything that can be checked without weights.
+    check_engine(model_args, training_args)
     checkpoint = find_checkpoint(
         training_args.output_dir, training_args.resume_from_checkpoint, model_args.stage, model_args.lora_enable
     )
@@ -169,7 +170,7 @@ def _train(
         trainer.create_model_card()
         trainer.save_model()  # with --push_to_hub also there, and with all of the above
     trainer.accelerator.wait_for_everyone()
-    trainer.release_encoder()
+    trainer.release_tower()
     if not trainer.is_sharded:
         merge_new_token_rows(model)
     logger.info(
