@@ -4,35 +4,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from metamorph.data.collation import PackedCollator, PaddedCollator
+from batch_parts import collate
+from metamorph.data.collation import PaddedCollator
 from metamorph.models.batch_indices import index_batch
-from model_parts import build_batch, build_tiny_model, image_ids
-
-
-def make_examples(config) -> list[dict]:
-    """A question about an image, an image to draw, and text."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(2, 3, 32, 32, generator=generator)
-    image = image_ids(config)
-    examples = []
-    for prompt, reply, drawn, images in (
-        ([1, *image, 5], [6, 7, 2], False, pixels[:1]),
-        ([1, 8, 9], [10, *image, 2], True, pixels[1:]),
-        ([1, 11], [12, 13, 14, 2], False, None),
-    ):
-        ids = torch.tensor(prompt + reply)
-        labels = torch.tensor([-100] * len(prompt) + reply).masked_fill(ids == config.image_token_id, -100)
-        mask = (ids == config.image_token_id) & drawn
-        example = {"input_ids": ids, "labels": labels, "visual_target_mask": mask}
-        examples.append(example | ({} if images is None else {"pixel_values": images}))
-    return examples
-
-
-def collate(config, packed: bool, image_token_id: int | None) -> dict:
-    examples = make_examples(config)
-    if packed:
-        return PackedCollator(0, image_token_id=image_token_id)([examples[:2], examples[2:]])
-    return PaddedCollator(0, image_token_id)(examples)
+from model_parts import build_batch, build_tiny_model
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -55,7 +30,10 @@ def test_batches_with_indices_give_the_same(packed):
 
 
 def test_r06_forward_and_backward_never_ask_the_device():
-    """Fake tensors have no values, as a GPU's have none yet: whatever needs one to go on raises."""
+    """Fake tensors have no values, as a GPU's have none yet: whatever needs one to go on raises.
+
+    Transformers' own look at positions or mask is not seen here: it is left out where tensors are fake.
+    """
     model = build_tiny_model().train()
     for packed in (False, True):
         for image_token_id, asks in ((model.config.image_token_id, False), (None, True)):
