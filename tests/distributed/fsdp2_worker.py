@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from training_parts import arguments
 
-from metamorph.training.engine import FrozenEncoder, configure_fsdp2, gather_weights
+from metamorph.training.engine import FrozenTower, configure_fsdp2, gather_weights
 
 
 def main(parts: Path, output_dir: Path, stage: int) -> None:
@@ -29,7 +29,7 @@ def main(parts: Path, output_dir: Path, stage: int) -> None:
     model = build(model_args)
     configure_fsdp2(args, model)
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
-    encoder = FrozenEncoder(model, dtype=torch.float32, device=torch.device("cpu"), outside=True, keep=is_main)
+    tower = FrozenTower(model, dtype=None, device=torch.device("cpu"), outside=True, keep=is_main)
     model = fsdp2_prepare_model(accelerator, model)
     seen = {
         "layers": all(isinstance(layer, FSDPModule) for layer in model.get_decoder().layers),
@@ -40,7 +40,7 @@ def main(parts: Path, output_dir: Path, stage: int) -> None:
     dist.all_reduce(losses)
     seen["losses"] = (losses / 2).tolist()
     dcp.save({"model": model.state_dict()}, checkpoint_id=output_dir / "checkpoint")
-    state = gather_weights(model, keep=is_main) | encoder.state_dict()
+    state = gather_weights(model, keep=is_main) | tower.state_dict()
     if is_main:
         save_file({name: weight.contiguous() for name, weight in state.items()}, output_dir / "whole.safetensors")
         (output_dir / "seen.json").write_text(json.dumps(seen))

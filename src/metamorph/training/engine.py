@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 GPU_SHARE = 0.7
 """Share of a GPU that weights, gradients and optimizer may take before `auto` shards them; the rest is for
 activations."""
-ENCODER = "model.vision_tower.encoder"
-"""Path of the vision encoder in a MetaMorph model."""
+TOWER = "model.vision_tower"
+"""Path of the vision tower in a MetaMorph model."""
 
 
 def prepare_engine(args: MetaMorphTrainingArguments, model: PreTrainedModel) -> str:
@@ -136,60 +136,59 @@ def whole_weights(args: MetaMorphTrainingArguments) -> Iterator[None]:
         set_hf_deepspeed_config(config)
 
 
-class FrozenEncoder:
-    """The frozen vision encoder of a model in training: whole on every process, in the precision of the computation.
+class FrozenTower:
+    """The frozen vision tower of a model in training: whole on every process, in the precision of the computation.
 
-    Where an engine shards or partitions the model, the encoder is taken out of the tree of modules, so that the engine
-    does not see it: it is reached as before, as `model.model.vision_tower.encoder`, but has no parameters to gather.
-    What is saved are the weights as they were loaded, not rounded to bfloat16.
+    Where an engine shards or partitions the model, the tower is taken out of the tree of modules, so that the engine
+    does not see it: it is reached as before, as `model.model.vision_tower`, but has no weights to gather. Nor has it
+    hooks: ZeRO-3 hangs when the order of calls changes on one process only, because its batch has no image. Of a tower
+    whose token reduction is trained, it is the encoder that is taken out. What is saved are the weights as they were
+    loaded, not rounded to bfloat16.
 
     Args:
         model: A MetaMorph model after `apply_stage`; changed in place.
-        dtype: Precision of the encoder.
+        dtype: Precision of the tower; None leaves it as it is.
         device: Where it computes.
         outside: Whether to take it out of the tree.
         keep: Whether this process needs the original weights, in main memory, because it saves.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, dtype: torch.dtype, device: torch.device, outside: bool, keep: bool
+        self, model: PreTrainedModel, *, dtype: torch.dtype | None, device: torch.device, outside: bool, keep: bool
     ) -> None:
         tower = model.model.vision_tower
         self._original: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
+        self._parent, self._name = model.model, "vision_tower"
+        if any(weight.requires_grad for weight in tower.parameters()):
+            self._parent, self._name = tower, "encoder"
+        self._path = TOWER if self._name == "vision_tower" else f"{TOWER}.encoder"
         if tower.is_trained:
             return
-        encoder = tower.encoder
-        rounded = any(weight.is_floating_point() and weight.dtype != dtype for weight in encoder.parameters())
+        frozen = getattr(self._parent, self._name)
+        rounded = any(weight.dtype != dtype for weight in frozen.parameters()) if dtype is not None else False
         if keep and rounded:
-            self._original = {
-                name: weight.detach().to("cpu", copy=True) for name, weight in encoder.state_dict().items()
-            }
-        encoder.to(device, dtype if rounded else None)
-        encoder.eval()
+            self._original = {name: weight.to("cpu", copy=True) for name, weight in frozen.state_dict().items()}
+        frozen.to(device, dtype if rounded else None)
+        frozen.eval()
         if outside:
-            self._weights = encoder.state_dict()
-            delattr(tower, "encoder")
-            object.__setattr__(tower, "encoder", encoder)  # an attribute like any other: not a submodule
+            self._weights = frozen.state_dict()
+            delattr(self._parent, self._name)
+            object.__setattr__(self._parent, self._name, frozen)  # an attribute like any other: not a submodule
 
-    def restore(self, model: PreTrainedModel) -> None:
-        """Put the encoder back into the tree, with its original weights where they were kept.
-
-        Args:
-            model: The model that was given first.
-        """
-        tower = model.model.vision_tower
-        encoder = tower.encoder
+    def restore(self) -> None:
+        """Put the tower back into the tree, with its original weights where they were kept."""
+        frozen = getattr(self._parent, self._name)
         if self._original:
-            encoder.to(next(iter(self._original.values())).dtype).load_state_dict(self._original)
-        if "encoder" in vars(tower):
-            object.__delattr__(tower, "encoder")
-            tower.encoder = encoder
+            frozen.to(next(iter(self._original.values())).dtype).load_state_dict(self._original)
+        if self._name in vars(self._parent):
+            object.__delattr__(self._parent, self._name)
+            setattr(self._parent, self._name, frozen)
         self._original, self._weights = {}, {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights of the encoder that replace, or are missing in, those of the model, by their names in the model."""
-        return {f"{ENCODER}.{name}": weight for name, weight in (self._original or self._weights).items()}
+        """Weights of the tower that replace, or are missing in, those of the model, by their names in the model."""
+        return {f"{self._path}.{name}": weight for name, weight in (self._original or self._weights).items()}
 
 
 def gather_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from metamorph.training.engine import FrozenEncoder, gather_weights
+from metamorph.training.engine import FrozenTower, gather_weights
 
 
 class ShardedTrainer(Trainer):
@@ -21,7 +21,7 @@ class ShardedTrainer(Trainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.plain_model = self.model  # FSDP2 and torch.compile may put others in its place
-        self.frozen_encoder: FrozenEncoder | None = None
+        self.frozen_tower: FrozenTower | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -31,16 +31,16 @@ class ShardedTrainer(Trainer):
         return isinstance(self.plain_model, FSDPModule)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
-        """Train, with the frozen encoder of the vision tower in its place.
+        """Train, with the frozen vision tower in its place.
 
         Args:
             resume_from_checkpoint: Folder of a checkpoint.
             **kwargs: As for `transformers.Trainer.train`.
         """
-        if self.frozen_encoder is None:
-            self.frozen_encoder = FrozenEncoder(
+        if self.frozen_tower is None:
+            self.frozen_tower = FrozenTower(
                 self.plain_model,
-                dtype=torch.bfloat16 if self.args.bf16 else self.plain_model.model.vision_tower.encoder.dtype,
+                dtype=torch.bfloat16 if self.args.bf16 else None,
                 device=self.args.device,
                 outside=self.is_fsdp_enabled or self.is_deepspeed_enabled,
                 keep=self.args.should_save,
@@ -51,7 +51,7 @@ class ShardedTrainer(Trainer):
         """The weights as one process would have them. Every process must call it; only those that save get them."""
         keep = self.args.should_save
         state = gather_weights(self.plain_model, keep=keep) if self.is_sharded else self.plain_model.state_dict()
-        return state if self.frozen_encoder is None else state | self.frozen_encoder.state_dict()
+        return state if self.frozen_tower is None else state | self.frozen_tower.state_dict()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what the stage trains as a plain folder. Every process must call it.
@@ -66,11 +66,11 @@ class ShardedTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def release_encoder(self) -> None:
+    def release_tower(self) -> None:
         """Make the vision tower of the trained model whole again, with the weights that it was loaded with.
 
         On processes that do not save they stay in the precision of the computation.
         """
-        if self.frozen_encoder is not None:
-            self.frozen_encoder.restore(self.plain_model)
-            self.frozen_encoder = None
+        if self.frozen_tower is not None:
+            self.frozen_tower.restore()
+            self.frozen_tower = None
