@@ -27,8 +27,11 @@ FLAGS: dict[str, Any] = {
     "save_strategy": "steps",
     "save_steps": 1,
     "save_total_limit": 1,
+    "learning_rate": "auto",
+    "base_learning_rate": 1e-2,
+    "base_batch_size": 4,
 }
-"""Steps of 4 samples: the first epoch ends after step 3."""
+"""Steps of 4 samples: the first epoch ends after step 3. Other steps have another learning rate."""
 PACKED: dict[str, Any] = {"packing": True, "model_max_length": 128}
 
 

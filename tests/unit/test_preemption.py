@@ -19,6 +19,7 @@ from metamorph.preemption import (
     clear_marker,
     write_marker,
 )
+from metamorph.training.arguments import MetaMorphTrainingArguments
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -74,3 +75,8 @@ def test_r28_uncaught_it_ends_the_process_with_its_status() -> None:
     assert done.returncode == PREEMPTED == 75
     assert done.stderr == ""
     assert not isinstance(Preempted(3), Exception)  # `except Exception` does not swallow it
+
+
+def test_savers_of_transformers_that_do_not_agree_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--enable_jit_checkpoint True lets every process decide"):
+        MetaMorphTrainingArguments(output_dir=str(tmp_path), enable_jit_checkpoint=True)

@@ -192,6 +192,11 @@ class MetaMorphTrainingArguments(TrainingArguments):
         check_grouping(self.packing, self.train_sampling_strategy == "group_by_length")
         if self.per_device_train_batch_size < 1:
             raise ValueError(f"--per_device_train_batch_size {self.per_device_train_batch_size} must be at least 1")
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "--enable_jit_checkpoint True lets every process decide by itself when to save; here all of them save "
+                "behind the same step at SIGTERM or SIGUSR1, without a flag: drop it"
+            )
         if self.dataloader_drop_last:
             raise ValueError(
                 "--dataloader_drop_last True cannot be had: every sample is trained on exactly once in each epoch, and "

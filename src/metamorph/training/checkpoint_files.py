@@ -148,7 +148,8 @@ def delete_old(output_dir: str | os.PathLike[str], keep: int | None, protected: 
     if not keep:
         return
     complete = [path for path in checkpoints(output_dir) if read_manifest(path) is not None]
-    spared = complete[-1:] + [path for path in complete[:-1] if protected and path.samefile(protected)]
+    best = None if protected is None else Path(protected).resolve()
+    spared = complete[-1:] + [path for path in complete[:-1] if path.resolve() == best]
     others = [path for path in complete if path not in spared]
     for path in others[: max(len(complete) - max(keep, len(spared)), 0)]:
         (path / MANIFEST_FILE).unlink()  # first: what is half deleted counts as incomplete

@@ -105,15 +105,17 @@ class CheckpointingTrainer(ShardedTrainer):
         return epoch, steps * self.args.gradient_accumulation_steps
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        new_rates = list(getattr(self.lr_scheduler, "base_lrs", []))
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.resume_point is None or not self.resume_point.counts_anew:
             return
         if not isinstance(self.lr_scheduler, LambdaLR):
             logger.warning("%s keeps its own count of steps", type(self.lr_scheduler).__name__)
         else:
-            state = {**self.lr_scheduler.state_dict(), "last_epoch": self.resume_point.step - 1}
-            self.lr_scheduler.load_state_dict(state)
-            self.lr_scheduler.step()  # sets the rates, too
+            # With --learning_rate auto, steps of another size have another peak rate, too.
+            state = {"base_lrs": new_rates, "last_epoch": self.resume_point.step - 1}
+            self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **state})
+            self.lr_scheduler.step()  # sets the rates of this step
 
     @cached_property
     def _data_description(self) -> dict[str, Any]:
@@ -167,6 +169,13 @@ class CheckpointingTrainer(ShardedTrainer):
         if self.state.best_model_checkpoint == str(partial):
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(partial / TRAINER_STATE_FILE))
+
+    def _load_best_model(self) -> None:
+        """Trainer knows whole models and PEFT's adapters only: no connectors, and nothing beside an adapter."""
+        if self.is_sharded:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Trainer pushes in the middle of saving: not before the checkpoint is in its place."""
