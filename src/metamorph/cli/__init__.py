@@ -26,6 +26,7 @@ COMMANDS = {
     "train": Command("metamorph.cli.train", "train the connector (stage 1) or the whole model (stage 2)"),
     "train-visualizer": Command("metamorph.cli.train_visualizer", "train the diffusion decoder of visual tokens"),
     "generate": Command("metamorph.cli.generate", "answer a prompt with text and pictures"),
+    "visualize": Command("metamorph.cli.visualize", "draw pictures again from their own visual tokens"),
     "data": Command("metamorph.cli.data", "check training data before it is trained on, show it, cache its features"),
     "evaluate": Command("metamorph.cli.evaluate", "how good a finished model is, with pictures"),
     "study": Command("metamorph.cli.study", "experiments on the miniature world, with error bars"),

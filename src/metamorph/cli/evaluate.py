@@ -1,10 +1,10 @@
-"""`metamorph evaluate world | loss`: how good a finished model is, with pictures, or by its losses on some data."""
+"""`metamorph evaluate world | loss | visualizer`: how good a finished model, or a visualizer alone, is."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from metamorph.cli import evaluate_loss
+from metamorph.cli import evaluate_loss, evaluate_visualizer
 from metamorph.flags import check_model_reference
 
 
@@ -22,6 +22,9 @@ def build_parser() -> argparse.ArgumentParser:
     world.add_argument("--output-dir", type=Path, default=Path("evaluation"), help="gets metrics.json and grids")
     world.add_argument("--seed", type=int, help="of scenes, words and noise (default: the one of mini's card)")
     evaluate_loss.add_flags(kinds.add_parser("loss", help="text and visual loss on data, for each source"))
+    evaluate_visualizer.add_flags(
+        kinds.add_parser("visualizer", help="pictures drawn again from their own visual tokens, compared with them")
+    )
     parser.epilog = "\n".join(kind.format_usage() for kind in kinds.choices.values())
     return parser
 
@@ -35,6 +38,9 @@ def main(argv: Sequence[str]) -> None:
     flags = build_parser().parse_args(argv)
     if flags.kind == "loss":
         evaluate_loss.run(flags)
+        return
+    if flags.kind == "visualizer":
+        evaluate_visualizer.run(flags)
         return
     from metamorph.quickstart.assets import AssetError, shipped_folder
     from metamorph.quickstart.options import require_extras

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metamorph.visualization.arguments import VisualizerArguments
+    from metamorph.visualization.encoder import VisualTokenEncoder
+    from metamorph.visualization.loading import load_visualizer
     from metamorph.visualization.pipeline import VisualizationPipeline
     from metamorph.visualization.projector import VisualizationProjector, pad_condition
     from metamorph.visualization.train import VisualizerResult, train_visualizer
@@ -20,15 +22,19 @@ _HOMES = {
     "VisualizationProjector": "projector",
     "VisualizerArguments": "arguments",
     "VisualizerResult": "train",
+    "VisualTokenEncoder": "encoder",
+    "load_visualizer": "loading",
     "pad_condition": "projector",
     "train_visualizer": "train",
 }
 
 __all__ = [
+    "VisualTokenEncoder",
     "VisualizationPipeline",
     "VisualizationProjector",
     "VisualizerArguments",
     "VisualizerResult",
+    "load_visualizer",
     "pad_condition",
     "train_visualizer",
 ]

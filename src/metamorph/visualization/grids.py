@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 HEADER_HEIGHT = 22
+_GAP_COLOUR = (208, 215, 222)
 _MIN_LABEL_SIDE = 64
 """Pixels of a column that has room for a label."""
 
@@ -21,7 +22,7 @@ def picture_grid(
         rows: Pictures of each row, as many in each.
         side: Width and height of a cell in pixels. Smaller pictures are enlarged without smoothing.
         labels: One for each column, written above it; left out where columns are narrower than 64 pixels.
-        gap: White pixels between cells.
+        gap: Grey pixels between cells.
 
     Raises:
         ValueError: If there is no picture, or rows or labels are of another length than the first row.
@@ -35,7 +36,8 @@ def picture_grid(
         raise ValueError(f"{len(labels)} labels for {columns} columns")
     top = HEADER_HEIGHT if labels and side >= _MIN_LABEL_SIDE else 0
     step = side + gap
-    grid = Image.new("RGB", (columns * step - gap, top + len(rows) * step - gap), "white")
+    grid = Image.new("RGB", (columns * step - gap, top + len(rows) * step - gap), _GAP_COLOUR)
+    grid.paste("white", (0, 0, grid.width, top))
     for number, row in enumerate(rows):
         for column, picture in enumerate(row):
             enlarge = picture.width < side
@@ -63,7 +65,7 @@ def reconstruction_grid(
         drawn: As `VisualizationPipeline` returns them: picture 1 at each scale, picture 2 at each, …
         guidance_scales: The scales.
         side: Width and height of a cell in pixels.
-        gap: White pixels between cells.
+        gap: Grey pixels between cells.
     """
     count = len(guidance_scales)
     rows = [[original, *drawn[row * count : (row + 1) * count]] for row, original in enumerate(originals)]

@@ -6,6 +6,8 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 from metamorph.flags import names_flag
 from metamorph.visualization.arguments import VisualizerArguments
 from metamorph.visualization.encoder import VisualTokenEncoder
@@ -25,7 +27,10 @@ _TOKEN_OPTIONS = (
 
 
 def load_visualizer(
-    folder: str | Path, vision_tower: str | None = None, num_tokens: int | None = None
+    folder: str | Path,
+    vision_tower: str | None = None,
+    num_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> VisualizationPipeline:
     """Load a visualizer that can encode pictures.
 
@@ -35,15 +40,20 @@ def load_visualizer(
             none, the one that the visualizer was trained with, as visualizer_arguments.json names it.
         num_tokens: Visual tokens per picture; by default as in training. Of no effect with the tower of the folder or
             of a MetaMorph model, which know their number.
+        dtype: Of all weights.
 
     Raises:
         FileNotFoundError: If the folder or the tower cannot be loaded.
         ValueError: If no tower is known, or it gives other tokens than the projector takes.
     """
+    # float32 is what diffusers loads anyway, without its warning that the option has a new name.
+    precision = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     with names_flag("--visualizer", str(folder)):
-        pipeline = VisualizationPipeline.from_pretrained(folder)
+        pipeline = VisualizationPipeline.from_pretrained(folder, **precision)
     if vision_tower is not None or pipeline.vision_tower is None:
-        pipeline.register_modules(vision_tower=_load_tower(folder, vision_tower, num_tokens))
+        encoder = _load_tower(folder, vision_tower, num_tokens)
+        encoder.tower.to(dtype)
+        pipeline.register_modules(vision_tower=encoder)
     _check_tokens(pipeline, folder)
     return pipeline
 

@@ -144,9 +144,8 @@ class VisualizationPipeline(DiffusionPipeline):
                     "this visualizer has no vision tower, so it cannot encode images: give visual_tokens, load it "
                     "with vision_tower=…, or train it with --save_vision_tower True"
                 )
-            return self.vision_tower.encode_pictures(
-                [images] if isinstance(images, Image.Image) else list(images or ())
-            )
+            pictures = [images] if isinstance(images, Image.Image) else images
+            return self.vision_tower.encode_pictures(pictures)
         return visual_tokens.unsqueeze(0) if visual_tokens.dim() == 2 else visual_tokens
 
     def _condition(self, visual_tokens: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,184 @@
+"""`metamorph evaluate visualizer --visualizer DIR --images DIR`: how good a visualizer is alone."""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metamorph.cli.visualize import add_drawing_flags, check_drawing_flags, drawing_device, open_pipeline
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from metamorph.evaluation.visualizer import Reconstructions
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Define the flags.
+
+    Args:
+        parser: Of the command.
+    """
+    add_drawing_flags(parser)
+    parser.add_argument("--images", type=Path, required=True, help="folder of pictures, searched with its subfolders")
+    parser.add_argument(
+        "--max_images",
+        "--max-images",
+        type=int,
+        default=1000,
+        help="pictures to use, evenly spaced in the order of names; 0: all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch_size", "--batch-size", type=int, default=16, help="pictures drawn at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--lpips_weights", "--lpips-weights", help="TorchScript file of LPIPS's VGG16; without it no LPIPS"
+    )
+    parser.add_argument(
+        "--inception_weights", "--inception-weights", help="TorchScript file of FID's network; without it no FID"
+    )
+    parser.add_argument(
+        "--output_dir",
+        "--output-dir",
+        type=Path,
+        default=Path("evaluation"),
+        help="gets visualizer.json and visualizer.png (default: %(default)s)",
+    )
+    parser.add_argument("--grid_rows", "--grid-rows", type=int, default=8, help="pictures shown (default: %(default)s)")
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Measure, print a table and write JSON and a grid.
+
+    Args:
+        flags: The command line.
+
+    Raises:
+        FileNotFoundError: If visualizer, tower or pictures do not exist.
+        ValueError: For a value that is not allowed, or a file that is no picture.
+    """
+    check_drawing_flags(flags)
+    for name, least in (("batch_size", 1), ("max_images", 0), ("grid_rows", 1)):
+        if getattr(flags, name) < least:
+            raise ValueError(f"--{name} {getattr(flags, name)} must be at least {least}")
+    files = list_pictures(flags.images, flags.max_images)
+    from tqdm.auto import tqdm
+
+    from metamorph.evaluation.perceptual import PictureFeatures
+    from metamorph.evaluation.visualizer import ReconstructionSettings, evaluate_visualizer
+
+    device = drawing_device(flags)
+    lpips = PictureFeatures.lpips(flags.lpips_weights, device) if flags.lpips_weights else None
+    inception = PictureFeatures.inception(flags.inception_weights, device) if flags.inception_weights else None
+    pipeline = open_pipeline(flags)
+    settings = ReconstructionSettings(
+        tuple(flags.guidance_scale), flags.steps, flags.seed, flags.batch_size, flags.grid_rows
+    )
+    with tqdm(total=len(files), desc="drawing", unit="picture", disable=None) as progress:
+        found = evaluate_visualizer(
+            pipeline,
+            PictureFiles(files),
+            settings,
+            lpips=lpips,
+            inception=inception,
+            on_progress=progress.update,
+        )
+    write_results(flags, files, found)
+
+
+class PictureFiles(Sequence["Image.Image"]):
+    """Pictures that are read when they are asked for.
+
+    Args:
+        files: One per picture.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> "Image.Image":  # type: ignore[override]
+        from metamorph.data.media import MediaError, load_image
+
+        try:
+            return load_image(self.files[index])
+        except MediaError as error:
+            raise ValueError(f"--images: {error}; remove or replace it") from error
+
+
+def list_pictures(folder: Path, most: int) -> list[Path]:
+    """The pictures of a folder and its subfolders, evenly spaced if there are more than `most` (0: all).
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it holds no picture.
+    """
+    from metamorph.visualization.data import IMAGE_SUFFIXES, is_image_name
+
+    if not folder.expanduser().is_dir():
+        raise FileNotFoundError(f"--images {folder} is not a folder")
+    files = sorted(path for path in folder.expanduser().rglob("*") if is_image_name(path.name) and path.is_file())
+    if not files:
+        raise ValueError(f"--images {folder} holds no picture ending in {', '.join(IMAGE_SUFFIXES)}")
+    if most and len(files) > most:
+        files = [files[index * len(files) // most] for index in range(most)]
+    return files
+
+
+def write_results(flags: argparse.Namespace, files: Sequence[Path], found: "Reconstructions") -> None:
+    """Print the table, and write `visualizer.json` and `visualizer.png`.
+
+    Args:
+        flags: The command line.
+        files: The pictures.
+        found: What was measured.
+    """
+    from metamorph.evaluation.perceptual import FID_PICTURES, NOT_MEASURED
+
+    scales = [score.to_dict() for score in found.scales]
+    notes = {name: f"not measured: {reason}" for name, reason in NOT_MEASURED.items() if name not in scales[0]}
+    if "fid" in scales[0] and len(files) < FID_PICTURES:
+        notes["fid"] = f"of {len(files)} pictures: FID of fewer than {FID_PICTURES} is much too large"
+    per_picture = [
+        {
+            "file": str(file.relative_to(flags.images.expanduser())),
+            "cosine": {f"{score.guidance_scale:g}": round(score.cosine[index], 5) for score in found.scales},
+            "is_nearest": {f"{score.guidance_scale:g}": score.is_nearest[index] for score in found.scales},
+        }
+        for index, file in enumerate(files)
+    ]
+    report: dict[str, Any] = {
+        "visualizer": str(flags.visualizer),
+        "vision_tower": flags.vision_tower,
+        "images": str(flags.images),
+        "steps": flags.steps,
+        "seed": flags.seed,
+        "scales": scales,
+        "notes": notes,
+        "per_picture": per_picture,
+    }
+    flags.output_dir.mkdir(parents=True, exist_ok=True)
+    (flags.output_dir / "visualizer.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    found.grid().save(flags.output_dir / "visualizer.png")
+    for line in table(scales):
+        print(line)
+    for name, note in notes.items():
+        print(f"{name}: {note}")
+    print(f"visualizer.json and visualizer.png: {flags.output_dir.resolve()}")
+
+
+def table(scales: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Lines of text, one for each scale, with the columns that were measured."""
+    names = [name for name in ("cosine", "cosine_to_others", "lpips", "retrieval_at_1", "fid") if name in scales[0]]
+    yield f"{'scale':>8}" + "".join(f"{name.replace('_', ' '):>20}" for name in names)
+    for scores in scales:
+        cells = []
+        for name in names:
+            value = scores[name]
+            is_spread = isinstance(value, dict)
+            cells.append(f"{value['mean']:.4f} ± {value['std']:.4f}" if is_spread else f"{value:.4f}")
+        yield f"{scores['guidance_scale']:>8g}" + "".join(f"{cell:>20}" for cell in cells)

@@ -1,0 +1,104 @@
+"""LPIPS and FID, for those who have the weights of their networks.
+
+Neither network ships with a library that MetaMorph needs, and nothing is downloaded. Both are published as TorchScript
+files, among others with NVIDIA's StyleGAN3 metrics (`vgg16.pt`, `inception-2015-12-05.pt`), and such a file is what the
+flags take. A TorchScript file is a program: use one from a source that you trust.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+NOT_MEASURED = {
+    "lpips": "needs --lpips_weights, a TorchScript file of LPIPS's VGG16 (vgg16.pt of StyleGAN3's metrics)",
+    "fid": "needs --inception_weights, a TorchScript file of FID's network (inception-2015-12-05.pt of StyleGAN3's "
+    "metrics)",
+}
+"""Metric → why it was not measured."""
+FID_PICTURES = 2048
+"""With fewer pictures than features the covariance is singular, and FID much too large."""
+
+
+class PictureFeatures:
+    """A TorchScript network from pictures to features.
+
+    Args:
+        file: The file.
+        flag: Flag that errors name.
+        device: Where to compute.
+        options: Keyword arguments of its forward.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no TorchScript file.
+    """
+
+    def __init__(self, file: str | Path, flag: str, device: torch.device | str = "cpu", **options: Any) -> None:
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"{flag} {file} does not exist; give a TorchScript file")
+        try:
+            self._network = torch.jit.load(str(path), map_location=device).eval()
+        except RuntimeError as error:
+            raise ValueError(f"{flag} {file} is not a TorchScript file: {str(error).splitlines()[0]}") from error
+        self._device, self._options = device, options
+
+    @classmethod
+    def lpips(cls, file: str | Path, device: torch.device | str = "cpu") -> PictureFeatures:
+        """The network whose squared distances are LPIPS."""
+        return cls(file, "--lpips_weights", device, resize_images=False, return_lpips=True)
+
+    @classmethod
+    def inception(cls, file: str | Path, device: torch.device | str = "cpu") -> PictureFeatures:
+        """The network of FID."""
+        return cls(file, "--inception_weights", device, return_features=True)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 `[pictures, 3, height, width]` to float64 `[pictures, features]` on the CPU."""
+        return self._network(pixels.to(self._device), **self._options).flatten(1).double().cpu()
+
+
+def lpips_distances(network: PictureFeatures, first: Tensor, second: Tensor) -> list[float]:
+    """LPIPS between pictures of two batches, uint8 `[pictures, 3, height, width]`."""
+    return (network(first) - network(second)).square().sum(dim=1).tolist()
+
+
+class FeatureStatistics:
+    """Mean and covariance of features that come in batches, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: Tensor | float = 0.0
+        self._products: Tensor | float = 0.0
+
+    def add(self, features: Tensor) -> None:
+        """Take `[pictures, features]` in."""
+        self.count += len(features)
+        self._sum = self._sum + features.sum(dim=0)
+        self._products = self._products + features.T @ features
+
+    @property
+    def mean(self) -> Tensor:
+        """`[features]`"""
+        return torch.as_tensor(self._sum) / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """`[features, features]`, of the sample (divided by the count less 1)."""
+        products = torch.as_tensor(self._products) - self.count * torch.outer(self.mean, self.mean)
+        return products / max(self.count - 1, 1)
+
+
+def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
+    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) between two normal distributions (Heusel et al., 2017)."""
+    mean = (first.mean - second.mean).square().sum()
+    one, two = first.covariance, second.covariance
+    # Σ₁ Σ₂ has the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which are not negative; what rounding makes of 0 is cut off.
+    roots = torch.linalg.eigvals(one @ two).real.clamp(min=0).sqrt().sum()
+    return (mean + one.trace() + two.trace() - 2 * roots).item()
