@@ -250,6 +250,7 @@ class SampleWriter(TrainerCallback):
             return
         with self.trainer.monitor.pause():
             self.sample(state.global_step, Path(args.output_dir) / "samples" / f"step-{state.global_step}")
+            self.trainer.accelerator.wait_for_everyone()  # within the pause: else the others' waiting counts as training
 
     def sample(self, step: int, folder: Path) -> None:
         """Answer, write and report.
