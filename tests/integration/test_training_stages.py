@@ -158,17 +158,6 @@ def test_r33_tuned_tower_survives_reload(parts: Path, stage_2: TrainResult, tmp_
         assert torch.equal(encoder_weights(reloaded)[name], weight), name
 
 
-def test_ddp_expects_the_token_mixer_of_a_finished_model_to_be_unused(parts: Path, tmp_path: Path) -> None:
-    model_args, *_ = arguments(parts, tmp_path, stage=2, from_scratch_connector=True, image_token_reduction="mlpmixer")
-    plan = make_plan(model_args)
-    load_model(model_args, plan).save_pretrained(tmp_path / "model")
-    plan.processor.save_pretrained(tmp_path / "model")
-    flags = {"from_scratch_connector": True, "max_steps": 1}
-    _, data_args, training_args = arguments(parts, tmp_path / "out", stage=2, **flags)
-    run_training(ModelArguments(str(tmp_path / "model")), data_args, training_args)
-    assert training_args.ddp_find_unused_parameters is True
-
-
 def test_frozen_backbone_and_connector_stay_bit_identical(parts: Path, stage_1: TrainResult, tmp_path: Path) -> None:
     flags = {"pretrain_mm_mlp_adapter": stage_1.output_dir, "freeze_backbone": True, "freeze_mm_mlp_adapter": True}
     result = run_training(*arguments(parts, tmp_path, stage=2, max_steps=2, warmup_ratio=0, **flags))

@@ -90,6 +90,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             raise ValueError("give pixel_values or visual_tokens, not both: they are two forms of the same images")
         if pixel_values is not None and pixel_values.shape[0]:
             visual_tokens = self.vision_tower(pixel_values)
+        elif visual_tokens is None and input_ids is not None and self._tower_takes_part():
+            visual_tokens = self._see_nothing(input_ids.device)
         if input_ids is not None:
             inputs_embeds = self.embed(input_ids, visual_tokens, generated_visual_tokens, image_positions)
         elif visual_tokens is not None:
@@ -147,19 +149,31 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         if image_positions is None:
             image_positions = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(-1)
         if visual_tokens is None:
-            visual_tokens = self._no_images(embeds)
+            # An empty batch of images still passes the connector: its parameters stay in the graph (gradient 0), so
+            # that data-parallel ranks without images take part in every collective operation.
+            visual_tokens = embeds.new_zeros(0, self.config.num_image_tokens, self.config.vision_feature_size)
         return self._place(embeds, image_positions, visual_tokens)
 
-    def _no_images(self, embeds: Tensor) -> Tensor:
-        """[0, N, D] an empty batch of images, so that every trained weight is in the graph, with gradient 0.
+    def _tower_takes_part(self) -> bool:
+        """Whether the tower is called even if there are no images, because all data-parallel ranks must do the same.
 
-        Data-parallel ranks without images so take part in every collective operation. The empty batch passes the
-        connector; a tower or reduction that is trained sees one grey picture, of which nothing is used.
+        So it is while a weight of it or of the reduction is trained; and also in evaluation, if its weights are divided
+        among ranks (FSDP2, ZeRO-3), each of which must help to gather them.
+        """
+        learns = self.training and torch.is_grad_enabled()
+        return any(
+            (learns and weight.requires_grad) or hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
+            for weight in self.vision_tower.parameters()
+        )
+
+    def _see_nothing(self, device: torch.device) -> Tensor:
+        """[0, N, D] what is left of one grey picture of which nothing is used, so that its gradients are 0.
+
+        It is encoded where images would be, before the embeddings: ZeRO-3 hangs when ranks call modules in different
+        orders.
         """
         tower = self.vision_tower
-        if self.training and torch.is_grad_enabled() and any(weight.requires_grad for weight in tower.parameters()):
-            return tower(embeds.new_zeros(1, 3, tower.image_size, tower.image_size))[:0]
-        return embeds.new_zeros(0, self.config.num_image_tokens, self.config.vision_feature_size)
+        return tower(torch.zeros(1, 3, tower.image_size, tower.image_size, device=device))[:0]
 
     def _place(self, embeds: Tensor, positions: Tensor, visual_tokens: Tensor) -> Tensor:
         wanted = visual_tokens.shape[0] * visual_tokens.shape[1]
