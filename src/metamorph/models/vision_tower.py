@@ -149,7 +149,9 @@ class VisionTower(nn.Module):
                 f"pixel_values are {height}x{width}, but the vision tower expects {self.image_size}x{self.image_size}; "
                 "prepare images with this model's own processor"
             )
-        if torch.is_grad_enabled() and self.is_trained:
+        if (
+            self.is_trained
+        ):  # in evaluation, too: weights that ZeRO-3 gathers in inference mode cannot be trained after it
             patches = self._encode(pixel_values)
         else:
             with torch.inference_mode():

@@ -194,14 +194,6 @@ class MetaMorphTrainer(CheckpointingTrainer):
         """
         return 0
 
-    def _load_best_model(self) -> None:
-        """Trainer would look for the weights of a whole model only: a checkpoint of stage 1 or of adapters has none."""
-        if self.is_sharded:
-            super()._load_best_model()
-        elif self.state.best_model_checkpoint is not None:
-            logger.info("the best model is %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As Trainer does, with counters up to date and the clock of the speed stopped: no hook comes before it."""
         self.monitor.settle(self.state)
