@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 
 from metamorph.visualization.pipeline import VisualizationPipeline, from_unet_latents, to_unet_latents
 from metamorph.visualization.projector import PROJECTOR_MODES, VisualizationProjector
-from visualization_parts import CROSS_ATTENTION_DIM, RESOLUTION, tiny_scheduler, tiny_unet, tiny_vae
+from visualization_parts import CROSS_ATTENTION_DIM, RESOLUTION, random_images, tiny_scheduler, tiny_unet, tiny_vae
 
 
 STEPS = 3
@@ -69,6 +73,49 @@ def test_several_guidance_scales_equal_one_by_one(pipeline, tokens):
         torch.testing.assert_close(together[position::2], alone, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("scales", [[3.0, 1.0, 0.5], [1.0, 1.0], [4.0, 2.0]])
+def test_scales_with_and_without_guidance_equal_one_by_one(pipeline, tokens, scales):
+    together = draw(pipeline, tokens, guidance_scale=scales, generator=seeded(5, 6, 7))
+    for position, scale in enumerate(scales):
+        alone = draw(pipeline, tokens, guidance_scale=scale, generator=seeded(5, 6, 7))
+        torch.testing.assert_close(together[position :: len(scales)], alone, rtol=0, atol=1e-4)
+
+
+def test_unconditional_predictions_are_shared_where_possible(pipeline, tokens):
+    """Two rows per image in the first step, where all scales are one; then none for the scale that needs none."""
+    sizes = []
+
+    def count(module, args, options):
+        sizes.append(args[0].shape[0])
+
+    hook = pipeline.unet.register_forward_pre_hook(count, with_kwargs=True)
+    for scale in (1.0, 2.0, [1.0, 2.0, 3.0]):
+        draw(pipeline, tokens, guidance_scale=scale, generator=seeded(5, 6, 7))
+    hook.remove()
+    assert sizes == [3] * STEPS + [6] * STEPS + [6] + [15] * (STEPS - 1)
+
+
+def test_stochastic_sampler_gives_all_scales_the_same_noise(tokens):
+    pipeline = build_pipeline()
+    pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
+    together = draw(pipeline, tokens, guidance_scale=[1.0, 4.0], generator=seeded(5, 6, 7))
+    for position, scale in enumerate((1.0, 4.0)):
+        alone = draw(pipeline, tokens, guidance_scale=scale, generator=seeded(5, 6, 7))
+        torch.testing.assert_close(together[position::2], alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_in_place_draws_and_saves_the_same(pipeline, tokens, tmp_path):
+    compiled = build_pipeline().compile(backend="eager")  # the tracing is real, the C++ compiler is left out
+    expected = draw(pipeline, tokens, generator=seeded(1, 2, 3))
+    torch.testing.assert_close(draw(compiled, tokens, generator=seeded(1, 2, 3)), expected, rtol=0, atol=1e-4)
+    assert compiled.unet.state_dict().keys() == pipeline.unet.state_dict().keys()
+    compiled.save_pretrained(tmp_path)
+    loaded = VisualizationPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded, tokens, generator=seeded(1, 2, 3)), expected)
+
+
 def test_guidance_leads_away_from_the_zero_condition(pipeline, tokens):
     """With an all-zero condition both branches agree, whatever the scale."""
     blank = build_pipeline()
@@ -92,11 +139,27 @@ def test_saved_folder_draws_the_same_picture(mode, tokens, tmp_path):
     assert torch.equal(before, draw(loaded, tokens, generator=seeded(1, 2, 3)))
 
 
-@pytest.mark.parametrize(("mode", "images_tokens", "expected"), [("mlp", 64, 77), ("mlp", 256, 256), ("xattn", 64, 77)])
-def test_r45_condition_that_the_unet_sees(mode, images_tokens, expected):
-    pipeline = build_pipeline(mode)
-    condition = pipeline._condition(torch.randn(1, images_tokens, 12))
-    assert condition.shape == (1, expected, CROSS_ATTENTION_DIM)
+@pytest.mark.parametrize("count", [64, 77, 256])
+@pytest.mark.parametrize("mode", PROJECTOR_MODES)
+def test_r45_condition_that_the_unet_sees(mode, count):
+    """Padded with zeros to 77 and never beyond, whether the tokens are the pictures' own (mlp) or learned queries."""
+    pipeline = build_pipeline(mode, num_tokens=count)
+    condition = pipeline._condition(torch.randn(1, count if mode == "mlp" else 9, 12))
+    assert condition.shape == (1, max(count, 77), CROSS_ATTENTION_DIM)
+    assert condition[:, :count].any(dim=-1).all()
+    assert not condition[:, count:].any()
+
+
+def test_folder_of_a_release_without_vision_towers_loads(tokens, tmp_path):
+    build_pipeline().save_pretrained(tmp_path)
+    file = Path(tmp_path / "model_index.json")
+    index = json.loads(file.read_text())
+    assert index.pop("vision_tower") == [None, None]
+    file.write_text(json.dumps(index))
+    loaded = VisualizationPipeline.from_pretrained(tmp_path)
+    assert loaded.vision_tower is None
+    with pytest.raises(ValueError, match="--save_vision_tower"):
+        loaded(images=random_images(1))
 
 
 def test_pictures_are_pil_by_default(pipeline, tokens):
@@ -133,3 +196,7 @@ def test_misfits_are_refused(pipeline, tokens):
         draw(pipeline, torch.randn(1, 9, 13))
     with pytest.raises(ValueError, match="empty list"):
         draw(pipeline, tokens, guidance_scale=[])
+    with pytest.raises(ValueError, match="either visual_tokens or images"):
+        pipeline()
+    with pytest.raises(ValueError, match="either visual_tokens or images"):
+        pipeline(tokens, images=random_images(1))

@@ -100,7 +100,7 @@ def evaluate_visualizer(
     *,
     lpips: PictureFeatures | None = None,
     inception: PictureFeatures | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> Reconstructions:
     """Encode, draw, encode again and compare.
 
@@ -162,12 +162,14 @@ def _draw(
     pipeline: VisualizationPipeline, tokens: Tensor, start: int, settings: ReconstructionSettings
 ) -> list[Image.Image]:
     seeds = range(settings.seed + start, settings.seed + start + len(tokens))
-    return pipeline(
+    (drawn,) = pipeline(
         tokens,
         guidance_scale=settings.guidance_scales,
         num_inference_steps=settings.num_inference_steps,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-    ).images
+        return_dict=False,
+    )
+    return drawn
 
 
 def _compare_tokens(score: ScaleScores, drawn: Tensor, originals: Tensor, start: int) -> None:

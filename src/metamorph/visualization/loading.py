@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from metamorph.flags import names_flag
+from metamorph.flags import check_model_reference, names_flag
 from metamorph.visualization.arguments import VisualizerArguments
 from metamorph.visualization.encoder import VisualTokenEncoder
 from metamorph.visualization.export import ARGUMENTS_FILE
@@ -46,10 +46,11 @@ def load_visualizer(
         FileNotFoundError: If the folder or the tower cannot be loaded.
         ValueError: If no tower is known, or it gives other tokens than the projector takes.
     """
+    check_model_reference(str(folder), flag="--visualizer", file="model_index.json")
     # float32 is what diffusers loads anyway, without its warning that the option has a new name.
     precision = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     with names_flag("--visualizer", str(folder)):
-        pipeline = VisualizationPipeline.from_pretrained(folder, **precision)
+        pipeline = VisualizationPipeline.from_pretrained(str(folder), **precision)
     if vision_tower is not None or pipeline.vision_tower is None:
         encoder = _load_tower(folder, vision_tower, num_tokens)
         encoder.tower.to(dtype)
