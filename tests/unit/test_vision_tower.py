@@ -176,3 +176,19 @@ def test_later_layers_and_heads_are_not_kept():
     names = [name for name, _ in model.model.vision_tower.named_parameters()]
     assert any("layers.0" in name for name in names)
     assert not any("layers.1" in name or "head" in name or "post_layernorm" in name for name in names)
+
+
+def test_trained_tower_evaluates_outside_of_inference_mode():
+    """Engines that shard its weights gather them in a call and keep what they gathered."""
+    model = build_tiny_model().train()
+    pixels = torch.randn(1, 3, 32, 32)
+    inside = []
+    hook = model.model.vision_tower.encoder.register_forward_hook(
+        lambda *_: inside.append(torch.is_inference_mode_enabled())
+    )
+    with torch.no_grad():
+        model.get_visual_tokens(pixels)
+        model.model.vision_tower.requires_grad_(False)
+        model.get_visual_tokens(pixels)
+    hook.remove()
+    assert inside == [False, True]
