@@ -126,24 +126,17 @@ def quantization_config(args: "ModelArguments", compute_dtype: torch.dtype) -> B
 
 
 def check_engine(model_args: "ModelArguments", training_args: "MetaMorphTrainingArguments") -> None:
-    """Refuse engines that cannot train what the flags of adapters ask for, before any of it begins.
+    """Refuse 4-bit weights under an engine that shards weights, before anything is loaded.
 
     Args:
-        model_args: The flags `lora_enable` and `bits`.
+        model_args: The flag `bits`.
         training_args: The engine.
 
     Raises:
-        ValueError: with ZeRO-3, under which processes whose batches differ in having images wait for each other for
-            ever (seen in DeepSpeed 0.19.8: in the backward pass it gathers the weights of a module only where a
-            gradient comes to it); or with 4-bit weights and any engine that shards weights.
+        ValueError: with `--bits 4` and ZeRO-3 or FSDP2.
     """
-    zero_3 = is_deepspeed_zero3_enabled()
-    if model_args.lora_enable and zero_3:
-        raise ValueError(
-            "--lora_enable True does not work with ZeRO-3: use --sharding zero2, which also shards gradients and the "
-            "optimizer's state, or ddp"
-        )
-    if model_args.bits == 4 and (zero_3 or training_args.fsdp or training_args.sharding == "fsdp2"):
+    shards = is_deepspeed_zero3_enabled() or training_args.fsdp or training_args.sharding == "fsdp2"
+    if model_args.bits == 4 and shards:
         raise ValueError("--bits 4 does not work with sharded weights (FSDP2, ZeRO-3): use --sharding ddp or zero2")
 
 
