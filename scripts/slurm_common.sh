@@ -49,5 +49,9 @@ requeue() {
     echo "job ${SLURM_JOB_ID} saved a checkpoint and goes back into the queue"
     if ! scontrol requeue "${SLURM_JOB_ID}"; then
         echo "scontrol requeue failed: submit the script again with the same OUTPUT_DIR, and training goes on" >&2
+        return
     fi
+    # Slurm ends this script. If it ended by itself meanwhile, Slurm would have two ends of one start to deal with.
+    sleep 60 &
+    wait $! || true
 }

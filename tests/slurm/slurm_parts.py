@@ -45,6 +45,10 @@ class Job:
         """What it has written so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
+    def story(self) -> str:
+        """What Slurm and the job say about it, for messages."""
+        return run("scontrol", "show", "job", self.number) + self.text()
+
     def field(self, name: str) -> str:
         """A field of `scontrol show job`, for example JobState."""
         shown = run("scontrol", "show", "job", "--oneliner", self.number)
@@ -57,8 +61,8 @@ class Job:
         deadline = time.monotonic() + PATIENCE
         while not happened():
             state = self.field("JobState")
-            assert state not in ENDED or happened(), f"job {state} before {what}:\n{self.text()}"
-            assert time.monotonic() < deadline, f"{what} did not happen in {PATIENCE} s; job {state}:\n{self.text()}"
+            assert state not in ENDED or happened(), f"job {state} before {what}:\n{self.story()}"
+            assert time.monotonic() < deadline, f"{what} did not happen in {PATIENCE} s; job {state}:\n{self.story()}"
             time.sleep(0.2)
 
     def wait_for_end(self) -> str:
@@ -91,11 +95,11 @@ class Job:
         return found
 
     def start_again(self) -> None:
-        """Wait until it is back in the queue, and spare it the two minutes that Slurm holds such a job."""
+        """Wait until it is back in the queue, and make five seconds of the two minutes that Slurm holds such a job."""
         self.wait_for("its return to the queue", lambda: self.field("JobState") == "PENDING")
         # The two minutes are there for a reason: the end of the first start, reported late, would end the second.
         self.wait_for("the end of its processes", lambda: not self._daemons())
-        run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        run("scontrol", "update", f"JobId={self.number}", "StartTime=now+5")
 
 
 def run(*command: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:

@@ -61,7 +61,7 @@ def interrupt_and_finish(job: Job, interrupt: Callable[[], None], output_dir: Pa
     interrupt()
     job.start_again()
     marker = json.loads((output_dir / "preempted.json").read_text())
-    assert job.wait_for_end() == "COMPLETED", job.text()
+    assert job.wait_for_end() == "COMPLETED", job.story()
     assert job.field("Restarts") == "1"
     assert "start 0, on n[1-2]" in job.text()  # one log for both starts
     assert "start 1, on n[1-2]" in job.text()

@@ -36,7 +36,7 @@ def test_visualizer_is_preempted_requeued_and_goes_on_at_the_next_picture(tmp_pa
     job.reach_time_limit()
     job.start_again()
     assert (tmp_path / "two" / "preempted.json").is_file()
-    assert job.wait_for_end() == "COMPLETED", job.text()
+    assert job.wait_for_end() == "COMPLETED", job.story()
     assert job.field("Restarts") == "1"
     assert not (tmp_path / "two" / "preempted.json").exists()
 
