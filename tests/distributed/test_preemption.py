@@ -18,6 +18,7 @@ from preemption_parts import CASES, FLAGS
 from training_parts import arguments, make_language_model, make_records, make_vision_tower
 
 from metamorph.preemption import MARKER_FILE, PREEMPTED
+from metamorph.training.checkpoint_files import CheckpointError
 from metamorph.training.run import run_training
 
 
@@ -89,6 +90,13 @@ def test_one_process_goes_on_from_two_with_the_samples_that_are_left(folder: Pat
     assert sorted(seen[left:]) == list(range(NUM_SAMPLES))
 
 
+def test_states_that_deepspeed_has_divided_need_as_many_processes(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "stage1" / "cut" / "checkpoint-3", tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-3" / "latest").write_text("global_step3")  # by this file DeepSpeed finds its own
+    with pytest.raises(CheckpointError, match="written by DeepSpeed on 2 processes and can only be resumed on as many"):
+        run_training(*arguments(folder, tmp_path, **FLAGS, **CASES["stage1"]))
+
+
 def interrupt(command: list[str], output_dir: Path, number: signal.Signals, log: Path) -> tuple[int, str]:
     """Start a command, wait for a checkpoint of its own, signal all its processes as Slurm does.
 
@@ -138,7 +146,7 @@ def test_r28_signals_to_all_processes_of_a_job(folder: Path, tmp_path: Path) -> 
         "max_steps": 100_000,
         "per_device_train_batch_size": 1,
         "dataloader_num_workers": 1,
-        "save_steps": 20,
+        "save_steps": 5,
         "logging_steps": 1000,
         "save_total_limit": 2,
         "report_to": "none",
