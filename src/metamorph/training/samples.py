@@ -250,7 +250,8 @@ class SampleWriter(TrainerCallback):
             return
         with self.trainer.monitor.pause():
             self.sample(state.global_step, Path(args.output_dir) / "samples" / f"step-{state.global_step}")
-            self.trainer.accelerator.wait_for_everyone()  # within the pause: else the others' waiting counts as training
+            # Within the pause: else the waiting of the others would count as training.
+            self.trainer.accelerator.wait_for_everyone()
 
     def sample(self, step: int, folder: Path) -> None:
         """Answer, write and report.
