@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -149,10 +149,13 @@ class VisionTower(nn.Module):
                 f"pixel_values are {height}x{width}, but the vision tower expects {self.image_size}x{self.image_size}; "
                 "prepare images with this model's own processor"
             )
-        if (
-            self.is_trained
-        ):  # in evaluation, too: weights that ZeRO-3 gathers in inference mode cannot be trained after it
-            patches = self._encode(pixel_values)
+        # Engines that shard weights (FSDP2, ZeRO-3) gather them here: in inference mode they could not be trained after.
+        sharded = any(
+            hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") for weight in self.encoder.parameters()
+        )
+        if self.is_trained or sharded:
+            with nullcontext() if self.is_trained else torch.no_grad():
+                patches = self._encode(pixel_values)
         else:
             with torch.inference_mode():
                 patches = self._encode(pixel_values)
