@@ -149,7 +149,7 @@ class VisionTower(nn.Module):
                 f"pixel_values are {height}x{width}, but the vision tower expects {self.image_size}x{self.image_size}; "
                 "prepare images with this model's own processor"
             )
-        # Engines that shard weights (FSDP2, ZeRO-3) gather them here: in inference mode they could not be trained after.
+        # Engines that shard weights (FSDP2, ZeRO-3) gather them here: in inference mode none could be trained later.
         sharded = any(
             hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") for weight in self.encoder.parameters()
         )
