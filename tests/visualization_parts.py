@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +90,39 @@ def write_tiny_tower(folder: Path, seed: int = 0) -> Path:
     SiglipVisionModel(config).save_pretrained(folder)
     SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
+
+
+def write_shard(path: Path, members: dict[str, Image.Image | bytes]) -> Path:
+    """Write a tar of pictures, in the format that their names end in, and of other files."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            if isinstance(content, Image.Image):
+                buffer = io.BytesIO()
+                suffix = name.rpartition(".")[2].upper()
+                content.save(buffer, format="JPEG" if suffix == "JPG" else suffix)
+                content = buffer.getvalue()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_damaged_shards(folder: Path, pictures: list[Image.Image]) -> list[Path]:
+    """Write four tars: with a corrupt JPEG as its second member, cut off within its last picture, empty, and whole.
+
+    Args:
+        folder: Where; created if missing.
+        pictures: At least 6. The first two are in the first tar, the third and (cut off) the fourth in the second, the
+            others in the last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    members = [("a.png", pictures[0]), ("broken.jpg", b"\xff\xd8 no picture"), ("b.png", pictures[1])]
+    corrupt = write_shard(folder / "0-corrupt.tar", dict(members))
+    cut = write_shard(folder / "1-cut.tar", {"c.png": pictures[2], "d.png": pictures[3]})
+    with tarfile.open(cut) as tar:
+        end = tar.getmembers()[1].offset_data + 8
+    with cut.open("r+b") as file:
+        file.truncate(end)
+    empty = write_shard(folder / "2-empty.tar", {})
+    whole = write_shard(folder / "3-whole.tar", {f"{i}.png": picture for i, picture in enumerate(pictures[4:])})
+    return [corrupt, cut, empty, whole]

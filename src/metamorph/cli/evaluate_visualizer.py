@@ -117,7 +117,7 @@ def list_pictures(folder: Path, most: int) -> list[Path]:
         FileNotFoundError: If there is no such folder.
         ValueError: If it holds no picture.
     """
-    from metamorph.visualization.data import IMAGE_SUFFIXES, is_image_name
+    from metamorph.visualization.shards import IMAGE_SUFFIXES, is_image_name
 
     if not folder.expanduser().is_dir():
         raise FileNotFoundError(f"--images {folder} is not a folder")

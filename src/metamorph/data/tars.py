@@ -21,6 +21,8 @@ from metamorph.data.records import DataError, RawRecord, RecordError, is_video, 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """How the names of images in tars end."""
 
+_BLOCK = tarfile.BLOCKSIZE
+
 
 class TarSource:
     """Samples of WebDataset tars: consecutive members whose names agree up to the first dot of the file name.
@@ -144,28 +146,45 @@ def scan_tars(paths: Sequence[Path]) -> dict[str, np.ndarray]:
     Raises:
         DataError: If a tar is missing, damaged or compressed, or none holds a file.
     """
-    spans, files, name_ends, samples, names = array("Q"), array("I"), array("Q", [0]), array("Q"), bytearray()
+    table, samples = MemberTable(), array("Q")
     for number, path in enumerate(tqdm(paths, desc="Indexing tars", unit="tar", delay=2, disable=None)):
         key = None
-        for member in _members(path):
+        for member in read_members(path):
             new_key, _ = split_name(member.name)
             if new_key != key:
-                samples.append(len(files))
+                samples.append(len(table))
                 key = new_key
-            spans.extend((member.offset_data, member.offset_data + member.size))
-            files.append(number)
-            names += member.name.encode("utf-8", "surrogateescape")
-            name_ends.append(len(names))
-    if not files:
+            table.add(number, member)
+    if not len(table):
         raise DataError(f"--data_path {paths[0]}: the tars hold no files")
-    samples.append(len(files))
-    return {
-        "spans": np.frombuffer(spans, dtype=np.uint64).reshape(-1, 2),
-        "files": np.array(files, dtype=np.uint32),
-        "name_ends": np.frombuffer(name_ends, dtype=np.uint64),
-        "names": np.frombuffer(names, dtype=np.uint8),
-        "samples": np.frombuffer(samples, dtype=np.uint64),
-    }
+    samples.append(len(table))
+    return {**table.arrays(), "samples": np.frombuffer(samples, dtype=np.uint64)}
+
+
+class MemberTable:
+    """Where members of tars lie and what they are called, in arrays that an index can save."""
+
+    def __init__(self) -> None:
+        self._spans, self._files, self._name_ends, self._names = array("Q"), array("I"), array("Q", [0]), bytearray()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def add(self, file: int, member: tarfile.TarInfo) -> None:
+        """Append a member of the tar with number `file`."""
+        self._spans.extend((member.offset_data, member.offset_data + member.size))
+        self._files.append(file)
+        self._names += member.name.encode("utf-8", "surrogateescape")
+        self._name_ends.append(len(self._names))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """`spans`, `files`, `names` and `name_ends` as in [`scan_tars`]."""
+        return {
+            "spans": np.frombuffer(self._spans, dtype=np.uint64).reshape(-1, 2),
+            "files": np.array(self._files, dtype=np.uint32),
+            "name_ends": np.frombuffer(self._name_ends, dtype=np.uint64),
+            "names": np.frombuffer(self._names, dtype=np.uint8),
+        }
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -175,8 +194,15 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, rest
 
 
-def _members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar; hidden ones, folders, links and devices are passed over."""
+def read_members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """The regular files of a tar; hidden ones, folders, links and devices are passed over.
+
+    Args:
+        path: The tar.
+
+    Raises:
+        DataError: Behind the members that could be found, if the tar is missing, damaged, cut off or compressed.
+    """
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
@@ -184,6 +210,9 @@ def _members(path: Path) -> Iterator[tarfile.TarInfo]:
                 hidden = member.name.rpartition("/")[2].startswith(".")
                 if member.isreg() and not member.issparse() and not hidden:
                     yield member
+            # tarfile takes a broken or missing header for the end of the tar; a whole one ends with zeros.
+            if os.pread(tar.fileobj.fileno(), _BLOCK, tar.offset) != bytes(_BLOCK):  # type: ignore[union-attr]
+                raise tarfile.ReadError(f"no further member and no end at byte {tar.offset}")
     except FileNotFoundError:
         raise DataError(f"--data_path {path} does not exist; check the names and the numbers in braces") from None
     except (tarfile.TarError, OSError) as error:

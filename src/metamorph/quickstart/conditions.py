@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from metamorph.quickstart.assets.build_sd import load_asset
 from metamorph.quickstart.checker import read_image
 from metamorph.quickstart.scenes import Scene
-from metamorph.visualization.data import ImageFiles
+from metamorph.visualization.sources import ImageFiles
 
 
 def write_conditions(pictures: Path, mini_sd: Path, file: Path) -> Path:

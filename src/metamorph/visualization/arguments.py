@@ -84,9 +84,11 @@ class VisualizerArguments:
     """Peak learning rate of that fit."""
 
     image_folder: str | None = None
-    """Folder of pictures (jpg, jpeg, png, webp), searched with its subfolders; or the root of paths in image_jsons."""
+    """Folder of pictures (jpg, jpeg, png, webp) or of tar shards with pictures, searched with its subfolders; or the
+    root of paths in image_jsons."""
     image_jsons: list[str] = field(default_factory=list)
-    """JSON or JSONL files that list pictures: paths, or records with a key image, jpg, jpeg, png or webp."""
+    """JSON or JSONL files that list tar shards or pictures: paths, or records with a key image, jpg, jpeg, png or
+    webp."""
     resolution: int = 512
     """Side of the pictures in pixels."""
     random_crop: bool = False

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-RECORD_KEYS = ("image", *IMAGE_SUFFIXES)
+from metamorph.visualization.sources import ImageSource
 
 
 @dataclass(frozen=True)
@@ -26,95 +22,6 @@ class Sample:
     """Which picture."""
     position: int
     """How many samples, over all processes, come before it in training. Seeds everything random about it."""
-
-
-class ImageSource(Protocol):
-    """Random access to pictures: what a source of another storage format has to offer."""
-
-    def __len__(self) -> int:
-        """Number of pictures."""
-
-    def load(self, index: int) -> Image.Image:
-        """Picture `index` in RGB."""
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """Pictures in files."""
-
-    paths: tuple[Path, ...]
-    """One file per picture."""
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def load(self, index: int) -> Image.Image:
-        """Picture `index` in RGB, turned upright.
-
-        Raises:
-            ValueError: naming the file, if it cannot be read as a picture.
-        """
-        path = self.paths[index]
-        try:
-            with Image.open(path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"{path} cannot be read as a picture ({error}); remove or replace it") from error
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> ImageFiles:
-        """All pictures of a folder and its subfolders, in the order of their names.
-
-        Raises:
-            ValueError: if there is none.
-        """
-        root = Path(folder).expanduser()
-        paths = sorted(path for path in root.rglob("*") if is_image_name(path.name) and path.is_file())
-        if not paths:
-            raise ValueError(f"--image_folder {folder} holds no picture ending in {', '.join(IMAGE_SUFFIXES)}")
-        return cls(tuple(paths))
-
-    @classmethod
-    def from_jsons(cls, files: Sequence[str | Path], image_folder: str | Path | None = None) -> ImageFiles:
-        """The pictures that JSON arrays or JSONL files list.
-
-        Args:
-            files: Each holds paths, or records with one of `RECORD_KEYS` whose value is a path or a list of paths
-                (so LLaVA data serves as it is; its text-only records are passed over).
-            image_folder: What relative paths start from; by default the folder of the JSON file.
-
-        Raises:
-            ValueError: naming file and record, if it is not of that form.
-            FileNotFoundError: if a listed picture does not exist.
-        """
-        paths = []
-        for file in files:
-            root = Path(image_folder).expanduser() if image_folder else Path(file).expanduser().parent
-            for number, record in enumerate(_read_records(Path(file).expanduser()), start=1):
-                for name in _image_names(record, where=f"{file}, record {number}"):
-                    if not (root / name).is_file():
-                        raise FileNotFoundError(
-                            f"{file}, record {number}: picture {root / name} does not exist; check --image_folder"
-                        )
-                    paths.append(root / name)
-        if not paths:
-            raise ValueError(f"--image_jsons {' '.join(map(str, files))} lists no picture")
-        return cls(tuple(paths))
-
-
-@dataclass(frozen=True)
-class ImageList:
-    """Pictures in memory."""
-
-    images: Sequence[Image.Image]
-    """The pictures."""
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def load(self, index: int) -> Image.Image:
-        """Picture `index` in RGB."""
-        return self.images[index].convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -243,41 +150,3 @@ def crop_square(image: Image.Image, place: float = 0.5) -> Image.Image:
     side = min(width, height)
     left, top = round((width - side) * place), round((height - side) * place)
     return image.crop((left, top, left + side, top + side))
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file name ends like a picture's, in capitals or not."""
-    return name.lower().rpartition(".")[2] in IMAGE_SUFFIXES
-
-
-def _read_records(file: Path) -> Iterator[Any]:
-    """Records of a JSON array or of a JSONL file."""
-    with file.open(encoding="utf-8") as lines:
-        first = lines.read(1)
-        lines.seek(0)
-        if first == "[":
-            try:
-                yield from json.load(lines)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file} is not a JSON array: {error}") from error
-            return
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
-
-
-def _image_names(record: Any, where: str) -> list[str]:
-    """File names of the pictures of a record; none for a text-only one."""
-    value = record
-    if isinstance(record, dict):
-        value = next((record[key] for key in RECORD_KEYS if record.get(key)), [])
-    names = value if isinstance(value, list) else [value]
-    for name in names:
-        if not isinstance(name, str):
-            raise ValueError(f"{where}: {name!r} is not the path of a picture")
-        if name.lower().endswith(".tar"):
-            raise ValueError(f"{where}: tar shards cannot be read yet; unpack {name} and pass --image_folder")
-    return names

@@ -29,9 +29,6 @@ from metamorph.visualization.checkpoint import (
     trainable_parameters,
 )
 from metamorph.visualization.data import (
-    ImageFiles,
-    ImageList,
-    ImageSource,
     PixelFormat,
     Sample,
     StreamBatches,
@@ -50,6 +47,8 @@ from metamorph.visualization.parts import (
 )
 from metamorph.visualization.processes import leave_preempted, start_accelerate
 from metamorph.visualization.schedule import build_lr_scheduler
+from metamorph.visualization.shards import report_shards
+from metamorph.visualization.sources import ImageFiles, ImageList, ImageSource, open_pictures, shards_of
 
 
 logger = logging.getLogger(__name__)
@@ -110,6 +109,8 @@ def _train(
     accelerator = start_accelerate(args)
     if accelerator.is_main_process:
         clear_marker(output_dir)
+        if (sharded := shards_of(source)) is not None:
+            report_shards(sharded.shards)
     trainer = VisualizerTrainer(args, source, accelerator, preemption, on_log)
     if checkpoint is not None:
         load_checkpoint(checkpoint, trainer.state)
@@ -128,11 +129,7 @@ def open_source(args: VisualizerArguments, images: Sequence[Image.Image] | None 
         if not images:
             raise ValueError("images is empty; give at least one picture")
         return ImageList(images)
-    if args.image_jsons:
-        return ImageFiles.from_jsons(args.image_jsons, args.image_folder)
-    if args.image_folder:
-        return ImageFiles.from_folder(args.image_folder)
-    raise ValueError("no pictures to train on; set --image_folder or --image_jsons")
+    return open_pictures(args.image_jsons, args.image_folder)
 
 
 class VisualizerTrainer:
