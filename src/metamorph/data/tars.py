@@ -204,14 +204,14 @@ def read_members(path: Path) -> Iterator[tarfile.TarInfo]:
         DataError: Behind the members that could be found, if the tar is missing, damaged, cut off or compressed.
     """
     try:
-        with tarfile.open(path, "r:") as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep all it has seen
                 hidden = member.name.rpartition("/")[2].startswith(".")
                 if member.isreg() and not member.issparse() and not hidden:
                     yield member
             # tarfile takes a broken or missing header for the end of the tar; a whole one ends with zeros.
-            if os.pread(tar.fileobj.fileno(), _BLOCK, tar.offset) != bytes(_BLOCK):  # type: ignore[union-attr]
+            if os.pread(file.fileno(), _BLOCK, tar.offset) != bytes(_BLOCK):
                 raise tarfile.ReadError(f"no further member and no end at byte {tar.offset}")
     except FileNotFoundError:
         raise DataError(f"--data_path {path} does not exist; check the names and the numbers in braces") from None

@@ -113,7 +113,8 @@ class ShardedImages:
     @property
     def num_lost(self) -> int:
         """About how many pictures damage has cost: one for a shard that is cut off, as many as the others have on the
-        average for one that cannot be read at all."""
+        average for one that cannot be read at all.
+        """
         read = [shard.num_images for shard in self.shards if shard.num_images]
         states = [shard.state for shard in self.shards]
         return states.count(CUT_OFF) + states.count(UNREADABLE) * max(1, round(sum(read) / len(read)))
