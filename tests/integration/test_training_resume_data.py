@@ -12,8 +12,8 @@ from preemption_parts import SignalIn
 from training_parts import arguments, make_records
 from transformers import TrainerCallback
 
+from metamorph.checkpoint_files import CheckpointError, damage
 from metamorph.preemption import MARKER_FILE, Preempted
-from metamorph.training.checkpoint_files import CheckpointError, damage
 from metamorph.training.run import run_training
 
 

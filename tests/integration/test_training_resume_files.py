@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from training_parts import arguments
 from transformers import TrainerCallback
 
-from metamorph.training.checkpoint import find_checkpoint
-from metamorph.training.checkpoint_files import (
+from metamorph.checkpoint_files import (
     MANIFEST_FILE,
     PARTIAL_FOLDER,
     CheckpointError,
@@ -27,6 +26,7 @@ from metamorph.training.checkpoint_files import (
     delete_old,
     read_manifest,
 )
+from metamorph.training.checkpoint import find_checkpoint
 from metamorph.training.run import TrainResult, run_training
 
 
@@ -142,7 +142,7 @@ def test_no_checkpoint_is_usable(run_folder: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_large_files_are_checked_at_their_ends(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metamorph.training import checkpoint_files
+    from metamorph import checkpoint_files
 
     monkeypatch.setattr(checkpoint_files, "_WHOLE", 1000)
     monkeypatch.setattr(checkpoint_files, "_BLOCK", 300)

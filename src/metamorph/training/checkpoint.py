@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from metamorph.checkpoint_files import checkpoints, damage
 from metamorph.models.adapters import is_adapter_folder
 from metamorph.models.connector import is_full_model
-from metamorph.training.checkpoint_files import checkpoints, damage
 
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from metamorph.data.batches import PlannedBatches
-from metamorph.models.adapters import has_adapter, load_adapter_weights, save_adapter
-from metamorph.models.connector import load_connector, save_connector
-from metamorph.training.checkpoint import TRAINER_STATE_FILE, load_weights
-from metamorph.training.checkpoint_files import (
+from metamorph.checkpoint_files import (
     PARTIAL_FOLDER,
     PREFIX,
     begin_checkpoint,
@@ -26,6 +22,10 @@ from metamorph.training.checkpoint_files import (
     explains_write_errors,
     flush,
 )
+from metamorph.data.batches import PlannedBatches
+from metamorph.models.adapters import has_adapter, load_adapter_weights, save_adapter
+from metamorph.models.connector import load_connector, save_connector
+from metamorph.training.checkpoint import TRAINER_STATE_FILE, load_weights
 from metamorph.training.engine import whole_weights
 from metamorph.training.model_card import CardFacts, write_model_card
 from metamorph.training.resume import Position, ResumePoint, describe_data

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from metamorph.checkpoint_files import CheckpointError, read_manifest
 from metamorph.data.dataset import MixtureDataset
 from metamorph.data.packing import BatchPlanner
 from metamorph.data.records import RecordError
 from metamorph.training.arguments import MetaMorphTrainingArguments
-from metamorph.training.checkpoint_files import CheckpointError, read_manifest
 
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PrinterCallback, set_seed
 
+from metamorph.checkpoint_files import clean_up, explains_write_errors
 from metamorph.data.collation import PackedCollator, PaddedCollator
 from metamorph.models.embeddings import merge_new_token_rows
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
@@ -20,7 +21,6 @@ from metamorph.training.arguments import DataArguments, MetaMorphTrainingArgumen
 from metamorph.training.assemble import load_model, load_training_data, make_plan, open_features
 from metamorph.training.bad_records import StopOnBadRecords
 from metamorph.training.checkpoint import find_checkpoint
-from metamorph.training.checkpoint_files import clean_up, explains_write_errors
 from metamorph.training.engine import prepare_engine, whole_weights
 from metamorph.training.interruption import StopWhenPreempted
 from metamorph.training.learning_rate import apply_learning_rate_rule, samples_in_a_step
