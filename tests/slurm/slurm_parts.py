@@ -82,24 +82,9 @@ class Job:
         """Cancel it, as its owner would."""
         run("scancel", self.number)
 
-    def _daemons(self) -> list[Path]:
-        """The processes on this machine that watch over its steps."""
-        title = f"slurmstepd: [{self.number}.".encode()
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                if path.read_bytes().startswith(title):
-                    found.append(path)
-            except (FileNotFoundError, ProcessLookupError):  # it has just ended
-                continue
-        return found
-
-    def start_again(self) -> None:
-        """Wait until it is back in the queue, and make five seconds of the two minutes that Slurm holds such a job."""
+    def wait_for_requeue(self) -> None:
+        """Wait until it is back in the queue; Slurm starts it again by itself."""
         self.wait_for("its return to the queue", lambda: self.field("JobState") == "PENDING")
-        # The two minutes are there for a reason: the end of the first start, reported late, would end the second.
-        self.wait_for("the end of its processes", lambda: not self._daemons())
-        run("scontrol", "update", f"JobId={self.number}", "StartTime=now+5")
 
 
 def run(*command: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:

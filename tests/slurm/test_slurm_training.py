@@ -59,7 +59,7 @@ def interrupt_and_finish(job: Job, interrupt: Callable[[], None], output_dir: Pa
     """Interrupt a job after its second step and let it finish; the step it was stopped after."""
     job.wait_for("two steps", lambda: "'epoch': '0.1667'" in job.text())
     interrupt()
-    job.start_again()
+    job.wait_for_requeue()
     marker = json.loads((output_dir / "preempted.json").read_text())
     assert job.wait_for_end() == "COMPLETED", job.story()
     assert job.field("Restarts") == "1"

@@ -34,7 +34,7 @@ def test_visualizer_is_preempted_requeued_and_goes_on_at_the_next_picture(tmp_pa
     job = submit("visualization/submit.sh", tmp_path, variables, *FLAGS)
     job.wait_for("two steps", (tmp_path / "two" / "checkpoint-2").is_dir)
     job.reach_time_limit()
-    job.start_again()
+    job.wait_for_requeue()
     assert (tmp_path / "two" / "preempted.json").is_file()
     assert job.wait_for_end() == "COMPLETED", job.story()
     assert job.field("Restarts") == "1"

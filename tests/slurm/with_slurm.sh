@@ -39,6 +39,7 @@ start_authentication() {
 }
 
 # No cgroups, accounting or prologs: what a container lets root do. Jobs of the partition `urgent` preempt the others.
+# Slurm holds a requeued job until the credential of its first start has expired: 20 seconds here, by default 120.
 write_configuration() {
     local node gpu
     mkdir "${folder}/state"
@@ -49,7 +50,7 @@ SlurmctldPort=${port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=${folder}/munge.sock
+AuthInfo=socket=${folder}/munge.sock,cred_expire=20
 StateSaveLocation=${folder}/state
 SlurmdSpoolDir=${folder}/spool.%n
 SlurmctldPidFile=${folder}/slurmctld.pid
