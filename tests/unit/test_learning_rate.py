@@ -1,6 +1,8 @@
 """The square-root rule: alone, and as `--learning_rate auto`, with and without packing."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,15 @@ def flags(tmp_path: Path, **values: object) -> MetaMorphTrainingArguments:
 @pytest.mark.parametrize(("base", "base_batch", "batch", "rate"), [(6.93e-5, 1536, 768, 4.9e-5), (1e-3, 256, 64, 5e-4)])
 def test_rule(base: float, base_batch: int, batch: int, rate: float) -> None:
     assert scale_learning_rate(base, base_batch, batch) == pytest.approx(rate, rel=1e-3)
+
+
+def test_command_does_not_wait_for_torch() -> None:
+    program = (
+        "import sys; from metamorph import cli; cli.main(['--help']); "
+        "cli.main(['lr', '--batch', '768']); sys.exit('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.endswith("4.9e-05\n")
 
 
 def test_r28_one_rule_decides_the_rate(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from metamorph.training.learning_rate import scale_learning_rate
+
 
 def main(argv: Sequence[str]) -> None:
     """Print the scaled learning rate.
@@ -15,6 +17,4 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--base-batch", type=int, default=1536, help="its global batch size (default: %(default)s)")
     parser.add_argument("--batch", type=int, required=True, help="batch per device x accumulation x GPUs x nodes")
     flags = parser.parse_args(argv)
-    from metamorph.training.learning_rate import scale_learning_rate  # after --help: takes seconds
-
     print(f"{scale_learning_rate(flags.base_lr, flags.base_batch, flags.batch):.3g}")

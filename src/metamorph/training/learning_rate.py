@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import TYPE_CHECKING
 
-from metamorph.data.packing import BatchPlanner
-from metamorph.training.arguments import AUTO_LEARNING_RATE, MetaMorphTrainingArguments
+
+if TYPE_CHECKING:  # `metamorph lr` needs neither, and they take seconds to import
+    from metamorph.data.packing import BatchPlanner
+    from metamorph.training.arguments import MetaMorphTrainingArguments
 
 
 logger = logging.getLogger(__name__)
@@ -52,7 +55,7 @@ def apply_learning_rate_rule(args: MetaMorphTrainingArguments, samples: float) -
     Returns:
         What was done, in one line; None if the rate is given as a number.
     """
-    if args.learning_rate != AUTO_LEARNING_RATE:
+    if not isinstance(args.learning_rate, str):  # the flags allow no other word than "auto"
         return None
     base, base_batch = args.base_learning_rate, args.base_batch_size
     assert base is not None  # checked with the flags
