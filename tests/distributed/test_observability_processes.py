@@ -25,6 +25,8 @@ FLAGS = {
     "eval_strategy": "epoch",
     "eval_on_start": True,
     "sample_steps": 2,
+    "save_strategy": "epoch",
+    "load_best_model_at_end": True,
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from training_parts import arguments
+from transformers import AutoConfig
 
 from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.training.checkpoint import find_checkpoint
@@ -63,6 +64,18 @@ def test_a_finished_run_is_not_trained_further(parts: Path, uninterrupted: Train
     again = run_training(*arguments(parts, tmp_path, stage=stage, **flags_of(stage)))
     assert again.global_step == STEPS
     assert_same_end(again, uninterrupted, first_step=STEPS)
+
+
+def test_bf16_resumes_with_float32_weights(parts: Path, tmp_path: Path) -> None:
+    """The frozen tower, which holds the model's first weights, is in bfloat16 then; all that is trained is not."""
+    flags = {"stage": 2, "from_scratch_connector": True, "bf16": True, "max_steps": 2, "save_strategy": "steps"}
+    whole = run_training(*arguments(parts, tmp_path / "whole", save_steps=1, **flags))
+    checkpoint = tmp_path / "whole" / "checkpoint-1"
+    resumed = run_training(*arguments(parts, tmp_path / "end", resume_from_checkpoint=str(checkpoint), **flags))
+    weights = whole.model.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in resumed.model.state_dict().items())
+    for folder in (checkpoint, tmp_path / "end"):
+        assert AutoConfig.from_pretrained(folder).dtype == torch.float32
 
 
 def test_r25_checkpoints_hold_the_optimizer(uninterrupted: TrainResult) -> None:

@@ -217,17 +217,28 @@ def test_full_disk(parts: Path, whole: TrainResult, tmp_path: Path, size: int) -
     assert losses(again) == losses(whole)
 
 
-def test_the_best_checkpoint_stays_and_becomes_the_result(parts: Path, tmp_path: Path) -> None:
-    flags = {**FLAGS, "learning_rate": 30.0, "save_steps": 1, "save_total_limit": 1, "max_steps": 3}
+def best_flags(parts: Path) -> dict[str, object]:
+    """The loss falls, and the highest is asked for, so that the best checkpoint is not the last."""
+    flags = {**FLAGS, "learning_rate": 30.0, "save_steps": 1, "max_steps": 3, "warmup_ratio": 0}
     flags |= {"eval_data_path": str(parts / "data.jsonl"), "eval_image_folder": str(parts / "images")}
-    flags |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "warmup_ratio": 0}
-    result = run_training(
-        *arguments(parts, tmp_path, **flags, metric_for_best_model="eval_loss", greater_is_better=True)
-    )
+    flags |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    return flags | {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+
+
+def test_the_best_checkpoint_stays_and_becomes_the_result(parts: Path, tmp_path: Path) -> None:
+    result = run_training(*arguments(parts, tmp_path, **best_flags(parts), save_total_limit=1))
     measured = {line["step"]: line["eval_loss"] for line in result.log_history if "eval_loss" in line}
     best = tmp_path / f"checkpoint-{max(measured, key=measured.__getitem__)}"
     assert damage(best) is None
     assert f'"best_model_checkpoint": "{best}"' in (tmp_path / "trainer_state.json").read_text()
-    assert best.name != "checkpoint-3"  # the loss falls, and the highest is asked for
+    assert best.name != "checkpoint-3"
     weights, expected = (load_file(folder / "mm_projector.safetensors") for folder in (tmp_path, best))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_finished_run_keeps_its_best_checkpoint_as_the_result(parts: Path, tmp_path: Path) -> None:
+    run_training(*arguments(parts, tmp_path, **best_flags(parts)))
+    before = load_file(tmp_path / "mm_projector.safetensors")
+    run_training(*arguments(parts, tmp_path, **best_flags(parts)))
+    after = load_file(tmp_path / "mm_projector.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in before)

@@ -21,7 +21,7 @@ TRAINER_STATE_FILE = "trainer_state.json"
 
 @torch.no_grad()
 def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
-    """Load a full checkpoint into `model`, in place; every weight must be there.
+    """Load a full checkpoint into `model`, in place, in the precision of each of its weights; every one must be there.
 
     The files are read by `from_pretrained`, since the names in them are not always those of `model.state_dict()`:
     Transformers renames, splits and joins the weights of some models (DINOv2, mixtures of experts) when it saves.
@@ -34,8 +34,9 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
         ValueError: if weights are missing, unknown or of another shape.
     """
     try:
+        # Not in `model.dtype`, which is that of its first weight: of a frozen tower, in bfloat16 beside float32.
         loaded, info = type(model).from_pretrained(
-            folder, config=copy.deepcopy(model.config), dtype=model.dtype, output_loading_info=True
+            folder, config=copy.deepcopy(model.config), dtype=torch.float32, output_loading_info=True
         )
     except RuntimeError as error:
         raise ValueError(f"{folder} does not fit this model: {error}") from error

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
@@ -70,7 +71,7 @@ class CheckpointingTrainer(ShardedTrainer):
             self.batches.leave_out(point.epoch, point.trained_rows)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
-        """Train, or only load the weights of a checkpoint that is already at the last step.
+        """Train, or only load the weights of the run's result, if the checkpoint is already at the last step.
 
         `transformers.Trainer` would do one step too many there (seen in 5.23, when the last step is not the last of
         an epoch), so that restarting a finished run would change its result.
@@ -85,7 +86,8 @@ class CheckpointingTrainer(ShardedTrainer):
                 state.global_step = self.resume_point.step
             if self._is_finished(state):
                 logger.info("%s is at the last step already: there is nothing left to train", resume_from_checkpoint)
-                self._load_from_checkpoint(resume_from_checkpoint)
+                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                self._load_from_checkpoint(resume_from_checkpoint if best is None else best)
                 self.state = state
                 return TrainOutput(state.global_step, math.nan, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -142,8 +144,7 @@ class CheckpointingTrainer(ShardedTrainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._saving = False
-            if self.args.should_save:
-                self._name_best(Path(output_dir) / PARTIAL_FOLDER / name, Path(output_dir) / name)
+            self._name_best(Path(output_dir) / PARTIAL_FOLDER / name, Path(output_dir) / name)
             if self.args.local_process_index == 0:
                 flush(output_dir)
             self.accelerator.wait_for_everyone()
@@ -165,10 +166,11 @@ class CheckpointingTrainer(ShardedTrainer):
         }
 
     def _name_best(self, partial: Path, final: Path) -> None:
-        """If this is the best checkpoint so far, Trainer has noted the folder in which it took shape."""
+        """If this is the best checkpoint so far, Trainer has noted, on all processes, where it took shape."""
         if self.state.best_model_checkpoint == str(partial):
             self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(partial / TRAINER_STATE_FILE))
+            if self.args.should_save:
+                self.state.save_to_json(str(partial / TRAINER_STATE_FILE))
 
     def _load_best_model(self) -> None:
         """Trainer knows whole models and PEFT's adapters only: no connectors, and nothing beside an adapter."""
@@ -198,6 +200,9 @@ class CheckpointingTrainer(ShardedTrainer):
             # Base language models name one end token; ours also end their turns.
             self.model.generation_config.eos_token_id = self.processing_class.end_of_turn_token_ids
             self.model.save_pretrained(folder, state_dict=state_dict)
+            # It notes the precision that the first weight computes in; those in the files are float32 with any engine.
+            self.model.config.dtype = torch.float32
+            self.model.config.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         arguments = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
