@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from metamorph.checkpoint_files import checkpoints
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
-from metamorph.visualization.checkpoint import find_checkpoints
 from metamorph.visualization.data import crop_square
 from metamorph.visualization.parts import load_tower
 from metamorph.visualization.processes import start_accelerate
@@ -100,7 +100,7 @@ def test_r42_resume_equals_uninterrupted(options, arguments, pictures, tmp_path)
     options = {"training_steps": 5, "save_step": 3, "gradient_accumulation_steps": 2} | options
     whole = arguments(output_dir=str(tmp_path / "whole"), **options)
     unbroken = train_visualizer(whole, pictures)
-    (checkpoint,) = find_checkpoints(tmp_path / "whole")
+    (checkpoint,) = checkpoints(tmp_path / "whole")
     assert checkpoint.name == "checkpoint-3"
     rest = replace(whole, output_dir=str(tmp_path / "rest"), resume_from_checkpoint=str(checkpoint))
     resumed = train_visualizer(rest, pictures)
@@ -113,12 +113,13 @@ def test_r42_resume_equals_uninterrupted(options, arguments, pictures, tmp_path)
 def test_latest_checkpoint_is_found_and_old_ones_are_removed(arguments, pictures):
     args = arguments(training_steps=4, save_step=1, save_total_limit=2)
     train_visualizer(args, pictures)
-    names = [path.name for path in find_checkpoints(Path(args.output_dir))]
+    names = [path.name for path in checkpoints(args.output_dir)]
     assert names == ["checkpoint-3", "checkpoint-4"]
     resumed = train_visualizer(replace(args, resume_from_checkpoint="latest", training_steps=4), pictures)
     assert (resumed.first_step, resumed.losses) == (4, [])
-    with pytest.raises(ValueError, match="--resume_from_checkpoint latest"):
-        train_visualizer(args, pictures)
+    assert train_visualizer(args, pictures).first_step == 4  # by itself, too
+    anew = train_visualizer(replace(args, resume_from_checkpoint="False", training_steps=1), pictures)
+    assert anew.first_step == 0
 
 
 def test_accumulated_equals_large_batch(arguments, pictures, tmp_path):

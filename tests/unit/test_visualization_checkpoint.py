@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
+from metamorph.checkpoint_files import CheckpointError, checkpoints
 from metamorph.visualization.checkpoint import (
     TrainingState,
-    complete_folder,
-    find_checkpoints,
     load_checkpoint,
     resolve_resume,
     save_checkpoint,
@@ -45,22 +47,74 @@ def test_round_trip_restores_everything_but_frozen_weights(tmp_path):
     assert loaded.lr_scheduler.get_last_lr() == saved.lr_scheduler.get_last_lr()
 
 
-def test_interrupted_write_leaves_no_checkpoint(tmp_path):
+def names(folder: Path) -> list[str]:
+    return [path.name for path in checkpoints(folder)]
+
+
+def test_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, build_state(1), keep=None)
 
-    def write_half() -> None:
-        with complete_folder(tmp_path / "checkpoint-2") as partial:
-            (partial / "state.json").write_text("{}")
-            raise KeyboardInterrupt
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        write_half()
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, build_state(2), keep=None)
+    assert names(tmp_path) == ["checkpoint-1"]
+    assert resolve_resume(None, tmp_path).name == "checkpoint-1"
+    save_checkpoint(tmp_path, build_state(3), keep=1)
+    assert names(tmp_path) == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("damage", ["short", "changed", "missing", "no_list"])
+def test_damaged_checkpoints_are_skipped(damage, tmp_path, caplog):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, build_state(step), keep=None)
+    file = tmp_path / "checkpoint-2" / "optimizer.pt"
+    if damage == "short":
+        file.write_bytes(file.read_bytes()[:-10])
+    elif damage == "changed":
+        file.write_bytes(bytes(file.stat().st_size))
+    elif damage == "missing":
+        file.unlink()
+    else:
+        (tmp_path / "checkpoint-2" / "checkpoint.json").unlink()
     assert resolve_resume("latest", tmp_path).name == "checkpoint-1"
-    save_checkpoint(tmp_path, build_state(2), keep=1)
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert "skipping the checkpoint" in caplog.text
+    with pytest.raises(ValueError, match="not a checkpoint that can be used"):
+        resolve_resume(str(tmp_path / "checkpoint-2"), tmp_path)
+    assert resolve_resume("False", tmp_path) is None
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, build_state(1), keep=1)
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(CheckpointError, match=r"No space left.*last good checkpoint is .*checkpoint-1"):
+            save_checkpoint(tmp_path, build_state(2), keep=1)
+    assert resolve_resume("True", tmp_path).name == "checkpoint-1"
+
+
+def test_other_data_are_refused(tmp_path):
+    saved = build_state(1)
+    saved.data = {"pictures": 5, "digest": "a", "seed": 0}
+    folder = save_checkpoint(tmp_path, saved, keep=None)
+    other = build_state()
+    other.data = saved.data | {"digest": "b"}
+    with pytest.raises(CheckpointError, match="--image_folder, --image_jsons that it had"):
+        load_checkpoint(folder, other)
+    other.data = saved.data | {"seed": 1}
+    with pytest.raises(CheckpointError, match="seed 0, now 1"):
+        load_checkpoint(folder, other)
 
 
 def test_latest_of_an_empty_folder_starts_anew(tmp_path):
     assert resolve_resume("latest", tmp_path) is None
     assert resolve_resume(None, tmp_path) is None
+    with pytest.raises(ValueError, match="no usable checkpoint"):
+        resolve_resume("True", tmp_path)

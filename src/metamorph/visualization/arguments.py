@@ -14,8 +14,9 @@ from metamorph.visualization.schedule import DEFAULT_LR_SCHEDULER, LR_SCHEDULERS
 
 MIXED_PRECISIONS = ("no", "bf16")
 TRACKERS = ("none", "tensorboard", "wandb")
+ON_BAD_IMAGE = ("raise", "skip")
 LATEST = "latest"
-"""Value of `resume_from_checkpoint` that means the newest checkpoint of `output_dir`."""
+"""Value of `resume_from_checkpoint` that means the newest checkpoint of `output_dir`; so does no value."""
 
 
 @dataclass
@@ -89,6 +90,11 @@ class VisualizerArguments:
     image_jsons: list[str] = field(default_factory=list)
     """JSON or JSONL files that list tar shards or pictures: paths, or records with a key image, jpg, jpeg, png or
     webp."""
+    on_bad_image: str = "raise"
+    """What happens with a picture that cannot be read, or a shard that is cut off: raise, or skip (count, log and leave
+    out)."""
+    max_bad_fraction: float = 0.01
+    """Largest share of skipped pictures, between 0 and 1; above it the run stops."""
     resolution: int = 512
     """Side of the pictures in pixels."""
     random_crop: bool = False
@@ -136,7 +142,8 @@ class VisualizerArguments:
     save_total_limit: int | None = 2
     """Checkpoints to keep; the oldest are removed. None keeps all."""
     resume_from_checkpoint: str | None = None
-    """Checkpoint folder to go on from, or `latest` for the newest in output_dir, if there is one."""
+    """Checkpoint folder to go on from. By default (or `latest`) the newest undamaged one in output_dir, if there is
+    one; with `True` there must be one; `False` starts anew."""
     save_vision_tower: bool = False
     """Write the vision tower into the result too, so that `pipe(images=…)` can encode pictures; a large tower makes the
     folder as much larger."""
@@ -170,6 +177,7 @@ class VisualizerArguments:
             ("lr_scheduler", LR_SCHEDULERS),
             ("mixed_precision", MIXED_PRECISIONS),
             ("report_to", TRACKERS),
+            ("on_bad_image", ON_BAD_IMAGE),
         ):
             check_choice(f"--{name}", getattr(self, name), allowed)
 
@@ -194,6 +202,8 @@ class VisualizerArguments:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"--{name} {value} must be at least 0 and less than 1")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"--max_bad_fraction {self.max_bad_fraction} must lie between 0 and 1")
         if not 0 <= self.warmup_steps <= self.training_steps:
             raise ValueError(
                 f"--lr_warmup_steps {self.warmup_steps} must lie between 0 and --training_steps {self.training_steps}"

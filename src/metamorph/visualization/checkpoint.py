@@ -1,14 +1,10 @@
-"""Checkpoints of the visualizer: written beside their place and renamed, so a half-written one is never found."""
+"""Checkpoints of the visualizer: complete or not there, found damaged when they are, and exact to the next sample."""
 
 from __future__ import annotations
 
 import json
 import logging
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +13,25 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from metamorph.checkpoint_files import (
+    PREFIX,
+    CheckpointError,
+    begin_checkpoint,
+    checkpoints,
+    commit_checkpoint,
+    damage,
+    delete_old,
+    explains_write_errors,
+    flush,
+)
 from metamorph.visualization.arguments import LATEST
 
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"checkpoint-(\d+)")
-_PARTIAL = ".partial-"
 _WEIGHTS, _OPTIMIZER, _STATE = "trained_weights.safetensors", "optimizer.pt", "state.json"
+_FLAGS = {"pictures": "--image_folder, --image_jsons", "digest": "--image_folder, --image_jsons", "seed": "--seed"}
+"""What describes the data, and the flags that decide it."""
 
 
 @dataclass
@@ -43,6 +50,8 @@ class TrainingState:
     """Optimizer steps done."""
     samples_seen: int = 0
     """Samples, over all processes, that these steps have consumed."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What decides which picture comes when: `pictures`, `digest` and `seed`."""
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -51,7 +60,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_checkpoint(output_dir: Path, state: TrainingState, keep: int | None) -> Path:
-    """Write `output_dir/checkpoint-STEP`, then remove all but the newest `keep` checkpoints.
+    """Write `output_dir/checkpoint-STEP`, then remove all but the newest `keep` checkpoints. For one process.
 
     Args:
         output_dir: Folder of the checkpoints.
@@ -60,20 +69,25 @@ def save_checkpoint(output_dir: Path, state: TrainingState, keep: int | None) ->
 
     Returns:
         The new folder.
+
+    Raises:
+        CheckpointError: If it cannot be written (a full disk, say); the last good one stays.
     """
-    folder = output_dir / f"checkpoint-{state.step}"
-    with complete_folder(folder) as partial:
-        weights = {name: value.detach().contiguous() for name, value in trainable_parameters(state.model).items()}
+    name = f"{PREFIX}{state.step}"
+    with explains_write_errors(output_dir, name):
+        partial = begin_checkpoint(output_dir) / name
+        partial.mkdir()
+        weights = {key: value.detach().contiguous() for key, value in trainable_parameters(state.model).items()}
         save_file(weights, partial / _WEIGHTS)
         tensors = {"optimizer": state.optimizer.state_dict(), "lr_scheduler": state.lr_scheduler.state_dict()}
         if state.ema is not None:
             tensors["ema"] = state.ema.state_dict()
         torch.save(tensors, partial / _OPTIMIZER)
-        numbers = {"step": state.step, "samples_seen": state.samples_seen}
+        numbers = {"step": state.step, "samples_seen": state.samples_seen, "data": state.data}
         (partial / _STATE).write_text(json.dumps(numbers), encoding="utf-8")
-    if keep is not None:
-        for old in find_checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(old)
+        flush(output_dir)
+        folder = commit_checkpoint(output_dir, name, {"step": state.step})
+    delete_old(output_dir, keep)
     return folder
 
 
@@ -82,13 +96,17 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
 
     Raises:
         ValueError: if the folder was written by a run that trains other parameters.
+        CheckpointError: if it was written by a run with other data.
     """
+    numbers = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    _check_data(folder, numbers["data"], state.data)
     weights = load_file(folder / _WEIGHTS)
     parameters = trainable_parameters(state.model)
     if differing := sorted(weights.keys() ^ parameters.keys()):
         raise ValueError(
             f"--resume_from_checkpoint {folder} was written by a run that trains other weights "
-            f"({len(differing)} differ, for example {differing[0]}); use the same --mode and --unfreeze_unet"
+            f"({len(differing)} differ, for example {differing[0]}); use the same --mode and --unfreeze_unet, or start "
+            "anew in another --output_dir"
         )
     with torch.no_grad():
         for name, value in weights.items():
@@ -108,50 +126,54 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
         state.ema.load_state_dict(tensors["ema"])
         state.ema.to(device=device)
         state.ema.decay = decay
-    numbers = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     state.step, state.samples_seen = numbers["step"], numbers["samples_seen"]
     logger.info("Resumed from %s: %d steps, %d samples", folder, state.step, state.samples_seen)
 
 
-def find_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first."""
-    found = [
-        (int(match.group(1)), path)
-        for path in output_dir.glob("checkpoint-*")
-        if (match := _NAME.fullmatch(path.name)) and (path / _STATE).is_file()
-    ]
-    return [path for _, path in sorted(found)]
-
-
-def resolve_resume(resume_from_checkpoint: str | None, output_dir: Path) -> Path | None:
+def resolve_resume(request: str | None, output_dir: Path) -> Path | None:
     """The checkpoint folder to go on from, or None to start anew.
 
+    Args:
+        request: None or `latest`: the checkpoint of `output_dir` that was written last and is complete and undamaged,
+            if any. "True": the same, but there must be one. "False": none. Otherwise the path of a checkpoint.
+        output_dir: Folder of the run.
+
     Raises:
-        ValueError: if the folder asked for is no checkpoint, or if a new run would mix with an old one's checkpoints.
+        ValueError: if the folder asked for is no checkpoint, or is damaged.
     """
-    present = find_checkpoints(output_dir)
-    if resume_from_checkpoint == LATEST:
-        return present[-1] if present else None
-    if resume_from_checkpoint is not None:
-        folder = Path(resume_from_checkpoint).expanduser()
-        if not (folder / _STATE).is_file():
-            raise ValueError(f"--resume_from_checkpoint {folder} is not a checkpoint of the visualizer ({_STATE})")
+    choice = LATEST if request is None else request
+    folders = checkpoints(output_dir)
+    if choice.lower() == "false":
+        if folders:
+            logger.warning("starting anew beside old checkpoints: a later resume would take %s", folders[-1])
+        return None
+    if choice.lower() not in (LATEST, "true"):
+        folder = Path(choice).expanduser()
+        problem = damage(folder)
+        if problem is None and not (folder / _STATE).is_file():
+            problem = f"it is not one of the visualizer ({_STATE})"
+        if problem is not None:
+            raise ValueError(f"--resume_from_checkpoint {folder} is not a checkpoint that can be used: {problem}")
         return folder
-    if present:
-        raise ValueError(
-            f"--output_dir {output_dir} holds {present[-1].name} of an earlier run; go on with "
-            f"--resume_from_checkpoint {LATEST}, or choose another folder"
-        )
+    for folder in reversed(folders):
+        problem = damage(folder)
+        if problem is None:
+            logger.info("resuming from %s (--resume_from_checkpoint False starts anew)", folder)
+            return folder
+        logger.warning("skipping the checkpoint %s: %s", folder, problem)
+    if choice.lower() == "true":
+        raise ValueError(f"--resume_from_checkpoint True: there is no usable checkpoint in --output_dir {output_dir}")
+    if folders:
+        logger.warning("no checkpoint in %s is usable: starting anew", output_dir)
     return None
 
 
-@contextmanager
-def complete_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends without an error."""
-    partial = folder.with_name(_PARTIAL + folder.name)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+def _check_data(folder: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
+    """Refuse to go on in the middle of an epoch of other data."""
+    for name, flags in _FLAGS.items():
+        if saved.get(name) != present.get(name):
+            raise CheckpointError(
+                f"--resume_from_checkpoint {folder} was trained on other data ({name} {saved.get(name)}, now "
+                f"{present.get(name)}): give it the {flags} that it had. To go on with other data, start anew in "
+                "another --output_dir with the projector and the UNet of a finished run"
+            )

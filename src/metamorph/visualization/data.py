@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
+from metamorph.data.images import MediaError
+from metamorph.visualization.bad_pictures import BadPictures
 from metamorph.visualization.sources import ImageSource
 
 
@@ -47,10 +49,11 @@ class PixelFormat:
 
 
 class VisualizerDataset(Dataset):
-    """Pictures as `{"tower_pixels": [3, S, S], "vae_pixels": [3, R, R], "position": int}`.
+    """Pictures as `{"tower_pixels": [3, S, S], "vae_pixels": [3, R, R], "weight": [], "position": int}`.
 
     The square is cut once, at the picture's own resolution, and then resized for each encoder: both see the same
-    part of it, and neither sees it resized twice.
+    part of it, and neither sees it resized twice. In the place of a picture that cannot be read stand zeros of weight
+    0, so that all others keep their places in the order.
 
     Args:
         source: Where the pictures are.
@@ -58,6 +61,7 @@ class VisualizerDataset(Dataset):
         vae_format: What the VAE takes.
         random_crop: Cut at a random place along the longer side instead of the centre.
         seed: Seed of the places.
+        bad_pictures: Counts what cannot be read; by default the first such picture is an error.
     """
 
     def __init__(
@@ -67,24 +71,34 @@ class VisualizerDataset(Dataset):
         vae_format: PixelFormat,
         random_crop: bool = False,
         seed: int = 0,
+        bad_pictures: BadPictures | None = None,
     ) -> None:
         self.source = source
         self.tower_format = tower_format
         self.vae_format = vae_format
         self.random_crop = random_crop
         self.seed = seed
+        self.bad_pictures = BadPictures(len(source)) if bad_pictures is None else bad_pictures
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, sample: Sample) -> dict[str, Any]:
+        try:
+            image = self.source.load(sample.index)
+        except MediaError as error:
+            self.bad_pictures.note(sample.index, error)
+            sizes = {"tower_pixels": self.tower_format.size, "vae_pixels": self.vae_format.size}
+            pixels = {name: torch.zeros(3, size, size) for name, size in sizes.items()}
+            return {**pixels, "weight": torch.tensor(0.0), "position": sample.position}
         place = 0.5
         if self.random_crop:
             place = np.random.default_rng([self.seed, sample.position]).random()
-        square = crop_square(self.source.load(sample.index), place)
+        square = crop_square(image, place)
         return {
             "tower_pixels": self.tower_format.pixels(square),
             "vae_pixels": self.vae_format.pixels(square),
+            "weight": torch.tensor(1.0),
             "position": sample.position,
         }
 

@@ -156,6 +156,7 @@ def diffusion_loss(
     visual_tokens: torch.Tensor,
     draws: Draws,
     snr_gamma: float | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean squared error on the scheduler's own target, the mean over pictures.
 
@@ -166,6 +167,8 @@ def diffusion_loss(
         visual_tokens: `[images, N, D]`.
         draws: Noise, timesteps and dropped conditions.
         snr_gamma: Weigh pictures by min(SNR, gamma)/SNR (Hang et al., 2023), /(SNR + 1) for v-prediction.
+        weights: `[images]`; 0 for a picture that is left out, else 1. The number of pictures divides in either case, so
+            the gradient of a batch is the sum of those of its parts, however it is divided among processes.
     """
     noisy = noise_scheduler.add_noise(latents, draws.noise, draws.timesteps)
     predicts_velocity = noise_scheduler.config.prediction_type == "v_prediction"
@@ -175,4 +178,4 @@ def diffusion_loss(
     if snr_gamma is not None:
         snr = compute_snr(noise_scheduler, draws.timesteps)
         losses = losses * snr.clamp(max=snr_gamma) / (snr + 1 if predicts_velocity else snr)
-    return losses.mean()
+    return (losses if weights is None else losses * weights).mean()

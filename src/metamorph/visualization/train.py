@@ -2,75 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
-from metamorph.preemption import Preemption, clear_marker, ignore_signals
-from metamorph.visualization.alignment import align_projector, load_conditions
+from metamorph.checkpoint_files import clean_up
+from metamorph.preemption import Preemption, clear_marker
 from metamorph.visualization.arguments import VisualizerArguments
-from metamorph.visualization.checkpoint import (
-    TrainingState,
-    load_checkpoint,
-    resolve_resume,
-    save_checkpoint,
-    trainable_parameters,
-)
-from metamorph.visualization.data import (
-    PixelFormat,
-    Sample,
-    StreamBatches,
-    TensorDataset,
-    VisualizerDataset,
-)
-from metamorph.visualization.denoiser import ConditionedUNet, Draws, FrozenEncoders, diffusion_loss, sample_latents
-from metamorph.visualization.export import draw_validation_grid, save_pipeline
-from metamorph.visualization.parts import (
-    adopt_token_options,
-    build_projector,
-    check_folders,
-    load_diffusion_parts,
-    load_tower,
-    token_shape,
-)
-from metamorph.visualization.processes import leave_preempted, start_accelerate
-from metamorph.visualization.schedule import build_lr_scheduler
+from metamorph.visualization.bad_pictures import BadPictures
+from metamorph.visualization.checkpoint import load_checkpoint, resolve_resume
+from metamorph.visualization.loop import StepCallback, VisualizerResult, VisualizerTrainer
+from metamorph.visualization.parts import adopt_token_options, check_folders
+from metamorph.visualization.processes import start_accelerate
 from metamorph.visualization.shards import report_shards
-from metamorph.visualization.sources import ImageFiles, ImageList, ImageSource, open_pictures, shards_of
+from metamorph.visualization.sources import ImageList, ImageSource, open_pictures, shards_of
 
 
-logger = logging.getLogger(__name__)
-
-StepCallback = Callable[[int, dict[str, float]], None]
-"""Called at each log entry with the number of steps done and the logged values."""
-
-
-@dataclass(frozen=True)
-class VisualizerResult:
-    """What a run of the trainer leaves."""
-
-    output_dir: Path
-    """Pipeline folder: `VisualizationPipeline.from_pretrained(output_dir)`."""
-    losses: list[float]
-    """Mean loss of each optimizer step of this run, over all processes."""
-    first_step: int
-    """Steps that were done before this run (0 unless resumed)."""
-    seconds: float
-    """Duration of the training loop."""
-    is_main_process: bool
-    """Whether this process is the one that writes and reports."""
+__all__ = ["StepCallback", "VisualizerResult", "VisualizerTrainer", "open_source", "train_visualizer"]
 
 
 def train_visualizer(
@@ -104,14 +53,19 @@ def _train(
     check_folders(args)
     args = adopt_token_options(args)
     source = open_source(args, images)
+    shards = shards_of(source)
+    bad_pictures = BadPictures(len(source), args.on_bad_image, args.max_bad_fraction)
     output_dir = Path(args.output_dir).expanduser()
     checkpoint = resolve_resume(args.resume_from_checkpoint, output_dir)
     accelerator = start_accelerate(args)
     if accelerator.is_main_process:
         clear_marker(output_dir)
-        if (sharded := shards_of(source)) is not None:
-            report_shards(sharded.shards)
-    trainer = VisualizerTrainer(args, source, accelerator, preemption, on_log)
+        clean_up(output_dir)
+        if shards is not None:
+            report_shards(shards.shards)
+    if shards is not None:
+        bad_pictures.add_lost(shards)
+    trainer = VisualizerTrainer(args, source, bad_pictures, accelerator, preemption, on_log)
     if checkpoint is not None:
         load_checkpoint(checkpoint, trainer.state)
     elif args.alignment_conditions is not None:
@@ -130,267 +84,3 @@ def open_source(args: VisualizerArguments, images: Sequence[Image.Image] | None 
             raise ValueError("images is empty; give at least one picture")
         return ImageList(images)
     return open_pictures(args.image_jsons, args.image_folder)
-
-
-class VisualizerTrainer:
-    """The parts of a run and its loop.
-
-    Args:
-        args: The flags.
-        source: Pictures.
-        accelerator: Device, precision and processes.
-        preemption: Catches the signals.
-        on_log: See `train_visualizer`.
-    """
-
-    def __init__(
-        self,
-        args: VisualizerArguments,
-        source: ImageSource,
-        accelerator: Accelerator,
-        preemption: Preemption,
-        on_log: StepCallback | None = None,
-    ) -> None:
-        self.args, self.accelerator, self.on_log = args, accelerator, on_log
-        self.preemption = preemption
-        self.output_dir = Path(args.output_dir).expanduser()
-        self.validation = ImageFiles(tuple(Path(name).expanduser() for name in args.validation_images))
-        self.num_images = len(source)
-        self._logged = 0
-
-        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        tower, self.tower_format = load_tower(args)
-        set_seed(args.seed)
-        self.parts = load_diffusion_parts(args, vae_dtype=dtype)
-        self.projector = build_projector(
-            args, token_shape(tower, self.tower_format), self.parts.unet.config.cross_attention_dim
-        )
-        device = accelerator.device
-        self.encoders = FrozenEncoders(tower.to(device, dtype), self.parts.vae.to(device))
-        self.dataset: Dataset = VisualizerDataset(
-            source, self.tower_format, PixelFormat(args.resolution), args.random_crop, args.seed
-        )
-        if args.cache_latents:
-            self.dataset = self._encode_all()
-        self.state = self._build_state()
-
-    def _build_state(self) -> TrainingState:
-        """Freeze what is not trained, build the optimizer, wrap for the processes."""
-        args, unet = self.args, self.parts.unet
-        unet.requires_grad_(args.unfreeze_unet)
-        if args.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        model = ConditionedUNet(self.projector, unet).train().to(self.accelerator.device)
-        groups = [{"params": list(self.projector.parameters()), "lr": args.lr}]
-        if args.unfreeze_unet:
-            groups.append({"params": list(unet.parameters()), "lr": args.unet_lr or args.lr})
-        optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
-        # Not prepared by Accelerate, which would advance it once per process.
-        lr_scheduler = build_lr_scheduler(
-            args.lr_scheduler, optimizer, warmup_steps=args.warmup_steps, training_steps=args.training_steps
-        )
-        self.wrapped_model, optimizer = self.accelerator.prepare(model, optimizer)
-        self.parameters = list(trainable_parameters(model).values())
-        ema = EMAModel(self.parameters, decay=args.ema_decay) if args.ema_decay else None
-        logger.info(
-            "Training %.2f of %.2f million parameters on %d pictures",
-            sum(value.numel() for value in self.parameters) / 1e6,
-            sum(value.numel() for value in model.parameters()) / 1e6,
-            self.num_images,
-        )
-        return TrainingState(model, optimizer, lr_scheduler, ema)
-
-    def align(self, file: str) -> None:
-        """Fit the projector to the known conditions in `file`; every process does the same."""
-        conditions = load_conditions(file, self.num_images)
-        assert isinstance(self.dataset, TensorDataset)  # the flags demand cache_latents
-        tokens = self.dataset.tensors["visual_tokens"]
-        steps, lr = self.args.alignment_steps, self.args.alignment_lr
-        align_projector(self.projector, tokens, conditions, steps=steps, lr=lr, seed=self.args.seed)
-        if self.state.ema is not None:  # the average starts from here
-            self.state.ema = EMAModel(self.parameters, decay=self.args.ema_decay)
-
-    def train(self) -> VisualizerResult:
-        """Run the loop to `training_steps` and write the result.
-
-        Raises:
-            Preempted: on all processes, if one of them got a signal; a checkpoint and the marker have been written.
-        """
-        args, state = self.args, self.state
-        first_step, started = state.step, time.perf_counter()
-        losses: list[torch.Tensor] = []
-        batches = iter(self._loader(state.samples_seen))
-        progress = tqdm(
-            total=args.training_steps,
-            initial=first_step,
-            desc="visualizer",
-            unit="step",
-            disable=None if self.accelerator.is_main_process else True,
-        )
-        with progress:
-            while state.step < args.training_steps:
-                losses.append(self._optimizer_step(batches))
-                progress.update()
-                if state.step % args.logging_steps == 0 or state.step == args.training_steps:
-                    self._log(losses, progress)
-                if state.step < args.training_steps and self.preemption.agreed():
-                    folder = self._save_checkpoint(validate=False)  # time is short
-                    leave_preempted(self.accelerator, self.preemption, folder, state.step)
-                if args.save_step and state.step % args.save_step == 0:
-                    self._save_checkpoint()
-        seconds = time.perf_counter() - started
-        means = self.accelerator.reduce(torch.stack(losses), "mean").tolist() if losses else []
-        self._save_result()
-        # Not Accelerate's `end_training`, which destroys the process group as well: gloo's threads need the interpreter
-        # lock to let go of a reduced tensor, and destroying the group waits for them while holding it. The group goes
-        # with the process, as Transformers' Trainer leaves it too.
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        return VisualizerResult(self.output_dir, means, first_step, seconds, self.accelerator.is_main_process)
-
-    def _optimizer_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """Forward and backward over the accumulated batches, then one update; the mean loss, on the device."""
-        args, state = self.args, self.state
-        total = torch.zeros((), device=self.accelerator.device)
-        for index in range(args.gradient_accumulation_steps):
-            is_last = index == args.gradient_accumulation_steps - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped_model):
-                loss = self._loss(next(batches)) / args.gradient_accumulation_steps
-                self.accelerator.backward(loss)
-            total += loss.detach()
-        if args.max_grad_norm:
-            self.accelerator.clip_grad_norm_(self.parameters, args.max_grad_norm)
-        state.optimizer.step()
-        state.lr_scheduler.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        if state.ema is not None:
-            state.ema.step(self.parameters)
-        state.step += 1
-        state.samples_seen += self._samples_per_step
-        return total
-
-    def _loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Mean loss of one batch of pixels, or of tokens and moments with `cache_latents`."""
-        args, device = self.args, self.accelerator.device
-        positions = batch.pop("position")
-        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        encoded = batch if args.cache_latents else self.encoders(**batch)
-        moments = encoded["moments"]
-        draws = Draws.at(
-            positions,
-            (moments.shape[1] // 2, *moments.shape[2:]),
-            seed=args.seed,
-            num_timesteps=self.parts.noise_scheduler.config.num_train_timesteps,
-            timestep_power=args.timestep_power,
-            cfg_prob=args.cfg_prob,
-            noise_offset=args.noise_offset,
-        ).to(device)
-        latents = sample_latents(self.encoders.vae, moments, draws.latent_noise)
-        with self.accelerator.autocast():
-            return diffusion_loss(
-                self.wrapped_model,
-                self.parts.noise_scheduler,
-                latents,
-                encoded["visual_tokens"],
-                draws,
-                args.snr_gamma,
-            )
-
-    @property
-    def _samples_per_step(self) -> int:
-        return self.args.batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-
-    def _loader(self, start: int) -> DataLoader:
-        batches = StreamBatches(
-            self.num_images,
-            self.args.batch_size,
-            self.args.seed,
-            start,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
-        workers = self.args.dataloader_num_workers
-        return DataLoader(
-            self.dataset,
-            batch_sampler=batches,
-            num_workers=workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-            persistent_workers=workers > 0,
-            worker_init_fn=ignore_signals,
-        )
-
-    def _encode_all(self) -> TensorDataset:
-        """Tokens and latents of every picture, on the CPU."""
-        size, count, chunks = self.args.batch_size, self.num_images, []
-        order = [[Sample(i, i) for i in range(at, min(at + size, count))] for at in range(0, count, size)]
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=order,
-            num_workers=self.args.dataloader_num_workers,
-            worker_init_fn=ignore_signals,
-        )
-        for batch in tqdm(loader, desc="encoding pictures", unit="batch", disable=None):
-            pixels = {name: batch[name].to(self.accelerator.device) for name in ("tower_pixels", "vae_pixels")}
-            chunks.append({name: value.cpu() for name, value in self.encoders(**pixels).items()})
-        return TensorDataset({name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]})
-
-    def _log(self, losses: list[torch.Tensor], progress: tqdm) -> None:
-        """Report the mean loss since the last entry; the only place in the loop that waits for the device."""
-        window = torch.stack(losses[self._logged :]).mean()
-        self._logged = len(losses)
-        values = {
-            "loss": self.accelerator.reduce(window, "mean").item(),
-            "lr": self.state.lr_scheduler.get_last_lr()[0],
-        }
-        progress.set_postfix(loss=f"{values['loss']:.4f}")
-        self.accelerator.log(values, step=self.state.step)
-        if self.on_log is not None and self.accelerator.is_main_process:
-            self.on_log(self.state.step, values)
-
-    def _save_checkpoint(self, validate: bool = True) -> Path:
-        folder = self.output_dir / f"checkpoint-{self.state.step}"
-        if self.accelerator.is_main_process:
-            save_checkpoint(self.output_dir, self.state, self.args.save_total_limit)
-            logger.info("Wrote %s", folder)
-            if validate and len(self.validation):
-                self._validate()
-        self.accelerator.wait_for_everyone()
-        return folder
-
-    def _validate(self) -> None:
-        """Draw the validation pictures from their tokens, to a file and to the trackers."""
-        with self._averaged_weights():
-            grid = draw_validation_grid(
-                self.projector,
-                self.parts,
-                self.encoders,
-                [self.validation.load(index) for index in range(len(self.validation))],
-                self.tower_format,
-                self.args,
-            )
-        path = self.output_dir / "validation" / f"step-{self.state.step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(path)
-        for tracker in self.accelerator.trackers:
-            tracker.log_images({"validation": np.asarray(grid)[None]}, step=self.state.step)
-
-    def _save_result(self) -> None:
-        if self.accelerator.is_main_process:
-            with self._averaged_weights():
-                save_pipeline(self.output_dir, self.projector, self.parts, self.args)
-            logger.info("Wrote the visualizer to %s", self.output_dir)
-        self.accelerator.wait_for_everyone()
-
-    @contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """Within, the model has the moving average of its weights."""
-        ema = self.state.ema
-        if ema is None:
-            yield
-            return
-        ema.store(self.parameters)
-        ema.copy_to(self.parameters)
-        try:
-            yield
-        finally:
-            ema.restore(self.parameters)
