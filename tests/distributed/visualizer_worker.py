@@ -1,14 +1,48 @@
-"""One process of `test_visualizer_processes.py`: trains with the flags in a JSON file and writes the losses."""
+"""One process of `test_visualizer_processes.py`: trains with the flags in a JSON file and writes what it has seen."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
+import torch
+
 from metamorph.visualization import VisualizerArguments, train_visualizer
+from metamorph.visualization.sources import ImageFiles, ShardedImages
+
+
+def note_pictures(folder: Path) -> None:
+    """Append the name of every picture that is read to `pictures-RANK.txt`."""
+    for kind in (ImageFiles, ShardedImages):
+
+        def load(self, index, original=kind.load):
+            with (folder / f"pictures-{os.environ.get('RANK', 0)}.txt").open("a") as file:
+                file.write(f"{self.name(index)}\n")
+            return original(self, index)
+
+        kind.load = load
+
+
+def die_in_checkpoint(number: int) -> None:
+    """Let the process end by SIGKILL when half of the optimizer of the given checkpoint is written."""
+    original, done = torch.save, []
+
+    def save(tensors, path):
+        done.append(path)
+        original(tensors, path)
+        if len(done) == number:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = save
 
 
 if __name__ == "__main__":
-    args = VisualizerArguments(**json.loads(Path(sys.argv[1]).read_text()))
-    result = train_visualizer(args)
+    file = Path(sys.argv[1])
+    note_pictures(file.parent)
+    if len(sys.argv) > 2:
+        die_in_checkpoint(int(sys.argv[2]))
+    result = train_visualizer(VisualizerArguments(**json.loads(file.read_text())))
     if result.is_main_process:
         (result.output_dir / "losses.json").write_text(json.dumps(result.losses))
