@@ -1,4 +1,4 @@
-"""The composite model: images become visual tokens, visual tokens join the text, one decoder predicts both.
+"""The composite model: the backbone reads images and text, two heads predict both, and the losses are theirs.
 
 Shape legend: B batch, S sequence, H hidden size of the language model, V vocabulary, I images in the batch,
 N visual tokens per image, D features of one visual token.
@@ -7,7 +7,6 @@ N visual tokens per image, D features of one visual token.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -19,172 +18,17 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from .adapters import LoadsAdapterFolders
+from .backbone import MetaMorphModel, MetaMorphPreTrainedModel
 from .batch_indices import BatchIndices, index_batch
 from .configuration_metamorph import MetaMorphConfig
 from .embeddings import NewTokenEmbedding, add_token_rows
 from .generation import MetaMorphGenerationMixin
 from .image_tokens import add_image_tokens
 from .losses import LossSum, average, cosine_sum, text_loss, visual_loss
-from .outputs import MetaMorphModelOutput, MetaMorphOutput
+from .outputs import MetaMorphOutput
 from .projectors import build_mm_projector, build_vision_head
 from .text_head import TextHead, TextLossOptions
 from .vision_tower import VisionTower, finish_visual_tokens
-
-
-class MetaMorphPreTrainedModel(PreTrainedModel):
-    """What Transformers needs to know to load, save and place any MetaMorph model."""
-
-    config_class = MetaMorphConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ("past_key_values",)
-    # Attention happens in the two parts only; whether they support a backend is checked when they are built.
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
-
-class MetaMorphModel(MetaMorphPreTrainedModel):
-    """Vision tower, connector and decoder, without output heads."""
-
-    def __init__(self, config: MetaMorphConfig):
-        super().__init__(config)
-        self.vision_tower = VisionTower(config)
-        self.mm_projector = build_mm_projector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The language model's embedding table."""
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the language model's embedding table."""
-        self.language_model.set_input_embeddings(value)
-
-    def get_decoder(self) -> PreTrainedModel:
-        """The language model without its head."""
-        return self.language_model
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        visual_tokens: Tensor | None = None,
-        generated_visual_tokens: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        image_positions: Tensor | None = None,
-        **kwargs: Any,
-    ) -> MetaMorphModelOutput:
-        """See [`MetaMorphForConditionalGeneration.forward`]."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if pixel_values is not None and visual_tokens is not None:
-            raise ValueError("give pixel_values or visual_tokens, not both: they are two forms of the same images")
-        if pixel_values is not None and pixel_values.shape[0]:
-            visual_tokens = self.vision_tower(pixel_values)
-        elif visual_tokens is None and input_ids is not None and self._tower_takes_part():
-            visual_tokens = self._see_nothing(input_ids.device)
-        if input_ids is not None:
-            inputs_embeds = self.embed(input_ids, visual_tokens, generated_visual_tokens, image_positions)
-        elif visual_tokens is not None:
-            raise ValueError("images need input_ids, whose placeholders say where they belong; inputs_embeds have none")
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        return MetaMorphModelOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            visual_tokens=visual_tokens,
-        )
-
-    def embed(
-        self,
-        input_ids: Tensor,
-        visual_tokens: Tensor | None,
-        generated_visual_tokens: Tensor | None = None,
-        image_positions: Tensor | None = None,
-    ) -> Tensor:
-        """Looks up text tokens and puts the projected visual tokens at the placeholders.
-
-        Args:
-            input_ids: [B, S]
-            visual_tokens: [I, N, D] for the placeholders in reading order, those of generated tokens excepted.
-            generated_visual_tokens: [B, G, D] one candidate for each of the last G positions; used where that
-                position holds a placeholder.
-            image_positions: [placeholders] where they are in [B · S], if that is known: see [`BatchIndices`].
-
-        Returns:
-            [B, S, H]
-
-        Raises:
-            ValueError: the placeholders are not `N` for each image.
-        """
-        embeds = self.get_input_embeddings()(input_ids)
-        if generated_visual_tokens is not None:
-            is_placeholder = input_ids == self.config.image_token_id
-            count = generated_visual_tokens.shape[1]
-            is_generated = is_placeholder.clone()
-            is_generated[:, :-count] = False
-            projected = self.mm_projector(generated_visual_tokens.to(embeds.dtype)).to(embeds.dtype)
-            candidates = F.pad(projected, (0, 0, input_ids.shape[1] - count, 0))
-            embeds = torch.where(is_generated.unsqueeze(-1), candidates, embeds)
-            if visual_tokens is None:
-                return embeds
-            image_positions = (is_placeholder & ~is_generated).flatten().nonzero().squeeze(-1)
-        if image_positions is None:
-            image_positions = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(-1)
-        if visual_tokens is None:
-            # An empty batch of images still passes the connector: its parameters stay in the graph (gradient 0), so
-            # that data-parallel ranks without images take part in every collective operation.
-            visual_tokens = embeds.new_zeros(0, self.config.num_image_tokens, self.config.vision_feature_size)
-        return self._place(embeds, image_positions, visual_tokens)
-
-    def _tower_takes_part(self) -> bool:
-        """Whether the tower is called even if there are no images, because all data-parallel ranks must do the same.
-
-        So it is while a weight of it or of the reduction is trained; and also in evaluation, if its weights are divided
-        among ranks (FSDP2, ZeRO-3), each of which must help to gather them.
-        """
-        learns = self.training and torch.is_grad_enabled()
-        return any(
-            (learns and weight.requires_grad) or hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
-            for weight in self.vision_tower.parameters()
-        )
-
-    def _see_nothing(self, device: torch.device) -> Tensor:
-        """[0, N, D] what is left of one grey picture of which nothing is used, so that its gradients are 0.
-
-        It is encoded where images would be, before the embeddings: ZeRO-3 hangs when ranks call modules in different
-        orders.
-        """
-        tower = self.vision_tower
-        return tower(torch.zeros(1, 3, tower.image_size, tower.image_size, device=device))[:0]
-
-    def _place(self, embeds: Tensor, positions: Tensor, visual_tokens: Tensor) -> Tensor:
-        wanted = visual_tokens.shape[0] * visual_tokens.shape[1]
-        if positions.shape[0] != wanted:
-            raise ValueError(
-                f"input_ids hold {positions.shape[0]} image placeholders, but {visual_tokens.shape[0]} images with "
-                f"{visual_tokens.shape[1]} visual tokens each need {wanted}; prepare both with this model's processor"
-            )
-        projected = self.mm_projector(visual_tokens.to(embeds.dtype)).to(embeds.dtype)
-        flat = embeds.reshape(-1, embeds.shape[-1]).index_copy(0, positions, projected.flatten(0, 1))
-        return flat.view_as(embeds)
 
 
 class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrainedModel, MetaMorphGenerationMixin):
