@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,8 +35,12 @@ COMMANDS = {
     "lr": Command("metamorph.cli.lr", "scale a learning rate to another batch size"),
 }
 
-USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
-"""What bad input raises. It is printed as one line; anything else is a fault of ours and keeps its traceback."""
+USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ModuleNotFoundError)
+"""What bad input raises, and the lack of an optional package. It is printed as one line; anything else is a fault of
+ours and keeps its traceback."""
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command line without the program's name; None reads `sys.argv`.
 
     Returns:
-        Exit status: 0 on success, 1 if `data check` found problems, 2 for bad input.
+        Exit status: 0 on success, 1 if `data check` found problems, 2 for bad input, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = words[:1] == ["--debug"]  # before the command only: `train` has Transformers' own --debug
@@ -67,6 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"metamorph {words[0]}: error: {error} (metamorph --debug {words[0]} … shows where)", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print(f"metamorph {words[0]}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return status or 0
 
 
@@ -81,10 +91,20 @@ def usage() -> str:
 
 
 def _set_up_logging(debug: bool) -> None:
-    """Log to stderr: our own records from the first process only, unless `debug`."""
+    """Log to stderr: our own records from the first process only, unless `debug`. Hush some of libraries."""
     is_main = int(os.environ.get("RANK", "0")) == 0
     level = logging.DEBUG if debug else logging.INFO if is_main else logging.WARNING
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("metamorph").setLevel(level)
     # PEFT imports bitsandbytes, which then recommends a package for 4-bit products on a CPU to every command.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Accelerate imports DeepSpeed where it is installed, also for a run without it. DeepSpeed sets the level of its
+    # logger itself; a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(_is_not_about_the_accelerator)
+    # PEFT asks Transformers by a name that is about to go.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def _is_not_about_the_accelerator(record: logging.LogRecord) -> bool:
+    """False for DeepSpeed's remark on a machine without a GPU, which a CPU run does not need to hear."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")

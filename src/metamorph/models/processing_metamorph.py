@@ -328,7 +328,11 @@ class MetaMorphProcessor(ProcessorMixin):
                     if used < len(features):
                         parts.append(ImagePart(features[used]))
                     used += 1
-                elif text := self.tokenizer.decode(run, skip_special_tokens=skip_special_tokens):
+                elif text := self.tokenizer.decode(
+                    run,
+                    skip_special_tokens=skip_special_tokens,
+                    clean_up_tokenization_spaces=False,  # Llama-3's tokenizer asks for it, but it is for WordPiece
+                ):
                     parts.append(TextPart(text))
             rows.append(parts)
         if used != len(features):

@@ -174,13 +174,13 @@ def _train(
     if not trainer.is_sharded:
         merge_new_token_rows(model)
     logger.info(
-        "data: %d records, of which %d cut to --model_max_length %d (%d images dropped) and %d skipped as bad %s",
+        "data: %d records, of which %d cut to --model_max_length %d (%d images dropped) and %d skipped as bad%s",
         statistics["records"],
         statistics["truncated"],
         data_args.model_max_length,
         statistics["dropped_images"],
         sum(statistics["bad"].values()),
-        statistics["bad"] or "",
+        f": {statistics['bad']}" if statistics["bad"] else "",
     )
     return TrainResult(
         output_dir=training_args.output_dir,

@@ -268,7 +268,9 @@ class SampleWriter(TrainerCallback):
         if not trainer.is_world_process_zero():
             return
         images = write_samples(samples, folder, self.draw)
-        logger.info("step %d: %d answers and %d pictures in %s", step, len(samples), len(images), folder)
+        pictures = sum(len(sample.visual_tokens) for sample in samples)
+        form = "drawn" if self.draw else "as visual tokens"
+        logger.info("step %d: %d answers with %d pictures, %s, in %s", step, len(samples), pictures, form, folder)
         texts = {f"samples/{number:03d}": f"{s.prompt.text}\n\n{s.text}" for number, s in enumerate(samples, 1)}
         for tracker in self.trackers:
             tracker.log_media(texts, {f"samples/{name}": image for name, image in images.items()}, step)
