@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.arguments import ModelArguments
 from metamorph.training.flops import Cost, Work, count_work, model_flops
+from metamorph.training.metrics import sum_dtype
 from metamorph.training.stages import apply_stage
 from model_parts import build_batch, build_tiny_model
 
@@ -66,6 +67,14 @@ def test_work_of_padded_batch():
     assert (work.images, work.visual_tokens) == (2, 8)
     assert work.text_targets == (batch["labels"] != -100).sum()
     assert work.visual_targets == 4
+
+
+def test_work_is_counted_in_integers():
+    """Apple's GPUs have no float64: it is summed over a log line on the device, exactly."""
+    batch = build_batch(build_tiny_model().config, "vgt")
+    assert count_work(batch, 4).dtype == torch.int64
+    assert sum_dtype(torch.device("mps")) == torch.float32
+    assert sum_dtype(torch.device("cuda")) == torch.float64
 
 
 def test_features_from_a_cache_cost_no_tower():

@@ -52,6 +52,15 @@ class LossWindow:
         return logs | {"num_visual_tokens": num_visual}
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What sums over many batches are kept in: float64, except on Apple's GPUs, which do not have it.
+
+    Args:
+        device: Where they are kept.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def count_targets(batch: dict[str, Any]) -> Tensor:
     """[2] the numbers of text tokens and of visual tokens that a batch supervises.
 

@@ -25,6 +25,7 @@ from torch.nn.utils import get_total_norm
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from metamorph.training.flops import ModelFlops, Work, count_work
+from metamorph.training.metrics import sum_dtype
 from metamorph.training.stages import module_of
 
 
@@ -115,7 +116,7 @@ class RunMonitor(TrainerCallback):
         if taken:
             self._steps += 1
         for batch in taken:
-            work = count_work(batch, self.num_image_tokens).double()
+            work = count_work(batch, self.num_image_tokens)
             self._work = work if self._work is None else self._work + work
             self._samples += num_samples(batch)
         return taken
@@ -206,8 +207,9 @@ class RunMonitor(TrainerCallback):
         self._synchronize()
         now = time.perf_counter()
         seconds = max(now - self._started - self._paused, 1e-9)
-        own = self._work.new_tensor([self._samples, seconds, self._waited, peak_memory(self.accelerator.device)])
-        ranks = self.accelerator.gather(torch.cat([self._work, own]).unsqueeze(0)).cpu()  # [ranks, 6 + 4]
+        counted = self._work.to(sum_dtype(self._work.device))
+        own = counted.new_tensor([self._samples, seconds, self._waited, peak_memory(self.accelerator.device)])
+        ranks = self.accelerator.gather(torch.cat([counted, own]).unsqueeze(0)).cpu().double()  # [ranks, 6 + 4]
         work, samples = ranks[:, :6].sum(dim=0), ranks[:, 6].sum().item()
         seconds, waited, peak = ranks[:, 7:].max(dim=0).values.tolist()
         self._clear()
@@ -278,6 +280,8 @@ def peak_memory(device: torch.device) -> float:
     Args:
         device: Where the model is.
     """
+    if device.type == "mps":  # it keeps no maximum
+        return torch.mps.driver_allocated_memory()
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
     try:

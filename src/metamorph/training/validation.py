@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from metamorph.data.collation import PaddedCollator
 from metamorph.data.dataset import MixtureDataset
 from metamorph.preemption import ignore_signals
+from metamorph.training.metrics import sum_dtype
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def evaluate_losses(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # a loader draws a seed, else from the global one
     )
-    sums = {source: torch.zeros(5, dtype=torch.float64, device=accelerator.device) for source in dataset.sources}
+    dtype = sum_dtype(accelerator.device)
+    sums = {source: torch.zeros(5, dtype=dtype, device=accelerator.device) for source in dataset.sources}
     was_training = model.training
     model.eval()
     try:
@@ -199,7 +201,7 @@ def _start_worker(worker: int) -> None:
 
 
 def _loss_sums(outputs: Any) -> Tensor:
-    """float64 [5], see [`SourceLoss.from_sums`]."""
+    """[5], see [`SourceLoss.from_sums`]."""
     text, num_text = outputs.text_loss, outputs.num_text_tokens
     zero = torch.zeros_like(text)
     visual, num_visual, cosine = (
@@ -207,4 +209,4 @@ def _loss_sums(outputs: Any) -> Tensor:
         for value in (outputs.visual_loss, outputs.num_visual_tokens, outputs.visual_cosine)
     )
     values = (text * num_text, visual * num_visual, cosine * num_visual, num_text, num_visual)
-    return torch.stack([value.to(text.device, torch.float64) for value in values])
+    return torch.stack([value.to(text.device, sum_dtype(text.device)) for value in values])
