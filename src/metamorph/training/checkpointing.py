@@ -49,6 +49,8 @@ class CheckpointingTrainer(ShardedTrainer):
     card_facts: CardFacts | None = None
     """What the model card is made of; without them there is none."""
     _saving = False
+    _knows_its_place = True
+    """Whether the number of the step tells the place in the data."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md` into `output_dir`; Trainer calls it before it pushes to the Hub.
@@ -81,6 +83,7 @@ class CheckpointingTrainer(ShardedTrainer):
             **kwargs: As for `transformers.Trainer.train`.
         """
         if resume_from_checkpoint is not None:
+            self._knows_its_place = not self.args.ignore_data_skip
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_FILE))
             if self.resume_point is not None:
                 state.global_step = self.resume_point.step
@@ -161,7 +164,7 @@ class CheckpointingTrainer(ShardedTrainer):
         return {
             "step": self.state.global_step,
             "stage": self.stage,
-            "position": asdict(position),
+            "position": asdict(position) if self._knows_its_place else None,
             "data": self._data_description,
         }
 

@@ -138,8 +138,11 @@ def plan_resume(
     if checkpoint is None or args.ignore_data_skip:
         return None
     manifest = read_manifest(checkpoint)
-    if manifest is None:
-        raise CheckpointError(f"{checkpoint} does not tell its position in the data; add --ignore_data_skip True")
+    if manifest is None or manifest["position"] is None:
+        raise CheckpointError(
+            f"{checkpoint} does not tell its position in the data (none does behind a resume with --ignore_data_skip "
+            "True); add --ignore_data_skip True, which begins an epoch again"
+        )
     _check_data(checkpoint, manifest["data"], describe_data(dataset, planner))
     old = Position(**manifest["position"])
     new = Position.at(0, planner, args.gradient_accumulation_steps)
