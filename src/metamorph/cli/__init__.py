@@ -101,6 +101,8 @@ def _set_up_logging(debug: bool) -> None:
     # Accelerate imports DeepSpeed where it is installed, also for a run without it. DeepSpeed sets the level of its
     # logger itself; a filter stays.
     logging.getLogger("DeepSpeed").addFilter(_is_not_about_the_accelerator)
+    if not (is_main and sys.stderr.isatty()):  # in a log file each bar is several lines
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # PEFT asks Transformers by a name that is about to go.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 

@@ -66,6 +66,7 @@ def _shown(flags: Any) -> Iterator[tuple[Field, Any]]:
         ours = not isinstance(flags, MetaMorphTrainingArguments) or field.name in own
         # What Transformers derives from other fields is no news: only plain values count as changed.
         changed = isinstance(value, (str, int, float)) and value != field.default and field.default is not MISSING
+        changed &= value is not False or field.default is not None  # nor that a flag nobody gave comes to False
         if field.init and field.name not in OF_THIS_MACHINE and (ours or changed):
             yield field, value
 

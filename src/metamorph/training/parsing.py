@@ -121,7 +121,7 @@ def read_recipe(path: str) -> dict[str, Any]:
     """Read the YAML file at `path`: one mapping from flag names to values."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"--config {path} does not exist: give a YAML file of flags")
+        raise FileNotFoundError(f"--config {path} does not exist or is not a file: give a YAML file of flags")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
