@@ -93,3 +93,25 @@ def test_r42_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(flags, 
     for part in ("projector", "unet"):
         weights = [load_file(place / part / "diffusion_pytorch_model.safetensors") for place in (folder, tmp_path)]
         assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def test_fsdp2_trains_as_one_process_does_and_exchanges_checkpoints_with_it(flags, one, tmp_path):
+    folder, expected = one
+    options = {"sharding": "fsdp2", "batch_size": 1, "validation_images": [str(tmp_path / "picture.png")]}
+    random_images(1)[0].save(tmp_path / "picture.png")
+    two = tmp_path / "two"
+    resume = {"resume_from_checkpoint": str(folder / "checkpoint-4"), "save_step": 1}
+    assert start(two, flags | options | resume, processes=2).returncode == 0
+    assert json.loads((two / "losses.json").read_text()) == pytest.approx(expected[4:], abs=1e-4)
+    assert len(list((two / "validation").iterdir())) == 2
+    rest = VisualizerArguments(
+        output_dir=str(tmp_path / "rest"), resume_from_checkpoint=str(two / "checkpoint-5"), **flags
+    )
+    assert train_visualizer(rest).losses == pytest.approx(expected[5:], abs=1e-4)
+    for part in ("projector", "unet"):
+        file = Path(part) / "diffusion_pytorch_model.safetensors"
+        weights, sharded, continued = (load_file(place / file) for place in (folder, two, tmp_path / "rest"))
+        assert weights.keys() == sharded.keys()
+        for name, value in weights.items():
+            assert (sharded[name] - value).abs().max() < 1e-4, name
+            assert (continued[name] - value).abs().max() < 1e-4, name

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from metamorph.checkpoint_files import checkpoints
+from metamorph.preemption import MARKER_FILE, PREEMPTED, Preempted
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
 from metamorph.visualization.data import crop_square
 from metamorph.visualization.parts import load_tower
@@ -122,6 +126,19 @@ def test_latest_checkpoint_is_found_and_old_ones_are_removed(arguments, pictures
     assert anew.first_step == 0
 
 
+def test_signal_saves_and_the_same_command_goes_on(arguments, pictures, tmp_path):
+    unbroken = train_visualizer(arguments(output_dir=str(tmp_path / "whole"), training_steps=5), pictures)
+    args = arguments(training_steps=5, logging_steps=2)
+    with pytest.raises(Preempted) as stopped:
+        train_visualizer(args, pictures, on_log=lambda step, values: os.kill(os.getpid(), signal.SIGUSR1))
+    assert stopped.value.code == PREEMPTED
+    marker = json.loads((tmp_path / "out" / MARKER_FILE).read_text())
+    assert (marker["step"], marker["checkpoint"], marker["signal"]) == (2, "checkpoint-2", "SIGUSR1")
+    resumed = train_visualizer(args, pictures)
+    assert (resumed.first_step, resumed.losses) == (2, unbroken.losses[2:])
+    assert not (tmp_path / "out" / MARKER_FILE).exists()
+
+
 def test_accumulated_equals_large_batch(arguments, pictures, tmp_path):
     large = arguments(output_dir=str(tmp_path / "large"), batch_size=4)
     small = arguments(output_dir=str(tmp_path / "small"), batch_size=1, gradient_accumulation_steps=4)
@@ -134,6 +151,20 @@ def test_cached_equals_uncached(arguments, pictures, tmp_path):
     cached = arguments(output_dir=str(tmp_path / "cached"), cache_latents=True)
     expected = train_visualizer(plain, pictures).losses
     assert train_visualizer(cached, pictures).losses == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_trains_as_uncompiled(arguments, pictures, tmp_path, monkeypatch):
+    # The graphs are captured and differentiated as always, but not translated to C++, which takes minutes.
+    capture = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", capture)
+    options = {"unfreeze_unet": True, "training_steps": 2, "save_step": 1}
+    plain = train_visualizer(arguments(output_dir=str(tmp_path / "plain"), **options), pictures)
+    compiled = train_visualizer(arguments(output_dir=str(tmp_path / "fast"), torch_compile=True, **options), pictures)
+    assert compiled.losses == pytest.approx(plain.losses, abs=1e-4)
+    assert weights(tmp_path / "fast", "unet").keys() == weights(tmp_path / "plain", "unet").keys()
+    again = replace(arguments(output_dir=str(tmp_path / "fast"), **options), training_steps=3)
+    assert train_visualizer(again, pictures).first_step == 2
 
 
 def test_r46_bf16_ema_clipping_accumulation_and_final_save(arguments, pictures):
@@ -186,8 +217,14 @@ def test_folder_of_pictures_validation_grids_and_log(arguments, tmp_path):
         logging_steps=2,
     )
     logged = []
-    result = train_visualizer(args, on_log=lambda step, values: logged.append((step, values["loss"])))
+    seen = []
+    result = train_visualizer(
+        args, on_log=lambda step, values: (logged.append((step, values["loss"])), seen.append(values))
+    )
     assert [step for step, _ in logged] == [2, 3]
+    assert seen[1].keys() == {"loss", "lr", "samples_per_second", "data_wait", "grad_norm"}
+    assert seen[1]["samples_per_second"] > 0 <= seen[1]["data_wait"] < 1
+    assert seen[1]["grad_norm"] > 0
     assert logged[0][1] == pytest.approx(sum(result.losses[:2]) / 2)
     assert logged[1][1] == pytest.approx(result.losses[2])
     (grid,) = (Path(args.output_dir) / "validation").iterdir()

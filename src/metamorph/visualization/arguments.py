@@ -14,6 +14,7 @@ from metamorph.visualization.schedule import DEFAULT_LR_SCHEDULER, LR_SCHEDULERS
 
 MIXED_PRECISIONS = ("no", "bf16")
 TRACKERS = ("none", "tensorboard", "wandb")
+SHARDINGS = ("ddp", "fsdp2")
 ON_BAD_IMAGE = ("raise", "skip")
 LATEST = "latest"
 """Value of `resume_from_checkpoint` that means the newest checkpoint of `output_dir`; so does no value."""
@@ -41,6 +42,11 @@ class VisualizerArguments:
     """Train the UNet too; otherwise only the projector is trained."""
     unet_from_scratch: bool = False
     """Start from a randomly initialised UNet of the same configuration; needs unfreeze_unet."""
+    sharding: str = "ddp"
+    """What several processes share: ddp keeps the whole model on each, fsdp2 divides weights, gradients and optimizer
+    among them."""
+    torch_compile: bool = False
+    """Compile the projector and the blocks of the UNet: the first steps take minutes, the others less time."""
     gradient_checkpointing: bool = False
     """Recompute the UNet's activations in the backward pass: less memory, more time."""
 
@@ -178,6 +184,7 @@ class VisualizerArguments:
             ("mixed_precision", MIXED_PRECISIONS),
             ("report_to", TRACKERS),
             ("on_bad_image", ON_BAD_IMAGE),
+            ("sharding", SHARDINGS),
         ):
             check_choice(f"--{name}", getattr(self, name), allowed)
 
@@ -218,6 +225,8 @@ class VisualizerArguments:
             )
         if self.alignment_conditions is not None and not self.cache_latents:
             raise ValueError("--alignment_conditions needs the tokens of all pictures; set --cache_latents")
+        if self.alignment_conditions is not None and self.sharding != "ddp":
+            raise ValueError(f"--alignment_conditions needs the whole projector; drop --sharding {self.sharding}")
         if self.cache_latents and self.random_crop:
             raise ValueError("--cache_latents keeps one crop of each picture; drop it or --random_crop")
         if not self.validation_guidance_scales:

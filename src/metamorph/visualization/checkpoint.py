@@ -25,6 +25,7 @@ from metamorph.checkpoint_files import (
     flush,
 )
 from metamorph.visualization.arguments import LATEST
+from metamorph.visualization.sharding import divided_like, whole
 
 
 logger = logging.getLogger(__name__)
@@ -59,13 +60,14 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
-def save_checkpoint(output_dir: Path, state: TrainingState, keep: int | None) -> Path:
-    """Write `output_dir/checkpoint-STEP`, then remove all but the newest `keep` checkpoints. For one process.
+def save_checkpoint(output_dir: Path, state: TrainingState, keep: int | None, writes: bool = True) -> Path:
+    """Write `output_dir/checkpoint-STEP`, then remove all but the newest `keep` checkpoints.
 
     Args:
         output_dir: Folder of the checkpoints.
         state: What to save.
         keep: Number of checkpoints to keep; None keeps all.
+        writes: Whether this process writes. One does; of a sharded model the others must call it, too.
 
     Returns:
         The new folder.
@@ -74,14 +76,17 @@ def save_checkpoint(output_dir: Path, state: TrainingState, keep: int | None) ->
         CheckpointError: If it cannot be written (a full disk, say); the last good one stays.
     """
     name = f"{PREFIX}{state.step}"
+    weights = whole({key: value.detach() for key, value in trainable_parameters(state.model).items()}, keep=writes)
+    tensors = {"optimizer": whole(state.optimizer.state_dict(), keep=writes)}
+    tensors["lr_scheduler"] = state.lr_scheduler.state_dict()
+    if state.ema is not None:
+        tensors["ema"] = whole(state.ema.state_dict(), keep=writes)
+    if not writes:
+        return output_dir / name
     with explains_write_errors(output_dir, name):
         partial = begin_checkpoint(output_dir) / name
         partial.mkdir()
-        weights = {key: value.detach().contiguous() for key, value in trainable_parameters(state.model).items()}
-        save_file(weights, partial / _WEIGHTS)
-        tensors = {"optimizer": state.optimizer.state_dict(), "lr_scheduler": state.lr_scheduler.state_dict()}
-        if state.ema is not None:
-            tensors["ema"] = state.ema.state_dict()
+        save_file({key: value.contiguous() for key, value in weights.items()}, partial / _WEIGHTS)
         torch.save(tensors, partial / _OPTIMIZER)
         numbers = {"step": state.step, "samples_seen": state.samples_seen, "data": state.data}
         (partial / _STATE).write_text(json.dumps(numbers), encoding="utf-8")
@@ -115,14 +120,21 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
                     f"--resume_from_checkpoint {folder}: {name} has shape {list(value.shape)} there but "
                     f"{list(parameters[name].shape)} here; use the options it was trained with"
                 )
-            parameters[name].copy_(value)
+            parameters[name].copy_(divided_like(value, parameters[name]))
     tensors = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
     if (state.ema is None) != ("ema" not in tensors):
         raise ValueError(f"--resume_from_checkpoint {folder}: switch --ema_decay on or off as it was there")
+    in_groups = [value for group in state.optimizer.param_groups for value in group["params"]]
+    for index, values in tensors["optimizer"]["state"].items():
+        tensors["optimizer"]["state"][index] = {
+            name: divided_like(value, in_groups[index]) for name, value in values.items()
+        }
     state.optimizer.load_state_dict(tensors["optimizer"])
     state.lr_scheduler.load_state_dict(tensors["lr_scheduler"])
     if state.ema is not None:
         decay, device = state.ema.decay, next(iter(parameters.values())).device
+        shadows = zip(tensors["ema"]["shadow_params"], parameters.values(), strict=True)
+        tensors["ema"]["shadow_params"] = [divided_like(*pair) for pair in shadows]
         state.ema.load_state_dict(tensors["ema"])
         state.ema.to(device=device)
         state.ema.decay = decay

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -26,9 +28,11 @@ from metamorph.visualization.data import PixelFormat, Sample, StreamBatches, Ten
 from metamorph.visualization.denoiser import ConditionedUNet, Draws, FrozenEncoders, diffusion_loss, sample_latents
 from metamorph.visualization.export import draw_validation_grid, save_pipeline
 from metamorph.visualization.monitor import RunMonitor
-from metamorph.visualization.parts import build_projector, load_diffusion_parts, load_tower, token_shape
+from metamorph.visualization.parts import DiffusionParts, build_projector, load_diffusion_parts, load_tower, token_shape
 from metamorph.visualization.processes import leave_preempted
+from metamorph.visualization.projector import VisualizationProjector
 from metamorph.visualization.schedule import build_lr_scheduler
+from metamorph.visualization.sharding import layers, shard, whole, whole_copy
 from metamorph.visualization.sources import ImageFiles, ImageSource
 
 
@@ -104,7 +108,15 @@ class VisualizerTrainer:
         unet.requires_grad_(args.unfreeze_unet)
         if args.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        model = ConditionedUNet(self.projector, unet).train().to(self.accelerator.device)
+        model = self.model = ConditionedUNet(self.projector, unet).train().to(self.accelerator.device)
+        if args.torch_compile:
+            for layer in layers(model):
+                layer.compile()
+        is_divided = args.sharding == "fsdp2" and self.accelerator.num_processes > 1
+        if is_divided:
+            shard(model, bf16=self.accelerator.mixed_precision == "bf16")
+        elif args.sharding == "fsdp2":
+            logger.warning("--sharding fsdp2 has nothing to divide in a single process")
         groups = [{"params": list(self.projector.parameters()), "lr": args.lr}]
         if args.unfreeze_unet:
             groups.append({"params": list(unet.parameters()), "lr": args.unet_lr or args.lr})
@@ -113,7 +125,8 @@ class VisualizerTrainer:
         lr_scheduler = build_lr_scheduler(
             args.lr_scheduler, optimizer, warmup_steps=args.warmup_steps, training_steps=args.training_steps
         )
-        self.wrapped_model, optimizer = self.accelerator.prepare(model, optimizer)
+        optimizer = self.accelerator.prepare(optimizer)
+        self.wrapped_model = model if is_divided else self.accelerator.prepare(model)
         self.parameters = list(trainable_parameters(model).values())
         ema = EMAModel(self.parameters, decay=args.ema_decay) if args.ema_decay else None
         logger.info(
@@ -179,7 +192,7 @@ class VisualizerTrainer:
         sums = torch.zeros(2, device=self.accelerator.device)
         for index in range(args.gradient_accumulation_steps):
             is_last = index == args.gradient_accumulation_steps - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped_model):
+            with nullcontext() if is_last else self._no_sync():
                 batch = self.monitor.fetch(batches)
                 share = batch["weight"].mean()
                 loss = self._loss(batch) / args.gradient_accumulation_steps
@@ -188,6 +201,7 @@ class VisualizerTrainer:
         norm = None
         if args.max_grad_norm:
             norm = self.accelerator.clip_grad_norm_(self.parameters, args.max_grad_norm)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         state.optimizer.step()
         state.lr_scheduler.step()
         state.optimizer.zero_grad(set_to_none=True)
@@ -275,27 +289,42 @@ class VisualizerTrainer:
         if self.on_log is not None and self.accelerator.is_main_process:
             self.on_log(self.state.step, values)
 
+    @contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        """Within, gradients stay on their processes."""
+        model = self.model
+        if not isinstance(model, FSDPModule):
+            with self.accelerator.no_sync(self.wrapped_model):
+                yield
+            return
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
     def _save_checkpoint(self, validate: bool = True) -> Path:
-        folder = self.output_dir / f"checkpoint-{self.state.step}"
-        if self.accelerator.is_main_process:
-            save_checkpoint(self.output_dir, self.state, self.args.save_total_limit)
+        is_main = self.accelerator.is_main_process
+        folder = save_checkpoint(self.output_dir, self.state, self.args.save_total_limit, writes=is_main)
+        if is_main:
             logger.info("Wrote %s", folder)
-            if validate and len(self.validation):
-                self._validate()
+        if validate and len(self.validation):
+            with self._finished_parts() as finished:
+                if is_main:
+                    self._validate(*finished)
         self.accelerator.wait_for_everyone()
         return folder
 
-    def _validate(self) -> None:
+    def _validate(self, projector: VisualizationProjector, parts: DiffusionParts) -> None:
         """Draw the validation pictures from their tokens, to a file and to the trackers."""
-        with self._averaged_weights():
-            grid = draw_validation_grid(
-                self.projector,
-                self.parts,
-                self.encoders,
-                [self.validation.load(index) for index in range(len(self.validation))],
-                self.tower_format,
-                self.args,
-            )
+        grid = draw_validation_grid(
+            projector,
+            parts,
+            self.encoders,
+            [self.validation.load(index) for index in range(len(self.validation))],
+            self.tower_format,
+            self.args,
+        )
         path = self.output_dir / "validation" / f"step-{self.state.step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         grid.save(path)
@@ -303,22 +332,32 @@ class VisualizerTrainer:
             tracker.log_images({"validation": np.asarray(grid)[None]}, step=self.state.step)
 
     def _save_result(self) -> None:
-        if self.accelerator.is_main_process:
-            with explains_write_errors(self.output_dir, "the visualizer"), self._averaged_weights():
-                save_pipeline(self.output_dir, self.projector, self.parts, self.args)
-            logger.info("Wrote the visualizer to %s", self.output_dir)
+        with self._finished_parts() as (projector, parts):
+            if self.accelerator.is_main_process:
+                with explains_write_errors(self.output_dir, "the visualizer"):
+                    save_pipeline(self.output_dir, projector, parts, self.args)
+                logger.info("Wrote the visualizer to %s", self.output_dir)
         self.accelerator.wait_for_everyone()
 
     @contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """Within, the model has the moving average of its weights."""
-        ema = self.state.ema
-        if ema is None:
-            yield
+    def _finished_parts(self) -> Iterator[tuple[VisualizationProjector, DiffusionParts]]:
+        """Projector and parts with the moving average of the weights, whole in the main process. For all processes."""
+        model, ema = self.model, self.state.ema
+        if isinstance(model, FSDPModule):
+            is_main = self.accelerator.is_main_process
+            state = whole(model.state_dict(), keep=is_main)
+            if ema is not None:
+                names = trainable_parameters(model)
+                state |= zip(names, whole(ema.shadow_params, keep=is_main), strict=True)
+            if is_main:
+                model = whole_copy(self.model, state, self.accelerator.device)
+            yield model.projector, replace(self.parts, unet=model.unet)
             return
-        ema.store(self.parameters)
-        ema.copy_to(self.parameters)
+        if ema is not None:
+            ema.store(self.parameters)
+            ema.copy_to(self.parameters)
         try:
-            yield
+            yield self.projector, self.parts
         finally:
-            ema.restore(self.parameters)
+            if ema is not None:
+                ema.restore(self.parameters)
