@@ -4,6 +4,7 @@ import logging
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from preemption_parts import SignalIn
 from safetensors.torch import load_file
 from training_parts import arguments
 from transformers import TrainerCallback
@@ -26,6 +28,7 @@ from metamorph.checkpoint_files import (
     delete_old,
     read_manifest,
 )
+from metamorph.preemption import Preempted
 from metamorph.training.checkpoint import find_checkpoint
 from metamorph.training.run import TrainResult, run_training
 
@@ -242,3 +245,10 @@ def test_a_finished_run_keeps_its_best_checkpoint_as_the_result(parts: Path, tmp
     run_training(*arguments(parts, tmp_path, **best_flags(parts)))
     after = load_file(tmp_path / "mm_projector.safetensors")
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_preempted_run_keeps_its_last_checkpoint_beside_the_best(parts: Path, tmp_path: Path) -> None:
+    flags = {**best_flags(parts), "save_total_limit": 1, "gradient_accumulation_steps": 2}
+    with pytest.raises(Preempted):
+        run_training(*arguments(parts, tmp_path, **flags), callbacks=[SignalIn(2, signal.SIGTERM)])
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]

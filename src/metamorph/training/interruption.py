@@ -55,6 +55,7 @@ class StopWhenPreempted(TrainerCallback):
         """Trainer calls it when it stops within an epoch, too: do not save again, nor evaluate."""
         if self.stopped:
             control.should_save = control.should_evaluate = False
+            args.save_total_limit = None  # with 1 Trainer would now delete all checkpoints but the best
 
     def leave_if_stopped(self, trainer: Trainer) -> None:
         """To be called behind `trainer.train()`, on all ranks.
