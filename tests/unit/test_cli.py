@@ -51,6 +51,13 @@ def test_ctrl_c_is_one_line(fail, capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--debug", "lr"])
 
 
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    assert capsys.readouterr().err.startswith("metamorph: unknown command 'trian': did you mean 'train'?\n")
+    assert cli.main(["zzz"]) == 2
+    assert capsys.readouterr().err.startswith("metamorph: unknown command 'zzz'\n")
+
+
 def test_faults_of_ours_keep_their_traceback(fail) -> None:
     fail(RuntimeError("a fault"))
     with pytest.raises(RuntimeError):

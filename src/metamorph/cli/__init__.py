@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.metadata
 import logging
@@ -62,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"metamorph {importlib.metadata.version('metamorph')}")
         return 0
     if words[0] not in COMMANDS:
-        print(f"metamorph: unknown command {words[0]!r}\n\n{usage()}", file=sys.stderr)
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        print(f"metamorph: unknown command {words[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     _set_up_logging(debug)
     try:
