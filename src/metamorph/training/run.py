@@ -90,6 +90,7 @@ def run_training(
     """
     if training_args.process_index == 0:
         clear_marker(training_args.output_dir)
+    if training_args.should_save:  # with --save_on_each_node one process of each machine
         clean_up(training_args.output_dir)
     with Preemption(training_args.ddp_timeout_delta) as preemption:
         return _train(model_args, data_args, training_args, callbacks, preemption, open_visualizer)
