@@ -25,7 +25,8 @@ if [[ ! -r "${METAMORPH_HOME}/scripts/slurm_common.sh" ]]; then
     exit 1
 fi
 
-# Data: a folder of pictures, or JSON/JSONL files that list them (separated by spaces) and the folder they are in.
+# Data: a folder of pictures or tar shards, or JSON/JSONL files that list them (separated by spaces) and the folder they
+# are in.
 IMAGE_FOLDER="${IMAGE_FOLDER:?set IMAGE_FOLDER to a folder of pictures}"
 IMAGE_JSONS="${IMAGE_JSONS:-}"
 

@@ -7,7 +7,8 @@
 set -euo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")/../scripts" && pwd)
 
-# Data: a folder of pictures, or JSON/JSONL files that list them (separated by spaces) and the folder they are in.
+# Data: a folder of pictures or tar shards, or JSON/JSONL files that list them (separated by spaces) and the folder they
+# are in.
 IMAGE_FOLDER="${IMAGE_FOLDER:?set IMAGE_FOLDER to a folder of pictures}"
 IMAGE_JSONS="${IMAGE_JSONS:-}"
 

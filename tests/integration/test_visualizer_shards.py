@@ -88,6 +88,10 @@ def test_damaged_shards_are_reported_and_left_out_within_the_cap(flags, tmp_path
     assert f"{paths[2]} (0 pictures) is empty" in caplog.text
     assert caplog.text.count("left out: ") == 1  # 12 samples of 8 pictures meet it more than once
     assert f"{paths[0]}:broken.jpg cannot be read" in caplog.text
+    workers = replace(args, on_bad_image="skip", max_bad_fraction=0.3, dataloader_num_workers=2, training_steps=4)
+    workers = replace(workers, output_dir=str(tmp_path / "workers"))
+    assert train_visualizer(workers, on_log=lambda step, values: logged.append(values)).losses
+    assert logged[-1]["bad_pictures"] == 2
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_latents": True}, {"gradient_accumulation_steps": 2, "batch_size": 1}])

@@ -100,6 +100,14 @@ def test_shards_cut_at_any_place_are_noticed(keep, tmp_path):
     assert open_pictures(image_folder=tmp_path).shards[0].state == CUT_OFF
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp", "JPG"])
+def test_r41_every_picture_format_is_read_from_shards(suffix, tmp_path):
+    write_shard(tmp_path / "a.tar", {f"0.{suffix}": random_images(1)[0], "0.json": b"{}"})
+    source = open_pictures(image_folder=tmp_path)
+    assert len(source) == 1
+    assert source.load(0).size == (40, 32)
+
+
 def test_r41_shards_without_a_known_ending_are_refused(tmp_path):
     write_shard(tmp_path / "a.tar", {"0.gif": b"GIF", "0.json": b"{}"})
     with pytest.raises(ValueError, match=r"none of 1 shards holds a picture: .*a\.tar.*members end in gif, json"):

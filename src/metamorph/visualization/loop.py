@@ -82,7 +82,8 @@ class VisualizerTrainer:
         self.args, self.accelerator, self.on_log = args, accelerator, on_log
         self.preemption, self.bad_pictures = preemption, bad_pictures
         self.output_dir = Path(args.output_dir).expanduser()
-        self.validation = ImageFiles(tuple(Path(name).expanduser() for name in args.validation_images))
+        files = ImageFiles(tuple(Path(name).expanduser() for name in args.validation_images))
+        self.validation = [files.load(index) for index in range(len(files))]  # now: an unreadable one ends no long run
         self.num_images = len(source)
 
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
@@ -308,7 +309,7 @@ class VisualizerTrainer:
         folder = save_checkpoint(self.output_dir, self.state, self.args.save_total_limit, writes=is_main)
         if is_main:
             logger.info("Wrote %s", folder)
-        if validate and len(self.validation):
+        if validate and self.validation:
             with self._finished_parts() as finished:
                 if is_main:
                     self._validate(*finished)
@@ -321,7 +322,7 @@ class VisualizerTrainer:
             projector,
             parts,
             self.encoders,
-            [self.validation.load(index) for index in range(len(self.validation))],
+            self.validation,
             self.tower_format,
             self.args,
         )
