@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from training_parts import NUM_IMAGE_TOKENS, write_records
 
 from metamorph import cli
@@ -122,6 +124,14 @@ def test_stage_2_without_connector(bare: Path, capsys) -> None:
     message = train(bare, capsys, tune_mm_mlp_adapter=False)
     assert "has no connector" in message
     assert "--pretrain_mm_mlp_adapter" in message
+
+
+def test_file_that_is_no_connector(bare: Path, capsys) -> None:
+    file = bare / "mm_projector.safetensors"
+    save_file({"model.norm.weight": torch.ones(2)}, file)
+    message = train(bare, capsys, tune_mm_mlp_adapter=False, pretrain_mm_mlp_adapter=file)
+    assert f"--pretrain_mm_mlp_adapter {file} cannot be used" in message
+    assert "it is not a connector of stage 1" in message
 
 
 def test_connector_folder_without_connector(bare: Path, capsys) -> None:

@@ -141,6 +141,23 @@ def load_connector(model: PreTrainedModel, path: str | Path) -> None:
         _load_rows(model, head, connector.head_rows, file, "the row of lm_head")
 
 
+def check_connector(path: str | Path) -> None:
+    """Check that there is a connector, before the models that it belongs to are loaded.
+
+    Args:
+        path: As for `load_connector`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or no connector.
+    """
+    file = find_connector(path)
+    connector = read_connector(file)
+    # Those that we write tell their configuration; one of type identity has no weights.
+    if not connector.mm_projector and not connector.config:
+        raise ValueError(f"{file} holds no weights named mm_projector.*: it is not a connector of stage 1")
+
+
 def find_connector(path: str | Path) -> Path:
     """The connector file that `path`, a file or a folder, stands for."""
     path = Path(path)

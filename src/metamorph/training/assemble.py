@@ -12,7 +12,7 @@ from metamorph.data.feature_cache import FeatureCache, describe_tower
 from metamorph.flags import check_reachable, names_flag
 from metamorph.models.adapters import forget_quantisation
 from metamorph.models.configuration_metamorph import MetaMorphConfig
-from metamorph.models.connector import find_connector, load_connector
+from metamorph.models.connector import check_connector, load_connector
 from metamorph.models.image_processing import load_image_processor
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -72,7 +72,8 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None) -> Pl
     continues = text_config.model_type == MetaMorphConfig.model_type
     args.require_connector(continues)
     if args.pretrain_mm_mlp_adapter is not None:
-        find_connector(args.pretrain_mm_mlp_adapter)
+        with names_flag("--pretrain_mm_mlp_adapter", args.pretrain_mm_mlp_adapter):
+            check_connector(args.pretrain_mm_mlp_adapter)
     if continues:
         with names_flag("--model_name_or_path", args.model_name_or_path):
             processor = MetaMorphProcessor.from_pretrained(args.model_name_or_path)
