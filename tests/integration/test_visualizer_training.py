@@ -232,6 +232,36 @@ def test_folder_of_pictures_validation_grids_and_log(arguments, tmp_path):
     assert json.loads((Path(args.output_dir) / "visualizer_arguments.json").read_text()) == args.to_dict()
 
 
+def test_validation_grid_and_loss_reach_tensorboard_and_the_log(arguments, pictures, tmp_path, caplog):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pictures[0].save(tmp_path / "picture.png")
+    args = arguments(validation_images=[str(tmp_path / "picture.png")], save_step=3, report_to="tensorboard")
+    with caplog.at_level("INFO", logger="metamorph.visualization.loop"):
+        result = train_visualizer(args, pictures)
+    assert f"step 3 of 3: loss {sum(result.losses) / 3:.4g}, lr" in caplog.text  # there is no terminal
+    (events,) = Path(args.output_dir).rglob("events.out.tfevents.*.0")
+    found = accumulator.EventAccumulator(str(events)).Reload()
+    (image,) = found.Images("validation")
+    assert (image.width, image.height) == (3 * RESOLUTION, RESOLUTION)
+    assert found.Scalars("loss")[0].step == 3
+
+
+def test_paths_may_begin_in_the_home_folder(arguments, pictures, parts, monkeypatch):
+    home = Path(parts["vision_tower"]).parent
+    monkeypatch.setenv("HOME", str(home))
+    named = {name: "~/" + Path(path).name for name, path in parts.items()}
+    result = train_visualizer(arguments(**named, training_steps=1, lr_warmup_steps=0), pictures)
+    assert (result.output_dir / "model_index.json").is_file()
+
+
+def test_checkpoint_that_was_about_to_be_replaced_is_put_back_and_used(arguments, pictures):
+    first = train_visualizer(arguments(save_step=2), pictures)
+    replaced = first.output_dir / "_partial" / "replaced"
+    replaced.mkdir(parents=True)
+    (first.output_dir / "checkpoint-2").rename(replaced / "checkpoint-2")
+    assert train_visualizer(arguments(save_step=2), pictures).first_step == 2
+
+
 def test_projector_goes_on_from_a_finished_visualizer(arguments, pictures, tmp_path):
     first = train_visualizer(arguments(output_dir=str(tmp_path / "first"), ema_decay=0.0), pictures)
     args = arguments(output_dir=str(tmp_path / "second"), pretrained_projector=str(first.output_dir), lr=1e-9)

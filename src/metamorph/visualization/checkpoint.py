@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -140,6 +141,33 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
         state.ema.decay = decay
     state.step, state.samples_seen = numbers["step"], numbers["samples_seen"]
     logger.info("Resumed from %s: %d steps, %d samples", folder, state.step, state.samples_seen)
+
+
+def find_checkpoint(request: str | None, output_dir: Path) -> Path | None:
+    """As `resolve_resume`; with several processes, the first looks for it and tells the others.
+
+    Raises:
+        ValueError: as `resolve_resume`, on all processes.
+        FileNotFoundError: if the folder is not on storage that all machines share.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return resolve_resume(request, output_dir)
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = resolve_resume(request, output_dir)
+        except ValueError as error:
+            found[1] = error  # for all: the others would wait
+    dist.broadcast_object_list(found)
+    folder, problem = found
+    if problem is not None:
+        raise problem
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is seen by the first process but not by process {dist.get_rank()} on this machine: put "
+            "--output_dir on storage that all machines share"
+        )
+    return folder
 
 
 def resolve_resume(request: str | None, output_dir: Path) -> Path | None:

@@ -287,8 +287,13 @@ class VisualizerTrainer:
             values["bad_pictures"] = self.bad_pictures.num_bad
         progress.set_postfix(loss=f"{values['loss']:.4f}")
         self.accelerator.log(values, step=self.state.step)
-        if self.on_log is not None and self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
+            return
+        if self.on_log is not None:
             self.on_log(self.state.step, values)
+        elif progress.disable:  # no terminal: the log of a job is all that there is to see
+            told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            logger.info("step %d of %d: %s", self.state.step, self.args.training_steps, told)
 
     @contextmanager
     def _no_sync(self) -> Iterator[None]:
@@ -330,7 +335,9 @@ class VisualizerTrainer:
         path.parent.mkdir(parents=True, exist_ok=True)
         grid.save(path)
         for tracker in self.accelerator.trackers:
-            tracker.log_images({"validation": np.asarray(grid)[None]}, step=self.state.step)
+            # TensorBoard takes channels to come first unless it is told; wandb has no such option.
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.asarray(grid)[None]}, step=self.state.step, **options)
 
     def _save_result(self) -> None:
         with self._finished_parts() as (projector, parts):

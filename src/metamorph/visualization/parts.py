@@ -82,7 +82,7 @@ def load_diffusion_parts(args: VisualizerArguments, vae_dtype: torch.dtype = tor
     Raises:
         ValueError: if the folder is not of that layout, or its parts do not fit each other or the resolution.
     """
-    name = args.pretrained_model_name_or_path
+    name = _expanded(args.pretrained_model_name_or_path)
     hub = {"revision": args.revision, "variant": args.variant}
     try:
         noise_scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", revision=args.revision)
@@ -103,7 +103,7 @@ def load_diffusion_parts(args: VisualizerArguments, vae_dtype: torch.dtype = tor
 def load_vae(args: VisualizerArguments, dtype: torch.dtype) -> AutoencoderKL:
     """The VAE of `pretrained_model_name_or_path` in precision `dtype`."""
     return AutoencoderKL.from_pretrained(
-        args.pretrained_model_name_or_path,
+        _expanded(args.pretrained_model_name_or_path),
         subfolder="vae",
         revision=args.revision,
         variant=args.variant,
@@ -115,7 +115,7 @@ def adopt_token_options(args: VisualizerArguments) -> VisualizerArguments:
     """The flags with the token options of the MetaMorph model, if `vision_tower` is the folder of one."""
     if not _is_metamorph(args.vision_tower):
         return args
-    config = MetaMorphConfig.from_pretrained(args.vision_tower)
+    config = MetaMorphConfig.from_pretrained(_expanded(args.vision_tower))
     logger.info("Visual tokens as in the MetaMorph model %s: %d per image", args.vision_tower, config.num_image_tokens)
     return replace(
         args,
@@ -143,10 +143,9 @@ def load_encoder(args: VisualizerArguments) -> VisualTokenEncoder:
     Raises:
         ValueError: if the tower is of an unknown kind, lacks weights, or does not fit the token options.
     """
-    path = resolve_vision_tower(args.vision_tower)
+    path = _expanded(resolve_vision_tower(args.vision_tower))
     try:
         if _is_metamorph(path):
-            path = str(Path(path).expanduser())
             config = MetaMorphConfig.from_pretrained(path)
             tower = load_tower_of(path)
         else:
@@ -227,6 +226,11 @@ def _token_config(args: VisualizerArguments, vision_config: PreTrainedConfig) ->
         normalize_vision=args.normalize_vision,
         apply_softmax=args.apply_softmax,
     )
+
+
+def _expanded(name: str) -> str:
+    """A path in the home folder in full: recipes may hold `~`. Other paths and Hub ids as they are."""
+    return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 def _is_metamorph(name: str) -> bool:

@@ -36,7 +36,7 @@ def start_accelerate(args: VisualizerArguments) -> Accelerator:
         cpu=not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
         log_with=tracker,
-        project_dir=args.output_dir,
+        project_dir=str(Path(args.output_dir).expanduser()),
     )
     if tracker is not None:
         plain = {name: value for name, value in args.to_dict().items() if isinstance(value, (int, float, str))}

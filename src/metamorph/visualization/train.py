@@ -11,7 +11,7 @@ from metamorph.checkpoint_files import clean_up
 from metamorph.preemption import Preemption, clear_marker
 from metamorph.visualization.arguments import VisualizerArguments
 from metamorph.visualization.bad_pictures import BadPictures
-from metamorph.visualization.checkpoint import load_checkpoint, resolve_resume
+from metamorph.visualization.checkpoint import find_checkpoint, load_checkpoint
 from metamorph.visualization.loop import StepCallback, VisualizerResult, VisualizerTrainer
 from metamorph.visualization.parts import adopt_token_options, check_folders
 from metamorph.visualization.processes import start_accelerate
@@ -56,13 +56,14 @@ def _train(
     shards = shards_of(source)
     bad_pictures = BadPictures(len(source), args.on_bad_image, args.max_bad_fraction)
     output_dir = Path(args.output_dir).expanduser()
-    checkpoint = resolve_resume(args.resume_from_checkpoint, output_dir)
     accelerator = start_accelerate(args)
     if accelerator.is_main_process:
         clear_marker(output_dir)
         clean_up(output_dir)
         if shards is not None:
             report_shards(shards.shards)
+    # Behind the cleaning, which may put a checkpoint back.
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     if shards is not None:
         bad_pictures.add_lost(shards)
     trainer = VisualizerTrainer(args, source, bad_pictures, accelerator, preemption, on_log)
