@@ -1,6 +1,7 @@
 """`metamorph visualize --image FILE… --visualizer DIR`: a picture → visual tokens → a picture, without the model."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from metamorph.visualization.pipeline import VisualizationPipeline
 
 
+OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+"""How the name of the output may end."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = argparse.ArgumentParser(
@@ -24,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--image", required=True, nargs="+", action="extend", help="one or more picture files")
     add_drawing_flags(parser)
-    parser.add_argument("--output", default="visualized.png", help="PNG file: a row per picture (default: %(default)s)")
+    parser.add_argument("--output", default="visualized.png", help="file to write, a row per picture (default: %(default)s)")
     parser.add_argument(
         "--drawings_only", "--drawings-only", action="store_true", help="leave the originals out of the output"
     )
@@ -72,6 +77,7 @@ def main(argv: Sequence[str]) -> None:
     """
     flags = build_parser().parse_args(argv)
     check_drawing_flags(flags)
+    _check_output(flags.output)
     missing = [path for path in flags.image if not Path(path).is_file()]
     if missing:
         raise FileNotFoundError(f"--image {missing[0]} does not exist")
@@ -116,6 +122,9 @@ def check_drawing_flags(flags: argparse.Namespace) -> None:
         value = getattr(flags, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} {value} must be at least {least}")
+    for scale in flags.guidance_scale:
+        if not math.isfinite(scale):
+            raise ValueError(f"--guidance_scale {scale} must be a finite number")
     try:
         is_shipped = flags.visualizer == "mini" and not Path("mini").exists()
         if flags.vision_tower is not None or is_shipped:
@@ -125,6 +134,12 @@ def check_drawing_flags(flags: argparse.Namespace) -> None:
         raise ValueError(f"--visualizer or --vision_tower: {error}") from error
     check_model_reference(flags.visualizer, flag="--visualizer", file="model_index.json")
     check_reachable(flags.visualizer, flag="--visualizer", file="model_index.json")
+
+
+def _check_output(output: str) -> None:
+    """Refuse a name that no picture can be written to, before one is drawn."""
+    if Path(output).suffix.lower() not in OUTPUT_SUFFIXES or Path(output).is_dir():
+        raise ValueError(f"--output {output} is no name of a picture file: let it end in {', '.join(OUTPUT_SUFFIXES)}")
 
 
 def open_pipeline(flags: argparse.Namespace) -> "VisualizationPipeline":
