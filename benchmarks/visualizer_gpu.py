@@ -1,10 +1,10 @@
 """The visualizer at the sizes of Stable Diffusion 1.5 on one GPU: random weights, bfloat16, compiled or not.
 
 Run by `python benchmarks/visualizer.py --gpu`. A training step is what the trainer does on one GPU: SigLIP-SO400M (384
-pixels, 64 tokens) and the VAE frozen in bfloat16, projector and UNet in float32 under autocast, clipping, a fused AdamW
-update and the moving average, at 512 pixels. MFU is the UNet's: FLOPs of its forward, counted by PyTorch's
-FlopCounterMode, × 3 for forward and backward, / (seconds · peak); the encoders' work is in the seconds but not in the
-FLOPs. Drawing takes 20 steps of DPM-Solver in bfloat16 with guidance.
+pixels, 64 tokens) and the VAE frozen in bfloat16, projector and UNet in float32 under autocast, clipping, an AdamW
+update and the moving average, at 512 pixels; compiled means as `--torch_compile` compiles. MFU is the UNet's: FLOPs of
+its forward, counted by PyTorch's FlopCounterMode, × 3 for forward and backward, / (seconds · peak); the encoders' work
+is in the seconds but not in the FLOPs. Drawing takes 20 steps of DPM-Solver in bfloat16 with guidance.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from metamorph.models.vision_tower import MetaMorphConfig, VisionTower
 from metamorph.visualization.denoiser import ConditionedUNet, Draws, FrozenEncoders, diffusion_loss, sample_latents
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector
+from metamorph.visualization.sharding import layers
 
 
 UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -47,7 +48,7 @@ TOWER = {
     "patch_size": 14,
 }
 TRAINING = ((16, False), (16, True), (32, True))
-"""Pictures of a step, and whether UNet and projector are compiled."""
+"""Pictures of a step, and whether the projector and the blocks of the UNet are compiled."""
 DRAWING = ((1, False), (1, True), (16, False), (16, True))
 """Pictures of a call, and whether the pipeline is compiled."""
 SAMPLING_STEPS, WARMUP, STEPS = 20, 3, 10
@@ -111,10 +112,10 @@ def training_case(batch: int, compiled: bool, flops: float, peak: float) -> dict
     """Images a second and MFU of the training step."""
     model, encoders = build()
     if compiled:
-        model.unet.compile()
-        model.projector.compile()
+        for layer in layers(model):
+            layer.compile()
     weights = list(model.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(weights, lr=1e-5)
     average = EMAModel(weights, decay=0.9999)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     pixels = {

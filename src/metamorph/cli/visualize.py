@@ -29,7 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--image", required=True, nargs="+", action="extend", help="one or more picture files")
     add_drawing_flags(parser)
-    parser.add_argument("--output", default="visualized.png", help="file to write, a row per picture (default: %(default)s)")
+    parser.add_argument(
+        "--output", default="visualized.png", help="picture file, with a row per picture (default: %(default)s)"
+    )
     parser.add_argument(
         "--drawings_only", "--drawings-only", action="store_true", help="leave the originals out of the output"
     )
