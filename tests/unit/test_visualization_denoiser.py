@@ -52,14 +52,16 @@ def test_target_is_the_schedulers_own(prediction_type, snr_gamma):
     assert loss.item() == pytest.approx(0, abs=1e-9)
 
 
-def test_min_snr_weights(model):
-    scheduler, latents, tokens = tiny_scheduler("epsilon"), torch.randn(1, *LATENT_SHAPE), torch.randn(1, 4, 12)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights(prediction_type, model):
+    scheduler, latents, tokens = tiny_scheduler(prediction_type), torch.randn(1, *LATENT_SHAPE), torch.randn(1, 4, 12)
     draws = draws_at(0)
     plain = diffusion_loss(model, scheduler, latents, tokens, draws)
     weighted = diffusion_loss(model, scheduler, latents, tokens, draws, snr_gamma=0.5)
     alpha = scheduler.alphas_cumprod[draws.timesteps]
     snr = (alpha / (1 - alpha)).item()
-    assert weighted.item() == pytest.approx(plain.item() * min(snr, 0.5) / snr, rel=1e-5)
+    divisor = snr if prediction_type == "epsilon" else snr + 1
+    assert weighted.item() == pytest.approx(plain.item() * min(snr, 0.5) / divisor, rel=1e-5)
 
 
 def test_dropped_sample_is_the_pipelines_zero_condition(model):

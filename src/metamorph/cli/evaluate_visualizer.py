@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamorph.cli.visualize import add_drawing_flags, check_drawing_flags, drawing_device, open_pipeline
+from metamorph.cli.generate import choose_device
+from metamorph.cli.visualize import add_drawing_flags, check_drawing_flags, open_pipeline
 
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def run(flags: argparse.Namespace) -> None:
     from metamorph.evaluation.perceptual import PictureFeatures
     from metamorph.evaluation.visualizer import ReconstructionSettings, evaluate_visualizer
 
-    device = drawing_device(flags)
+    device = choose_device(flags.device)
     lpips = PictureFeatures.lpips(flags.lpips_weights, device) if flags.lpips_weights else None
     inception = PictureFeatures.inception(flags.inception_weights, device) if flags.inception_weights else None
     pipeline = open_pipeline(flags)

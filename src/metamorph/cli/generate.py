@@ -54,11 +54,11 @@ def main(argv: Sequence[str]) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # of loading weights: the output is the answer
-    device = torch.device(flags.device) if flags.device else torch.accelerator.current_accelerator() or "cpu"
+    device = choose_device(flags.device)
     torch.manual_seed(flags.seed)
-    parts = answer(flags, pictures, torch.device(device))
+    parts = answer(flags, pictures, device)
     drawn = [part.visual_tokens for part in parts if hasattr(part, "visual_tokens")]
-    files = draw(flags, torch.stack(drawn), torch.device(device)) if drawn and flags.visualizer else []
+    files = draw(flags, torch.stack(drawn), device) if drawn and flags.visualizer else []
     names = iter(files)
     for part in parts:
         print(part.text if hasattr(part, "text") else f"[picture: {next(names, 'not drawn without --visualizer')}]")
@@ -123,6 +123,25 @@ def open_pictures(paths: Sequence[str]) -> "list[Image.Image]":
         return [load_image(path) for path in paths]
     except MediaError as error:
         raise ValueError(f"--image {error}") from error
+
+
+def choose_device(name: str | None) -> "torch.device":
+    """The device of `--device`, or the accelerator, or the CPU.
+
+    Args:
+        name: As PyTorch calls it; None chooses.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    import torch
+
+    if name is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter: PyTorch was built without CUDA
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def answer(flags: argparse.Namespace, pictures: "list[Image.Image]", device: "torch.device") -> list[Any]:

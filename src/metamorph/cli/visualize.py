@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metamorph.cli.generate import open_pictures
+from metamorph.cli.generate import choose_device, open_pictures
 from metamorph.flags import check_model_reference, check_reachable
 
 
 if TYPE_CHECKING:
-    import torch
-
     from metamorph.visualization.pipeline import VisualizationPipeline
 
 
@@ -159,17 +157,7 @@ def open_pipeline(flags: argparse.Namespace) -> "VisualizationPipeline":
     diffusers_logging.disable_progress_bar()  # of loading weights: the output is the answer
     transformers_logging.disable_progress_bar()
     dtype = torch.bfloat16 if flags.bf16 else torch.float32
-    pipeline = load_visualizer(flags.visualizer, flags.vision_tower, flags.num_tokens, dtype).to(drawing_device(flags))
+    device = choose_device(flags.device)  # first: loading takes longer
+    pipeline = load_visualizer(flags.visualizer, flags.vision_tower, flags.num_tokens, dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.compile() if flags.torch_compile else pipeline
-
-
-def drawing_device(flags: argparse.Namespace) -> "torch.device":
-    """The device of `--device`, or the accelerator, or the CPU.
-
-    Args:
-        flags: The command line.
-    """
-    import torch
-
-    return torch.device(flags.device or torch.accelerator.current_accelerator() or "cpu")
