@@ -9,7 +9,7 @@ scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")/../scripts" && pwd)
 
 # Data: a folder of pictures or tar shards, or JSON/JSONL files that list them (separated by spaces) and the folder they
 # are in.
-IMAGE_FOLDER="${IMAGE_FOLDER:?set IMAGE_FOLDER to a folder of pictures}"
+IMAGE_FOLDER="${IMAGE_FOLDER:?set IMAGE_FOLDER to a folder of pictures or tar shards}"
 IMAGE_JSONS="${IMAGE_JSONS:-}"
 
 # Checkpoints and result.
