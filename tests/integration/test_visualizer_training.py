@@ -336,6 +336,14 @@ def test_folders_that_do_not_fit_are_refused(arguments, pictures, parts, tmp_pat
         train_visualizer(arguments())
 
 
+def test_what_accelerate_launch_asks_for_changes_no_gradient(arguments, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert start_accelerate(arguments()).gradient_accumulation_steps == 1
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"accelerate launch has set ACCELERATE_USE_FSDP.*--sharding fsdp2"):
+        start_accelerate(arguments())
+
+
 def test_precision_of_another_trainer_in_the_process_is_replaced_only_if_it_differs(arguments):
     Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no").state.left_by_another_trainer = True
     accelerator = start_accelerate(arguments(mixed_precision="no"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import GradientAccumulationPlugin
 
 from metamorph.preemption import Preempted, Preemption, write_marker
 from metamorph.visualization.arguments import VisualizerArguments
@@ -17,13 +19,22 @@ from metamorph.visualization.arguments import VisualizerArguments
 
 logger = logging.getLogger(__name__)
 
+_ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+"""Variables by which `accelerate launch` asks for an engine that the loop does not know."""
+
 
 def start_accelerate(args: VisualizerArguments) -> Accelerator:
     """Device, precision and trackers of this run.
 
     Raises:
-        ValueError: if the tracker is not installed.
+        ValueError: if the tracker is not installed, or `accelerate launch` asks for an engine of its own.
     """
+    for variable in _ENGINES:
+        if os.environ.get(variable, "false").lower() == "true":
+            raise ValueError(
+                f"accelerate launch has set {variable}: start the visualizer with torchrun, or with a configuration "
+                "without it; --sharding fsdp2 divides the model"
+            )
     tracker = None if args.report_to == "none" else args.report_to
     if tracker is not None and importlib.util.find_spec(tracker) is None:
         raise ValueError(f"--report_to {tracker}: {tracker} is not installed; pip install 'metamorph[trackers]'")
@@ -35,6 +46,8 @@ def start_accelerate(args: VisualizerArguments) -> Accelerator:
         # Unless told, Accelerate takes several processes without a GPU for several unrelated single ones.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
+        # The loop divides by the number of batches itself; unless told, Accelerate takes another one from the launcher.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=tracker,
         project_dir=str(Path(args.output_dir).expanduser()),
     )
