@@ -176,7 +176,7 @@ def explains_write_errors(output_dir: str | os.PathLike[str], what: str) -> Iter
         good = [path for path in reversed(checkpoints(output_dir)) if damage(path) is None]
         last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
         free = shutil.disk_usage(output_dir).free / 2**30 if Path(output_dir).is_dir() else 0.0
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{what} cannot be written to --output_dir {output_dir} ({reason}; {free:.1f} GiB are free there): {last}. "
             "Make room (quotas count, too) or lower --save_total_limit, then start the same command again"

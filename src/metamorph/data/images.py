@@ -7,7 +7,7 @@ import struct
 import zlib
 from typing import BinaryIO
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from metamorph.models.image_processing import to_rgb
 
@@ -66,7 +66,9 @@ def load_image(
             "image_too_large", f"{name} has more pixels than Pillow allows ({error}); resize it"
         ) from error
     except _DECODING_ERRORS as error:
-        raise MediaError("unreadable_image", f"{name} cannot be read as an image ({error}); replace it") from error
+        # Pillow names the object that it reads from, which for an open file says nothing to a user.
+        reason = "its content is that of no image" if isinstance(error, UnidentifiedImageError) else error
+        raise MediaError("unreadable_image", f"{name} cannot be read as an image ({reason}); replace it") from error
 
 
 def draw_box(image: Image.Image, box: tuple[int, int, int, int], name: str, colour: str) -> None:
