@@ -17,6 +17,7 @@ pytest.importorskip("peft", reason="needs metamorph[lora]")
 pytestmark = pytest.mark.slow
 
 TIMEOUT = 300
+WORKER = Path(__file__).with_name("command_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,9 @@ def train(pieces: Path, output: Path, processes: int, **flags: object) -> subpro
     }
     words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [str(WORKER)] if "sharding" in flags else ["-m", "metamorph"]
     return subprocess.run(
-        [sys.executable, *launcher, "-m", "metamorph", "train", *words],
+        [sys.executable, *launcher, *command, "train", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -239,8 +239,9 @@ def test_validation_grid_and_loss_reach_tensorboard_and_the_log(arguments, pictu
     with caplog.at_level("INFO", logger="metamorph.visualization.loop"):
         result = train_visualizer(args, pictures)
     assert f"step 3 of 3: loss {sum(result.losses) / 3:.4g}, lr" in caplog.text  # there is no terminal
-    (events,) = Path(args.output_dir).rglob("events.out.tfevents.*.0")
-    found = accumulator.EventAccumulator(str(events)).Reload()
+    # The run's own file, and one for its flags in a folder below.
+    files = [accumulator.EventAccumulator(str(file)).Reload() for file in Path(args.output_dir).rglob("events.out.*")]
+    (found,) = (file for file in files if file.Tags()["images"])
     (image,) = found.Images("validation")
     assert (image.width, image.height) == (3 * RESOLUTION, RESOLUTION)
     assert found.Scalars("loss")[0].step == 3
