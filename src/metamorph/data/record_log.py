@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import get_worker_info
 
 from metamorph.data.records import BAD_RECORD_KINDS, ON_BAD_RECORD, DataError, RecordError
@@ -143,6 +145,43 @@ class BadRecordLimit:
                 f"{num_bad} of {self.num_records} records are bad, more than --max_bad_fraction "
                 f"{self.max_bad_fraction} allows: {self.bad_by_kind()}{example}"
             ) from last
+
+
+class Mergeable(Protocol):
+    """A count of bad records, such as [`RecordLog`] and [`BadRecordLimit`]."""
+
+    @property
+    def num_bad(self) -> int:
+        """Number of bad records."""
+
+    def merge(self, reduce_max: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Take over what other ranks have met."""
+
+
+def merge_ranks(counted: Mergeable, merged: int, device: torch.device) -> int:
+    """Join the counts of all ranks, if any of them has met another bad record. All must call it at the same point.
+
+    Args:
+        counted: The count of this rank.
+        merged: What the last call returned; at first a number that `num_bad` cannot be, or 0.
+        device: Where the process group communicates.
+
+    Returns:
+        `merged` if there is nothing new, else the number of bad records of all ranks.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return merged
+
+    def reduce_max(values: torch.Tensor) -> torch.Tensor:
+        values = values.to(device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values.cpu()
+
+    is_new = torch.tensor([counted.num_bad != merged], dtype=torch.uint8)
+    if not reduce_max(is_new).item():
+        return merged
+    counted.merge(reduce_max)
+    return counted.num_bad
 
 
 def _slot() -> int:

@@ -7,13 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import (
-    AutoProcessor,
-    BaseImageProcessor,
-    BatchFeature,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import AutoProcessor, BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from metamorph.models.chat_templates import ChatTemplate, get_chat_template
 from metamorph.models.configuration_metamorph import MetaMorphConfig

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from metamorph.data.record_log import BadRecordLimit
+from metamorph.data.record_log import BadRecordLimit, merge_ranks
 
 
 class StopOnBadRecords(TrainerCallback):
@@ -49,16 +48,7 @@ class StopOnBadRecords(TrainerCallback):
         Raises:
             TooManyBadRecordsError: On all ranks, if more than `max_bad_fraction` of all records are bad.
         """
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return  # the data set has counted them all
-
-        def reduce_max(values: torch.Tensor) -> torch.Tensor:
-            values = values.to(device)
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
-            return values.cpu()
-
-        is_new = torch.tensor([self.limit.num_bad != self._merged], dtype=torch.uint8)
-        if reduce_max(is_new).item():
-            self.limit.merge(reduce_max)
-            self._merged = self.limit.num_bad
+        merged = merge_ranks(self.limit, self._merged, device)
+        if merged != self._merged:  # the records of a single process are counted where they are met
+            self._merged = merged
             self.limit.check()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 
 import torch
-import torch.distributed as dist
 
 from metamorph.data.images import MediaError
-from metamorph.data.record_log import RecordLog, TooManyBadRecordsError
+from metamorph.data.record_log import RecordLog, TooManyBadRecordsError, merge_ranks
 from metamorph.visualization.shards import ShardedImages
 
 
@@ -90,16 +89,7 @@ class BadPictures:
         Raises:
             TooManyBadRecordsError: On all processes, if too many pictures are bad.
         """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return
-
-        def reduce_max(values: torch.Tensor) -> torch.Tensor:
-            values = values.to(device)
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
-            return values.cpu()
-
-        is_new = torch.tensor([self._log.num_bad != self._merged], dtype=torch.uint8)
-        if reduce_max(is_new).item():
-            self._log.merge(reduce_max)
-            self._merged = self._log.num_bad
+        merged = merge_ranks(self._log, self._merged, device)
+        if merged != self._merged:
+            self._merged = merged
             self.check()
