@@ -135,8 +135,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Where the media of record `index` are."""
         return self.source.store(index) if isinstance(self.source, TarSource) else self._folder
 
-    def measure(self, index: int) -> tuple[int, int, int]:
-        """The numbers of tokens, images and answer images of example `index` before any cut; no image is opened.
+    def measure(self, index: int) -> tuple[int, int, int, int]:
+        """The numbers of tokens, images, answer images and text targets of example `index` before any cut.
+
+        No image is opened.
 
         Raises:
             RecordError: If the record is bad.

@@ -158,7 +158,7 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         dataset, number = self.locate(index)
         return dataset.conversation(number)
 
-    def measure(self, index: int) -> tuple[int, int, int]:
+    def measure(self, index: int) -> tuple[int, int, int, int]:
         """The size of sample `index`; see [`ConversationDataset.measure`]."""
         dataset, number = self.locate(index)
         return dataset.measure(number)

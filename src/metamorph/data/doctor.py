@@ -59,8 +59,8 @@ class CheckedDataset(Protocol):
     def conversation(self, index: int) -> Conversation:
         """What the task makes of the record."""
 
-    def measure(self, index: int) -> tuple[int, int, int]:
-        """Tokens, images and answer images of the uncut example, without opening a picture."""
+    def measure(self, index: int) -> tuple[int, int, int, int]:
+        """Tokens, images, answer images and text targets of the uncut example, without opening a picture."""
 
     def source_name(self, index: int) -> str:
         """Name of the source that the record belongs to."""
@@ -238,7 +238,7 @@ class _DryRun(Dataset[Probe]):
             where, record_id = error.where, error.record_id or record_id
             found.insert(0, (error.kind, _without_place(error)))
             if isinstance(error, UnsupervisedRecordError):  # perhaps because it was cut
-                lengths = self.dataset.measure(index)
+                lengths = self.dataset.measure(index)[:3]
         limit = self.dataset.model_max_length
         if lengths is not None and limit is not None and lengths[0] > limit:
             found.append(("over_long", _cut(lengths, example, limit)))
@@ -265,7 +265,7 @@ class _DryRun(Dataset[Probe]):
         count = self.dataset.processor.num_image_tokens
         tokens, limit = len(example["input_ids"]), self.dataset.model_max_length
         if limit is not None and tokens > limit - count - _IMAGE_WRAPPERS:
-            return self.dataset.measure(index)
+            return self.dataset.measure(index)[:3]
         images = example.get("pixel_values")
         answers = int(example["visual_target_mask"].sum()) // count
         return tokens, 0 if images is None else len(images), answers

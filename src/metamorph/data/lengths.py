@@ -31,7 +31,7 @@ _WORTH_WORKERS = 8 * _CHUNK
 """Fewer samples are measured sooner than workers start."""
 _WORTH_KEEPING = 8 * _CHUNK
 """Fewer samples are measured at every start: it takes a second."""
-_VERSION = 1
+_VERSION = 2
 """Of the rules by which lengths are measured; another number makes older caches useless."""
 
 
@@ -45,6 +45,8 @@ class Lengths:
     """int32 `[samples]`: images."""
     answer_images: np.ndarray
     """int32 `[samples]`: images in answers."""
+    text_targets: np.ndarray
+    """int32 `[samples]`: tokens with text loss."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -53,7 +55,7 @@ class Lengths:
     def unknown(cls, num_samples: int) -> Lengths:
         """Stand-in where nothing depends on lengths: one token each, no images."""
         nothing = np.zeros(num_samples, dtype=np.int32)
-        return cls(np.ones(num_samples, dtype=np.int32), nothing, nothing)
+        return cls(np.ones(num_samples, dtype=np.int32), nothing, nothing, nothing)
 
 
 class Measurable(Protocol):
@@ -65,8 +67,8 @@ class Measurable(Protocol):
 
     def __len__(self) -> int: ...
 
-    def measure(self, index: int) -> tuple[int, int, int]:
-        """Tokens, images and answer images of a sample before any cut; no media are opened.
+    def measure(self, index: int) -> tuple[int, int, int, int]:
+        """Tokens, images, answer images and text targets of a sample before any cut; no media are opened.
 
         Raises:
             RecordError: If the record is bad.
@@ -118,16 +120,16 @@ class _Chunks(Dataset[torch.Tensor]):
         return torch.tensor([_sizes(self.dataset, index) for index in indices], dtype=torch.int32)
 
 
-def _sizes(dataset: Measurable, index: int) -> tuple[int, int, int]:
+def _sizes(dataset: Measurable, index: int) -> tuple[int, int, int, int]:
     """Of one sample; zeros if its record is bad. Training will report it by its own rules."""
     try:
         return dataset.measure(index)
     except RecordError:
-        return 0, 0, 0
+        return 0, 0, 0, 0
 
 
 def _measure(dataset: Measurable, indices: Sequence[int], num_workers: int) -> np.ndarray:
-    """int32 `[3, len(indices)]`."""
+    """int32 `[4, len(indices)]`."""
     workers = num_workers if len(indices) >= _WORTH_WORKERS else 0
     loader = DataLoader(_Chunks(dataset, indices), batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
     parts = []
@@ -147,7 +149,7 @@ def _load(path: Path | None, num_samples: int) -> np.ndarray | None:
     except (OSError, ValueError) as error:
         logger.warning("%s cannot be read (%s): measuring lengths anew", path, error)
         return None
-    if sizes.shape != (3, num_samples) or sizes.dtype != np.int32:
+    if sizes.shape != (4, num_samples) or sizes.dtype != np.int32:
         logger.warning("%s is not for %d samples: measuring lengths anew", path, num_samples)
         return None
     return sizes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -11,8 +12,16 @@ import torch
 from metamorph.data.lengths import Lengths
 
 
-WINDOW = 16_384
-"""Samples that are packed together. Larger windows waste less; samples of one length then meet more often."""
+PACKING_VERSION = 2
+"""Of the packed plan: another number refuses checkpoints of packed runs. Raise it whenever the same lengths and the same
+seed give other rows, or the same rows in another order."""
+OPEN_ROWS = 16
+"""Rows that are filled at the same time. More hardly fill them better."""
+_LATER_OPEN_ROWS = 64
+"""The same, in epochs after the first: the little that it saves keeps them below the rows of the first."""
+_ATTEMPTS = 4
+"""Orders that an epoch after the first tries until one needs no more rows than the first."""
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
 _GROUPED_BATCHES = 64
 """Global batches that are sorted by length together; HF's length-grouped sampler takes 50."""
 
@@ -72,13 +81,15 @@ class BatchPlanner:
     The plan of an epoch depends on the fields below and on the number of the epoch, and on nothing else: not on the
     number of workers, nor on where a run was interrupted. Every sample is in exactly one batch of an epoch.
 
-    With `packing`, rows are filled by best-fit decreasing: windows of shuffled samples, the longest of a window first,
-    each into the row with the least space that suffices; rows with space left stay open for the next window. Which
-    samples share a row is decided once by the seed, so that all epochs have the same number of steps; which rows
-    share a batch is drawn anew in each epoch. Samples of a row do not see each other.
+    With `packing`, each epoch packs its own permutation of the samples ([`pack_rows`]), so that the samples of a row
+    are as mixed as those of a random batch. All epochs have as many rows, and so as many steps, as the first: rows are
+    split where an epoch needs fewer, and where it needs more in each of a few orders, it takes the rows of the first
+    epoch, in which samples of equal length change places. Samples of a row do not see each other.
 
     Batches take the rows of an epoch in an order that, except with `group_by_length`, depends on neither `world_size`
     nor `rows_per_batch`. What an interrupted run has trained on is a prefix of it, also for a run with other batches.
+    With `packing` the order is random but stratified: consecutive rows, however many, have about the same share of the
+    visual targets as of the text targets of the epoch.
 
     Without `packing` a row is one sample. With `group_by_length` the samples of a step (of all ranks) have similar
     lengths, and the step with the longest comes first: if it fits into memory, all do.
@@ -102,38 +113,49 @@ class BatchPlanner:
     group_by_length: bool = False
     """Whether batches without packing hold samples of similar length."""
     shuffle: bool = True
-    """False: as the data are ordered (with packing: windows of it)."""
-    window: int = WINDOW
-    """Samples that are packed together."""
+    """False: as the data are ordered."""
+    _packed: dict[int, Rows] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The rows of the epoch that was packed last, by its number."""
 
     def __post_init__(self) -> None:
         for name, flag in (
             ("world_size", "the number of processes"),
             ("rows_per_batch", "--per_device_train_batch_size"),
             ("max_length", "--model_max_length"),
-            ("window", "the packing window"),
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag} must be at least 1, not {getattr(self, name)}")
         check_grouping(self.packing, self.group_by_length)
 
     @cached_property
-    def rows(self) -> Rows:
-        """The rows of every epoch."""
+    def num_rows(self) -> int:
+        """Rows of every epoch."""
+        return len(self.rows(0))
+
+    def rows(self, epoch: int) -> Rows:
+        """The rows of an epoch, which are numbered by no particular order. Those of the last call are kept.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+        """
         if not self.packing:
             return Rows(np.arange(len(self.lengths)), np.arange(len(self.lengths) + 1))
-        order = np.random.default_rng(self.seed).permutation(len(self.lengths)) if self.shuffle else None
-        return pack_rows(self._tokens, max_length=self.max_length, window=self.window, order=order)
+        epoch = epoch if self.shuffle else 0
+        if epoch not in self._packed:
+            rows = self._pack(epoch)
+            self._packed.clear()
+            self._packed[epoch] = rows
+        return self._packed[epoch]
 
     @property
     def steps(self) -> int:
         """Batches of each rank in every epoch."""
-        return -(-len(self.rows) // (self.world_size * self.rows_per_batch))
+        return -(-self.num_rows // (self.world_size * self.rows_per_batch))
 
     @property
     def efficiency(self) -> float:
         """Share of the positions of full rows (`max_length`) that hold a token."""
-        return float(self._tokens.sum() / (len(self.rows) * self.max_length))
+        return float(self._tokens.sum() / (self.num_rows * self.max_length))
 
     def plan(self, epoch: int, trained_rows: int = 0) -> BatchPlan:
         """The batches of an epoch.
@@ -145,22 +167,45 @@ class BatchPlanner:
         """
         shape = (self.steps, self.world_size, self.rows_per_batch)
         slots = np.full(shape, -1, dtype=np.int64)
-        slots.reshape(-1)[trained_rows : len(self.rows)] = self._row_order(epoch)[trained_rows:]
+        slots.reshape(-1)[trained_rows : self.num_rows] = self.row_order(epoch)[trained_rows:]
+        rows = self.rows(epoch)
         if self.world_size > 1:
-            slots = self._dealt(slots)
-        return BatchPlan(self.rows, slots)
+            slots = self._dealt(slots, rows)
+        return BatchPlan(rows, slots)
+
+    def row_order(self, epoch: int) -> np.ndarray:
+        """int64 `[rows]`: the numbers of the rows of an epoch in the order in which they are trained on.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+        """
+        if not self.shuffle:
+            return np.arange(self.num_rows)
+        if self.packing:
+            rows = self.rows(epoch)
+            targets = [rows.sum(values) for values in (self.lengths.answer_images, self.lengths.text_targets)]
+            return _stratified(*targets, np.random.default_rng([self.seed, epoch, 1]))
+        # The permutation that Trainer's own sampler draws: without packing, a seed keeps its order of samples.
+        order = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(self.seed + epoch)).numpy()
+        return self._grouped(order, epoch) if self.group_by_length else order
 
     @cached_property
     def _tokens(self) -> np.ndarray:
         return np.minimum(self.lengths.tokens, self.max_length)
 
-    def _row_order(self, epoch: int) -> np.ndarray:
-        count = len(self.rows)
+    def _pack(self, epoch: int) -> Rows:
+        tokens, max_length = self._tokens, self.max_length
         if not self.shuffle:
-            return np.arange(count)
-        # The permutation that Trainer's own sampler draws: without packing, a seed keeps its order of samples.
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + epoch)).numpy()
-        return self._grouped(order, epoch) if self.group_by_length else order
+            return pack_rows(tokens, max_length=max_length)
+        draws = np.random.default_rng([self.seed, epoch])
+        if epoch == 0:
+            return pack_rows(tokens, max_length=max_length, order=draws.permutation(len(tokens)))
+        for _ in range(_ATTEMPTS):
+            order = draws.permutation(len(tokens))
+            rows = pack_rows(tokens, max_length=max_length, order=order, open_rows=_LATER_OPEN_ROWS)
+            if len(rows) <= self.num_rows:
+                return _split(rows, self.num_rows)
+        return _exchanged(self.rows(0), tokens, draws)
 
     def _grouped(self, order: np.ndarray, epoch: int) -> np.ndarray:
         """Sort by length within parts of a shuffled order, then shuffle the steps."""
@@ -179,12 +224,18 @@ class BatchPlanner:
             steps[[0, longest]] = steps[[longest, 0]]
         return np.concatenate([steps.reshape(-1), grouped[whole * step :]])
 
-    def _dealt(self, slots: np.ndarray) -> np.ndarray:
-        """Deal the rows of each step to the ranks: most images first, to and fro over the ranks."""
+    def _dealt(self, slots: np.ndarray, rows: Rows) -> np.ndarray:
+        """Deal the rows of each step to the ranks: most images first, to and fro over the ranks.
+
+        Of rows with as many images, those with the most in answers come first, so that these are spread, too.
+        """
         steps, world, per_rank = slots.shape
         flat = slots.reshape(steps, -1)
-        images = np.append(self.rows.sum(self.lengths.images), -1)  # empty slots (-1) come last
-        flat = np.take_along_axis(flat, np.argsort(-images[flat], axis=1, kind="stable"), axis=1)
+        images, answers = (
+            np.append(rows.sum(values), -1)[flat]  # empty slots (-1) come last
+            for values in (self.lengths.images, self.lengths.answer_images)
+        )
+        flat = np.take_along_axis(flat, np.lexsort((-answers, -images), axis=1), axis=1)
         rounds = flat.reshape(steps, per_rank, world).copy()
         rounds[:, 1::2] = rounds[:, 1::2, ::-1]
         return np.ascontiguousarray(rounds.transpose(0, 2, 1))
@@ -203,103 +254,87 @@ def check_grouping(packing: bool, group_by_length: bool) -> None:
         )
 
 
-def pack_rows(tokens: np.ndarray, *, max_length: int, window: int = WINDOW, order: np.ndarray | None = None) -> Rows:
-    """Fill rows by best-fit decreasing within windows.
+def pack_rows(
+    tokens: np.ndarray, *, max_length: int, order: np.ndarray | None = None, open_rows: int = OPEN_ROWS
+) -> Rows:
+    """Fill rows by best fit: each sample goes into the open row with the least space that suffices.
+
+    A row is closed when it is full, or when one more than `open_rows` would be open: then it is the fullest. In a
+    random order, the samples of a row are nearly as mixed as random ones. Ordered by length, which would fill rows a
+    little better, they would have one length, and often one task.
 
     Args:
         tokens: int `[samples]` lengths, none above `max_length`.
         max_length: Tokens of a row.
-        window: Samples that are packed together.
-        order: int `[samples]` the order in which samples come into windows; by default that of their numbers.
+        order: int `[samples]` the order in which samples are placed; by default that of their numbers.
+        open_rows: Rows that are filled at the same time.
 
     Raises:
         ValueError: If a sample is longer than a row.
     """
     if len(tokens) and tokens.max() > max_length:
         raise ValueError(f"sample {tokens.argmax()} has {tokens.max()} tokens, more than a row of {max_length}")
-    row_of = np.empty(len(tokens), dtype=np.int64)
-    packer = _BestFit(max_length)
     order = np.arange(len(tokens)) if order is None else order
-    for start in range(0, len(order), window):
-        samples = order[start : start + window]
-        samples = samples[np.argsort(-tokens[samples], kind="stable")]
-        lengths, counts = np.unique(tokens[samples], return_counts=True)
-        rows: list[int] = []
-        fills: list[int] = []
-        for length, count in zip(lengths[::-1].tolist(), counts[::-1].tolist(), strict=True):
-            packer.put(length, count, rows, fills)
-        row_of[samples] = np.repeat(rows, fills)
-    starts = np.concatenate(([0], np.cumsum(np.bincount(row_of, minlength=packer.num_rows))))
+    row_of = np.empty(len(tokens), dtype=np.int64)
+    spaces: list[int] = []  # of the open rows, least first
+    rows: list[int] = []  # their numbers
+    num_rows = 0
+    placed = []
+    for length in tokens[order].tolist():
+        best = bisect_left(spaces, length)
+        if best < len(spaces):
+            space, row = spaces.pop(best) - length, rows.pop(best)
+        else:
+            space, row = max_length - length, num_rows
+            num_rows += 1
+            if len(spaces) == open_rows:
+                del spaces[0], rows[0]
+        placed.append(row)
+        if space:
+            place = bisect_left(spaces, space)
+            spaces.insert(place, space)
+            rows.insert(place, row)
+    row_of[order] = placed
+    starts = np.concatenate(([0], np.cumsum(np.bincount(row_of, minlength=num_rows))))
     return Rows(np.argsort(row_of, kind="stable"), starts)
 
 
-class _BestFit:
-    """Open rows by the space that is left in them."""
-
-    def __init__(self, max_length: int) -> None:
-        self.max_length = max_length
-        self.num_rows = 0
-        self._rows: list[list[int]] = [[] for _ in range(max_length + 1)]
-        self._spaces = 0  # the spaces that occur, as the bits of one integer: the lowest from `length` on fits best
-
-    def put(self, length: int, count: int, rows: list[int], fills: list[int]) -> None:
-        """Place `count` samples of one length; append the rows to `rows`, and to `fills` how many each row takes.
-
-        The row that fits best takes as many as it can: with one sample more it fits better still.
-        """
-        while count:
-            fitting = self._spaces >> length
-            if fitting:
-                space = length + (fitting & -fitting).bit_length() - 1
-                row = self._rows[space].pop()
-                if not self._rows[space]:
-                    self._spaces ^= 1 << space
-            else:
-                space, row = self.max_length, self.num_rows
-                self.num_rows += 1
-            fill = min(count, space // length) if length else count
-            count -= fill
-            rest = space - fill * length
-            if not self._rows[rest]:
-                self._spaces |= 1 << rest
-            self._rows[rest].append(row)
-            rows.append(row)
-            fills.append(fill)
+def _split(rows: Rows, count: int) -> Rows:
+    """Halve the rows of the most samples until there are `count`."""
+    starts = rows.starts
+    while (missing := count + 1 - len(starts)) > 0:
+        sizes = np.diff(starts)
+        largest = np.argsort(-sizes, kind="stable")[:missing]
+        largest = largest[sizes[largest] > 1]
+        starts = np.sort(np.concatenate([starts, starts[largest] + sizes[largest] // 2]))
+    return Rows(rows.samples, starts)
 
 
-def plan_batches(
-    lengths: Lengths,
-    *,
-    seed: int,
-    epoch: int,
-    world_size: int,
-    rows_per_batch: int,
-    max_length: int,
-    packing: bool = True,
-    group_by_length: bool = False,
-    window: int = WINDOW,
-) -> BatchPlan:
-    """Plan a single epoch; see [`BatchPlanner`], which keeps the rows for further ones.
+def _exchanged(rows: Rows, tokens: np.ndarray, draws: np.random.Generator) -> Rows:
+    """Let samples of equal length change places."""
+    samples = np.empty_like(rows.samples)
+    samples[np.argsort(tokens[rows.samples], kind="stable")] = np.lexsort((draws.permutation(len(tokens)), tokens))
+    return Rows(samples, rows.starts)
+
+
+def _stratified(first: np.ndarray, second: np.ndarray, draws: np.random.Generator) -> np.ndarray:
+    """An order in which all consecutive rows have about the mean of both values: `first` above all.
+
+    Rows are sorted by their values, and taken from a random place on in steps of the golden ratio (a Kronecker
+    sequence): any stretch of it is spread evenly.
 
     Args:
-        lengths: As in `BatchPlanner`, like all others.
-        seed: Seed of the order.
-        epoch: Number of the epoch, from 0.
-        world_size: Data-parallel ranks.
-        rows_per_batch: Rows of one batch of one rank.
-        max_length: Tokens of a row.
-        packing: Whether several samples share a row.
-        group_by_length: Whether batches without packing hold samples of similar length.
-        window: Samples that are packed together.
+        first: int `[rows]`.
+        second: int `[rows]`.
+        draws: Decides where to begin, and between equal rows.
+
+    Returns:
+        int64 `[rows]` row numbers.
     """
-    planner = BatchPlanner(
-        lengths,
-        seed=seed,
-        world_size=world_size,
-        rows_per_batch=rows_per_batch,
-        max_length=max_length,
-        packing=packing,
-        group_by_length=group_by_length,
-        window=window,
-    )
-    return planner.plan(epoch)
+    # Second values rise and fall in turn, so that they, too, are similar where the first ones change.
+    turns = np.unique(first, return_inverse=True)[1] % 2 * 2 - 1
+    similar = np.lexsort((draws.permutation(len(first)), second * turns, first))
+    places = np.argsort((draws.random() + np.arange(len(first)) * _GOLDEN_RATIO) % 1)
+    order = np.empty_like(similar)
+    order[places] = similar
+    return order

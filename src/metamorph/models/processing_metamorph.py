@@ -11,7 +11,7 @@ from transformers import AutoProcessor, BaseImageProcessor, BatchFeature, PreTra
 
 from metamorph.models.chat_templates import ChatTemplate, get_chat_template
 from metamorph.models.configuration_metamorph import MetaMorphConfig
-from metamorph.models.constants import ASPECT_RATIOS, DEFAULT_IMAGE_TOKEN
+from metamorph.models.constants import ASPECT_RATIOS, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from metamorph.models.conversations import (
     EncodedConversation,
     ImagePart,
@@ -175,20 +175,23 @@ class MetaMorphProcessor(ProcessorMixin):
             truncated=builder.truncated,
         )
 
-    def measure_conversation(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
+    def measure_conversation(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, int, int, int]:
         """Say how long `encode_conversation` would make a conversation without a limit, without its pictures.
 
         Args:
             messages: As for `encode_conversation`.
 
         Returns:
-            The number of tokens, those of images included; the number of images; how many of them are in answers.
+            The number of tokens, those of images included; the number of images; how many of them are in answers; the
+            number of tokens with text loss.
 
         Raises:
             ValueError: If a role or part is unknown, or the template cannot express the order of roles.
         """
         builder = self._build(parse_messages(messages), None, add_generation_prompt=False)
-        return len(builder.ids), builder.num_images, sum(builder.targets) // self.num_image_tokens
+        answer_images = sum(builder.targets) // self.num_image_tokens
+        text_targets = len(builder.labels) - builder.labels.count(IGNORE_INDEX)
+        return len(builder.ids), builder.num_images, answer_images, text_targets
 
     def __call__(
         self,

@@ -206,7 +206,7 @@ def _look_at_data(
         tokens=float(tokens.mean()),
         longest=int(tokens.max()),
         images=float(lengths.images.mean()),
-        per_row=len(sizes) / len(planner.rows),
+        per_row=len(sizes) / planner.num_rows,
     )
 
 

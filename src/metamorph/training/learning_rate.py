@@ -40,7 +40,7 @@ def samples_in_a_step(planner: BatchPlanner, gradient_accumulation_steps: int) -
         gradient_accumulation_steps: Micro-batches of a step.
     """
     rows = planner.rows_per_batch * planner.world_size * gradient_accumulation_steps
-    return rows * len(planner.lengths) / max(len(planner.rows), 1)
+    return rows * len(planner.lengths) / max(planner.num_rows, 1)
 
 
 def apply_learning_rate_rule(args: MetaMorphTrainingArguments, samples: float) -> str | None:

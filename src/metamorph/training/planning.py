@@ -42,12 +42,12 @@ def plan_run(dataset: Measurable, model_max_length: int, args: MetaMorphTraining
         shuffle=args.train_sampling_strategy != "sequential",
     )
     if args.packing:
-        per_row = len(dataset) / len(planner.rows)
+        per_row = len(dataset) / planner.num_rows
         logger.info(
             "packing: %d samples in %d rows of %d tokens, %.1f %% full; %d steps of micro-batches an epoch, on average "
             "%.1f samples a row and %.0f in each optimizer step",
             len(dataset),
-            len(planner.rows),
+            planner.num_rows,
             model_max_length,
             100 * planner.efficiency,
             planner.steps,

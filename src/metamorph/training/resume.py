@@ -14,7 +14,7 @@ import numpy as np
 
 from metamorph.checkpoint_files import CheckpointError, read_manifest
 from metamorph.data.dataset import MixtureDataset
-from metamorph.data.packing import BatchPlanner
+from metamorph.data.packing import PACKING_VERSION, BatchPlanner
 from metamorph.data.records import RecordError
 from metamorph.training.arguments import MetaMorphTrainingArguments
 
@@ -61,7 +61,7 @@ class Position:
         """
         micro_batch = planner.world_size * planner.rows_per_batch
         epoch, steps = divmod(step, steps_per_epoch(planner, accumulation))
-        rows = min(steps * accumulation * micro_batch, len(planner.rows))
+        rows = min(steps * accumulation * micro_batch, planner.num_rows)
         return cls(epoch, rows, micro_batch, micro_batch * accumulation, planner.world_size)
 
 
@@ -100,14 +100,18 @@ def describe_data(dataset: MixtureDataset, planner: BatchPlanner) -> dict[str, A
             records.update(json.dumps(dataset.record(index).fields, default=str).encode())
         except RecordError as error:
             records.update(error.kind.encode())
-    rows = hashlib.sha256(np.ascontiguousarray(planner.rows.samples, dtype=np.int64).tobytes())
-    rows.update(np.ascontiguousarray(planner.rows.starts, dtype=np.int64).tobytes())
+    planned = planner.rows(0)
+    rows = hashlib.sha256(np.ascontiguousarray(planned.samples, dtype=np.int64).tobytes())
+    rows.update(np.ascontiguousarray(planned.starts, dtype=np.int64).tobytes())
+    if planner.packing:  # their order depends on what is supervised in them
+        rows.update(np.ascontiguousarray(planner.row_order(0), dtype=np.int64).tobytes())
     sampling = "group_by_length" if planner.group_by_length else "random" if planner.shuffle else "sequential"
     return {
         "sources": dataset.sources,
         "records": records.hexdigest()[:16],
         "seed": planner.seed,
         "packing": planner.packing,
+        "packing_version": PACKING_VERSION if planner.packing else None,
         "row_length": planner.max_length if planner.packing else None,
         "sampling": sampling,
         "rows": rows.hexdigest()[:16],
@@ -170,12 +174,21 @@ def plan_resume(
         manifest["step"],
         step,
         old.rows,
-        len(planner.rows),
+        planner.num_rows,
     )
     return ResumePoint(step, old.epoch, old.rows, counts_anew=True)
 
 
 def _check_data(checkpoint: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    # Before this key there was version 1.
+    if old["packing"] and new["packing"] and old.get("packing_version", 1) != new["packing_version"]:
+        raise CheckpointError(
+            f"{checkpoint} was written by a release of MetaMorph that packs other samples into a row (packing version "
+            f"{old.get('packing_version', 1)}, here {new['packing_version']}), so that its place in the epoch cannot "
+            "be found. Finish the run with that release, or add --ignore_data_skip True, which keeps weights, "
+            "optimizer and step and goes through the data from the beginning of an epoch, or start anew with "
+            "--resume_from_checkpoint False"
+        )
     for name, flag in _FLAGS.items():
         if old.get(name) != new[name]:
             raise CheckpointError(
