@@ -96,7 +96,7 @@ def mixed_lengths(count: int, seed: int = 0) -> Lengths:
     images = rng.choice([0, 1, 2, 3, 4, 5, 6, 7], count, p=[0.5, 0.29, *[0.035] * 6]).astype(np.int32)
     text = rng.lognormal(np.where(images == 0, 5.5, 4.5), 0.9)
     tokens = np.clip(text + (NUM_IMAGE_TOKENS + 2) * images, 8, MAX_LENGTH).astype(np.int32)
-    return Lengths(tokens, images, np.minimum(images, 1))
+    return Lengths(tokens, images, np.minimum(images, 1), (text / 2).astype(np.int32))
 
 
 def planner_of(lengths: Lengths, **fields: Any) -> BatchPlanner:
@@ -115,11 +115,11 @@ def packing() -> list[dict[str, Any]]:
         flat = planner_of(lengths, packing=False, group_by_length=grouped, rows_per_batch=16).plan(0)
         longest = np.append(lengths.tokens, 0)[flat.slots].max(axis=2)
         padded[grouped] = real / (longest * (flat.slots >= 0).sum(axis=2)).sum()
-    images = np.append(plans.rows.sum(lengths.images), 0)[plans.plan(0).slots].sum(axis=2)[:-1]
+    images = np.append(plans.rows(0).sum(lengths.images), 0)[plans.plan(0).slots].sum(axis=2)[:-1]
     return [
         row("tokens of a sample, mean", lengths.tokens.mean(), "tokens"),
         row("packed rows of 4096, 100,000 samples: full", 100 * plans.efficiency, "%"),
-        row("samples in a row, mean", len(lengths) / len(plans.rows), "samples"),
+        row("samples in a row, mean", len(lengths) / plans.num_rows, "samples"),
         row("padded batches of 16: full", 100 * padded[False], "%"),
         row("padded batches of 16 grouped by length: full", 100 * padded[True], "%"),
         row("images of the busiest of 8 ranks / mean", (images.max(axis=1) / images.mean(axis=1)).mean(), "×"),

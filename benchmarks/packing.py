@@ -64,8 +64,12 @@ VALIDATION = ("generation", "edit", "next_frame", "vqa")
 def main() -> None:
     """Run both parts, print tables and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/packing.json"), help="JSON file to write")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3, 4], help="of the trainings; none: no training")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks/results/packing.json"), help="JSON file to write"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=[1, 2, 3, 4], help="of the trainings; none: no training"
+    )
     parser.add_argument("--steps", type=int, default=160, help="optimizer steps of a training (default: %(default)s)")
     flags = parser.parse_args()
     torch.set_num_threads(1)

@@ -186,7 +186,7 @@ def test_cut_examples_are_measured_whole(folder, processor):
     """However an example is cut, in a text or before an image, its length is told as it was."""
     answer = "First <image> then <image> and last <image>."
     path = write_jsonl(folder / "data.jsonl", [llava("x", "Hi", answer, image=["good.png"] * 3)])
-    tokens, images, answers = opened(path, processor, None).measure(0)
+    tokens, images, answers, _ = opened(path, processor, None).measure(0)
     for limit in range(30, tokens + 2):
         (row,) = check_dataset(opened(path, processor, limit)).probes
         assert (row["tokens"], row["images"], row["answer_images"]) == (tokens, images, answers)

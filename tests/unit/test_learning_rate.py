@@ -18,7 +18,7 @@ from metamorph.training.stages import LANGUAGE_MODEL, learning_rates
 def planner(*, packing: bool) -> BatchPlanner:
     """40 samples of 25 tokens for rows of 100."""
     nothing = np.zeros(40, dtype=np.int32)
-    lengths = Lengths(np.full(40, 25, dtype=np.int32), nothing, nothing)
+    lengths = Lengths(np.full(40, 25, dtype=np.int32), nothing, nothing, nothing)
     return BatchPlanner(lengths, seed=0, world_size=2, rows_per_batch=3, max_length=100, packing=packing)
 
 

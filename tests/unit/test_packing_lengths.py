@@ -10,6 +10,7 @@ from PIL import Image
 from metamorph.data import lengths as lengths_module
 from metamorph.data.dataset import ConversationDataset
 from metamorph.data.lengths import measure
+from metamorph.models.constants import IGNORE_INDEX
 from metamorph.training.arguments import MetaMorphTrainingArguments
 from metamorph.training.planning import measuring_workers
 from processing_parts import build_processor, chat, golden_image, llava, tokenizer_with, write_jsonl
@@ -43,7 +44,8 @@ def test_measured_is_encoded(folder: Path) -> None:
         assert lengths.tokens[index] == len(example["input_ids"])
         assert lengths.images[index] == len(example.get("pixel_values", ()))
         assert lengths.answer_images[index] == example["visual_target_mask"].sum() // 16
-    assert lengths.tokens.dtype == lengths.images.dtype == lengths.answer_images.dtype == np.int32
+        assert lengths.text_targets[index] == (example["labels"] != IGNORE_INDEX).sum()
+    assert all(values.dtype == np.int32 for values in vars(lengths).values())
 
 
 def test_the_processor_measures_every_template() -> None:
@@ -51,7 +53,8 @@ def test_the_processor_measures_every_template() -> None:
     for version in ("llama3", "llama3_original", "chatml", "plain", "auto"):
         processor = build_processor(tokenizer_with("qwen"), version=version)
         encoded = processor.encode_conversation(messages, [golden_image("src"), golden_image("dst")])
-        assert processor.measure_conversation(messages) == (len(encoded.input_ids), 2, 1)
+        text_targets = int((encoded.labels != IGNORE_INDEX).sum())
+        assert processor.measure_conversation(messages) == (len(encoded.input_ids), 2, 1, text_targets)
 
 
 def test_no_picture_is_opened(folder: Path) -> None:
@@ -74,7 +77,7 @@ def test_workers_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     dataset = dataset_of(folder, count=19)
     alone, shared = measure(dataset), measure(dataset, num_workers=2)
     assert len(shared) == 19
-    for name in ("tokens", "images", "answer_images"):
+    for name in ("tokens", "images", "answer_images", "text_targets"):
         assert np.array_equal(getattr(alone, name), getattr(shared, name))
 
 
