@@ -1,5 +1,6 @@
 """A resumed run meets the samples that are left, with other batches too, and refuses other data."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,8 @@ from preemption_parts import SignalIn
 from training_parts import arguments, make_records
 from transformers import TrainerCallback
 
-from metamorph.checkpoint_files import CheckpointError, damage
+from metamorph.checkpoint_files import MANIFEST_FILE, CheckpointError, damage
+from metamorph.data.packing import PACKING_VERSION
 from metamorph.preemption import MARKER_FILE, Preempted
 from metamorph.training.run import run_training
 
@@ -150,6 +152,34 @@ def test_other_data_are_refused_unless_asked_for(
     # From now on the number of the step does not tell which samples have been trained on.
     with pytest.raises(CheckpointError, match="does not tell its position in the data"):
         run_training(*arguments(parts, tmp_path / "out", **{**flags, "ignore_data_skip": False}))
+
+
+def test_a_checkpoint_of_another_packing_is_refused_by_name(parts: Path, tmp_path: Path) -> None:
+    """Before version 2 no number was noted. Its rows held other samples: the position in them means nothing."""
+    flags = {**FLAGS, **PACKED, "per_device_train_batch_size": 1}
+    interrupted(parts, tmp_path, 1, **flags)
+    manifest = tmp_path / "checkpoint-1" / MANIFEST_FILE
+    noted = json.loads(manifest.read_text())
+    assert noted["data"].pop("packing_version") == PACKING_VERSION
+    manifest.write_text(json.dumps(noted))
+    with pytest.raises(CheckpointError, match=r"packing version 1, here 2.* Finish the run with that release, or add"):
+        run_training(*arguments(parts, tmp_path, **flags))
+    with recorded() as seen:
+        run_training(*arguments(parts, tmp_path, **flags, ignore_data_skip=True))
+    assert sorted(flat(seen)[:NUM_SAMPLES]) == list(range(NUM_SAMPLES))
+
+
+def test_a_checkpoint_without_packing_needs_no_version(
+    parts: Path, cut: tuple[Path, list[list[int]]], tmp_path: Path
+) -> None:
+    shutil.copytree(cut[0], tmp_path, dirs_exist_ok=True)
+    manifest = tmp_path / "checkpoint-2" / MANIFEST_FILE
+    noted = json.loads(manifest.read_text())
+    assert noted["data"].pop("packing_version") is None
+    manifest.write_text(json.dumps(noted))
+    with recorded() as rest:
+        run_training(*arguments(parts, tmp_path, **{**FLAGS, "num_train_epochs": 1}))
+    assert sorted(flat(cut[1]) + flat(rest)) == list(range(NUM_SAMPLES))
 
 
 def test_the_same_data_at_another_place_are_the_same(

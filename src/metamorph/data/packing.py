@@ -13,8 +13,8 @@ from metamorph.data.lengths import Lengths
 
 
 PACKING_VERSION = 2
-"""Of the plan with packing: checkpoints with another number are refused. Raise it whenever the same lengths and the same
-seed give other rows, or the same rows in another order."""
+"""Checkpoints of packed runs with another number are refused. Raise it whenever the same lengths and the same seed give
+other rows, or the same rows in another order."""
 OPEN_ROWS = 16
 """Rows that are filled at the same time. More hardly fill them better."""
 _LATER_OPEN_ROWS = 64
