@@ -125,6 +125,9 @@ def test_steps_of_any_size_have_the_same_share_of_each_target(values: str) -> No
             ]
             assert steps[0] < 0.7 * steps[1], size
     assert not np.array_equal(plans.row_order(0), planner(lengths_of(4000), seed=4).row_order(0))
+    resumed = planner(lengths_of(4000), world_size=3, rows_per_batch=5)  # with other batches: the same rows in order
+    assert np.array_equal(plans.row_order(1), resumed.row_order(1))
+    assert np.array_equal(plans.rows(1).samples, resumed.rows(1).samples)
 
 
 def test_best_fit_takes_the_row_with_the_least_space_that_suffices() -> None:

@@ -133,7 +133,7 @@ class BatchPlanner:
         return len(self.rows(0))
 
     def rows(self, epoch: int) -> Rows:
-        """The rows of an epoch, which are numbered by no particular order. Those of the last call are kept.
+        """The rows of an epoch, numbered as they were opened. Those of the last epoch that was asked for are kept.
 
         Args:
             epoch: Number of the epoch, from 0.
