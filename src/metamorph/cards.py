@@ -1,4 +1,4 @@
-"""What the model cards of all results share: the head that the Hub reads, tables, licences, no paths of this machine."""
+"""What the model cards of all results share: the head that the Hub reads, tables, licences, names without paths."""
 
 import importlib.metadata
 import os

@@ -113,7 +113,7 @@ def write_connector(
 
 
 def _sort_metadata(path: Path) -> None:
-    """safetensors writes the metadata in another order each time; sorted, equal connectors are equal files."""
+    """Sort the metadata, which safetensors writes in a random order, so that equal connectors are equal files."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

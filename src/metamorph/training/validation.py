@@ -75,8 +75,10 @@ class SourceLoss:
 
     @property
     def image_start_accuracy(self) -> float | None:
-        """Share of the answers with an image in which the model, given what precedes it, would write the first
-        `<image_start>` where it stands; None without such answers."""
+        """Share of the answers with an image in which `<image_start>` is the likeliest token where the first one stands.
+
+        None without such answers.
+        """
         return self.sums[5].item() / self.num_image_answers if self.num_image_answers else None
 
     @property
