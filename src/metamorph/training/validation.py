@@ -75,7 +75,7 @@ class SourceLoss:
 
     @property
     def image_start_accuracy(self) -> float | None:
-        """Share of the answers with an image in which `<image_start>` is the likeliest token where the first one stands.
+        """Share of answers with an image in which `<image_start>` is the likeliest token where the first one stands.
 
         None without such answers.
         """
