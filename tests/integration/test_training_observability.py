@@ -217,7 +217,10 @@ def test_image_starts_are_measured_where_an_answer_has_an_image(observed: TrainR
                 hidden.append(model(**batch, output_hidden_states=True).hidden_states[-1][0, place - 1])
             source.append(data.source_name(index))
     with torch.no_grad():
-        model.lm_head.weight[start] = hidden[0] * 0.05
+        # Orthogonal to the mean of the states, with which it would prefer all or none.
+        mean = torch.stack(hidden).mean(dim=0)
+        apart = hidden[0] - mean
+        model.lm_head.weight[start] = 100 * (apart - mean * (apart @ mean) / (mean @ mean))
         found = [model.compute_logits(state).argmax().item() == start for state in hidden]
     assert 0 < sum(found) < len(found)
     for batch_size in (1, 4):
