@@ -216,7 +216,7 @@ class Reference:
         self.unet, self.vae, self.scheduler = parts.unet.train(), parts.vae.requires_grad_(False), parts.noise_scheduler
         sizes = token_shape(self.tower, self.tower_format)
         self.projector = build_projector(args, sizes, self.unet.config.cross_attention_dim).train()
-        self.args, self.vae_format = args, PixelFormat(args.resolution)
+        self.args, self.vae_format = args, PixelFormat(parts.resolution)
 
     def load(self, pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:
         """Pixels for the tower and for the VAE."""

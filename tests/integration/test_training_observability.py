@@ -1,5 +1,6 @@
 """What a run tells of itself: speed, gradients, validation losses, samples, trackers."""
 
+import copy
 import json
 import math
 import subprocess
@@ -16,6 +17,7 @@ from training_parts import arguments, make_records
 from metamorph import cli
 from metamorph.data.collation import PaddedCollator
 from metamorph.data.dataset import load_data
+from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.flops import Work, count_work, model_flops
 from metamorph.training.monitor import gradient_norms
 from metamorph.training.run import TrainResult, run_training
@@ -130,6 +132,21 @@ def test_packed_runs_count_samples_and_tokens_not_rows(parts: Path, observed: Tr
     end = packed.log_history[-1]
     assert end["train_samples_per_second"] * end["train_runtime"] == pytest.approx(12, rel=1e-3)
     assert end["total_flos"] == pytest.approx(observed.log_history[-1]["total_flos"])
+    baseline = constant_cosine([data[index] for index in range(12)], packed.model)
+    assert lines(packed, "text_loss")[-1]["visual_cosine_baseline"] == pytest.approx(baseline, rel=1e-5)
+
+
+def constant_cosine(examples: list[dict[str, torch.Tensor]], model: MetaMorphForConditionalGeneration) -> float:
+    """Mean cosine of all visual targets with the mean target of their place."""
+    images = []
+    for example in examples:
+        is_target = example["visual_target_mask"][example["input_ids"] == model.config.image_token_id]
+        if is_target.any():
+            tokens = model.get_visual_tokens(example["pixel_values"])
+            images.append(tokens[is_target.view(tokens.shape[:2]).all(dim=1)])
+    targets = torch.cat(images)
+    assert len(targets) > 1
+    return torch.cosine_similarity(targets, targets.mean(dim=0, keepdim=True), dim=-1).mean().item()
 
 
 def test_r06_watching_changes_nothing(parts: Path, observed: TrainResult, tmp_path: Path) -> None:
@@ -183,6 +200,36 @@ def test_validation_losses_equal_a_direct_computation(parts: Path, validation: P
         assert first[f"{prefix}visual_loss"] == pytest.approx(visual / num_visual, rel=1e-5)
         assert first[f"{prefix}visual_cosine"] == pytest.approx(cosine / num_visual, rel=1e-4)
         assert first[f"{prefix}loss"] == pytest.approx(text / num_text + visual / num_visual, rel=1e-5)
+    for prefix, names in [*((f"eval_{name}_", [name]) for name in data.sources), ("eval_", [*data.sources])]:
+        examples = [data[index] for index in range(len(data)) if data.source_name(index) in names]
+        assert first[f"{prefix}visual_cosine_baseline"] == pytest.approx(constant_cosine(examples, result.model))
+
+
+def test_image_starts_are_measured_where_an_answer_has_an_image(observed: TrainResult, validation: Path) -> None:
+    """With a head that prefers `<image_start>` in some of the places where it is due."""
+    model, data = copy.deepcopy(observed.model).eval(), load_data(validation, observed.processor)
+    start = model.config.image_start_token_id
+    hidden, source = [], []
+    for index in range(len(data)):
+        batch = PaddedCollator(0)([data[index]])
+        for place in (batch["labels"][0] == start).nonzero().flatten().tolist():  # no answer here has two images
+            with torch.no_grad():
+                hidden.append(model(**batch, output_hidden_states=True).hidden_states[-1][0, place - 1])
+            source.append(data.source_name(index))
+    with torch.no_grad():
+        # Orthogonal to the mean of the states, with which it would prefer all or none.
+        mean = torch.stack(hidden).mean(dim=0)
+        apart = hidden[0] - mean
+        model.lm_head.weight[start] = 100 * (apart - mean * (apart @ mean) / (mean @ mean))
+        found = [model.compute_logits(state).argmax().item() == start for state in hidden]
+    assert 0 < sum(found) < len(found)
+    for batch_size in (1, 4):
+        losses = evaluate_losses(model, data, Accelerator(cpu=True), batch_size=batch_size)
+        for name, loss in losses.items():
+            own = [was_found for was_found, its_source in zip(found, source, strict=True) if its_source == name]
+            assert loss.num_image_answers == len(own) > 0
+            assert loss.image_start_accuracy == sum(own) / len(own)
+        assert total_loss(losses).image_start_accuracy == sum(found) / len(found)
 
 
 def fixed(line: dict[str, float]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from functools import partialmethod
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
@@ -188,14 +190,19 @@ def test_r46_bf16_ema_clipping_accumulation_and_final_save(arguments, pictures):
     assert draw(args.output_dir).isfinite().all()
 
 
-def test_r46_seed_decides_everything(arguments, pictures, tmp_path):
+def test_r46_seed_decides_everything_on_two_threads_bit_for_bit(arguments, pictures, tmp_path, two_threads):
     runs = [
-        train_visualizer(arguments(output_dir=str(tmp_path / str(number)), seed=seed), pictures)
+        train_visualizer(arguments(output_dir=str(tmp_path / str(number)), seed=seed, unfreeze_unet=True), pictures)
         for number, seed in enumerate((0, 0, 1))
     ]
     assert runs[0].losses == runs[1].losses
     assert runs[0].losses != runs[2].losses
-    assert same(weights(runs[0].output_dir, "projector"), weights(runs[1].output_dir, "projector"))
+    for part in ("projector", "unet", "vae"):
+        first, second = (
+            Path(run.output_dir, part, "diffusion_pytorch_model.safetensors").read_bytes() for run in runs[:2]
+        )
+        assert first == second, part
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_ema_is_what_is_saved(arguments, pictures, tmp_path):
@@ -240,11 +247,50 @@ def test_validation_grid_and_loss_reach_tensorboard_and_the_log(arguments, pictu
         result = train_visualizer(args, pictures)
     assert f"step 3 of 3: loss {sum(result.losses) / 3:.4g}, lr" in caplog.text  # there is no terminal
     # The run's own file, and one for its flags in a folder below.
-    files = [accumulator.EventAccumulator(str(file)).Reload() for file in Path(args.output_dir).rglob("events.out.*")]
+    folder = Path(args.output_dir) / "tensorboard"
+    files = [accumulator.EventAccumulator(str(file)).Reload() for file in folder.rglob("events.out.*")]
     (found,) = (file for file in files if file.Tags()["images"])
     (image,) = found.Images("validation")
     assert (image.width, image.height) == (3 * RESOLUTION, RESOLUTION)
     assert found.Scalars("loss")[0].step == 3
+
+
+def test_resolution_is_that_of_the_diffusion_model_unless_given(arguments, pictures, tmp_path, caplog):
+    caplog.set_level("INFO", logger="metamorph.visualization.parts")
+    options = {"training_steps": 1, "lr_warmup_steps": 0}
+    native = train_visualizer(arguments(resolution=None, **options), pictures)
+    assert f"--resolution {RESOLUTION}, as " in caplog.text
+    assert draw(native.output_dir).shape[-2:] == (RESOLUTION, RESOLUTION)
+    assert json.loads((native.output_dir / "visualizer_arguments.json").read_text())["resolution"] == RESOLUTION
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    smaller = train_visualizer(arguments(resolution=16, output_dir=str(tmp_path / "16"), **options), pictures)
+    assert f"--resolution 16 differs from the {RESOLUTION} that" in caplog.text
+    assert draw(smaller.output_dir).shape[-2:] == (16, 16)
+
+
+def test_diffusion_model_without_a_resolution_asks_for_the_flag(arguments, parts, pictures, tmp_path):
+    folder = tmp_path / "diffusion"
+    shutil.copytree(parts["pretrained_model_name_or_path"], folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": None}))
+    with pytest.raises(ValueError, match=r"sample_size None of its UNet\): give --resolution"):
+        train_visualizer(arguments(pretrained_model_name_or_path=str(folder), resolution=None), pictures)
+
+
+def test_result_has_a_model_card(arguments, parts, pictures, tmp_path):
+    flags = {"resolution": None, "model_license": "openrail", "lr": 0.01}
+    result = train_visualizer(arguments(**flags), pictures)
+    _, head, text = (result.output_dir / "README.md").read_text().split("---\n", 2)
+    metadata = yaml.safe_load(head)
+    assert (metadata["library_name"], metadata["license"]) == ("metamorph", "openrail")
+    assert "base_model" not in metadata  # local folders, which the Hub does not know
+    assert "\n6 pictures.\n" in text
+    assert f"| `resolution` | {RESOLUTION} |" in text
+    assert "| `lr` | 0.01 |" in text
+    assert "Metrics after 3 steps" in text
+    assert f"| `loss` | {sum(result.losses) / 3:.4g} |" in text
+    assert "Training data: unknown" in text
+    assert not [path for path in (tmp_path, *parts.values()) if str(path) in text]  # no path of this machine
 
 
 def test_paths_may_begin_in_the_home_folder(arguments, pictures, parts, monkeypatch):
@@ -327,7 +373,7 @@ def test_folders_that_do_not_fit_are_refused(arguments, pictures, parts, tmp_pat
         train_visualizer(arguments(pretrained_model_name_or_path=str(tmp_path / "none")), pictures)
     with pytest.raises(ValueError, match="--vision_tower"):
         train_visualizer(arguments(vision_tower=str(tmp_path)), pictures)
-    with pytest.raises(ValueError, match="--resolution 30"):
+    with pytest.raises(ValueError, match="--resolution 30 must be a multiple of 4"):
         train_visualizer(arguments(resolution=30), pictures)
     with pytest.raises(ValueError, match="num_image_tokens=5"):
         train_visualizer(arguments(num_tokens=5), pictures)

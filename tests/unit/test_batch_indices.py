@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from batch_parts import collate
 from metamorph.data.collation import PaddedCollator
-from metamorph.models.batch_indices import index_batch
+from metamorph.models.batch_indices import first_image_starts, index_batch
 from model_parts import build_batch, build_tiny_model
 
 
@@ -48,6 +48,19 @@ def test_r06_forward_and_backward_never_ask_the_device():
                         model(**batch, loss_normalizers=normalizers)
                 else:
                     model(**batch, loss_normalizers=normalizers).loss.backward()
+
+
+def test_first_image_starts_are_one_for_each_answer_with_an_image():
+    """Two answers in the first row, of which the first has two images; none with an image in the second row."""
+    start, text, image, none = 7, 5, -1, -100
+    rows = [
+        [none, text, start, image, image, text, start, image, text, none, none, start, image, text],
+        [none, none, text, text, none, none, text, none, none, none, none, none, none, none],
+    ]
+    mask = torch.tensor(rows) == image
+    labels = torch.tensor(rows).masked_fill(mask, none)
+    assert first_image_starts(labels, mask, start).tolist() == [1, 10]
+    assert first_image_starts(labels[1:], mask[1:], start).tolist() == []
 
 
 def test_lengths_of_samples_exclude_padding():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metamorph.models.losses import LossSum, average, cosine_sum, text_loss, visual_loss
+from metamorph.models.losses import LossSum, average, cosine_sum, direction_sums, text_loss, visual_loss
 
 
 def test_text_loss_is_a_sum_with_its_count():
@@ -21,6 +21,20 @@ def test_perfect_predictions_cost_nothing():
     assert visual_loss(-targets, targets, normalize=True, apply_softmax=False).sum.item() == pytest.approx(
         6.0, abs=1e-5
     )
+
+
+def test_no_constant_has_a_larger_cosine_than_the_direction_of_the_sum():
+    generator = torch.Generator().manual_seed(0)
+    targets, places = torch.randn(40, 8, generator=generator) + 1, torch.arange(40) % 4
+    sums = direction_sums(targets, places, 5)
+    assert sums.shape == (5, 8)
+    assert not sums[4].any()
+    for place in range(4):
+        own = targets[places == place]
+        best = cosine_sum(sums[place].expand_as(own), own)
+        torch.testing.assert_close(best, sums[place].norm())
+        for other in (own.mean(dim=0), sums[place] + 0.1 * torch.randn(8, generator=generator)):
+            assert cosine_sum(other.expand_as(own), own) <= best + 1e-6
 
 
 def test_half_precision_is_summed_in_float32():

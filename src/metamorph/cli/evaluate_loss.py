@@ -65,13 +65,17 @@ def run(flags: argparse.Namespace) -> None:
     losses["all"] = total_loss(losses)
     coefficient = model.config.vision_coef
     if accelerator.is_main_process:
-        print(f"{'source':<24}{'loss':>10}{'text':>10}{'tokens':>12}{'visual':>10}{'cosine':>10}{'tokens':>12}")
+        print(
+            f"{'source':<24}{'loss':>10}{'text':>10}{'tokens':>12}"
+            f"{'visual':>10}{'cosine':>10}{'baseline':>10}{'tokens':>12}{'starts':>10}{'answers':>10}"
+        )
         for name, loss in losses.items():
-            visual = "-" if loss.visual_loss is None else f"{loss.visual_loss:.4f}"
-            cosine = "-" if loss.visual_cosine is None else f"{loss.visual_cosine:.4f}"
+            optional = (loss.visual_loss, loss.visual_cosine, loss.visual_cosine_baseline, loss.image_start_accuracy)
+            visual, cosine, baseline, starts = ("-" if value is None else f"{value:.4f}" for value in optional)
             print(
                 f"{name:<24}{loss.loss(coefficient):>10.4f}{loss.text_loss:>10.4f}{loss.num_text_tokens:>12,}"
-                f"{visual:>10}{cosine:>10}{loss.num_visual_tokens:>12,}"
+                f"{visual:>10}{cosine:>10}{baseline:>10}{loss.num_visual_tokens:>12,}{starts:>10}"
+                f"{loss.num_image_answers:>10,}"
             )
         if flags.output is not None:
             values = {name: loss.as_metrics("", coefficient) for name, loss in losses.items()}

@@ -26,6 +26,9 @@ class BatchIndices(TypedDict, total=False):
     """[visual targets] positions whose hidden state predicts a visual token: the one before each."""
     visual_targets: Tensor
     """[visual targets] which of the placeholders each of them predicts."""
+    image_starts: Tensor
+    """[answers with an image] positions whose hidden state predicts an answer's first `<image_start>`; only in
+    validation, see [`first_image_starts`]."""
     sample_lengths: Tensor
     """[samples] tokens of each sample; only from the collators, which know where padding begins."""
 
@@ -59,6 +62,24 @@ def index_batch(
             "placeholders of images (the first position of a row cannot be a target)"
         )
     return indices | BatchIndices(visual=visual - 1, visual_targets=targets)
+
+
+def first_image_starts(labels: Tensor, visual_target_mask: Tensor, image_start_token_id: int) -> Tensor:
+    """Flat positions [answers with an image] before the first `<image_start>` of each answer that has one.
+
+    Args:
+        labels: [B, S], not shifted, `IGNORE_INDEX` where nothing is supervised.
+        visual_target_mask: [B, S] bool, the placeholders of images to generate. They have no labels, but do not end an
+            answer.
+        image_start_token_id: Id of `<image_start>`.
+    """
+    in_answer = (labels != IGNORE_INDEX) | visual_target_mask
+    begins = in_answer.clone()
+    begins[:, 1:] &= ~in_answer[:, :-1]
+    starts = _predicted(labels == image_start_token_id)
+    answers = begins.flatten().cumsum(0)[starts]
+    is_first = answers.diff(prepend=answers.new_zeros(1)) != 0  # answers count from 1
+    return starts[is_first] - 1
 
 
 def _predicted(mask: Tensor) -> Tensor:

@@ -108,7 +108,20 @@ def write_connector(
     path.parent.mkdir(parents=True, exist_ok=True)
     # Cloned where they are views: safetensors refuses tensors that share memory.
     save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, path, metadata)
+    _sort_metadata(path)
     return path
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata, which safetensors writes in a random order, so that equal connectors are equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the sorted header must take the place of the other"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def load_connector(model: PreTrainedModel, path: str | Path) -> None:

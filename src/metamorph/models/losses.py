@@ -74,6 +74,24 @@ def cosine_sum(predictions: Tensor, targets: Tensor) -> Tensor:
     return F.cosine_similarity(predictions.detach().float(), targets.detach().float(), dim=-1).sum()
 
 
+def direction_sums(targets: Tensor, places: Tensor, num_places: int) -> Tensor:
+    """Sum over positions of target / |target| for each place in the image, without gradient.
+
+    The constant that comes closest to the targets of a place by their mean cosine has the direction of this sum s, and
+    its mean cosine is |s| / (number of targets). So these sums are all that the baseline of a cosine needs.
+
+    Args:
+        targets: [positions, D] visual tokens.
+        places: int64 [positions], which of the visual tokens of its image each one is.
+        num_places: Visual tokens of one image.
+
+    Returns:
+        float32 [num_places, D].
+    """
+    directions = F.normalize(targets.detach().float(), dim=-1)
+    return directions.new_zeros(num_places, directions.shape[-1]).index_add_(0, places, directions)
+
+
 def average(loss: LossSum, normalizer: Tensor | float | None) -> Tensor:
     """Divides a sum by `normalizer`, or by its own count; an empty sum divided by a count of 0 stays exactly 0.
 

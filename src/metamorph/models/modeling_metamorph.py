@@ -24,7 +24,7 @@ from .configuration_metamorph import MetaMorphConfig
 from .embeddings import NewTokenEmbedding, add_token_rows
 from .generation import MetaMorphGenerationMixin
 from .image_tokens import add_image_tokens
-from .losses import LossSum, average, cosine_sum, text_loss, visual_loss
+from .losses import LossSum, average, cosine_sum, direction_sums, text_loss, visual_loss
 from .outputs import MetaMorphOutput
 from .projectors import build_mm_projector, build_vision_head
 from .text_head import TextHead, TextLossOptions
@@ -244,6 +244,9 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         text = self._text_loss(hidden.index_select(0, indices["text"]), indices["text_labels"])
         result.text_loss, result.num_text_tokens = average(text, text_normalizer), text.count
         result.loss = result.text_loss
+        if "image_starts" in indices:
+            logits = self.compute_logits(hidden.index_select(0, indices["image_starts"]))
+            result.num_image_starts = (logits.argmax(dim=-1) == self.config.image_start_token_id).sum()
         if not self.config.use_vision_ar:
             return
         predictions = self.vision_head(hidden.index_select(0, indices["visual"]))
@@ -256,6 +259,8 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         )
         result.visual_loss, result.num_visual_tokens = average(visual, visual_normalizer), visual.count
         result.visual_cosine = cosine_sum(self._finish(predictions), targets) / visual.count.clamp(min=1)
+        places = indices["visual_targets"] % self.config.num_image_tokens
+        result.visual_direction_sums = direction_sums(targets, places, self.config.num_image_tokens)
         result.loss = result.text_loss + self.config.vision_coef * result.visual_loss
 
     def _finish(self, predictions: Tensor) -> Tensor:

@@ -36,6 +36,11 @@ class MetaMorphOutput(ModelOutput):
     """Visual target tokens in this batch."""
     visual_cosine: Tensor | None = None
     """Mean cos(prediction, target) over this batch's visual targets, without gradient; 0 if there are none."""
+    visual_direction_sums: Tensor | None = None
+    """[N, D] sum of this batch's visual targets, each of length 1, for each place in the image, without gradient: what
+    the best constant prediction follows from. None without `use_vision_ar`."""
+    num_image_starts: Tensor | None = None
+    """How many of the positions `indices["image_starts"]` predict `<image_start>`; None without them."""
     logits: Tensor | None = None
     """[B, S or logits_to_keep, V]; None in training, see `logits_to_keep`."""
     visual_prediction: Tensor | None = None

@@ -104,7 +104,6 @@ class Recipe:
         """Flags of `metamorph train-visualizer`, but for the paths."""
         return {
             "num_tokens": NUM_IMAGE_TOKENS,
-            "resolution": 64,
             "mode": "mlp",
             "hidden_dim": 256,
             "normalize_input": True,

@@ -15,6 +15,9 @@ class LossWindow:
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
+        # Of the whole run, not of the window: of a few images the best constant is too close to each.
+        self._direction_sums: Tensor | None = None
+        self._targets_seen = 0.0
 
     def add(self, outputs: MetaMorphOutput, normalizers: tuple[Tensor, Tensor] | None) -> None:
         """Add one micro-batch.
@@ -34,22 +37,42 @@ class LossWindow:
         values = (text * by_text, visual * by_visual, cosine * num_visual, num_text, num_visual)
         sums = torch.stack([value.float() for value in values])
         self._sums = sums if self._sums is None else self._sums + sums
+        if outputs.visual_direction_sums is not None:
+            directions = outputs.visual_direction_sums.to(dtype=sum_dtype(sums.device))
+            self._direction_sums = directions if self._direction_sums is None else self._direction_sums + directions
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over all tokens of all ranks since the last call. Every rank must call it.
+
+        `visual_cosine_baseline` is that of the best constant prediction for each place in the image, over all visual
+        targets since the run began.
 
         Args:
             accelerator: Sums over the ranks.
         """
         if self._sums is None:
             return {}
-        sums = accelerator.reduce(self._sums, reduction="sum").tolist()
+        sums = accelerator.reduce(self._sums, reduction="sum")
         self._sums = None
-        text, visual, cosine, num_text, num_visual = sums
+        constant = sums.new_zeros(())
+        if self._direction_sums is not None:
+            constant = constant_cosine_sum(accelerator.reduce(self._direction_sums, reduction="sum")).to(sums.dtype)
+        text, visual, cosine, num_text, num_visual, constant_sum = torch.stack([*sums, constant]).tolist()
+        self._targets_seen += num_visual
         logs = {"text_loss": text / max(num_text, 1), "num_text_tokens": num_text}
         if num_visual:
             logs |= {"visual_loss": visual / num_visual, "visual_cosine": cosine / num_visual}
+            logs["visual_cosine_baseline"] = constant_sum / self._targets_seen
         return logs | {"num_visual_tokens": num_visual}
+
+
+def constant_cosine_sum(direction_sums: Tensor) -> Tensor:
+    """Summed cosine of the best constant prediction for each place in the image, a 0-d tensor.
+
+    Args:
+        direction_sums: [N, D] of all visual targets, see `metamorph.models.losses.direction_sums`.
+    """
+    return direction_sums.norm(dim=-1).sum()
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

@@ -1,21 +1,16 @@
 """The model card of a result: `README.md` with data, recipe and metrics, as the Hub shows it."""
 
 import dataclasses
-import importlib.metadata
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
 from transformers import TrainerState
 
+from metamorph.cards import CARD_FILE, licences, render_card, shown, table, versions
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 
 
-CARD_FILE = "README.md"
-UNKNOWN_LICENSE = "unknown"
-"""The Hub's own word for it."""
 MODEL_FLAGS_LEFT_OUT = ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "model_license")
 """Paths of this machine, and what the card says elsewhere."""
 TRAINING_FLAGS = (
@@ -40,7 +35,7 @@ TRAINING_FLAGS = (
     "gradient_checkpointing",
     "seed",
 )
-METRICS = ("loss", "text_loss", "visual_loss", "visual_cosine")
+METRICS = ("loss", "text_loss", "visual_loss", "visual_cosine", "visual_cosine_baseline")
 """Of training; all that begins with `eval_` is added."""
 LIBRARIES = ("metamorph", "torch", "transformers", "accelerate")
 
@@ -79,29 +74,26 @@ def render_model_card(facts: CardFacts, state: TrainerState) -> str:
     base = {"language model": args.model_name_or_path}
     if not args.continues_metamorph:
         base["vision tower"] = args.vision_tower
-    hub_ids = [name for name in base.values() if not _is_local(name)]
-    metadata = ModelCardData(
-        library_name="metamorph",
-        pipeline_tag="image-text-to-text",
-        license=args.model_license or UNKNOWN_LICENSE,
-        base_model=hub_ids or None,
-        tags=["metamorph", "vpit", *(["lora"] if kind == "adapter" else [])],
-    )
     name = facts.training_args.hub_model_id or Path(facts.training_args.output_dir or ".").resolve().name
     sections = [
-        f"---\n{metadata.to_yaml()}\n---\n",
-        f"# {name.rpartition('/')[2]}\n",
         _what(kind, base, name),
         _data(facts),
-        _table("Recipe", "flag", "value", _recipe(facts)),
-        _table(f"Metrics after {state.global_step} steps", "metric", "last value", _metrics(state)),
-        _licences(facts),
+        table("Recipe", "flag", "value", _recipe(facts)),
+        table(f"Metrics after {state.global_step} steps", "metric", "last value", _metrics(state)),
+        licences(args.model_license, facts.data_args.data_license),
     ]
-    return "\n".join(sections)
+    return render_card(
+        name,
+        sections,
+        parts=base.values(),
+        license_name=args.model_license,
+        tags=["metamorph", "vpit", *(["lora"] if kind == "adapter" else [])],
+        pipeline_tag="image-text-to-text",
+    )
 
 
 def _what(kind: str, base: Mapping[str, str], name: str) -> str:
-    parts = "\n".join(f"- {part}: `{_shown(value)}`" for part, value in base.items())
+    parts = "\n".join(f"- {part}: `{shown(value)}`" for part, value in base.items())
     folder = name if "/" in name else "FOLDER"
     usage = {
         "connector": f"metamorph train --pretrain_mm_mlp_adapter {folder} …",
@@ -122,13 +114,13 @@ def _data(facts: CardFacts) -> str:
     for source, counts in facts.statistics["sources"].items():
         bad = counts["bad"]
         skipped = sum(bad.values()) if isinstance(bad, Mapping) else bad
-        rows.append((_shown(source), f"{counts['records']} records, {counts['truncated']} cut, {skipped} skipped"))
-    text = _table("Data", "source", "use", rows)
+        rows.append((shown(source), f"{counts['records']} records, {counts['truncated']} cut, {skipped} skipped"))
+    text = table("Data", "source", "use", rows)
     length = facts.data_args.model_max_length
     return f"{text}\nRecords longer than {length} tokens were cut. Skipped records could not be used.\n"
 
 
-def _recipe(facts: CardFacts) -> list[tuple[str, str]]:
+def _recipe(facts: CardFacts) -> list[tuple[str, Any]]:
     values = {
         name: value for name, value in dataclasses.asdict(facts.model_args).items() if name not in MODEL_FLAGS_LEFT_OUT
     }
@@ -138,11 +130,10 @@ def _recipe(facts: CardFacts) -> list[tuple[str, str]]:
     if facts.model_args.bits != 4:
         values = {name: value for name, value in values.items() if name not in ("double_quant", "quant_type")}
     values |= {name: getattr(facts.training_args, name) for name in TRAINING_FLAGS}
-    rows = [(name, _text(value)) for name, value in values.items() if value is not None]
-    return [*rows, *((library, importlib.metadata.version(library)) for library in LIBRARIES)]
+    return [*values.items(), *versions(*LIBRARIES)]
 
 
-def _metrics(state: TrainerState) -> list[tuple[str, str]]:
+def _metrics(state: TrainerState) -> list[tuple[str, float]]:
     last: dict[str, float] = {}
     for line in state.log_history:
         last |= {
@@ -150,40 +141,4 @@ def _metrics(state: TrainerState) -> list[tuple[str, str]]:
             for name, value in line.items()
             if isinstance(value, (int, float)) and (name in METRICS or name.startswith("eval_"))
         }
-    return [(name, f"{value:.4g}") for name, value in last.items()]
-
-
-def _licences(facts: CardFacts) -> str:
-    model = facts.model_args.model_license
-    unknown = "unknown (not given to the training command; ask the author before use)"
-    return (
-        "## Licences\n\n"
-        f"- This result: {model or unknown}\n"
-        f"- Training data: {facts.data_args.data_license or unknown}\n"
-        "- The models it was trained from have licences of their own, which bind this result, too.\n"
-    )
-
-
-def _table(title: str, left: str, right: str, rows: list[tuple[str, str]]) -> str:
-    lines = [f"## {title}\n", f"| {left} | {right} |", "| --- | --- |"]
-    lines += [f"| `{_escaped(name)}` | {_escaped(value)} |" for name, value in rows] or ["| - | none |"]
-    return "\n".join(lines) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", r"\|").replace("\n", " ")
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(getattr(value, "value", value))  # of Transformers' enumerations the value
-
-
-def _is_local(name: str) -> bool:
-    return os.path.isabs(name) or Path(name).exists()
-
-
-def _shown(name: str) -> str:
-    """Of a path on this machine only the last part: a card is read elsewhere."""
-    return Path(name).name if _is_local(name) else name
+    return list(last.items())

@@ -11,6 +11,7 @@ from transformers import PrinterCallback, set_seed
 
 from metamorph.checkpoint_files import clean_up, explains_write_errors
 from metamorph.data.collation import PackedCollator, PaddedCollator
+from metamorph.determinism import deterministic_algorithms
 from metamorph.models.embeddings import merge_new_token_rows
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.packed_rows import check_keeps_samples_apart, uses_flash_attention
@@ -72,7 +73,8 @@ def run_training(
     """Train stage 1 or stage 2. `metamorph train` is this function with flags.
 
     What can be wrong with the input is found before the weights are loaded. While it runs in the main thread, SIGUSR1
-    and SIGTERM let it save and stop at the next step.
+    and SIGTERM let it save and stop at the next step. On a CPU, and elsewhere with `full_determinism`, PyTorch computes
+    with deterministic algorithms; its settings are restored at the end.
 
     Args:
         model_args: What the network is, and the stage.
@@ -92,7 +94,10 @@ def run_training(
         clear_marker(training_args.output_dir)
     if training_args.should_save:  # with --save_on_each_node one process of each machine
         clean_up(training_args.output_dir)
-    with Preemption(training_args.ddp_timeout_delta) as preemption:
+    deterministic = deterministic_algorithms(
+        training_args.device, full=training_args.full_determinism, seed=training_args.seed
+    )
+    with Preemption(training_args.ddp_timeout_delta) as preemption, deterministic:
         return _train(model_args, data_args, training_args, callbacks, preemption, open_visualizer)
 
 

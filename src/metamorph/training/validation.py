@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,36 +18,73 @@ from transformers import TrainingArguments
 
 from metamorph.data.collation import PaddedCollator
 from metamorph.data.dataset import MixtureDataset
+from metamorph.models.batch_indices import first_image_starts
 from metamorph.preemption import ignore_signals
-from metamorph.training.metrics import sum_dtype
+from metamorph.training.metrics import constant_cosine_sum, sum_dtype
+
+
+METRICS = (
+    *("text_loss", "visual_loss", "visual_cosine", "visual_cosine_baseline", "image_start_accuracy"),
+    *("num_text_tokens", "num_visual_tokens", "num_image_answers"),
+)
+"""What is logged of each source, beside `loss`."""
+_NUM_SUMS = 7
 
 
 @dataclass(frozen=True)
 class SourceLoss:
-    """Means over the tokens of one source, or of all."""
+    """What was measured on one source, or on all: sums over its tokens, and the means that are logged."""
 
-    text_loss: float
-    """Cross-entropy per supervised text token, in nats; 0 if there are none."""
-    num_text_tokens: int
-    """Supervised text tokens."""
-    visual_loss: float | None
-    """Visual loss per target token; None without visual targets, or with a model that has no visual loss."""
-    visual_cosine: float | None
-    """Mean cosine of predicted and true visual tokens; None where `visual_loss` is."""
-    num_visual_tokens: int
-    """Visual target tokens."""
+    sums: Tensor
+    """float64 [7] on the CPU: text loss, visual loss and cosine; the numbers of supervised text tokens and of visual
+    target tokens; of answers with an image, those that the model begins, and all."""
+    direction_sums: Tensor
+    """float64 [N, D] on the CPU, see `metamorph.models.losses.direction_sums`."""
 
-    @classmethod
-    def from_sums(cls, sums: Tensor) -> SourceLoss:
-        """Of float64 [5]: summed text loss, visual loss and cosine, and the numbers of text and visual tokens."""
-        text, visual, cosine, num_text, num_visual = sums.tolist()
-        return cls(
-            text_loss=text / max(num_text, 1),
-            num_text_tokens=round(num_text),
-            visual_loss=visual / num_visual if num_visual else None,
-            visual_cosine=cosine / num_visual if num_visual else None,
-            num_visual_tokens=round(num_visual),
-        )
+    @property
+    def text_loss(self) -> float:
+        """Cross-entropy per supervised text token, in nats; 0 if there are none."""
+        return self.sums[0].item() / max(self.num_text_tokens, 1)
+
+    @property
+    def visual_loss(self) -> float | None:
+        """Visual loss per target token; None without visual targets, or with a model that has no visual loss."""
+        return self.sums[1].item() / self.num_visual_tokens if self.num_visual_tokens else None
+
+    @property
+    def visual_cosine(self) -> float | None:
+        """Mean cosine of predicted and true visual tokens; None where `visual_loss` is."""
+        return self.sums[2].item() / self.num_visual_tokens if self.num_visual_tokens else None
+
+    @property
+    def visual_cosine_baseline(self) -> float | None:
+        """The same of the best constant prediction for each place in the image; None where `visual_loss` is."""
+        if not self.num_visual_tokens:
+            return None
+        return constant_cosine_sum(self.direction_sums).item() / self.num_visual_tokens
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Supervised text tokens."""
+        return round(self.sums[3].item())
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Visual target tokens; 0 with a model that has no visual loss."""
+        return round(self.sums[4].item())
+
+    @property
+    def image_start_accuracy(self) -> float | None:
+        """Share of answers with an image in which `<image_start>` is the likeliest token where the first one stands.
+
+        None without such answers.
+        """
+        return self.sums[5].item() / self.num_image_answers if self.num_image_answers else None
+
+    @property
+    def num_image_answers(self) -> int:
+        """Answers with an image; 0 with a model that has no `<image_start>`."""
+        return round(self.sums[6].item())
 
     def loss(self, vision_coef: float) -> float:
         """What training minimises: text loss + `vision_coef` · visual loss."""
@@ -59,14 +97,7 @@ class SourceLoss:
             prefix: Such as `eval_`.
             vision_coef: Weight of the visual loss in `loss`.
         """
-        values = {
-            "loss": self.loss(vision_coef),
-            "text_loss": self.text_loss,
-            "visual_loss": self.visual_loss,
-            "visual_cosine": self.visual_cosine,
-            "num_text_tokens": self.num_text_tokens,
-            "num_visual_tokens": self.num_visual_tokens,
-        }
+        values = {"loss": self.loss(vision_coef)} | {name: getattr(self, name) for name in METRICS}
         return {prefix + name: value for name, value in values.items() if value is not None}
 
 
@@ -124,30 +155,44 @@ def evaluate_losses(
     Returns:
         By the source's name. A source of which nothing could be used has no tokens.
     """
+    config = accelerator.unwrap_model(model).config
     batches = SourceBatches(dataset, batch_size, accelerator.process_index, accelerator.num_processes)
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=PaddedCollator(dataset.processor.pad_token_id),
+        collate_fn=PaddedCollator(dataset.processor.pad_token_id, config.image_token_id),
         num_workers=num_workers,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # a loader draws a seed, else from the global one
     )
     dtype = sum_dtype(accelerator.device)
-    sums = {source: torch.zeros(5, dtype=dtype, device=accelerator.device) for source in dataset.sources}
+    shape = (config.num_image_tokens, config.vision_feature_size)
+    width = _NUM_SUMS + math.prod(shape)
+    sums = {source: torch.zeros(width, dtype=dtype, device=accelerator.device) for source in dataset.sources}
     was_training = model.training
     model.eval()
     try:
         show = None if accelerator.is_main_process else True
         bar = tqdm(zip(batches.sources, loader, strict=True), "Evaluating", len(batches), disable=show, delay=2)
         for source, batch in bar:
+            if config.image_start_token_id is not None:
+                batch["indices"]["image_starts"] = first_image_starts(
+                    batch["labels"], batch["visual_target_mask"], config.image_start_token_id
+                )
+            batch = send_to_device(batch, accelerator.device)
             with accelerator.autocast():
-                outputs = model(**send_to_device(batch, accelerator.device))
-            sums[source] += _loss_sums(outputs)
+                outputs = model(**batch)
+            starts = batch["indices"].get("image_starts", ())
+            sums[source][:_NUM_SUMS] += _loss_sums(outputs, len(starts))
+            if outputs.visual_direction_sums is not None:
+                sums[source][_NUM_SUMS:] += outputs.visual_direction_sums.flatten()
     finally:
         model.train(was_training)
     totals = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").cpu()
-    return {source: SourceLoss.from_sums(total) for source, total in zip(sums, totals, strict=True)}
+    return {
+        source: SourceLoss(total[:_NUM_SUMS].double(), total[_NUM_SUMS:].double().view(shape))
+        for source, total in zip(sums, totals, strict=True)
+    }
 
 
 def validation_metrics(
@@ -183,30 +228,24 @@ def total_loss(losses: dict[str, SourceLoss]) -> SourceLoss:
     Args:
         losses: Result of [`evaluate_losses`].
     """
-    rows = [
-        [
-            loss.text_loss * loss.num_text_tokens,
-            (loss.visual_loss or 0.0) * loss.num_visual_tokens,
-            (loss.visual_cosine or 0.0) * loss.num_visual_tokens,
-            loss.num_text_tokens,
-            loss.num_visual_tokens,
-        ]
-        for loss in losses.values()
-    ]
-    return SourceLoss.from_sums(torch.tensor(rows, dtype=torch.float64).sum(dim=0))
+    return SourceLoss(
+        torch.stack([loss.sums for loss in losses.values()]).sum(dim=0),
+        torch.stack([loss.direction_sums for loss in losses.values()]).sum(dim=0),
+    )
 
 
 def _start_worker(worker: int) -> None:
     ignore_signals()  # the main process decides what to do about them
 
 
-def _loss_sums(outputs: Any) -> Tensor:
-    """[5], see [`SourceLoss.from_sums`]."""
+def _loss_sums(outputs: Any, num_image_answers: int) -> Tensor:
+    """[7], see [`SourceLoss`]."""
     text, num_text = outputs.text_loss, outputs.num_text_tokens
     zero = torch.zeros_like(text)
-    visual, num_visual, cosine = (
+    visual, num_visual, cosine, num_starts = (
         zero if value is None else value
-        for value in (outputs.visual_loss, outputs.num_visual_tokens, outputs.visual_cosine)
+        for value in (outputs.visual_loss, outputs.num_visual_tokens, outputs.visual_cosine, outputs.num_image_starts)
     )
-    values = (text * num_text, visual * num_visual, cosine * num_visual, num_text, num_visual)
+    answers = torch.full_like(zero, num_image_answers)  # filled on the device: a copy would make the host wait
+    values = (text * num_text, visual * num_visual, cosine * num_visual, num_text, num_visual, num_starts, answers)
     return torch.stack([value.to(text.device, sum_dtype(text.device)) for value in values])

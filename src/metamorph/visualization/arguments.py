@@ -101,8 +101,9 @@ class VisualizerArguments:
     out)."""
     max_bad_fraction: float = 0.01
     """Largest share of skipped pictures, between 0 and 1; above it the run stops."""
-    resolution: int = 512
-    """Side of the pictures in pixels."""
+    resolution: int | None = None
+    """Side of the pictures in pixels; by default that of the diffusion model: the sample_size of its UNet × the scale
+    factor of its VAE."""
     random_crop: bool = False
     """Cut the square at a random place instead of from the centre."""
     cache_latents: bool = False
@@ -142,6 +143,9 @@ class VisualizerArguments:
     """Cap of the signal-to-noise ratio in min-SNR loss weights; no weights by default."""
     seed: int = 0
     """Seed of initial weights, order of pictures, crops and noise."""
+    full_determinism: bool = False
+    """Deterministic algorithms on a GPU, too, so that the seed decides the weights bit for bit; slower. On a CPU it is
+    always so."""
 
     save_step: int = 1000
     """Optimizer steps between checkpoints; 0 saves the final result only."""
@@ -150,6 +154,10 @@ class VisualizerArguments:
     resume_from_checkpoint: str | None = None
     """Checkpoint folder to go on from. By default (or `latest`) the newest undamaged one in output_dir, if there is
     one; with `True` there must be one; `False` starts anew."""
+    model_license: str | None = None
+    """Licence that the model card of the result names; without it the card calls the licence unknown."""
+    data_license: str | None = None
+    """Licence of the pictures that the model card of the result names; without it the card calls it unknown."""
     save_vision_tower: bool = False
     """Write the vision tower into the result too, so that `pipe(images=…)` can encode pictures; a large tower makes the
     folder as much larger."""
@@ -199,7 +207,7 @@ class VisualizerArguments:
         for least, names in at_least.items():
             for name in names.split():
                 value = getattr(self, name)
-                if not (math.isfinite(value) and value >= least):
+                if value is not None and not (math.isfinite(value) and value >= least):
                     raise ValueError(f"--{name} {value} must be {least} or more")
         for name in ("lr", "unet_lr", "alignment_lr", "timestep_power", "snr_gamma", "save_total_limit"):
             value = getattr(self, name)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from metamorph.cards import CARD_FILE
 from metamorph.visualization.arguments import VisualizerArguments
 from metamorph.visualization.data import PixelFormat, crop_square
 from metamorph.visualization.denoiser import FrozenEncoders
@@ -28,7 +29,7 @@ _VALIDATION_STEPS = 20
 
 
 def save_pipeline(
-    output_dir: Path, projector: VisualizationProjector, parts: DiffusionParts, args: VisualizerArguments
+    output_dir: Path, projector: VisualizationProjector, parts: DiffusionParts, args: VisualizerArguments, card: str
 ) -> None:
     """Write a `VisualizationPipeline` into `output_dir`, which may hold checkpoints too.
 
@@ -37,6 +38,7 @@ def save_pipeline(
         projector: The trained projector.
         parts: UNet, VAE and noise schedule.
         args: The flags, kept beside the pipeline.
+        card: Text of the model card.
     """
     # Frozen parts are passed on as they came, not as training cast them.
     vae = parts.vae if parts.vae.dtype == torch.float32 else load_vae(args, torch.float32)
@@ -47,6 +49,7 @@ def save_pipeline(
         pipeline.save_pretrained(partial)
         text = json.dumps(args.to_dict(), indent=2) + "\n"
         (Path(partial) / ARGUMENTS_FILE).write_text(text, encoding="utf-8")
+        (Path(partial) / CARD_FILE).write_text(card, encoding="utf-8")
         # Without the index a folder does not load. It goes first and comes last, so what loads is complete.
         (output_dir / _INDEX).unlink(missing_ok=True)
         for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == _INDEX):
@@ -73,7 +76,7 @@ def draw_validation_grid(
         encoders: Their vision tower makes the tokens.
         images: Pictures of any size; their central square is used.
         tower_format: What the tower takes.
-        args: Resolution, guidance scales and seed.
+        args: Guidance scales and seed.
 
     Returns:
         One row per picture: the original, then one drawing per guidance scale.
@@ -93,5 +96,5 @@ def draw_validation_grid(
     )
     projector.train(training)
 
-    originals = [square.resize((args.resolution,) * 2, Image.Resampling.BICUBIC) for square in squares]
-    return reconstruction_grid(originals, drawn, args.validation_guidance_scales, side=args.resolution)
+    originals = [square.resize((parts.resolution,) * 2, Image.Resampling.BICUBIC) for square in squares]
+    return reconstruction_grid(originals, drawn, args.validation_guidance_scales, side=parts.resolution)

@@ -27,6 +27,7 @@ from metamorph.visualization.checkpoint import TrainingState, save_checkpoint, t
 from metamorph.visualization.data import PixelFormat, Sample, StreamBatches, TensorDataset, VisualizerDataset
 from metamorph.visualization.denoiser import ConditionedUNet, Draws, FrozenEncoders, diffusion_loss, sample_latents
 from metamorph.visualization.export import draw_validation_grid, save_pipeline
+from metamorph.visualization.model_card import render_visualizer_card
 from metamorph.visualization.monitor import RunMonitor
 from metamorph.visualization.parts import DiffusionParts, build_projector, load_diffusion_parts, load_tower, token_shape
 from metamorph.visualization.processes import leave_preempted
@@ -85,6 +86,7 @@ class VisualizerTrainer:
         files = ImageFiles(tuple(Path(name).expanduser() for name in args.validation_images))
         self.validation = [files.load(index) for index in range(len(files))]  # now: an unreadable one ends no long run
         self.num_images = len(source)
+        self._logged: dict[str, float] = {}
 
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
         tower, self.tower_format = load_tower(args)
@@ -96,7 +98,7 @@ class VisualizerTrainer:
         device = accelerator.device
         self.encoders = FrozenEncoders(tower.to(device, dtype), self.parts.vae.to(device))
         self.dataset: Dataset = VisualizerDataset(
-            source, self.tower_format, PixelFormat(args.resolution), args.random_crop, args.seed, bad_pictures
+            source, self.tower_format, PixelFormat(self.parts.resolution), args.random_crop, args.seed, bad_pictures
         )
         if args.cache_latents:
             self.dataset = self._encode_all()
@@ -285,6 +287,7 @@ class VisualizerTrainer:
         self.bad_pictures.merge(self.accelerator.device)
         if self.bad_pictures.num_bad:
             values["bad_pictures"] = self.bad_pictures.num_bad
+        self._logged = values
         progress.set_postfix(loss=f"{values['loss']:.4f}")
         self.accelerator.log(values, step=self.state.step)
         if not self.accelerator.is_main_process:
@@ -342,8 +345,9 @@ class VisualizerTrainer:
     def _save_result(self) -> None:
         with self._finished_parts() as (projector, parts):
             if self.accelerator.is_main_process:
+                card = render_visualizer_card(self.args, self.num_images, self.accelerator.num_processes, self._logged)
                 with explains_write_errors(self.output_dir, "the visualizer"):
-                    save_pipeline(self.output_dir, projector, parts, self.args)
+                    save_pipeline(self.output_dir, projector, parts, self.args, card)
                 logger.info("Wrote the visualizer to %s", self.output_dir)
         self.accelerator.wait_for_everyone()
 

@@ -45,6 +45,11 @@ class DiffusionParts:
     noise_scheduler: DDPMScheduler
     """Noise schedule and prediction type."""
 
+    @property
+    def resolution(self) -> int:
+        """Side of the pictures in pixels."""
+        return self.unet.config.sample_size * vae_scale_factor(self.vae.config)
+
 
 def check_folders(args: VisualizerArguments) -> None:
     """Refuse folders and Hub ids that cannot be what their flag says, before anything is loaded.
@@ -80,7 +85,7 @@ def load_diffusion_parts(args: VisualizerArguments, vae_dtype: torch.dtype = tor
         vae_dtype: Precision of the VAE.
 
     Raises:
-        ValueError: if the folder is not of that layout, or its parts do not fit each other or the resolution.
+        ValueError: if the folder is not of that layout, or its parts do not fit each other.
     """
     name = _expanded(args.pretrained_model_name_or_path)
     hub = {"revision": args.revision, "variant": args.variant}
@@ -95,8 +100,9 @@ def load_diffusion_parts(args: VisualizerArguments, vae_dtype: torch.dtype = tor
     except OSError as error:
         raise ValueError(f"--pretrained_model_name_or_path {name} cannot be loaded: {error}") from error
     _check_fit(parts, args)
-    # The pipeline draws at the size of the UNet's configuration, so this must be the size that was trained.
-    unet.register_to_config(sample_size=args.resolution // vae_scale_factor(parts.vae))
+    if args.resolution is not None:
+        # The pipeline draws at the size of the UNet's configuration, so this must be the size that was trained.
+        unet.register_to_config(sample_size=args.resolution // vae_scale_factor(parts.vae.config))
     return parts
 
 
@@ -125,6 +131,37 @@ def adopt_token_options(args: VisualizerArguments) -> VisualizerArguments:
         normalize_vision=config.normalize_vision,
         apply_softmax=config.apply_softmax,
     )
+
+
+def adopt_resolution(args: VisualizerArguments) -> VisualizerArguments:
+    """The flags with the resolution of the diffusion model in place of one that is not given; reads no weights.
+
+    Raises:
+        ValueError: if the model cannot be loaded, does not state its resolution, or cannot draw at the given one.
+    """
+    name = args.pretrained_model_name_or_path
+    try:
+        hub = {"pretrained_model_name_or_path": _expanded(name), "revision": args.revision}
+        unet = UNet2DConditionModel.load_config(subfolder="unet", **hub)
+        factor = vae_scale_factor(AutoencoderKL.load_config(subfolder="vae", **hub))
+    except OSError as error:
+        raise ValueError(f"--pretrained_model_name_or_path {name} cannot be loaded: {error}") from error
+    sample_size = unet.get("sample_size")
+    native = sample_size * factor if isinstance(sample_size, int) else None
+    resolution = native if args.resolution is None else args.resolution
+    if resolution is None:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {name} does not state one resolution (sample_size {sample_size} of its "
+            "UNet): give --resolution"
+        )
+    multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    if resolution % multiple:
+        raise ValueError(f"--resolution {resolution} must be a multiple of {multiple} for this VAE and UNet")
+    if args.resolution is None:
+        logger.info("--resolution %d, as %s was trained", resolution, name)
+    elif native not in (None, resolution):
+        logger.warning("--resolution %d differs from the %d that %s was trained at", resolution, native, name)
+    return replace(args, resolution=resolution)
 
 
 def load_tower(args: VisualizerArguments) -> tuple[VisionTower, PixelFormat]:
@@ -252,6 +289,3 @@ def _check_fit(parts: DiffusionParts, args: VisualizerArguments) -> None:
             f"{where}: prediction_type {prediction_type!r} of the scheduler is not supported; use one of "
             f"{', '.join(PREDICTION_TYPES)}"
         )
-    multiple = vae_scale_factor(parts.vae) * 2 ** (len(unet.block_out_channels) - 1)
-    if args.resolution % multiple:
-        raise ValueError(f"--resolution {args.resolution} must be a multiple of {multiple} for this VAE and UNet")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class VisualizationPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(projector=projector, unet=unet, vae=vae, scheduler=scheduler, vision_tower=vision_tower)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor(vae))
+        self.image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor(vae.config))
         # None: show the bar on a terminal only.
         self.set_progress_bar_config(disable=None)
 
@@ -203,9 +203,9 @@ class VisualizationPipeline(DiffusionPipeline):
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
 
-def vae_scale_factor(vae: AutoencoderKL) -> int:
-    """Pixels per latent along one side of the image."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+def vae_scale_factor(config: Mapping[str, Any]) -> int:
+    """Pixels per latent along one side of the image, by the configuration of an `AutoencoderKL`."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def to_unet_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:

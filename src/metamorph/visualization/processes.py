@@ -38,6 +38,8 @@ def start_accelerate(args: VisualizerArguments) -> Accelerator:
     tracker = None if args.report_to == "none" else args.report_to
     if tracker is not None and importlib.util.find_spec(tracker) is None:
         raise ValueError(f"--report_to {tracker}: {tracker} is not installed; pip install 'metamorph[trackers]'")
+    # Where `metamorph train` has it. Accelerate joins folder and name of the project.
+    tensorboard = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", Path(args.output_dir, "tensorboard"))).expanduser()
     if is_initialized() and AcceleratorState().mixed_precision != args.mixed_precision:
         # Left by another trainer of this process. Accelerate refuses to change it, and has no public way to start anew
         # that keeps the process group; Transformers' Trainer does the same.
@@ -49,11 +51,12 @@ def start_accelerate(args: VisualizerArguments) -> Accelerator:
         # The loop divides by the number of batches itself; unless told, Accelerate takes another one from the launcher.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=tracker,
-        project_dir=str(Path(args.output_dir).expanduser()),
+        project_dir=str(tensorboard.parent),
     )
     if tracker is not None:
         plain = {name: value for name, value in args.to_dict().items() if isinstance(value, (int, float, str))}
-        accelerator.init_trackers("metamorph-visualizer", config=plain)
+        project = tensorboard.name if tracker == "tensorboard" else "metamorph-visualizer"
+        accelerator.init_trackers(project, config=plain)
     return accelerator
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from PIL import Image
 
 from metamorph.checkpoint_files import clean_up
+from metamorph.determinism import deterministic_algorithms
 from metamorph.preemption import Preemption, clear_marker
 from metamorph.visualization.arguments import VisualizerArguments
 from metamorph.visualization.bad_pictures import BadPictures
 from metamorph.visualization.checkpoint import find_checkpoint, load_checkpoint
 from metamorph.visualization.loop import StepCallback, VisualizerResult, VisualizerTrainer
-from metamorph.visualization.parts import adopt_token_options, check_folders
+from metamorph.visualization.parts import adopt_resolution, adopt_token_options, check_folders
 from metamorph.visualization.processes import start_accelerate
 from metamorph.visualization.shards import report_shards
 from metamorph.visualization.sources import ImageList, ImageSource, open_pictures, shards_of
@@ -29,7 +30,8 @@ def train_visualizer(
 ) -> VisualizerResult:
     """Train a visualizer and write it as a diffusers pipeline to `args.output_dir`.
 
-    While it runs in the main thread, SIGUSR1 and SIGTERM let it save and stop at the next step.
+    While it runs in the main thread, SIGUSR1 and SIGTERM let it save and stop at the next step. On a CPU, and elsewhere
+    with `full_determinism`, PyTorch computes with deterministic algorithms; its settings are restored at the end.
 
     Args:
         args: The flags.
@@ -51,7 +53,7 @@ def _train(
     preemption: Preemption,
 ) -> VisualizerResult:
     check_folders(args)
-    args = adopt_token_options(args)
+    args = adopt_resolution(adopt_token_options(args))
     source = open_source(args, images)
     shards = shards_of(source)
     bad_pictures = BadPictures(len(source), args.on_bad_image, args.max_bad_fraction)
@@ -66,12 +68,13 @@ def _train(
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     if shards is not None:
         bad_pictures.add_lost(shards)
-    trainer = VisualizerTrainer(args, source, bad_pictures, accelerator, preemption, on_log)
-    if checkpoint is not None:
-        load_checkpoint(checkpoint, trainer.state)
-    elif args.alignment_conditions is not None:
-        trainer.align(args.alignment_conditions)
-    return trainer.train()
+    with deterministic_algorithms(accelerator.device, full=args.full_determinism, seed=args.seed):
+        trainer = VisualizerTrainer(args, source, bad_pictures, accelerator, preemption, on_log)
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, trainer.state)
+        elif args.alignment_conditions is not None:
+            trainer.align(args.alignment_conditions)
+        return trainer.train()
 
 
 def open_source(args: VisualizerArguments, images: Sequence[Image.Image] | None = None) -> ImageSource:

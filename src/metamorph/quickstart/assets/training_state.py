@@ -20,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from metamorph.determinism import deterministic_algorithms
+
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class TrainingPlan:
     """Steps between two lines of the log."""
 
 
+@deterministic_algorithms(torch.device("cpu"))
 def train(
     modules: nn.Module,
     plan: TrainingPlan,
