@@ -121,6 +121,16 @@ class SequenceBuilder:
         )
         self.num_images += 1
 
+    def add(self, ids: list[int], supervised: bool) -> None:
+        """Append ids, and a whole image for each placeholder among them."""
+        start = 0
+        for _ in range(ids.count(self.tokens.image)):
+            place = ids.index(self.tokens.image, start)
+            self.add_text(ids[start:place], supervised)
+            self.add_image(supervised)
+            start = place + 1
+        self.add_text(ids[start:], supervised)
+
     def _append(self, ids: list[int], labels: list[int], targets: list[bool]) -> None:
         self.ids += ids
         self.labels += labels
@@ -157,6 +167,11 @@ def _parse_parts(index: int, content: Any) -> list[str | ImageMarker]:
     return parts
 
 
+def with_placeholders(text: str, placeholder: str) -> str:
+    """Text with the token `placeholder` in place of each image marker, wrapped or not."""
+    return _IMAGE_MARKER.sub(placeholder, text)
+
+
 def split_at_images(text: str) -> list[str | ImageMarker]:
     """Split text at its image markers, wrapped or not; nothing else of the text is changed."""
     pieces = _IMAGE_MARKER.split(text)
@@ -167,21 +182,19 @@ def split_at_images(text: str) -> list[str | ImageMarker]:
 
 
 def _stripped(parts: list[str | ImageMarker]) -> list[str | ImageMarker]:
-    """Without white space at the ends of the message: there it would be tokenized together with the template."""
+    """Neighbouring texts joined, without white space at the ends of the message."""
+    merged: list[str | ImageMarker] = []
+    for part in parts:
+        if isinstance(part, str) and merged and isinstance(merged[-1], str):
+            merged[-1] += part
+        else:
+            merged.append(part)
+    parts = merged
     if parts and isinstance(parts[0], str):
         parts[0] = parts[0].lstrip()
     if parts and isinstance(parts[-1], str):
         parts[-1] = parts[-1].rstrip()
     return [part for part in parts if part != ""]
-
-
-def with_prefix(prefix: str, parts: list[str | ImageMarker]) -> list[str | ImageMarker]:
-    """Put text before the parts of a message, joined to the text with which they begin."""
-    if not prefix:
-        return parts
-    if parts and isinstance(parts[0], str):
-        return [prefix + parts[0], *parts[1:]]
-    return [prefix, *parts]
 
 
 def assign_images(messages: list[Message], images: Sequence[Image.Image] | None) -> list[Image.Image]:

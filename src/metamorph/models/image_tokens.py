@@ -63,13 +63,3 @@ def add_image_tokens(
         image_end=ids.get(DEFAULT_IM_END_TOKEN),
         new=new,
     )
-
-
-def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of a tokenizer that contents must never give. The unknown token is none of them: words may become it.
-
-    Args:
-        tokenizer: Any tokenizer, its image tokens added.
-    """
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(special - {tokenizer.unk_token_id})

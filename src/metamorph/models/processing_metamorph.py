@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from metamorph.models.chat_templates import ChatTemplate, get_chat_template
+from metamorph.models.chat_templates import ChatTemplate, Segment, get_chat_template
 from metamorph.models.configuration_metamorph import MetaMorphConfig
-from metamorph.models.constants import ASPECT_RATIOS, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from metamorph.models.constants import ASPECT_RATIOS, DEFAULT_IM_PATCH_TOKEN, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from metamorph.models.conversations import (
     EncodedConversation,
+    ImageMarker,
     ImagePart,
     Message,
     SequenceBuilder,
@@ -22,9 +23,8 @@ from metamorph.models.conversations import (
     check_image_count,
     pad_rows,
     parse_messages,
-    split_at_images,
     split_generated,
-    with_prefix,
+    with_placeholders,
 )
 from metamorph.models.image_processing import (
     flatten_images,
@@ -32,7 +32,8 @@ from metamorph.models.image_processing import (
     preprocess_images,
     square_image_processor,
 )
-from metamorph.models.image_tokens import ImageTokens, add_image_tokens, special_token_ids
+from metamorph.models.image_tokens import ImageTokens, add_image_tokens
+from metamorph.models.text_encoding import TextEncoder
 
 
 class MetaMorphProcessor(ProcessorMixin):
@@ -80,9 +81,11 @@ class MetaMorphProcessor(ProcessorMixin):
             tokenizer, mm_use_im_start_end=mm_use_im_start_end, mm_use_im_patch_token=mm_use_im_patch_token
         )
         self.template: ChatTemplate = get_chat_template(version, tokenizer, chat_template)
+        # Both are saved: other programs write what the model is trained on.
+        self.chat_template = tokenizer.chat_template = self.template.source
+        self._encoder = TextEncoder(tokenizer, self.template)
+        self._placeholder = DEFAULT_IM_PATCH_TOKEN if mm_use_im_patch_token else DEFAULT_IMAGE_TOKEN
         self._pixel_table = pixel_table(self.image_processor)
-        self._special_ids = special_token_ids(tokenizer)
-        self._template_ids: dict[str, list[int]] = {}
 
     @classmethod
     def from_parts(
@@ -123,10 +126,8 @@ class MetaMorphProcessor(ProcessorMixin):
 
     @property
     def end_of_turn_token_ids(self) -> list[int]:
-        """Ids that end an answer: the template's end of turn and the tokenizer's end of sequence."""
-        ends = {self.tokenizer.eos_token_id}
-        if self.template.end_of_turn is not None:
-            ends.add(self.tokenizer.convert_tokens_to_ids(self.template.end_of_turn))
+        """Ids that end an answer: the template's ends of turns and the tokenizer's end of sequence."""
+        ends = {self.tokenizer.eos_token_id, *self.tokenizer.convert_tokens_to_ids(list(self.template.end_tokens))}
         return sorted(end for end in ends if end is not None)
 
     def encode_conversation(
@@ -227,11 +228,8 @@ class MetaMorphProcessor(ProcessorMixin):
         num_markers = 0
         for prompt in [text] if isinstance(text, str) else list(text or []):
             builder = SequenceBuilder(self.image_tokens, self.num_image_tokens, None)
-            for part in split_at_images(prompt):
-                if isinstance(part, str):
-                    builder.add_text(self.tokenizer.encode(part, add_special_tokens=False), supervised=False)
-                else:
-                    builder.add_image(is_answer=False)
+            text_with_placeholders = with_placeholders(prompt, self._placeholder)
+            builder.add(self._encoder.encode(self._encoder.escape(text_with_placeholders)), supervised=False)
             rows.append(self._with_bos(builder.ids))
             num_markers += builder.num_images
         if text is not None:
@@ -340,47 +338,37 @@ class MetaMorphProcessor(ProcessorMixin):
         return rows
 
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        parsed = parse_messages(messages)
-        roles = [message.role for message in parsed]
-        texts = [
-            "".join(part if isinstance(part, str) else DEFAULT_IMAGE_TOKEN for part in message.parts)
-            for message in parsed
-        ]
-        return "".join(
-            segment.text if segment.message is None else segment.text + texts[segment.message]
-            for segment in self.template.layout(roles, add_generation_prompt=add_generation_prompt)
-        )
+        text = "".join(segment.text for segment in self._write(parse_messages(messages), add_generation_prompt))
+        return self._encoder.reveal(text).replace(self._placeholder, DEFAULT_IMAGE_TOKEN)
+
+    def _write(self, parsed: Sequence[Message], add_generation_prompt: bool) -> list[Segment]:
+        """The text of a conversation with a placeholder for each image, and control tokens hidden in contents."""
+        messages = []
+        for message in parsed:
+            is_answer = message.role == "assistant"
+            parts = (
+                self._encoder.hide(part, is_answer) if isinstance(part, str) else self._placeholder
+                for part in message.parts
+            )
+            messages.append({"role": message.role, "content": "".join(parts)})
+        return self.template.write(messages, add_generation_prompt=add_generation_prompt)
 
     def _build(self, parsed: list[Message], limit: int | None, add_generation_prompt: bool) -> SequenceBuilder:
         """Ids, labels and visual-target mask of a conversation, up to `limit` tokens."""
         builder = SequenceBuilder(self.image_tokens, self.num_image_tokens, limit)
-        layout = self.template.layout([message.role for message in parsed], add_generation_prompt=add_generation_prompt)
-        for segment in layout:
-            if segment.message is None:
-                builder.add_text(self._encode_template_text(segment.text), segment.supervised)
-                continue
-            for part in with_prefix(segment.text, parsed[segment.message].parts):
-                if isinstance(part, str):
-                    builder.add_text(self._encode_content(part), segment.supervised)
-                else:
-                    builder.add_image(is_answer=segment.supervised)
+        before = ""
+        for segment in self._write(parsed, add_generation_prompt):
+            builder.add(self._encoder.encode(segment.text, before), segment.supervised)
+            if builder.truncated:
+                return builder
+            before = segment.text
+        num_images = sum(isinstance(part, ImageMarker) for message in parsed for part in message.parts)
+        if builder.num_images != num_images:
+            raise ValueError(
+                f"the chat template writes {builder.num_images} of the {num_images} image(s) of a conversation; choose "
+                "another --version"
+            )
         return builder
-
-    def _encode_template_text(self, text: str) -> list[int]:
-        """Ids of the template's own text, in which control tokens count."""
-        if text not in self._template_ids:
-            self._template_ids[text] = self.tokenizer.encode(text, add_special_tokens=False)
-        return self._template_ids[text]
-
-    def _encode_content(self, text: str) -> list[int]:
-        """Ids of what somebody wrote, in which control tokens are plain text."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-        if self._special_ids.isdisjoint(ids):
-            return ids
-        # A word-level tokenizer cannot spell the name of a control token; it is an unknown word then.
-        unknown = self.tokenizer.unk_token_id
-        replaced = (unknown if token in self._special_ids else token for token in ids)
-        return [token for token in replaced if token is not None]
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         automatic = self.tokenizer("").input_ids
