@@ -203,7 +203,6 @@ def draw(flags: argparse.Namespace, visual_tokens: "torch.Tensor", device: "torc
         device: Where to compute.
     """
     import torch
-
     from diffusers.utils import logging as diffusers_logging
 
     from metamorph.visualization.pipeline import VisualizationPipeline

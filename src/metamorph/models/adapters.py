@@ -57,8 +57,10 @@ LORA_FIELDS: dict[str, tuple[tuple[type, ...], float, float]] = {
 IGNORED_LORA_FIELDS = (
     "auto_mapping",
     "base_model_name_or_path",
+    "exclude_modules",
     "inference_mode",
-    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
     "megatron_core",
     "peft_type",
     "peft_version",
@@ -66,7 +68,7 @@ IGNORED_LORA_FIELDS = (
     "target_modules",
     "task_type",
 )
-"""What may stand there without being used: names, and what only new adapters need."""
+"""What may stand there without being used: the layers are those that have weights, the base is that of our own file."""
 QUANTIZATION_FIELDS = {
     "bnb_4bit_compute_dtype",
     "bnb_4bit_quant_storage",
@@ -271,10 +273,10 @@ def lora_targets(model: PreTrainedModel, folder: str | Path, rank: int) -> list[
     found = file_shapes(file)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     paths = sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in found})
-    if not paths or (unknown := [path for path in paths if path not in linear]):
-        raise ValueError(
-            f"{file} holds no LoRA matrices of linear layers of its base: {(unknown or ['it is empty'])[0]}"
-        )
+    unknown = [path for path in paths if path not in linear]
+    if unknown or not paths:
+        found_instead = unknown[0] if unknown else "it is empty"
+        raise ValueError(f"{file} holds no LoRA matrices of linear layers of its base: {found_instead}")
     expected: dict[str, tuple[int, ...]] = {}
     for path in paths:
         expected[f"{PEFT_PREFIX}{path}.lora_A.weight"] = (rank, linear[path].in_features)
@@ -350,10 +352,7 @@ def _build_base(cls: Any, folder: Path, base: AdapterBase, dequantize: bool, kwa
         require_bitsandbytes()
         kwargs["quantization_config"] = BitsAndBytesConfig(**base.quantization)
     try:
-        if (
-            AutoConfig.from_pretrained(base.language_model, trust_remote_code=False).model_type
-            == MetaMorphConfig.model_type
-        ):
+        if _model_type(base.language_model, folder) == MetaMorphConfig.model_type:
             model = cls.from_pretrained(base.language_model, config=config, **kwargs)
             return _expanded(model) if dequantize and base.quantization is not None else model
         language_model = AutoModelForCausalLM.from_pretrained(base.language_model, trust_remote_code=False, **kwargs)
@@ -379,6 +378,17 @@ def _build_base(cls: Any, folder: Path, base: AdapterBase, dequantize: bool, kwa
                 f"{base.language_model} now gives {getattr(model.config, name)}: it has changed since"
             )
     return model
+
+
+def _model_type(name: str, folder: Path) -> str:
+    """Of the base of the adapter in `folder`."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"the adapter {folder} was trained on {name}, which is no model: {error} Correct the paths in "
+            f"{folder / ADAPTER_FILE}"
+        ) from error
 
 
 def forget_quantisation(model: PreTrainedModel) -> None:
