@@ -199,12 +199,14 @@ def load_model(kind: type[Model], folder: Path, variant: str | None = None, **op
 
 
 def _allowed(component: str) -> list[list[str | None]]:
+    """The pairs of library and class that the index may name for a component."""
     if component == "scheduler":
         return [["diffusers", name] for name in SCHEDULERS]
     if component not in MODELS:
         return []
     library, kind = MODELS[component]
-    return [[library, kind.__name__], *([[None, None]] if component == "vision_tower" else [])]
+    pairs: list[list[str | None]] = [[library, kind.__name__]]
+    return [*pairs, [None, None]] if component == "vision_tower" else pairs
 
 
 def _hint(component: str) -> str:
