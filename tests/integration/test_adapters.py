@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_parts import arguments, make_language_model, make_records, make_vision_tower
 from transformers import AutoModelForCausalLM
 
@@ -290,7 +292,7 @@ def test_a_base_that_has_moved_is_named(lora: TrainResult, tmp_path: Path) -> No
     with pytest.raises(FileNotFoundError, match=r"trained on /nowhere/llm and .*Correct the paths in"):
         MetaMorphForConditionalGeneration.from_pretrained(tmp_path)
     (tmp_path / ADAPTER_FILE).write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         MetaMorphForConditionalGeneration.from_pretrained(tmp_path)
 
 
@@ -300,6 +302,109 @@ def test_weights_that_do_not_fit(parts: Path, lora: TrainResult, tmp_path: Path)
     attach_lora(model, model_args)
     with pytest.raises(ValueError, match=r"\(4, .* in the file and \(8, .* use the --lora_r"):
         load_adapter_weights(model, lora.output_dir)
+
+
+@pytest.fixture
+def adapter_folder(lora: TrainResult, tmp_path: Path) -> Path:
+    return shutil.copytree(lora.output_dir, tmp_path / "adapter", ignore=shutil.ignore_patterns("checkpoint-*"))
+
+
+def set_fields(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"megatron_config": {"a": 1}, "megatron_core": "planted"}, "megatron_config .* is not supported"),
+        ({"peft_type": "PROMPT_TUNING"}, "peft_type 'PROMPT_TUNING' is not supported, only LORA"),
+        ({"peft_type": ["LORA"]}, "peft_type .* is not supported, only LORA"),
+        ({"layer_replication": [[0, 10**9]]}, "layer_replication .* is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save .* is not supported"),
+        ({"use_dora": True}, "use_dora True is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported"),
+        ({"bias": "all"}, "bias 'all' is not supported"),
+        ({"field_of_a_later_release": True}, "field_of_a_later_release True is not supported"),
+        ({"r": 10**9}, "r cannot be 1000000000"),
+        ({"r": "4"}, "r cannot be '4'"),
+        ({"r": 8}, r"lora_A\.weight has shape \[4, "),
+        ({"lora_alpha": [1]}, r"lora_alpha cannot be \[1\]"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_more_than_lora_are_refused(
+    adapter_folder: Path, fields: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (adapter_folder / "planted.py").write_text(f"open({str(adapter_folder / 'ran')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(adapter_folder)
+    set_fields(adapter_folder / LORA_CONFIG_FILE, **fields)
+    with pytest.raises(ValueError, match=message):
+        MetaMorphForConditionalGeneration.from_pretrained(adapter_folder)
+    assert not (adapter_folder / "ran").exists()
+
+
+def test_the_layers_are_those_that_have_weights(lora: TrainResult, adapter_folder: Path) -> None:
+    """A regular expression of others may never end, so PEFT does not see it."""
+    names = {
+        "target_modules": r"(.*.*)*x",
+        "base_model_name_or_path": "/nowhere",
+        "auto_mapping": {"parent_library": "x"},
+    }
+    set_fields(adapter_folder / LORA_CONFIG_FILE, **names, task_type="CAUSAL_LM", revision="x")
+    assert_same_output(MetaMorphForConditionalGeneration.from_pretrained(adapter_folder), logits_of(lora.model))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found.pop(next(iter(found))), "lacks 1 weights"),
+        (lambda found: found.update({f"{PEFT_PREFIX}lm_head.lora_C.weight": torch.ones(1)}), "unknown|lacks"),
+        (lambda found: found.update({f"{PEFT_PREFIX}no.such.layer.lora_A.weight": torch.ones(1)}), "no.such.layer"),
+        (lambda found: found.clear(), "it is empty"),
+        (lambda found: next(iter(found.values())).fill_(torch.nan), "holds NaN"),
+    ],
+)
+def test_weights_of_an_adapter_are_checked(adapter_folder: Path, change: Callable, message: str) -> None:
+    tensors = load_file(adapter_folder / LORA_WEIGHTS_FILE)
+    change(tensors)
+    save_file(tensors, adapter_folder / LORA_WEIGHTS_FILE)
+    with pytest.raises(ValueError, match=message):
+        MetaMorphForConditionalGeneration.from_pretrained(adapter_folder)
+
+
+def test_adapters_are_never_unpickled(adapter_folder: Path) -> None:
+    torch.save(load_file(adapter_folder / LORA_WEIGHTS_FILE), adapter_folder / "adapter_model.bin")
+    (adapter_folder / LORA_WEIGHTS_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match="safetensors files only"):
+        MetaMorphForConditionalGeneration.from_pretrained(adapter_folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"language_model": 5}, "language_model cannot be 5"),
+        ({"vision_tower": ["x"]}, r"vision_tower cannot be \['x'\]"),
+        ({"other": "x"}, "other cannot be 'x'"),
+        ({"quantization": {"load_in_4bit": True, "other": 1}}, "quantization has a field other"),
+        ({"language_model": "."}, "trained on ., which is no model: .*Correct the paths in"),
+        ({"language_model": "ITSELF"}, "names another adapter as its base"),
+    ],
+    ids=str,
+)
+def test_bases_that_are_none(adapter_folder: Path, fields: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (adapter_folder / "empty").mkdir()
+    (adapter_folder / "empty" / "config.json").write_text("{}")
+    monkeypatch.chdir(adapter_folder / "empty")
+    base = {name: str(adapter_folder) if value == "ITSELF" else value for name, value in fields.items()}
+    set_fields(adapter_folder / ADAPTER_FILE, **base)
+    with pytest.raises(ValueError, match=message):
+        MetaMorphForConditionalGeneration.from_pretrained(adapter_folder)
+
+
+def test_an_adapter_names_no_kernel_of_the_hub(adapter_folder: Path) -> None:
+    set_fields(adapter_folder / "config.json", _attn_implementation="owner/kernel")
+    with pytest.raises(ValueError, match="'owner/kernel' is code on the Hub"):
+        MetaMorphForConditionalGeneration.from_pretrained(adapter_folder)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """What can happen to checkpoints: a kill while one is written, damage, a full disk; the last good one is used."""
 
+import json
 import logging
 import os
 import resource
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from training_parts import arguments
 from transformers import TrainerCallback
 
+from metamorph import checkpoint_files
 from metamorph.checkpoint_files import (
     MANIFEST_FILE,
     PARTIAL_FOLDER,
@@ -135,6 +137,30 @@ def test_damaged_checkpoints_are_passed_over(
         find_checkpoint(str(run_folder), str(run_folder / "checkpoint-6"), 1)
 
 
+class Planted:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_code_in_a_checkpoint_never_runs(
+    parts: Path, run_folder: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the list of files has been written to fit."""
+    monkeypatch.chdir(run_folder)
+    folder = run_folder / "checkpoint-2"
+    torch.save(Planted(), folder / file)
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    manifest["files"][file] = checkpoint_files._stamp(folder / file)
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="hold more than tensors and numbers"):
+        run_training(*arguments(parts, run_folder, **FLAGS, resume_from_checkpoint=str(folder)))
+    assert not (run_folder / "ran").exists()
+
+
 def test_no_checkpoint_is_usable(run_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     for folder in run_folder.glob("checkpoint-*"):
         (folder / MANIFEST_FILE).unlink()
@@ -145,8 +171,6 @@ def test_no_checkpoint_is_usable(run_folder: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_large_files_are_checked_at_their_ends(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metamorph import checkpoint_files
-
     monkeypatch.setattr(checkpoint_files, "_WHOLE", 1000)
     monkeypatch.setattr(checkpoint_files, "_BLOCK", 300)
     folder = run_folder / "checkpoint-6"
@@ -154,7 +178,7 @@ def test_large_files_are_checked_at_their_ends(run_folder: Path, monkeypatch: py
     assert manifest is not None
     file = folder / "optimizer.pt"
     manifest["files"] = {"optimizer.pt": checkpoint_files._stamp(file)}
-    (folder / MANIFEST_FILE).write_text(checkpoint_files.json.dumps(manifest))
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     assert damage(folder) is None
     zero_the_end(file)
     assert damage(folder) is not None

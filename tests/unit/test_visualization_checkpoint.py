@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 
 from metamorph.checkpoint_files import CheckpointError, checkpoints
 from metamorph.visualization.checkpoint import (
@@ -98,6 +100,26 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match=r"No space left.*last good checkpoint is .*checkpoint-1"):
             save_checkpoint(tmp_path, build_state(2), keep=1)
     assert resolve_resume("True", tmp_path).name == "checkpoint-1"
+
+
+class Planted:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("ran",)
+
+
+def test_a_checkpoint_is_data_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = save_checkpoint(tmp_path, build_state(1), keep=None)
+    torch.save({"optimizer": Planted()}, folder / "optimizer.pt")
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt holds more than tensors and numbers"):
+        load_checkpoint(folder, build_state())
+    assert not (tmp_path / "ran").exists()
+    weights = load_file(folder / "trained_weights.safetensors")
+    save_file({name: value.fill_(torch.nan) for name, value in weights.items()}, folder / "trained_weights.safetensors")
+    with pytest.raises(ValueError, match=r"trained_weights\.safetensors: .* holds NaN"):
+        load_checkpoint(folder, build_state())
 
 
 def test_other_data_are_refused(tmp_path):

@@ -50,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
     flags = build_parser().parse_args(argv)
     use_shipped(flags)
     pictures = check_inputs(flags)
+    if flags.visualizer is not None:
+        check_visualizer_folder(flags.visualizer)
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -104,6 +106,23 @@ def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
     elif markers != len(flags.image):
         raise ValueError(f"--prompt has {markers} {IMAGE_MARKER}, but there are {len(flags.image)} --image flags")
     return open_pictures(flags.image)
+
+
+def check_visualizer_folder(name: str) -> None:
+    """Check the visualizer before an answer is computed that it could not draw.
+
+    Args:
+        name: Folder or Hub id.
+
+    Raises:
+        ValueError: if diffusers is not installed, or the folder holds anything but a visualizer.
+    """
+    try:
+        from metamorph.visualization.folders import check_visualizer, visualizer_folder
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--visualizer needs {error.name}: pip install 'metamorph[visualization]'") from error
+    with names_flag("--visualizer", name):
+        check_visualizer(visualizer_folder(name))
 
 
 def open_pictures(paths: Sequence[str]) -> "list[Image.Image]":
@@ -184,13 +203,9 @@ def draw(flags: argparse.Namespace, visual_tokens: "torch.Tensor", device: "torc
         device: Where to compute.
     """
     import torch
+    from diffusers.utils import logging as diffusers_logging
 
-    try:
-        from diffusers.utils import logging as diffusers_logging
-
-        from metamorph.visualization.pipeline import VisualizationPipeline
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--visualizer needs {error.name}: pip install 'metamorph[visualization]'") from error
+    from metamorph.visualization.pipeline import VisualizationPipeline
 
     diffusers_logging.disable_progress_bar()
     with names_flag("--visualizer", flags.visualizer):

@@ -18,9 +18,17 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available, is_peft_available
+
+from metamorph.model_files import (
+    check_finite,
+    check_implementations,
+    check_weights,
+    file_shapes,
+    read_json_object,
+)
 
 from .configuration_metamorph import MetaMorphConfig
 from .connector import load_connector, save_connector
@@ -39,6 +47,38 @@ PEFT_PREFIX = "base_model.model."
 """What PEFT puts in front of the names of weights in its files."""
 PARTS_NOT_QUANTISED = ("vision_tower", "mm_projector", "vision_head", "lm_head")
 """Modules of a finished model that stay as they are when its language model is loaded in 4 bits."""
+LORA_FIELDS: dict[str, tuple[tuple[type, ...], float, float]] = {
+    "r": ((int,), 1, 2**16),
+    "lora_alpha": ((int, float), -1e6, 1e6),
+    "lora_dropout": ((int, float), 0, 1),
+    "use_rslora": ((bool,), 0, 1),
+}
+"""What is read of PEFT's configuration of an adapter: field -> its types, least and largest value."""
+IGNORED_LORA_FIELDS = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "target_modules",
+    "task_type",
+)
+"""What may stand there without being used: the layers are those that have weights, the base is that of our own file."""
+QUANTIZATION_FIELDS = {
+    "bnb_4bit_compute_dtype",
+    "bnb_4bit_quant_storage",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "llm_int8_skip_modules",
+    "load_in_4bit",
+    "quant_method",
+}
+"""What `metamorph train --bits 4` writes of a `BitsAndBytesConfig`."""
 HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only")
 BUILT_FIELDS = ("text_config", "vision_config", "image_token_id", "image_start_token_id", "image_end_token_id")
 """Configuration that follows from the parts."""
@@ -155,6 +195,7 @@ def load_adapter_weights(model: PreTrainedModel, folder: str | Path) -> None:
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}): copy it again, or use an earlier checkpoint") from error
+    check_finite(tensors.items(), file)
     expected = {name.replace(f".{ADAPTER_NAME}.", "."): tuple(value.shape) for name, value in _lora_of(model).items()}
     found = {name.removeprefix(PEFT_PREFIX): tuple(value.shape) for name, value in tensors.items()}
     if found != expected:
@@ -176,10 +217,72 @@ def read_adapter_base(folder: str | Path) -> AdapterBase:
         ValueError: if the file that says it is damaged.
     """
     file = Path(folder) / ADAPTER_FILE
-    try:
-        return AdapterBase(**json.loads(file.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}): copy the adapter folder again") from error
+    fields = read_json_object(file)
+    kinds = {"language_model": (str,), "vision_tower": (str, type(None)), "quantization": (dict, type(None))}
+    for name, value in fields.items():
+        if not isinstance(value, kinds.get(name, ())):
+            raise ValueError(f"{file} is damaged: {name} cannot be {value!r}; copy the adapter folder again")
+    if missing := {"language_model", "vision_tower"} - fields.keys():
+        raise ValueError(f"{file} is damaged: it has no {min(missing)}; copy the adapter folder again")
+    if unknown := (fields.get("quantization") or {}).keys() - QUANTIZATION_FIELDS:
+        raise ValueError(f"{file}: quantization has a field {min(unknown)}, which is no setting of 4-bit weights")
+    return AdapterBase(**fields)
+
+
+def read_lora_settings(folder: str | Path) -> dict[str, Any]:
+    """The fields of `adapter_config.json` that an adapter needs: rank, scale and dropout.
+
+    PEFT's configuration can do more: import modules (`megatron_core`), load tokenizers and other adapters, multiply
+    layers, and name the layers by regular expressions that never end. An adapter here is plain LoRA on the layers that
+    its weights are named after, so none of this is passed on, and what would change the result is refused.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: naming the field that is not supported.
+    """
+    from peft import LoraConfig
+
+    file = Path(folder) / LORA_CONFIG_FILE
+    config = read_json_object(file)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: peft_type {config.get('peft_type')!r} is not supported, only LORA")
+    plain = LoraConfig().to_dict()
+    for name, value in config.items():
+        if name not in (*LORA_FIELDS, *IGNORED_LORA_FIELDS) and value and value != plain.get(name):
+            raise ValueError(f"{file}: {name} {value!r} is not supported: adapters are plain LoRA of linear layers")
+    settings = {name: config.get(name, plain[name]) for name in LORA_FIELDS}
+    for name, (kinds, least, most) in LORA_FIELDS.items():
+        if type(settings[name]) not in kinds or not least <= settings[name] <= most:
+            raise ValueError(f"{file}: {name} cannot be {settings[name]!r}; copy the adapter folder again")
+    return settings
+
+
+def lora_targets(model: PreTrainedModel, folder: str | Path, rank: int) -> list[str]:
+    """The paths of the linear layers that have weights in an adapter folder, by the header of its file.
+
+    Args:
+        model: What the adapter was trained on.
+        folder: An adapter folder.
+        rank: Of the LoRA matrices.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if the weights are not those of LoRA matrices of that rank on linear layers of `model`.
+    """
+    file = Path(folder) / LORA_WEIGHTS_FILE
+    found = file_shapes(file)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    paths = sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in found})
+    unknown = [path for path in paths if path not in linear]
+    if unknown or not paths:
+        found_instead = unknown[0] if unknown else "it is empty"
+        raise ValueError(f"{file} holds no LoRA matrices of linear layers of its base: {found_instead}")
+    expected: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        expected[f"{PEFT_PREFIX}{path}.lora_A.weight"] = (rank, linear[path].in_features)
+        expected[f"{PEFT_PREFIX}{path}.lora_B.weight"] = (linear[path].out_features, rank)
+    check_weights(found, expected, file)
+    return paths
 
 
 class LoadsAdapterFolders:
@@ -220,14 +323,16 @@ def _load_adapter_folder(
     from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
     base = read_adapter_base(folder) if base is None else base
+    settings = read_lora_settings(folder)
     model = _build_base(cls, folder, base, dequantize, kwargs)
+    config = LoraConfig(**settings, target_modules=lora_targets(model, folder, settings["r"]), inference_mode=True)
     if base.quantization is not None and not dequantize:
-        settings = LoraConfig.from_pretrained(str(folder))
-        model = inject_adapter_in_model(settings, model, ADAPTER_NAME)
+        model = inject_adapter_in_model(config, model, ADAPTER_NAME)
         load_adapter_weights(model, folder)
     else:
-        load_connector(model, folder)
-        model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+        adapted = PeftModel(model, config, ADAPTER_NAME)
+        load_adapter_weights(model, folder)
+        model = adapted.merge_and_unload(safe_merge=True)
     model.generation_config = type(model.generation_config).from_pretrained(folder)
     model.eval()
     missing: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": []}
@@ -236,17 +341,22 @@ def _load_adapter_folder(
 
 def _build_base(cls: Any, folder: Path, base: AdapterBase, dequantize: bool, kwargs: dict[str, Any]) -> Any:
     """The model an adapter was trained on, without the adapter; as `metamorph train` builds it."""
+    check_implementations(read_json_object(folder / "config.json"), folder / "config.json")
     config = MetaMorphConfig.from_pretrained(folder)
+    if find_adapter_folder(base.language_model, {}) is not None:
+        raise ValueError(
+            f"the adapter {folder} names another adapter as its base ({base.language_model}): merge that first"
+        )
     kwargs = {name: value for name, value in kwargs.items() if name not in ("config", *HUB_OPTIONS)}
     if base.quantization is not None:
         require_bitsandbytes()
         kwargs["quantization_config"] = BitsAndBytesConfig(**base.quantization)
     try:
-        if AutoConfig.from_pretrained(base.language_model).model_type == MetaMorphConfig.model_type:
+        if _model_type(base.language_model, folder) == MetaMorphConfig.model_type:
             model = cls.from_pretrained(base.language_model, config=config, **kwargs)
             return _expanded(model) if dequantize and base.quantization is not None else model
-        language_model = AutoModelForCausalLM.from_pretrained(base.language_model, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(base.language_model)
+        language_model = AutoModelForCausalLM.from_pretrained(base.language_model, trust_remote_code=False, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(base.language_model, trust_remote_code=False)
         encoder = load_vision_encoder(str(base.vision_tower))
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
@@ -268,6 +378,17 @@ def _build_base(cls: Any, folder: Path, base: AdapterBase, dequantize: bool, kwa
                 f"{base.language_model} now gives {getattr(model.config, name)}: it has changed since"
             )
     return model
+
+
+def _model_type(name: str, folder: Path) -> str:
+    """Of the base of the adapter in `folder`."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"the adapter {folder} was trained on {name}, which is no model: {error} Correct the paths in "
+            f"{folder / ADAPTER_FILE}"
+        ) from error
 
 
 def forget_quantisation(model: PreTrainedModel) -> None:

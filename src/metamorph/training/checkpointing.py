@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import pickle
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from metamorph.checkpoint_files import (
     PARTIAL_FOLDER,
     PREFIX,
+    CheckpointError,
     begin_checkpoint,
     commit_checkpoint,
     delete_old,
@@ -81,6 +83,9 @@ class CheckpointingTrainer(ShardedTrainer):
         Args:
             resume_from_checkpoint: Folder of a checkpoint.
             **kwargs: As for `transformers.Trainer.train`.
+
+        Raises:
+            CheckpointError: if a file of the checkpoint holds more than tensors and numbers.
         """
         if resume_from_checkpoint is not None:
             self._knows_its_place = not self.args.ignore_data_skip
@@ -93,7 +98,13 @@ class CheckpointingTrainer(ShardedTrainer):
                 self._load_from_checkpoint(resume_from_checkpoint if best is None else best)
                 self.state = state
                 return TrainOutput(state.global_step, math.nan, {})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except pickle.UnpicklingError as error:  # all of its files are read with weights_only=True
+            raise CheckpointError(
+                f"optimizer, scheduler or rng_state of {resume_from_checkpoint} hold more than tensors and numbers; "
+                "that is refused because loading it can run code: resume from another checkpoint"
+            ) from error
 
     def _is_finished(self, state: TrainerState) -> bool:
         if self.args.max_steps > 0:

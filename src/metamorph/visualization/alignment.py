@@ -11,10 +11,12 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from metamorph.model_files import check_finite
 from metamorph.visualization.projector import VisualizationProjector
 
 
@@ -32,15 +34,19 @@ def load_conditions(file: str | Path, num_images: int) -> torch.Tensor:
         num_images: Pictures in the training data; condition i is that of picture i.
 
     Raises:
-        ValueError: if the tensor is missing or has another number of images.
+        ValueError: if the file cannot be read, or the tensor is missing, not finite, or has another number of images.
     """
-    conditions = load_file(Path(file).expanduser()).get(_KEY)
+    try:
+        conditions = load_file(Path(file).expanduser()).get(_KEY)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--alignment_conditions {file} cannot be read: {error}") from error
     if conditions is None or conditions.dim() != 3 or len(conditions) != num_images:
         found = "nothing" if conditions is None else list(conditions.shape)
         raise ValueError(
             f"--alignment_conditions {file} must hold a tensor {_KEY!r} [{num_images} pictures, tokens, features] in "
             f"the order of the pictures; it holds {found}"
         )
+    check_finite([(_KEY, conditions)], f"--alignment_conditions {file}")
     return conditions.float()
 
 

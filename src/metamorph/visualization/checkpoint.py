@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from metamorph.checkpoint_files import (
     explains_write_errors,
     flush,
 )
+from metamorph.model_files import check_finite
 from metamorph.visualization.arguments import LATEST
 from metamorph.visualization.sharding import divided_like, whole
 
@@ -102,11 +104,12 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
 
     Raises:
         ValueError: if the folder was written by a run that trains other parameters.
-        CheckpointError: if it was written by a run with other data.
+        CheckpointError: if it was written by a run with other data, or holds more than tensors and numbers.
     """
     numbers = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     _check_data(folder, numbers["data"], state.data)
     weights = load_file(folder / _WEIGHTS)
+    check_finite(weights.items(), folder / _WEIGHTS)
     parameters = trainable_parameters(state.model)
     if differing := sorted(weights.keys() ^ parameters.keys()):
         raise ValueError(
@@ -122,7 +125,13 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
                     f"{list(parameters[name].shape)} here; use the options it was trained with"
                 )
             parameters[name].copy_(divided_like(value, parameters[name]))
-    tensors = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+    try:
+        tensors = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"--resume_from_checkpoint {folder}: {_OPTIMIZER} holds more than tensors and numbers, which is refused "
+            "because loading it can run code; resume from another checkpoint"
+        ) from error
     if (state.ema is None) != ("ema" not in tensors):
         raise ValueError(f"--resume_from_checkpoint {folder}: switch --ema_decay on or off as it was there")
     in_groups = [value for group in state.optimizer.param_groups for value in group["params"]]

@@ -41,12 +41,14 @@ def open_visualizer(
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         pipeline.to(device)
         try:
-            return pipeline(
+            (pictures,) = pipeline(
                 visual_tokens,
                 guidance_scale=guidance_scale,
                 num_inference_steps=steps,
                 generator=[torch.Generator("cpu").manual_seed(seed + index) for index in range(len(visual_tokens))],
-            ).images
+                return_dict=False,
+            )
+            return pictures
         finally:
             pipeline.to("cpu")
 

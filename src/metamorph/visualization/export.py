@@ -15,16 +15,13 @@ from metamorph.cards import CARD_FILE
 from metamorph.visualization.arguments import VisualizerArguments
 from metamorph.visualization.data import PixelFormat, crop_square
 from metamorph.visualization.denoiser import FrozenEncoders
+from metamorph.visualization.folders import ARGUMENTS_FILE, INDEX_FILE
 from metamorph.visualization.grids import reconstruction_grid
 from metamorph.visualization.parts import DiffusionParts, load_encoder, load_vae
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector
 
 
-ARGUMENTS_FILE = "visualizer_arguments.json"
-"""Beside the pipeline: the flags it was trained with, among them those of the vision tower."""
-
-_INDEX = "model_index.json"
 _VALIDATION_STEPS = 20
 
 
@@ -51,8 +48,8 @@ def save_pipeline(
         (Path(partial) / ARGUMENTS_FILE).write_text(text, encoding="utf-8")
         (Path(partial) / CARD_FILE).write_text(card, encoding="utf-8")
         # Without the index a folder does not load. It goes first and comes last, so what loads is complete.
-        (output_dir / _INDEX).unlink(missing_ok=True)
-        for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == _INDEX):
+        (output_dir / INDEX_FILE).unlink(missing_ok=True)
+        for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == INDEX_FILE):
             target = output_dir / path.name
             if target.is_dir():
                 shutil.rmtree(target)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from metamorph.flags import check_model_reference, names_flag
+from metamorph.model_files import read_json_object
 from metamorph.visualization.arguments import VisualizerArguments
 from metamorph.visualization.encoder import VisualTokenEncoder
-from metamorph.visualization.export import ARGUMENTS_FILE
+from metamorph.visualization.folders import ARGUMENTS_FILE, INDEX_FILE, visualizer_folder
 from metamorph.visualization.parts import adopt_token_options, load_encoder
 from metamorph.visualization.pipeline import VisualizationPipeline
 
@@ -46,11 +46,12 @@ def load_visualizer(
         FileNotFoundError: If the folder or the tower cannot be loaded.
         ValueError: If no tower is known, or it gives other tokens than the projector takes.
     """
-    check_model_reference(str(folder), flag="--visualizer", file="model_index.json")
+    check_model_reference(str(folder), flag="--visualizer", file=INDEX_FILE)
     # float32 is what diffusers loads anyway, without its warning that the option has a new name.
     precision = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     with names_flag("--visualizer", str(folder)):
-        pipeline = VisualizationPipeline.from_pretrained(str(folder), **precision)
+        folder = visualizer_folder(folder)
+        pipeline = VisualizationPipeline.from_pretrained(folder, **precision)
     if vision_tower is not None or pipeline.vision_tower is None:
         encoder = _load_tower(folder, vision_tower, num_tokens)
         encoder.tower.to(dtype)
@@ -64,9 +65,13 @@ def trained_token_options(folder: str | Path) -> dict[str, str | int | bool]:
     file = Path(folder).expanduser() / ARGUMENTS_FILE
     if not file.is_file():
         return {}
-    values = json.loads(file.read_text(encoding="utf-8"))
-    known = {field.name for field in fields(VisualizerArguments)}
-    return {name: values[name] for name in _TOKEN_OPTIONS if name in known and name in values}
+    values = read_json_object(file)
+    kinds = {field.name: type(field.default) for field in fields(VisualizerArguments)}
+    options = {name: values[name] for name in _TOKEN_OPTIONS if name in kinds and name in values}
+    for name, value in options.items():
+        if type(value) is not kinds[name]:
+            raise ValueError(f"{file}: {name} must be a {kinds[name].__name__}, not {value!r}: copy the folder again")
+    return options
 
 
 def _load_tower(folder: str | Path, vision_tower: str | None, num_tokens: int | None) -> VisualTokenEncoder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import PreTrainedConfig
 
-from metamorph.flags import check_reachable
+from metamorph.flags import check_reachable, names_flag
+from metamorph.model_files import read_json_object
 from metamorph.models.image_processing import load_image_processor
 from metamorph.models.vision_tower import (
     MetaMorphConfig,
@@ -25,6 +25,7 @@ from metamorph.models.vision_tower import (
 from metamorph.visualization.arguments import VisualizerArguments
 from metamorph.visualization.data import PixelFormat
 from metamorph.visualization.encoder import VisualTokenEncoder
+from metamorph.visualization.folders import check_scheduler, load_model, local_folder
 from metamorph.visualization.pipeline import vae_scale_factor
 from metamorph.visualization.projector import VisualizationProjector
 
@@ -87,18 +88,19 @@ def load_diffusion_parts(args: VisualizerArguments, vae_dtype: torch.dtype = tor
     Raises:
         ValueError: if the folder is not of that layout, or its parts do not fit each other.
     """
-    name = _expanded(args.pretrained_model_name_or_path)
-    hub = {"revision": args.revision, "variant": args.variant}
     try:
-        noise_scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", revision=args.revision)
+        folder = _diffusion_folder(args)
+        check_scheduler(DDPMScheduler, folder / "scheduler")
+        noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
         if args.unet_from_scratch:
-            config = UNet2DConditionModel.load_config(name, subfolder="unet", revision=args.revision)
-            unet = UNet2DConditionModel.from_config(config)
+            unet = UNet2DConditionModel.from_config(read_json_object(folder / "unet" / "config.json"))
         else:
-            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=torch.float32, **hub)
+            unet = load_model(UNet2DConditionModel, folder / "unet", args.variant, torch_dtype=torch.float32)
         parts = DiffusionParts(unet, load_vae(args, vae_dtype), noise_scheduler)
-    except OSError as error:
-        raise ValueError(f"--pretrained_model_name_or_path {name} cannot be loaded: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded: {error}"
+        ) from error
     _check_fit(parts, args)
     if args.resolution is not None:
         # The pipeline draws at the size of the UNet's configuration, so this must be the size that was trained.
@@ -108,13 +110,7 @@ def load_diffusion_parts(args: VisualizerArguments, vae_dtype: torch.dtype = tor
 
 def load_vae(args: VisualizerArguments, dtype: torch.dtype) -> AutoencoderKL:
     """The VAE of `pretrained_model_name_or_path` in precision `dtype`."""
-    return AutoencoderKL.from_pretrained(
-        _expanded(args.pretrained_model_name_or_path),
-        subfolder="vae",
-        revision=args.revision,
-        variant=args.variant,
-        torch_dtype=dtype,
-    )
+    return load_model(AutoencoderKL, _diffusion_folder(args) / "vae", args.variant, torch_dtype=dtype)
 
 
 def adopt_token_options(args: VisualizerArguments) -> VisualizerArguments:
@@ -230,7 +226,8 @@ def build_projector(
     folder = folder / "projector" if (folder / "projector").is_dir() else folder
     if not (folder / "config.json").is_file():
         raise ValueError(f"--pretrained_projector {args.pretrained_projector} holds no projector (config.json)")
-    projector = VisualizationProjector.from_pretrained(folder)
+    with names_flag("--pretrained_projector", args.pretrained_projector):
+        projector = load_model(VisualizationProjector, folder)
     sizes = (projector.config.input_dim, projector.config.output_dim)
     if sizes != (feature_size, cross_attention_dim):
         raise ValueError(
@@ -265,6 +262,13 @@ def _token_config(args: VisualizerArguments, vision_config: PreTrainedConfig) ->
     )
 
 
+def _diffusion_folder(args: VisualizerArguments) -> Path:
+    """The parts of Stable Diffusion that are used, from the Hub if need be."""
+    return local_folder(
+        args.pretrained_model_name_or_path, ("unet", "vae", "scheduler"), args.variant, revision=args.revision
+    )
+
+
 def _expanded(name: str) -> str:
     """A path in the home folder in full: recipes may hold `~`. Other paths and Hub ids as they are."""
     return str(Path(name).expanduser()) if name.startswith("~") else name
@@ -273,7 +277,7 @@ def _expanded(name: str) -> str:
 def _is_metamorph(name: str) -> bool:
     """Whether `name` is the local folder of a MetaMorph model."""
     file = Path(name).expanduser() / "config.json"
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == "metamorph"
+    return file.is_file() and read_json_object(file).get("model_type") == "metamorph"
 
 
 def _check_fit(parts: DiffusionParts, args: VisualizerArguments) -> None:

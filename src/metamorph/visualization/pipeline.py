@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from metamorph.model_files import check_finite
 from metamorph.visualization.encoder import VisualTokenEncoder
+from metamorph.visualization.folders import check_visualizer, visualizer_folder
 from metamorph.visualization.guidance import GuidedBatch
 from metamorph.visualization.projector import VisualizationProjector, pad_condition
 
@@ -65,6 +68,31 @@ class VisualizationPipeline(DiffusionPipeline):
         """Compose a pipeline that samples with DPM-Solver on the noise schedule of `noise_scheduler`."""
         scheduler = DPMSolverMultistepScheduler.from_config(noise_scheduler.config)
         return cls(projector=projector, unet=unet, vae=vae, scheduler=scheduler, vision_tower=vision_tower)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VisualizationPipeline:
+        """As in diffusers, of a folder that is checked first: it may hold the parts of a visualizer and no code.
+
+        Args:
+            pretrained_model_name_or_path: What `metamorph train-visualizer` or `save_pretrained` wrote, or a Hub id.
+            **kwargs: As in diffusers, without `custom_pipeline` and `trust_remote_code`.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If the folder names classes that a visualizer does not consist of, or its weights are missing,
+                unexpected, of other sizes than its configuration says, or not finite.
+        """
+        for name in ("custom_pipeline", "trust_remote_code"):
+            if kwargs.pop(name, None):
+                raise ValueError(f"{name} is not supported: code that comes with a visualizer is never run")
+        folder = visualizer_folder(pretrained_model_name_or_path, **kwargs)
+        check_visualizer(folder, given=frozenset(kwargs), variant=kwargs.get("variant"))
+        kwargs |= {"use_safetensors": True, "trust_remote_code": False}
+        pipeline = super().from_pretrained(str(folder), **kwargs)
+        for name, module in pipeline.components.items():
+            if isinstance(module, torch.nn.Module):
+                check_finite(module.state_dict().items(), folder / name)
+        return pipeline
 
     def compile(self, **options: Any) -> VisualizationPipeline:
         """Compile UNet, VAE decoder and projector with `torch.compile` on their first use.
