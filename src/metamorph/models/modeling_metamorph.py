@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
     PreTrainedModel,
@@ -279,6 +278,5 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"} if self.config.tie_word_embeddings else {}
 
 
-AutoConfig.register(MetaMorphConfig.model_type, MetaMorphConfig, exist_ok=True)
 AutoModel.register(MetaMorphConfig, MetaMorphModel, exist_ok=True)
 AutoModelForImageTextToText.register(MetaMorphConfig, MetaMorphForConditionalGeneration, exist_ok=True)
