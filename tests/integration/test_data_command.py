@@ -1,6 +1,8 @@
 """`metamorph data`: exit codes, the printed summary, the files it writes, and one example to look at."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,24 @@ def test_show_prints_tokens_and_writes_images(
         assert Image.open(tmp_path / f"2-image-{number}.png").size == (384, 384)
     assert cli.main([*words, "--index", "12", "--output-dir", str(tmp_path)]) == 2
     assert "--index 12 does not exist" in capsys.readouterr().err
+
+
+def test_a_finished_model_says_how_sequences_are_made(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(parts / "data.jsonl"), "--image-folder", str(parts / "images"), "--output-dir", str(tmp_path)]
+    words += ["--model_name_or_path", "mini"]
+    check = ["data", "check", *words, "--workers", "0"]
+    # In a process of its own, in which nothing else has imported the model.
+    done = subprocess.run([sys.executable, "-m", "metamorph", *check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "report.json").read_text())["statistics"]["images"]["total"] == 12
+    assert cli.main(["data", "show", *words, "--index", "2", "--image_aspect_ratio", "pad"]) == 0
+    assert "image 0: 16 visual tokens" in capsys.readouterr().out
+    assert Image.open(tmp_path / "2-image-0.png").size == (64, 64)
+    assert cli.main([*check, "--num_image_tokens", "16"]) == 0
+    assert cli.main([*check, "--num_image_tokens", "64"]) == 2
+    assert "--num_image_tokens 64 contradicts the model" in capsys.readouterr().err
 
 
 def test_help_names_the_flags(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from training_parts import arguments, write_records
+from transformers import Trainer, TrainingArguments
 
 from metamorph.data.dataset import ConversationDataset
 from metamorph.training.assemble import make_plan
 from metamorph.training.run import TrainResult, run_training
+from model_parts import build_batch, build_tiny_model
 
 
 TEXT_ONLY = [
@@ -144,3 +146,88 @@ def test_activation_checkpointing_changes_nothing(parts: Path, large_batch: Trai
     result = stage_2(parts, tmp_path, per_device_train_batch_size=4, gradient_checkpointing=True)
     assert [line["loss"] for line in lines(result)] == pytest.approx([line["loss"] for line in lines(large_batch)])
     assert largest_difference(result, large_batch) < 1e-5
+
+
+def rows_of_unequal_text(kinds: str) -> list[dict[str, torch.Tensor]]:
+    """One row for each letter, see `build_batch`; the second supervises one text token less than the first, ...."""
+    config = build_tiny_model().config
+    rows = []
+    for number, kind in enumerate(kinds):
+        row = build_batch(config, kind, seed=number)
+        supervised = (row["labels"][0] != -100).nonzero().flatten()
+        row["labels"][0, supervised[:number]] = -100
+        rows.append({name: value for name, value in row.items() if value is not None})
+    return rows
+
+
+def join(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    length = max(row["input_ids"].shape[1] for row in rows)
+    batch = {}
+    for name in {name for row in rows for name in row}:
+        values = [row[name] for row in rows if name in row]
+        if name != "pixel_values":
+            padding = {"labels": -100}.get(name, 0)
+            values = [torch.nn.functional.pad(value, (0, length - value.shape[1]), value=padding) for value in values]
+        batch[name] = torch.cat(values)
+    return batch
+
+
+def train_plainly(
+    rows: list[dict[str, torch.Tensor]], accumulation: int, folder: Path, seen: list | None = None
+) -> Trainer:
+    """Two steps of SGD with `transformers.Trainer`, four rows in each; the micro-batches are added to `seen`."""
+
+    def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        batch = join(rows)
+        if seen is not None:
+            seen.append(batch)
+        return batch
+
+    trainer = Trainer(
+        build_tiny_model(),
+        TrainingArguments(
+            str(folder),
+            per_device_train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+            logging_steps=1,
+            optim="sgd",
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            remove_unused_columns=False,
+        ),
+        data_collator=collate,
+        train_dataset=rows,
+    )
+    trainer.train()
+    return trainer
+
+
+def test_plain_trainer_text_loss_does_not_depend_on_accumulation(tmp_path: Path) -> None:
+    rows = rows_of_unequal_text("vtvt")
+    runs = [train_plainly(rows, accumulation, tmp_path / str(accumulation)) for accumulation in (1, 2, 4)]
+    first, *others = [[line for line in run.state.log_history if "loss" in line] for run in runs]
+    for lines_of_run in others:
+        for ours, theirs in zip(lines_of_run, first, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    expected = runs[0].model.state_dict()
+    initial = build_tiny_model().state_dict()
+    assert any(not torch.equal(expected[name], initial[name]) for name in expected)
+    for run in runs[1:]:
+        torch.testing.assert_close(dict(run.model.state_dict()), dict(expected), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_plain_trainer_weighs_visual_losses_by_share_of_text(accumulation: int, tmp_path: Path) -> None:
+    """The number of visual targets of the whole step is only known to `MetaMorphTrainer`."""
+    micro_batches: list[dict[str, torch.Tensor]] = []
+    trainer = train_plainly(rows_of_unequal_text("gmgt"), accumulation, tmp_path, micro_batches)
+    logged = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
+    outputs = [build_tiny_model()(**batch) for batch in micro_batches[:accumulation]]
+    tokens = sum(output.num_text_tokens for output in outputs)
+    expected = sum(output.loss * output.num_text_tokens / tokens for output in outputs)
+    assert logged == pytest.approx(expected.item(), rel=1e-4)

@@ -1,12 +1,14 @@
 """Interleaved decoding: the grammar, caches, batches, budgets, chats, and what Transformers' `generate` promises."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from metamorph.models.generation import ImageGrammarLogitsProcessor
+from metamorph.models.generation import UNSUPPORTED_FIELDS, ImageGrammarLogitsProcessor
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from model_parts import build_tiny_model, image_ids
 
@@ -167,12 +169,43 @@ def test_r38_max_new_tokens_is_exact_and_no_image_is_begun_that_does_not_fit(mod
     assert (output.sequences == PLACEHOLDER).sum() == N * (budget // (N + 2))
 
 
-def test_max_length_and_generation_config_bound_images_too(model):
+@pytest.mark.parametrize("limit", [{"max_new_tokens": 8}, {"max_length": 11}])
+@pytest.mark.parametrize("place", ["argument", "generation_config", "model", "model beside a generation_config"])
+def test_the_final_limit_bounds_images_wherever_it_comes_from(limit, place):
+    """Room for one image and two tokens: no second one is begun."""
+    model = build_tiny_model()
+    ids = torch.tensor([[1, 7, 9]])
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+    if place == "argument":
+        options |= limit
+    elif place == "generation_config":
+        options = {"generation_config": GenerationConfig(**options, **limit)}
+    else:
+        model.generation_config.update(**limit)
+        if place != "model":
+            options = {"generation_config": GenerationConfig(**options)}
+    output = model.generate(ids, logits_processor=wish(ids, dict.fromkeys(range(20), START)), **options)
+    answer = output.sequences[0, 3:].tolist()
+    assert answer[:6] == image_ids(model.config)
+    assert len(answer) == 8
+    assert START not in answer[6:]
+
+
+def test_without_any_limit_twenty_tokens_are_generated(model):
     ids = torch.tensor([[1, 7, 9]])
     always = wish(ids, dict.fromkeys(range(20), START))
-    for options in ({"max_length": 8}, {"generation_config": GenerationConfig(max_new_tokens=5, do_sample=False)}):
-        output = model.generate(input_ids=ids, logits_processor=always, **options)
-        assert output.num_images.tolist() == [0]
+    output = model.generate(ids, logits_processor=always, eos_token_id=None, do_sample=False)
+    assert output.sequences.shape[1] == 23
+    assert output.num_images.tolist() == [3]
+    assert START not in output.sequences[0, -2:]
+
+
+def test_a_forced_end_of_sequence_cuts_no_image(model):
+    ids = torch.tensor([[1, 7, 9]])
+    always = wish(ids, dict.fromkeys(range(20), START))
+    output = generate(model, ids, logits_processor=always, max_new_tokens=12, forced_eos_token_id=EOS)
+    assert output.num_images.tolist() == [1]
+    assert output.sequences[0, -1] == EOS
 
 
 def test_prompt_that_ends_in_image_start_begins_with_an_image(model):
@@ -276,13 +309,154 @@ def test_image_cut_by_a_stopping_criterion_is_left_out(model):
     assert output.visual_tokens.shape == (1, N, 24)
 
 
+def forbid_encoding(model, monkeypatch):
+    def encode(pixel_values: Tensor) -> Tensor:
+        raise AssertionError("the images were encoded")
+
+    monkeypatch.setattr(model, "get_visual_tokens", encode)
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [({"num_beams": 2}, "num_beams=2"), ({"prefill_chunk_size": 2}, "prefill_chunk_size=2")],
+    ("name", "value"),
+    [
+        ("assistant_early_exit", 1),
+        ("cache_implementation", "paged"),
+        ("constraints", ["any"]),
+        ("dola_layers", "low"),
+        ("force_words_ids", [[5]]),
+        ("guidance_scale", 1.5),
+        ("num_beams", 2),
+        ("penalty_alpha", 0.6),
+        ("prefill_chunk_size", 2),
+        ("prompt_lookup_num_tokens", 3),
+        ("token_healing", True),
+        ("use_mtp", True),
+    ],
 )
-def test_unsupported_modes_are_refused(model, options, message):
-    with pytest.raises(ValueError, match=message):
-        generate(model, torch.tensor([[1, 7, 9]]), **options)
+@pytest.mark.parametrize("place", ["argument", "generation_config", "model"])
+def test_unsupported_modes_are_refused_by_name(monkeypatch, name, value, place):
+    """Before anything is computed, wherever the setting comes from."""
+    model = build_tiny_model()
+    forbid_encoding(model, monkeypatch)
+    if not hasattr(model.generation_config, name):
+        pytest.skip("this release of Transformers does not have it")
+    options = {name: value} if place == "argument" else {}
+    if place == "generation_config":
+        options = {"generation_config": GenerationConfig()}
+        setattr(options["generation_config"], name, value)
+    if place == "model":
+        setattr(model.generation_config, name, value)
+    ids = torch.tensor([[1, *image_ids(model.config), 7]])
+    with pytest.raises(ValueError, match=f"{name}=.* is not supported by MetaMorph's generate"):
+        model.generate(ids, pixel_values=torch.randn(1, 3, 32, 32), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("assistant_model", build_tiny_model()),
+        ("custom_generate", "somebody/a-way-to-decode"),
+        ("custom_generate", lambda model, **kwargs: None),
+        ("inputs_embeds", torch.zeros(1, 3, 32)),
+        ("negative_prompt_ids", torch.tensor([[1, 2]])),
+        ("trust_remote_code", True),
+    ],
+)
+def test_unsupported_arguments_are_refused_by_name(model, monkeypatch, name, value):
+    with monkeypatch.context() as patch:
+        forbid_encoding(model, patch)
+        with pytest.raises(ValueError, match=f"{name} is not supported by MetaMorph's generate"):
+            generate(model, torch.tensor([[1, 7, 9]]), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
+def test_continuous_batching_is_refused(model, name):
+    with pytest.raises(ValueError, match="continuous batching"):
+        getattr(model, name)([[1, 7, 9]])
+
+
+SUPPORTED_FIELDS = {
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings", "do_sample",
+    "use_cache", "cache_implementation", "cache_config", "max_cache_len", "temperature", "top_k", "top_p", "min_p",
+    "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "encoder_repetition_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "renormalize_logits",
+    "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
+    "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "watermarking_config", "num_return_sequences",
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
+    "pad_token_id", "bos_token_id", "eos_token_id", "compile_config", "disable_compile",
+}  # fmt: skip
+FIELDS_OF_REFUSED_MODES = {
+    "early_stopping", "length_penalty", "diversity_penalty", "low_memory", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "max_matching_ngram_size",
+    "assistant_lookbehind", "target_lookbehind", "decoder_start_token_id",
+}  # fmt: skip
+
+
+def test_every_field_of_generation_config_is_known():
+    """A release of Transformers with another one asks for a decision: does it act here, or is it refused?"""
+    fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
+    assert fields <= SUPPORTED_FIELDS | FIELDS_OF_REFUSED_MODES | set(UNSUPPORTED_FIELDS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 2.0},
+        {"encoder_repetition_penalty": 2.0},
+        {"no_repeat_ngram_size": 1},
+        {"encoder_no_repeat_ngram_size": 1},
+        {"bad_words_ids": [[PLACEHOLDER], [END]]},
+        {"suppress_tokens": [PLACEHOLDER, END]},
+        {"sequence_bias": {(PLACEHOLDER,): -1e3, (5,): 1e3}},
+        {"exponential_decay_length_penalty": (4, 2.0)},
+        {"min_new_tokens": 14},
+        {"min_length": 17},
+        {"forced_bos_token_id": 5},
+        {"remove_invalid_values": True},
+        {"renormalize_logits": True},
+        {"watermarking_config": {"bias": 1e3, "greenlist_ratio": 0.5}},
+        {"max_time": 1e9},
+        {"do_sample": True, "temperature": 3.0, "top_k": 3},
+        {"do_sample": True, "top_p": 0.9, "min_p": 0.01},
+        {"do_sample": True, "typical_p": 0.9},
+        {"do_sample": True, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01},
+        {"do_sample": True, "top_h": 0.5},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_other_settings_leave_images_whole(model, options):
+    ids = torch.tensor([[1, 7, 9]])
+    torch.manual_seed(0)
+    output = generate(model, ids, logits_processor=wish(ids, {1: START}), **options)
+    assert output.sequences[0, 4:10].tolist() == image_ids(model.config)
+    assert output.visual_tokens.shape == (1, N, 24)
+    assert output.visual_tokens.isfinite().all()
+
+
+def test_further_outputs_are_those_of_transformers(model):
+    ids = torch.tensor([[1, 7, 9]])
+    asked = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+    output = generate(model, ids, logits_processor=wish(ids, {0: START}), **dict.fromkeys(asked, True))
+    assert len(output.scores) == len(output.logits) == len(output.hidden_states) == 16
+    assert output.scores[1][0].isfinite().nonzero().flatten().tolist() == [PLACEHOLDER]
+
+
+def test_predictions_are_kept_where_a_graph_reuses_its_memory(monkeypatch):
+    """CUDA graphs write each step's outputs into the same memory (`cache_implementation="static"` on a GPU)."""
+    model = build_tiny_model()
+    ids = torch.tensor([[1, 7, START]])
+    reference = generate(model, ids)
+    buffer, forward = torch.empty(1, 1, 24), model.forward
+
+    @functools.wraps(forward)  # `generate` looks at the names of its arguments
+    def graphed(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.visual_prediction = buffer.copy_(output.visual_prediction)
+        return output
+
+    monkeypatch.setattr(model, "forward", graphed)
+    output = generate(model, ids)
+    assert torch.equal(output.visual_tokens, reference.visual_tokens)
 
 
 def test_missing_pictures_are_an_error(model):

@@ -19,6 +19,14 @@ MINIATURE_NOTE = (
     "and whether records are too long was not judged."
 )
 SAMPLES = 12
+PROCESSOR_DEFAULTS = {
+    "version": "llama3",
+    "num_image_tokens": 64,
+    "mm_use_im_start_end": True,
+    "mm_use_im_patch_token": False,
+    "image_aspect_ratio": "square",
+}
+"""How training makes sequences by default; a finished model has decided."""
 OWN_FLAGS = ("command", "run", "path", "config", "output_dir", "workers", "limit", "index")
 """Flags that a recipe of training does not set."""
 CACHE_FEATURES = "cache-features"
@@ -86,19 +94,21 @@ def add_processor_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model_name_or_path",
         "--model-name-or-path",
-        help="the language model, or a finished MetaMorph model: its tokenizer counts (default: a small stand-in)",
+        help="the language model, or a finished MetaMorph model (mini is the one that ships with MetaMorph): its "
+        "tokenizer counts (default: a small stand-in)",
     )
     for name, kind, default, text in (
         ("model_max_length", int, 4096, "longest sequence; not judged without a model"),
-        ("version", str, "llama3", "conversation template"),
-        ("num_image_tokens", int, 64, "visual tokens per image"),
-        ("mm_use_im_start_end", boolean, True, "whether images stand between <image_start> and <image_end>"),
-        ("mm_use_im_patch_token", boolean, False, "whether the placeholder is <im_patch>"),
-        ("image_aspect_ratio", str, "square", "square or pad"),
+        ("version", str, None, "conversation template"),
+        ("num_image_tokens", int, None, "visual tokens per image"),
+        ("mm_use_im_start_end", boolean, None, "whether images stand between <image_start> and <image_end>"),
+        ("mm_use_im_patch_token", boolean, None, "whether the placeholder is <im_patch>"),
+        ("image_aspect_ratio", str, None, "square or pad"),
         ("seed", int, 42, "seed of what tasks draw at random"),
     ):
         spellings = {f"--{name}": None, f"--{name.replace('_', '-')}": None}
-        parser.add_argument(*spellings, type=kind, default=default, help=f"{text} (default: %(default)s)")
+        shown = f"that of a finished model, else {PROCESSOR_DEFAULTS[name]}" if default is None else default
+        parser.add_argument(*spellings, type=kind, default=default, help=f"{text} (default: {shown})")
 
 
 def boolean(text: str) -> bool:
@@ -237,6 +247,7 @@ def open_data(flags: argparse.Namespace) -> "MixtureDataset":
     Raises:
         DataError: if the data cannot be used at all.
         FileNotFoundError: if a file or folder does not exist.
+        ValueError: if a flag contradicts a finished model.
     """
     if flags.image_folder is not None and not Path(flags.image_folder).is_dir():
         raise FileNotFoundError(f"--image-folder {flags.image_folder} does not exist or is not a folder")
@@ -265,7 +276,14 @@ def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
         flags: The command line.
     """
     name = flags.model_name_or_path
+    given = {field: getattr(flags, field) for field in PROCESSOR_DEFAULTS if getattr(flags, field) is not None}
+    from metamorph.quickstart.assets import AssetError, asset_path, shipped_folder
+
     if name is not None:
+        try:
+            name = shipped_folder(name, "model")
+        except AssetError as error:
+            raise ValueError(f"--model_name_or_path: {error}") from error
         check_model_reference(name, flag="--model_name_or_path")
         check_reachable(name, flag="--model_name_or_path")
     from transformers import AutoConfig, AutoTokenizer
@@ -275,25 +293,27 @@ def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
     from metamorph.models.processing_metamorph import MetaMorphProcessor
 
     if name is None:
-        from metamorph.quickstart.assets import asset_path
-
         name = str(asset_path("mini-llama"))
     with names_flag("--model_name_or_path", name):
         if AutoConfig.from_pretrained(name, trust_remote_code=False).model_type == MetaMorphConfig.model_type:
-            return MetaMorphProcessor.from_pretrained(name)
+            return _as_trained(MetaMorphProcessor.from_pretrained(name), name, given)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     image_processor = SiglipImageProcessorPil(
         size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    return MetaMorphProcessor(
-        image_processor,
-        tokenizer,
-        num_image_tokens=flags.num_image_tokens,
-        version=flags.version,
-        mm_use_im_start_end=flags.mm_use_im_start_end,
-        mm_use_im_patch_token=flags.mm_use_im_patch_token,
-        image_aspect_ratio=flags.image_aspect_ratio,
-    )
+    return MetaMorphProcessor(image_processor, tokenizer, **{**PROCESSOR_DEFAULTS, **given})
+
+
+def _as_trained(processor: "MetaMorphProcessor", name: str, given: dict[str, object]) -> "MetaMorphProcessor":
+    """The processor of a finished model; as in training, only how images become square may still be chosen."""
+    processor.image_aspect_ratio = given.pop("image_aspect_ratio", processor.image_aspect_ratio)
+    for field, asked in given.items():
+        found = getattr(processor, field)
+        if asked != found:
+            raise ValueError(
+                f"--{field} {asked} contradicts the model {name}, which was trained with {found}: leave the flag out"
+            )
+    return processor
 
 
 def print_summary(diagnosis: "Diagnosis") -> None:

@@ -165,3 +165,6 @@ def _sub_config(value: dict | PreTrainedConfig | None, default: str) -> PreTrain
         return value
     fields = dict(value or {})
     return AutoConfig.for_model(fields.pop("model_type", default), **fields)
+
+
+AutoConfig.register(MetaMorphConfig.model_type, MetaMorphConfig, exist_ok=True)

@@ -4,15 +4,47 @@ Text and images share one sequence and one key/value cache. A row of the batch i
 `<image_start>` or a placeholder; the state is read off the ids, so each row has its own and nothing can get stuck.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .configuration_metamorph import MetaMorphConfig
+
+
+UNSUPPORTED_ARGUMENTS = (
+    "assistant_model",
+    "assistant_tokenizer",
+    "custom_generate",
+    "inputs_embeds",
+    "negative_prompt_attention_mask",
+    "negative_prompt_ids",
+    "trust_remote_code",
+)
+"""Arguments of Transformers' `generate` that ours refuses."""
+UNSUPPORTED_FIELDS: Mapping[str, tuple[Any, ...]] = {
+    "assistant_early_exit": (),
+    "assistant_ensemble_weight": (),
+    "constraints": (),
+    "continuous_batching_config": (),
+    "dola_layers": (),
+    "force_words_ids": (),
+    "guidance_scale": (1,),
+    "is_assistant": (False,),
+    "num_beam_groups": (1,),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "prefill_chunk_size": (),
+    "prompt_lookup_num_tokens": (),
+    "speculation_type": (),
+    "token_healing": (False,),
+    "use_mtp": (False,),
+}
+"""Fields of `GenerationConfig` that ours refuses -> values, beside None, with which they do nothing."""
 
 
 @dataclass
@@ -77,14 +109,20 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
 
 
 class GeneratedVisualTokens:
-    """The vision head's prediction after every decoding step; `generate` carries it from step to step."""
+    """What `generate` carries from step to step: the vision head's predictions, and whether images are allowed.
 
-    def __init__(self) -> None:
+    Args:
+        allow_images: False forbids images altogether.
+    """
+
+    def __init__(self, allow_images: bool = True) -> None:
+        self.allow_images = allow_images
         self.steps: list[Tensor] = []
 
     def append(self, prediction: Tensor) -> None:
         """Adds [batch, 1, D], the candidate for the token that is about to be chosen."""
-        self.steps.append(prediction)
+        # Copied: a model compiled into CUDA graphs writes every step's prediction into the same memory.
+        self.steps.append(prediction.clone())
 
     def last(self, count: int) -> Tensor:
         """[batch, count, D] the candidates of the last `count` tokens."""
@@ -124,24 +162,24 @@ class MetaMorphGenerationMixin(GenerationMixin):
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         pixel_values: Tensor | None = None,
         visual_tokens: Tensor | None = None,
-        logits_processor: LogitsProcessorList | None = None,
         allow_images: bool = True,
         return_dict_in_generate: bool = True,
         **kwargs: Any,
     ) -> MetaMorphGenerateOutput | Tensor:
-        """Generates text and images. Everything that Transformers' `generate` takes works, except beam search.
+        """Generates text and images. What Transformers' `generate` takes works, or is refused by name.
 
         A prompt that ends in `<image_start>` makes the model begin with an image. `max_new_tokens` counts visual
         tokens like any other; an image that does not fit any more is not begun.
 
         Args:
             inputs: [batch, length] prompt ids, left padded (or pass them as `input_ids`).
+            generation_config: defaults to the model's; single fields may be given as keyword arguments instead.
             pixel_values: [images, 3, height, width] images of the prompts in reading order.
             visual_tokens: [images, N, D] the same, already encoded or generated (earlier turns of a chat).
-            logits_processor: applied before the image grammar.
             allow_images: False makes the answer text only.
             return_dict_in_generate: False returns `sequences` alone, as plain `generate` does by default.
             **kwargs: `max_new_tokens`, `do_sample`, `temperature`, `streamer`, `attention_mask`, …
@@ -150,27 +188,23 @@ class MetaMorphGenerationMixin(GenerationMixin):
             [`MetaMorphGenerateOutput`], or [batch, length] ids.
 
         Raises:
-            ValueError: beam search, assisted decoding or chunked prefill is asked for, or the prompt's placeholders
-                and images disagree.
+            ValueError: a mode is asked for that does not decode one row and one step at a time (beam search, assisted
+                decoding, …), or the prompt's placeholders and images disagree.
         """
         inputs = kwargs.pop("input_ids", inputs)
         if inputs is None:
             raise ValueError("generate needs input_ids: a prompt given as inputs_embeds has no place for images")
-        self._refuse_unsupported(kwargs)
+        for name in UNSUPPORTED_ARGUMENTS:
+            if kwargs.get(name) is not None and kwargs[name] is not False:
+                raise ValueError(_refusal(name))
+        self._prepare_generation_config(generation_config, **kwargs)  # refuses before the images are encoded
         if pixel_values is not None and pixel_values.shape[0]:
             if visual_tokens is not None:
                 raise ValueError("give pixel_values or visual_tokens, not both")
             visual_tokens = self.get_visual_tokens(pixel_values)
-        state = GeneratedVisualTokens()
-        max_length = self._max_length(inputs.shape[1], kwargs)
-        grammar = ImageGrammarLogitsProcessor(self.config, max_length, allow_images=allow_images)
+        state = GeneratedVisualTokens(allow_images)
         output = super().generate(
-            inputs,
-            visual_tokens=visual_tokens,
-            generated_state=state,
-            logits_processor=LogitsProcessorList([*(logits_processor or []), grammar]),
-            return_dict_in_generate=True,
-            **kwargs,
+            inputs, generation_config, visual_tokens=visual_tokens, generated_state=state, **kwargs
         )
         if not return_dict_in_generate:
             return output.sequences
@@ -184,24 +218,46 @@ class MetaMorphGenerationMixin(GenerationMixin):
         )
         return MetaMorphGenerateOutput(**output, visual_tokens=images, num_images=num_images)
 
-    def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
-        config = kwargs.get("generation_config") or self.generation_config
-        for name, allowed in (("num_beams", (None, 1)), ("prefill_chunk_size", (None,))):
-            value = kwargs.get(name, getattr(config, name, None))
-            if value not in allowed:
-                raise ValueError(f"{name}={value} is not supported: visual tokens are decoded step by step")
-        if kwargs.get("assistant_model") is not None or kwargs.get("inputs_embeds") is not None:
-            raise ValueError("assistant_model and inputs_embeds are not supported by MetaMorph's generate")
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching joins rows of different requests, and knows ids only.
 
-    def _max_length(self, prompt_length: int, kwargs: dict[str, Any]) -> int:
-        """The length at which Transformers' own `generate` will stop, needed before it starts."""
-        config = kwargs.get("generation_config") or self.generation_config
-        new_tokens = kwargs.get("max_new_tokens", config.max_new_tokens)
-        if new_tokens is not None:
-            return prompt_length + new_tokens
-        max_length = kwargs.get("max_length", config.max_length)
-        # Transformers' fallback when nothing is set: 20 new tokens.
-        return max_length if max_length is not None else prompt_length + 20
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(_refusal("continuous batching (generate_batch)"))
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        """The final configuration, made of arguments, `generation_config` and the model's own: here it is checked."""
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        for name, harmless in UNSUPPORTED_FIELDS.items():
+            value = getattr(config, name, None)  # not every release of Transformers has every field
+            if value is not None and value not in harmless:
+                raise ValueError(_refusal(f"{name}={value}"))
+        if config.cache_implementation == "paged":
+            raise ValueError(_refusal("cache_implementation='paged' (continuous batching)"))
+        config.return_dict_in_generate = True
+        return config, model_kwargs
+
+    def _get_logits_processor(
+        self,
+        generation_config: GenerationConfig,
+        *args: Any,
+        logits_processor: LogitsProcessorList | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> LogitsProcessorList:
+        """Adds the grammar behind the caller's processors; here Transformers has settled the final length."""
+        state = (model_kwargs or {}).get("generated_state")
+        if state is not None:
+            # A forced end of sequence takes the last place.
+            length = generation_config.max_length - (generation_config.forced_eos_token_id is not None)
+            grammar = ImageGrammarLogitsProcessor(self.config, length, allow_images=state.allow_images)
+            logits_processor = LogitsProcessorList([*(logits_processor or []), grammar])
+        return super()._get_logits_processor(
+            generation_config, *args, logits_processor=logits_processor, model_kwargs=model_kwargs, **kwargs
+        )
 
     def prepare_inputs_for_generation(
         self,
@@ -266,3 +322,10 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if visual_tokens is not None:
             model_kwargs["visual_tokens"] = visual_tokens
         return input_ids, model_kwargs
+
+
+def _refusal(what: str) -> str:
+    return (
+        f"{what} is not supported by MetaMorph's generate, which decodes one row and one step at a time, by greedy "
+        "search or sampling"
+    )

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
     PreTrainedModel,
@@ -40,7 +39,8 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
 
     text_loss_options = TextLossOptions()
     """How the text loss is computed. Not part of the configuration: every way gives the same."""
-    accepts_loss_kwargs = False  # losses are normalised by `loss_normalizers`, not by Trainer's text-only count
+    accepts_loss_kwargs = True
+    """Tells `transformers.Trainer` that `forward` takes `num_items_in_batch`."""
 
     def __init__(self, config: MetaMorphConfig):
         super().__init__(config)
@@ -137,6 +137,7 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
         loss_normalizers: tuple[Tensor | float, Tensor | float] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         generated_visual_tokens: Tensor | None = None,
         predict_visual_token: bool = False,
         indices: BatchIndices | None = None,
@@ -160,7 +161,11 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
             logits_to_keep: logits are computed for the last so many positions (0: all). None means all without
                 `labels`, and no logits at all with them.
             loss_normalizers: what the summed text and visual losses are divided by, instead of this batch's own
-                counts. The trainer passes the counts of the whole optimizer step.
+                counts. `MetaMorphTrainer` passes the counts of the whole optimizer step.
+            num_items_in_batch: supervised text tokens of the whole optimizer step, which plain `transformers.Trainer`
+                passes. The summed text loss is divided by it. The mean visual loss of this batch is weighted by the
+                batch's share of these tokens, because the step's number of visual targets is not known. Without
+                effect beside `loss_normalizers`.
             generated_visual_tokens: [B, G, D], set by `generate`: visual tokens for placeholders among the last G
                 positions.
             predict_visual_token: set by `generate`: also return `visual_prediction`.
@@ -194,6 +199,9 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         )
         hidden = outputs.last_hidden_state
         if labels is not None and indices is not None:
+            if loss_normalizers is None and num_items_in_batch is not None:
+                texts, targets = (max(indices[name].shape[0], 1) for name in ("text", "visual"))
+                loss_normalizers = (num_items_in_batch, num_items_in_batch * targets / texts)
             self._add_losses(result, hidden, indices, outputs.visual_tokens, loss_normalizers)
         if labels is None or logits_to_keep is not None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -275,6 +283,5 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"} if self.config.tie_word_embeddings else {}
 
 
-AutoConfig.register(MetaMorphConfig.model_type, MetaMorphConfig, exist_ok=True)
 AutoModel.register(MetaMorphConfig, MetaMorphModel, exist_ok=True)
 AutoModelForImageTextToText.register(MetaMorphConfig, MetaMorphForConditionalGeneration, exist_ok=True)
