@@ -76,7 +76,9 @@ def commit_checkpoint(output_dir: str | os.PathLike[str], name: str, record: dic
     partial, final = Path(output_dir) / PARTIAL_FOLDER, Path(output_dir) / name
     source = partial / name
     serial = 1 + max((manifest["serial"] for _, manifest in _readable(output_dir)), default=0)
-    files = {path.relative_to(source).as_posix(): file_stamp(path) for path in sorted(source.rglob("*")) if path.is_file()}
+    files = {
+        path.relative_to(source).as_posix(): file_stamp(path) for path in sorted(source.rglob("*")) if path.is_file()
+    }
     manifest = {"version": 1, "serial": serial, **record, "files": files}
     (source / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     sync(source / MANIFEST_FILE)

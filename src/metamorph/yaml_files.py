@@ -57,7 +57,9 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
         sizes[id(node)] = float("inf")  # until it is known
         if isinstance(node, yaml.ScalarNode):
             if len(node.value) > _MAX_NUMBER and not node.tag.endswith(":str"):
-                raise yaml.MarkedYAMLError(problem=f"a number has more than {_MAX_NUMBER} characters", problem_mark=node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"a number has more than {_MAX_NUMBER} characters", problem_mark=node.start_mark
+                )
             sizes[id(node)] = 1 + len(node.value)
         elif isinstance(node, yaml.MappingNode):
             sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for pair in node.value for child in pair)

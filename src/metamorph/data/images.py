@@ -47,6 +47,8 @@ def load_image(
         MediaError: If there is no such file, it is no image in one of `FORMATS`, or it has more than `max_pixels`.
     """
     name = str(file) if name is None else name
+    if isinstance(file, (str, os.PathLike)):
+        check_regular(file, "unreadable_image", f"{name} cannot be read as an image")
     try:
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
@@ -69,6 +71,21 @@ def load_image(
         # Pillow names the object that it reads from, which for an open file says nothing to a user.
         reason = "its content is that of no image" if isinstance(error, UnidentifiedImageError) else error
         raise MediaError("unreadable_image", f"{name} cannot be read as an image ({reason}); replace it") from error
+
+
+def check_regular(path: str | os.PathLike[str], kind: str, problem: str) -> None:
+    """Refuse folders, pipes and devices before they are opened, which may wait for ever.
+
+    Args:
+        path: Path of a file; it need not exist.
+        kind: Kind of the error.
+        problem: Begin of its message.
+
+    Raises:
+        MediaError: If there is something else than a file.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise MediaError(kind, f"{problem} (it is not a regular file); replace it")
 
 
 def draw_box(image: Image.Image, box: tuple[int, int, int, int], name: str, colour: str) -> None:
