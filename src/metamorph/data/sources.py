@@ -116,8 +116,8 @@ def _expand_braces(pattern: str) -> Iterator[str]:
         choices.append(_choices(piece) if number % 2 else [piece])
         if math.prod(map(len, choices)) > MAX_FILES:
             raise DataError(
-                f"--data_path {pattern}: the braces name more than {MAX_FILES} files; check their numbers, or split the "
-                "pattern into several sources of a mixture"
+                f"--data_path {pattern}: the braces name more than {MAX_FILES} files; check their numbers, or split "
+                "the pattern into several sources of a mixture"
             )
     return map("".join, product(*choices))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,8 +21,10 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 _BAND_PIXELS = 2**20
 """Pixels that are converted at a time."""
-_MAX_SIDE = 2**13
-"""Longer images are shrunk to this side before borders make them square: the work grows with the square of the side."""
+_MAX_SIDE = 2**16
+"""Longer images are shrunk before they are resized: Pillow's weights take 32 bytes for each pixel of a side."""
+_MAX_SQUARE = 2**13
+"""The same before borders make them square: the time for borders grows with the square of the side."""
 
 
 def load_image_processor(name_or_path: str) -> BaseImageProcessor:
@@ -176,7 +179,7 @@ def preprocess_images(
         if aspect_ratio == "pad":
             image = _resized_with_borders(image, (width, height), image_processor.image_mean, image_processor.resample)
         else:
-            image = image.resize((width, height), resample=image_processor.resample)
+            image = _shrunk(image, _MAX_SIDE).resize((width, height), resample=image_processor.resample)
         square = np.asarray(image)
         for channel in range(3):
             np.take(table[channel], square[..., channel], out=target[channel])
@@ -192,9 +195,7 @@ def _resized_with_borders(
     and resized for some rows at a time, and its rows without image are known.
     """
     colour = tuple(round(255 * value) for value in mean)
-    if max(image.size) > _MAX_SIDE:
-        scale = _MAX_SIDE / max(image.size)
-        image = image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)), resample)
+    image = _shrunk(image, _MAX_SQUARE)
     side = max(image.size)
     left, upper = (side - image.width) // 2, (side - image.height) // 2
     columns = Image.new("RGB", (size[0], side), colour)
@@ -203,3 +204,9 @@ def _resized_with_borders(
         rows.paste(band, (left, 0))
         columns.paste(rows.resize((size[0], band.height), resample), (0, upper + top))
     return columns.resize(size, resample)
+
+
+def _shrunk(image: Image.Image, max_side: int) -> Image.Image:
+    """The image if no side is longer than that, else every so many pixels of it averaged."""
+    factor = math.ceil(max(image.size) / max_side)
+    return image.reduce(factor) if factor > 1 else image
