@@ -76,16 +76,18 @@ def commit_checkpoint(output_dir: str | os.PathLike[str], name: str, record: dic
     partial, final = Path(output_dir) / PARTIAL_FOLDER, Path(output_dir) / name
     source = partial / name
     serial = 1 + max((manifest["serial"] for _, manifest in _readable(output_dir)), default=0)
-    files = {path.relative_to(source).as_posix(): _stamp(path) for path in sorted(source.rglob("*")) if path.is_file()}
+    files = {
+        path.relative_to(source).as_posix(): file_stamp(path) for path in sorted(source.rglob("*")) if path.is_file()
+    }
     manifest = {"version": 1, "serial": serial, **record, "files": files}
     (source / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    _sync(source / MANIFEST_FILE)
-    _sync(source)
+    sync(source / MANIFEST_FILE)
+    sync(source)
     if final.exists():  # of an earlier run that this one does not go on from
         (partial / "replaced").mkdir(exist_ok=True)
         final.rename(partial / "replaced" / name)
     source.rename(final)
-    _sync(Path(output_dir))
+    sync(Path(output_dir))
     shutil.rmtree(partial, ignore_errors=True)
     return final
 
@@ -93,7 +95,7 @@ def commit_checkpoint(output_dir: str | os.PathLike[str], name: str, record: dic
 def flush(output_dir: str | os.PathLike[str]) -> None:
     """Wait until what this machine has written of the new checkpoint is on the disk. For one process per machine."""
     for path in (Path(output_dir) / PARTIAL_FOLDER).rglob("*"):
-        _sync(path)
+        sync(path)
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
@@ -122,7 +124,7 @@ def damage(folder: str | os.PathLike[str]) -> str | None:
             return f"its {name} is missing"
         if path.stat().st_size != stamp["size"]:
             return f"its {name} has {path.stat().st_size} bytes instead of {stamp['size']}"
-        if _stamp(path) != stamp:
+        if file_stamp(path) != stamp:
             return f"the content of its {name} has changed since it was written"
     return None
 
@@ -183,6 +185,26 @@ def explains_write_errors(output_dir: str | os.PathLike[str], what: str) -> Iter
         ) from error
 
 
+def file_stamp(path: Path) -> dict[str, int]:
+    """Size and CRC-32 of a file, of a large one's ends only."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _WHOLE:
+            return {"size": size, "crc32": zlib.crc32(file.read())}
+        checksum = zlib.crc32(file.read(_BLOCK))
+        file.seek(-_BLOCK, os.SEEK_END)
+        return {"size": size, "crc32": zlib.crc32(file.read(_BLOCK), checksum)}
+
+
+def sync(path: Path) -> None:
+    """Write a file or folder through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _is_write_error(error: Exception) -> bool:
     if isinstance(error, (OSError, SafetensorError)):
         return True
@@ -201,23 +223,3 @@ def _folders(output_dir: str | os.PathLike[str]) -> list[Path]:
 def _readable(output_dir: str | os.PathLike[str]) -> list[tuple[Path, dict[str, Any]]]:
     manifests = ((path, read_manifest(path)) for path in _folders(output_dir))
     return [(path, manifest) for path, manifest in manifests if manifest is not None]
-
-
-def _stamp(path: Path) -> dict[str, int]:
-    """Size and CRC-32 of a file, of a large one's ends only."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= _WHOLE:
-            return {"size": size, "crc32": zlib.crc32(file.read())}
-        checksum = zlib.crc32(file.read(_BLOCK))
-        file.seek(-_BLOCK, os.SEEK_END)
-        return {"size": size, "crc32": zlib.crc32(file.read(_BLOCK), checksum)}
-
-
-def _sync(path: Path) -> None:
-    """Write a file or folder through to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

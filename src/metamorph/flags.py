@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 import textwrap
 from collections.abc import Iterator
@@ -76,14 +77,14 @@ def check_model_reference(name: str, flag: str, file: str = "config.json") -> No
         FileNotFoundError: if the folder, or the file in it, is missing.
     """
     folder = Path(name)
-    if folder.is_dir():
+    if os.path.isdir(name):
         if not (folder / file).is_file():
             raise FileNotFoundError(
                 f"{flag} {name} is a folder without {file}: give a folder written by save_pretrained"
             )
         return
     # `out/model` is a mistyped path rather than a Hub id when there is a local folder `out`.
-    is_path = HUB_ID.fullmatch(name) is None or (folder.parent != Path(".") and folder.parent.is_dir())
+    is_path = HUB_ID.fullmatch(name) is None or (folder.parent != Path(".") and os.path.isdir(folder.parent))
     if is_path or name.upper().startswith("PATH_TO"):
         raise FileNotFoundError(f"{flag} {name} does not exist: give an existing model folder or a Hub id (owner/name)")
 

@@ -177,7 +177,7 @@ def test_large_files_are_checked_at_their_ends(run_folder: Path, monkeypatch: py
     manifest = read_manifest(folder)
     assert manifest is not None
     file = folder / "optimizer.pt"
-    manifest["files"] = {"optimizer.pt": checkpoint_files._stamp(file)}
+    manifest["files"] = {"optimizer.pt": checkpoint_files.file_stamp(file)}
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     assert damage(folder) is None
     zero_the_end(file)

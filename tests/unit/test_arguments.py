@@ -112,6 +112,19 @@ def test_recipe_may_hold_the_required_flags(paths: dict[str, str], tmp_path: Pat
         ("model_max_length: [1, 2]", "takes one value"),
         ("- learning_rate", "one mapping"),
         ("a: [", "not valid YAML"),
+        ("a: !!bool x", "not valid YAML"),
+        ("a: !!timestamp x", "not valid YAML"),
+        ("a: 2026-99-99", "not valid YAML"),
+        ("a: 1" + ":1" * 1000, "a number has more than 1000 characters"),
+        ("[" * 20_000, "nested too deeply"),
+        ("#" * 300_000, "has more than 262144 bytes"),
+        ("&a [*a]", "aliases .* multiply each other"),
+        # Nine times nine times …: nine lines that stand for 387 million values.
+        (
+            "a0: &a0 x\n" + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)),
+            "aliases .* multiply each other",
+        ),
+        ("- &a {k: v}\n- &b {<<: [*a, *a]}\n- &c {<<: [*b, *b]}\n", "must hold one mapping"),
     ],
 )
 def test_bad_recipe(text: str, message: str, paths: dict[str, str], tmp_path: Path) -> None:

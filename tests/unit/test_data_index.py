@@ -146,6 +146,33 @@ def test_what_a_killed_process_left_is_no_index(path, cache):
     assert len(folders(cache)) == 1
 
 
+@pytest.mark.parametrize("damage", ["empty", "half", "zeros", "other values", "missing", "no list", "broken list"])
+def test_a_damaged_index_is_told_and_made_again(path, cache, caplog, damage):
+    expected = [record.value for record in open_source(path)]
+    (folder,) = folders(cache)
+    file = folder / ("index.json" if "list" in damage else "offsets.npy")
+    content = file.read_bytes()
+    if damage in ("missing", "no list"):
+        file.unlink()
+    elif damage == "other values":
+        np.save(file, np.array([0, 2**62], dtype=np.uint64))
+    else:
+        file.write_bytes({"empty": b"", "zeros": bytes(len(content))}.get(damage, content[: len(content) // 2]))
+    assert [record.value for record in open_source(path)] == expected
+    assert f"The index of {path} in {folder} is damaged: it is made again" in caplog.text
+    caplog.clear()
+    assert [record.value for record in open_source(path)] == expected
+    assert not caplog.text
+    assert folders(cache) == [folder]
+
+
+def test_bytes_outside_of_a_file_are_not_read(path):
+    index = index_files([path], "test", lambda: {"offsets": np.arange(3)})
+    for start, end in ((0, 2**62), (-1, 5), (5, 1)):
+        with pytest.raises(DataError, match=r"data.jsonl has no bytes .*its index is damaged; delete"):
+            index.read(start, end)
+
+
 def test_small_files_leave_nothing_behind(path, cache, monkeypatch):
     monkeypatch.setattr(index_module, "MIN_CACHED_BYTES", 16 * 2**20)
     assert len(open_source(path)) == 100

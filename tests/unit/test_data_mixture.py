@@ -224,8 +224,11 @@ def test_workers_read_what_this_process_reads(folder, processor):
         ("- path: text/chat.jsonl\n- path: nowhere.jsonl", r"source 2: path .*nowhere.jsonl does not exist"),
         ("- path: x-{0..3}.tar", r"source 1: .*x-0.tar and 3 more does not exist"),
         ("- {path: text/chat.jsonl, wieght: 2}", "source 1: unknown key 'wieght': did you mean 'weight'"),
-        ("- {path: text/chat.jsonl, weight: -1}", "source 1: weight must be a number above 0, not -1"),
-        ("- {path: text/chat.jsonl, weight: yes}", "weight must be a number above 0, not True"),
+        ("- {path: text/chat.jsonl, weight: -1}", "source 1: weight must be a number above 0 and at most 1000, not -1"),
+        ("- {path: text/chat.jsonl, weight: yes}", "weight must be a number above 0 .*, not True"),
+        ("- {path: text/chat.jsonl, weight: 1.0e+300}", "weight must be a number above 0 .*, not 1e\\+300"),
+        ("- {path: text/chat.jsonl, weight: .nan}", "weight must be a number above 0 .*, not nan"),
+        ("- path: x-{0..9999999999}.tar", r"source 1: .*the braces name more than"),
         ("- {path: text/chat.jsonl, max_samples: 1.5}", "max_samples must be a whole number above 0, not 1.5"),
         ("- {path: text/chat.jsonl, max_samples: 3, weight: 2}", "weight 2 and max_samples 3 exclude each other"),
         ("- {path: text/chat.jsonl, task: instructions}", "task 'instructions' is unknown.*'instruction'"),
@@ -241,6 +244,13 @@ def test_mistakes_in_a_mixture_name_file_and_entry(folder, text, message):
     path.write_text(text)
     with pytest.raises(DataError, match=f"{path}.*{message}"):
         read_specs(path)
+
+
+def test_an_epoch_cannot_become_too_long():
+    with pytest.raises(
+        DataError, match="source a: weight 1000 makes 10000000000 samples of 10000000 records; lower it"
+    ):
+        SourceSpec("a.jsonl", weight=1000).choose(10_000_000, 0)
 
 
 def test_names_of_sources_differ(folder):

@@ -2,11 +2,12 @@
 
 import gzip
 import json
+import os
 import pickle
 
 import pytest
 
-from metamorph.data import json_sources
+from metamorph.data import json_sources, records
 from metamorph.data.records import DataError, RecordError
 from metamorph.data.sources import JsonArraySource, JsonlSource, expand_pattern, open_source
 from processing_parts import llava, write_jsonl
@@ -106,11 +107,43 @@ def test_r12_arrays_are_scanned_in_chunks_of_any_size(tmp_path, monkeypatch, chu
 
 def test_a_record_that_never_ends_does_not_draw_the_file_into_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(json_sources, "CHUNK_BYTES", 64)
-    monkeypatch.setattr(json_sources, "MAX_ELEMENT_BYTES", 1024)
+    monkeypatch.setattr(json_sources, "MAX_RECORD_BYTES", 1024)
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1024)
     path = tmp_path / "data.json"
     path.write_text('[{"a": 1},\n {"b": "' + "never closed " * 1000)
     with pytest.raises(DataError, match=r"data.json:2:2: .*a record is longer than"):
         open_source(path)
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"a": 1}\n' + " " * 3000 + "\n" + json.dumps({"a": "x" * 1100}) + '\n{"a": 2}\n')
+    source = open_source(path)
+    assert (len(source), source[2].value) == (3, {"a": 2})
+    for index, line in ((0, 1), (1, 3)):  # blank lines count as the end of the record before them
+        with pytest.raises(RecordError, match=rf"data.jsonl:{line}: the record has \d+ bytes, more than 1024"):
+            source[index]
+
+
+def test_numbers_of_any_length_are_errors_of_their_record(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text('[{"id": ' + "9" * 5000 + '}, {"id": 7}]')
+    source = open_source(path)
+    assert source[1].value == {"id": 7}
+    with pytest.raises(RecordError, match=r"data.json\[0\]: the text cannot be read") as error:
+        source[0]
+    assert error.value.kind == "broken_line"
+
+
+def test_white_space_is_skipped_across_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_sources, "CHUNK_BYTES", 64)
+    path = tmp_path / "data.json"
+    path.write_text("[" + " \n" * 500 + "1," + "\t" * 64 + "2" + " " * 63 + "]")
+    assert values(JsonArraySource(path)) == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.tar"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=rf"{name} is not a regular file"):
+        open_source(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -172,3 +205,6 @@ def test_patterns_of_files(tmp_path):
         names("a-{09..12}.tar")
     with pytest.raises(DataError, match=r"z-\*.tar does not exist"):
         names("z-*.tar")
+    for pattern in ("a-{0..9999999999}.tar", "a-" + "{0..9}" * 40 + ".tar"):
+        with pytest.raises(DataError, match="the braces name more than 1000000 files; check their numbers"):
+            names(pattern)

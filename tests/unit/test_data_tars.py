@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from metamorph.data import index as index_module
+from metamorph.data import records
 from metamorph.data.dataset import ConversationDataset
 from metamorph.data.records import DataError, RecordError
 from metamorph.data.sources import TarSource, open_source
+from metamorph.data.tars import read_members
 from processing_parts import build_processor, golden_image, llava
 
 
@@ -159,6 +161,105 @@ def test_damaged_and_compressed_tars_are_refused(tmp_path, damage):
         open_source(path)
     with pytest.raises(DataError, match="the tars hold no files"):
         open_source(write_tar(tmp_path / "nothing.tar", {}))
+
+
+def header(name, size=0, kind=tarfile.REGTYPE, tar_format=tarfile.GNU_FORMAT):
+    """The header of a member; sizes that `tarfile` would not write take the form of large numbers."""
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    block = bytearray(member.tobuf(tar_format))
+    block[124:136] = (b"\x80" if size >= 0 else b"\xff") + size.to_bytes(11, "big", signed=True)
+    return with_checksum(block)
+
+
+def with_checksum(block):
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def attributes(**values):
+    """A pax header that gives the next member these attributes."""
+    content = b""
+    for name, value in values.items():
+        record = f" {name.replace('__', '.')}={value}\n".encode()
+        length = next(n for n in range(len(record), len(record) + 9) if len(str(n)) + len(record) == n)
+        content += str(length).encode() + record
+    return header("pax", len(content), tarfile.XHDTYPE) + content + bytes(-len(content) % 512)
+
+
+FIRST = header("a.txt", 3) + b"cat".ljust(512, b"\0")
+KINDS = {
+    "member": tarfile.REGTYPE,
+    "pax": tarfile.XHDTYPE,
+    "global": tarfile.XGLTYPE,
+    "name": tarfile.GNUTYPE_LONGNAME,
+    "link": tarfile.GNUTYPE_LONGLINK,
+    "sparse": tarfile.GNUTYPE_SPARSE,
+}
+
+
+@pytest.mark.parametrize("size", [-1, -512, -1024, -1536, -(2**80), 2**62, 2**80])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_that_cannot_be_are_refused(tmp_path, kind, size):
+    """A size below 0 leads `tarfile` in circles; a large one of a name or of attributes fills the memory."""
+    path = tmp_path / "x.tar"
+    path.write_bytes(FIRST + header("b.txt", size, KINDS[kind]) + FIRST + bytes(1024))
+    with pytest.raises(DataError, match=r"x.tar cannot be read as a tar \(the member 'b.txt' should have"):
+        open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        (attributes(size="-512"), "has the size b'-512'"),
+        (attributes(size="9" * 30), "should have 9+ bytes"),
+        (attributes(size="nan"), "has the size b'nan'"),
+        (header("pax", 20, tarfile.XHDTYPE) + b"0 a=b\n".ljust(512, b"1"), "attributes of a member are damaged"),
+        (header("pax", 20, tarfile.XHDTYPE) + b"99999999 a=b\n".ljust(512), "attributes of a member are damaged"),
+        (header("pax", 2000, tarfile.XHDTYPE) + b"9" * 2048, "attributes of a member are damaged"),
+        (header("p", 2**21, tarfile.XGLTYPE) + bytes(2**21), "more than 1048576 bytes of attributes"),
+        (2049 * header("p", 0, tarfile.XHDTYPE), "more than 1048576 bytes of attributes"),
+        (b"\xff" * 512, "bad checksum|invalid header"),
+        (header("x", 0, tarfile.GNUTYPE_SPARSE)[:482] + b"\1" * 30, "bad checksum"),
+    ],
+)
+def test_attributes_that_cannot_be_are_refused(tmp_path, before, message):
+    path = tmp_path / "x.tar"
+    path.write_bytes(FIRST + before + FIRST + bytes(1024))
+    with pytest.raises(DataError, match=rf"x.tar cannot be read as a tar \(.*({message})"):
+        open_source(path)
+
+
+def test_members_are_those_of_tarfile(tmp_path):
+    """On whole tars of every format, with long names, links, folders, attributes and holes."""
+    path = tmp_path / "x.tar"
+    sparse = bytearray(header("hole.txt", 512, tarfile.GNUTYPE_SPARSE))
+    sparse[482] = 1  # a block follows that tells more of its holes
+    sparse[483:495] = b"%011o\0" % 100
+    content = FIRST + with_checksum(sparse) + bytes(512) + bytes(512) + FIRST
+    content += attributes(path="ä" * 200 + ".txt", mtime="nan") + FIRST + header("g", 0, tarfile.XGLTYPE) + FIRST
+    for tar_format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        names = [f"{'d' * 90}/{n}.txt" for n in (0, 1, 511, 512, 513)]
+        names += [] if tar_format == tarfile.USTAR_FORMAT else [f"{'ö' * 90}/{n}.txt" for n in range(3)]
+        part = write_tar(tmp_path / "part.tar", {name: "x" * n for n, name in enumerate(names)}, tar_format)
+        with tarfile.open(part) as tar:
+            end = [member.offset_data + 512 for member in tar][-1]
+        content += part.read_bytes()[:end]
+    path.write_bytes(content + bytes(1024))
+    with tarfile.open(path) as tar:
+        expected = [(m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()]
+    assert [(m.name, m.offset_data, m.size) for m in read_members(path)] == expected
+    assert len(expected) > 20
+
+
+def test_text_members_have_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 100)
+    source = open_source(write_tar(tmp_path / "x.tar", {"a.txt": "x" * 101, "b.json": "[" * 101, "c.txt": "x" * 100}))
+    assert source[2].value["caption"] == "x" * 100
+    for index, name in ((0, "a.txt"), (1, "b.json")):
+        with pytest.raises(RecordError, match=rf"x.tar:. \({name}\): the record has 101 bytes, more than 100"):
+            source[index]
 
 
 def test_bad_samples_are_errors_of_their_record(tmp_path):

@@ -1,5 +1,7 @@
 """Videos: the right frame at the right time in the right colours, whatever the container, codec and frame rate."""
 
+import io
+import os
 import subprocess
 import sys
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metamorph.data.media import FolderStore, MediaError, load, load_all, probe
+from metamorph.data.media import FolderStore, MediaError, load, load_all, load_image, probe
 from metamorph.data.tasks import Box, ImageRef
 from metamorph.data.video import probe_video, read_frames
 from video_parts import av, colour, index_of, write_video
@@ -147,13 +149,38 @@ def test_damaged_frames_are_named_not_guessed(tmp_path):
     assert error.value.kind == "unreadable_video"
 
 
-def test_a_playlist_in_disguise_fetches_nothing(tmp_path):
-    (tmp_path / "list.mp4").write_text(
-        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n"
-    )
+PLAYLISTS = {
+    "list.mp4": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n",
+    "list.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{victim}\n#EXT-X-ENDLIST\n",
+    "concat.mp4": "ffconcat version 1.0\nfile {victim}\n",
+    "letter.txt": "Dear Sir,\n" * 20,  # FFmpeg draws it
+    "letter.ans": "Dear Sir,\n" * 20,
+}
+
+
+@pytest.mark.parametrize("name", PLAYLISTS)
+@pytest.mark.parametrize("is_open", [False, True])
+def test_what_only_names_or_describes_frames_is_no_video(tmp_path, monkeypatch, name, is_open):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "victim.ts", TENTHS)
+    text = PLAYLISTS[name].format(victim="victim.ts")
+    (tmp_path / name).write_text(text)
     with pytest.raises(MediaError, match="cannot be read as a video") as error:
-        probe_video(tmp_path / "list.mp4")
+        probe_video(io.BytesIO(text.encode()) if is_open else tmp_path / name, name=name)
     assert error.value.kind == "unreadable_video"
+
+
+def test_codecs_that_are_not_listed_are_refused(tmp_path):
+    path = write_video(tmp_path / "a.avi", TENTHS, codec="cinepak", pix_fmt="rgb24")
+    with pytest.raises(MediaError, match="has no video stream that can be decoded"):
+        probe_video(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    for name, read in (("a.mp4", probe_video), ("a.png", load_image)):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(MediaError, match=rf"{name} cannot be read as .* \(it is not a regular file\)"):
+            read(tmp_path / name)
 
 
 def test_pictures_of_a_conversation_come_in_order(tmp_path):
@@ -173,6 +200,26 @@ def test_large_frames_are_refused(tmp_path):
     with pytest.raises(MediaError, match="64x48 pixels, more than the limit of 3000") as error:
         probe_video(path, max_pixels=3000)
     assert error.value.kind == "image_too_large"
+
+
+@pytest.mark.parametrize("suffix", ["avi", "mkv"])
+def test_the_limit_of_pixels_holds_for_every_frame(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for number, size in enumerate([(64, 48), (64, 48), (640, 480)]):
+            content = io.BytesIO()
+            Image.new("RGB", size, colour(number)).save(content, "JPEG")
+            packet = av.Packet(content.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.is_keyframe = stream, number, number, True
+            container.mux(packet)
+    times = probe_video(path, max_pixels=5000).times
+    assert [image.size for image in read_frames(path, times)] == [(64, 48), (64, 48), (640, 480)]
+    assert len(read_frames(path, times[:1], max_pixels=5000)) == 1
+    with pytest.raises(MediaError, match="or a frame has more than 5000 pixels") as error:
+        read_frames(path, times, max_pixels=5000)
+    assert error.value.kind == "unreadable_video"
 
 
 def test_r29_pyav_is_needed_for_videos_only():

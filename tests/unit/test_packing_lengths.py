@@ -127,15 +127,16 @@ def test_what_could_not_be_measured_is_tried_again(folder: Path, monkeypatch: py
     assert measured() == [now]  # kept
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 20, 135])
 def test_a_broken_cache_is_made_anew(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kept_bytes: int, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lengths_module, "_WORTH_KEEPING", 1)
     cache = folder / "cache"
     dataset = dataset_of(folder)
     expected = measure(dataset, cache_dir=cache)
     (kept,) = cache.iterdir()
-    kept.write_bytes(kept.read_bytes()[:20])
+    kept.write_bytes(kept.read_bytes()[:kept_bytes])
     assert np.array_equal(measure(dataset, cache_dir=cache).tokens, expected.tokens)
     assert "measuring lengths anew" in caplog.text
     assert np.array_equal(measure(dataset, cache_dir=cache).tokens, expected.tokens)

@@ -1,11 +1,14 @@
 """Pictures of any mode and shape become the exact square of the tower, with every image processor."""
 
+import resource
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import BitImageProcessor, CLIPImageProcessor, Siglip2ImageProcessor, SiglipImageProcessor
 
+from metamorph.models import image_processing
 from metamorph.models.image_processing import load_image_processor, preprocess_images, square_image_processor, to_rgb
 from processing_parts import golden_image
 
@@ -67,6 +70,32 @@ def test_pad_keeps_the_proportions():
     assert (preprocess_images([image], processor) == -1).all()
 
 
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.NEAREST])
+@pytest.mark.parametrize("size", [(64, 32), (32, 64), (50, 50), (3, 700), (700, 3), (1, 1), (333, 250)])
+def test_pad_is_bit_for_bit_a_padded_square_resized(size, resample, monkeypatch):
+    monkeypatch.setattr(image_processing, "_BAND_PIXELS", 5000)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    kind = SiglipImageProcessor(resample=resample, image_mean=[0.2, 0.5, 0.7])
+    processor = square_image_processor(kind, image_size=56)
+    square = Image.new("RGB", (max(size),) * 2, (51, 128, 178))
+    square.paste(image, ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2))
+    expected = preprocess_images([square], processor)
+    assert torch.equal(preprocess_images([image], processor, aspect_ratio="pad"), expected)
+
+
+@pytest.mark.parametrize("size", [(60_000, 40), (40, 60_000), (5_000_000, 1)])
+@pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
+def test_long_images_cost_the_memory_of_the_result(size, aspect_ratio):
+    """As a square, 60,000 pixels would take 14 GB; the weights of 5 million pixels 160 MB."""
+    processor = square_image_processor(SiglipImageProcessor(), image_size=32)
+    image = Image.new("RGB", size, "white")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pixels = preprocess_images([image], processor, aspect_ratio)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000  # KiB
+    if aspect_ratio == "square":
+        assert (pixels == 1).all()
+
+
 def test_a_saved_image_processor_is_loaded(tmp_path):
     CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 40, "width": 40}).save_pretrained(tmp_path)
     loaded = square_image_processor(load_image_processor(str(tmp_path)))
@@ -95,6 +124,23 @@ def test_deep_greys_are_scaled_and_not_clipped(values, expected):
     rgb = np.asarray(to_rgb(Image.fromarray(values)))
     assert rgb[0, :, 0].tolist() == expected
     assert (rgb == rgb[..., :1]).all()
+
+
+@pytest.mark.parametrize("kind", ["I;16", "I", "F", "RGBA", "LA", "P", "RGB"])
+def test_bands_of_rows_are_converted_as_the_whole(kind, monkeypatch):
+    numbers = np.random.default_rng(0).integers(0, 256, (37, 53, 4), dtype=np.uint8)
+    if kind in ("I;16", "I", "F"):
+        dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[kind]
+        image = Image.fromarray((numbers[..., 0].astype(np.int64) * 257).astype(dtype))
+    elif kind in ("RGBA", "LA"):
+        image = Image.fromarray(numbers).convert(kind)
+    else:
+        image = Image.fromarray(numbers[..., :3].copy())
+        image = image.quantize(16) if kind == "P" else image
+        image.info["transparency"] = bytes([0, 100, 255]) if kind == "P" else image.getpixel((3, 3))
+    whole = np.asarray(to_rgb(image))
+    monkeypatch.setattr(image_processing, "_BAND_PIXELS", 100)
+    assert np.array_equal(np.asarray(to_rgb(image)), whole)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

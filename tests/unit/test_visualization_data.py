@@ -107,17 +107,23 @@ def test_records_of_every_form(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('"a.png"\n{broken', "line 2 is not JSON"),
-        ("[1, 2", "not a JSON array"),
+        ('"a.png"\n{broken', "list.json:2: the text is not valid JSON"),
+        ("[1, 2", "not a valid JSON array"),
+        ("[" * 100_000, "nested too deeply"),
+        ('["\\ud800.png"]', "record 1: .* is not the path of a file"),
+        ('["../outside.png"]', "record 1: the path '../outside.png' leaves"),
+        ('["a/../../outside.tar"]', "record 1: the path .* leaves"),
         ('{"image": 3}', "record 1: 3 is not the path"),
         ('{"text": "none"}', "lists no picture"),
     ],
 )
 def test_wrong_lists_name_file_and_record(text, message, tmp_path):
-    random_images(1)[0].save(tmp_path / "a.png")
-    (tmp_path / "list.json").write_text(text)
+    (tmp_path / "lists").mkdir()
+    for place in ("lists/a.png", "outside.png"):
+        random_images(1)[0].save(tmp_path / place)
+    (tmp_path / "lists" / "list.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        open_pictures([tmp_path / "list.json"])
+        open_pictures([tmp_path / "lists" / "list.json"])
 
 
 def test_missing_and_broken_pictures_are_named(tmp_path):

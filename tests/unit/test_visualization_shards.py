@@ -90,14 +90,17 @@ def test_damage_is_reported_by_shard(tmp_path, caplog):
         source.load(1)
 
 
-@pytest.mark.parametrize("keep", [512, 1024, 1100, 1536])
-def test_shards_cut_at_any_place_are_noticed(keep, tmp_path):
+@pytest.mark.parametrize(
+    ("keep", "state"),
+    [(512, UNREADABLE), (514, UNREADABLE), (1024, CUT_OFF), (1100, CUT_OFF), (1536, CUT_OFF)],
+)
+def test_shards_cut_at_any_place_are_noticed(keep, state, tmp_path):
     """Also between two members, where Python's tarfile takes the missing header for the end."""
     path = write_shard(tmp_path / "a.tar", {"0.txt": b"text", "1.txt": b"text"})
     with path.open("r+b") as file:
         file.truncate(keep)
     write_shard(tmp_path / "b.tar", {"0.png": random_images(1)[0]})
-    assert open_pictures(image_folder=tmp_path).shards[0].state == CUT_OFF
+    assert open_pictures(image_folder=tmp_path).shards[0].state == state
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp", "JPG"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
@@ -17,6 +18,8 @@ MAX_IMAGE_PIXELS = 89_478_485
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """What is read. Pillow knows more, some of which it hands to other programs (EPS to Ghostscript): not for data from
 strangers."""
+_MAX_PATH = 4096
+"""Bytes of the longest path that Linux opens."""
 BOX_COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan")
 """Colours of drawn boxes, in their order."""
 
@@ -47,6 +50,8 @@ def load_image(
         MediaError: If there is no such file, it is no image in one of `FORMATS`, or it has more than `max_pixels`.
     """
     name = str(file) if name is None else name
+    if isinstance(file, (str, os.PathLike)):
+        check_regular(file, "unreadable_image", f"{name} cannot be read as an image")
     try:
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
@@ -71,6 +76,41 @@ def load_image(
         raise MediaError("unreadable_image", f"{name} cannot be read as an image ({reason}); replace it") from error
 
 
+def resolve_image_path(path: str, image_folder: str | os.PathLike[str]) -> Path:
+    """Join a path from a record to the image folder, which relative paths may not leave.
+
+    Raises:
+        MediaError: If a relative path leaves the folder, or it is the content of a file instead of its path.
+    """
+    if path.startswith("data:") or len(path) > _MAX_PATH or not _is_path(path):
+        raise MediaError(
+            "missing_image",
+            f"{path[:40]!r}… ({len(path)} characters) is not the path of a file; content cannot stand in a record: "
+            "save it as a file and name that",
+        )
+    if os.path.isabs(path):
+        return Path(path)
+    normal = os.path.normpath(path)
+    if normal == os.pardir or normal.startswith(os.pardir + os.sep):
+        raise MediaError("outside_folder", f"the path {path!r} leaves --image_folder {image_folder}; remove the '..'")
+    return Path(image_folder) / normal
+
+
+def check_regular(path: str | os.PathLike[str], kind: str, problem: str) -> None:
+    """Refuse folders, pipes and devices before they are opened, which may wait for ever.
+
+    Args:
+        path: Path of a file; it need not exist.
+        kind: Kind of the error.
+        problem: Begin of its message.
+
+    Raises:
+        MediaError: If there is something else than a file.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise MediaError(kind, f"{problem} (it is not a regular file); replace it")
+
+
 def draw_box(image: Image.Image, box: tuple[int, int, int, int], name: str, colour: str) -> None:
     """Draw a frame and its name into an image.
 
@@ -92,6 +132,14 @@ def draw_box(image: Image.Image, box: tuple[int, int, int, int], name: str, colo
         place = (left, top - height if top >= height else top + width)
         draw.rectangle(draw.textbbox(place, name, font=font), fill=colour)
         draw.text(place, name, fill="black" if colour in ("lime", "yellow", "cyan") else "white", font=font)
+
+
+def _is_path(text: str) -> bool:
+    """Whether a file may have that name: no NUL, and no half character, which cannot be encoded."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 _DECODING_ERRORS = (

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+from metamorph.checkpoint_files import file_stamp, sync
 from metamorph.data.records import DataError
 
 
@@ -25,8 +27,10 @@ CACHE_VARIABLE = "METAMORPH_CACHE"
 """Environment variable that names the cache folder."""
 MIN_CACHED_BYTES = 16 * 2**20
 """Smaller sources are indexed at every start: that takes less than a tenth of a second."""
-_VERSION = 1
-"""To be raised when the arrays of an index change their meaning."""
+_VERSION = 2
+"""To be raised when the arrays of an index change their meaning, or the way they are saved."""
+_ABOUT = "index.json"
+"""Name of the file that says what an index is of, and what its arrays must be."""
 _MAX_OPEN_FILES = 64
 
 
@@ -58,8 +62,11 @@ class FileStamp:
 
         Raises:
             FileNotFoundError: If there is no such file.
+            DataError: If it is no regular file. A pipe could be read only once, and opening it may wait for ever.
         """
         status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{path} is not a regular file, so it cannot be read at any place; copy it to a file")
         return cls(os.path.abspath(path), status.st_size, status.st_mtime_ns)
 
 
@@ -99,8 +106,12 @@ class Index:
             file: Number of the file.
 
         Raises:
-            DataError: If the file has changed since it was indexed.
+            DataError: If the file has changed since it was indexed, or has no such bytes.
         """
+        if not 0 <= start <= end <= self.stamps[file].size:
+            raise DataError(
+                f"{self.stamps[file].path} has no bytes {start} to {end}: its index is damaged; delete {cache_folder()}"
+            )
         return os.pread(self._descriptor(file), end - start, start)
 
     def _descriptor(self, file: int) -> int:
@@ -135,8 +146,8 @@ def index_files(files: Sequence[Path], kind: str, build: Callable[[], dict[str, 
     """Open the saved index of files, or make and save it.
 
     Several processes may ask at once, as the ranks of a run do: the first makes it, the others wait. If the files
-    have changed since it was saved (in size or time of change), it is made anew. Where the cache folder cannot be
-    written to, each process keeps an index of its own.
+    have changed since it was saved (in size or time of change), or the saved index is damaged, it is made again. Where
+    the cache folder cannot be written to, each process keeps an index of its own.
 
     Args:
         files: The files.
@@ -147,7 +158,7 @@ def index_files(files: Sequence[Path], kind: str, build: Callable[[], dict[str, 
         The index; its arrays are memory-mapped if it is saved.
 
     Raises:
-        DataError: If a file changes meanwhile.
+        DataError: If a file is no regular one, or changes meanwhile.
         FileNotFoundError: If a file does not exist.
     """
     stamps = [FileStamp.of(file) for file in files]
@@ -156,7 +167,7 @@ def index_files(files: Sequence[Path], kind: str, build: Callable[[], dict[str, 
     of_files = f"{kind}-{_digest(str(_VERSION), *(stamp.path for stamp in stamps))}"
     of_state = _digest(*(f"{stamp.size}\0{stamp.mtime_ns}" for stamp in stamps))
     folder = cache_folder() / "index" / f"{of_files}-{of_state}"
-    if not folder.is_dir():
+    if not _is_whole(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = _wait_for(folder.parent / f"{of_files}.lock", files[0])
@@ -164,7 +175,10 @@ def index_files(files: Sequence[Path], kind: str, build: Callable[[], dict[str, 
             _warn_unsaved(files[0], folder.parent, error)
             return Index(stamps, build())
         with lock:
-            if not folder.is_dir():  # else another process has made it meanwhile
+            if not _is_whole(folder):  # else another process has made it meanwhile
+                if folder.is_dir():
+                    logger.warning("The index of %s in %s is damaged: it is made again", files[0], folder)
+                    shutil.rmtree(folder, ignore_errors=True)
                 arrays = _build(stamps, build)
                 if not _save(folder, folder.parent / f".new-{of_files}", stamps, arrays):
                     return Index(stamps, arrays)
@@ -198,14 +212,26 @@ def _save(folder: Path, temporary: Path, stamps: Sequence[FileStamp], arrays: Ma
         temporary.mkdir()
         for name, values in arrays.items():
             np.save(temporary / f"{name}.npy", values, allow_pickle=False)
-        about = {"files": [asdict(stamp) for stamp in stamps]}
-        (temporary / "index.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+        written = {f"{name}.npy": file_stamp(temporary / f"{name}.npy") for name in arrays}
+        about = {"files": [asdict(stamp) for stamp in stamps], "arrays": written}
+        (temporary / _ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):  # or a crash could leave the folder without its content
+            sync(path)
         temporary.rename(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         _warn_unsaved(Path(stamps[0].path), folder.parent, error)
         return False
     return True
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether an index is saved in a folder, with its arrays as they were written."""
+    try:
+        written = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))["arrays"]
+        return all(file_stamp(folder / name) == stamp for name, stamp in written.items())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
 
 
 def _warn_unsaved(file: Path, folder: Path, error: Exception) -> None:

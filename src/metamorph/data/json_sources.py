@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +13,20 @@ import numpy as np
 from tqdm import tqdm
 
 from metamorph.data.index import index_files
-from metamorph.data.records import BYTE_ORDER_MARK, DataError, RawRecord, parse_json
+from metamorph.data.records import (
+    BYTE_ORDER_MARK,
+    MAX_RECORD_BYTES,
+    DataError,
+    RawRecord,
+    check_length,
+    parse_json,
+)
 
 
 CHUNK_BYTES = 8 * 2**20
 """Bytes read at a time while a file is scanned."""
-MAX_ELEMENT_BYTES = 256 * 2**20
-"""Longest element of an array. An unclosed quotation mark would otherwise draw the whole file into memory."""
 _SPACE = b" \t\r\n"
+_NO_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 class JsonlSource:
@@ -47,6 +54,7 @@ class JsonlSource:
         start, end = self.index["offsets"][index : index + 2].tolist()
         number = int(self.index["lines"][index]) if "lines" in self.index else index + 1
         where = f"{self.path}:{number}"
+        check_length(end - start, where)
         return RawRecord(where, parse_json(self.index.read(start, end).rstrip(_SPACE), where))
 
 
@@ -77,6 +85,7 @@ class JsonArraySource:
             raise IndexError(f"{self.path} has no record {index}: it holds {len(self)}")
         start, end = self.index["spans"][index + 1].tolist()
         where = f"{self.path}[{index}]"
+        check_length(end - start, where)
         return RawRecord(where, parse_json(self.index.read(start, end), where))
 
 
@@ -135,7 +144,9 @@ def _blank_lines(path: Path, offsets: np.ndarray, suspects: np.ndarray) -> np.nd
         for number in numbers.tolist():
             start, end = offsets[number : number + 2].tolist()
             file.seek(start)
-            if not file.read(end - start).strip(_SPACE):
+            while start < end and not file.read(min(end - start, CHUNK_BYTES)).strip(_SPACE):
+                start += CHUNK_BYTES
+            if start >= end:
                 blank.append(number)
     return np.array(blank, dtype=np.int64)
 
@@ -194,7 +205,7 @@ class _Window:
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
         self._file = descriptor
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(parse_int=str)  # any number of digits: they are parsed with the record
         self._start = 0
         self._text = ""
 
@@ -206,8 +217,11 @@ class _Window:
 
     def skip_space(self, position: int) -> int:
         """The next position that is not white space."""
-        while (character := self.at(position)) and character in " \t\r\n":
-            position += 1
+        while self.at(position):
+            found = _NO_SPACE.search(self._text, position - self._start)
+            if found:
+                return self._start + found.start()
+            position = self._start + len(self._text)
         return position
 
     def end_of_value(self, position: int) -> int:
@@ -229,8 +243,8 @@ class _Window:
                 if fault:
                     raise self.error(fault, where)
                 return where
-            if size >= MAX_ELEMENT_BYTES:
-                raise self.error(f"a record is longer than {MAX_ELEMENT_BYTES >> 20} MiB", position)
+            if len(self._text) - (position - self._start) >= MAX_RECORD_BYTES:
+                raise self.error(f"a record is longer than {MAX_RECORD_BYTES >> 20} MiB", position)
             self._move(position, size)
             size *= 2
 

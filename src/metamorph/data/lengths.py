@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from metamorph.checkpoint_files import sync
 from metamorph.data.records import RecordError
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.preemption import ignore_signals
@@ -146,7 +147,7 @@ def _load(path: Path | None, num_samples: int) -> np.ndarray | None:
         return None
     try:
         sizes = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         logger.warning("%s cannot be read (%s): measuring lengths anew", path, error)
         return None
     if sizes.shape != (4, num_samples) or sizes.dtype != np.int32:
@@ -162,6 +163,7 @@ def _save(path: Path, sizes: np.ndarray) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             np.save(file, sizes, allow_pickle=False)
+        sync(temporary)
         temporary.replace(path)  # at once: another process never sees half a file
     except OSError as error:  # a folder that cannot be written to costs time, not the run
         with suppress(OSError):

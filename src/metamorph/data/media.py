@@ -10,16 +10,19 @@ from typing import BinaryIO, Protocol
 
 from PIL import Image
 
-from metamorph.data.images import BOX_COLOURS, MAX_IMAGE_PIXELS, MediaError, draw_box, load_image
+from metamorph.data.images import (
+    BOX_COLOURS,
+    MAX_IMAGE_PIXELS,
+    MediaError,
+    draw_box,
+    load_image,
+    resolve_image_path,
+)
 from metamorph.data.tasks.base import Box, ImageRef
 from metamorph.data.video import VideoInfo, probe_video, read_frames
 
 
 __all__ = ["MAX_IMAGE_PIXELS", "FolderStore", "MediaError", "MediaStore", "load", "load_all", "load_image", "probe"]
-
-
-_MAX_PATH = 4096
-"""Bytes of the longest path that Linux opens."""
 
 
 class MediaStore(Protocol):
@@ -67,26 +70,6 @@ class FolderStore:
             return self.open(path).is_file()
         except OSError:  # a name that is too long, or a folder that may not be searched
             return False
-
-
-def resolve_image_path(path: str, image_folder: str | os.PathLike[str]) -> Path:
-    """Join a path from a record to the image folder, as [`FolderStore`] does.
-
-    Raises:
-        MediaError: If a relative path leaves the folder, or it is the content of a file instead of its path.
-    """
-    if path.startswith("data:") or len(path) > _MAX_PATH or "\0" in path:
-        raise MediaError(
-            "missing_image",
-            f"{path[:40]!r}… ({len(path)} characters) is not the path of a file; content cannot stand in a record: "
-            "save it as a file and name that",
-        )
-    if os.path.isabs(path):
-        return Path(path)
-    normal = os.path.normpath(path)
-    if normal == os.pardir or normal.startswith(os.pardir + os.sep):
-        raise MediaError("outside_folder", f"the path {path!r} leaves --image_folder {image_folder}; remove the '..'")
-    return Path(image_folder) / normal
 
 
 def load(ref: ImageRef, store: MediaStore) -> Image.Image:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import zlib
 from collections.abc import Mapping
@@ -12,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from metamorph.data.records import DataError
 from metamorph.data.sources import ALLOWED, expand_pattern, is_tar_pattern
 from metamorph.data.tasks import get_task, parse_options
+from metamorph.yaml_files import read_yaml
+
+
+MAX_WEIGHT = 1000
+"""Highest `weight` of a source."""
+MAX_SAMPLES = 2**31
+"""Most samples of a source in an epoch: their numbers alone take 16 GiB."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,9 @@ class SourceSpec:
             raise ValueError("path is required: the file of the records")
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options must be a mapping of names to values, not {self.options!r}")
-        if not isinstance(self.weight, (int, float)) or isinstance(self.weight, bool) or not 0 < self.weight < math.inf:
-            raise ValueError(f"weight must be a number above 0, not {self.weight!r}")
+        is_number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
+        if not is_number or not 0 < self.weight <= MAX_WEIGHT:
+            raise ValueError(f"weight must be a number above 0 and at most {MAX_WEIGHT}, not {self.weight!r}")
         if self.max_samples is not None:
             if not isinstance(self.max_samples, int) or isinstance(self.max_samples, bool) or self.max_samples < 1:
                 raise ValueError(f"max_samples must be a whole number above 0, not {self.max_samples!r}")
@@ -69,13 +75,20 @@ class SourceSpec:
 
         Returns:
             int64 `[samples]` record numbers, or None for every record once.
+
+        Raises:
+            DataError: If these are more than `MAX_SAMPLES`.
         """
         wanted = round(self.weight * num_records) if self.max_samples is None else min(self.max_samples, num_records)
         wanted = max(wanted, 1)
         if wanted == num_records:
             return None
+        if wanted > MAX_SAMPLES:
+            raise DataError(
+                f"source {self.name}: weight {self.weight:g} makes {wanted} samples of {num_records} records; lower it"
+            )
         copies, rest = divmod(wanted, num_records)
-        rng = np.random.default_rng([seed, zlib.crc32(self.name.encode())])
+        rng = np.random.default_rng([seed, zlib.crc32(self.name.encode(errors="surrogatepass"))])
         chosen = np.sort(rng.choice(num_records, size=rest, replace=False)).astype(np.int64)
         return np.concatenate([np.tile(np.arange(num_records), copies), chosen])
 
@@ -102,9 +115,9 @@ def read_specs(path: str | os.PathLike[str]) -> list[SourceSpec]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--data_path {path} does not exist: give {ALLOWED}")
     try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not valid YAML: {error}") from error
+        entries = read_yaml(Path(path))
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read as a mixture: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path} must hold a list of sources, each with path: and task:, not {entries!r:.80}")
     specs: list[SourceSpec] = []

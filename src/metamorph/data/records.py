@@ -22,6 +22,10 @@ ROLE_OF_SPEAKER = {
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """What some programs write before UTF-8 text."""
 
+MAX_RECORD_BYTES = 32 * 2**20
+"""Longest text of a record: parsed, it takes up to twenty times as much memory. What is longer lacks an end of line or
+a quotation mark, or holds what belongs into files."""
+
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp")
 """How the names of video files end."""
 
@@ -128,6 +132,25 @@ class Record:
     def error(self, kind: str, detail: str) -> RecordError:
         """Make an error of this record, see [`RecordError.at`]."""
         return RecordError.at(self.where, kind, detail, self.id)
+
+
+def check_length(num_bytes: int, where: str) -> None:
+    """Refuse a record that is too long, before it is read.
+
+    Args:
+        num_bytes: Length of its text.
+        where: File and line (or index) of the record.
+
+    Raises:
+        RecordError: Of kind `broken_line`.
+    """
+    if num_bytes > MAX_RECORD_BYTES:
+        raise RecordError.at(
+            where,
+            "broken_line",
+            f"the record has {num_bytes} bytes, more than {MAX_RECORD_BYTES}; is the end of a line or a quotation mark "
+            "missing? Long content belongs into files of its own",
+        )
 
 
 def parse_json(text: bytes, where: str) -> Any:

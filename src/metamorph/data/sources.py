@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +21,9 @@ __all__ = ["JsonArraySource", "JsonlSource", "Source", "TarSource", "expand_patt
 ALLOWED = "a .json or .jsonl file of records, tars (shard-{000..099}.tar), or a mixture (.yaml)"
 """What `--data_path` takes, for messages."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
+MAX_FILES = 1_000_000
+"""Most files that the braces of a pattern may name."""
 
 
 class Source(Protocol):
@@ -44,11 +47,12 @@ class Source(Protocol):
         """
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
+def open_source(path: str | os.PathLike[str], flag: str = "--data_path") -> Source:
     """Open records; whether a file is a JSON array or JSON Lines shows in its first character.
 
     Args:
         path: A `.json` or `.jsonl` file, or tars: one, or a pattern as `shard-{000..099}.tar` or `shard-*.tar`.
+        flag: What messages call it.
 
     Raises:
         DataError: If there is no such file, it holds no records, or an array or a tar cannot be read.
@@ -57,16 +61,16 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         return TarSource(expand_pattern(path))
     path = Path(path)
     if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"--data_path {path} {found}; give {ALLOWED}")
+        found = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
+        raise DataError(f"{flag} {path} {found}; give {ALLOWED}")
     with path.open("rb") as file:
         start = file.read(4096)
     if b"\0" in start:
-        raise DataError(f"--data_path {path} is not UTF-8 text (compressed, perhaps?); give {ALLOWED}")
+        raise DataError(f"{flag} {path} is not UTF-8 text (compressed, perhaps?); give {ALLOWED}")
     is_array = start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
     source: Source = JsonArraySource(path) if is_array else JsonlSource(path)
     if len(source) == 0:
-        raise DataError(f"--data_path {path} holds no records")
+        raise DataError(f"{flag} {path} holds no records")
     return source
 
 
@@ -83,7 +87,7 @@ def expand_pattern(pattern: str | os.PathLike[str]) -> list[Path]:
             name is the pattern itself comes before all that.
 
     Raises:
-        DataError: If a file that the braces name is missing, or nothing matches.
+        DataError: If a file that the braces name is missing, nothing matches, or they name more than `MAX_FILES`.
     """
     pattern = os.path.expanduser(pattern)
     if os.path.exists(pattern):
@@ -102,13 +106,24 @@ def expand_pattern(pattern: str | os.PathLike[str]) -> list[Path]:
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:
-    """All names of a pattern whose braces are not nested; the leftmost braces change slowest."""
+    """All names of a pattern whose braces are not nested; the leftmost braces change slowest.
+
+    Raises:
+        DataError: If they are more than `MAX_FILES`.
+    """
     pieces = _BRACES.split(pattern)  # texts and, between them, insides of braces
-    choices = [_choices(piece) if number % 2 else [piece] for number, piece in enumerate(pieces)]
+    choices: list[Sequence[str]] = []
+    for number, piece in enumerate(pieces):
+        choices.append(_choices(piece) if number % 2 else [piece])
+        if math.prod(map(len, choices)) > MAX_FILES:
+            raise DataError(
+                f"--data_path {pattern}: the braces name more than {MAX_FILES} files; check their numbers, or split "
+                "the pattern into several sources of a mixture"
+            )
     return map("".join, product(*choices))
 
 
-def _choices(inside: str) -> list[str]:
+def _choices(inside: str) -> Sequence[str]:
     bounds = _RANGE.fullmatch(inside)
     if bounds is None:
         return inside.split(",")
@@ -116,4 +131,4 @@ def _choices(inside: str) -> list[str]:
     is_padded = any(text.lstrip("-").startswith("0") and len(text.lstrip("-")) > 1 for text in (first, last))
     width = max(len(first), len(last)) if is_padded else 0
     step = 1 if int(last) >= int(first) else -1
-    return [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
+    return [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)[: MAX_FILES + 1]]

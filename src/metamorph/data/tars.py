@@ -15,13 +15,23 @@ import numpy as np
 from tqdm import tqdm
 
 from metamorph.data.index import Index, index_files
-from metamorph.data.records import DataError, RawRecord, RecordError, is_video, parse_json
+from metamorph.data.records import DataError, RawRecord, RecordError, check_length, is_video, parse_json
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """How the names of images in tars end."""
 
+MAX_ATTRIBUTE_BYTES = 2**20
+"""Most bytes that may stand before one member to give it a long name and the like."""
+
 _BLOCK = tarfile.BLOCKSIZE
+_ATTRIBUTE_TYPES = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 
 
 class TarSource:
@@ -125,6 +135,11 @@ class TarSample:
         start, end = self._spans[name]
         return self._index.read(start, end, self._file)
 
+    def size(self, name: str) -> int:
+        """Bytes of the member of exactly that name."""
+        start, end = self._spans[name]
+        return end - start
+
     def _find(self, path: str) -> str | None:
         if path in self._spans:
             return path
@@ -204,15 +219,11 @@ def read_members(path: Path) -> Iterator[tarfile.TarInfo]:
         DataError: Behind the members that could be found, if the tar is missing, damaged, cut off or compressed.
     """
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it would keep all it has seen
+        with path.open("rb", buffering=0) as file:
+            for member in _headers(file.fileno()):
                 hidden = member.name.rpartition("/")[2].startswith(".")
                 if member.isreg() and not member.issparse() and not hidden:
                     yield member
-            # tarfile takes a broken or missing header for the end of the tar; a whole one ends with zeros.
-            if os.pread(file.fileno(), _BLOCK, tar.offset) != bytes(_BLOCK):
-                raise tarfile.ReadError(f"no further member and no end at byte {tar.offset}")
     except FileNotFoundError:
         raise DataError(f"--data_path {path} does not exist; check the names and the numbers in braces") from None
     except (tarfile.TarError, OSError) as error:
@@ -222,13 +233,99 @@ def read_members(path: Path) -> Iterator[tarfile.TarInfo]:
         ) from error
 
 
+def _headers(file: int) -> Iterator[tarfile.TarInfo]:
+    """The headers of all members, whose content is known to lie in the file.
+
+    `tarfile` reads single headers here, and does not walk through the file: it trusts sizes. One that is negative
+    leads it in circles, and a large one of a name fills the memory.
+    """
+    file_size = os.fstat(file).st_size
+    offset = attributes_start = 0
+    attributes: dict[bytes, bytes] = {}
+    while (block := os.pread(file, _BLOCK, offset)) != bytes(_BLOCK):
+        if not block:
+            raise tarfile.ReadError(f"no further member and no end at byte {offset}")
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        offset += _BLOCK
+        is_attribute = member.type in _ATTRIBUTE_TYPES
+        if member.type == tarfile.GNUTYPE_SPARSE:
+            offset = _end_of_sparse_map(file, block, offset)
+            member.sparse = ()  # type: ignore[attr-defined]  # what `issparse` looks at
+        if not is_attribute:
+            _apply(attributes, member)
+        member.offset_data = offset
+        if is_attribute or member.isreg() or member.type not in tarfile.SUPPORTED_TYPES:
+            if not 0 <= member.size <= file_size - offset:
+                raise tarfile.ReadError(
+                    f"the member {member.name!r:.100} should have {member.size} bytes, but {file_size - offset} "
+                    f"follow at byte {offset}"
+                )
+            offset += -(-member.size // _BLOCK) * _BLOCK
+        if is_attribute:
+            if offset - attributes_start > MAX_ATTRIBUTE_BYTES:
+                raise tarfile.ReadError(f"more than {MAX_ATTRIBUTE_BYTES} bytes of attributes at byte {offset}")
+            attributes |= _parse_attributes(member.type, os.pread(file, member.size, member.offset_data))
+        else:
+            attributes, attributes_start = {}, offset
+            yield member
+
+
+def _end_of_sparse_map(file: int, header: bytes, offset: int) -> int:
+    """Where the content of a sparse file of GNU tar begins: behind further blocks that say where its holes are."""
+    is_extended = header[482]
+    while is_extended:
+        block = os.pread(file, _BLOCK, offset)
+        if len(block) < _BLOCK:
+            raise tarfile.ReadError(f"no further block of a sparse file at byte {offset}")
+        offset += _BLOCK
+        is_extended = block[504]
+    return offset
+
+
+def _parse_attributes(kind: bytes, content: bytes) -> dict[bytes, bytes]:
+    """What stands before a member because its header has no room for it, by the names of the pax format.
+
+    Args:
+        kind: Type of the header of the attributes.
+        content: What follows that header.
+    """
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return {b"path": content.partition(b"\0")[0]}
+    if kind not in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+        return {}  # targets of links, and what is said of the archive as a whole
+    attributes = {}
+    start = 0
+    while start < len(content):
+        length = content[start : start + 20].partition(b" ")[0]  # of the whole record "LENGTH NAME=VALUE\n"
+        end = start + int(length) if length.isdigit() else 0
+        name, equals, value = content[start + len(length) + 1 : end].partition(b"=")
+        if not equals or not start < end <= len(content):
+            raise tarfile.ReadError("the attributes of a member are damaged")
+        attributes[name] = value.removesuffix(b"\n")
+        start = end
+    return attributes
+
+
+def _apply(attributes: dict[bytes, bytes], member: tarfile.TarInfo) -> None:
+    """Give a member the attributes that were found before it."""
+    if b"path" in attributes:
+        member.name = attributes[b"path"].decode("utf-8", "surrogateescape").rstrip("/")
+    if b"size" in attributes:
+        digits = attributes[b"size"][:20]  # longer than the size of any file
+        if not digits.isdigit():
+            raise tarfile.ReadError(f"the member {member.name!r:.100} has the size {digits!r}")
+        member.size = int(digits)
+    if any(name.startswith(b"GNU.sparse.") for name in attributes):
+        member.sparse = ()  # type: ignore[attr-defined]
+
+
 def _read_record(sample: TarSample, where: str) -> Any:
     """The record of a sample; whatever the JSON holds is left as it is."""
     texts = [name for name in sample.names if name.lower().endswith((".json", ".txt"))]
     jsons = [name for name in texts if name.lower().endswith(".json")]
     if len(jsons) > 1:
         raise RecordError.at(where, "bad_field", f"the sample has {len(jsons)} JSON members; keep one", sample.key)
-    value = parse_json(sample.read(jsons[0]), where) if jsons else {}
+    value = parse_json(_read_text(sample, jsons[0], where), where) if jsons else {}
     if not isinstance(value, dict):
         return value
     value = {field: content for field, content in value.items() if content is not None}
@@ -241,8 +338,13 @@ def _read_record(sample: TarSample, where: str) -> Any:
         found["video"] = videos[0]
     for name in set(texts) - set(jsons):
         field = split_name(name)[1].rpartition(".")[0] or "caption"
-        found[field] = _decode(sample.read(name), name, where)
+        found[field] = _decode(_read_text(sample, name, where), name, where)
     return found | value
+
+
+def _read_text(sample: TarSample, name: str, where: str) -> bytes:
+    check_length(sample.size(name), f"{where} ({name})")
+    return sample.read(name)
 
 
 def _decode(text: bytes, name: str, where: str) -> str:

@@ -18,12 +18,21 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from metamorph.data.images import MAX_IMAGE_PIXELS, MediaError
+from metamorph.data.images import MAX_IMAGE_PIXELS, MediaError, check_regular
 
 
 VideoFile = str | os.PathLike[str] | BinaryIO
 """A path, or an open, seekable binary file, which stays open."""
 
+CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpeg", "mpegts", "mpegvideo", "asf", "flv")
+"""What is read, by FFmpeg's names. It knows many more, among them playlists, which read other files, and text, which
+it draws: not for data from strangers."""
+CODECS = (
+    *("h264", "hevc", "libdav1d", "libaom-av1", "av1", "vp8", "libvpx", "vp9", "libvpx-vp9"),
+    *("mpeg1video", "mpeg2video", "mpeg4", "h263", "flv", "msmpeg4v1", "msmpeg4v2", "msmpeg4"),
+    *("wmv1", "wmv2", "wmv3", "vc1", "mjpeg", "png", "ffv1", "huffyuv", "prores", "dnxhd", "rawvideo"),
+)
+"""What is decoded, by the names of FFmpeg's decoders."""
 _ROUNDING = 1e-6
 """Seconds by which a time may lie before a frame and still mean it."""
 _HD_LINES = 720
@@ -74,7 +83,8 @@ def probe_video(file: VideoFile, *, name: str | None = None, max_pixels: int = M
         max_pixels: Largest number of pixels of a frame.
 
     Raises:
-        MediaError: If there is no such file, it is no video that FFmpeg can read, or its frames are too large.
+        MediaError: If there is no such file, it is no video in one of `CONTAINERS` and `CODECS`, or its frames are
+            too large.
         ModuleNotFoundError: Without PyAV.
     """
     return _index(file, name, max_pixels).info
@@ -147,16 +157,19 @@ def _decoding(file: VideoFile, name: str | None, max_pixels: int) -> Iterator[tu
         ) from error
     name = str(file) if name is None else name
     if isinstance(file, (str, os.PathLike)):
+        check_regular(file, "unreadable_video", f"{name} cannot be read as a video")
         # Spelt as a URL of a file, so that no part of a name can be taken for another protocol.
         opened: Any = f"file:{Path(file).absolute()}"
     else:
         file.seek(0)
         opened = file
     try:
-        # A playlist in disguise may not fetch anything either.
-        with av.open(opened, options={"protocol_whitelist": "file"}) as container:
+        # The limit of pixels holds for every frame, before memory is taken for it: later ones may be larger.
+        limits = {"max_pixels": str(max_pixels), "codec_whitelist": ",".join(CODECS)}
+        formats = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
+        with av.open(opened, options=limits, container_options=formats) as container:
             stream = container.streams.best("video")
-            if stream is None or stream.codec_context is None:
+            if stream is None or stream.codec_context is None or stream.codec_context.codec.name not in CODECS:
                 raise MediaError("unreadable_video", f"{name} has no video stream that can be decoded; replace it")
             if stream.codec_context.width * stream.codec_context.height > max_pixels:
                 raise MediaError(
@@ -164,6 +177,7 @@ def _decoding(file: VideoFile, name: str | None, max_pixels: int) -> Iterator[tu
                     f"the frames of {name} have {stream.codec_context.width}x{stream.codec_context.height} pixels, "
                     f"more than the limit of {max_pixels}; resize it",
                 )
+            stream.codec_context.options = limits
             stream.codec_context.thread_count = 1  # the workers of the data loader are the parallelism
             yield container, stream, name
     except MediaError:
@@ -171,7 +185,10 @@ def _decoding(file: VideoFile, name: str | None, max_pixels: int) -> Iterator[tu
     except FileNotFoundError as error:
         raise MediaError("missing_video", f"there is no video file {name}; is --image_folder right?") from error
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise MediaError("unreadable_video", f"{name} cannot be read as a video ({error}); replace it") from error
+        reason: Any = error
+        if isinstance(error, av.ArgumentError):  # all that FFmpeg says of what the options forbid
+            reason = f"its container is none of {', '.join(CONTAINERS)}, or a frame has more than {max_pixels} pixels"
+        raise MediaError("unreadable_video", f"{name} cannot be read as a video ({reason}); replace it") from error
 
 
 def _scan(container: Any, stream: Any) -> _Index:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,14 @@ from transformers import BaseImageProcessor
 # newer ones warn that they fall back to these.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+
+_BAND_PIXELS = 2**20
+"""Pixels that are converted at a time."""
+_MAX_SIDE = 2**16
+"""Longer images are shrunk before they are resized: Pillow's weights take 32 bytes for each pixel of a side."""
+_MAX_SQUARE = 2**13
+"""The same before borders make them square: the time for borders grows with the square of the side."""
 
 
 def load_image_processor(name_or_path: str) -> BaseImageProcessor:
@@ -74,26 +84,54 @@ def flatten_images(images: Any) -> list[Image.Image]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB: 16-bit values are scaled, transparent pixels become white."""
+    """Convert an image of any mode to RGB: 16-bit values are scaled, transparent pixels become white.
+
+    What is computed on the way takes several times the memory of the image, so it is computed for some rows at a time.
+    """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_to_8_bit(np.asarray(image), image.mode)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        largest = max((_finite(band).max(initial=0) for _, band in _bands(image)), default=0)
+        convert = partial(_grey_to_rgb, largest=largest)
+    elif image.has_transparency_data:
+        convert = _on_white
+    else:
+        return image.convert("RGB")
+    result = Image.new("RGB", image.size)
+    for top, band in _bands(image):
+        result.paste(convert(band), (0, top))
+    return result
 
 
-def _to_8_bit(values: np.ndarray, mode: str) -> np.ndarray:
-    """Scale grey values to 0..255; where the mode does not tell their range, the largest value does."""
-    values = np.nan_to_num(values.astype(np.float64))
-    largest = values.max(initial=0)
-    if mode.startswith("I;16") or largest > 255:
+def _bands(image: Image.Image, row_pixels: int | None = None) -> Iterator[tuple[int, Image.Image]]:
+    """An image cut into bands of some rows, each with the number of its first row.
+
+    Args:
+        image: The image.
+        row_pixels: Pixels that a row will take; by default its own.
+    """
+    rows = max(_BAND_PIXELS // max(row_pixels or image.width, 1), 1)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _grey_to_rgb(image: Image.Image, largest: float) -> Image.Image:
+    """Scale grey values to 0..255; where the mode does not tell their range, the largest value of the image does."""
+    values = _finite(image)
+    if image.mode.startswith("I;16") or largest > 255:
         values = values / 257
-    elif mode == "F" and largest <= 1:
+    elif image.mode == "F" and largest <= 1:
         values = values * 255
-    return values.clip(0, 255).round().astype(np.uint8)
+    return Image.fromarray(values.clip(0, 255).round().astype(np.uint8)).convert("RGB")
+
+
+def _finite(image: Image.Image) -> np.ndarray:
+    return np.nan_to_num(np.asarray(image).astype(np.float64))
 
 
 def pixel_table(image_processor: BaseImageProcessor) -> np.ndarray:
@@ -137,17 +175,38 @@ def preprocess_images(
     pixel_values = np.empty((len(images), 3, height, width), dtype=np.float32)
     for image, target in zip(images, pixel_values, strict=True):
         image = to_rgb(image)
-        if aspect_ratio == "pad":
-            image = _padded(image, image_processor.image_mean)
         # Resized here: the backends of the image processors differ by more than rounding.
-        square = np.asarray(image.resize((width, height), resample=image_processor.resample))
+        if aspect_ratio == "pad":
+            image = _resized_with_borders(image, (width, height), image_processor.image_mean, image_processor.resample)
+        else:
+            image = _shrunk(image, _MAX_SIDE).resize((width, height), resample=image_processor.resample)
+        square = np.asarray(image)
         for channel in range(3):
             np.take(table[channel], square[..., channel], out=target[channel])
     return torch.from_numpy(pixel_values)
 
 
-def _padded(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+def _resized_with_borders(
+    image: Image.Image, size: tuple[int, int], mean: Sequence[float], resample: int
+) -> Image.Image:
+    """What resizing gives if borders of the mean colour first make the image a square, without that square in memory.
+
+    It could be tens of thousands of pixels wide. Pillow resizes rows first and columns then, so the square is made
+    and resized for some rows at a time, and its rows without image are known.
+    """
+    colour = tuple(round(255 * value) for value in mean)
+    image = _shrunk(image, _MAX_SQUARE)
     side = max(image.size)
-    canvas = Image.new("RGB", (side, side), tuple(round(255 * value) for value in mean))
-    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return canvas
+    left, upper = (side - image.width) // 2, (side - image.height) // 2
+    columns = Image.new("RGB", (size[0], side), colour)
+    for top, band in _bands(image, side):
+        rows = Image.new("RGB", (side, band.height), colour)
+        rows.paste(band, (left, 0))
+        columns.paste(rows.resize((size[0], band.height), resample), (0, upper + top))
+    return columns.resize(size, resample)
+
+
+def _shrunk(image: Image.Image, max_side: int) -> Image.Image:
+    """The image if no side is longer than that, else every so many pixels of it averaged."""
+    factor = math.ceil(max(image.size) / max_side)
+    return image.reduce(factor) if factor > 1 else image

@@ -7,10 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
 from metamorph.flags import attribute_docs
+from metamorph.yaml_files import read_yaml
 
 
 class RecipeParser(HfArgumentParser):
@@ -123,9 +123,9 @@ def read_recipe(path: str) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"--config {path} does not exist or is not a file: give a YAML file of flags")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path} is not valid YAML: {error}") from error
+        values = read_yaml(file)
+    except ValueError as error:
+        raise ValueError(f"--config {path} cannot be read as a recipe: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold one mapping `flag: value`, not {type(values).__name__}")
     return {str(name).lstrip("-").replace("-", "_"): value for name, value in values.items()}

@@ -78,7 +78,7 @@ class ShardedImages:
         self.paths = tuple(Path(path) for path in paths)
         for path in self.paths:
             if not path.is_file():
-                raise FileNotFoundError(f"the shard {path} does not exist")
+                raise FileNotFoundError(f"the shard {path} does not exist or is not a file")
         self.index: Index = index_files(self.paths, "pictures", lambda: scan_shards(self.paths))
         counts, states = self.index["counts"].tolist(), self.index["states"].tolist()
         self.shards = tuple(Shard(*values) for values in zip(self.paths, counts, states, strict=True))
@@ -141,7 +141,7 @@ def scan_shards(paths: Sequence[Path]) -> dict[str, np.ndarray]:
                 num_members += 1
                 if not is_image_name(member.name):
                     endings.add(member.name.rpartition("/")[2].partition(".")[2])
-                elif member.offset_data + member.size <= size:  # else cut off within its last picture
+                else:
                     table.add(number, member)
         except DataError as error:
             is_broken = size > 0

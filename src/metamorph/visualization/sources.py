@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,9 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from metamorph.data.images import load_image
+from metamorph.data.images import MediaError, load_image, resolve_image_path
+from metamorph.data.records import RawRecord
+from metamorph.data.sources import Source, open_source
 from metamorph.models.image_processing import to_rgb
 from metamorph.visualization.shards import IMAGE_SUFFIXES, TAR_SUFFIX, ShardedImages, is_image_name, is_tar_name
 
@@ -149,7 +151,7 @@ def open_pictures(image_jsons: Sequence[str | Path] = (), image_folder: str | Pa
     Args:
         image_jsons: JSON arrays or JSONL files of paths, or of records with one of `RECORD_KEYS` whose value is a path
             or a list of paths (so LLaVA data serves as it is; its text-only records are passed over). A path that ends
-            in `.tar` is a shard.
+            in `.tar` is a shard. Relative paths may not leave the folder that they start from.
         image_folder: What relative paths start from, by default the folder of the JSON file. Without `image_jsons`,
             the folder whose pictures and shards are taken, with its subfolders.
 
@@ -192,10 +194,13 @@ def _listed(files: Sequence[str | Path], image_folder: str | Path | None) -> Ite
     """The paths that lists name."""
     for file in files:
         root = Path(image_folder).expanduser() if image_folder else Path(file).expanduser().parent
-        for number, record in enumerate(_read_records(Path(file).expanduser()), start=1):
-            for name in _image_names(record, where=f"{file}, record {number}"):
-                path = root / name
-                if not path.is_file():
+        for number, raw in enumerate(_records(open_source(Path(file).expanduser(), "--image_jsons")), start=1):
+            for name in _image_names(raw.value, where=f"{file}, record {number}"):
+                try:
+                    path = resolve_image_path(name, root)
+                except MediaError as error:
+                    raise ValueError(f"{file}, record {number}: {error}") from None
+                if not os.path.isfile(path):
                     kind = "shard" if is_tar_name(name) else "picture"
                     raise FileNotFoundError(
                         f"{file}, record {number}: {kind} {path} does not exist; check --image_folder"
@@ -203,23 +208,8 @@ def _listed(files: Sequence[str | Path], image_folder: str | Path | None) -> Ite
                 yield path
 
 
-def _read_records(file: Path) -> Iterator[Any]:
-    """Records of a JSON array or of a JSONL file."""
-    with file.open(encoding="utf-8") as lines:
-        first = lines.read(1)
-        lines.seek(0)
-        if first == "[":
-            try:
-                yield from json.load(lines)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file} is not a JSON array: {error}") from error
-            return
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
+def _records(source: Source) -> Iterator[RawRecord]:
+    return (source[index] for index in range(len(source)))
 
 
 def _image_names(record: Any, where: str) -> list[str]:
