@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import SchedulerType, TrainingArguments, get_scheduler
-from transformers.training_args import OptimizerNames
 
 from metamorph.data.packing import check_grouping
 from metamorph.flags import check_choice, check_model_reference
@@ -27,8 +26,23 @@ LOSS_NORMALIZATIONS = ("global", "micro_batch")
 RECOMPUTE = ("none", "full", "selective")
 AUTO_LEARNING_RATE = "auto"
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
+CHANGEABLE = (
+    "image_aspect_ratio",
+    "lora_dropout",
+    "loss_normalization",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_type",
+    "model_name_or_path",
+    "neftune_noise_alpha",
+    "vision_coef",
+    "vision_tower",
+    "warmup_steps",
+)
+"""What `allow_changes` may name: flags that change what a run minimises, or how."""
 NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 """Schedules of Transformers that ignore `warmup_steps`."""
+OTHER_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
+"""Beginnings of the names of optimizers that do not fit the groups of weights, the steps or the checkpoints here."""
 
 _LOSSES_ONLY = "evaluation measures losses and keeps no predictions"
 _PRECISION = "evaluation computes in the precision of training: --bf16 or --fp16"
@@ -67,7 +81,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_smoothing_factor": ((0,), "the text loss is the plain cross-entropy"),
     "length_column_name": (("length",), "lengths are counted from the samples, not read from a column"),
     "liger_kernel_config": ((None,), _LIGER),
-    "optim_target_modules": ((None,), "only GaLore and APOLLO read it, and these optimizers are not supported"),
+    "optim_target_modules": ((None,), "only GaLore and APOLLO read it, which are not supported"),
     "parallelism_config": ((None,), "batches are planned for data-parallel processes: see --sharding"),
     "prediction_loss_only": ((True,), _LOSSES_ONLY),
     "remove_unused_columns": ((False,), "the dataset yields exactly what the collator needs"),
@@ -156,6 +170,9 @@ class MetaMorphTrainingArguments(TrainingArguments):
     resume_from_checkpoint: str | None = None
     """A checkpoint folder. By default the newest complete one in `output_dir`, if any; True: there must be one;
     False: start anew."""
+    allow_changes: list[str] | None = None
+    """Flags that may have other values than in the checkpoint that the run resumes, such as `vision_coef
+    lr_scheduler_type`; without it such a change is an error."""
 
     sample_steps: int | None = None
     """Every so many optimizer steps the prompts of `sample_prompts` are answered, into `output_dir`/samples and to the
@@ -176,10 +193,16 @@ class MetaMorphTrainingArguments(TrainingArguments):
             if value not in accepted:
                 raise ValueError(f"--{name} {value} is not supported: {reason}")
         self._check_observation()
+        for name in self.allow_changes or ():
+            check_choice("--allow_changes", name, CHANGEABLE)
         check_choice("--loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)
         check_choice("--recompute", self.recompute, RECOMPUTE)
         check_choice("--lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
-        check_choice("--optim", self.optim, tuple(kind.value for kind in OptimizerNames))
+        if self.optim.startswith(OTHER_OPTIMIZERS):
+            raise ValueError(
+                f"--optim {self.optim} is not supported: it groups the weights itself, updates them in the backward "
+                "pass, or swaps them for evaluation; use adamw_torch_fused, adafactor, adamw_8bit, …"
+            )
         check_text_loss(self.text_loss, half_precision=self.bf16 or self.fp16)
         self._check_batches()
         if self.bf16 and self.fp16:
