@@ -8,11 +8,12 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 
@@ -23,6 +24,8 @@ MANIFEST_FILE = "checkpoint.json"
 PARTIAL_FOLDER = "_partial"
 """Where checkpoints are written, in the output folder. Uploads to the Hub leave out what begins with `_`."""
 PREFIX = "checkpoint-"
+
+Result = TypeVar("Result")
 
 _WHOLE = 64 * 2**20
 """Files up to this size are checked whole."""
@@ -156,6 +159,27 @@ def delete_old(output_dir: str | os.PathLike[str], keep: int | None, protected: 
     for path in others[: max(len(complete) - max(keep, len(spared)), 0)]:
         (path / MANIFEST_FILE).unlink()  # first: what is half deleted counts as incomplete
         shutil.rmtree(path, ignore_errors=True)
+
+
+def on_first_process(function: Callable[[], Result]) -> Result:
+    """Call a function on the first process, and give its result, or its error, to all. Every process must call it.
+
+    Args:
+        function: What looks at, or changes, the folder of the run; fails with an `OSError` or `ValueError`.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return function()
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = function()
+        except (OSError, ValueError) as error:
+            answer[1] = error  # for all: the others would wait
+    dist.broadcast_object_list(answer)
+    result, problem = answer
+    if problem is not None:
+        raise problem
+    return result
 
 
 @contextmanager

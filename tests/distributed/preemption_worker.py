@@ -12,7 +12,9 @@ from packing_parts import recorded
 from preemption_parts import CASES, FLAGS, SignalIn
 from training_parts import arguments
 
+from metamorph.checkpoint_files import CheckpointError
 from metamorph.preemption import MARKER_FILE, PREEMPTED, Preempted
+from metamorph.run_lock import only_run_in
 from metamorph.training.run import TrainResult, run_training
 
 
@@ -45,6 +47,11 @@ def main(parts: Path) -> None:
     """Run all cases and write `rank-N.json`."""
     seen = {name: run_case(parts, parts / name, flags) for name, flags in CASES.items()}
     (parts / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(seen))
+    with only_run_in(parts / "held"):
+        try:
+            run_training(*arguments(parts, parts / "held", **FLAGS, **next(iter(CASES.values()))))
+        except CheckpointError as error:
+            (parts / f"refused-{os.environ['RANK']}.txt").write_text(str(error))
     # As a preempted process of the command ends.
     raise SystemExit(PREEMPTED)
 

@@ -51,6 +51,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_folder_in_use_is_refused_on_all_processes(folder: Path) -> None:
+    messages = [(folder / f"refused-{rank}.txt").read_text() for rank in (0, 1)]
+    assert messages[0] == messages[1]
+    assert "held is used by another run: host " in messages[0]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_r25_a_preempted_run_goes_on_as_if_nothing_had_happened(folder: Path, case: str) -> None:
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text())[case] for rank in range(2)]

@@ -92,7 +92,7 @@ def test_what_cannot_be_combined_is_refused(parts: Path, tmp_path: Path) -> None
         train(parts, tmp_path, group_by_length=True)
     with pytest.raises(ValueError, match="--train_sampling_strategy 'batch_rebalance' is unknown"):
         train(parts, tmp_path, train_sampling_strategy="batch_rebalance")
-    with pytest.raises(ValueError, match="--dataloader_drop_last True cannot be had"):
+    with pytest.raises(ValueError, match="--dataloader_drop_last True is not supported"):
         train(parts, tmp_path, dataloader_drop_last=True)
 
 

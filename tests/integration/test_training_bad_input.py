@@ -4,6 +4,7 @@ That it comes before is shown by taking the weights away: the language model her
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from training_parts import NUM_IMAGE_TOKENS, write_records
 
 from metamorph import cli
+from metamorph.run_lock import only_run_in
 
 
 @pytest.fixture
@@ -142,6 +144,61 @@ def test_connector_folder_without_connector(bare: Path, capsys) -> None:
 def test_evaluation_without_validation_data(bare: Path, capsys) -> None:
     message = train(bare, capsys, evaluation_strategy="steps", eval_steps=5)
     assert "--eval_strategy steps needs validation data" in message
+
+
+def validation(folder: Path, **flags: object) -> dict[str, object]:
+    data = {"eval_data_path": folder / "data.jsonl", "eval_image_folder": folder / "images"}
+    return {**data, "eval_strategy": "steps", "eval_steps": 5, **flags}
+
+
+@pytest.mark.parametrize("name", ["accuracy", "eval_text_los", "visual_cosine"])  # stage 1 has no visual loss
+def test_metric_that_is_not_measured(name: str, bare: Path, capsys) -> None:
+    message = train(bare, capsys, **validation(bare, metric_for_best_model=name))
+    assert f"--metric_for_best_model {name} is not measured" in message
+    assert "Use one of eval_loss, eval_text_loss, eval_num_text_tokens, eval_data_loss, eval_data_text_loss" in message
+
+
+@pytest.mark.parametrize("name", ["loss", "eval_data_text_loss"])
+def test_metric_that_is_measured(name: str, bare: Path, capsys) -> None:
+    assert "model.safetensors" in train(bare, capsys, **validation(bare, metric_for_best_model=name))
+
+
+def test_output_folder_that_cannot_be_written_to(bare: Path, capsys) -> None:
+    folder = bare / "data.jsonl" / "out"
+    assert f"--output_dir {folder} cannot be written to" in train(bare, capsys, output_dir=folder)
+
+
+def test_output_folder_of_another_run(bare: Path, capsys) -> None:
+    with only_run_in(bare / "out"):
+        message = train(bare, capsys)
+    assert f"--output_dir {bare / 'out'} is used by another run: host " in message
+    assert f"process {os.getpid()}" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"vision_lr": 1e-5}, "--vision_lr 1e-05 has no effect: that module is not trained. Add --freeze_vision False"),
+        ({"vision_head_lr": 1e-5}, "--vision_head_lr 1e-05 has no effect: that module is not trained. Add --use_vis"),
+        (
+            {"tune_mm_mlp_adapter": False, "from_scratch_connector": True}
+            | {"freeze_mm_mlp_adapter": True, "mm_projector_lr": 1e-5},
+            "--mm_projector_lr 1e-05 has no effect: that module is not trained. Add --freeze_mm_mlp_adapter False",
+        ),
+        (
+            {"optim_args": "momentum=0.9"},
+            "--optim_args momentum=0.9 cannot be used: it changes nothing with --optim ad",
+        ),
+        ({"optim": "sgd", "optim_args": "fast"}, "--optim_args fast cannot be used"),
+        ({"optim": "grokadamw"}, "--optim grokadamw cannot be used: Please install grokadamw"),
+    ],
+)
+def test_flags_of_the_optimizer(flags: dict[str, object], message: str, bare: Path, capsys) -> None:
+    assert message in train(bare, capsys, **flags)
+
+
+def test_arguments_of_the_optimizer_that_act(bare: Path, capsys) -> None:
+    assert "model.safetensors" in train(bare, capsys, optim="sgd", optim_args="momentum=0.9")
 
 
 def test_output_of_stage_1_as_model(bare: Path, capsys) -> None:

@@ -1,13 +1,16 @@
 """Resumed equals uninterrupted, and what a run resumes from."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from training_parts import arguments
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainerCallback
 
+from metamorph.checkpoint_files import MANIFEST_FILE, CheckpointError
 from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.training.checkpoint import find_checkpoint
 from metamorph.training.run import TrainResult, run_training
@@ -100,3 +103,106 @@ def test_what_a_run_resumes_from(uninterrupted: TrainResult, tmp_path: Path) -> 
         find_checkpoint(folder, "/nowhere", stage)
     with pytest.raises(ValueError, match="give each stage its own --output_dir"):
         find_checkpoint(folder, None, 3 - stage)
+
+
+class Groups(TrainerCallback):
+    """The optimizer's groups at the end of a step, by name."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, dict[str, Any]]] = []
+
+    def on_step_end(self, *args: Any, optimizer: Any, **kwargs: Any) -> None:
+        self.seen.append({group["name"]: dict(group) for group in optimizer.param_groups})
+
+
+@pytest.fixture(scope="module")
+def stage_2(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint after step 2 of 5, with a warm-up of 4 steps."""
+    folder = tmp_path_factory.mktemp("stage_2")
+    run_training(*arguments(parts, folder, stage=2, **flags_of(2), warmup_steps=4))
+    return folder / "checkpoint-2"
+
+
+def resume(parts: Path, checkpoint: Path, folder: Path, **flags: object) -> tuple[TrainResult, Groups]:
+    groups = Groups()
+    values = {**flags_of(2), "warmup_steps": 4, "resume_from_checkpoint": str(checkpoint), **flags}
+    return run_training(*arguments(parts, folder, stage=2, **values), callbacks=[groups]), groups
+
+
+def test_changed_rates_and_decay_act(
+    parts: Path, stage_2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As if the whole run had had them: the schedule goes on, from the new peaks."""
+    flags = {"learning_rate": 1e-3, "mm_projector_lr": 1e-4, "weight_decay": 0.25, "adam_beta2": 0.5}
+    result, groups = resume(parts, stage_2, tmp_path, **flags)
+    lines = [line for line in result.log_history if "text_loss" in line]
+    for step, rate in ((3, 1e-3 * 2 / 4), (4, 1e-3 * 3 / 4), (5, 1e-3)):  # logged are the rates of the step itself
+        assert lines[step - 1]["lr_language_model"] == pytest.approx(rate)
+        assert lines[step - 1]["lr_mm_projector"] == pytest.approx(rate / 10)
+    decay = {name: group["weight_decay"] for name, group in groups.seen[0].items()}
+    assert decay["language_model"] == 0.25
+    assert decay["language_model_no_decay"] == 0
+    assert groups.seen[0]["vision_head"]["betas"] == (0.9, 0.5)
+    assert "--learning_rate 0.01 there, 0.001 here; --mm_projector_lr None there, 0.0001 here" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"vision_coef": 0.1}, "--vision_coef 1.0 there, 0.1 here.*--allow_changes vision_coef"),
+        ({"loss_normalization": "micro_batch"}, "--loss_normalization global there, micro_batch here"),
+        (
+            {"lr_scheduler_type": "linear", "warmup_steps": 2},
+            "lr_scheduler_type cosine there, linear here; --warmup_steps 4 .*lr_scheduler_type warmup_steps",
+        ),
+        ({"optim": "sgd"}, "--optim adamw_torch_fused there, sgd here. Restore them, or start a new run"),
+        ({"freeze_mm_mlp_adapter": True}, "--freeze_mm_mlp_adapter False there, True here"),
+        ({"freeze_vision": False}, "--freeze_vision True there, False here"),
+        ({"use_vision_ar": False}, "--use_vision_ar True there, False here"),
+        ({"mm_vision_select_layer": -2}, "--mm_vision_select_layer -1 there, -2 here"),
+        (
+            {"allow_changes": ["vision_coef", "lr_scheduler_type"], "lr_scheduler_type": "reduce_lr_on_plateau"},
+            "--lr_scheduler_type cosine there, reduce_lr_on_plateau here. Restore them, or start",
+        ),
+    ],
+)
+def test_other_changes_are_refused(
+    parts: Path, stage_2: Path, tmp_path: Path, flags: dict[str, object], message: str
+) -> None:
+    if flags.get("lr_scheduler_type") == "reduce_lr_on_plateau":
+        evaluation = {"eval_data_path": str(parts / "data.jsonl"), "eval_image_folder": str(parts / "images")}
+        flags = {**flags, **evaluation, "eval_strategy": "steps", "warmup_steps": 0}
+    with pytest.raises(CheckpointError, match=message):
+        resume(parts, stage_2, tmp_path, **flags)
+
+
+def test_confirmed_changes_act(parts: Path, stage_2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flags = {"vision_coef": 0.5, "lr_scheduler_type": "constant_with_warmup", "max_steps": 6}
+    allowed = {"allow_changes": ["vision_coef", "lr_scheduler_type"]}
+    result, _ = resume(parts, stage_2, tmp_path, **flags, **allowed)
+    third = next(line for line in result.log_history if line.get("step") == 3)
+    assert third["loss"] == pytest.approx(third["text_loss"] + 0.5 * third["visual_loss"], rel=1e-4)
+    rates = [line["learning_rate"] for line in result.log_history if "text_loss" in line]
+    assert rates[3:] == pytest.approx([1e-2 * 3 / 4, 1e-2, 1e-2])
+    assert result.global_step == 6
+    assert "the schedule of the learning rate now ends with this run" in caplog.text
+    # What is resumed next was trained with them.
+    resume(parts, tmp_path / "checkpoint-4", tmp_path / "again", **flags)
+
+
+def test_checkpoints_of_earlier_versions(
+    parts: Path, stage_2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They do not tell the flags, but hold the arguments of the trainer and the configuration of the model."""
+    old = tmp_path / "old"
+    shutil.copytree(stage_2, old)
+    manifest = json.loads((old / MANIFEST_FILE).read_text())
+    del manifest["flags"]
+    (old / MANIFEST_FILE).write_text(json.dumps(manifest))
+    for flags in ({"optim": "sgd"}, {"vision_coef": 0.1}):
+        with pytest.raises(CheckpointError, match=f"--{next(iter(flags))}"):
+            resume(parts, old, tmp_path / "out", **flags)
+    caplog.set_level("INFO", "metamorph")
+    resume(parts, old, tmp_path / "out")
+    assert "does not tell the value of" in caplog.text
+    assert "--freeze_backbone" in caplog.text

@@ -16,8 +16,9 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from metamorph.checkpoint_files import checkpoints
+from metamorph.checkpoint_files import CheckpointError, checkpoints
 from metamorph.preemption import MARKER_FILE, PREEMPTED, Preempted
+from metamorph.run_lock import only_run_in
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
 from metamorph.visualization.data import crop_square
 from metamorph.visualization.parts import load_tower
@@ -364,6 +365,12 @@ def test_resuming_with_other_options_is_refused(arguments, pictures, tmp_path):
         train_visualizer(arguments(ema_decay=0.0, **elsewhere), pictures)
     with pytest.raises(ValueError, match="not a checkpoint"):
         train_visualizer(arguments(resume_from_checkpoint=str(tmp_path)), pictures)
+
+
+def test_another_run_in_the_folder_is_refused(arguments, pictures, tmp_path):
+    with only_run_in(tmp_path / "out"), pytest.raises(CheckpointError, match=f"process {os.getpid()}"):
+        train_visualizer(arguments(), pictures)
+    assert not (tmp_path / "out").exists()
 
 
 def test_folders_that_do_not_fit_are_refused(arguments, pictures, parts, tmp_path):

@@ -1,18 +1,48 @@
 """The flags: recipes, and errors for bad input before anything is loaded."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from metamorph import cli
-from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import (
+    CHANGEABLE,
+    UNSUPPORTED,
+    DataArguments,
+    MetaMorphTrainingArguments,
+    ModelArguments,
+)
 from metamorph.training.learning_rate import scale_learning_rate
 from metamorph.training.parsing import parse_arguments
+from metamorph.training.resume_flags import ACTING, FIXED
 from metamorph.visualization.arguments import VisualizerArguments
 
 
 TYPES = (ModelArguments, DataArguments, MetaMorphTrainingArguments)
+
+LEARNING = """
+base_learning_rate base_batch_size warmup_ratio evaluation_strategy sharding packing per_device_train_batch_size
+train_sampling_strategy group_by_length recompute text_loss allow_changes gradient_accumulation_steps tf32
+activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
+torch_compile torch_compile_backend torch_compile_mode ignore_data_skip resume_from_checkpoint full_determinism seed
+data_seed use_cpu accelerator_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed local_rank load_best_model_at_end
+metric_for_best_model greater_is_better restore_callback_states_from_checkpoint
+"""
+"""Flags of training that act on what is learnt, or how, beside those that are compared when a run resumes."""
+AROUND = """
+output_dir logging_strategy logging_steps logging_first_step logging_nan_inf_filter logging_dir log_level
+log_level_replica log_on_each_node disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
+trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics peak_tflops sample_steps sample_prompts
+sample_visualizer eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size do_train do_eval
+save_strategy save_steps save_total_limit save_only_model save_on_each_node push_to_hub hub_model_id hub_strategy
+hub_token hub_private_repo hub_always_push hub_revision dataloader_num_workers dataloader_pin_memory
+dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context torch_empty_cache_steps
+"""
+"""Flags that act on what is logged, evaluated, kept and uploaded, and on speed: not on what is learnt."""
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -172,6 +202,27 @@ def test_unknown_flag_suggests_the_nearest(paths: dict[str, str]) -> None:
         ({"max_bad_fraction": 2}, "between 0 and 1"),
         ({"image_aspect_ratio": "anyres"}, "square, pad"),
         ({"model_max_length": 1}, "model_max_length"),
+        ({"lr_scheduler_type": "cosin"}, "--lr_scheduler_type 'cosin' is unknown: use one of linear, cosine"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "--lr_scheduler_kwargs None do not go together: .*min_lr"),
+        ({"lr_scheduler_kwargs": '{"min": 1}'}, "cosine and --lr_scheduler_kwargs .*'min'"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 9}, "--warmup_steps 9.0 has no effect .* constant_with"),
+        ({"optim": "galore_adamw"}, "--optim galore_adamw is not supported: it groups the weights itself"),
+        ({"max_steps": 0}, "--max_steps 0 must be at least 1"),
+        ({"num_train_epochs": 0}, "--num_train_epochs 0.0 must be larger than 0"),
+        ({"save_steps": 0}, "--save_steps 0.* --save_strategy no"),
+        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be 1 or more"),
+        ({"adam_beta2": 1}, r"--adam_beta2 1.0 must lie in \[0, 1\)"),
+        ({"weight_decay": -1}, "--weight_decay -1.0 must be 0 or more"),
+        ({"neftune_noise_alpha": 0}, "--neftune_noise_alpha 0.0 must be larger than 0"),
+        ({"fp16": True, "bf16": False, "use_cpu": True}, "--fp16 True needs a GPU"),
+        ({"do_eval": True}, "--do_eval True has no effect with --eval_strategy no"),
+        ({"metric_for_best_model": "loss"}, "--metric_for_best_model loss is never measured"),
+        ({"fsdp_config": '{"version": 2}'}, "--fsdp_config has no effect without --fsdp True"),
+        ({"dataloader_persistent_workers": True}, "--dataloader_persistent_workers True .* --dataloader_num_workers"),
+        ({"dataloader_prefetch_factor": 2}, "--dataloader_prefetch_factor 2 has no effect"),
+        ({"accelerator_config": '{"split_batches": true}'}, "--accelerator_config: split_batches True"),
+        ({"accelerator_config": '{"dispatch_batches": true}'}, "--accelerator_config: dispatch_batches True"),
+        ({"allow_changes": "optim"}, "--allow_changes 'optim' is unknown: use one of image_aspect_ratio"),
     ],
 )
 def test_bad_value_names_the_flag(
@@ -180,6 +231,28 @@ def test_bad_value_names_the_flag(
     flags = {k: str(v).replace("{tmp}", str(tmp_path)) for k, v in flags.items()}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         parse({**paths, "tune_mm_mlp_adapter": True, **flags})
+
+
+def test_every_flag_of_training_acts_or_is_refused() -> None:
+    """A flag that a later Transformers adds has to be put into one of the groups: does it do anything here?"""
+    known = {field.name for field in fields(MetaMorphTrainingArguments)}
+    lists = (ACTING, CHANGEABLE, FIXED, UNSUPPORTED, LEARNING.split(), AROUND.split())
+    groups = [set(names) for names in lists]
+    assert known - set.union(*groups) == set()
+    assert sum(len(group) for group in groups) == len(set.union(*groups))
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_flag_that_would_do_nothing_is_refused(name: str, tmp_path: Path) -> None:
+    defaults = {field.name: field.default for field in fields(MetaMorphTrainingArguments)}
+    if name not in defaults:
+        pytest.skip("not in this version of Transformers")
+    accepted, reason = UNSUPPORTED[name]
+    value: Any = not accepted[0] if isinstance(accepted[0], bool) else 0.25
+    with pytest.raises(ValueError, match=f"--{name} {value} is not supported") as error:
+        MetaMorphTrainingArguments(output_dir=str(tmp_path), **{name: value})
+    assert reason in str(error.value)
+    MetaMorphTrainingArguments(output_dir=str(tmp_path), **{name: accepted[0]})
 
 
 def test_stage_2_without_connector_can_be_asked_for(paths: dict[str, str]) -> None:

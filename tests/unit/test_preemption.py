@@ -78,5 +78,5 @@ def test_r28_uncaught_it_ends_the_process_with_its_status() -> None:
 
 
 def test_savers_of_transformers_that_do_not_agree_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--enable_jit_checkpoint True lets every process decide"):
+    with pytest.raises(ValueError, match="--enable_jit_checkpoint True is not supported: it lets every process decide"):
         MetaMorphTrainingArguments(output_dir=str(tmp_path), enable_jit_checkpoint=True)

@@ -49,6 +49,18 @@ def test_round_trip_restores_everything_but_frozen_weights(tmp_path):
     assert loaded.lr_scheduler.get_last_lr() == saved.lr_scheduler.get_last_lr()
 
 
+def test_other_rates_and_decay_act(tmp_path):
+    """The schedule goes on from the peak of the resumed run."""
+    folder, other = save_checkpoint(tmp_path, build_state(3), keep=None), build_state()
+    other.optimizer.param_groups[0].update(lr=0.5, initial_lr=0.5, weight_decay=0.25)
+    other.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(other.optimizer, lambda step: 1 / (1 + step))
+    load_checkpoint(folder, other)
+    (group,) = other.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.5 / 4, 0.25)
+    other.lr_scheduler.step()
+    assert group["lr"] == 0.5 / 5
+
+
 def names(folder: Path) -> list[str]:
     return [path.name for path in checkpoints(folder)]
 

@@ -4,9 +4,11 @@ import logging
 import math
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from torch import nn
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 
 from metamorph.data.packing import check_grouping
 from metamorph.flags import check_choice, check_model_reference
@@ -24,6 +26,69 @@ LOSS_NORMALIZATIONS = ("global", "micro_batch")
 RECOMPUTE = ("none", "full", "selective")
 AUTO_LEARNING_RATE = "auto"
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
+CHANGEABLE = (
+    "image_aspect_ratio",
+    "lora_dropout",
+    "loss_normalization",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_type",
+    "model_name_or_path",
+    "neftune_noise_alpha",
+    "vision_coef",
+    "vision_tower",
+    "warmup_steps",
+)
+"""What `allow_changes` may name: flags that change what a run minimises, or how."""
+NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+"""Schedules of Transformers that ignore `warmup_steps`."""
+OTHER_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
+"""Beginnings of the names of optimizers that do not fit the groups of weights, the steps or the checkpoints here."""
+
+_LOSSES_ONLY = "evaluation measures losses and keeps no predictions"
+_PRECISION = "evaluation computes in the precision of training: --bf16 or --fp16"
+_LIGER = "--text_loss liger uses the kernel of liger-kernel that fits this model"
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "auto_find_batch_size": (
+        (False,),
+        "batches are planned before the first step. Where memory runs out, halve --per_device_train_batch_size and "
+        "double --gradient_accumulation_steps: the steps stay the same (--dry-run estimates the memory)",
+    ),
+    "average_tokens_across_devices": (
+        (True,),
+        "--loss_normalization global always counts the tokens of all devices; micro_batch never does",
+    ),
+    "batch_eval_metrics": ((False,), _LOSSES_ONLY),
+    "bf16_full_eval": ((False,), _PRECISION),
+    "dataloader_drop_last": (
+        (False,),
+        "every sample is trained on exactly once in each epoch, and in a last step with fewer samples each of them "
+        "weighs as much as in all others",
+    ),
+    "dataloader_in_order": ((True,), "batches come in the order of the plan, which resuming relies on"),
+    "debug": (("", "underflow_overflow", [], ["underflow_overflow"], None), "only underflow_overflow is"),
+    "do_predict": ((False,), "this command trains; `metamorph evaluate` and `metamorph generate` predict"),
+    "enable_jit_checkpoint": (
+        (False,),
+        "it lets every process decide by itself when to save. At SIGTERM or SIGUSR1 all processes save after the same "
+        "step, without a flag",
+    ),
+    "eval_accumulation_steps": ((None,), _LOSSES_ONLY),
+    "eval_do_concat_batches": ((True,), _LOSSES_ONLY),
+    "eval_use_gather_object": ((False,), _LOSSES_ONLY),
+    "fp16_full_eval": ((False,), _PRECISION),
+    "include_for_metrics": (([], None), _LOSSES_ONLY),
+    "label_names": ((None, ["labels"]), "the labels are always `labels`"),
+    "label_smoothing_factor": ((0,), "the text loss is the plain cross-entropy"),
+    "length_column_name": (("length",), "lengths are counted from the samples, not read from a column"),
+    "liger_kernel_config": ((None,), _LIGER),
+    "optim_target_modules": ((None,), "only GaLore and APOLLO read it, which are not supported"),
+    "parallelism_config": ((None,), "batches are planned for data-parallel processes: see --sharding"),
+    "prediction_loss_only": ((True,), _LOSSES_ONLY),
+    "remove_unused_columns": ((False,), "the dataset yields exactly what the collator needs"),
+    "use_cache": ((False,), "training keeps no keys and values"),
+    "use_liger_kernel": ((False,), _LIGER),
+}
+"""Flags of Transformers that would do nothing here: the values that are accepted, and why no other one is."""
 
 
 @dataclass
@@ -105,6 +170,9 @@ class MetaMorphTrainingArguments(TrainingArguments):
     resume_from_checkpoint: str | None = None
     """A checkpoint folder. By default the newest complete one in `output_dir`, if any; True: there must be one;
     False: start anew."""
+    allow_changes: list[str] | None = None
+    """Flags that may have other values than in the checkpoint that the run resumes, such as `vision_coef
+    lr_scheduler_type`; without it such a change is an error."""
 
     sample_steps: int | None = None
     """Every so many optimizer steps the prompts of `sample_prompts` are answered, into `output_dir`/samples and to the
@@ -120,28 +188,42 @@ class MetaMorphTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             raise ValueError("--output_dir is required: the folder for checkpoints and the trained model")
+        for name, (accepted, reason) in UNSUPPORTED.items():
+            value = getattr(self, name, accepted[0])  # older versions of Transformers lack some of them
+            if value not in accepted:
+                raise ValueError(f"--{name} {value} is not supported: {reason}")
         self._check_observation()
+        for name in self.allow_changes or ():
+            check_choice("--allow_changes", name, CHANGEABLE)
         check_choice("--loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)
         check_choice("--recompute", self.recompute, RECOMPUTE)
+        check_choice("--lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
+        if self.optim.startswith(OTHER_OPTIMIZERS):
+            raise ValueError(
+                f"--optim {self.optim} is not supported: it groups the weights itself, updates them in the backward "
+                "pass, or swaps them for evaluation; use adamw_torch_fused, adafactor, adamw_8bit, …"
+            )
         check_text_loss(self.text_loss, half_precision=self.bf16 or self.fp16)
         self._check_batches()
         if self.bf16 and self.fp16:
             raise ValueError("--fp16 True and --bf16 True exclude each other: add --bf16 False")
         self._check_learning_rates()
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"--warmup_ratio {self.warmup_ratio} must lie in [0, 1)")
-        if not self.warmup_steps:
-            self.warmup_steps = self.warmup_ratio  # Transformers 5 reads a value below 1 as a ratio
+        self._check_ranges()
+        self._check_warmup()
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        self._check_combinations()
+        self._check_device()
         apply_sharding(self, self.sharding)
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         if self.label_names is None:
             self.label_names = ["labels"]
         super().__post_init__()
+        self._check_schedule()
+        self._check_accelerator()
         if self.n_gpu > 1:
             logger.warning("using 1 of %d GPUs: start with torchrun to use them all", self.n_gpu)
             self._n_gpu = 1  # nn.DataParallel would split pixel_values as if every sample had one image
@@ -192,13 +274,98 @@ class MetaMorphTrainingArguments(TrainingArguments):
         check_grouping(self.packing, self.train_sampling_strategy == "group_by_length")
         if self.per_device_train_batch_size < 1:
             raise ValueError(f"--per_device_train_batch_size {self.per_device_train_batch_size} must be at least 1")
-        if self.enable_jit_checkpoint:
+
+    def _check_ranges(self) -> None:
+        at_least = {
+            "gradient_accumulation_steps": 1,
+            "per_device_eval_batch_size": 1,
+            "dataloader_num_workers": 0,
+            "adam_epsilon": 0,
+            "weight_decay": 0,
+            "max_grad_norm": 0,
+        }
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"--{name} {value} must be {least} or more")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must lie in [0, 1)")
+        if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(
-                "--enable_jit_checkpoint True lets every process decide by itself when to save; here all of them save "
-                "behind the same step at SIGTERM or SIGUSR1, without a flag: drop it"
+                f"--max_steps {self.max_steps} must be at least 1, or -1 for --num_train_epochs; --dry-run shows what "
+                "a run would do"
             )
-        if self.dataloader_drop_last:
+        if self.max_steps == -1 and not self.num_train_epochs > 0:
+            raise ValueError(f"--num_train_epochs {self.num_train_epochs} must be larger than 0")
+        if self.save_strategy == "steps" and not self.save_steps > 0:
+            raise ValueError(f"--save_steps {self.save_steps} must be larger than 0, or --save_strategy no")
+        if self.neftune_noise_alpha is not None and not self.neftune_noise_alpha > 0:
+            raise ValueError(f"--neftune_noise_alpha {self.neftune_noise_alpha} must be larger than 0")
+
+    def _check_warmup(self) -> None:
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"--warmup_ratio {self.warmup_ratio} must lie in [0, 1)")
+        if self.warmup_steps and self.lr_scheduler_type in NO_WARMUP:
             raise ValueError(
-                "--dataloader_drop_last True cannot be had: every sample is trained on exactly once in each epoch, and "
-                "a last step with fewer samples weighs each of them as all others do; drop the flag"
+                f"--warmup_steps {self.warmup_steps} has no effect with --lr_scheduler_type {self.lr_scheduler_type}, "
+                "which has no warm-up: use constant_with_warmup, or leave --warmup_steps out"
             )
+        if not self.warmup_steps:
+            self.warmup_steps = self.warmup_ratio  # Transformers 5 reads a value below 1 as a ratio
+
+    def _check_combinations(self) -> None:
+        """Refuse flags that do nothing without another one."""
+        if self.do_eval and self.eval_strategy == "no" and not self.eval_on_start:
+            raise ValueError("--do_eval True has no effect with --eval_strategy no: say when by --eval_strategy")
+        if self.metric_for_best_model is not None and self.eval_strategy == "no":
+            raise ValueError(
+                f"--metric_for_best_model {self.metric_for_best_model} is never measured with --eval_strategy no: add "
+                "--eval_strategy steps or epoch, and --eval_data_path"
+            )
+        if self.fsdp_config and not self.fsdp:
+            raise ValueError("--fsdp_config has no effect without --fsdp True; --sharding fsdp2 needs no configuration")
+        if self.dataloader_num_workers == 0:
+            for name in (
+                "dataloader_persistent_workers",
+                "dataloader_prefetch_factor",
+                "dataloader_multiprocessing_context",
+            ):
+                if value := getattr(self, name, None):
+                    raise ValueError(f"--{name} {value} has no effect without --dataloader_num_workers: give both")
+
+    def _check_device(self) -> None:
+        if self.fp16 and self.use_cpu:
+            raise ValueError("--fp16 True needs a GPU: a CPU would compute in float32; use --bf16 True, or neither")
+
+    def _check_schedule(self) -> None:
+        """Build the schedule once, for nothing: wrong `lr_scheduler_kwargs` are found before the weights are loaded."""
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        try:
+            get_scheduler(
+                self.lr_scheduler_type,
+                optimizer,
+                num_warmup_steps=0,
+                num_training_steps=1000,
+                scheduler_specific_kwargs=self.lr_scheduler_kwargs,
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"--lr_scheduler_type {SchedulerType(self.lr_scheduler_type).value} and --lr_scheduler_kwargs "
+                f"{self.lr_scheduler_kwargs} do not go together: {error}"
+            ) from error
+
+    def _check_accelerator(self) -> None:
+        config = self.accelerator_config
+        for name, accepted in (
+            ("split_batches", False),
+            ("dispatch_batches", None),
+            ("even_batches", True),
+            ("use_seedable_sampler", True),
+        ):
+            value = getattr(config, name)
+            if value != accepted and not (name == "dispatch_batches" and value is False):
+                raise ValueError(
+                    f"--accelerator_config: {name} {value} is not supported, since every process reads the batches "
+                    "that are planned for it: leave it out"
+                )

@@ -3,13 +3,12 @@
 import copy
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from metamorph.checkpoint_files import checkpoints, damage
+from metamorph.checkpoint_files import checkpoints, damage, on_first_process
 from metamorph.models.adapters import is_adapter_folder
 from metamorph.models.connector import is_full_model
 
@@ -60,18 +59,7 @@ def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, ada
         FileNotFoundError: if the checkpoint asked for does not exist, or is not on storage that all machines share.
         ValueError: if the checkpoint asked for is damaged, or belongs to the other stage.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return _find(output_dir, request, stage, adapter)
-    found: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            found[0] = _find(output_dir, request, stage, adapter)
-        except (FileNotFoundError, ValueError) as error:
-            found[1] = error  # for all: the others would wait
-    dist.broadcast_object_list(found)
-    folder, problem = found
-    if problem is not None:
-        raise problem
+    folder = on_first_process(lambda: _find(output_dir, request, stage, adapter))
     if folder is not None and not Path(folder).is_dir():
         raise FileNotFoundError(
             f"{folder} is seen by the first process but not by process {dist.get_rank()} on this machine: put "

@@ -37,6 +37,9 @@ from metamorph.training.sharded_trainer import ShardedTrainer
 
 logger = logging.getLogger(__name__)
 
+_GIVEN_BY_FLAGS = ("initial_lr", "weight_decay", "betas", "eps")
+"""Values of an optimizer's groups that a checkpoint does not decide; of the rates, the scheduler takes care."""
+
 
 class CheckpointingTrainer(ShardedTrainer):
     """`transformers.Trainer` whose checkpoints hold what the stage trains and all that resuming needs.
@@ -50,6 +53,9 @@ class CheckpointingTrainer(ShardedTrainer):
     resume_point: ResumePoint | None = None
     card_facts: CardFacts | None = None
     """What the model card is made of; without them there is none."""
+    flags: dict[str, Any] | None = None
+    """Result of `flags_of_run`, which checkpoints tell."""
+    _given: list[dict[str, Any]]
     _saving = False
     _knows_its_place = True
     """Whether the number of the step tells the place in the data."""
@@ -120,18 +126,41 @@ class CheckpointingTrainer(ShardedTrainer):
         epoch, steps = divmod(self.resume_point.step, steps_in_epoch)
         return epoch, steps * self.args.gradient_accumulation_steps
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As Trainer does; what the flags say of the optimizer is noted, before a checkpoint is loaded over it.
+
+        Args:
+            num_training_steps: Optimizer steps of the run.
+            optimizer: By default the trainer's.
+        """
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        assert optimizer is not None
+        groups = optimizer.param_groups
+        self._given = [{name: group[name] for name in _GIVEN_BY_FLAGS if name in group} for group in groups]
+        return scheduler
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        new_rates = list(getattr(self.lr_scheduler, "base_lrs", []))
+        """As Trainer does, but learning rates and weight decay stay those of this run, not those of the checkpoint."""
+        scheduler = self.lr_scheduler
+        rates = list(getattr(scheduler, "base_lrs", []))
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.resume_point is None or not self.resume_point.counts_anew:
+        if checkpoint is None:
             return
-        if not isinstance(self.lr_scheduler, LambdaLR):
-            logger.warning("%s keeps its own count of steps", type(self.lr_scheduler).__name__)
-        else:
-            # With --learning_rate auto, steps of another size have another peak rate, too.
-            state = {"base_lrs": new_rates, "last_epoch": self.resume_point.step - 1}
-            self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **state})
-            self.lr_scheduler.step()  # sets the rates of this step
+        assert self.optimizer is not None
+        for group, given in zip(self.optimizer.param_groups, self._given, strict=True):
+            group.update(given)
+        counts_anew = self.resume_point is not None and self.resume_point.counts_anew
+        if not isinstance(scheduler, LambdaLR):  # it keeps the rates themselves
+            if counts_anew:
+                logger.warning("%s keeps its own count of steps", type(scheduler).__name__)
+            return
+        step = self.resume_point.step if counts_anew and self.resume_point is not None else scheduler.last_epoch
+        # With --learning_rate auto, steps of another size have another peak rate, too.
+        scheduler.load_state_dict({**scheduler.state_dict(), "base_lrs": rates, "last_epoch": step - 1})
+        scheduler.step()  # sets the rates of this step
 
     @cached_property
     def _data_description(self) -> dict[str, Any]:
@@ -177,6 +206,7 @@ class CheckpointingTrainer(ShardedTrainer):
             "stage": self.stage,
             "position": asdict(position) if self._knows_its_place else None,
             "data": self._data_description,
+            "flags": self.flags,
         }
 
     def _name_best(self, partial: Path, final: Path) -> None:

@@ -31,7 +31,7 @@ from metamorph.training.memory import (
     optimizer_bytes_of,
 )
 from metamorph.training.outline import build_outline
-from metamorph.training.stages import ModuleSummary, apply_stage
+from metamorph.training.stages import ModuleSummary, apply_stage, check_learning_rates
 
 
 MEASURED_SAMPLES = 2048
@@ -120,6 +120,7 @@ def preview(
         FileNotFoundError: if a configuration or a tokenizer is missing.
         ValueError: if the parts do not go together; the message names the flag.
     """
+    check_learning_rates(model_args, training_args)
     aspect_ratio = data_args.image_aspect_ratio if data_args.is_given("image_aspect_ratio") else None
     plan = make_plan(model_args, aspect_ratio)
     model = build_outline(model_args, plan)

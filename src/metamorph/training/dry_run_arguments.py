@@ -100,6 +100,9 @@ class PreviewTrainingArguments(MetaMorphTrainingArguments):
         for name, value in asked.items():
             setattr(self, name, value)
 
+    def _check_device(self) -> None:
+        """The run may be planned on a machine without a GPU."""
+
     def _asked_engine(self) -> str:
         if self.deepspeed:
             return _engine_of(self.deepspeed)

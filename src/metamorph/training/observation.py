@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments
 from metamorph.training.samples import Draw, SamplePrompt, SampleWriter, read_prompts
 from metamorph.training.trackers import set_up_trackers
+from metamorph.training.validation import metric_names
 
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def observe(
     args: MetaMorphTrainingArguments,
     processor: MetaMorphProcessor,
     open_visualizer: OpenVisualizer | None = None,
+    visual_loss: bool = True,
 ) -> Observation:
     """Open what the flags ask to look at.
 
@@ -58,6 +61,7 @@ def observe(
         args: `eval_strategy`, `sample_…`.
         processor: Makes the sequences.
         open_visualizer: Opens `sample_visualizer`.
+        visual_loss: Whether the model has one, `use_vision_ar`.
 
     Raises:
         DataError: If validation data are unusable.
@@ -74,7 +78,10 @@ def observe(
                 "open_visualizer=metamorph.visualization.drawing.open_visualizer"
             )
         draw = open_visualizer(args.sample_visualizer) if args.process_index == 0 else None
-    return Observation(_load_validation(data_args, args, processor), prompts, draw)
+    validation = _load_validation(data_args, args, processor)
+    if validation is not None:
+        _check_best_metric(args, validation, visual_loss)
+    return Observation(validation, prompts, draw)
 
 
 def _check_validation(data_args: DataArguments, args: MetaMorphTrainingArguments) -> None:
@@ -87,6 +94,20 @@ def _check_validation(data_args: DataArguments, args: MetaMorphTrainingArguments
         raise ValueError(
             f"--eval_data_path {data_args.eval_data_path} is never read with --eval_strategy no: add --eval_strategy "
             "steps (with --eval_steps) or epoch, or leave it out"
+        )
+
+
+def _check_best_metric(args: MetaMorphTrainingArguments, validation: MixtureDataset, visual_loss: bool) -> None:
+    """Trainer would look for it after the first evaluation."""
+    if args.metric_for_best_model is None:
+        return
+    name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    known = metric_names(validation.sources, visual_loss=visual_loss)
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ValueError(
+            f"--metric_for_best_model {args.metric_for_best_model} is not measured: {hint}Use one of {', '.join(known)}"
         )
 
 

@@ -17,6 +17,7 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.models.packed_rows import check_keeps_samples_apart, uses_flash_attention
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.preemption import Preemption, clear_marker
+from metamorph.run_lock import only_run_in
 from metamorph.training.adapters import check_engine, compute_dtype, store_frozen_matrices
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.assemble import load_model, load_training_data, make_plan, open_features
@@ -29,8 +30,9 @@ from metamorph.training.model_card import CardFacts
 from metamorph.training.observation import OpenVisualizer, observe
 from metamorph.training.planning import plan_run
 from metamorph.training.resume import plan_resume
+from metamorph.training.resume_flags import check_flags, flags_of_run
 from metamorph.training.speed import choose_attention, prepare_speed
-from metamorph.training.stages import apply_stage, format_summary
+from metamorph.training.stages import apply_stage, check_learning_rates, check_optimizer, format_summary
 from metamorph.training.trainer import MetaMorphTrainer
 
 
@@ -88,16 +90,17 @@ def run_training(
         The result, also in memory.
 
     Raises:
+        CheckpointError: If another run uses the output folder.
         Preempted: If a signal has stopped it.
     """
-    if training_args.process_index == 0:
-        clear_marker(training_args.output_dir)
-    if training_args.should_save:  # with --save_on_each_node one process of each machine
-        clean_up(training_args.output_dir)
     deterministic = deterministic_algorithms(
         training_args.device, full=training_args.full_determinism, seed=training_args.seed
     )
-    with Preemption(training_args.ddp_timeout_delta) as preemption, deterministic:
+    with Preemption(training_args.ddp_timeout_delta) as preemption, only_run_in(training_args.output_dir), deterministic:
+        if training_args.process_index == 0:
+            clear_marker(training_args.output_dir)
+        if training_args.should_save:  # with --save_on_each_node one process of each machine
+            clean_up(training_args.output_dir)
         return _train(model_args, data_args, training_args, callbacks, preemption, open_visualizer)
 
 
@@ -111,6 +114,8 @@ def _train(
 ) -> TrainResult:
     # 1. Everything that can be checked without weights.
     check_engine(model_args, training_args)
+    check_learning_rates(model_args, training_args)
+    check_optimizer(training_args)
     checkpoint = find_checkpoint(
         training_args.output_dir, training_args.resume_from_checkpoint, model_args.stage, model_args.lora_enable
     )
@@ -119,10 +124,12 @@ def _train(
     data_seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     features = open_features(model_args, data_args, plan)
     dataset = load_training_data(data_args, plan.processor, data_seed, features)
-    observation = observe(data_args, training_args, plan.processor, open_visualizer)
+    observation = observe(data_args, training_args, plan.processor, open_visualizer, plan.config.use_vision_ar)
     planner = plan_run(dataset, data_args.model_max_length, training_args)
     resume_point = plan_resume(checkpoint, dataset, planner, training_args)
     apply_learning_rate_rule(training_args, samples_in_a_step(planner, training_args.gradient_accumulation_steps))
+    flags = flags_of_run(model_args, training_args, plan)
+    check_flags(checkpoint, flags, training_args.allow_changes)
 
     # 2. The model, and the part of it that this stage trains.
     set_seed(training_args.seed)  # the connector and the vision head start at random
@@ -160,6 +167,7 @@ def _train(
     # Transformers' printer stands in for its bar when that is off. It prints on each node, and beside our callbacks.
     if callbacks or not trainer.is_world_process_zero():
         trainer.remove_callback(PrinterCallback)
+    trainer.flags = flags
     trainer.go_on_from(resume_point)
     stop = StopWhenPreempted(preemption, checkpoint)
     trainer.add_callback(stop)

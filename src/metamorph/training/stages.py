@@ -1,5 +1,6 @@
 """Which parameters each stage trains, and at which learning rate."""
 
+import copy
 import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.training_args import OptimizerNames
 
 from metamorph.models.embeddings import attach_new_head_rows, attach_new_token_rows
 from metamorph.training.adapters import attach_lora, is_lora
@@ -107,6 +109,60 @@ def learning_rates(args: MetaMorphTrainingArguments) -> dict[str, float]:
     own = {CONNECTOR: args.mm_projector_lr, VISION_HEAD: args.vision_head_lr, VISION_TOWER: args.vision_lr}
     given: dict[str, float] = {module: rate for module, rate in own.items() if rate is not None}
     return {module: given.get(module, float(args.learning_rate)) for module in MODULES}
+
+
+def check_learning_rates(model_args: ModelArguments, args: MetaMorphTrainingArguments) -> None:
+    """Refuse the learning rate of a module that is not trained.
+
+    Args:
+        model_args: The stage and the `freeze_…` flags.
+        args: The learning rates.
+
+    Raises:
+        ValueError: naming the rate and the flag that freezes its module.
+    """
+    frozen = {
+        "mm_projector_lr": (model_args.freeze_mm_mlp_adapter, "--freeze_mm_mlp_adapter False"),
+        "vision_lr": (model_args.freeze_vision, "--freeze_vision False"),
+        "vision_head_lr": (
+            # A finished model that is trained further may bring it.
+            not model_args.resolved_use_vision_ar
+            and not (model_args.continues_metamorph and model_args.use_vision_ar is None),
+            "--use_vision_ar True",
+        ),
+    }
+    for name, (is_frozen, flag) in frozen.items():
+        if is_frozen and getattr(args, name) is not None:
+            raise ValueError(
+                f"--{name} {getattr(args, name)} has no effect: that module is not trained. Add {flag}, or leave the "
+                "rate out"
+            )
+
+
+def check_optimizer(args: MetaMorphTrainingArguments) -> None:
+    """Find out before the weights are loaded whether the optimizer is installed and reads its arguments.
+
+    Args:
+        args: `optim` and `optim_args`.
+
+    Raises:
+        ModuleNotFoundError: if the package of the optimizer is missing.
+        ValueError: if `optim_args` are not `name=value,…`, or change nothing.
+    """
+    from transformers import Trainer  # takes seconds, which a dry run does not need
+
+    name = OptimizerNames(args.optim).value
+    plain = copy.copy(args)
+    plain.optim_args = None
+    try:
+        optimizer = Trainer.get_optimizer_cls_and_kwargs(args)
+        if args.optim_args and optimizer == Trainer.get_optimizer_cls_and_kwargs(plain):
+            raise ValueError(f"it changes nothing with --optim {name}: leave it out")
+    except ImportError as error:
+        raise ModuleNotFoundError(f"--optim {name}: {error}") from error
+    except ValueError as error:
+        flag = f"--optim_args {args.optim_args}" if args.optim_args else f"--optim {name}"
+        raise ValueError(f"{flag} cannot be used: {error}") from error
 
 
 def optimizer_groups(

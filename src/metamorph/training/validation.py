@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -220,6 +220,20 @@ def validation_metrics(
     for source, loss in losses.items():
         metrics |= loss.as_metrics(f"{prefix}_{source}_", coefficient)
     return metrics | {f"{prefix}_runtime": round(time.perf_counter() - began, 3)}
+
+
+def metric_names(sources: Iterable[str], *, visual_loss: bool, prefix: str = "eval") -> list[str]:
+    """Names of the losses that [`validation_metrics`] may have: a source without visual targets lacks some of them.
+
+    Args:
+        sources: Names of the sources.
+        visual_loss: Whether the model has a visual loss.
+        prefix: As there.
+    """
+    values = {field.name: 1 if visual_loss or "visual" not in field.name else None for field in fields(SourceLoss)}
+    every = SourceLoss(**values)  # type: ignore[arg-type]  # only the names count
+    prefixes = [f"{prefix}_", *(f"{prefix}_{source}_" for source in sources)]
+    return [name for each in prefixes for name in every.as_metrics(each, 1.0)]
 
 
 def total_loss(losses: dict[str, SourceLoss]) -> SourceLoss:

@@ -25,6 +25,7 @@ from metamorph.checkpoint_files import (
     delete_old,
     explains_write_errors,
     flush,
+    on_first_process,
 )
 from metamorph.model_files import check_finite
 from metamorph.visualization.arguments import LATEST
@@ -100,7 +101,7 @@ def save_checkpoint(output_dir: Path, state: TrainingState, keep: int | None, wr
 
 
 def load_checkpoint(folder: Path, state: TrainingState) -> None:
-    """Restore `state` in place from a folder of `save_checkpoint`.
+    """Restore `state` in place from a folder of `save_checkpoint`; learning rates and weight decay stay as they are.
 
     Raises:
         ValueError: if the folder was written by a run that trains other parameters.
@@ -139,8 +140,13 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
         tensors["optimizer"]["state"][index] = {
             name: divided_like(value, in_groups[index]) for name, value in values.items()
         }
+    given = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in state.optimizer.param_groups]
+    rates, steps = state.lr_scheduler.base_lrs, tensors["lr_scheduler"]["last_epoch"]
     state.optimizer.load_state_dict(tensors["optimizer"])
-    state.lr_scheduler.load_state_dict(tensors["lr_scheduler"])
+    for group, values in zip(state.optimizer.param_groups, given, strict=True):
+        group.update(values)
+    state.lr_scheduler.load_state_dict({**tensors["lr_scheduler"], "base_lrs": rates, "last_epoch": steps - 1})
+    state.lr_scheduler.step()  # sets the rates of this step
     if state.ema is not None:
         decay, device = state.ema.decay, next(iter(parameters.values())).device
         shadows = zip(tensors["ema"]["shadow_params"], parameters.values(), strict=True)
@@ -159,18 +165,7 @@ def find_checkpoint(request: str | None, output_dir: Path) -> Path | None:
         ValueError: as `resolve_resume`, on all processes.
         FileNotFoundError: if the folder is not on storage that all machines share.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return resolve_resume(request, output_dir)
-    found: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            found[0] = resolve_resume(request, output_dir)
-        except ValueError as error:
-            found[1] = error  # for all: the others would wait
-    dist.broadcast_object_list(found)
-    folder, problem = found
-    if problem is not None:
-        raise problem
+    folder = on_first_process(lambda: resolve_resume(request, output_dir))
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} is seen by the first process but not by process {dist.get_rank()} on this machine: put "

@@ -10,6 +10,7 @@ from PIL import Image
 from metamorph.checkpoint_files import clean_up
 from metamorph.determinism import deterministic_algorithms
 from metamorph.preemption import Preemption, clear_marker
+from metamorph.run_lock import only_run_in
 from metamorph.visualization.arguments import VisualizerArguments
 from metamorph.visualization.bad_pictures import BadPictures
 from metamorph.visualization.checkpoint import find_checkpoint, load_checkpoint
@@ -39,7 +40,8 @@ def train_visualizer(
         on_log: Called in the main process every `logging_steps` steps.
 
     Raises:
-        ValueError: for parts, data or checkpoints that do not fit, before training starts.
+        ValueError: for parts, data or checkpoints that do not fit, or another run in the output folder, before training
+            starts.
         Preempted: if a signal has stopped it.
     """
     with Preemption() as preemption:
@@ -59,16 +61,17 @@ def _train(
     bad_pictures = BadPictures(len(source), args.on_bad_image, args.max_bad_fraction)
     output_dir = Path(args.output_dir).expanduser()
     accelerator = start_accelerate(args)
-    if accelerator.is_main_process:
-        clear_marker(output_dir)
-        clean_up(output_dir)
+    deterministic = deterministic_algorithms(accelerator.device, full=args.full_determinism, seed=args.seed)
+    with only_run_in(output_dir), deterministic:
+        if accelerator.is_main_process:
+            clear_marker(output_dir)
+            clean_up(output_dir)
+            if shards is not None:
+                report_shards(shards.shards)
+        # After the cleaning, which may put a checkpoint back.
+        checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
         if shards is not None:
-            report_shards(shards.shards)
-    # Behind the cleaning, which may put a checkpoint back.
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
-    if shards is not None:
-        bad_pictures.add_lost(shards)
-    with deterministic_algorithms(accelerator.device, full=args.full_determinism, seed=args.seed):
+            bad_pictures.add_lost(shards)
         trainer = VisualizerTrainer(args, source, bad_pictures, accelerator, preemption, on_log)
         if checkpoint is not None:
             load_checkpoint(checkpoint, trainer.state)
