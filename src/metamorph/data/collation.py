@@ -49,7 +49,7 @@ class PaddedCollator:
             batch["attention_mask"][row, :count] = 1
             for name in _PER_TOKEN:
                 batch[name][row, :count] = example[name]
-        return batch | _indices(batch, kept, self) | _pixels(kept)
+        return batch | _indices(batch, kept, self, batch["attention_mask"]) | _pixels(kept)
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,9 @@ class PackedCollator:
             raise ValueError("a sample begins with an image to draw, which nothing precedes: put text before it")
         if self.flash_attention:
             batch |= flash_attention_boundaries(batch["position_ids"])
+        tokens = torch.arange(length) < torch.tensor([max(sum(row), 1) for row in lengths or [[1]]])[:, None]
         joined_rows = [example for examples in kept for example in examples]
-        return batch | _indices(batch, joined_rows, self) | _pixels(joined_rows)
+        return batch | _indices(batch, joined_rows, self, tokens) | _pixels(joined_rows)
 
 
 def flash_attention_boundaries(position_ids: torch.Tensor) -> dict[str, Any]:
@@ -141,13 +142,17 @@ def _empty_batch(num_rows: int, length: int, collator: PaddedCollator | PackedCo
 
 
 def _indices(
-    batch: dict[str, Any], examples: Sequence[dict[str, Any]], collator: PaddedCollator | PackedCollator
+    batch: dict[str, Any],
+    examples: Sequence[dict[str, Any]],
+    collator: PaddedCollator | PackedCollator,
+    is_token: torch.Tensor,
 ) -> dict[str, Any]:
-    """Positions of images and targets, looked up here on the CPU; nothing if the collator does not know the images."""
+    """Positions of images, targets and tokens, found on the CPU; nothing if the collator does not know the images."""
     if collator.image_token_id is None:
         return {}
     indices = index_batch(batch["input_ids"], batch["labels"], batch["visual_target_mask"], collator.image_token_id)
     indices["sample_lengths"] = torch.tensor([len(example["input_ids"]) for example in examples], dtype=torch.long)
+    indices["tokens"] = is_token.flatten().nonzero().squeeze(-1)
     return {"indices": indices}
 
 

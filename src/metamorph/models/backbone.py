@@ -13,6 +13,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .configuration_metamorph import MetaMorphConfig
+from .families import embedding_scale
 from .outputs import MetaMorphModelOutput
 from .projectors import build_mm_projector
 from .vision_tower import VisionTower
@@ -97,6 +98,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             visual_tokens=visual_tokens,
+            router_logits=getattr(outputs, "router_logits", None),
         )
 
     def embed(
@@ -122,6 +124,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             ValueError: the placeholders are not `N` for each image.
         """
         embeds = self.get_input_embeddings()(input_ids)
+        if (scale := embedding_scale(self.config.text_config)) != 1.0:
+            embeds = embeds * scale
         if generated_visual_tokens is not None:
             is_placeholder = input_ids == self.config.image_token_id
             count = generated_visual_tokens.shape[1]

@@ -31,6 +31,8 @@ class BatchIndices(TypedDict, total=False):
     validation, see [`first_image_starts`]."""
     sample_lengths: Tensor
     """[samples] tokens of each sample; only from the collators, which know where padding begins."""
+    tokens: Tensor
+    """[tokens] positions that are not padding; only from the collators. At least one."""
 
 
 def index_batch(

@@ -44,9 +44,9 @@ class NewTokenEmbedding(nn.Module):
         plain = functional_call(self.table, {"weight": self.weight}, (input_ids,))
         return torch.where(is_new.any(dim=-1, keepdim=True), rows.to(plain.dtype), plain)
 
-    def replace_logits(self, logits: Tensor, hidden_states: Tensor) -> Tensor:
+    def replace_logits(self, logits: Tensor, hidden_states: Tensor, bias: Tensor | None) -> Tensor:
         """For heads tied to the table: the new tokens' logits must come from the new rows as well."""
-        return logits.index_copy(-1, self.token_ids, (hidden_states @ self.new_rows.T).to(logits.dtype))
+        return _replace_logits(self, logits, hidden_states, bias)
 
 
 class NewTokenHead(TextHead):
@@ -81,18 +81,26 @@ class NewTokenHead(TextHead):
         labels: Tensor | None = None,
         options: TextLossOptions | None = None,
         finish: FinishLogits | None = None,
+        finish_weights: tuple[nn.Parameter, ...] = (),
     ) -> Tensor:
         """As [`TextHead.forward`]."""
 
         def replace(logits: Tensor, hidden: Tensor) -> Tensor:
-            bias = None if self.bias is None else self.bias[self.token_ids]
-            rows = nn.functional.linear(hidden, self.new_rows.to(hidden.dtype), bias)
-            logits = logits.index_copy(-1, self.token_ids, rows.to(logits.dtype))
+            logits = _replace_logits(self, logits, hidden, self.bias)
             return logits if finish is None or labels is None else finish(logits, hidden)
 
         if labels is None:
             return replace(super().forward(hidden_states), hidden_states)
-        return super().forward(hidden_states, labels, options, replace)
+        return super().forward(hidden_states, labels, options, replace, (self.new_rows, *finish_weights))
+
+
+def _replace_logits(
+    rows: NewTokenEmbedding | NewTokenHead, logits: Tensor, hidden_states: Tensor, bias: Tensor | None
+) -> Tensor:
+    """[..., V] logits, those of the new tokens by their rows in training."""
+    bias = None if bias is None else bias[rows.token_ids]
+    new = nn.functional.linear(hidden_states, rows.new_rows.to(hidden_states.dtype), bias)
+    return logits.index_copy(-1, rows.token_ids, new.to(logits.dtype))
 
 
 def attach_new_token_rows(model: PreTrainedModel) -> nn.Parameter | None:
@@ -156,14 +164,13 @@ def merge_new_token_rows(model: PreTrainedModel) -> None:
 def add_token_rows(language_model: PreTrainedModel, num_tokens: int, new_ids: list[int]) -> None:
     """Grows the vocabulary to `num_tokens` and starts new rows at the mean of the known ones.
 
-    New are `new_ids`, and all rows by which the table grows: a tokenizer that went through a processor has the image
-    tokens already, which the language model has never seen. Tables that are large enough (Qwen pads them) keep their
+    New are `new_ids`, and all rows by which the table grows. Tables that are large enough (Qwen pads them) keep their
     size.
 
     Args:
         language_model: a causal language model, changed in place (input and output table).
         num_tokens: size of the tokenizer.
-        new_ids: ids of the tokens that were just added to it.
+        new_ids: ids of the tokens that the language model has never seen.
     """
     size = language_model.get_input_embeddings().weight.shape[0]
     if num_tokens > size:

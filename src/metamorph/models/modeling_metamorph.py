@@ -4,6 +4,7 @@ Shape legend: B batch, S sequence, H hidden size of the language model, V vocabu
 N visual tokens per image, D features of one visual token.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 from transformers.cache_utils import Cache
 
@@ -21,6 +25,14 @@ from .backbone import MetaMorphModel, MetaMorphPreTrainedModel
 from .batch_indices import BatchIndices, index_batch
 from .configuration_metamorph import MetaMorphConfig
 from .embeddings import NewTokenEmbedding, add_token_rows
+from .families import (
+    check_language_model,
+    compose_and_compare,
+    finish_logits,
+    finishes_logits,
+    router_loss,
+    router_loss_coefficient,
+)
 from .generation import MetaMorphGenerationMixin
 from .image_tokens import add_image_tokens
 from .losses import LossSum, average, cosine_sum, direction_sums, text_loss, visual_loss
@@ -28,6 +40,10 @@ from .outputs import MetaMorphOutput
 from .projectors import build_mm_projector, build_vision_head
 from .text_head import TextHead, TextLossOptions
 from .vision_tower import VisionTower, finish_visual_tokens
+
+
+_CHECKED: dict[str, bool] = {}
+"""Verdicts of `check_language_model` in this process, by the JSON of the configuration."""
 
 
 class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrainedModel, MetaMorphGenerationMixin):
@@ -66,11 +82,15 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         copied: `language_model` and `vision_encoder` must not be used on their own afterwards.
 
         Args:
-            language_model: any `AutoModelForCausalLM` decoder.
+            language_model: a decoder of `AutoModelForCausalLM`, of a family that the composite computes as it does.
             vision_encoder: a loaded vision model, see [`load_vision_encoder`].
             tokenizer: the language model's tokenizer.
             **config_overrides: fields of [`MetaMorphConfig`], for example `num_image_tokens=64`.
+
+        Raises:
+            ValueError: the language model is of another family, see [`check_language_model`].
         """
+        checked = cls.check_language_model(language_model.config)
         config = MetaMorphConfig(
             text_config=language_model.config, vision_config=vision_encoder.config, **config_overrides
         )
@@ -83,13 +103,58 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         config.image_start_token_id, config.image_end_token_id = tokens.image_start, tokens.image_end
         new_ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens.new]
         add_token_rows(language_model, len(tokenizer), new_ids)
+        compose = partial(cls._join, config, vision_encoder)
+        if checked or language_model.device.type == "meta":
+            return compose(language_model)
+        return compose_and_compare(language_model, compose)
+
+    @classmethod
+    def check_language_model(cls, config: PreTrainedConfig) -> bool:
+        """Whether a model of this family computes what `AutoModelForCausalLM` does; tried once for a configuration.
+
+        Args:
+            config: configuration of a language model.
+
+        Returns:
+            True; False if only its weights can tell, which `from_parts` then tries.
+
+        Raises:
+            ValueError: if it does not; the message says what differs.
+        """
+        key = config.to_json_string()
+        if key not in _CHECKED:
+            _CHECKED[key] = check_language_model(config, cls._compose_for_a_check)
+        return _CHECKED[key]
+
+    @classmethod
+    def _compose_for_a_check(cls, language_model: PreTrainedModel) -> "MetaMorphForConditionalGeneration":
+        """A composite with the smallest of towers, the last token as placeholder."""
+        vision = SiglipVisionConfig(
+            hidden_size=2, intermediate_size=2, num_hidden_layers=1, num_attention_heads=1, image_size=2, patch_size=2
+        )
+        placeholder = language_model.get_input_embeddings().weight.shape[0] - 1
+        config = MetaMorphConfig(
+            text_config=language_model.config, vision_config=vision, num_image_tokens=1, image_token_id=placeholder
+        )
+        return cls._join(config, SiglipVisionModel(vision), language_model)
+
+    @classmethod
+    def _join(
+        cls, config: MetaMorphConfig, vision_encoder: PreTrainedModel, language_model: PreTrainedModel
+    ) -> "MetaMorphForConditionalGeneration":
+        """The composite of two parts; `config` knows the image tokens, and the tables have rows for them."""
         config.text_config = language_model.config
         head = language_model.get_output_embeddings()
         config.lm_head_bias = head.bias is not None
         with torch.device("meta"):  # a frame whose parts are all replaced below
             model = cls(config)
         dtype, device = language_model.dtype, language_model.device
-        model.model.language_model = language_model.base_model
+        # The part that `AutoModel` builds, too, when the finished model is loaded.
+        kind = type(model.get_decoder())
+        decoder = next((part for part in language_model.modules() if type(part) is kind), None)
+        if decoder is None:
+            raise ValueError(f"{type(language_model).__name__} has no part of the type {kind.__name__}")
+        model.model.language_model = decoder
         model.model.vision_tower = VisionTower(config, vision_encoder).to(device, vision_encoder.dtype)
         model.model.mm_projector = build_mm_projector(config).to(device, dtype)
         model.lm_head = TextHead.from_linear(head)
@@ -136,7 +201,7 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
-        loss_normalizers: tuple[Tensor | float, Tensor | float] | None = None,
+        loss_normalizers: tuple[Tensor | float, ...] | None = None,
         num_items_in_batch: Tensor | int | None = None,
         generated_visual_tokens: Tensor | None = None,
         predict_visual_token: bool = False,
@@ -160,8 +225,9 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
                 packed rows leak into each other if there is a cache; else to the config's.
             logits_to_keep: logits are computed for the last so many positions (0: all). None means all without
                 `labels`, and no logits at all with them.
-            loss_normalizers: what the summed text and visual losses are divided by, instead of this batch's own
-                counts. `MetaMorphTrainer` passes the counts of the whole optimizer step.
+            loss_normalizers: what the summed text and visual losses, and in the third place the auxiliary loss of each
+                token, are divided by, instead of this batch's own counts. `MetaMorphTrainer` passes the counts of the
+                whole optimizer step.
             num_items_in_batch: supervised text tokens of the whole optimizer step, which plain `transformers.Trainer`
                 passes. The summed text loss is divided by it. The mean visual loss of this batch is weighted by the
                 batch's share of these tokens, because the step's number of visual targets is not known. Without
@@ -181,6 +247,9 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
             use_cache = False
         if indices is None and labels is not None:
             indices = index_batch(input_ids, labels, visual_target_mask, self.config.image_token_id)
+        balances = labels is not None and self._balances_experts
+        if balances:
+            kwargs["output_router_logits"] = True
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -203,6 +272,8 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
                 texts, targets = (max(indices[name].shape[0], 1) for name in ("text", "visual"))
                 loss_normalizers = (num_items_in_batch, num_items_in_batch * targets / texts)
             self._add_losses(result, hidden, indices, outputs.visual_tokens, loss_normalizers)
+            if balances:
+                self._add_router_loss(result, outputs.router_logits, indices, attention_mask, loss_normalizers)
         if labels is None or logits_to_keep is not None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             result.logits = self.compute_logits(hidden if keep is None else hidden[:, keep])
@@ -216,28 +287,24 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
 
     def _finish_logits(self, logits: Tensor, hidden_states: Tensor) -> Tensor:
         """What the family of the language model, or stage 1, makes of the logits of `lm_head`."""
-        text = self.config.text_config
-        embedding = self.get_input_embeddings()
-        if isinstance(embedding, NewTokenEmbedding) and self.config.tie_word_embeddings:
-            logits = embedding.replace_logits(logits, hidden_states)
-        logits = logits * getattr(text, "logit_scale", 1.0) / getattr(text, "logits_scaling", 1.0)
-        if (cap := getattr(text, "final_logit_softcapping", None)) is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        if (embedding := self._tied_new_rows) is not None:
+            logits = embedding.replace_logits(logits, hidden_states, getattr(self.lm_head, "bias", None))
+        return finish_logits(self.config.text_config, logits)
 
     @property
-    def _finishes_logits(self) -> bool:
-        """Whether `_finish_logits` changes anything."""
-        fields = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-        has_new_rows = isinstance(self.get_input_embeddings(), NewTokenEmbedding) and self.config.tie_word_embeddings
-        return has_new_rows or any(getattr(self.config.text_config, name, None) is not None for name in fields)
+    def _tied_new_rows(self) -> NewTokenEmbedding | None:
+        """The embeddings of new tokens in training, if the head is tied to them."""
+        embedding = self.get_input_embeddings()
+        return embedding if isinstance(embedding, NewTokenEmbedding) and self.config.tie_word_embeddings else None
 
     def _text_loss(self, hidden: Tensor, labels: Tensor) -> LossSum:
         """Loss of [positions, H] hidden states, each of which predicts one of `labels` [positions]."""
         if not isinstance(self.lm_head, TextHead):  # replaced, by an adapter or a quantised layer
             return text_loss(self.compute_logits(hidden), labels)
-        finish = self._finish_logits if self._finishes_logits else None
-        return LossSum.of(self.lm_head(hidden, labels, self.text_loss_options, finish), labels)
+        embedding = self._tied_new_rows
+        finishes = embedding is not None or finishes_logits(self.config.text_config)
+        finish, used = self._finish_logits if finishes else None, () if embedding is None else (embedding.new_rows,)
+        return LossSum.of(self.lm_head(hidden, labels, self.text_loss_options, finish, used), labels)
 
     def _add_losses(
         self,
@@ -245,9 +312,9 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         hidden: Tensor,
         indices: BatchIndices,
         visual_tokens: Tensor | None,
-        normalizers: tuple[Tensor | float, Tensor | float] | None,
+        normalizers: tuple[Tensor | float, ...] | None,
     ) -> None:
-        text_normalizer, visual_normalizer = normalizers if normalizers is not None else (None, None)
+        text_normalizer, visual_normalizer = normalizers[:2] if normalizers is not None else (None, None)
         hidden = hidden.flatten(0, 1)
         text = self._text_loss(hidden.index_select(0, indices["text"]), indices["text_labels"])
         result.text_loss, result.num_text_tokens = average(text, text_normalizer), text.count
@@ -270,6 +337,41 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         places = indices["visual_targets"] % self.config.num_image_tokens
         result.visual_direction_sums = direction_sums(targets, places, self.config.num_image_tokens)
         result.loss = result.text_loss + self.config.vision_coef * result.visual_loss
+
+    @property
+    def _balances_experts(self) -> bool:
+        """Whether the loss has a term that balances experts: if they are trained, or the configuration asks for it."""
+        text = self.config.text_config
+        if not router_loss_coefficient(text):
+            return False
+        if getattr(text, "output_router_logits", False):
+            return True
+        rows = getattr(self.get_input_embeddings(), "new_rows", None)
+        learns = any(weight.requires_grad and weight is not rows for weight in self.get_decoder().parameters())
+        return self.training and learns
+
+    def _add_router_loss(
+        self,
+        result: MetaMorphOutput,
+        router_logits: tuple[Tensor, ...] | None,
+        indices: BatchIndices,
+        attention_mask: Tensor | None,
+        normalizers: tuple[Tensor | float, ...] | None,
+    ) -> None:
+        """Over the tokens of the batch, padding left out; a step has the mean over all of its tokens."""
+        tokens = indices.get("tokens")
+        if tokens is None and attention_mask is not None:
+            tokens = attention_mask.flatten().nonzero().squeeze(-1)
+        logits = tuple(router_logits or ())
+        if tokens is not None:
+            logits = tuple(layer.flatten(0, -2).index_select(0, tokens.to(layer.device)) for layer in logits)
+        mean = router_loss(self.get_decoder(), logits)
+        if mean is None or result.loss is None:
+            return
+        count = torch.full((), logits[0].shape[0], device=mean.device)
+        normalizer = normalizers[2] if normalizers is not None and len(normalizers) > 2 else None
+        result.aux_loss, result.num_tokens = average(LossSum(mean * count, count), normalizer), count
+        result.loss = result.loss + router_loss_coefficient(self.config.text_config) * result.aux_loss
 
     def _finish(self, predictions: Tensor) -> Tensor:
         return finish_visual_tokens(

@@ -28,7 +28,7 @@ from transformers import (
 
 from .configuration_metamorph import MetaMorphConfig
 from .image_processing import load_image_processor
-from .image_tokens import add_image_tokens
+from .image_tokens import image_token_names
 from .modeling_metamorph import MetaMorphForConditionalGeneration
 from .processing_metamorph import MetaMorphProcessor
 from .vision_tower import load_vision_config, load_vision_encoder, resolve_vision_tower
@@ -213,12 +213,12 @@ def _overrides(fields: Mapping[str, Any], weights: OriginalWeights, folder: Path
 
 
 def _add_known_tokens(tokenizer: PreTrainedTokenizerBase, overrides: Mapping[str, Any]) -> None:
-    """Add the image tokens now: `from_parts` would start the rows of tokens that it adds anew."""
-    add_image_tokens(
-        tokenizer,
+    """Add the image tokens as tokens that the language model knows: `from_parts` keeps the rows of those."""
+    names = image_token_names(
         mm_use_im_start_end=overrides.get("mm_use_im_start_end", MetaMorphConfig.mm_use_im_start_end),
         mm_use_im_patch_token=overrides.get("mm_use_im_patch_token", MetaMorphConfig.mm_use_im_patch_token),
     )
+    tokenizer.add_tokens(names, special_tokens=True)
 
 
 def _language_model(

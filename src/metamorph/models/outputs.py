@@ -18,6 +18,8 @@ class MetaMorphModelOutput(BaseModelOutputWithPast):
 
     visual_tokens: Tensor | None = None
     """[I, N, D] what the images of the batch became; None in a batch without images."""
+    router_logits: tuple[Tensor, ...] | None = None
+    """[B · S, experts] of each layer with experts, if asked for by `output_router_logits`."""
 
 
 @dataclass
@@ -25,11 +27,16 @@ class MetaMorphOutput(ModelOutput):
     """Output of [`MetaMorphForConditionalGeneration`]. The loss fields are 0-d tensors, None without `labels`."""
 
     loss: Tensor | None = None
-    """`text_loss + vision_coef · visual_loss` with `use_vision_ar`, else `text_loss`."""
+    """`text_loss + vision_coef · visual_loss` with `use_vision_ar`, else `text_loss`; and `router_aux_loss_coef ·
+    aux_loss` where experts are balanced."""
     text_loss: Tensor | None = None
     """Cross-entropy per supervised text token."""
     visual_loss: Tensor | None = None
     """Visual loss per target token; None without `use_vision_ar`."""
+    aux_loss: Tensor | None = None
+    """Loss that balances a mixture of experts, see `docs/model.md`; None without one."""
+    num_tokens: Tensor | None = None
+    """Tokens that `aux_loss` is a mean over; None without it."""
     num_text_tokens: Tensor | None = None
     """Supervised text tokens in this batch."""
     num_visual_tokens: Tensor | None = None

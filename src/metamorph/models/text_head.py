@@ -8,11 +8,12 @@ that shard parameters gather them when a module is called, and see one call, how
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from .losses import text_loss
 
@@ -32,10 +33,11 @@ class TextLossOptions:
 
     kernel: str = "auto"
     """`full`: the logits of all supervised positions. `chunked`: some positions at a time, whose logits are computed
-    again for the backward pass. `fused`: `torch.nn.functional.linear_cross_entropy` (PyTorch 2.13), which takes some
-    positions at a time too, and their gradients at once; in float32, because it rounds the summed loss to the dtype of
-    its input. `liger`: the kernel of liger-kernel, on a GPU. `auto`: `full` where the logits are few; else `liger` if
-    it is installed and this is a GPU, `fused` in float32 if PyTorch has it, or `chunked`."""
+    again for the backward pass; the weight's gradient is summed in float32. `fused`:
+    `torch.nn.functional.linear_cross_entropy` (PyTorch 2.13), which takes some positions at a time too, and their
+    gradients at once; in float32, because it rounds the summed loss to the dtype of its input. `liger`: the kernel of
+    liger-kernel, on a GPU. `auto`: `full` where the logits are few; else `liger` if it is installed and this is a GPU,
+    `fused` in float32 if PyTorch has it, or `chunked`."""
     max_logits: int = MAX_LOGITS
     """Logits at a time, except with `full` and `liger`."""
 
@@ -69,6 +71,7 @@ class TextHead(nn.Linear):
         labels: Tensor | None = None,
         options: TextLossOptions | None = None,
         finish: FinishLogits | None = None,
+        finish_weights: tuple[nn.Parameter, ...] = (),
     ) -> Tensor:
         """Logits, or the loss.
 
@@ -77,6 +80,7 @@ class TextHead(nn.Linear):
             labels: [positions] token ids, every one supervised.
             options: how the loss is computed.
             finish: what the model makes of the logits before the softmax.
+            finish_weights: parameters that `finish` uses.
 
         Returns:
             [..., V] logits; with `labels` the sum of the cross-entropy, a 0-d float32 tensor.
@@ -90,17 +94,14 @@ class TextHead(nn.Linear):
         if kernel == "liger":
             return _liger_loss(self, hidden_states, labels)
 
-        def loss(hidden: Tensor, labels: Tensor) -> Tensor:
-            logits = F.linear(hidden, self.weight, self.bias)
+        def loss(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            logits = F.linear(hidden, weight, bias)
             return text_loss(logits if finish is None else finish(logits, hidden), labels).sum
 
         if kernel == "full":
-            return loss(hidden_states, labels)
+            return loss(hidden_states, labels, self.weight, self.bias)
         size = options.chunk_size(self.out_features)
-        total = torch.zeros((), device=hidden_states.device)
-        for part, part_labels in zip(hidden_states.split(size), labels.split(size), strict=True):
-            total = total + checkpoint(loss, part, part_labels, use_reentrant=False, preserve_rng_state=False)
-        return total
+        return _ChunkedLoss.apply(loss, size, labels, hidden_states, self.weight, self.bias, *finish_weights)
 
 
 def choose_kernel(
@@ -163,6 +164,66 @@ def has_liger() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
 
+class _ChunkedLoss(torch.autograd.Function):
+    """The loss of some positions at a time, forward and again backward, with the weights' gradients in float32.
+
+    Autograd would sum the gradients of all parts in the dtype of the weight that the parts use, which is bfloat16 under
+    autocast, and lose more with every part.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+        size: int,
+        labels: Tensor,
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *finish_weights: nn.Parameter,
+    ) -> Tensor:
+        ctx.loss, ctx.size, ctx.finish_weights = loss, size, finish_weights
+        ctx.autocast = torch.is_autocast_enabled(hidden_states.device.type)
+        ctx.dtype = _compute_dtype(hidden_states)
+        # The weights themselves: copies in the precision of the computation would be kept until the backward pass.
+        ctx.save_for_backward(labels, hidden_states, weight, bias)
+        weight, bias = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        total = torch.zeros((), device=hidden_states.device)
+        for part, part_labels in zip(hidden_states.split(size), labels.split(size), strict=True):
+            total += loss(part, part_labels, weight, bias)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        labels, hidden_states, weight, bias = ctx.saved_tensors
+        originals = (hidden_states, weight, bias, *ctx.finish_weights)
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        weight, bias = (
+            None if value is None else value.detach().to(ctx.dtype).requires_grad_(needed)
+            for value, needed in zip((weight, bias), ctx.needs_input_grad[4:6], strict=True)
+        )
+        of_hidden: list[Tensor] = []
+        sums: dict[int, Tensor] = {}
+        for part, part_labels in zip(hidden_states.split(ctx.size), labels.split(ctx.size), strict=True):
+            part = part.detach().requires_grad_(0 in wanted)
+            with torch.enable_grad(), torch.autocast(part.device.type, ctx.dtype, ctx.autocast, cache_enabled=False):
+                loss = ctx.loss(part, part_labels, weight, bias)
+            values = (part, weight, bias, *ctx.finish_weights)
+            gradients = torch.autograd.grad(loss, [values[index] for index in wanted], gradient)
+            for index, value in zip(wanted, gradients, strict=True):
+                if index == 0:
+                    of_hidden.append(value)
+                elif index in sums:
+                    sums[index] += value
+                else:
+                    sums[index] = value.float()
+        results: dict[int, Tensor] = {index: total.to(originals[index].dtype) for index, total in sums.items()}
+        if of_hidden:
+            results[0] = torch.cat(of_hidden)
+        return None, None, None, *(results.get(index) for index in range(len(originals)))
+
+
 def _compute_dtype(hidden_states: Tensor) -> torch.dtype:
     device = hidden_states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
@@ -183,5 +244,5 @@ def _liger_loss(head: TextHead, hidden_states: Tensor, labels: Tensor) -> Tensor
 
     dtype = _compute_dtype(hidden_states)
     bias = None if head.bias is None else head.bias.to(dtype)
-    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
     return loss(head.weight.to(dtype), hidden_states.to(dtype), labels, bias).float()

@@ -91,8 +91,8 @@ class VisionTower(nn.Module):
     """Turns images into visual tokens.
 
     Keeps only the part of the encoder that feeds the selected hidden state: later layers, the final norm and pooling
-    heads are removed, so that they cost neither time nor memory and no parameter is without a gradient when the tower
-    is trained. The rest of the encoder is used as Transformers wrote it.
+    heads are removed, so that they cost neither time nor memory, and DINOv2's mask token becomes a buffer. So no
+    parameter is without a gradient when the tower is trained. The rest of the encoder is used as Transformers wrote it.
 
     Args:
         config: the composite configuration.
@@ -309,6 +309,11 @@ def _cut_encoder(encoder: PreTrainedModel, select_layer: int, num_layers: int) -
     if getattr(encoder, "use_head", False):
         encoder.use_head = False
         del encoder.head
+    # DINOv2's stand-in for hidden patches, which are never hidden here. It keeps its name in checkpoints.
+    for module in [module for module in encoder.modules() if "mask_token" in module._parameters]:
+        token = module.mask_token
+        del module.mask_token
+        module.register_buffer("mask_token", None if token is None else token.detach())
 
 
 @contextmanager

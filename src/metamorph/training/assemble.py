@@ -77,9 +77,12 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None) -> Pl
     if continues:
         with names_flag("--model_name_or_path", args.model_name_or_path):
             processor = MetaMorphProcessor.from_pretrained(args.model_name_or_path)
+            MetaMorphForConditionalGeneration.check_language_model(text_config.text_config)
         if image_aspect_ratio is not None:
             processor.image_aspect_ratio = image_aspect_ratio
         return Plan(_continued_config(text_config, args), processor, continues)
+    with names_flag("--model_name_or_path", args.model_name_or_path):
+        MetaMorphForConditionalGeneration.check_language_model(text_config)
     check_reachable(resolve_vision_tower(args.vision_tower), "--vision_tower")
     with names_flag("--vision_tower", args.vision_tower):
         vision_config = load_vision_config(args.vision_tower)

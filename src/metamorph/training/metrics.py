@@ -19,22 +19,29 @@ class LossWindow:
         self._direction_sums: Tensor | None = None
         self._targets_seen = 0.0
 
-    def add(self, outputs: MetaMorphOutput, normalizers: tuple[Tensor, Tensor] | None) -> None:
+    def add(self, outputs: MetaMorphOutput, normalizers: tuple[Tensor, Tensor, Tensor] | None) -> None:
         """Add one micro-batch.
 
         Args:
             outputs: Losses and counts of the micro-batch.
-            normalizers: What the model divided the two losses by; None means its own counts.
+            normalizers: What the model divided the losses by; None means its own counts.
         """
         if outputs.text_loss is None or outputs.num_text_tokens is None:
             raise ValueError("the model returned no losses: the batch has no labels")
         text, num_text = outputs.text_loss.detach(), outputs.num_text_tokens
-        visual, num_visual, cosine = (
+        visual, num_visual, cosine, aux, num_tokens = (
             torch.zeros_like(text) if value is None else value.detach()
-            for value in (outputs.visual_loss, outputs.num_visual_tokens, outputs.visual_cosine)
+            for value in (
+                outputs.visual_loss,
+                outputs.num_visual_tokens,
+                outputs.visual_cosine,
+                outputs.aux_loss,
+                outputs.num_tokens,
+            )
         )
-        by_text, by_visual = normalizers or (num_text.clamp(min=1), num_visual.clamp(min=1))
-        values = (text * by_text, visual * by_visual, cosine * num_visual, num_text, num_visual)
+        by_text, by_visual, by_token = normalizers or (num_text.clamp(min=1), num_visual.clamp(min=1), num_tokens)
+        values = (text * by_text, visual * by_visual, cosine * num_visual, aux * by_token)
+        values = (*values, num_text, num_visual, num_tokens)
         sums = torch.stack([value.float() for value in values])
         self._sums = sums if self._sums is None else self._sums + sums
         if outputs.visual_direction_sums is not None:
@@ -57,12 +64,16 @@ class LossWindow:
         constant = sums.new_zeros(())
         if self._direction_sums is not None:
             constant = constant_cosine_sum(accelerator.reduce(self._direction_sums, reduction="sum")).to(sums.dtype)
-        text, visual, cosine, num_text, num_visual, constant_sum = torch.stack([*sums, constant]).tolist()
+        text, visual, cosine, aux, num_text, num_visual, num_tokens, constant_sum = torch.stack(
+            [*sums, constant]
+        ).tolist()
         self._targets_seen += num_visual
         logs = {"text_loss": text / max(num_text, 1), "num_text_tokens": num_text}
         if num_visual:
             logs |= {"visual_loss": visual / num_visual, "visual_cosine": cosine / num_visual}
             logs["visual_cosine_baseline"] = constant_sum / self._targets_seen
+        if num_tokens:
+            logs["aux_loss"] = aux / num_tokens
         return logs | {"num_visual_tokens": num_visual}
 
 
@@ -82,6 +93,19 @@ def sum_dtype(device: torch.device) -> torch.dtype:
         device: Where they are kept.
     """
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def count_tokens(batch: dict[str, Any]) -> Tensor:
+    """0-d: the number of tokens in a batch, padding left out where the batch says what that is.
+
+    Args:
+        batch: With `labels` [batch, sequence], and `indices` or `attention_mask` if it is padded.
+    """
+    tokens = batch.get("indices", {}).get("tokens")
+    if tokens is None and batch.get("attention_mask") is not None:
+        return batch["attention_mask"].sum()
+    labels = batch["labels"]
+    return torch.full((), (labels if tokens is None else tokens).numel(), device=labels.device)
 
 
 def count_targets(batch: dict[str, Any]) -> Tensor:

@@ -120,7 +120,8 @@ def _train(
         training_args.output_dir, training_args.resume_from_checkpoint, model_args.stage, model_args.lora_enable
     )
     aspect_ratio = data_args.image_aspect_ratio if data_args.is_given("image_aspect_ratio") else None
-    plan = make_plan(model_args, aspect_ratio)
+    with whole_weights(training_args):
+        plan = make_plan(model_args, aspect_ratio)
     data_seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     features = open_features(model_args, data_args, plan)
     dataset = load_training_data(data_args, plan.processor, data_seed, features)
@@ -141,11 +142,12 @@ def _train(
     engine = prepare_engine(training_args, model)
     store_frozen_matrices(model, training_args)
     logger.info("stage %d trains (%s):\n%s", model_args.stage, engine, format_summary(summary, training_args))
+    if planner.packing:
+        check_keeps_samples_apart(model)
     choose_attention(model, model_args, training_args)
     image_token_id = model.config.image_token_id
     collator: PackedCollator | PaddedCollator = PaddedCollator(plan.processor.pad_token_id, image_token_id)
     if planner.packing:
-        check_keeps_samples_apart(model)
         collator = PackedCollator(plan.processor.pad_token_id, uses_flash_attention(model), image_token_id)
     prepare_speed(model, training_args)
 

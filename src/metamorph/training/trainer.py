@@ -16,11 +16,12 @@ from transformers.trainer_utils import seed_worker
 from metamorph.data.batches import PackedExamples, PlannedBatches
 from metamorph.data.dataset import MixtureDataset
 from metamorph.data.packing import BatchPlanner
+from metamorph.models.embeddings import NewTokenEmbedding, NewTokenHead
 from metamorph.models.outputs import MetaMorphOutput
 from metamorph.preemption import ignore_signals
 from metamorph.training.checkpointing import CheckpointingTrainer
 from metamorph.training.flops import model_flops
-from metamorph.training.metrics import LossWindow, count_targets
+from metamorph.training.metrics import LossWindow, count_targets, count_tokens
 from metamorph.training.monitor import RunMonitor, find_peak_tflops
 from metamorph.training.stages import optimizer_groups
 from metamorph.training.validation import validation_metrics
@@ -33,7 +34,8 @@ class MetaMorphTrainer(CheckpointingTrainer):
     """Trains a MetaMorph model after `apply_stage`.
 
     With `loss_normalization="global"` the sums of both losses are divided by their numbers of tokens over the whole
-    optimizer step: all micro-batches of all ranks. The result does not depend on how a batch is cut into
+    optimizer step: all micro-batches of all ranks. (So is the loss that balances experts, of which each micro-batch
+    has its own, weighted by its tokens.) The result does not depend on how a batch is cut into
     micro-batches. `micro_batch` averages each micro-batch by itself, and then over micro-batches and ranks.
 
     Args:
@@ -57,7 +59,7 @@ class MetaMorphTrainer(CheckpointingTrainer):
             del self.model.config.use_cache  # set by Trainer; it would be saved and slow down generation
         self.monitor = self._create_monitor()
         self.add_callback(self.monitor)
-        self._normalizers: tuple[Tensor, Tensor] | None = None
+        self._normalizers: tuple[Tensor, Tensor, Tensor] | None = None
         self._window = LossWindow()
         self._rates: dict[str, float] = {}
 
@@ -112,11 +114,11 @@ class MetaMorphTrainer(CheckpointingTrainer):
         if self.args.loss_normalization == "micro_batch" or not batches:
             self._normalizers = None
             return batches, None
-        counts = sum(count_targets(batch).to(device) for batch in batches)
+        counts = sum(torch.cat([count_targets(batch), count_tokens(batch)[None]]).to(device) for batch in batches)
         counts = self.accelerator.reduce(counts, reduction="sum")
         # Data parallelism averages gradients over the ranks: dividing by count / ranks makes that average the sum.
-        text, visual = (counts.clamp(min=1) / self.accelerator.num_processes).unbind()
-        self._normalizers = (text, visual)
+        text, visual, tokens = (counts.clamp(min=1) / self.accelerator.num_processes).unbind()
+        self._normalizers = (text, visual, tokens)
         return batches, counts[0]
 
     def compute_loss(
@@ -211,6 +213,8 @@ class MetaMorphTrainer(CheckpointingTrainer):
             groups = optimizer_groups(model, self.args, set(self.get_decay_parameter_names(model)))
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **kwargs)
+            if kwargs.get("optim_bits") == 8:
+                _keep_embeddings_in_32_bits(model)
         return self.optimizer
 
     def _get_learning_rate(self) -> float:
@@ -218,6 +222,22 @@ class MetaMorphTrainer(CheckpointingTrainer):
         groups = [group for group in self.create_optimizer().param_groups if "no_decay" not in group["name"]]
         self._rates = {f"lr_{group['name']}": group["lr"] for group in groups}
         return super()._get_learning_rate()
+
+
+def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
+    """Exempt embedding tables from the 8-bit state of bitsandbytes' optimizers, as Trainer does; and rows of them.
+
+    Args:
+        model: What is trained, before the first step.
+    """
+    from bitsandbytes.optim import GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+        elif isinstance(module, (NewTokenEmbedding, NewTokenHead)):
+            manager.register_module_override(module, "new_rows", {"optim_bits": 32})
 
 
 def _start_worker(worker: int, num_workers: int, rank: int) -> None:

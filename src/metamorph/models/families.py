@@ -1,0 +1,288 @@
+"""What families of language models compute outside of their decoder, and a check that the composite does the same.
+
+Some scales, caps and losses are in Transformers' `…ForCausalLM` classes and not in the decoder that the composite is
+made of, and some decoders need more than embeddings. Nothing would show a difference but a model that learns badly. So
+a random copy of two small layers is composed and compared with itself when a family is met.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+
+
+logger = logging.getLogger(__name__)
+
+Compose = Callable[[PreTrainedModel], PreTrainedModel]
+"""Makes a MetaMorph model of a language model, whose modules it takes."""
+
+_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What classes of Transformers raise if they are built, or called, in a way that they do not know."""
+_LAYERS, _HEADS, _VOCABULARY = 2, 4, 512
+_MOST_WEIGHTS = 2**26
+"""Weights of the largest copy: 256 MiB."""
+_DIVIDED = (
+    "hidden_size",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "mamba_d_ssm",
+    "mamba_n_heads",
+    "mamba_num_heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "word_embed_proj_dim",
+)
+"""Sizes that are divided by the same number, so that the size of a head, and what depends on it, stays."""
+_TOLERANCE = 1e-3
+"""Of the largest logit. What is computed twice in the same way differs by rounding only."""
+
+
+def embedding_scale(config: PreTrainedConfig) -> float:
+    """What a decoder multiplies its embeddings by if it looks them up itself, but not if it is given them.
+
+    Args:
+        config: configuration of the language model.
+    """
+    return config.embedding_multiplier if config.model_type == "falcon_h1" else 1.0
+
+
+def finishes_logits(config: PreTrainedConfig) -> bool:
+    """Whether [`finish_logits`] changes anything.
+
+    Args:
+        config: configuration of the language model.
+    """
+    return _logit_scale(config) != 1.0 or _logit_cap(config) is not None
+
+
+def finish_logits(config: PreTrainedConfig, logits: Tensor) -> Tensor:
+    """What a family makes of the logits of `lm_head`: they are scaled (Cohere, Granite, …) and capped (Gemma).
+
+    Args:
+        config: configuration of the language model.
+        logits: [..., V]
+    """
+    scale, cap = _logit_scale(config), _logit_cap(config)
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def router_loss_coefficient(config: PreTrainedConfig) -> float:
+    """Weight of the auxiliary loss that balances a mixture of experts; 0 where the configuration has none.
+
+    Args:
+        config: configuration of the language model.
+    """
+    return getattr(config, "router_aux_loss_coef", None) or getattr(config, "aux_loss_coef", None) or 0.0
+
+
+def router_loss(decoder: PreTrainedModel, router_logits: tuple[Tensor, ...]) -> Tensor | None:
+    """The auxiliary loss of a mixture of experts, by the function of its own family.
+
+    Args:
+        decoder: the language model without its head.
+        router_logits: [tokens, experts] of each layer with experts.
+
+    Returns:
+        A 0-d tensor; None if the family has no such loss.
+    """
+    function = getattr(sys.modules[type(decoder).__module__], "load_balancing_loss_func", None)
+    if function is None or not router_logits:
+        return None
+    return function(router_logits, router_logits[0].shape[-1], decoder.config.num_experts_per_tok)
+
+
+def check_language_model(config: PreTrainedConfig, compose: Compose) -> bool:
+    """Compare a small random copy of a language model with a composite that is made of it. No weights are needed.
+
+    Two layers, few heads and a small vocabulary: a fraction of a second, whatever the size of the model. Random
+    generators stay as they are.
+
+    Args:
+        config: configuration of the language model.
+        compose: makes the composite of the copy.
+
+    Returns:
+        Whether there is a verdict: False for a family of which no small copy can be built.
+
+    Raises:
+        ValueError: if the family cannot be used, see [`compose_and_compare`].
+    """
+    mapped = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if mapped is not None and mapped.config_class is config.sub_configs.get("text_config"):
+        config = config.get_text_config()  # as `AutoModelForCausalLM.from_pretrained` does
+    if mapped is None or config.get_text_config() is not config:
+        raise _refusal(config, "it is no decoder-only language model, but a model of several parts or of another kind")
+    with _undisturbed(seed=0):
+        language_model = _small_copy(config)
+        if language_model is None:
+            return False
+        compose_and_compare(language_model, compose)
+    return True
+
+
+def compose_and_compare(language_model: PreTrainedModel, compose: Compose) -> PreTrainedModel:
+    """Compose, and compare logits on text with those of the language model on its own.
+
+    Args:
+        language_model: with weights, on any device.
+        compose: makes the composite.
+
+    Returns:
+        The composite, in the mode of the language model.
+
+    Raises:
+        ValueError: if logits, or the loss that balances experts, differ; if the composite cannot compute at all, which
+            is so for decoders that need token ids; or if a position sees what follows it.
+    """
+    was_training = language_model.training
+    size, device = language_model.get_output_embeddings().weight.shape[0], language_model.device
+    ids = (torch.arange(1, 10, device=device) * 7919 % size)[None]
+    with torch.no_grad():
+        try:
+            model = compose(language_model).eval()
+            ids = torch.where(ids == model.config.image_token_id, 0, ids)
+            decoder = model.get_decoder()
+            language_model.eval()
+            own = language_model(input_ids=ids, use_cache=False).logits
+            own_router_loss = _own_router_loss(language_model, ids)
+            ours = model(input_ids=ids, use_cache=False).logits
+            _try_an_image(model, ids)
+            changed = model(input_ids=torch.cat([ids[:, :-1], ids[:, :1]], dim=1), use_cache=False).logits
+            if own_router_loss is not None:
+                outputs = decoder(input_ids=ids, use_cache=False, output_router_logits=True)
+                found = router_loss(decoder, outputs.router_logits)
+        except _FAILURES as error:
+            raise _refusal(language_model.config, f"the composite fails: {type(error).__name__}: {error}") from error
+        _compare(language_model.config, "logits", ours, own)
+        _compare(language_model.config, "logits of a token whose successors change", changed[:, :-1], ours[:, :-1])
+        if own_router_loss is not None:
+            _compare(language_model.config, "auxiliary losses of the experts", found, own_router_loss)
+    return model.train(was_training)
+
+
+def _logit_scale(config: PreTrainedConfig) -> float:
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return scale * divisor if config.model_type == "hyperclovax" else scale / divisor
+
+
+def _logit_cap(config: PreTrainedConfig) -> float | None:
+    return getattr(config, "final_logit_softcapping", None)
+
+
+def _own_router_loss(language_model: PreTrainedModel, ids: Tensor) -> Tensor | None:
+    """What the language model would add to its loss; None if it adds nothing."""
+    names = ("router_aux_loss_coef", "aux_loss_coef")
+    if not any(getattr(language_model, name, None) for name in names):
+        return None
+    return language_model(input_ids=ids, use_cache=False, output_router_logits=True).aux_loss
+
+
+def _try_an_image(model: PreTrainedModel, ids: Tensor) -> None:
+    """Visual tokens in the place of text must be computable: some decoders look up the ids of embeddings."""
+    config, embeds = model.config, model.get_input_embeddings()(ids[:, : model.config.num_image_tokens])
+    count = config.num_image_tokens
+    row = torch.cat([ids, torch.full_like(ids[:, :1], config.image_token_id).expand(1, count)], dim=1)
+    visual_tokens = embeds.new_full((1, count, config.vision_feature_size), 0.5)
+    model(input_ids=row, visual_tokens=visual_tokens, use_cache=False)
+
+
+def _compare(config: PreTrainedConfig, what: str, ours: Tensor, own: Tensor) -> None:
+    if ours.shape != own.shape:
+        raise _refusal(config, f"its {what} have the shape {tuple(own.shape)}, the composite's {tuple(ours.shape)}")
+    difference, largest = (ours - own).abs().max().item(), own.abs().max().item()
+    if not difference <= _TOLERANCE * largest:  # NaN is no equality
+        raise _refusal(config, f"its {what} differ by {difference:.3g} (they are up to {largest:.3g})")
+
+
+def _refusal(config: PreTrainedConfig, reason: str) -> ValueError:
+    return ValueError(
+        f"language models of type {config.model_type} cannot be used: compared with AutoModelForCausalLM's, {reason}; "
+        "use another language model (docs/model.md, 'Which towers and language models')"
+    )
+
+
+@contextmanager
+def _undisturbed(seed: int) -> Iterator[None]:
+    """Computes on the CPU with a seed of its own; the generators of all devices stay as they are."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed GPUs, too
+        yield
+
+
+@torch.no_grad()
+def _small_copy(config: PreTrainedConfig) -> PreTrainedModel | None:
+    """A language model of the same family with few small layers and random weights; None if none can be built."""
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    for heads in (_HEADS, None):
+        try:
+            small = _shrunk(config, heads)
+            with torch.device("meta"):
+                count = sum(parameter.numel() for parameter in cls(small).parameters())
+            if count > _MOST_WEIGHTS:
+                continue
+            model = cls(small).float().eval()
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)  # so that none is exactly 0 or 1
+            model(input_ids=torch.arange(_LAYERS)[None], use_cache=False)
+        except _FAILURES as error:
+            logger.debug("no small %s with %s heads: %s", config.model_type, heads, error)
+        else:
+            return model
+    return None
+
+
+def _shrunk(config: PreTrainedConfig, heads: int | None) -> PreTrainedConfig:
+    """The configuration with two layers, one of each kind, and a few heads (or all) of the same size."""
+    small = copy.deepcopy(config)
+    small.dtype = None
+    if hasattr(small, "quantization_config"):
+        del small.quantization_config
+    count, kinds = config.num_hidden_layers, getattr(config, "layer_types", None) or ["", ""]
+    other = next((index for index, kind in enumerate(kinds) if kind != kinds[0]), 1)
+    factor = 1
+    if heads is not None:
+        # A divisor, so that all quotients are whole numbers; where the number of heads has none, they are not.
+        whole = config.num_attention_heads
+        kept = next((number for number in range(heads, whole) if _divides(number, config)), whole)
+        factor = whole / (kept if kept <= 4 * heads else heads)
+    for name, value in config.to_dict().items():
+        if isinstance(value, (list, tuple)) and len(value) == count:
+            setattr(small, name, [value[0], value[other]])
+        elif name.endswith("_token_id"):
+            setattr(small, name, 0 if isinstance(value, list) or (value or 0) >= _VOCABULARY else value)
+        elif not isinstance(value, int):
+            continue
+        elif "vocab_size" in name:
+            setattr(small, name, min(value, _VOCABULARY))
+        elif "intermediate_size" in name:
+            setattr(small, name, max(16, int(value / factor) // 16 * 16))  # grouped matrix products want multiples
+    for name in _DIVIDED:
+        if isinstance(value := getattr(config, name, None), int):
+            setattr(small, name, max(1, int(value / factor)))
+    small.num_hidden_layers = _LAYERS
+    return small
+
+
+def _divides(number: int, config: PreTrainedConfig) -> bool:
+    return config.num_attention_heads % number == 0 and config.hidden_size % (config.num_attention_heads // number) == 0
