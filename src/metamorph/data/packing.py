@@ -183,8 +183,8 @@ class BatchPlanner:
             return np.arange(self.num_rows)
         if self.packing:
             rows = self.rows(epoch)
-            targets = [rows.sum(values) for values in (self.lengths.answer_images, self.lengths.text_targets)]
-            return _stratified(*targets, np.random.default_rng([self.seed, epoch, 1]))
+            visual, text = rows.sum(self.lengths.answer_images), rows.sum(self.lengths.text_targets)
+            return _stratified(visual, text, np.random.default_rng([self.seed, epoch, 1]))
         # The permutation that Trainer's own sampler draws: without packing, a seed keeps its order of samples.
         order = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(self.seed + epoch)).numpy()
         return self._grouped(order, epoch) if self.group_by_length else order
