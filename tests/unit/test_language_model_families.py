@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_parts import chatml_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, SiglipVisionModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from family_parts import chatml_tokenizer
 from metamorph.data.collation import PackedCollator, PaddedCollator
 from metamorph.models import families
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
@@ -88,7 +88,7 @@ def test_a_family_is_refused_before_weights_are_read(tmp_path: Path) -> None:
     chatml_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "tower").mkdir()
     args = ModelArguments(model_name_or_path=str(tmp_path), vision_tower=str(tmp_path), from_scratch_connector=True)
-    with pytest.raises(ValueError, match="--model_name_or_path .* language models of type mamba cannot be used"):
+    with pytest.raises(ValueError, match=r"--model_name_or_path .* language models of type mamba cannot be used"):
         make_plan(args)
 
 

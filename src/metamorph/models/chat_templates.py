@@ -104,7 +104,7 @@ def get_chat_template(
         if chat_template is None and tokenizer.chat_template is None:
             raise ValueError(
                 f"--version auto uses the tokenizer's own chat template, but {_name(tokenizer)} has none; choose one "
-                f"of {', '.join(VERSIONS[:-1])} with --version, or put a chat_template.jinja into the tokenizer's folder"
+                f"of {', '.join(VERSIONS[:-1])} with --version, or put chat_template.jinja into the tokenizer's folder"
             )
         return ChatTemplate(tokenizer, tokenizer.get_chat_template(chat_template))
     raise ValueError(f"--version {version!r} is unknown; use one of {', '.join(VERSIONS)}")
@@ -300,7 +300,7 @@ class ChatTemplate:
             following: That text.
             alone: What follows the last answer of a conversation.
         """
-        common = len(os.path.commonprefix([following, alone]))
+        common = len(os.path.commonprefix([following, alone]))  # noqa: RUF071 - of texts, not of paths
         ends = [match.end() for match in self._control.finditer(following) if match.end() <= common]
         if ends:
             return following[: ends[-1]]
@@ -401,9 +401,7 @@ def _with_fixed_date(source: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return fixed
 
 
-def _named(
-    version: str, tokenizer: PreTrainedTokenizerBase, controls: Sequence[str], source: str
-) -> ChatTemplate:
+def _named(version: str, tokenizer: PreTrainedTokenizerBase, controls: Sequence[str], source: str) -> ChatTemplate:
     """One of our own templates, once it is known that the tokenizer has the tokens it writes."""
     encode: Callable[[str], list[int]] = lambda token: tokenizer.encode(token, add_special_tokens=False)  # noqa: E731
     missing = [token for token in controls if len(ids := encode(token)) != 1 or ids[0] == tokenizer.unk_token_id]

@@ -96,7 +96,11 @@ def run_training(
     deterministic = deterministic_algorithms(
         training_args.device, full=training_args.full_determinism, seed=training_args.seed
     )
-    with Preemption(training_args.ddp_timeout_delta) as preemption, only_run_in(training_args.output_dir), deterministic:
+    with (
+        Preemption(training_args.ddp_timeout_delta) as preemption,
+        only_run_in(training_args.output_dir),
+        deterministic,
+    ):
         if training_args.process_index == 0:
             clear_marker(training_args.output_dir)
         if training_args.should_save:  # with --save_on_each_node one process of each machine
