@@ -134,9 +134,12 @@ def test_best_fit_takes_the_row_with_the_least_space_that_suffices() -> None:
     # 6 and 5 open a row of 10 each; 4 fills the first exactly, 3 goes to the second, 2 beside it.
     rows = pack_rows(np.array([2, 3, 4, 5, 6]), max_length=10, order=np.arange(5)[::-1])
     assert sorted(rows[index] for index in range(len(rows))) == [[0, 1, 3], [2, 4]]
-    # Where 9 opens a third row, the fullest is closed; so 4 goes to the row of 5.
-    rows = pack_rows(np.array([6, 5, 9, 4]), max_length=10, open_rows=2)
-    assert [rows[index] for index in range(len(rows))] == [[0], [1, 3], [2]]
+    # 7 opens a third row, and the fullest of the three is closed; so 1 goes to the row of 7, not to that of 8.
+    rows = pack_rows(np.array([8, 5, 7, 1]), max_length=10, open_rows=2)
+    assert [rows[index] for index in range(len(rows))] == [[0], [1], [2, 3]]
+    # A full row was never open.
+    rows = pack_rows(np.array([8, 5, 10, 1]), max_length=10, open_rows=2)
+    assert [rows[index] for index in range(len(rows))] == [[0, 3], [1], [2]]
 
 
 def test_samples_of_length_zero_and_of_full_length() -> None:

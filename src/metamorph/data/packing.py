@@ -259,9 +259,9 @@ def pack_rows(
 ) -> Rows:
     """Fill rows by best fit: each sample goes into the open row with the least space that suffices.
 
-    A row is closed when it is full, or when one more than `open_rows` would be open: then it is the fullest. In a
-    random order, the samples of a row are nearly as mixed as random ones. Ordered by length, which would fill rows a
-    little better, they would have one length, and often one task.
+    A row is closed when it is full, or when it is the fullest of more than `open_rows` open rows. In a random order,
+    the samples of a row are nearly as mixed as random ones. Ordered by length, which would fill rows a little better,
+    they would have one length, and often one task.
 
     Args:
         tokens: int `[samples]` lengths, none above `max_length`.
@@ -287,13 +287,13 @@ def pack_rows(
         else:
             space, row = max_length - length, num_rows
             num_rows += 1
-            if len(spaces) == open_rows:
-                del spaces[0], rows[0]
         placed.append(row)
         if space:
             place = bisect_left(spaces, space)
             spaces.insert(place, space)
             rows.insert(place, row)
+            if len(spaces) > open_rows:
+                del spaces[0], rows[0]
     row_of[order] = placed
     starts = np.concatenate(([0], np.cumsum(np.bincount(row_of, minlength=num_rows))))
     return Rows(np.argsort(row_of, kind="stable"), starts)
