@@ -109,6 +109,9 @@ def test_records_of_every_form(tmp_path):
     [
         ('"a.png"\n{broken', "line 2 is not JSON"),
         ("[1, 2", "not a JSON array"),
+        ("[" * 100_000, "not a JSON array"),
+        ("9" * 5000, "line 1 is not JSON"),
+        ('"x/../../a.png"', "record 1: .* leaves --image_folder"),
         ('{"image": 3}', "record 1: 3 is not the path"),
         ('{"text": "none"}', "lists no picture"),
     ],

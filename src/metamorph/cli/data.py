@@ -279,9 +279,9 @@ def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
 
         name = str(asset_path("mini-llama"))
     with names_flag("--model_name_or_path", name):
-        if AutoConfig.from_pretrained(name, trust_remote_code=False).model_type == MetaMorphConfig.model_type:
+        if AutoConfig.from_pretrained(name).model_type == MetaMorphConfig.model_type:
             return MetaMorphProcessor.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     image_processor = SiglipImageProcessorPil(
         size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -194,6 +195,8 @@ def _listed(files: Sequence[str | Path], image_folder: str | Path | None) -> Ite
         root = Path(image_folder).expanduser() if image_folder else Path(file).expanduser().parent
         for number, record in enumerate(_read_records(Path(file).expanduser()), start=1):
             for name in _image_names(record, where=f"{file}, record {number}"):
+                if not os.path.isabs(name) and Path(os.path.normpath(name)).parts[:1] == (os.pardir,):
+                    raise ValueError(f"{file}, record {number}: {name!r} leaves --image_folder {root}; remove the '..'")
                 path = root / name
                 if not path.is_file():
                     kind = "shard" if is_tar_name(name) else "picture"
@@ -211,14 +214,14 @@ def _read_records(file: Path) -> Iterator[Any]:
         if first == "[":
             try:
                 yield from json.load(lines)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file} is not a JSON array: {error}") from error
             return
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
                     yield json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
 
 
