@@ -68,7 +68,7 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None) -> Pl
     """
     check_reachable(args.model_name_or_path, "--model_name_or_path")
     with names_flag("--model_name_or_path", args.model_name_or_path):
-        text_config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+        text_config = AutoConfig.from_pretrained(args.model_name_or_path)
     continues = text_config.model_type == MetaMorphConfig.model_type
     args.require_connector(continues)
     if args.pretrain_mm_mlp_adapter is not None:
@@ -170,9 +170,7 @@ def load_model(
                 args.model_name_or_path, config=plan.config, **kwargs
             )
         else:
-            language_model = AutoModelForCausalLM.from_pretrained(
-                args.model_name_or_path, trust_remote_code=False, **kwargs
-            )
+            language_model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **kwargs)
             # A tokenizer without the image tokens, unlike the processor's: from_parts initialises what it adds.
             tokenizer = load_tokenizer(args.model_name_or_path)
     if not plan.continues:
@@ -197,7 +195,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         name_or_path: Folder or Hub id of the language model.
     """
     with names_flag("--model_name_or_path", name_or_path):
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name_or_path)
 
 
 def config_overrides(args: ModelArguments) -> dict[str, Any]:
