@@ -19,11 +19,12 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available, is_peft_available
 
 from .configuration_metamorph import MetaMorphConfig
 from .connector import load_connector, save_connector
+from .pretrained import load_config, load_language_model, load_tokenizer
 from .vision_tower import load_vision_encoder
 
 
@@ -242,11 +243,11 @@ def _build_base(cls: Any, folder: Path, base: AdapterBase, dequantize: bool, kwa
         require_bitsandbytes()
         kwargs["quantization_config"] = BitsAndBytesConfig(**base.quantization)
     try:
-        if AutoConfig.from_pretrained(base.language_model).model_type == MetaMorphConfig.model_type:
+        if load_config(base.language_model).model_type == MetaMorphConfig.model_type:
             model = cls.from_pretrained(base.language_model, config=config, **kwargs)
             return _expanded(model) if dequantize and base.quantization is not None else model
-        language_model = AutoModelForCausalLM.from_pretrained(base.language_model, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(base.language_model)
+        language_model = load_language_model(base.language_model, **kwargs)
+        tokenizer = load_tokenizer(base.language_model)
         encoder = load_vision_encoder(str(base.vision_tower))
     except OSError as error:
         reason = str(error).strip().splitlines()[0]

@@ -1,0 +1,195 @@
+"""Model folders that others wrote: JSON and headers of weight files, checked before anything is built from them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+
+JSON_LIMIT = 32 * 2**20
+"""Bytes; the longest known index of a sharded checkpoint has a third of it."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        FileNotFoundError: if there is no such regular file.
+        ValueError: if it is too large, not JSON, or not an object.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: give a complete folder")
+    if file.stat().st_size > JSON_LIMIT:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes, more than the {JSON_LIMIT} that are read")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): copy it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} must hold a JSON object, not {type(value).__name__}: copy it again")
+    return value
+
+
+def weight_shapes(folder: Path, stem: str = "model", variant: str | None = None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all weights in a folder, from the headers of its safetensors files.
+
+    Args:
+        folder: With `STEM.safetensors`, or the index of a sharded checkpoint and its shards.
+        stem: `model` for Transformers, `diffusion_pytorch_model` for diffusers.
+        variant: As in diffusers: `fp16` for `STEM.fp16.safetensors`.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is damaged, or an index names files outside of the folder.
+    """
+    infix = f".{variant}" if variant else ""
+    single = folder / f"{stem}{infix}.safetensors"
+    index = folder / f"{stem}.safetensors.index{infix}.json"
+    if single.is_file() or not index.is_file():
+        return file_shapes(single)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in sorted(_shards(index)):
+        shapes |= file_shapes(folder / name)
+    return shapes
+
+
+def file_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights in one safetensors file, from its header.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: weights are read from safetensors files only")
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): copy it again") from error
+
+
+def check_weights(found: Shapes, expected: Shapes, where: object) -> None:
+    """Check that a model has exactly the weights that its configuration promises.
+
+    Args:
+        found: Result of `weight_shapes`.
+        expected: Names and shapes of the model.
+        where: File or folder that the error message names.
+
+    Raises:
+        ValueError: naming the first weight that is missing, unexpected or of another shape, and how many there are.
+    """
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    differing = [name for name in sorted(expected.keys() & found.keys()) if found[name] != expected[name]]
+    if missing:
+        raise ValueError(f"{where} lacks {len(missing)} weights of its configuration, for example {missing[0]}")
+    if unexpected:
+        raise ValueError(f"{where} holds {len(unexpected)} weights unknown to its configuration: {unexpected[0]}")
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{where}: {name} has shape {list(found[name])}, but its configuration asks for {list(expected[name])} "
+            f"({len(differing)} such weights)"
+        )
+
+
+def check_layer_counts(config: Mapping[str, Any], weights: int, where: object) -> None:
+    """Check that no number of layers exceeds the number of weights, before a model of so many layers is built.
+
+    Args:
+        config: JSON of a configuration. What counts are its fields named `…layers…` and its lists of `…block…`; the
+            layers of a block and those of each of its transformers multiply.
+        weights: Number of tensors in the weight files.
+        where: File that the error message names.
+
+    Raises:
+        ValueError: naming the field that asks for too many.
+    """
+    in_a_block = 1
+    for name, value in _fields(config):
+        if "layers" in name:
+            count = max((abs(number) for number in _integers(value)), default=0)
+        elif "block" in name and isinstance(value, list):
+            count = len(value)
+        else:
+            continue
+        if name.endswith("layers_per_block"):
+            count = in_a_block = in_a_block * max(count, 1)
+        if count > weights:
+            raise ValueError(f"{where}: {name} asks for {count} layers or blocks, but there are only {weights} weights")
+
+
+def check_implementations(config: Mapping[str, Any], where: object) -> None:
+    """Refuse kernels of the Hub: Transformers would download `owner/name` and run its code.
+
+    Args:
+        config: JSON of a configuration.
+        where: File that the error message names.
+
+    Raises:
+        ValueError: naming the field, such as `_attn_implementation`.
+    """
+    for name, value in _fields(config):
+        if name.endswith("_implementation") and "/" in str(value):
+            raise ValueError(
+                f"{where}: {name} {value!r} is code on the Hub, which is never run: remove it, or choose sdpa or "
+                "flash_attention_2"
+            )
+
+
+def check_finite(weights: Iterable[tuple[str, torch.Tensor]], where: object) -> None:
+    """Check that weights have values only, neither NaN nor infinity.
+
+    Args:
+        weights: Names and tensors, such as `model.state_dict().items()`.
+        where: File or folder that the error message names.
+
+    Raises:
+        ValueError: naming the first weight with a value that is not finite.
+    """
+    for name, value in weights:
+        if value.is_floating_point() and value.numel():
+            lowest, highest = torch.aminmax(value.detach())  # both are NaN if any is; no copy of the weight is made
+            if not (math.isfinite(lowest.item()) and math.isfinite(highest.item())):
+                raise ValueError(
+                    f"{where}: {name} holds NaN or infinite values: copy the file again or use another one"
+                )
+
+
+def _shards(index: Path) -> set[str]:
+    names = read_json_object(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index} has no weight_map from weights to files: copy it again")
+    for name in names.values():
+        if Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}, which is not a file of its own folder: copy it again")
+    return set(names.values())
+
+
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+    """All fields of nested objects."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _fields(each)
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield str(name), each
+            yield from _fields(each)
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """All integers in nested lists, or an integer itself."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _integers(each)
+    elif isinstance(value, int):
+        yield value
