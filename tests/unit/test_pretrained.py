@@ -103,9 +103,7 @@ def pick(weights: Weights, tail: str = "layers.1.layer_norm1.weight") -> str:
 def test_missing_weights_are_refused(kind) -> None:
     folder, load = kind
     change_weights(folder, lambda weights: weights.pop(pick(weights)))
-    with pytest.raises(
-        ValueError, match=r"layer_?norm1?.weight must have .*, but is not there \(1 such|lacks 1 weights"
-    ):
+    with pytest.raises(ValueError, match=r"weight must have .*, but is not there \(1 such|lacks 1 weights"):
         load(folder)
 
 
@@ -117,7 +115,7 @@ def test_most_weights_missing_is_refused(kind) -> None:
             del weights[name]
 
     change_weights(folder, keep_norms)
-    with pytest.raises(ValueError, match="holds less than its config.json asks for"):
+    with pytest.raises(ValueError, match=r"holds less than its config\.json asks for"):
         load(folder)
 
 
@@ -138,7 +136,7 @@ def test_unknown_weights_are_refused(kind) -> None:
     if load in (load_language_model,):  # the vision tower of a multimodal checkpoint is not read
         load(folder)
         change_weights(folder, lambda weights: weights.update({"model.layers.0.gamma": torch.ones(3)}))
-    with pytest.raises(ValueError, match="holds 1 weights that a .* does not have, for example .*gamma"):
+    with pytest.raises(ValueError, match=r"holds 1 weights that a .* does not have, for example .*gamma"):
         load(folder)
 
 
@@ -149,8 +147,7 @@ def test_weights_of_another_shape_are_refused(kind) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("value", "dtype"), [(torch.nan, torch.float32), (-torch.inf, torch.bfloat16)])
 def test_values_that_are_not_finite_are_refused(kind, value: float, dtype: torch.dtype) -> None:
     folder, load = kind
 
