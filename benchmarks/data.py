@@ -187,7 +187,7 @@ def write_data(folder: Path, count: int) -> Path:
 def make_processor() -> MetaMorphProcessor:
     """The miniature's tokenizer, with pixels as for SigLIP-SO400M at 384."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    tokenizer = AutoTokenizer.from_pretrained(asset_path("mini-llama"))
+    tokenizer = AutoTokenizer.from_pretrained(asset_path("mini-llama"), trust_remote_code=False)
     return MetaMorphProcessor(SiglipImageProcessorPil(size=size), tokenizer, num_image_tokens=NUM_IMAGE_TOKENS)
 
 

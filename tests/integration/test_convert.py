@@ -165,6 +165,11 @@ def test_what_cannot_be_converted(tower: Path, tmp_path: Path, capsys: pytest.Ca
     save_file({"lm_head.weight": torch.zeros(2, 2)}, small / "model.safetensors")
     cut = write_original(tmp_path / "cut", tower)
     (cut / "model.safetensors").write_bytes(b"cut off")
+    deep = write_original(tmp_path / "deep", tower, num_hidden_layers=10**7)
+    endless = write_original(tmp_path / "endless", tower)
+    save_file(
+        {**tensors("micro/weights"), "lm_head.weight": torch.full((384, 32), torch.inf)}, endless / "model.safetensors"
+    )
     (tmp_path / "empty").mkdir()
     output = str(tmp_path / "new")
     cases = [
@@ -176,6 +181,8 @@ def test_what_cannot_be_converted(tower: Path, tmp_path: Path, capsys: pytest.Ca
         (["--from", "original", "--model", str(wrong), "--output", output], "has the shape (32, 80) in the checkpoint"),
         (["--from", "original", "--model", str(small), "--output", output], "not a finished model of the original"),
         (["--from", "original", "--model", str(cut), "--output", output], "cannot be read as plain tensors"),
+        (["--from", "original", "--model", str(deep), "--output", output], "asks for 10000000 layers"),
+        (["--from", "original", "--model", str(endless), "--output", output], "lm_head.weight holds NaN or infinite"),
         (["--merge-adapter", str(good), "--output", output], "give the folder of a run with --lora_enable True"),
         (["--merge-adapter", str(good), "--model", "x", "--output", output], "--model x does not exist"),
         (["--merge-adapter", str(good), "--tokenizer", "x", "--output", output], "--tokenizer belongs to --from"),

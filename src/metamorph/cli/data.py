@@ -286,18 +286,17 @@ def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
             raise ValueError(f"--model_name_or_path: {error}") from error
         check_model_reference(name, flag="--model_name_or_path")
         check_reachable(name, flag="--model_name_or_path")
-    from transformers import AutoConfig, AutoTokenizer
-
     from metamorph.models.configuration_metamorph import MetaMorphConfig
     from metamorph.models.image_processing import SiglipImageProcessorPil
+    from metamorph.models.pretrained import load_config, load_tokenizer
     from metamorph.models.processing_metamorph import MetaMorphProcessor
 
     if name is None:
         name = str(asset_path("mini-llama"))
     with names_flag("--model_name_or_path", name):
-        if AutoConfig.from_pretrained(name, trust_remote_code=False).model_type == MetaMorphConfig.model_type:
+        if load_config(name).model_type == MetaMorphConfig.model_type:
             return _as_trained(MetaMorphProcessor.from_pretrained(name), name, given)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = load_tokenizer(name)
     image_processor = SiglipImageProcessorPil(
         size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )

@@ -19,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available, is_peft_available
 
 from metamorph.model_files import (
@@ -32,6 +32,7 @@ from metamorph.model_files import (
 
 from .configuration_metamorph import MetaMorphConfig
 from .connector import load_connector, save_connector
+from .pretrained import load_language_model, load_tokenizer
 from .vision_tower import load_vision_encoder
 
 
@@ -355,8 +356,8 @@ def _build_base(cls: Any, folder: Path, base: AdapterBase, dequantize: bool, kwa
         if _model_type(base.language_model, folder) == MetaMorphConfig.model_type:
             model = cls.from_pretrained(base.language_model, config=config, **kwargs)
             return _expanded(model) if dequantize and base.quantization is not None else model
-        language_model = AutoModelForCausalLM.from_pretrained(base.language_model, trust_remote_code=False, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(base.language_model, trust_remote_code=False)
+        language_model = load_language_model(base.language_model, **kwargs)
+        tokenizer = load_tokenizer(base.language_model)
         encoder = load_vision_encoder(str(base.vision_tower))
     except OSError as error:
         reason = str(error).strip().splitlines()[0]

@@ -4,17 +4,21 @@ Shape legend: B batch, S sequence, H hidden size of the language model, I images
 image, D features of one visual token.
 """
 
+import copy
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .configuration_metamorph import MetaMorphConfig
 from .families import embedding_scale
 from .outputs import MetaMorphModelOutput
+from .pretrained import HUB_OPTIONS, load_checked, load_config
 from .projectors import build_mm_projector
 from .vision_tower import VisionTower
 
@@ -34,15 +38,52 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        config: PreTrainedConfig | str | Path | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in Transformers, of a folder that holds exactly the weights that its configuration describes.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            *args: As in Transformers.
+            config: As in Transformers.
+            output_loading_info: As in Transformers.
+            **kwargs: As in Transformers, without `trust_remote_code`.
+
+        Raises:
+            OSError: If there is no such model.
+            ValueError: If weights are missing, unknown, of another shape, or not finite.
+        """
+        described = config
+        if not isinstance(described, PreTrainedConfig):
+            hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            described = load_config(config or pretrained_model_name_or_path, cls.config_class, **hub)
+        model, info = load_checked(
+            partial(super().from_pretrained, config=config),
+            pretrained_model_name_or_path,
+            described,
+            lambda: cls(copy.deepcopy(described)),
+            **kwargs,
+        )
+        return (model, info) if output_loading_info else model
+
 
 class MetaMorphModel(MetaMorphPreTrainedModel):
     """Vision tower, connector and decoder, without output heads."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^lm_head\.", r"^vision_head\.")
 
     def __init__(self, config: MetaMorphConfig):
         super().__init__(config)
         self.vision_tower = VisionTower(config)
         self.mm_projector = build_mm_projector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

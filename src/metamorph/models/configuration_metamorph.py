@@ -15,8 +15,8 @@ CONCAT_BLOCK = 4
 
 
 def is_projector_type(name: str) -> bool:
-    """Whether `name` is one of `PROJECTOR_TYPES`, with a positive number for `{N}`."""
-    return name in PROJECTOR_TYPES or re.fullmatch(r"mlp[1-9]\d*x_gelu", name) is not None
+    """Whether `name` is one of `PROJECTOR_TYPES`, with a number from 1 to 99 for `{N}`."""
+    return name in PROJECTOR_TYPES or re.fullmatch(r"mlp[1-9]\d?x_gelu", name) is not None
 
 
 def check_options(options: Any) -> None:

@@ -6,13 +6,15 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from metamorph.model_files import check_finite
 
 from .constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from .embeddings import NewTokenEmbedding, NewTokenHead
@@ -205,6 +207,8 @@ def read_connector(file: Path) -> Connector:
             raise ValueError(f"{file} is damaged ({error}): copy it again or rerun stage 1") from error
     else:
         tensors = _read_bin(file)
+    check_finite(tensors.items(), file)
+    tokens = _read_metadata(metadata, "new_tokens", [], file)
     parts: dict[str, dict[str, Tensor]] = {"mm_projector": {}, "reduction": {}, "vision_head": {}}
     rows: dict[str, Tensor] = {}
     head_rows: dict[str, Tensor] = {}
@@ -214,12 +218,12 @@ def read_connector(file: Path) -> Connector:
         if part in parts:
             parts[part][rest] = value
         elif name == "new_rows":
-            rows = dict(zip(json.loads(metadata.get("new_tokens", "[]")), value, strict=True))
+            rows = _by_token(tokens, value, file)
         elif name == "new_head_rows":
-            head_rows = dict(zip(json.loads(metadata.get("new_tokens", "[]")), value, strict=True))
+            head_rows = _by_token(tokens, value, file)
         elif name == "embed_tokens.weight":
             rows = {"": value}
-    config = json.loads(metadata.get("config", "{}"))
+    config = _read_metadata(metadata, "config", {}, file)
     return Connector(**parts, new_rows=rows, head_rows=head_rows, config=config)
 
 
@@ -256,6 +260,23 @@ def rewrite_connector(file: Path, folder: str | Path) -> Path:
 def is_full_model(folder: str | Path) -> bool:
     """Whether `folder` holds the weights of a whole model."""
     return any((Path(folder) / name).is_file() for name in WEIGHT_FILES)
+
+
+def _read_metadata(metadata: Mapping[str, str], name: str, default: Any, file: Path) -> Any:
+    """A value in the header of a connector file, of the type of `default`."""
+    try:
+        value = json.loads(metadata.get(name, json.dumps(default)))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: its {name} is not JSON ({error}): copy it again or rerun stage 1") from error
+    if not isinstance(value, type(default)):
+        raise ValueError(f"{file}: its {name} must be a {type(default).__name__}: copy it again or rerun stage 1")
+    return value
+
+
+def _by_token(tokens: list[str], rows: Tensor, file: Path) -> dict[str, Tensor]:
+    if rows.ndim != 2 or len(rows) != len(tokens):
+        raise ValueError(f"{file} has rows of shape {list(rows.shape)} for {len(tokens)} new tokens: it is damaged")
+    return dict(zip(tokens, rows, strict=True))
 
 
 def _new_tokens(model: PreTrainedModel) -> dict[str, int]:

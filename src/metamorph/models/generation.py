@@ -248,7 +248,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         model_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> LogitsProcessorList:
-        """Adds the grammar behind the caller's processors; here Transformers has settled the final length."""
+        """Adds the grammar after the caller's processors. Transformers has settled the final length by then."""
         state = (model_kwargs or {}).get("generated_state")
         if state is not None:
             # A forced end of sequence takes the last place.

@@ -33,7 +33,7 @@ def load_image_processor(name_or_path: str) -> BaseImageProcessor:
     Args:
         name_or_path: A folder with a `preprocessor_config.json`, or an id on the Hub.
     """
-    return AutoImageProcessor.from_pretrained(name_or_path, backend="pil")
+    return AutoImageProcessor.from_pretrained(name_or_path, backend="pil", trust_remote_code=False)
 
 
 def square_image_processor(image_processor: BaseImageProcessor, image_size: int | None = None) -> BaseImageProcessor:

@@ -8,7 +8,7 @@ nothing uses. The configuration is Llama's with fields of LLaVA in it.
 import json
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from metamorph.model_files import check_finite
 
 from .configuration_metamorph import MetaMorphConfig
 from .image_processing import load_image_processor
 from .image_tokens import image_token_names
 from .modeling_metamorph import MetaMorphForConditionalGeneration
+from .pretrained import check_layers, load_tokenizer
 from .processing_metamorph import MetaMorphProcessor
 from .vision_tower import load_vision_config, load_vision_encoder, resolve_vision_tower
 
@@ -104,7 +100,7 @@ def load_original(
     tower_name = vision_tower or fields.get("mm_vision_tower")
     if tower_name is None:
         raise ValueError(f"{folder / 'config.json'} names no mm_vision_tower: give it as --vision-tower")
-    text_tokenizer = AutoTokenizer.from_pretrained(tokenizer or folder)
+    text_tokenizer = load_tokenizer(tokenizer or folder)
     overrides = _overrides(fields, weights, folder)
     _add_known_tokens(text_tokenizer, overrides)
     model = MetaMorphForConditionalGeneration.from_parts(
@@ -227,11 +223,10 @@ def _language_model(
     known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures"}
     config = LlamaConfig(**{name: value for name, value in fields.items() if name in known})
     config.vocab_size = weights["model.embed_tokens.weight"].shape[0]
-    model = LlamaForCausalLM(config).to(dtype)
     if config.tie_word_embeddings:
         weights = {"lm_head.weight": weights["model.embed_tokens.weight"], **weights}
-    _load(model, weights, f"{folder}: the language model")
-    return model
+    check_layers(config, len(weights), folder)
+    return _build(lambda: LlamaForCausalLM(config), weights, f"{folder}: the language model").to(dtype)
 
 
 def _vision_encoder(name: str, weights: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> PreTrainedModel:
@@ -241,15 +236,35 @@ def _vision_encoder(name: str, weights: dict[str, Tensor], dtype: torch.dtype, f
     config = load_vision_config(name)
     if hasattr(config, "vision_use_head"):
         config.vision_use_head = False
-    encoder = AutoModel.from_config(config).to(dtype)
-    # Some versions of Transformers put `vision_model.` in front of the encoder's names.
-    ours = {name.removeprefix("vision_model."): name for name in encoder.state_dict()}
-    _load(encoder, {ours.get(name, name): value for name, value in weights.items()}, f"{folder}: the vision tower")
-    return encoder
+    check_layers(config, len(weights), folder)
+
+    def build() -> PreTrainedModel:
+        return AutoModel.from_config(config, trust_remote_code=False)
+
+    with torch.device("meta"):
+        # Some versions of Transformers put `vision_model.` in front of the encoder's names.
+        ours = {name.removeprefix("vision_model."): name for name in build().state_dict()}
+    weights = {ours.get(name, name): value for name, value in weights.items()}
+    return _build(build, weights, f"{folder}: the vision tower").to(dtype)
+
+
+def _build(build: Callable[[], PreTrainedModel], weights: dict[str, Tensor], source: str) -> PreTrainedModel:
+    """A model with these weights; compared before memory is taken for it."""
+    with torch.device("meta"):
+        _check_fit(build(), weights, source)
+    model = build()
+    _load(model, weights, source)
+    return model
 
 
 def _load(module: torch.nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """`load_state_dict` that tells what does not fit."""
+    _check_fit(module, weights, source)
+    check_finite(weights.items(), source)
+    module.load_state_dict({name: weights[name] for name in module.state_dict()})
+
+
+def _check_fit(module: torch.nn.Module, weights: dict[str, Tensor], source: str) -> None:
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items() if not name.endswith("rotary_emb.inv_freq")}
     if found != expected:
@@ -258,7 +273,6 @@ def _load(module: torch.nn.Module, weights: dict[str, Tensor], source: str) -> N
             f"{source} does not fit its configuration: {name} has the shape {found.get(name, 'of nothing')} in the "
             f"checkpoint, and {expected.get(name, 'of nothing')} is needed"
         )
-    module.load_state_dict({name: weights[name] for name in expected})
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:

@@ -88,6 +88,18 @@ class MetaMorphProcessor(ProcessorMixin):
         self._pixel_table = pixel_table(self.image_processor)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> MetaMorphProcessor:
+        """As in Transformers, but code that comes with a tokenizer is never run, and nobody is asked whether it may.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            **kwargs: As in Transformers, without `trust_remote_code`.
+        """
+        if kwargs.pop("trust_remote_code", None):
+            raise ValueError("trust_remote_code is not supported: code that comes with a model is never run")
+        return super().from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **kwargs)
+
+    @classmethod
     def from_parts(
         cls,
         tokenizer: PreTrainedTokenizerBase,

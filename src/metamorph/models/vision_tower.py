@@ -1,19 +1,21 @@
 """The vision tower: frozen encoder, layer selection, token reduction, L2 norm. Pixels in, visual tokens out."""
 
+import copy
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .configuration_metamorph import CONCAT_BLOCK, MetaMorphConfig
 from .losses import SOFTMAX_TEMPERATURE
+from .pretrained import load_checked, load_config
 
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,10 @@ _PREFIX_TOKENS: dict[str, Callable[[PreTrainedConfig], int]] = {
 }
 """Supported layouts: model type of the vision configuration -> tokens in front of the patch tokens."""
 
+_NOT_OF_THE_TOWER = (
+    r"^(text_model|text_projection|visual_projection|classifier|head|vision_model\.head)\.|^logit_(scale|bias)$"
+)
+"""What the checkpoint of a tower may hold unread: the text half of CLIP and SigLIP, heads for pooling and classes."""
 _FINAL_NORMS = ("post_layernorm", "layernorm")
 _LAYER_LISTS = ("encoder.layers", "encoder.layer")
 
@@ -44,12 +50,12 @@ def load_vision_config(name_or_path: str, **hub_kwargs: object) -> PreTrainedCon
 
     Args:
         name_or_path: an alias of the guide, a Hub repository or a local folder. May hold a whole CLIP/SigLIP model.
-        **hub_kwargs: passed to `AutoConfig.from_pretrained` (`revision`, `token`, …).
+        **hub_kwargs: passed to `load_config` (`revision`, `token`, …).
 
     Raises:
         ValueError: the model type is not a tower MetaMorph knows the token layout of.
     """
-    config = AutoConfig.from_pretrained(resolve_vision_tower(name_or_path), **hub_kwargs)
+    config = load_config(resolve_vision_tower(name_or_path), **hub_kwargs)
     config = getattr(config, "vision_config", config)
     if config.model_type not in _PREFIX_TOKENS:
         raise ValueError(
@@ -60,7 +66,7 @@ def load_vision_config(name_or_path: str, **hub_kwargs: object) -> PreTrainedCon
 
 
 def load_vision_encoder(name_or_path: str, dtype: torch.dtype = torch.float32, **hub_kwargs: object) -> PreTrainedModel:
-    """Loads a pretrained vision encoder and makes sure that every weight came from the checkpoint.
+    """Loads a pretrained vision encoder, without the pooling head that some have.
 
     Args:
         name_or_path: an alias of the guide, a Hub repository or a local folder.
@@ -68,23 +74,18 @@ def load_vision_encoder(name_or_path: str, dtype: torch.dtype = torch.float32, *
         **hub_kwargs: passed to `from_pretrained` (`revision`, `token`, …).
 
     Raises:
-        ValueError: unknown token layout, or the checkpoint lacks weights of the encoder.
+        ValueError: unknown token layout, or weights of the encoder are missing, of another shape or not finite.
     """
     path = resolve_vision_tower(name_or_path)
     config = load_vision_config(name_or_path, **hub_kwargs)
     if hasattr(config, "vision_use_head"):
         config.vision_use_head = False  # the pooling head is never read
-    with _quiet_load_report():
-        encoder, info = AutoModel.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, **hub_kwargs
-        )
-    # Transformers only warns about missing weights and leaves them random; a half-random tower trains silently badly.
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"--vision_tower {name_or_path!r}: {len(missing)} weights of {type(encoder).__name__} are not in the "
-            f"checkpoint, for example {missing[0]!r}. Is it the right model, of a compatible transformers version?"
-        )
-    return encoder
+
+    def build() -> nn.Module:
+        return AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False)
+
+    load = partial(AutoModel.from_pretrained, config=config)
+    return load_checked(load, path, config, build, _NOT_OF_THE_TOWER, dtype=dtype, **hub_kwargs)[0]
 
 
 class VisionTower(nn.Module):
@@ -107,7 +108,7 @@ class VisionTower(nn.Module):
                 f"vision_config has model type {vision_config.model_type!r}, whose token layout is unknown; "
                 f"use one of {', '.join(_PREFIX_TOKENS)}"
             )
-        self.encoder = encoder if encoder is not None else AutoModel.from_config(vision_config)
+        self.encoder = encoder or AutoModel.from_config(vision_config, trust_remote_code=False)
         _cut_encoder(self.encoder, config.mm_vision_select_layer, vision_config.num_hidden_layers)
         self.reduction = TokenReduction(config)
         self.normalize, self.apply_softmax = config.normalize_vision, config.apply_softmax
@@ -216,13 +217,18 @@ def load_tower_of(folder: str | Path) -> VisionTower:
         folder: as written by `save_pretrained`, or a Hub repository.
 
     Raises:
-        ValueError: the folder lacks weights of the tower.
+        ValueError: weights of the tower are missing, of another shape or not finite.
     """
+    config = load_config(folder, MetaMorphConfig)
     # Through Transformers: for some towers (DINOv2) the names in the files are not those of the modules.
-    with _quiet_load_report():
-        model, info = _ModelWithoutLanguage.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{folder} lacks {len(missing)} weights of its vision tower, for example {missing[0]!r}")
+    model, _ = load_checked(
+        _ModelWithoutLanguage.from_pretrained,
+        folder,
+        config,
+        lambda: _ModelWithoutLanguage(copy.deepcopy(config)),
+        r"^(?!model\.vision_tower\.)",
+        dtype=torch.float32,
+    )
     return model.model.vision_tower
 
 
@@ -314,14 +320,3 @@ def _cut_encoder(encoder: PreTrainedModel, select_layer: int, num_layers: int) -
         token = module.mask_token
         del module.mask_token
         module.register_buffer("mask_token", None if token is None else token.detach())
-
-
-@contextmanager
-def _quiet_load_report() -> Iterator[None]:
-    """Hides the long report on the text half of a checkpoint, which is rightly not loaded."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)

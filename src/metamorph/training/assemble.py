@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from metamorph.data.dataset import MixtureDataset, load_data
 from metamorph.data.feature_cache import FeatureCache, describe_tower
@@ -15,6 +15,7 @@ from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.connector import check_connector, load_connector
 from metamorph.models.image_processing import load_image_processor
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.models.pretrained import load_config, load_language_model, load_tokenizer
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.vision_tower import load_vision_config, load_vision_encoder, resolve_vision_tower
 from metamorph.training.adapters import adapter_base, quantization_config
@@ -68,8 +69,9 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None) -> Pl
     """
     check_reachable(args.model_name_or_path, "--model_name_or_path")
     with names_flag("--model_name_or_path", args.model_name_or_path):
-        text_config = AutoConfig.from_pretrained(args.model_name_or_path)
-    continues = text_config.model_type == MetaMorphConfig.model_type
+        text_config = load_config(args.model_name_or_path)
+        continues = text_config.model_type == MetaMorphConfig.model_type
+        tokenizer = None if continues else load_tokenizer(args.model_name_or_path)
     args.require_connector(continues)
     if args.pretrain_mm_mlp_adapter is not None:
         with names_flag("--pretrain_mm_mlp_adapter", args.pretrain_mm_mlp_adapter):
@@ -89,7 +91,7 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None) -> Pl
         image_processor = load_image_processor(resolve_vision_tower(args.vision_tower))
     config = MetaMorphConfig(text_config=text_config, vision_config=vision_config, **config_overrides(args))
     processor = MetaMorphProcessor.from_parts(
-        load_tokenizer(args.model_name_or_path),
+        tokenizer,
         image_processor,
         config,
         image_aspect_ratio=image_aspect_ratio or "square",
@@ -170,7 +172,7 @@ def load_model(
                 args.model_name_or_path, config=plan.config, **kwargs
             )
         else:
-            language_model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **kwargs)
+            language_model = load_language_model(args.model_name_or_path, **kwargs)
             # A tokenizer without the image tokens, unlike the processor's: from_parts initialises what it adds.
             tokenizer = load_tokenizer(args.model_name_or_path)
     if not plan.continues:
@@ -186,16 +188,6 @@ def load_model(
     if args.pretrain_mm_mlp_adapter is not None:
         load_connector(model, args.pretrain_mm_mlp_adapter)
     return model
-
-
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a language model.
-
-    Args:
-        name_or_path: Folder or Hub id of the language model.
-    """
-    with names_flag("--model_name_or_path", name_or_path):
-        return AutoTokenizer.from_pretrained(name_or_path)
 
 
 def config_overrides(args: ModelArguments) -> dict[str, Any]:

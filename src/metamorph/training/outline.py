@@ -6,8 +6,9 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.models.pretrained import load_tokenizer
 from metamorph.training.arguments import ModelArguments
-from metamorph.training.assemble import Plan, config_overrides, load_tokenizer
+from metamorph.training.assemble import Plan, config_overrides
 
 
 def build_outline(args: ModelArguments, plan: Plan) -> MetaMorphForConditionalGeneration:
@@ -22,8 +23,10 @@ def build_outline(args: ModelArguments, plan: Plan) -> MetaMorphForConditionalGe
     with torch.device("meta"):
         if plan.continues:
             return MetaMorphForConditionalGeneration(plan.config).float()
-        language_model = AutoModelForCausalLM.from_config(plan.config.text_config, dtype=torch.float32)
-        vision_encoder = AutoModel.from_config(plan.config.vision_config, dtype=torch.float32)
+        language_model = AutoModelForCausalLM.from_config(
+            plan.config.text_config, dtype=torch.float32, trust_remote_code=False
+        )
+        vision_encoder = AutoModel.from_config(plan.config.vision_config, dtype=torch.float32, trust_remote_code=False)
         # The processor's tokenizer has the image tokens already; the language model grows by them as in a run.
         tokenizer = load_tokenizer(args.model_name_or_path)
         return MetaMorphForConditionalGeneration.from_parts(

@@ -96,7 +96,7 @@ def new_model(recipe: LlamaRecipe, tokenizer: PreTrainedTokenizerBase, seed: int
         pad_token_id=tokenizer.pad_token_id,
     )
     # On a CPU the backward pass of plain attention is a third faster than that of the fused kernel.
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
     initialise(model, seed)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
