@@ -197,6 +197,7 @@ def test_json(tmp_path):
     fuzz("json", check)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.*", "ignore::PIL.Image.DecompressionBombWarning")
 def test_images():
     files = []
     for image_format in FORMATS:
