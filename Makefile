@@ -7,6 +7,9 @@ QUICKSTART ?=
 PYTEST     ?=
 # Test processes; each computes with one thread, which on busy cores is faster than several.
 WORKERS    ?= 2
+# Seconds of random input, and where the random numbers begin.
+FUZZ_SECONDS ?= 120
+FUZZ_SEED    ?= 0
 
 BIN         := $(VENV)/bin
 USER_STAMP  := $(VENV)/.installed-quickstart
@@ -16,12 +19,13 @@ CONSTRAINTS  = $(shell $(BIN)/python -c 'import sys; print("-c constraints.txt" 
 TEST_ENV    := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 SHELL_FILES := .ci/run $(wildcard scripts/*.sh visualization/*.sh tests/slurm/*.sh)
 
-.PHONY: help quickstart test test-fast test-slurm lint format types imports docs check clean
+.PHONY: help quickstart test test-fast test-slurm fuzz lint format types imports docs check clean
 
 help:
 	@echo "make quickstart   install, then train the small world end to end (report in out/)"
 	@echo "make test         install, then run the whole test suite (test-fast: without the slow tests)"
 	@echo "make test-slurm   the tests on a cluster: two virtual nodes of a Slurm that it starts (as root)"
+	@echo "make fuzz         random and damaged input for FUZZ_SECONDS=120, other input with FUZZ_SEED=1"
 	@echo "make check        lint, types, import contracts and the documentation"
 	@echo "make format       let ruff rewrite the code"
 	@echo "make clean        remove the virtual environment and everything built"
@@ -38,6 +42,10 @@ test-fast: $(DEV_STAMP)
 # Starts a Slurm of its own for the time of the tests; needs root and Slurm's daemons, see tests/slurm/with_slurm.sh.
 test-slurm: $(DEV_STAMP)
 	$(TEST_ENV) bash tests/slurm/with_slurm.sh $(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST)
+
+fuzz: $(DEV_STAMP)
+	$(TEST_ENV) METAMORPH_FUZZ_SECONDS=$(FUZZ_SECONDS) METAMORPH_FUZZ_SEED=$(FUZZ_SEED) \
+		$(BIN)/python -m pytest -n $(WORKERS) -m fuzz tests/fuzz $(PYTEST)
 
 check: lint types imports docs
 

@@ -250,7 +250,7 @@ def _headers(file: int) -> Iterator[tarfile.TarInfo]:
         is_attribute = member.type in _ATTRIBUTE_TYPES
         if member.type == tarfile.GNUTYPE_SPARSE:
             offset = _end_of_sparse_map(file, block, offset)
-            member.sparse = ()  # type: ignore[attr-defined]  # what `issparse` looks at
+            member.sparse = b""  # what `issparse` looks at
         if not is_attribute:
             _apply(attributes, member)
         member.offset_data = offset
@@ -316,7 +316,7 @@ def _apply(attributes: dict[bytes, bytes], member: tarfile.TarInfo) -> None:
             raise tarfile.ReadError(f"the member {member.name!r:.100} has the size {digits!r}")
         member.size = int(digits)
     if any(name.startswith(b"GNU.sparse.") for name in attributes):
-        member.sparse = ()  # type: ignore[attr-defined]
+        member.sparse = b""
 
 
 def _read_record(sample: TarSample, where: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -92,7 +92,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith(("I", "F")):
         largest = max((_finite(band).max(initial=0) for _, band in _bands(image)), default=0)
-        convert = partial(_grey_to_rgb, largest=largest)
+        convert: Callable[[Image.Image], Image.Image] = partial(_grey_to_rgb, largest=largest)
     elif image.has_transparency_data:
         convert = _on_white
     else:
