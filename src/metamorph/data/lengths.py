@@ -31,7 +31,7 @@ _WORTH_WORKERS = 8 * _CHUNK
 """Fewer samples are measured sooner than workers start."""
 _WORTH_KEEPING = 8 * _CHUNK
 """Fewer samples are measured at every start: it takes a second."""
-_VERSION = 1
+_VERSION = 2
 """Of the rules by which lengths are measured; another number makes older caches useless."""
 
 

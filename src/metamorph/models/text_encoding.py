@@ -106,9 +106,7 @@ class TextEncoder:
         backend = self._backend
         if backend is None or backend.truncation or backend.padding or backend.encode_special_tokens:
             # Somebody has switched something on in the tokenizer; this call switches it off.
-            return self._tokenizer(
-                text, add_special_tokens=False, split_special_tokens=False, verbose=False
-            ).input_ids
+            return self._tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False).input_ids
         return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _spell(self, text: str) -> list[int]:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from transformers import TrainerState
 
+from metamorph.flags import printable
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 
 
@@ -90,7 +92,7 @@ def render_model_card(facts: CardFacts, state: TrainerState) -> str:
     name = facts.training_args.hub_model_id or Path(facts.training_args.output_dir or ".").resolve().name
     sections = [
         f"---\n{metadata.to_yaml()}\n---\n",
-        f"# {name.rpartition('/')[2]}\n",
+        f"# {_escaped(name.rpartition('/')[2])}\n",
         _what(kind, base, name),
         _data(facts),
         _table("Recipe", "flag", "value", _recipe(facts)),
@@ -101,7 +103,7 @@ def render_model_card(facts: CardFacts, state: TrainerState) -> str:
 
 
 def _what(kind: str, base: Mapping[str, str], name: str) -> str:
-    parts = "\n".join(f"- {part}: `{_shown(value)}`" for part, value in base.items())
+    parts = "\n".join(f"- {part}: {_code(_shown(value))}" for part, value in base.items())
     folder = name if "/" in name else "FOLDER"
     usage = {
         "connector": f"metamorph train --pretrain_mm_mlp_adapter {folder} …",
@@ -158,20 +160,27 @@ def _licences(facts: CardFacts) -> str:
     unknown = "unknown (not given to the training command; ask the author before use)"
     return (
         "## Licences\n\n"
-        f"- This result: {model or unknown}\n"
-        f"- Training data: {facts.data_args.data_license or unknown}\n"
+        f"- This result: {_escaped(model or unknown)}\n"
+        f"- Training data: {_escaped(facts.data_args.data_license or unknown)}\n"
         "- The models it was trained from have licences of their own, which bind this result, too.\n"
     )
 
 
 def _table(title: str, left: str, right: str, rows: list[tuple[str, str]]) -> str:
     lines = [f"## {title}\n", f"| {left} | {right} |", "| --- | --- |"]
-    lines += [f"| `{_escaped(name)}` | {_escaped(value)} |" for name, value in rows] or ["| - | none |"]
+    lines += [f"| {_code(name)} | {_escaped(value)} |" for name, value in rows] or ["| - | none |"]
     return "\n".join(lines) + "\n"
 
 
+def _code(text: str) -> str:
+    """A name as code. It may be a stranger's: a backtick would end the code, a bar the cell of a table."""
+    line = " ".join(printable(text).split())
+    return "`" + line.replace("`", "'").replace("|", r"\|") + "`"
+
+
 def _escaped(text: str) -> str:
-    return text.replace("|", r"\|").replace("\n", " ")
+    """Text on one line in which nothing is Markdown or HTML."""
+    return re.sub(r"[\\`*<>\[\]|]", r"\\\g<0>", " ".join(printable(text).split()))
 
 
 def _text(value: Any) -> str:
