@@ -2,11 +2,14 @@
 
 import importlib.metadata
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+
+from metamorph.flags import printable
 
 
 CARD_FILE = "README.md"
@@ -42,7 +45,7 @@ def render_card(
         base_model=[part for part in parts if not _is_local(part)] or None,
         tags=list(tags),
     )
-    return "\n".join([f"---\n{metadata.to_yaml()}\n---\n", f"# {name.rpartition('/')[2]}\n", *sections])
+    return "\n".join([f"---\n{metadata.to_yaml()}\n---\n", f"# {escaped(name.rpartition('/')[2])}\n", *sections])
 
 
 def table(title: str, left: str, right: str, rows: Iterable[tuple[str, Any]]) -> str:
@@ -54,7 +57,7 @@ def table(title: str, left: str, right: str, rows: Iterable[tuple[str, Any]]) ->
         right: Head of the second.
         rows: Their cells.
     """
-    lines = [f"| `{_escaped(name)}` | {_escaped(_text(value))} |" for name, value in rows if value is not None]
+    lines = [f"| {code(name)} | {escaped(_text(value))} |" for name, value in rows if value is not None]
     return "\n".join([f"## {title}\n", f"| {left} | {right} |", "| --- | --- |", *(lines or ["| - | none |"])]) + "\n"
 
 
@@ -68,8 +71,8 @@ def licences(result: str | None, data: str | None) -> str:
     unknown = "unknown (not given to the training command; ask the author before use)"
     return (
         "## Licences\n\n"
-        f"- This result: {result or unknown}\n"
-        f"- Training data: {data or unknown}\n"
+        f"- This result: {escaped(result or unknown)}\n"
+        f"- Training data: {escaped(data or unknown)}\n"
         "- The models it was trained from have licences of their own, which bind this result, too.\n"
     )
 
@@ -84,12 +87,19 @@ def shown(name: str) -> str:
     return Path(name).name if _is_local(name) else name
 
 
+def code(text: str) -> str:
+    """A name as code. It may be a stranger's: a backtick would end the code, a bar the cell of a table."""
+    line = " ".join(printable(text).split())
+    return "`" + line.replace("`", "'").replace("|", r"\|") + "`"
+
+
+def escaped(text: str) -> str:
+    """Text on one line in which nothing is Markdown or HTML."""
+    return re.sub(r"[\\`*<>\[\]|]", r"\\\g<0>", " ".join(printable(text).split()))
+
+
 def _is_local(name: str) -> bool:
     return os.path.isabs(name) or name.startswith("~") or Path(name).exists()
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", r"\|").replace("\n", " ")
 
 
 def _text(value: Any) -> str:

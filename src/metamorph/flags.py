@@ -1,4 +1,4 @@
-"""What all commands share about flags: help texts from docstrings, and errors that name the flag."""
+"""What all commands share about flags: help texts from docstrings, and errors that name the flag and can be printed."""
 
 import ast
 import inspect
@@ -21,6 +21,10 @@ from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 HUB_TIMEOUT = 10
 """Seconds to wait for the Hub's answer whether a model exists."""
+
+
+_CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""All but tab and line end: what a terminal obeys, what turns the direction of text round, and half characters."""
 
 
 class RemembersGiven:
@@ -53,6 +57,15 @@ def attribute_docs(kind: type) -> dict[str, str]:
             if isinstance(text, str):
                 docs[field.target.id] = " ".join(text.split())
     return docs
+
+
+def printable(text: str) -> str:
+    """Text with control characters as escapes: names and paths of strangers must not command the terminal.
+
+    Args:
+        text: The text; its tabs and line ends are kept.
+    """
+    return _CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def check_choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -73,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if debug:
             raise
-        print(f"metamorph {words[0]}: error: {error} (metamorph --debug {words[0]} … shows where)", file=sys.stderr)
+        from metamorph.flags import printable  # not for --help: it imports more
+
+        hint = f"(metamorph --debug {words[0]} … shows where)"
+        print(f"metamorph {words[0]}: error: {printable(str(error))} {hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if debug:
@@ -97,7 +100,9 @@ def _set_up_logging(debug: bool) -> None:
     """Log to stderr: our own records from the first process only, unless `debug`. Hush some of libraries."""
     is_main = int(os.environ.get("RANK", "0")) == 0
     level = logging.DEBUG if debug else logging.INFO if is_main else logging.WARNING
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("metamorph").setLevel(level)
     # PEFT imports bitsandbytes, which then recommends a package for 4-bit products on a CPU to every command.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -108,6 +113,15 @@ def _set_up_logging(debug: bool) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # PEFT asks Transformers by a name that is about to go.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Escapes the control characters of a line: names and paths in it may be a stranger's."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from metamorph.flags import printable
+
+        return printable(super().format(record))
 
 
 def _is_not_about_the_accelerator(record: logging.LogRecord) -> bool:

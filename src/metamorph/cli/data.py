@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metamorph.flags import check_model_reference, check_reachable, names_flag
+from metamorph.flags import check_model_reference, check_reachable, names_flag, printable
 
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def run_show(flags: argparse.Namespace) -> int:
 
     example = data[flags.index]
     record = data.record(flags.index)
-    print(f"{record.where} (id {record.id!r}), {len(example['input_ids'])} tokens")
+    print(f"{printable(record.where)} (id {record.id!r}), {len(example['input_ids'])} tokens")
     table = Table(box=None, pad_edge=False)
     for name in ("position", "id"):
         table.add_column(name, justify="right")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamorph.flags import check_model_reference, check_reachable, names_flag
+from metamorph.flags import check_model_reference, check_reachable, names_flag, printable
 
 
 if TYPE_CHECKING:
@@ -63,7 +63,11 @@ def main(argv: Sequence[str]) -> None:
     files = draw(flags, torch.stack(drawn), device) if drawn and flags.visualizer else []
     names = iter(files)
     for part in parts:
-        print(part.text if hasattr(part, "text") else f"[picture: {next(names, 'not drawn without --visualizer')}]")
+        print(
+            printable(part.text)
+            if hasattr(part, "text")
+            else f"[picture: {next(names, 'not drawn without --visualizer')}]"
+        )
 
 
 def use_shipped(flags: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from metamorph.data.record_log import BadRecordLimit, RecordLog
 from metamorph.data.records import DataError, Record, RecordError, UnsupervisedRecordError, parse_record
 from metamorph.data.sources import Source, TarSource, open_source
 from metamorph.data.tasks import Conversation, get_task, parse_options
+from metamorph.flags import printable
 from metamorph.models.conversations import EncodedConversation
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 
@@ -85,7 +86,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.processor = processor
         self.image_folder = Path(image_folder) if image_folder is not None else self.source.path.parent
         self.model_max_length = model_max_length
-        self.name = name or self.source.path.stem
+        self.name = printable(name or self.source.path.stem)
         self.seed = seed
         self.features = features
         self.log = RecordLog(len(self.source))

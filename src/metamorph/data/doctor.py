@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from metamorph.data.records import DataError, Record, RecordError, Turn, UnsupervisedRecordError
 from metamorph.data.tasks import Conversation
+from metamorph.flags import printable
 from metamorph.models.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, IGNORE_INDEX
 from metamorph.models.conversations import split_at_images
 from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -242,9 +243,9 @@ class _DryRun(Dataset[Probe]):
         limit = self.dataset.model_max_length
         if lengths is not None and limit is not None and lengths[0] > limit:
             found.append(("over_long", _cut(lengths, example, limit)))
-        record_id = None if record_id is None or record_id == where else _printable(record_id)
+        record_id = None if record_id is None or record_id == where else printable(record_id)
         line = line_of(where, index)
-        problems = tuple(Problem(kind, source, line, record_id, _printable(detail)) for kind, detail in found)
+        problems = tuple(Problem(kind, source, line, record_id, printable(detail)) for kind, detail in found)
         digest = 0 if record_id is None else _digest(source, record_id)
         if example is None or lengths is None:
             return Probe(index, source, digest, problems=problems)
@@ -290,11 +291,6 @@ def line_of(where: str, index: int) -> int:
     return index if match is None else int(match[1] or match[2])
 
 
-def _printable(text: str) -> str:
-    """The text with half characters, which JSON can spell but no file or terminal can show, as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _without_place(error: RecordError) -> str:
     """The message of an error without the file and id in front: the report has fields for them."""
     text = str(error).removeprefix(error.where)
@@ -322,8 +318,7 @@ def _faults_of_turns(turns: Sequence[Turn], control_tokens: re.Pattern[str]) -> 
 
 def _control_tokens(processor: MetaMorphProcessor) -> re.Pattern[str]:
     """Matches the names of the tokens that the template writes; a bare `<image>` is a marker and none of them."""
-    tokenizer = processor.tokenizer
-    names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = processor.template.control_tokens - processor.template.thought_tokens
     names |= {DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN}
     # Short ones are ordinary markup: <s> strikes out, <b> is bold.
     return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if len(name) > 4))
@@ -376,7 +371,7 @@ def _duplicate(dataset: CheckedDataset, index: int, first: int) -> Problem:
     where, record_id = _place(dataset, index)
     first_where, _ = _place(dataset, first)
     detail = f"the id is that of {first_where}, too; give each record an id of its own"
-    record_id = None if record_id is None else _printable(record_id)
+    record_id = None if record_id is None else printable(record_id)
     return Problem("duplicate_id", dataset.source_name(index), line_of(where, index), record_id, detail)
 
 

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from metamorph.flags import printable
 from metamorph.models.image_processing import to_rgb
 
 
@@ -28,9 +29,9 @@ class MediaError(ValueError):
     """A picture or video that cannot be used; `kind` is one of `metamorph.data.records.BAD_RECORD_KINDS`."""
 
     def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(detail)
         self.kind = kind
-        self.detail = detail
+        self.detail = printable(detail)
+        super().__init__(self.detail)
 
 
 def load_image(

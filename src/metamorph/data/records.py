@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from metamorph.flags import printable
 from metamorph.models.constants import DEFAULT_IMAGE_TOKEN
 
 
@@ -72,9 +73,13 @@ class RecordError(ValueError):
     record_id: str | None = None
     """The record's id, if it could be read."""
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message).replace("\n", "\\n"))
+
     @classmethod
     def at(cls, where: str, kind: str, detail: str, record_id: str | None = None) -> RecordError:
         """Make the error of the record at `where`; `detail` tells what is wrong and how to mend it."""
+        where = printable(where)
         error = cls(f"{where if record_id is None else f'{where} (id {record_id!r})'}: {detail}")
         error.kind, error.where, error.record_id = kind, where, record_id
         return error
@@ -86,6 +91,9 @@ class UnsupervisedRecordError(RecordError):
 
 class DataError(ValueError):
     """A source of data that cannot be used as a whole."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)

@@ -384,7 +384,7 @@ def _build_base(cls: Any, folder: Path, base: AdapterBase, dequantize: bool, kwa
 def _model_type(name: str, folder: Path) -> str:
     """Of the base of the adapter in `folder`."""
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+        return load_config(name).model_type
     except (ValueError, KeyError) as error:
         raise ValueError(
             f"the adapter {folder} was trained on {name}, which is no model: {error} Correct the paths in "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,8 +102,8 @@ def get_chat_template(
     if version == "auto":
         if chat_template is None and tokenizer.chat_template is None:
             raise ValueError(
-                f"--version auto uses the tokenizer's own chat template, but {_name(tokenizer)} has none; choose one "
-                f"of {', '.join(VERSIONS[:-1])} with --version, or put chat_template.jinja into the tokenizer's folder"
+                f"--version auto uses the tokenizer's own chat template, but {_name(tokenizer)} has none; choose "
+                f"one of {', '.join(VERSIONS[:-1])} with --version, or put a chat_template.jinja into its folder"
             )
         return ChatTemplate(tokenizer, tokenizer.get_chat_template(chat_template))
     raise ValueError(f"--version {version!r} is unknown; use one of {', '.join(VERSIONS)}")
@@ -159,7 +158,8 @@ class ChatTemplate:
         self.end_tokens: tuple[str, ...] = tuple(dict.fromkeys(ends))
         """The tokens with which an answer ends: the last one of a conversation, and earlier ones if they differ."""
         self._layout(("user", "assistant"), False)  # refuses what cannot be trained on
-        written = {name for name in added if name in self.source} | set(self._control.findall(self._sample()))
+        text = self._render(_marked(("system", "user")), True) + self._gap + self._last_tail
+        written = {name for name in added if name in self.source} | set(self._control.findall(text))
         plain = {name for name, token in added.items() if not token.special and name not in written}
         self.control_tokens: frozenset[str] = frozenset({*added, *controls} - plain)
         """Names of the tokens that contents must not give: the special ones, and all that the template writes."""
@@ -300,7 +300,8 @@ class ChatTemplate:
             following: That text.
             alone: What follows the last answer of a conversation.
         """
-        common = len(os.path.commonprefix([following, alone]))  # noqa: RUF071 - of texts, not of paths
+        pairs = zip(following, alone, strict=False)
+        common = next((place for place, (one, other) in enumerate(pairs) if one != other), len(alone))
         ends = [match.end() for match in self._control.finditer(following) if match.end() <= common]
         if ends:
             return following[: ends[-1]]
@@ -317,16 +318,6 @@ class ChatTemplate:
         pieces = _split_at_marks(text)
         place = pieces.index(1) + 1
         return str(pieces[place]) if place < len(pieces) else ""
-
-    def _sample(self) -> str:
-        """A conversation with all roles, in which the template writes all that it ever does."""
-        texts = []
-        for roles in (("system", "user", "assistant"), ("user", "assistant", "user", "assistant")):
-            try:
-                texts += [self._render(_marked(roles), False), self._render(_marked(roles[:-1]), True)]
-            except ValueError:  # a template for a single question
-                continue
-        return "".join(texts)
 
     def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         try:

@@ -1,11 +1,14 @@
 """From the flags to processor, data and model: configurations first, weights only once everything else is right."""
 
+import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.utils import CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
 from metamorph.data.dataset import MixtureDataset, load_data
 from metamorph.data.feature_cache import FeatureCache, describe_tower
@@ -55,13 +58,14 @@ class Plan:
     """Whether a finished MetaMorph model is trained further."""
 
 
-def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None) -> Plan:
+def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, checkpoint: str | None = None) -> Plan:
     """Read configurations, tokenizer and image processor, and check that they go together.
 
     Args:
         args: The model flags.
         image_aspect_ratio: How images become square, see `DataArguments`. None: as in the finished model that is
             trained further, else `square`.
+        checkpoint: Checkpoint that the run resumes from: a chat template with a date in it keeps the date.
 
     Raises:
         FileNotFoundError: if a model, tokenizer or image processor does not exist.
@@ -78,7 +82,7 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None) -> Pl
             check_connector(args.pretrain_mm_mlp_adapter)
     if continues:
         with names_flag("--model_name_or_path", args.model_name_or_path):
-            processor = MetaMorphProcessor.from_pretrained(args.model_name_or_path)
+            processor = MetaMorphProcessor.from_pretrained(args.model_name_or_path, **_kept_template(checkpoint))
             MetaMorphForConditionalGeneration.check_language_model(text_config.text_config)
         if image_aspect_ratio is not None:
             processor.image_aspect_ratio = image_aspect_ratio
@@ -95,8 +99,20 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None) -> Pl
         image_processor,
         config,
         image_aspect_ratio=image_aspect_ratio or "square",
+        **_kept_template(checkpoint),
     )
     return Plan(config, processor, continues)
+
+
+def _kept_template(checkpoint: str | None) -> dict[str, str]:
+    """`chat_template` of a checkpoint that was trained with `--version auto`, for the processor."""
+    if checkpoint is None:
+        return {}
+    settings = json.loads((Path(checkpoint) / PROCESSOR_NAME).read_text(encoding="utf-8"))
+    file = Path(checkpoint) / CHAT_TEMPLATE_FILE
+    if settings["version"] != "auto" or not file.is_file():
+        return {}
+    return {"chat_template": file.read_text(encoding="utf-8")}
 
 
 def open_features(model_args: ModelArguments, data_args: DataArguments, plan: Plan) -> FeatureCache | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from metamorph.cards import CARD_FILE, licences, render_card, shown, table, versions
+from metamorph.cards import CARD_FILE, code, licences, render_card, shown, table, versions
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 
 
@@ -93,7 +93,7 @@ def render_model_card(facts: CardFacts, state: TrainerState) -> str:
 
 
 def _what(kind: str, base: Mapping[str, str], name: str) -> str:
-    parts = "\n".join(f"- {part}: `{shown(value)}`" for part, value in base.items())
+    parts = "\n".join(f"- {part}: {code(shown(value))}" for part, value in base.items())
     folder = name if "/" in name else "FOLDER"
     usage = {
         "connector": f"metamorph train --pretrain_mm_mlp_adapter {folder} …",

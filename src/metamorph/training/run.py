@@ -125,7 +125,7 @@ def _train(
     )
     aspect_ratio = data_args.image_aspect_ratio if data_args.is_given("image_aspect_ratio") else None
     with whole_weights(training_args):
-        plan = make_plan(model_args, aspect_ratio)
+        plan = make_plan(model_args, aspect_ratio, checkpoint)
     data_seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     features = open_features(model_args, data_args, plan)
     dataset = load_training_data(data_args, plan.processor, data_seed, features)

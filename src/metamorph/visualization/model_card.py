@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from metamorph.cards import licences, render_card, shown, table, versions
+from metamorph.cards import code, licences, render_card, shown, table, versions
 from metamorph.visualization.arguments import VisualizerArguments
 
 
@@ -31,8 +31,8 @@ def render_visualizer_card(
         logged: The values of the last log entry; empty if no step was done.
     """
     parts = {"diffusion model": args.pretrained_model_name_or_path, "vision tower": args.vision_tower}
-    listed = "\n".join(f"- {part}: `{shown(name)}`" for part, name in parts.items())
-    named = [f"`{shown(name)}`" for name in (*args.image_jsons, args.image_folder) if name is not None]
+    listed = "\n".join(f"- {part}: {code(shown(name))}" for part, name in parts.items())
+    named = [code(shown(name)) for name in (*args.image_jsons, args.image_folder) if name is not None]
     source = f" from {', '.join(named)}" if named else ""
     bad = f", of which {logged['bad_pictures']:g} could not be read" if "bad_pictures" in logged else ""
     sections = [
