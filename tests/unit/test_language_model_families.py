@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from family_parts import chatml_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, SiglipVisionModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig, SiglipVisionModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from metamorph.data.collation import PackedCollator, PaddedCollator
@@ -123,7 +123,7 @@ def test_the_copy_is_small_and_random_generators_stay_as_they_are() -> None:
         num_key_value_heads=8,
         eos_token_id=128001,
     )
-    copy = families._small_copy(config)
+    copy = families._small_copy(LlamaForCausalLM, config)
     assert sum(parameter.numel() for parameter in copy.parameters()) < 10e6
     state = torch.get_rng_state()
     assert MetaMorphForConditionalGeneration.check_language_model(config)
