@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -49,6 +50,22 @@ def test_family_trains_and_decodes(language: str, tower: str, version: str, tmp_
         assert model.lm_head.weight is model.get_input_embeddings().weight
     assert_answers_about_a_picture(model, processor)
     assert_draws_whole_images(model, processor)
+
+
+def test_a_mixture_of_experts_is_balanced_while_it_trains(tmp_path: Path) -> None:
+    """The logged loss, over micro-batches and packed rows, is the sum of its logged parts."""
+    language = save_language_model(tmp_path / "language", "mixtral")
+    config = json.loads((tmp_path / "language" / "config.json").read_text())
+    (tmp_path / "language" / "config.json").write_text(json.dumps({**config, "router_aux_loss_coef": 0.5}))
+    base = {"model_name_or_path": language, "vision_tower": save_vision_model(tmp_path / "tower", "siglip")}
+    flags = ModelArguments(**base, version="chatml", num_image_tokens=4, from_scratch_connector=True)
+    records, images = write_records(tmp_path / "data")
+    data = DataArguments(data_path=records, image_folder=images, model_max_length=128)
+    result = run_training(flags, data, arguments(tmp_path / "out"))
+    for line in training_lines(result):
+        assert line["aux_loss"] >= 1  # 2 of 4 experts for each token: 2 if all are used alike
+        expected = line["text_loss"] + line["visual_loss"] + 0.5 * line["aux_loss"]
+        assert math.isclose(line["loss"], expected, rel_tol=1e-3)
 
 
 def arguments(output_dir: Path) -> MetaMorphTrainingArguments:

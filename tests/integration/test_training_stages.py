@@ -8,15 +8,17 @@ import torch
 from family_parts import save_vision_model
 from safetensors.torch import load_file
 from training_parts import arguments, make_language_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from metamorph.models.connector import CONNECTOR_FILE
+from metamorph.models.embeddings import NewTokenEmbedding
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.vision_tower import load_vision_encoder
 from metamorph.training.arguments import ModelArguments
 from metamorph.training.assemble import load_model, make_plan
 from metamorph.training.run import TrainResult, run_training
+from metamorph.training.trainer import _keep_embeddings_in_32_bits
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,32 @@ def test_stage_1_leaves_every_other_weight_bit_identical(parts: Path, stage_1: T
     tower = original_encoder(parts)
     for name, weight in encoder_weights(stage_1.model).items():
         assert torch.equal(weight, tower[name]), name
+
+
+def test_8_bit_optimizer_keeps_the_state_of_embeddings_in_32_bits(parts: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs metamorph[lora]")
+    found: dict[str, torch.dtype] = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+            for name, weight in model.named_parameters():
+                if "state1" in optimizer.state.get(weight, {}):
+                    found[name] = optimizer.state[weight]["state1"].dtype
+
+    flags = {"optim": "adamw_bnb_8bit", "max_steps": 1, "from_scratch_connector": True}
+    run_training(*arguments(parts, tmp_path / "out", stage=2, **flags), callbacks=[Look()])
+    assert found["lm_head.weight"] == torch.uint8
+    assert found["model.language_model.embed_tokens.weight"] == torch.float32
+
+
+def test_8_bit_optimizer_keeps_the_state_of_new_rows_in_32_bits() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs metamorph[lora]")
+    rows = NewTokenEmbedding(torch.nn.Embedding(8, 4096), [6, 7])
+    optimizer = bitsandbytes.optim.AdamW8bit([rows.new_rows])
+    _keep_embeddings_in_32_bits(rows)
+    rows(torch.tensor([[6, 7]])).sum().backward()
+    optimizer.step()
+    assert optimizer.state[rows.new_rows]["state1"].dtype == torch.float32
 
 
 def test_stage_1_trains_the_connector(parts: Path, stage_1: TrainResult) -> None:

@@ -210,6 +210,14 @@ def test_optimizers_keep_different_amounts() -> None:
     ]
 
 
+def test_the_state_of_embeddings_is_counted_in_32_bits(parts: Path) -> None:
+    model = outline(parts, 2)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    table = model.get_input_embeddings().weight.numel()
+    estimate = estimate_memory(model, "single", MicroBatch(1, 8, 0), optimizer_bytes=optimizer_bytes_of("adamw_8bit"))
+    assert estimate.optimizer == 2 * trained + 6 * table
+
+
 def test_unknown_engine_is_refused(parts: Path) -> None:
     with pytest.raises(ValueError, match="--sharding 'zero9' is unknown: use one of single, ddp"):
         estimate_memory(outline(parts, 1), "zero9", MicroBatch(1, 8, 0))

@@ -310,16 +310,18 @@ def test_from_parts_adds_rows_at_the_mean(tokenizer, vocabulary):
     assert torch.isfinite(model(**build_batch(model.config)).loss)
 
 
-def test_from_parts_with_a_tokenizer_that_knows_the_image_tokens_already(tokenizer):
-    """Building the processor first adds them to the tokenizer; their rows must start at the mean all the same."""
-    from metamorph.models.image_tokens import add_image_tokens
+@pytest.mark.parametrize("vocabulary", [384, 512])
+def test_from_parts_after_the_processor_was_built(tokenizer, vocabulary):
+    """That adds the image tokens to the tokenizer; their rows must start at the mean all the same, also in a table that
+    has room for them."""
+    from processing_parts import build_processor
 
-    add_image_tokens(tokenizer, mm_use_im_start_end=True, mm_use_im_patch_token=False)
-    language_model = build_language_model(vocab_size=384)
+    build_processor(tokenizer)
+    language_model = build_language_model(vocab_size=vocabulary)
     known = language_model.get_input_embeddings().weight.detach().clone()
     encoder = AutoModel.from_config(tiny_config().vision_config)
     model = MetaMorphForConditionalGeneration.from_parts(language_model, encoder, tokenizer, num_image_tokens=4)
-    torch.testing.assert_close(model.get_input_embeddings().weight[384], known.mean(dim=0))
+    torch.testing.assert_close(model.get_input_embeddings().weight[384], known[:384].mean(dim=0))
 
 
 def test_from_parts_in_half_precision(tokenizer):

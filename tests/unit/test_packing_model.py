@@ -102,12 +102,18 @@ def test_packed_with_gradient_checkpointing() -> None:
     torch.testing.assert_close(*losses)
 
 
-def test_rows_that_mix_are_refused() -> None:
-    """A state-space model carries a state along the row: position ids do not reset it."""
-    check_keeps_samples_apart(build_tiny_model())
-    model = build_tiny_model(text_config=MAMBA)
-    with pytest.raises(ValueError, match=r"--packing True cannot be used with a language model of type mamba"):
-        check_keeps_samples_apart(model)
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_rows_that_mix_are_refused(attention: str) -> None:
+    """A state-space model carries a state along the row: position ids do not reset it, whatever the attention."""
+    for model in (build_tiny_model(), build_tiny_model(text_config=MAMBA), build_tiny_model(text_config=HYBRID)):
+        config = model.get_decoder().config
+        config._attn_implementation = attention
+        if config.model_type == "llama":
+            check_keeps_samples_apart(model)
+        else:
+            with pytest.raises(ValueError, match=rf"--packing True .* of type {config.model_type}: .*--packing False"):
+                check_keeps_samples_apart(model)
+        assert config._attn_implementation == attention
 
 
 MAMBA = {
@@ -120,6 +126,9 @@ MAMBA = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+
+HYBRID = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "block_ff_dim": 64}
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "smollm3"])

@@ -1,5 +1,7 @@
 """The text loss in parts is the text loss: every way to compute it, against the logits of all positions."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,30 @@ def test_parts_in_bfloat16():
     torch.testing.assert_close(found[2], expected[2], rtol=2e-2, atol=1e-3)  # parts are summed in float32
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_of_many_parts_lose_no_more_than_that_of_the_whole(autocast):
+    """They are summed in float32: the error against float32 is that of one rounding, however many parts there are."""
+    vocabulary, hidden, positions = 500, 64, 1024
+    torch.manual_seed(0)
+    head = TextHead(hidden, vocabulary, bias=True)
+    states, labels = 2 * torch.randn(positions, hidden), torch.randint(0, 50, (positions,))
+
+    def gradient(dtype, options):
+        model = copy.deepcopy(head).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32 and options is not reference):
+            model(states.to(dtype), labels, options).backward()
+        assert model.weight.grad.dtype == dtype
+        return model.weight.grad.float()
+
+    reference = TextLossOptions("full")
+    exact = gradient(torch.float32, reference)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    one, many = (gradient(dtype, TextLossOptions("chunked", size * vocabulary)) for size in (positions, 16))
+    assert torch.equal(one, gradient(dtype, TextLossOptions("full")))
+    errors = [((found - exact).norm() / exact.norm()).item() for found in (one, many)]
+    assert errors[1] < 1.3 * errors[0] < 0.01
+
+
 def test_no_position_costs_nothing_and_reaches_the_weight():
     head = make_head(bias=False)
     loss, _, gradient = run(head, PARTS, positions=0)
@@ -114,11 +140,12 @@ def test_head_keeps_parameters_and_names():
 @pytest.mark.parametrize("options", KERNELS, ids=lambda options: options.kernel)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_model_learns_the_same(options, stage, tied):
-    """Losses and every gradient, the new tokens' rows in a tied head among them."""
+@pytest.mark.parametrize("scaling", [1.0, 2.0])
+def test_model_learns_the_same(options, stage, tied, scaling):
+    """Losses and every gradient, the new tokens' rows in a tied head among them, where logits are scaled."""
     results = []
     for text_loss_options in (TextLossOptions("full"), TextLossOptions(options.kernel, max_logits=64 * 3)):
-        model = build_tiny_model(text_config={"tie_word_embeddings": tied}).train()
+        model = build_tiny_model(text_config={"tie_word_embeddings": tied, "logits_scaling": scaling}).train()
         model.text_loss_options = text_loss_options
         if stage == 1:
             model.requires_grad_(False)

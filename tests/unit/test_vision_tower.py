@@ -87,8 +87,11 @@ def test_reductions_have_the_promised_shape(reduction, normalize):
     assert torch.allclose(norms, torch.ones_like(norms)) == normalize
 
 
-def test_r32_frozen_tower_has_no_gradient_and_a_trained_one_has_them_all():
-    tower = VisionTower(tiny_config())
+@pytest.mark.parametrize("layer", [-1, -2, 0])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_r32_frozen_tower_has_no_gradient_and_a_trained_one_has_them_all(model_type, layer):
+    """Parallel training stops at a weight without a gradient, such as DINOv2's mask token."""
+    tower = VisionTower(family_config(model_type, mm_vision_select_layer=layer))
     pixels = torch.randn(1, 3, 32, 32)
     tower.requires_grad_(False)
     assert not tower(pixels).requires_grad
@@ -96,7 +99,19 @@ def test_r32_frozen_tower_has_no_gradient_and_a_trained_one_has_them_all():
     with torch.no_grad():
         assert not tower(pixels).requires_grad
     tower(pixels)[..., 0].sum().backward()
-    assert all(p.grad is not None for p in tower.parameters())
+    assert [name for name, parameter in tower.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("model_type", ["dinov2", "dinov2_with_registers"])
+def test_mask_token_keeps_its_place_in_checkpoints(model_type):
+    config = family_config(model_type)
+    encoder = AutoModel.from_config(config.vision_config)
+    with torch.no_grad():
+        encoder.embeddings.mask_token.fill_(3.0)
+    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items() if "layernorm" not in name}
+    tower = VisionTower(config)
+    tower.load_state_dict(state)
+    assert (tower.encoder.embeddings.mask_token == 3).all()
 
 
 def test_frozen_tower_has_no_dropout_in_training():

@@ -32,7 +32,7 @@ from metamorph.model_files import (
 
 from .configuration_metamorph import MetaMorphConfig
 from .connector import load_connector, save_connector
-from .pretrained import load_language_model, load_tokenizer
+from .pretrained import load_config, load_language_model, load_tokenizer
 from .vision_tower import load_vision_encoder
 
 

@@ -36,7 +36,7 @@ _FAILURES = (
     ValueError,
 )
 """What classes of Transformers raise if they are built, or called, in a way that they do not know."""
-_LAYERS, _HEADS, _VOCABULARY = 2, 4, 512
+_LAYERS, _HEADS, _INTERMEDIATE, _VOCABULARY = 2, 4, 32, 512
 _MOST_WEIGHTS = 2**26
 """Weights of the largest copy: 256 MiB."""
 _DIVIDED = (
@@ -133,7 +133,7 @@ def check_language_model(config: PreTrainedConfig, compose: Compose) -> bool:
     if mapped is None or config.get_text_config() is not config:
         raise _refusal(config, "it is no decoder-only language model, but a model of several parts or of another kind")
     with _undisturbed(seed=0):
-        language_model = _small_copy(config)
+        language_model = _small_copy(mapped, config)
         if language_model is None:
             return False
         compose_and_compare(language_model, compose)
@@ -164,19 +164,17 @@ def compose_and_compare(language_model: PreTrainedModel, compose: Compose) -> Pr
             decoder = model.get_decoder()
             language_model.eval()
             own = language_model(input_ids=ids, use_cache=False).logits
-            own_router_loss = _own_router_loss(language_model, ids)
+            router_losses = _router_losses(language_model, decoder, ids)
             ours = model(input_ids=ids, use_cache=False).logits
             _try_an_image(model, ids)
             changed = model(input_ids=torch.cat([ids[:, :-1], ids[:, :1]], dim=1), use_cache=False).logits
-            if own_router_loss is not None:
-                outputs = decoder(input_ids=ids, use_cache=False, output_router_logits=True)
-                found = router_loss(decoder, outputs.router_logits)
         except _FAILURES as error:
-            raise _refusal(language_model.config, f"the composite fails: {type(error).__name__}: {error}") from error
+            what, *_ = [*str(error).splitlines(), ""]
+            raise _refusal(language_model.config, f"the composite fails: {type(error).__name__}: {what}") from error
         _compare(language_model.config, "logits", ours, own)
         _compare(language_model.config, "logits of a token whose successors change", changed[:, :-1], ours[:, :-1])
-        if own_router_loss is not None:
-            _compare(language_model.config, "auxiliary losses of the experts", found, own_router_loss)
+        if router_losses is not None:
+            _compare(language_model.config, "auxiliary losses of the experts", *router_losses)
     return model.train(was_training)
 
 
@@ -190,12 +188,19 @@ def _logit_cap(config: PreTrainedConfig) -> float | None:
     return getattr(config, "final_logit_softcapping", None)
 
 
-def _own_router_loss(language_model: PreTrainedModel, ids: Tensor) -> Tensor | None:
-    """What the language model would add to its loss; None if it adds nothing."""
+def _router_losses(
+    language_model: PreTrainedModel, decoder: PreTrainedModel, ids: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The auxiliary loss as we compute it and as the language model does; None if it adds none, or has no experts."""
     names = ("router_aux_loss_coef", "aux_loss_coef")
     if not any(getattr(language_model, name, None) for name in names):
         return None
-    return language_model(input_ids=ids, use_cache=False, output_router_logits=True).aux_loss
+    kwargs = {"input_ids": ids, "use_cache": False, "output_router_logits": True}
+    router_logits = decoder(**kwargs).router_logits
+    if not router_logits:
+        return None
+    ours, own = router_loss(decoder, router_logits), language_model(**kwargs).aux_loss
+    return torch.as_tensor(0.0 if ours is None else ours), torch.as_tensor(own)
 
 
 def _try_an_image(model: PreTrainedModel, ids: Tensor) -> None:
@@ -231,9 +236,8 @@ def _undisturbed(seed: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _small_copy(config: PreTrainedConfig) -> PreTrainedModel | None:
+def _small_copy(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | None:
     """A language model of the same family with few small layers and random weights; None if none can be built."""
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     for heads in (_HEADS, None):
         try:
             small = _shrunk(config, heads)
@@ -276,7 +280,7 @@ def _shrunk(config: PreTrainedConfig, heads: int | None) -> PreTrainedConfig:
         elif "vocab_size" in name:
             setattr(small, name, min(value, _VOCABULARY))
         elif "intermediate_size" in name:
-            setattr(small, name, max(16, int(value / factor) // 16 * 16))  # grouped matrix products want multiples
+            setattr(small, name, min(value, _INTERMEDIATE))
     for name in _DIVIDED:
         if isinstance(value := getattr(config, name, None), int):
             setattr(small, name, max(1, int(value / factor)))

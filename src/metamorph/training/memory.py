@@ -30,6 +30,8 @@ LOGIT_BYTES = 12
 RUNTIME_BYTES = int(1.5 * GIB)
 """CUDA context, kernels, cuBLAS and NCCL buffers of a process with a GPU: an assumption."""
 _FLOAT32, _HALF = 4, 2
+_EIGHT_BITS = 2
+"""Bytes of the two moments of a parameter in 8 bits."""
 _BUCKETS = 400_000_000
 """Gradients in DeepSpeed's two buckets, of `reduce_bucket_size` each."""
 _MAX_LIVE = 1_000_000_000
@@ -200,7 +202,12 @@ def estimate_memory(
     # Only autocast keeps the residual stream in float32; sharding engines cast the inputs of the model.
     residual = _FLOAT32 if engine in ("single", "ddp") else compute
     logits = (batch.supervised or batch.tokens) * model.config.text_config.vocab_size
-    state, host = _state(sizes, engine, num_processes, compute, optimizer_bytes, recompute)
+    moments: float = optimizer_bytes
+    if optimizer_bytes == _EIGHT_BITS and sizes.trained:  # the state of embeddings has 32 bits, see the trainer
+        tables = {id(part.weight): part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
+        embeddings = sum(table.numel() for table in tables.values() if table.requires_grad)
+        moments += (2 * _FLOAT32 - _EIGHT_BITS) * embeddings / sizes.trained
+    state, host = _state(sizes, engine, num_processes, compute, moments, recompute)
     return MemoryEstimate(
         **state,
         activations=int(
@@ -218,7 +225,7 @@ def optimizer_bytes_of(optim: str) -> int:
     """Bytes of state for each trained parameter of an optimizer of `--optim`."""
     name = str(optim).lower()
     if "8bit" in name:
-        return 2
+        return _EIGHT_BITS
     if "adafactor" in name or "sgd" in name:
         return 0
     return 4 if "lion" in name or "rmsprop" in name else 8
@@ -293,7 +300,7 @@ def decoder_activations(
 
 
 def _state(
-    sizes: ModelSizes, engine: str, processes: int, compute: int, optimizer_bytes: int, recompute: str
+    sizes: ModelSizes, engine: str, processes: int, compute: int, optimizer_bytes: float, recompute: str
 ) -> tuple[dict[str, int], int]:
     """Weights, copies, gradients and optimizer of one process, and what is offloaded to main memory."""
     trained, share = sizes.trained, 1 / processes
@@ -304,7 +311,7 @@ def _state(
             "weights": _FLOAT32 * trained + sizes.frozen_bytes,
             "compute_copies": compute * copied if compute < _FLOAT32 else 0,
             "gradients": _FLOAT32 * trained + buckets,
-            "optimizer": optimizer_bytes * trained,
+            "optimizer": round(optimizer_bytes * trained),
         }
         return state, 0
     # Weights of two layers (the next one is fetched early) and of the two tables are whole at a time.
