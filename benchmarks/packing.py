@@ -2,7 +2,8 @@
 
     python benchmarks/packing.py --seeds 1 2 3 4 --steps 160
 
-Prints both tables and writes all numbers as JSON, with the machine, the versions and the command.
+Prints both tables and writes all numbers as JSON, with the machine, the versions and the command. Trainings that are in
+the file already are not run again.
 
 Every seed trains stage 2 of the quickstart's miniatures three times from the same connector, with as many samples in a
 step (on average): packed, packed as before version 2 (the longest samples first, in windows of 16,384), and padded.
@@ -73,16 +74,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160, help="optimizer steps of a training (default: %(default)s)")
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    report = {"machine": machine(), "mix": mix(np.random.default_rng(0)), "runs": [], "differences": []}
+    report: dict[str, Any] = {"machine": machine(), "mix": mix(np.random.default_rng(0))}
     print_mix(report["mix"])
+    known = json.loads(flags.output.read_text(encoding="utf-8"))["runs"] if flags.output.is_file() else []
+    report["runs"] = [run for run in known if run["steps"] == flags.steps and run["seed"] in flags.seeds]
+    done = {(run["arm"], run["seed"]) for run in report["runs"]}
+    missing = [(arm, seed) for seed in flags.seeds for arm in ARMS if (arm, seed) not in done]
     with tempfile.TemporaryDirectory() as folder:
-        experiment = Experiment(Path(folder), flags.steps) if flags.seeds else None
-        for seed in flags.seeds:
-            report["runs"] += [experiment.train(arm, seed) for arm in ARMS]
-            report["differences"] = differences(report["runs"])
-            flags.output.parent.mkdir(parents=True, exist_ok=True)
-            flags.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        experiment = Experiment(Path(folder), flags.steps) if missing else None
+        for arm, seed in missing:
+            assert experiment is not None
+            report["runs"].append(experiment.train(arm, seed))
+            write(report, flags.output)
+    write(report, flags.output)
     print_runs(report["runs"], report["differences"])
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """Write what is known so far: a run that is in the file is not repeated."""
+    report["differences"] = differences(report["runs"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 # How mixed rows are.
@@ -220,7 +232,14 @@ class Experiment:
         data = load_data(self.validation, result.processor, self.files.image_folder, TRAINED_ROW_LENGTH)
         loss = total_loss(evaluate_losses(result.model, data, Accelerator(cpu=True), batch_size=32))
         samples = flags["per_device_train_batch_size"] if arm == "padded" else samples
-        run = {"arm": arm, "seed": seed, "samples_in_a_step": samples, "full": packed.efficiency, **asdict(loss)}
+        run = {
+            "arm": arm,
+            "seed": seed,
+            "steps": self.recipe.stage2_steps,
+            "samples_in_a_step": samples,
+            "full": packed.efficiency,
+            **asdict(loss),
+        }
         print(json.dumps(run), flush=True)
         return run
 
@@ -230,8 +249,11 @@ def differences(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     lines = []
     for arm in ARMS[:-1]:
         for name in ("visual_cosine", "text_loss"):
-            values = {kind: np.array([run[name] for run in runs if run["arm"] == kind]) for kind in (arm, "padded")}
-            paired = values[arm] - values["padded"]
+            values = {(run["arm"], run["seed"]): run[name] for run in runs}
+            seeds = [seed for kind, seed in values if kind == arm and ("padded", seed) in values]
+            if not seeds:
+                continue
+            paired = np.array([values[arm, seed] - values["padded", seed] for seed in seeds])
             line = {"arm": arm, "value": name, "mean": float(paired.mean()), "seeds": len(paired)}
             if len(paired) > 1:
                 line["error"] = float(stats.sem(paired))
