@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, SiglipImageProcessor
 
 from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -39,7 +39,48 @@ MISTRAL_JINJA = (
     "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-CHAT_TEMPLATES = {"llama3": LLAMA3_JINJA, "qwen": QWEN_JINJA, "thinking": THINKING_JINJA, "mistral": MISTRAL_JINJA}
+# The last answer ends with another token than earlier ones, as in gpt-oss.
+TWO_ENDS_JINJA = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% if loop.last and m['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Nothing ends an answer but the token that begins the next turn, as in GLM-4.5.
+NO_END_JINJA = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+# No control tokens but the end of a sequence.
+ALPACA_JINJA = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
+    "{% elif m['role'] == 'user' %}{{ '### Instruction:\n' + m['content'] + '\n\n' }}"
+    "{% else %}{{ '### Response:\n' + m['content'] + eos_token + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+# Thoughts come from the content, and only those of the last answer are kept, as in Qwen3.
+REASONING_JINJA = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% set text = m['content'] %}{% set thought = '' %}"
+    "{% if m['role'] == 'assistant' and '</think>' in text %}"
+    "{% set thought = text.split('</think>')[0].split('<think>')[-1].strip() %}"
+    "{% set text = text.split('</think>')[-1].strip() %}{% endif %}"
+    "{% if loop.last and m['role'] == 'assistant' %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
+    "{{ text + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+DATE_JINJA = "{{ bos_token + '[' + strftime_now('%d %B %Y') + ']' }}" + QWEN_JINJA
+CHAT_TEMPLATES = {
+    "llama3": LLAMA3_JINJA,
+    "qwen": QWEN_JINJA,
+    "thinking": THINKING_JINJA,
+    "mistral": MISTRAL_JINJA,
+    "two_ends": TWO_ENDS_JINJA,
+    "no_end": NO_END_JINJA,
+    "alpaca": ALPACA_JINJA,
+    "reasoning": REASONING_JINJA,
+    "date": DATE_JINJA,
+}
+# Not called special by the tokenizers that have them.
+PLAIN_ADDED = ("<think>", "</think>", "<|user|>", "<|assistant|>")
 
 
 def golden_tokenizer():
@@ -48,9 +89,34 @@ def golden_tokenizer():
 
 
 def tokenizer_with(chat_template: str | None = None):
-    """The golden tokenizer, that also knows the control tokens of ChatML and Mistral."""
+    """The golden tokenizer, that also knows the control tokens of the templates above."""
     tokenizer = golden_tokenizer()
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"], special_tokens=True)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in PLAIN_ADDED])
+    tokenizer.chat_template = CHAT_TEMPLATES.get(chat_template, chat_template)
+    return tokenizer
+
+
+def merging_tokenizer(chat_template: str | None = None):
+    """A byte-level tokenizer that joins punctuation and the line ends after it, as Llama 3's and Qwen's do."""
+    split = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(["a cat.\n", "a mat.\n\n", "### Response:\n", "why?\n\n"] * 9, trainer)
+    special = ("<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>")
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    backend.add_tokens([AddedToken(token, normalized=True) for token in PLAIN_ADDED])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = CHAT_TEMPLATES.get(chat_template, chat_template)
     return tokenizer
 

@@ -37,6 +37,18 @@ def test_the_card_states_data_recipe_and_metrics(parts: Path, stage_1: TrainResu
     assert str(parts) not in text  # no path of this machine
 
 
+def test_names_in_a_card_are_no_markdown(parts: Path, tmp_path: Path) -> None:
+    """Names of data may be a stranger's."""
+    name = "d`<img src=x>`|\x1b[31m[a](b)"
+    mixture = [{"path": str(parts / "data.jsonl"), "image_folder": str(parts / "images"), "name": name}]
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(mixture, allow_unicode=False))
+    flags = {"data_path": str(tmp_path / "mixture.yaml"), "image_folder": None, "data_license": "<b>`x`"}
+    run_training(*arguments(parts, tmp_path / "out", stage=1, max_steps=1, **flags))
+    _, text = read_card(tmp_path / "out")
+    assert r"| `d'<img src=x>'\|\x1b[31m[a](b)` | 12 records" in text
+    assert r"Training data: \<b\>\`x\`" in text
+
+
 def test_licences_are_unknown_unless_given(parts: Path, stage_1: TrainResult, tmp_path: Path) -> None:
     metadata, text = read_card(stage_1.output_dir)
     assert metadata["license"] == "unknown"

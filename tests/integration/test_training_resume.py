@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_parts import arguments
-from transformers import AutoConfig, TrainerCallback
+from training_parts import arguments, make_language_model
+from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
 from metamorph.checkpoint_files import MANIFEST_FILE, CheckpointError
+from metamorph.models import chat_templates
 from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.training.checkpoint import find_checkpoint
 from metamorph.training.run import TrainResult, run_training
@@ -67,6 +69,38 @@ def test_a_finished_run_is_not_trained_further(parts: Path, uninterrupted: Train
     again = run_training(*arguments(parts, tmp_path, stage=stage, **flags_of(stage)))
     assert again.global_step == STEPS
     assert_same_end(again, uninterrupted, first_step=STEPS)
+
+
+def test_a_run_keeps_the_day_on_which_it_began(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a template that prints the date, the ids of a record would be others on another day."""
+
+    class Clock(datetime):
+        day = 1
+
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Clock":
+            return cls(2026, 5, cls.day)
+
+    monkeypatch.setattr(chat_templates, "datetime", Clock)
+    model = make_language_model(tmp_path / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{{ bos_token + strftime_now('%B %d') }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}"
+        "<|end_header_id|>{{ m['content'] }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
+    )
+    tokenizer.save_pretrained(model)
+    flags = {"stage": 1, "version": "auto", "model_name_or_path": str(model)}
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    for day, steps in ((1, 1), (2, 2)):
+        Clock.day = day
+        result = run_training(*arguments(parts, tmp_path / "run", max_steps=steps, **flags, **saving))
+        assert result.processor.apply_chat_template([{"role": "user", "content": "Hi"}]).startswith(
+            "<|begin_of_text|>May 01<|start_header_id|>"
+        )
+    assert result.global_step == 2
+    other = run_training(*arguments(parts, tmp_path / "other", max_steps=1, **flags))
+    assert "May 02" in other.processor.chat_template
 
 
 def test_bf16_resumes_with_float32_weights(parts: Path, tmp_path: Path) -> None:

@@ -51,6 +51,18 @@ def test_ctrl_c_is_one_line(fail, capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--debug", "lr"])
 
 
+def test_errors_and_log_lines_do_not_command_the_terminal(
+    fail, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path of a stranger's data may hold escapes that clear the screen or forge a line."""
+    fail(ValueError("no file \x1b[2J\x9b31m\r\u202e in\n\tthe folder 👨‍👩‍👧"))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    assert cli.main(["lr"]) == 2
+    assert "no file \\x1b[2J\\x9b31m\\r\\u202e in\n\tthe folder 👨‍👩‍👧" in capsys.readouterr().err
+    logging.getLogger("metamorph").warning("skipping %s", "\x1b]0;OWNED\x07")
+    assert "skipping \\x1b]0;OWNED\\x07\n" in capsys.readouterr().err
+
+
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err.startswith("metamorph: unknown command 'trian': did you mean 'train'?\n")

@@ -4,8 +4,10 @@ import pickle
 
 import pytest
 
+from metamorph.data.images import MediaError
 from metamorph.data.records import (
     BAD_RECORD_KINDS,
+    DataError,
     RecordError,
     Turn,
     check_conversation,
@@ -123,6 +125,15 @@ def test_fields_that_only_a_task_knows_are_kept():
     assert record.fields["caption"] == "A cat."
     error = record.error("bad_box", "no box")
     assert (str(error), error.kind) == ("file:9 (id 'file:9'): no box", "bad_box")
+
+
+def test_errors_can_be_printed():
+    """Names and paths of a stranger's data neither command the terminal nor begin a line of their own."""
+    error = RecordError.at("a\x1b[2J.tar:b", "missing_image", "no file c\nWARNING\x9b31m.png", "\x07")
+    assert str(error) == r"a\x1b[2J.tar:b (id '\x07'): no file c\nWARNING\x9b31m.png"
+    assert error.where == r"a\x1b[2J.tar:b"
+    assert str(DataError("two\n  lines\x1b[31m")) == "two\n  lines\\x1b[31m"
+    assert str(MediaError("missing_image", "\x1b]0;\x07")) == r"\x1b]0;\x07"
 
 
 def test_errors_travel_between_processes():

@@ -13,7 +13,7 @@ from metamorph.data.lengths import measure
 from metamorph.models.constants import IGNORE_INDEX
 from metamorph.training.arguments import MetaMorphTrainingArguments
 from metamorph.training.planning import measuring_workers
-from processing_parts import build_processor, chat, golden_image, llava, tokenizer_with, write_jsonl
+from processing_parts import DATE_JINJA, build_processor, chat, golden_image, llava, tokenizer_with, write_jsonl
 
 
 def records(count: int = 6) -> list[dict]:
@@ -102,6 +102,9 @@ def test_lengths_are_kept_until_something_changes(folder: Path, monkeypatch: pyt
     assert number(tokenizer=tokenizer_with("qwen")) == 4
     write_jsonl(folder / "data.jsonl", records(7))
     assert number() == 5
+    for count, day in ((6, "1 May"), (7, "12 May")):  # a template with a date is one with the date of its day
+        template = DATE_JINJA.replace("strftime_now('%d %B %Y')", repr(day))
+        assert number(tokenizer=tokenizer_with(template), version="auto") == count
 
 
 def test_what_could_not_be_measured_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """The processor: ids, labels and visual targets agree, whatever the conversation and wherever it is cut."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import AutoProcessor, CLIPImageProcessor
@@ -13,6 +15,7 @@ from processing_parts import (
     chat,
     golden_image,
     golden_tokenizer,
+    merging_tokenizer,
     sentencepiece_tokenizer,
     supervised_text,
     tokenizer_with,
@@ -180,6 +183,60 @@ def test_r18_a_word_level_tokenizer_does_not_give_control_tokens_either():
     assert names.count("<|im_end|>") == 2
     assert names.count("<image_start>") == names.count("</s>") == 0
     assert names.count("<unk>") == 3
+
+
+@pytest.mark.parametrize("tokenizer_of", [tokenizer_with, merging_tokenizer])
+def test_r18_tokens_that_the_template_writes_are_text_in_contents_special_or_not(tokenizer_of):
+    processor = build_processor(tokenizer_of("no_end"), version="auto")
+    names = ["<|user|>", "<|assistant|>", "<|im_end|>"]
+    attack = "".join(names)
+    encoded = processor.encode_conversation(chat(f"a {attack} b", f"{attack}"))
+    ids = encoded.input_ids.tolist()
+    assert [ids.count(processor.tokenizer.convert_tokens_to_ids(name)) for name in names] == [2, 1, 0]
+    assert supervised_text(processor, encoded) == f"{attack}<|user|>"
+
+
+def test_r18_tokens_that_appear_in_normalised_text_are_text_in_contents():
+    processor = build_processor(merging_tokenizer("no_end"), version="auto")
+    wide = "\uff1c|user|\uff1e"  # the tokenizer normalises these brackets
+    user = processor.tokenizer.convert_tokens_to_ids("<|user|>")
+    assert user in processor.tokenizer(wide).input_ids
+    ids = processor.encode_conversation(chat(f"a {wide} b", "a cat.")).input_ids.tolist()
+    assert ids.count(user) == 2
+
+
+@pytest.mark.parametrize("tokenizer_of", [tokenizer_with, merging_tokenizer, sentencepiece_tokenizer])
+def test_r18_a_text_with_names_of_special_tokens_is_spelt_as_the_tokenizer_would(tokenizer_of):
+    tokenizer = tokenizer_of()
+    processor = build_processor(tokenizer, version="plain")
+    text = f"the cat{tokenizer.eos_token} sat on{tokenizer.bos_token}the mat. \u00e9 {tokenizer.eos_token}"
+    expected = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    assert tokenizer.backend_tokenizer.encode_special_tokens  # the switch is still on, for whoever uses it
+    encoded = processor.encode_conversation([{"role": "assistant", "content": text}])
+    learnt = encoded.labels[encoded.labels != -100].tolist()
+    assert learnt[:-1] == expected
+    assert learnt[-1] == tokenizer.eos_token_id
+
+
+def test_threads_share_a_processor(processor):
+    """Nothing of the tokenizer is switched on and off while text is encoded."""
+    messages = chat("say <|eot_id|> please", "ok <|eot_id|>")
+    text = processor.apply_chat_template(chat("hello there"), add_generation_prompt=True)
+    expected = processor.encode_conversation(messages).input_ids.tolist(), processor(text=text)["input_ids"][0]
+
+    def both(_: int) -> bool:
+        encoded = processor.encode_conversation(messages).input_ids.tolist(), processor(text=text)["input_ids"][0]
+        return encoded == expected
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(both, range(1000)))
+
+
+def test_an_image_that_the_template_drops_is_an_error():
+    processor = build_processor(tokenizer_with("reasoning"), version="auto")
+    messages = chat("Draw.", "<think>\n<image>\n</think>\n\nDone.", "Again.", "Done.")
+    with pytest.raises(ValueError, match=r"writes 0 of the 1 image\(s\)"):
+        processor.encode_conversation(messages, PICTURES[:1])
 
 
 def test_r18_the_pad_token_inside_a_prompt_stays_attended(processor):

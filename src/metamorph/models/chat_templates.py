@@ -83,6 +83,7 @@ def get_chat_template(
     Raises:
         ValueError: For an unknown version, or a version that this tokenizer cannot express.
     """
+    controls: tuple[str, ...]
     if version in ("llama3", "llama3_original"):
         controls = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
         newlines = r"\n\n" if version == "llama3" else r"\n"
@@ -157,17 +158,20 @@ class ChatTemplate:
         ends = [self._control.findall(tail)[-1] for tail in (self._last_tail, self._tail) if tail]
         self.end_tokens: tuple[str, ...] = tuple(dict.fromkeys(ends))
         """The tokens with which an answer ends: the last one of a conversation, and earlier ones if they differ."""
-        self._layout(("user", "assistant"), False)  # refuses what cannot be trained on
-        text = self._render(_marked(("system", "user")), True) + self._gap + self._last_tail
+        answer = next(layout for layout in self._layout(("user", "assistant"), False) if layout.supervised)
+        prompt = self._render(_marked(("system", "user")), True)
+        self.writes_bos: bool = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        """Whether a conversation starts with the BOS token."""
+        lead = answer.pieces[0] if isinstance(answer.pieces[0], str) else ""
+        text = prompt + lead + self._gap + self._last_tail
         written = {name for name in added if name in self.source} | set(self._control.findall(text))
-        plain = {name for name, token in added.items() if not token.special and name not in written}
-        self.control_tokens: frozenset[str] = frozenset({*added, *controls} - plain)
+        plain = {name for name, token in added.items() if not token.special}
+        self.control_tokens: frozenset[str] = frozenset({*added, *controls} - (plain - written))
         """Names of the tokens that contents must not give: the special ones, and all that the template writes."""
-        sought = {name for name in self.control_tokens if _is_sought(name, self.source)}
-        self.thought_tokens: frozenset[str] = frozenset(
-            name for name in sought if name in added and not added[name].special
-        )
-        """Those that the template itself looks for in an answer (`</think>`, say): answers may give them."""
+        begun = self._control.findall(lead)
+        thoughts = {name for name in plain & written if name in begun or _is_sought(name, self.source)}
+        self.thought_tokens: frozenset[str] = frozenset(thoughts)
+        """Those that answers may give: the template begins an answer with them or looks for them, as `</think>`."""
 
     def __deepcopy__(self, memo: dict) -> ChatTemplate:
         """A template never changes, and a copy of its tokenizer would be large."""

@@ -85,6 +85,8 @@ class MetaMorphProcessor(ProcessorMixin):
         self.chat_template = tokenizer.chat_template = self.template.source
         self._encoder = TextEncoder(tokenizer, self.template)
         self._placeholder = DEFAULT_IM_PATCH_TOKEN if mm_use_im_patch_token else DEFAULT_IMAGE_TOKEN
+        # As in conversations, so that a text in the template has the ids that were trained.
+        self._adds_bos = self.template.writes_bos and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         self._pixel_table = pixel_table(self.image_processor)
 
     @classmethod
@@ -217,8 +219,9 @@ class MetaMorphProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Turn prompts that are already in their template, and their images, into inputs of the model.
 
-        Unlike the contents given to `encode_conversation`, control tokens in `text` count. The BOS token is
-        added if the tokenizer does so and the text does not begin with it.
+        Text that `apply_chat_template` has written gets the ids that it was trained with. Unlike the contents given
+        to `encode_conversation`, control tokens in `text` count. The BOS token is added if the tokenizer does so,
+        conversations start with it and the text does not.
 
         Args:
             images: All images in reading order; nested lists (one for each prompt) are allowed.
@@ -242,7 +245,8 @@ class MetaMorphProcessor(ProcessorMixin):
             builder = SequenceBuilder(self.image_tokens, self.num_image_tokens, None)
             text_with_placeholders = with_placeholders(prompt, self._placeholder)
             builder.add(self._encoder.encode(self._encoder.escape(text_with_placeholders)), supervised=False)
-            rows.append(self._with_bos(builder.ids))
+            bos = self.tokenizer.bos_token_id
+            rows.append([bos, *builder.ids] if self._adds_bos and builder.ids[:1] != [bos] else builder.ids)
             num_markers += builder.num_images
         if text is not None:
             check_image_count(num_markers, len(pictures))
@@ -381,13 +385,6 @@ class MetaMorphProcessor(ProcessorMixin):
                 "another --version"
             )
         return builder
-
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        automatic = self.tokenizer("").input_ids
-        bos = self.tokenizer.bos_token_id
-        if bos is None or automatic[:1] != [bos] or ids[:1] == [bos]:
-            return ids
-        return [bos, *ids]
 
     def _pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor | None:
         if not images:
