@@ -31,15 +31,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel, SiglipImageProcessorPil
 
-from metamorph.data.batches import PackedExamples, PlannedBatches
-from metamorph.data.collation import PackedCollator
+from metamorph.data.batching.collation import PackedCollator
+from metamorph.data.batching.lengths import Lengths, measure
+from metamorph.data.batching.packing import BatchPlanner
+from metamorph.data.batching.sampler import PackedExamples, PlannedBatches
 from metamorph.data.dataset import load_data
-from metamorph.data.json_sources import scan_array, scan_lines
-from metamorph.data.lengths import Lengths, measure
-from metamorph.data.packing import BatchPlanner
-from metamorph.data.sources import open_source
+from metamorph.data.sources.json_files import scan_array, scan_lines
+from metamorph.data.sources.open import open_source
+from metamorph.mini import asset_path
 from metamorph.models.processing_metamorph import MetaMorphProcessor
-from metamorph.quickstart.assets import asset_path
 
 
 MAX_LENGTH = 4096

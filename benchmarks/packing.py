@@ -26,18 +26,18 @@ from accelerate import Accelerator
 from data import machine
 from scipy import stats
 
+from metamorph.data.batching.lengths import measure
+from metamorph.data.batching.packing import BatchPlanner, Rows, pack_rows
 from metamorph.data.dataset import load_data
-from metamorph.data.lengths import measure
-from metamorph.data.packing import BatchPlanner, Rows, pack_rows
-from metamorph.quickstart.assets import PARTS, asset_path
-from metamorph.quickstart.dataset import WorldSizes, write_dataset
-from metamorph.quickstart.recipe import FULL
-from metamorph.quickstart.stages import Workspace, train_connector
+from metamorph.evaluation.losses import evaluate_losses, total_loss
+from metamorph.flags.recipes import parse_arguments
+from metamorph.mini import PARTS, asset_path
+from metamorph.miniature.quickstart.recipe import FULL
+from metamorph.miniature.quickstart.stages import Workspace, train_connector
+from metamorph.miniature.world.dataset import WorldSizes, write_dataset
 from metamorph.training import planning
-from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
-from metamorph.training.parsing import parse_arguments
+from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.run import run_training
-from metamorph.training.validation import evaluate_losses, total_loss
 
 
 ROW_LENGTHS = (1024, 4096, 8192)

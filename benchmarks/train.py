@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from data import machine, resident_megabytes
 from torch import Tensor
 
-from metamorph.data.collation import PackedCollator, PaddedCollator
+from metamorph.data.batching.collation import PackedCollator, PaddedCollator
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.vision_tower import finish_visual_tokens
-from metamorph.training.flops import Work, count_work, model_flops
+from metamorph.training.costs.flops import Work, count_work, model_flops
 
 
 START, END, IMAGE = 1, 2, 3

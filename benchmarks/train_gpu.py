@@ -18,11 +18,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers.utils import is_flash_attn_2_available
 
-from metamorph.data.collation import PackedCollator
+from metamorph.data.batching.collation import PackedCollator
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training.flops import Work, count_work, model_flops
-from metamorph.training.speed import compile_layers, recompute_layers
+from metamorph.training.costs.flops import Work, count_work, model_flops
+from metamorph.training.engines.speed import compile_layers, recompute_layers
 
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}

@@ -32,11 +32,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
-from metamorph.quickstart.assets import asset_path
+from metamorph.mini import asset_path
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
-from metamorph.visualization.data import PixelFormat, crop_square
-from metamorph.visualization.denoiser import ConditionedUNet, Draws, diffusion_loss
-from metamorph.visualization.parts import build_projector, load_diffusion_parts, load_tower, token_shape
+from metamorph.visualizer_training.build import build_projector, load_diffusion_parts, load_tower, token_shape
+from metamorph.visualizer_training.dataset import PixelFormat, crop_square
+from metamorph.visualizer_training.denoising import ConditionedUNet, Draws, diffusion_loss
 
 
 NUM_PICTURES = 64

@@ -22,10 +22,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from train_gpu import PEAKS
 
 from metamorph.models.vision_tower import MetaMorphConfig, VisionTower
-from metamorph.visualization.denoiser import ConditionedUNet, Draws, FrozenEncoders, diffusion_loss, sample_latents
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector
-from metamorph.visualization.sharding import layers
+from metamorph.visualizer_training.denoising import (
+    ConditionedUNet,
+    Draws,
+    FrozenEncoders,
+    diffusion_loss,
+    sample_latents,
+)
+from metamorph.visualizer_training.fsdp2 import layers
 
 
 UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from metamorph.flags import attribute_docs
+from metamorph.flags.checks import attribute_docs
 
 
 logger = logging.getLogger("mkdocs.hooks.metamorph")

@@ -2,7 +2,7 @@
 
 import torch
 
-from metamorph.data.collation import PackedCollator, PaddedCollator
+from metamorph.data.batching.collation import PackedCollator, PaddedCollator
 from model_parts import image_ids
 
 

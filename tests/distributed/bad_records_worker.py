@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from metamorph.data.record_log import BadRecordLimit, RecordLog, TooManyBadRecordsError
+from metamorph.data.bad_records import BadRecordLimit, RecordLog, TooManyBadRecordsError
 from metamorph.training.bad_records import StopOnBadRecords
 
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from training_parts import arguments
 
-from metamorph.training.engine import FrozenTower, configure_fsdp2, gather_weights
+from metamorph.training.engines.prepare import FrozenTower, configure_fsdp2, gather_weights
 
 
 def main(parts: Path, output_dir: Path, stage: int) -> None:

@@ -12,9 +12,9 @@ from packing_parts import recorded
 from preemption_parts import CASES, FLAGS, SignalIn
 from training_parts import arguments
 
-from metamorph.checkpoint_files import CheckpointError
-from metamorph.preemption import MARKER_FILE, PREEMPTED, Preempted
-from metamorph.run_lock import only_run_in
+from metamorph.runs.checkpoint_files import CheckpointError
+from metamorph.runs.lock import only_run_in
+from metamorph.runs.preemption import MARKER_FILE, PREEMPTED, Preempted
 from metamorph.training.run import TrainResult, run_training
 
 

@@ -17,8 +17,8 @@ from packing_parts import recorded
 from preemption_parts import CASES, FLAGS
 from training_parts import arguments, make_language_model, make_records, make_vision_tower
 
-from metamorph.checkpoint_files import CheckpointError
-from metamorph.preemption import MARKER_FILE, PREEMPTED
+from metamorph.runs.checkpoint_files import CheckpointError
+from metamorph.runs.preemption import MARKER_FILE, PREEMPTED
 from metamorph.training.run import run_training
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from metamorph.data.images import MediaError
-from metamorph.data.record_log import TooManyBadRecordsError
-from metamorph.visualization.bad_pictures import BadPictures
+from metamorph.data.bad_records import TooManyBadRecordsError
+from metamorph.data.media.images import MediaError
+from metamorph.visualizer_training.pictures.bad_pictures import BadPictures
 
 
 def count(rank: int, folder: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from metamorph.checkpoint_files import checkpoints
+from metamorph.runs.checkpoint_files import checkpoints
 from metamorph.visualization import VisualizerArguments, train_visualizer
 from visualization_parts import RESOLUTION, random_images, write_shard, write_tiny_diffusion, write_tiny_tower
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from metamorph.visualization import VisualizerArguments, train_visualizer
-from metamorph.visualization.sources import ImageFiles, ShardedImages
+from metamorph.visualizer_training.pictures.sources import ImageFiles, ShardedImages
 
 
 def note_pictures(folder: Path) -> None:

@@ -22,12 +22,12 @@ import yaml
 from PIL import Image
 from transformers import SiglipImageProcessor
 
-from metamorph.data.conversation_dataset import ConversationDataset
-from metamorph.data.images import FORMATS, MediaError, load_image
-from metamorph.data.json_sources import JsonArraySource, JsonlSource
+from metamorph.data.examples import ConversationDataset
+from metamorph.data.media.images import FORMATS, MediaError, load_image
 from metamorph.data.mixture import read_specs
 from metamorph.data.records import DataError, RecordError
-from metamorph.data.tars import TarSource
+from metamorph.data.sources.json_files import JsonArraySource, JsonlSource
+from metamorph.data.sources.tars import TarSource
 from metamorph.data.tasks import TASKS
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from processing_parts import CHAT_TEMPLATES, sentencepiece_tokenizer, tokenizer_with

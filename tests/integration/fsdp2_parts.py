@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from metamorph.data.collation import PaddedCollator
+from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.dataset import load_data
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training.arguments import ModelArguments
-from metamorph.training.assemble import load_model, make_plan
+from metamorph.training.arguments.training import ModelArguments
+from metamorph.training.build import load_model, make_plan
 from metamorph.training.metrics import count_targets
 from metamorph.training.stages import apply_stage
 

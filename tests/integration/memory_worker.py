@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from training_parts import arguments, make_language_model, make_vision_tower
 
-from metamorph.training.assemble import load_model, make_plan
-from metamorph.training.memory import MicroBatch, estimate_memory
+from metamorph.training.build import load_model, make_plan
+from metamorph.training.costs.memory import MicroBatch, estimate_memory
 from metamorph.training.stages import apply_stage
 
 

@@ -24,10 +24,10 @@ from metamorph.models.adapters import (
 from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
-from metamorph.training.adapters import attach_lora
-from metamorph.training.arguments import ModelArguments
-from metamorph.training.assemble import load_model, make_plan
-from metamorph.training.checkpoint import find_checkpoint
+from metamorph.training.arguments.training import ModelArguments
+from metamorph.training.build import load_model, make_plan
+from metamorph.training.checkpoints.weights import find_checkpoint
+from metamorph.training.lora import attach_lora
 from metamorph.training.run import TrainResult, run_training
 from metamorph.training.stages import apply_stage
 

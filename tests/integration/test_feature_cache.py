@@ -14,14 +14,14 @@ from transformers import SiglipVisionModel
 
 from metamorph import cli
 from metamorph.data.dataset import load_data
-from metamorph.data.feature_cache import FeatureCache, describe_tower, image_key, write_features
-from metamorph.data.feature_images import PictureSet
-from metamorph.data.media import FolderStore, MediaError
+from metamorph.data.features.cache import FeatureCache, describe_tower, image_key, write_features
+from metamorph.data.features.images import PictureSet
+from metamorph.data.media.stores import FolderStore, MediaError
 from metamorph.data.records import DataError, RecordError
 from metamorph.data.tasks import ImageRef
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training.arguments import DataArguments, ModelArguments
-from metamorph.training.assemble import make_plan
+from metamorph.training.arguments.training import DataArguments, ModelArguments
+from metamorph.training.build import make_plan
 from metamorph.training.features import FeatureArguments, cache_features, load_frozen_tower
 from metamorph.training.run import TrainResult, run_training
 

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import HfApi
 from training_parts import arguments
 
-from metamorph.training.model_card import CARD_FILE
+from metamorph.training.reporting.model_card import CARD_FILE
 from metamorph.training.run import TrainResult, run_training
 
 

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from metamorph.cli import main
-from metamorph.quickstart.evaluate import DRAWING_GROUPS
-from metamorph.quickstart.options import MARKER_FILE, OWN_FOLDERS
-from metamorph.quickstart.scenes import Scene, SceneObject
-from metamorph.quickstart.world import render
+from metamorph.miniature.quickstart.evaluate import DRAWING_GROUPS
+from metamorph.miniature.quickstart.options import MARKER_FILE, OWN_FOLDERS
+from metamorph.miniature.world import render
+from metamorph.miniature.world.scenes import Scene, SceneObject
 
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from training_parts import NUM_IMAGE_TOKENS, write_records
 
 from metamorph import cli
-from metamorph.run_lock import only_run_in
+from metamorph.runs.lock import only_run_in
 
 
 @pytest.fixture

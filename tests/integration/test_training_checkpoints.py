@@ -10,8 +10,8 @@ from training_parts import arguments, make_language_model
 
 from metamorph.models.connector import load_connector, save_connector
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training.assemble import load_model, make_plan
-from metamorph.training.checkpoint import load_weights
+from metamorph.training.build import load_model, make_plan
+from metamorph.training.checkpoints.weights import load_weights
 
 
 def build(parts: Path, **flags: object) -> MetaMorphForConditionalGeneration:

@@ -9,7 +9,7 @@ from training_parts import arguments, write_records
 from transformers import Trainer, TrainingArguments
 
 from metamorph.data.dataset import ConversationDataset
-from metamorph.training.assemble import make_plan
+from metamorph.training.build import make_plan
 from metamorph.training.run import TrainResult, run_training
 from model_parts import build_batch, build_tiny_model
 

@@ -11,7 +11,7 @@ import yaml
 from training_parts import NUM_IMAGE_TOKENS, arguments, write_records
 
 from metamorph import cli
-from metamorph.data.record_log import TooManyBadRecordsError
+from metamorph.data.bad_records import TooManyBadRecordsError
 from metamorph.training.run import run_training
 
 

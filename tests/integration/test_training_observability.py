@@ -15,14 +15,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_parts import arguments, make_records
 
 from metamorph import cli
-from metamorph.data.collation import PaddedCollator
+from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.dataset import load_data
+from metamorph.evaluation.losses import evaluate_losses, total_loss
+from metamorph.inference.draw import open_visualizer
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training.flops import Work, count_work, model_flops
-from metamorph.training.monitor import gradient_norms
+from metamorph.training.costs.flops import Work, count_work, model_flops
+from metamorph.training.reporting.monitor import gradient_norms
 from metamorph.training.run import TrainResult, run_training
-from metamorph.training.validation import evaluate_losses, total_loss
-from metamorph.visualization.drawing import open_visualizer
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector
 from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae
@@ -377,6 +377,6 @@ def test_r29_no_tracker_and_no_video_library_is_imported() -> None:
     code = (
         "import sys\n"
         "for name in ('wandb', 'tensorboard', 'trackio', 'av', 'decord'): sys.modules[name] = None\n"
-        "import metamorph.training.run, metamorph.training.trackers\n"
+        "import metamorph.training.run, metamorph.training.reporting.trackers\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

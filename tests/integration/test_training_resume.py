@@ -11,10 +11,10 @@ import torch
 from training_parts import arguments, make_language_model
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
-from metamorph.checkpoint_files import MANIFEST_FILE, CheckpointError
-from metamorph.models import chat_templates
 from metamorph.models.connector import CONNECTOR_FILE
-from metamorph.training.checkpoint import find_checkpoint
+from metamorph.models.sequence import chat_templates
+from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError
+from metamorph.training.checkpoints.weights import find_checkpoint
 from metamorph.training.run import TrainResult, run_training
 
 

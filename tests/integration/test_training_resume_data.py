@@ -13,9 +13,9 @@ from preemption_parts import SignalIn
 from training_parts import arguments, make_records
 from transformers import TrainerCallback
 
-from metamorph.checkpoint_files import MANIFEST_FILE, CheckpointError, damage
-from metamorph.data.packing import PACKING_VERSION
-from metamorph.preemption import MARKER_FILE, Preempted
+from metamorph.data.batching.packing import PACKING_VERSION
+from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError, damage
+from metamorph.runs.preemption import MARKER_FILE, Preempted
 from metamorph.training.run import run_training
 
 

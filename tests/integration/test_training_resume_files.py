@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from training_parts import arguments
 from transformers import TrainerCallback
 
-from metamorph import checkpoint_files
-from metamorph.checkpoint_files import (
+from metamorph.runs import checkpoint_files
+from metamorph.runs.checkpoint_files import (
     MANIFEST_FILE,
     PARTIAL_FOLDER,
     CheckpointError,
@@ -30,8 +30,8 @@ from metamorph.checkpoint_files import (
     delete_old,
     read_manifest,
 )
-from metamorph.preemption import Preempted
-from metamorph.training.checkpoint import find_checkpoint
+from metamorph.runs.preemption import Preempted
+from metamorph.training.checkpoints.weights import find_checkpoint
 from metamorph.training.run import TrainResult, run_training
 
 
@@ -41,7 +41,8 @@ DYING = """
 import os, signal, sys
 from pathlib import Path
 from training_parts import arguments
-from metamorph.training import checkpointing, run
+from metamorph.training import run
+from metamorph.training.checkpoints import saving as checkpointing
 from metamorph.training.trainer import MetaMorphTrainer
 
 class Dying(MetaMorphTrainer):

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from metamorph.cli import main
-from metamorph.training.parsing import parse_arguments
+from metamorph.flags.recipes import parse_arguments
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments
 from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
 

@@ -12,12 +12,12 @@ from PIL import Image
 
 from metamorph.cli import main
 from metamorph.evaluation.visualizer import ReconstructionSettings, ScaleScores, evaluate_visualizer
-from metamorph.quickstart.assets import shipped_folder
-from metamorph.quickstart.render import render
-from metamorph.quickstart.scenes import single_scenes
+from metamorph.mini import shipped_folder
+from metamorph.miniature.world.render import render
+from metamorph.miniature.world.scenes import single_scenes
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, load_visualizer, train_visualizer
-from metamorph.visualization.data import crop_square
-from metamorph.visualization.parts import load_encoder, load_tower
+from metamorph.visualizer_training.build import load_encoder, load_tower
+from metamorph.visualizer_training.dataset import crop_square
 from perceptual_parts import save_networks
 from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from metamorph.data.record_log import TooManyBadRecordsError
+from metamorph.data.bad_records import TooManyBadRecordsError
 from metamorph.visualization import VisualizerArguments, train_visualizer
-from metamorph.visualization.bad_pictures import BadPictures
-from metamorph.visualization.data import PixelFormat, Sample, VisualizerDataset
-from metamorph.visualization.sources import ImageFiles
+from metamorph.visualizer_training.dataset import PixelFormat, Sample, VisualizerDataset
+from metamorph.visualizer_training.pictures.bad_pictures import BadPictures
+from metamorph.visualizer_training.pictures.sources import ImageFiles
 from visualization_parts import (
     RESOLUTION,
     random_images,

@@ -16,14 +16,14 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from metamorph.checkpoint_files import CheckpointError, checkpoints
-from metamorph.preemption import MARKER_FILE, PREEMPTED, Preempted
-from metamorph.run_lock import only_run_in
+from metamorph.runs.checkpoint_files import CheckpointError, checkpoints
+from metamorph.runs.lock import only_run_in
+from metamorph.runs.preemption import MARKER_FILE, PREEMPTED, Preempted
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
-from metamorph.visualization.data import crop_square
-from metamorph.visualization.parts import load_tower
-from metamorph.visualization.processes import start_accelerate
 from metamorph.visualization.projector import PROJECTOR_MODES
+from metamorph.visualizer_training.build import load_tower
+from metamorph.visualizer_training.dataset import crop_square
+from metamorph.visualizer_training.processes import start_accelerate
 from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
 
 
@@ -244,7 +244,7 @@ def test_validation_grid_and_loss_reach_tensorboard_and_the_log(arguments, pictu
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     pictures[0].save(tmp_path / "picture.png")
     args = arguments(validation_images=[str(tmp_path / "picture.png")], save_step=3, report_to="tensorboard")
-    with caplog.at_level("INFO", logger="metamorph.visualization.loop"):
+    with caplog.at_level("INFO", logger="metamorph.visualizer_training.trainer"):
         result = train_visualizer(args, pictures)
     assert f"step 3 of 3: loss {sum(result.losses) / 3:.4g}, lr" in caplog.text  # there is no terminal
     # The run's own file, and one for its flags in a folder below.
@@ -257,7 +257,7 @@ def test_validation_grid_and_loss_reach_tensorboard_and_the_log(arguments, pictu
 
 
 def test_resolution_is_that_of_the_diffusion_model_unless_given(arguments, pictures, tmp_path, caplog):
-    caplog.set_level("INFO", logger="metamorph.visualization.parts")
+    caplog.set_level("INFO", logger="metamorph.visualizer_training.build")
     options = {"training_steps": 1, "lr_warmup_steps": 0}
     native = train_visualizer(arguments(resolution=None, **options), pictures)
     assert f"--resolution {RESOLUTION}, as " in caplog.text

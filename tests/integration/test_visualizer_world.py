@@ -10,12 +10,12 @@ from PIL import Image
 
 from metamorph.evaluation.drawings import SamplerSettings, draw_tokens
 from metamorph.evaluation.visualizer import ReconstructionSettings, evaluate_visualizer
-from metamorph.quickstart.assets import PARTS, asset_path
-from metamorph.quickstart.dataset import WorldSizes, write_dataset
-from metamorph.quickstart.evaluate import judge_scene
-from metamorph.quickstart.recipe import FULL
-from metamorph.quickstart.scenes import Scene
-from metamorph.quickstart.stages import Workspace, fit_visualizer
+from metamorph.mini import PARTS, asset_path
+from metamorph.miniature.quickstart.evaluate import judge_scene
+from metamorph.miniature.quickstart.recipe import FULL
+from metamorph.miniature.quickstart.stages import Workspace, fit_visualizer
+from metamorph.miniature.world.dataset import WorldSizes, write_dataset
+from metamorph.miniature.world.scenes import Scene
 from metamorph.visualization import load_visualizer
 
 

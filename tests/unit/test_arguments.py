@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 
 from metamorph import cli
-from metamorph.training.arguments import (
+from metamorph.flags.recipes import parse_arguments
+from metamorph.training.arguments.training import (
     CHANGEABLE,
     UNSUPPORTED,
     DataArguments,
     MetaMorphTrainingArguments,
     ModelArguments,
 )
-from metamorph.training.learning_rate import scale_learning_rate
-from metamorph.training.parsing import parse_arguments
-from metamorph.training.resume_flags import ACTING, FIXED
-from metamorph.visualization.arguments import VisualizerArguments
+from metamorph.training.checkpoints.resume_flags import ACTING, FIXED
+from metamorph.training.optimizer import scale_learning_rate
+from metamorph.visualizer_training.arguments import VisualizerArguments
 
 
 TYPES = (ModelArguments, DataArguments, MetaMorphTrainingArguments)

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from tools.miniature.training_state import TrainingPlan, train
 from torch import nn
 
-from metamorph.quickstart.assets import ASSETS, asset_path, rebuild
-from metamorph.quickstart.assets.cards import AssetCard, AssetError, verify_folder, write_card
-from metamorph.quickstart.assets.training_state import TrainingPlan, train
+from metamorph.mini import ASSETS, asset_path, rebuild
+from metamorph.mini.cards import AssetCard, AssetError, verify_folder, write_card
 
 
 CARD = AssetCard(

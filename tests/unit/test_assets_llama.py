@@ -3,11 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from metamorph.quickstart import world
-from metamorph.quickstart.assets import asset_path, verify_asset
-from metamorph.quickstart.assets.build_llama import (
+from tools.miniature.build_llama import (
     GATES,
     LlamaRecipe,
     answered_exactly,
@@ -16,16 +12,20 @@ from metamorph.quickstart.assets.build_llama import (
     encode,
     new_model,
 )
-from metamorph.quickstart.assets.cards import AssetError
-from metamorph.quickstart.assets.llama_data import (
+from tools.miniature.llama_data import (
     build_vocabulary,
     evaluation_tasks,
     fact_tasks,
     list_conversation,
     training_conversation,
 )
-from metamorph.quickstart.assets.llama_init import FREE_HEADS, LOOK_BACK
-from metamorph.quickstart.assets.tokenizer import build_tokenizer
+from tools.miniature.llama_init import FREE_HEADS, LOOK_BACK
+from tools.miniature.tokenizer import build_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from metamorph.mini import asset_path, verify_asset
+from metamorph.mini.cards import AssetError
+from metamorph.miniature import world
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
+from tools.miniature.build_mini import GATES, _parts_beside, build, missed_gates, summarise_figures
 
 from metamorph.cli import main
-from metamorph.quickstart.assets import ASSETS, asset_path, shipped_folder, verify_asset
-from metamorph.quickstart.assets.cards import AssetError, verify_folder
-from metamorph.quickstart.build_mini import GATES, _parts_beside, build, missed_gates, summarise_figures
-from metamorph.quickstart.checker import judge
-from metamorph.quickstart.dataset import WorldSizes
-from metamorph.quickstart.measure import measure_world
-from metamorph.quickstart.recipe import FAST, EvaluationSizes
-from metamorph.quickstart.scenes import Scene, SceneObject
+from metamorph.mini import ASSETS, asset_path, shipped_folder, verify_asset
+from metamorph.mini.cards import AssetError, verify_folder
+from metamorph.miniature.quickstart.measure import measure_world
+from metamorph.miniature.quickstart.recipe import FAST, EvaluationSizes
+from metamorph.miniature.world.checker import judge
+from metamorph.miniature.world.dataset import WorldSizes
+from metamorph.miniature.world.scenes import Scene, SceneObject
 
 
 def test_card_matches_the_folder_and_names_the_gates_it_misses():

@@ -4,22 +4,22 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-
-from metamorph.quickstart.assets import asset_path, verify_asset
-from metamorph.quickstart.assets.build_sd import GATES, SdRecipe, build, check_gates, load_asset
-from metamorph.quickstart.assets.cards import AssetError, verify_folder
-from metamorph.quickstart.assets.probes import cells_of
-from metamorph.quickstart.assets.sd_unet import (
+from tools.miniature.build_sd import GATES, SdRecipe, build, check_gates, load_asset
+from tools.miniature.probes import cells_of
+from tools.miniature.sd_unet import (
     CONDITION_DIM,
     AttributeEncoder,
     UnetRecipe,
     new_noise_scheduler,
     sample_pictures,
 )
-from metamorph.quickstart.assets.sd_vae import VaeRecipe, to_pictures, to_pixels
-from metamorph.quickstart.checker import judge
-from metamorph.quickstart.render import render_array
-from metamorph.quickstart.scenes import Scene, SceneObject, sample_scene
+from tools.miniature.sd_vae import VaeRecipe, to_pictures, to_pixels
+
+from metamorph.mini import asset_path, verify_asset
+from metamorph.mini.cards import AssetError, verify_folder
+from metamorph.miniature.world.checker import judge
+from metamorph.miniature.world.render import render_array
+from metamorph.miniature.world.scenes import Scene, SceneObject, sample_scene
 from metamorph.visualization.projector import pad_condition
 
 

@@ -3,15 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoImageProcessor, SiglipModel
-
-from metamorph.models.configuration_metamorph import MetaMorphConfig
-from metamorph.models.vision_tower import VisionTower, load_vision_encoder
-from metamorph.quickstart.assets import asset_path, verify_asset
-from metamorph.quickstart.assets.build_siglip import check_gates, encode_scenes, reduced_tokens
-from metamorph.quickstart.assets.cards import AssetError
-from metamorph.quickstart.assets.probes import PROBE_NAMES, LinearProbes, cells_of, probe_scenes, scene_pixels
-from metamorph.quickstart.assets.siglip_data import (
+from tools.miniature.build_siglip import check_gates, encode_scenes, reduced_tokens
+from tools.miniature.probes import PROBE_NAMES, LinearProbes, cells_of, probe_scenes, scene_pixels
+from tools.miniature.siglip_data import (
     IGNORED,
     SiglipRecipe,
     caption_ids,
@@ -21,8 +15,14 @@ from metamorph.quickstart.assets.siglip_data import (
     scene_key,
     training_scenes,
 )
-from metamorph.quickstart.render import coverage, render
-from metamorph.quickstart.scenes import POSITIONS, SHAPES, SIZES, Scene, SceneObject, is_reserved, sample_scene
+from transformers import AutoImageProcessor, SiglipModel
+
+from metamorph.mini import asset_path, verify_asset
+from metamorph.mini.cards import AssetError
+from metamorph.miniature.world.render import coverage, render
+from metamorph.miniature.world.scenes import POSITIONS, SHAPES, SIZES, Scene, SceneObject, is_reserved, sample_scene
+from metamorph.models.configuration_metamorph import MetaMorphConfig
+from metamorph.models.vision_tower import VisionTower, load_vision_encoder
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_image_processor_makes_what_the_tower_was_trained_on():
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("size", SIZES)
 def test_objects_cover_exactly_their_cells(position, size):
-    from metamorph.quickstart.render import CENTERS
+    from metamorph.miniature.world.render import CENTERS
 
     for shape in SHAPES:
         mask = coverage(shape, size, *CENTERS[position]).reshape(4, 16, 4, 16).sum(axis=(1, 3)).ravel()

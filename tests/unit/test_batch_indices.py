@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from batch_parts import collate
-from metamorph.data.collation import PaddedCollator
+from metamorph.data.batching.collation import PaddedCollator
 from metamorph.models.batch_indices import first_image_starts, index_batch
 from model_parts import build_batch, build_tiny_model
 

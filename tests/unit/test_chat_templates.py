@@ -5,9 +5,9 @@ from datetime import datetime
 import pytest
 from transformers import AutoTokenizer
 
-from metamorph.models import chat_templates
-from metamorph.models.chat_templates import VERSIONS, get_chat_template
 from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.models.sequence import chat_templates
+from metamorph.models.sequence.chat_templates import VERSIONS, get_chat_template
 from processing_parts import (
     build_processor,
     chat,

@@ -8,9 +8,9 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from metamorph.data.collation import PaddedCollator
+from metamorph.data.bad_records import RecordLog, TooManyBadRecordsError
+from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.dataset import ConversationDataset
-from metamorph.data.record_log import RecordLog, TooManyBadRecordsError
 from metamorph.data.records import DataError, RecordError, UnsupervisedRecordError
 from processing_parts import GOLDEN, build_processor, golden_image, llava, write_jsonl
 
@@ -96,7 +96,7 @@ def test_r04_later_samples_keep_their_own_images(build, collate, processor):
 
 def test_a_cut_is_logged_once_with_its_id(build, caplog):
     dataset = build(VQA, {**VQA, "id": "again"}, model_max_length=50)
-    with caplog.at_level(logging.WARNING, logger="metamorph.data.conversation_dataset"):
+    with caplog.at_level(logging.WARNING, logger="metamorph.data.examples"):
         for index in (0, 1, 0):
             dataset[index]
     assert [record.getMessage() for record in caplog.records if "was cut" in record.getMessage()] == [

@@ -11,10 +11,10 @@ import sys
 import numpy as np
 import pytest
 
-from metamorph.data import index as index_module
-from metamorph.data.index import cache_folder, index_files
 from metamorph.data.records import DataError
-from metamorph.data.sources import open_source
+from metamorph.data.sources import index as index_module
+from metamorph.data.sources.index import cache_folder, index_files
+from metamorph.data.sources.open import open_source
 from processing_parts import llava, write_jsonl
 
 
@@ -86,8 +86,9 @@ def test_copies_map_the_same_memory(path):
 
 RANK = """
 import logging, sys
-from metamorph.data import index, json_sources
-from metamorph.data.sources import open_source
+from metamorph.data.sources import index
+from metamorph.data.sources import json_files as json_sources
+from metamorph.data.sources.open import open_source
 index.MIN_CACHED_BYTES = 0
 scan = json_sources.scan_lines
 def scan_lines(path):

@@ -11,10 +11,10 @@ import torch
 import yaml
 from torch.utils.data import DataLoader
 
-from metamorph.data.collation import PaddedCollator
+from metamorph.data.bad_records import TooManyBadRecordsError
+from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.dataset import ConversationDataset, MixtureDataset, load_data
 from metamorph.data.mixture import SourceSpec, read_specs
-from metamorph.data.record_log import TooManyBadRecordsError
 from metamorph.data.records import DataError
 from processing_parts import GOLDEN, build_processor, golden_image, llava, write_jsonl
 

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from metamorph.data.images import MediaError
+from metamorph.data.media.images import MediaError
 from metamorph.data.records import (
     BAD_RECORD_KINDS,
     DataError,

@@ -7,9 +7,10 @@ import pickle
 
 import pytest
 
-from metamorph.data import json_sources, records
+from metamorph.data import records
 from metamorph.data.records import DataError, RecordError
-from metamorph.data.sources import JsonArraySource, JsonlSource, expand_pattern, open_source
+from metamorph.data.sources import json_files as json_sources
+from metamorph.data.sources.open import JsonArraySource, JsonlSource, expand_pattern, open_source
 from processing_parts import llava, write_jsonl
 
 

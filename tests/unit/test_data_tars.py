@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from metamorph.data import index as index_module
 from metamorph.data import records
 from metamorph.data.dataset import ConversationDataset
 from metamorph.data.records import DataError, RecordError
-from metamorph.data.sources import TarSource, open_source
-from metamorph.data.tars import read_members
+from metamorph.data.sources import index as index_module
+from metamorph.data.sources.open import TarSource, open_source
+from metamorph.data.sources.tars import read_members
 from processing_parts import build_processor, golden_image, llava
 
 
@@ -129,7 +129,7 @@ def test_the_index_of_tars_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(index_module, "MIN_CACHED_BYTES", 0)
     path = write_tar(tmp_path / "x.tar", {"0.txt": "a", "1.txt": "b"})
     assert open_source(path)[1].value["caption"] == "b"
-    monkeypatch.setattr("metamorph.data.tars.scan_tars", None)
+    monkeypatch.setattr("metamorph.data.sources.tars.scan_tars", None)
     source = pickle.loads(pickle.dumps(open_source(path)))  # noqa: S301
     assert source[1].value["caption"] == "b"
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from metamorph.data.dataset import load_data
-from metamorph.data.doctor import WARNINGS
+from metamorph.data.doctor.check import WARNINGS
+from metamorph.data.media.video import VideoInfo
 from metamorph.data.records import BAD_RECORD_KINDS, RecordError, parse_record
 from metamorph.data.tasks import TASKS, Box, ImageRef, get_task, parse_options
 from metamorph.data.tasks.frame_prediction import TEMPLATES
-from metamorph.data.video import VideoInfo
 from processing_parts import build_processor, llava
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metamorph.data.media import FolderStore, MediaError, load, load_all, load_image, probe
+from metamorph.data.media.stores import FolderStore, MediaError, load, load_all, load_image, probe
+from metamorph.data.media.video import probe_video, read_frames
 from metamorph.data.tasks import Box, ImageRef
-from metamorph.data.video import probe_video, read_frames
 from video_parts import av, colour, index_of, write_video
 
 
@@ -225,8 +225,8 @@ def test_the_limit_of_pixels_holds_for_every_frame(tmp_path, suffix):
 def test_r29_pyav_is_needed_for_videos_only():
     code = (
         "import sys; sys.modules['av'] = None\n"
-        "import metamorph.data.media, metamorph.data.tasks\n"
-        "from metamorph.data.video import probe_video\n"
+        "import metamorph.data.media.stores, metamorph.data.tasks\n"
+        "from metamorph.data.media.video import probe_video\n"
         "try: probe_video('a.mp4')\n"
         "except ModuleNotFoundError as error: print(error)\n"
     )

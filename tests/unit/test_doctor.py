@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from metamorph.data.dataset import load_data
-from metamorph.data.doctor import WARNINGS, check_dataset
-from metamorph.data.doctor_report import make_report, pick_samples, write_reports
-from metamorph.data.doctor_samples import pictures_of, split_example, text_of, token_rows
+from metamorph.data.doctor.check import WARNINGS, check_dataset
+from metamorph.data.doctor.report import make_report, pick_samples, write_reports
+from metamorph.data.doctor.samples import pictures_of, split_example, text_of, token_rows
 from metamorph.data.records import BAD_RECORD_KINDS, DataError
 from processing_parts import build_processor, llava, write_jsonl
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from metamorph.models.embeddings import attach_new_token_rows
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training import sharding
-from metamorph.training.arguments import MetaMorphTrainingArguments
-from metamorph.training.engine import FrozenTower, layer_classes, prepare_engine
-from metamorph.training.sharding import SHARDINGS, deepspeed_config
+from metamorph.training.arguments import sharding
+from metamorph.training.arguments.sharding import SHARDINGS, deepspeed_config
+from metamorph.training.arguments.training import MetaMorphTrainingArguments
+from metamorph.training.engines.prepare import FrozenTower, layer_classes, prepare_engine
 from model_parts import build_batch, build_tiny_model
 
 

@@ -7,8 +7,8 @@ from PIL import Image
 
 from metamorph.evaluation.drawings import Drawing, DrawingTask, SamplerSettings, draw_tokens, summarise
 from metamorph.evaluation.questions import AnsweredQuestion, Question, QuestionResults, fraction
-from metamorph.evaluation.replies import Prompt, Reply
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
+from metamorph.inference.reply import Prompt, Reply
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector
 from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae

@@ -8,11 +8,11 @@ from family_parts import chatml_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig, SiglipVisionModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from metamorph.data.collation import PackedCollator, PaddedCollator
+from metamorph.data.batching.collation import PackedCollator, PaddedCollator
 from metamorph.models import families
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training.arguments import ModelArguments
-from metamorph.training.assemble import make_plan
+from metamorph.training.arguments.training import ModelArguments
+from metamorph.training.build import make_plan
 from metamorph.training.metrics import count_tokens
 from model_parts import build_batch, build_tiny_model, tiny_config
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metamorph.data.lengths import Lengths
-from metamorph.data.packing import BatchPlanner
-from metamorph.training.arguments import MetaMorphTrainingArguments
-from metamorph.training.learning_rate import apply_learning_rate_rule, samples_in_a_step, scale_learning_rate
+from metamorph.data.batching.lengths import Lengths
+from metamorph.data.batching.packing import BatchPlanner
+from metamorph.training.arguments.training import MetaMorphTrainingArguments
+from metamorph.training.optimizer import apply_learning_rate_rule, samples_in_a_step, scale_learning_rate
 from metamorph.training.stages import LANGUAGE_MODEL, learning_rates
 
 

@@ -13,8 +13,8 @@ from transformers import AutoModel, LlamaConfig
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.text_head import MAX_LOGITS
-from metamorph.training.assemble import load_model, make_plan
-from metamorph.training.memory import (
+from metamorph.training.build import load_model, make_plan
+from metamorph.training.costs.memory import (
     ENGINES,
     MicroBatch,
     decoder_activations,

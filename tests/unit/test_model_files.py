@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from metamorph.model_files import (
+from metamorph.files.model_files import (
     JSON_LIMIT,
     check_finite,
     check_implementations,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-import metamorph.quickstart.assets as assets
+import metamorph.mini as assets
 
 
 tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
@@ -24,7 +24,7 @@ def test_a_wheel_ships_all_files_of_the_assets_and_nothing_else() -> None:
     package = Path(assets.__file__).parents[1]
     shipped = {
         Path(found)
-        for pattern in settings()["tool"]["setuptools"]["package-data"]["metamorph.quickstart"]
+        for pattern in settings()["tool"]["setuptools"]["package-data"]["metamorph.miniature"]
         for found in glob.glob(pattern, root_dir=package, recursive=True)
         if (package / found).is_file()
     }

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from metamorph.data.batches import PackedExamples, PlannedBatches
-from metamorph.data.lengths import Lengths
-from metamorph.data.packing import BatchPlanner, Rows, pack_rows
+from metamorph.data.batching.lengths import Lengths
+from metamorph.data.batching.packing import BatchPlanner, Rows, pack_rows
+from metamorph.data.batching.sampler import PackedExamples, PlannedBatches
 
 
 def lengths_of(count: int, seed: int = 0, longest: int = 300) -> Lengths:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metamorph.data.collation import PackedCollator, PaddedCollator
+from metamorph.data.batching.collation import PackedCollator, PaddedCollator
 
 
 PAD = 9

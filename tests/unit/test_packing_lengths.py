@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metamorph.data import lengths as lengths_module
+from metamorph.data.batching import lengths as lengths_module
+from metamorph.data.batching.lengths import measure
 from metamorph.data.dataset import ConversationDataset
-from metamorph.data.lengths import measure
-from metamorph.models.constants import IGNORE_INDEX
-from metamorph.training.arguments import MetaMorphTrainingArguments
+from metamorph.models.sequence.constants import IGNORE_INDEX
+from metamorph.training.arguments.training import MetaMorphTrainingArguments
 from metamorph.training.planning import measuring_workers
 from processing_parts import DATE_JINJA, build_processor, chat, golden_image, llava, tokenizer_with, write_jsonl
 

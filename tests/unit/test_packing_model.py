@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
-from metamorph.data.collation import PackedCollator, PaddedCollator, flash_attention_boundaries
-from metamorph.models.packed_rows import check_keeps_samples_apart, uses_flash_attention
+from metamorph.data.batching.collation import PackedCollator, PaddedCollator, flash_attention_boundaries
+from metamorph.training.engines.attention import check_keeps_samples_apart, uses_flash_attention
 from model_parts import build_batch, build_tiny_model
 
 

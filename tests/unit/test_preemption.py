@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from metamorph.preemption import (
+from metamorph.runs.preemption import (
     MARKER_FILE,
     PREEMPTED,
     SIGNALS,
@@ -19,7 +19,7 @@ from metamorph.preemption import (
     clear_marker,
     write_marker,
 )
-from metamorph.training.arguments import MetaMorphTrainingArguments
+from metamorph.training.arguments.training import MetaMorphTrainingArguments
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -70,7 +70,7 @@ def test_marker(tmp_path: Path) -> None:
 
 
 def test_r28_uncaught_it_ends_the_process_with_its_status() -> None:
-    code = "from metamorph.preemption import Preempted; raise Preempted(3)"
+    code = "from metamorph.runs.preemption import Preempted; raise Preempted(3)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == PREEMPTED == 75
     assert done.stderr == ""

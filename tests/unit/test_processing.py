@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoProcessor, CLIPImageProcessor
 
-from metamorph.models.conversations import ImagePart, TextPart
-from metamorph.models.image_tokens import add_image_tokens
 from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.models.sequence.conversations import ImagePart, TextPart
+from metamorph.models.sequence.image_tokens import add_image_tokens
 from model_parts import tiny_config
 from processing_parts import (
     build_processor,

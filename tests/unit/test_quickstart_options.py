@@ -5,7 +5,13 @@ import sys
 import pytest
 
 from metamorph.cli import main
-from metamorph.quickstart.options import MARKER_FILE, QuickstartOptions, clear_output, require_extras, thread_count
+from metamorph.miniature.quickstart.options import (
+    MARKER_FILE,
+    QuickstartOptions,
+    clear_output,
+    require_extras,
+    thread_count,
+)
 
 
 def test_missing_extras_are_named_with_the_command_that_installs_them(monkeypatch, capsys):
@@ -62,7 +68,7 @@ def test_an_unknown_asset_is_one_line_with_the_known_ones(capsys):
 
 
 def test_a_package_without_assets_says_how_to_build_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("metamorph.quickstart.assets.__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("metamorph.mini.__file__", str(tmp_path / "__init__.py"))
     assert main(["quickstart", "--fast", "--output-dir", str(tmp_path / "out")]) == 2
     assert "--rebuild-assets siglip" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

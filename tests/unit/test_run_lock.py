@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from metamorph import run_lock
-from metamorph.checkpoint_files import CheckpointError
-from metamorph.run_lock import LOCK_FILE, only_run_in
+from metamorph.runs import lock as run_lock
+from metamorph.runs.checkpoint_files import CheckpointError
+from metamorph.runs.lock import LOCK_FILE, only_run_in
 
 
 HOLD = """
 import sys, time
-from metamorph.run_lock import only_run_in
+from metamorph.runs.lock import only_run_in
 
 with only_run_in(sys.argv[1]):
     print("held", flush=True)

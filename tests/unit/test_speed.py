@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from metamorph.training.arguments import MetaMorphTrainingArguments
-from metamorph.training.speed import compile_layers, prepare_speed, recompute_layers
+from metamorph.training.arguments.training import MetaMorphTrainingArguments
+from metamorph.training.engines.speed import compile_layers, prepare_speed, recompute_layers
 from model_parts import build_batch, build_tiny_model
 
 

@@ -7,7 +7,7 @@ import torch
 
 from batch_parts import collate
 from metamorph.models.text_head import TextHead, TextLossOptions, has_liger
-from metamorph.training.speed import compile_layers
+from metamorph.training.engines.speed import compile_layers
 from model_parts import build_batch, build_tiny_model
 
 

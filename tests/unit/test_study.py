@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from metamorph.cli import main
-from metamorph.quickstart.recipe import FAST
-from metamorph.quickstart.study import GENERATION_ONLY, JOINT, StudyPlan, run_study, study_recipe, summarise_runs
+from metamorph.miniature.quickstart.recipe import FAST
+from metamorph.miniature.study import GENERATION_ONLY, JOINT, StudyPlan, run_study, study_recipe, summarise_runs
 
 
 def test_both_conditions_see_the_same_drawings_in_the_same_number_of_steps(tmp_path):

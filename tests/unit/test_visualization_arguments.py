@@ -6,8 +6,8 @@ from dataclasses import fields
 
 import pytest
 
-from metamorph.flags import attribute_docs
-from metamorph.visualization.arguments import VisualizerArguments
+from metamorph.flags.checks import attribute_docs
+from metamorph.visualizer_training.arguments import VisualizerArguments
 
 
 def test_every_flag_has_a_help_text():

@@ -11,8 +11,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from metamorph.checkpoint_files import CheckpointError, checkpoints
-from metamorph.visualization.checkpoint import (
+from metamorph.runs.checkpoint_files import CheckpointError, checkpoints
+from metamorph.visualizer_training.checkpoints import (
     TrainingState,
     load_checkpoint,
     resolve_resume,

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import SiglipImageProcessor
 
-from metamorph.visualization.data import PixelFormat, Sample, StreamBatches, VisualizerDataset, crop_square
-from metamorph.visualization.sources import ImageFiles, ImageList, open_pictures
+from metamorph.visualizer_training.dataset import PixelFormat, Sample, StreamBatches, VisualizerDataset, crop_square
+from metamorph.visualizer_training.pictures.sources import ImageFiles, ImageList, open_pictures
 from visualization_parts import random_images
 
 

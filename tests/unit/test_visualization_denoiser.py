@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from metamorph.visualization.denoiser import ConditionedUNet, Draws, diffusion_loss, sample_latents
 from metamorph.visualization.projector import VisualizationProjector, pad_condition
+from metamorph.visualizer_training.denoising import ConditionedUNet, Draws, diffusion_loss, sample_latents
 from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae
 
 

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from metamorph.cli import main
 from metamorph.models.vision_tower import MetaMorphConfig, VisionTower
-from metamorph.visualization.arguments import VisualizerArguments
-from metamorph.visualization.data import PixelFormat
 from metamorph.visualization.encoder import VisualTokenEncoder
 from metamorph.visualization.folders import check_model, check_visualizer
 from metamorph.visualization.loading import load_visualizer
-from metamorph.visualization.parts import build_projector, load_diffusion_parts
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector
+from metamorph.visualizer_training.arguments import VisualizerArguments
+from metamorph.visualizer_training.build import build_projector, load_diffusion_parts
+from metamorph.visualizer_training.dataset import PixelFormat
 from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae, write_tiny_diffusion
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from metamorph.visualization.schedule import build_lr_scheduler, log_warmup_linear_decay
+from metamorph.visualizer_training.schedule import build_lr_scheduler, log_warmup_linear_decay
 
 
 FACTS = json.loads((Path(__file__).parents[1] / "golden" / "projectors.json").read_text())

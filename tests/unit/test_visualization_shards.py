@@ -10,10 +10,18 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from metamorph.data.images import MediaError
-from metamorph.visualization.data import StreamBatches
-from metamorph.visualization.shards import CUT_OFF, EMPTY, NO_PICTURE, UNREADABLE, WHOLE, ShardedImages, report_shards
-from metamorph.visualization.sources import ImageFiles, JoinedImages, open_pictures, shards_of
+from metamorph.data.media.images import MediaError
+from metamorph.visualizer_training.dataset import StreamBatches
+from metamorph.visualizer_training.pictures.shards import (
+    CUT_OFF,
+    EMPTY,
+    NO_PICTURE,
+    UNREADABLE,
+    WHOLE,
+    ShardedImages,
+    report_shards,
+)
+from metamorph.visualizer_training.pictures.sources import ImageFiles, JoinedImages, open_pictures, shards_of
 from visualization_parts import random_images, write_damaged_shards, write_shard
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from metamorph.data.records import parse_record
-from metamorph.quickstart.world import (
+from metamorph.miniature.world import (
     HELD_OUT,
     QUESTION_TYPES,
     THINGS,

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from metamorph.quickstart.scenes import CORNERS
-from metamorph.quickstart.world import (
+from metamorph.miniature.world import (
     COLORS,
     HELD_OUT,
     SHAPES,
@@ -20,6 +19,7 @@ from metamorph.quickstart.world import (
     sample_scene,
     single_scenes,
 )
+from metamorph.miniature.world.scenes import CORNERS
 
 
 RED_CIRCLE = SceneObject("circle", "red", "large", "center")

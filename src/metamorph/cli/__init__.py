@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if debug:
             raise
-        from metamorph.flags import printable  # not for --help: it imports more
+        from metamorph.flags.checks import printable  # not for --help: it imports more
 
         hint = f"(metamorph --debug {words[0]} … shows where)"
         print(f"metamorph {words[0]}: error: {printable(str(error))} {hint}", file=sys.stderr)
@@ -119,7 +119,7 @@ class _PrintableFormatter(logging.Formatter):
     """Escapes the control characters of a line: names and paths in it may be a stranger's."""
 
     def format(self, record: logging.LogRecord) -> str:
-        from metamorph.flags import printable
+        from metamorph.flags.checks import printable
 
         return printable(super().format(record))
 

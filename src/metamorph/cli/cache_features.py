@@ -12,9 +12,9 @@ def main(argv: Sequence[str]) -> None:
     words = list(argv)
     if words and not words[0].startswith("-"):
         words.insert(0, "--data_path")
-    from metamorph.training.arguments import DataArguments, ModelArguments
+    from metamorph.flags.recipes import parse_arguments
+    from metamorph.training.arguments.training import DataArguments, ModelArguments
     from metamorph.training.features import FeatureArguments
-    from metamorph.training.parsing import parse_arguments
 
     types = (ModelArguments, DataArguments, FeatureArguments)
     arguments = parse_arguments(types, words, prog="metamorph data cache-features")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metamorph.flags import names_flag
+from metamorph.flags.checks import names_flag
 
 
 logger = logging.getLogger(__name__)

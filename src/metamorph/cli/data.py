@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metamorph.flags import check_model_reference, check_reachable, names_flag, printable
+from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable
 
 
 if TYPE_CHECKING:
     from metamorph.data.dataset import MixtureDataset
-    from metamorph.data.doctor import Diagnosis
+    from metamorph.data.doctor.check import Diagnosis
     from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 MINIATURE_NOTE = (
@@ -134,7 +134,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     flags = parser.parse_args(argv)
     if flags.config is not None:
-        from metamorph.training.parsing import read_recipe
+        from metamorph.flags.recipes import read_recipe
 
         recipe = read_recipe(flags.config)
         recipe["seed"] = recipe.get("data_seed", recipe.get("seed"))
@@ -180,8 +180,8 @@ def run_check(flags: argparse.Namespace) -> int:
         raise ValueError(f"--workers {flags.workers} must be 0 or larger")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are parallel already
     data = open_data(flags)
-    from metamorph.data.doctor import check_dataset
-    from metamorph.data.doctor_report import pick_samples, write_reports
+    from metamorph.data.doctor.check import check_dataset
+    from metamorph.data.doctor.report import pick_samples, write_reports
 
     diagnosis = check_dataset(data, num_workers=flags.workers, limit=flags.limit)
     diagnosis.settings = {
@@ -216,7 +216,7 @@ def run_show(flags: argparse.Namespace) -> int:
     data = open_data(flags)
     if not 0 <= flags.index < len(data):
         raise ValueError(f"--index {flags.index} does not exist: {flags.path} has the records 0 to {len(data) - 1}")
-    from metamorph.data.doctor_samples import pictures_of, split_example, token_rows
+    from metamorph.data.doctor.samples import pictures_of, split_example, token_rows
 
     example = data[flags.index]
     record = data.record(flags.index)
@@ -277,7 +277,7 @@ def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
     """
     name = flags.model_name_or_path
     given = {field: getattr(flags, field) for field in PROCESSOR_DEFAULTS if getattr(flags, field) is not None}
-    from metamorph.quickstart.assets import AssetError, asset_path, shipped_folder
+    from metamorph.mini import AssetError, asset_path, shipped_folder
 
     if name is not None:
         try:

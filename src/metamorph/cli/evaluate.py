@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metamorph.cli import evaluate_loss, evaluate_visualizer
-from metamorph.flags import check_model_reference
+from metamorph.flags.checks import check_model_reference
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,8 +42,8 @@ def main(argv: Sequence[str]) -> None:
     if flags.kind == "visualizer":
         evaluate_visualizer.run(flags)
         return
-    from metamorph.quickstart.assets import AssetError, shipped_folder
-    from metamorph.quickstart.options import require_extras
+    from metamorph.mini import AssetError, shipped_folder
+    from metamorph.miniature.quickstart.options import require_extras
 
     require_extras()
     if flags.seed is not None and flags.seed < 0:
@@ -55,9 +55,9 @@ def main(argv: Sequence[str]) -> None:
     check_model_reference(model, flag="--model")
     check_model_reference(visualizer, flag="--visualizer", file="model_index.json")
     from metamorph.cli.quickstart import print_table
-    from metamorph.quickstart.measure import measure_world
-    from metamorph.quickstart.recipe import MINI_EVALUATION_SEED
-    from metamorph.quickstart.report import headline
+    from metamorph.miniature.quickstart.measure import measure_world
+    from metamorph.miniature.quickstart.recipe import MINI_EVALUATION_SEED
+    from metamorph.miniature.quickstart.report import headline
 
     seed = MINI_EVALUATION_SEED if flags.seed is None else flags.seed
     measured = measure_world(model, visualizer, flags.output_dir, seed=seed)

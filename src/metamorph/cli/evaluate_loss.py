@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from metamorph.flags import check_model_reference, check_reachable, names_flag
+from metamorph.flags.checks import check_model_reference, check_reachable, names_flag
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def run(flags: argparse.Namespace) -> None:
         FileNotFoundError: If the model or the data do not exist.
         ValueError: For a value that is not allowed.
     """
-    from metamorph.quickstart.assets import AssetError, shipped_folder
+    from metamorph.mini import AssetError, shipped_folder
 
     for name, least in (("model_max_length", 2), ("batch_size", 1), ("workers", 0)):
         if getattr(flags, name) < least:
@@ -50,9 +50,9 @@ def run(flags: argparse.Namespace) -> None:
     from accelerate import Accelerator
 
     from metamorph.data.dataset import load_data
+    from metamorph.evaluation.losses import evaluate_losses, total_loss
     from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
     from metamorph.models.processing_metamorph import MetaMorphProcessor
-    from metamorph.training.validation import evaluate_losses, total_loss
 
     with names_flag("--model", folder):
         processor = MetaMorphProcessor.from_pretrained(folder)

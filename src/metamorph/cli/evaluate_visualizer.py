@@ -103,7 +103,7 @@ class PictureFiles(Sequence["Image.Image"]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> "Image.Image":  # type: ignore[override]
-        from metamorph.data.media import MediaError, load_image
+        from metamorph.data.media.stores import MediaError, load_image
 
         try:
             return load_image(self.files[index])
@@ -118,7 +118,7 @@ def list_pictures(folder: Path, most: int) -> list[Path]:
         FileNotFoundError: If there is no such folder.
         ValueError: If it holds no picture.
     """
-    from metamorph.visualization.shards import IMAGE_SUFFIXES, is_image_name
+    from metamorph.visualizer_training.pictures.shards import IMAGE_SUFFIXES, is_image_name
 
     if not folder.expanduser().is_dir():
         raise FileNotFoundError(f"--images {folder} is not a folder")

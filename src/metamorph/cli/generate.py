@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamorph.flags import check_model_reference, check_reachable, names_flag, printable
+from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable
 
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def use_shipped(flags: argparse.Namespace) -> None:
     Args:
         flags: The command line; `model` and `visualizer` are changed.
     """
-    from metamorph.quickstart.assets import AssetError, shipped_folder
+    from metamorph.mini import AssetError, shipped_folder
 
     try:
         flags.model = shipped_folder(flags.model, "model")
@@ -140,7 +140,7 @@ def open_pictures(paths: Sequence[str]) -> "list[Image.Image]":
     """
     if not paths:
         return []
-    from metamorph.data.media import MediaError, load_image
+    from metamorph.data.media.stores import MediaError, load_image
 
     try:
         return [load_image(path) for path in paths]

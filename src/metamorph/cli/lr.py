@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from metamorph.training.learning_rate import scale_learning_rate
+from metamorph.training.optimizer import scale_learning_rate
 
 
 def main(argv: Sequence[str]) -> None:

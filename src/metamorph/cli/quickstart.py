@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> None:
         argv: Command line after `quickstart`.
     """
     flags = build_parser().parse_args(argv)
-    from metamorph.quickstart.assets import AssetError
-    from metamorph.quickstart.options import require_extras
+    from metamorph.mini import AssetError
+    from metamorph.miniature.quickstart.options import require_extras
 
     require_extras()
     try:
@@ -51,12 +51,12 @@ def run(flags: argparse.Namespace) -> None:
     Args:
         flags: The command line.
     """
-    from metamorph.quickstart.options import QuickstartOptions
+    from metamorph.miniature.quickstart.options import QuickstartOptions
 
     options = QuickstartOptions(flags.output_dir, flags.seed, flags.fast, flags.assets_dir)
     # Takes seconds to import, so only after the flags are known to be good.
-    from metamorph.quickstart.report import duration, headline
-    from metamorph.quickstart.run import run_quickstart
+    from metamorph.miniature.quickstart.report import duration, headline
+    from metamorph.miniature.quickstart.run import run_quickstart
 
     result = run_quickstart(options)
     print_table(headline(result.metrics))
@@ -71,7 +71,7 @@ def rebuild(flags: argparse.Namespace) -> None:
     Args:
         flags: The command line.
     """
-    from metamorph.quickstart import assets
+    from metamorph import mini as assets
 
     figures = assets.rebuild(flags.rebuild_assets or assets.ASSETS, flags.assets_dir, seed=flags.seed)
     for name, values in figures.items():
@@ -82,7 +82,7 @@ def print_table(rows: Sequence[dict]) -> None:
     """Print the result as a table; colours show floors that are reached or missed.
 
     Args:
-        rows: As `metamorph.quickstart.report.headline` makes them.
+        rows: As `metamorph.miniature.quickstart.report.headline` makes them.
     """
     from rich.console import Console
     from rich.table import Table

@@ -38,11 +38,11 @@ def main(argv: Sequence[str]) -> None:
         argv: Command line after `study`.
     """
     flags = build_parser().parse_args(argv)
-    from metamorph.quickstart.assets import AssetError
-    from metamorph.quickstart.options import require_extras
+    from metamorph.mini import AssetError
+    from metamorph.miniature.quickstart.options import require_extras
 
     require_extras()
-    from metamorph.quickstart.study import PLOT_FILE, StudyPlan, run_study
+    from metamorph.miniature.study import PLOT_FILE, StudyPlan, run_study
 
     plan = StudyPlan(
         flags.output_dir, flags.seeds, tuple(flags.budgets), flags.passes, flags.generation_per_step, flags.drawings
@@ -59,7 +59,7 @@ def print_summary(rows: Sequence[dict]) -> None:
     """Print one line per group, budget and condition.
 
     Args:
-        rows: As `metamorph.quickstart.study.summarise_runs` makes them.
+        rows: As `metamorph.miniature.study.summarise_runs` makes them.
     """
     from rich.console import Console
     from rich.table import Table

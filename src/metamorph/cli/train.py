@@ -11,15 +11,15 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Command line after `train`.
     """
-    from metamorph.training.dry_run_arguments import parse_training_flags
+    from metamorph.training.dry_run.arguments import parse_training_flags
 
     model_args, data_args, training_args, dry_run = parse_training_flags(argv)
     if dry_run.dry_run:
         _print_plan(model_args, data_args, training_args, dry_run)
         return
-    from metamorph.preemption import Preempted, ignore_signals
+    from metamorph.inference.draw import open_visualizer
+    from metamorph.runs.preemption import Preempted, ignore_signals
     from metamorph.training.run import run_training  # after the arguments are known to be good: takes seconds
-    from metamorph.visualization.drawing import open_visualizer
 
     try:
         result = run_training(model_args, data_args, training_args, open_visualizer=open_visualizer)
@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _print_plan(*arguments: Any) -> None:
     """What a run would do, once however many processes there are."""
-    from metamorph.training.dry_run import preview
-    from metamorph.training.dry_run_report import format_dry_run
+    from metamorph.training.dry_run.preview import preview
+    from metamorph.training.dry_run.report import format_dry_run
 
     if int(os.environ.get("RANK", "0")) == 0:
         print(format_dry_run(preview(*arguments)))

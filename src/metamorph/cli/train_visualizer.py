@@ -9,12 +9,12 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Command line after `train-visualizer`.
     """
-    from metamorph.training.parsing import parse_arguments
-    from metamorph.visualization.arguments import VisualizerArguments
+    from metamorph.flags.recipes import parse_arguments
+    from metamorph.visualizer_training.arguments import VisualizerArguments
 
     (arguments,) = parse_arguments([VisualizerArguments], argv, prog="metamorph train-visualizer")
-    from metamorph.preemption import Preempted, ignore_signals
-    from metamorph.visualization.train import train_visualizer  # after the arguments are known to be good
+    from metamorph.runs.preemption import Preempted, ignore_signals
+    from metamorph.visualizer_training.run import train_visualizer  # after the arguments are known to be good
 
     try:
         result = train_visualizer(arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metamorph.cli.generate import choose_device, open_pictures
-from metamorph.flags import check_model_reference, check_reachable
+from metamorph.flags.checks import check_model_reference, check_reachable
 
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def check_drawing_flags(flags: argparse.Namespace) -> None:
     """
     import importlib.util
 
-    from metamorph.quickstart.assets import AssetError, shipped_folder
+    from metamorph.mini import AssetError, shipped_folder
 
     if importlib.util.find_spec("diffusers") is None:
         raise ValueError("--visualizer needs diffusers: pip install 'metamorph[visualization]'")

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from metamorph.data.conversation_dataset import ConversationDataset
-from metamorph.data.feature_cache import FeatureCache
-from metamorph.data.media import MediaStore
+from metamorph.data.bad_records import BadRecordLimit
+from metamorph.data.examples import ConversationDataset
+from metamorph.data.features.cache import FeatureCache
+from metamorph.data.media.stores import MediaStore
 from metamorph.data.mixture import read_specs
-from metamorph.data.record_log import BadRecordLimit
 from metamorph.data.records import Record
 from metamorph.data.tasks import Conversation
 from metamorph.models.processing_metamorph import MetaMorphProcessor

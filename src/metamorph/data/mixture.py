@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from metamorph.data.records import DataError
-from metamorph.data.sources import ALLOWED, expand_pattern, is_tar_pattern
+from metamorph.data.sources.open import ALLOWED, expand_pattern, is_tar_pattern
 from metamorph.data.tasks import get_task, parse_options
-from metamorph.yaml_files import read_yaml
+from metamorph.files.yaml_files import read_yaml
 
 
 MAX_WEIGHT = 1000

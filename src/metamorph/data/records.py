@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from metamorph.flags import printable
-from metamorph.models.constants import DEFAULT_IMAGE_TOKEN
+from metamorph.flags.checks import printable
+from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 
 ROLE_OF_SPEAKER = {

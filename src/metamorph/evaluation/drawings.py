@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from metamorph.evaluation.questions import fraction
-from metamorph.evaluation.replies import Progress, Prompt, Reply, reply_to
+from metamorph.inference.reply import Progress, Prompt, Reply, reply_to
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.visualization.pipeline import VisualizationPipeline

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from metamorph.evaluation.perceptual import FeatureStatistics, PictureFeatures, frechet_distance, lpips_distances
 from metamorph.models.image_processing import to_rgb
-from metamorph.visualization.data import crop_square
 from metamorph.visualization.grids import reconstruction_grid
 from metamorph.visualization.pipeline import VisualizationPipeline
+from metamorph.visualizer_training.dataset import crop_square
 
 
 _TIE = 1e-6

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available, is_peft_available
 
-from metamorph.model_files import (
+from metamorph.files.model_files import (
     check_finite,
     check_implementations,
     check_weights,

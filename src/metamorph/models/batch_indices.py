@@ -10,7 +10,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from .constants import IGNORE_INDEX
+from metamorph.models.sequence.constants import IGNORE_INDEX
 
 
 class BatchIndices(TypedDict, total=False):

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from metamorph.model_files import check_finite
+from metamorph.files.model_files import check_finite
+from metamorph.models.sequence.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 
-from .constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 from .embeddings import NewTokenEmbedding, NewTokenHead
 
 

@@ -20,6 +20,8 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
+from metamorph.models.sequence.image_tokens import add_image_tokens
+
 from .adapters import LoadsAdapterFolders
 from .backbone import MetaMorphModel, MetaMorphPreTrainedModel
 from .batch_indices import BatchIndices, index_batch
@@ -34,7 +36,6 @@ from .families import (
     router_loss_coefficient,
 )
 from .generation import MetaMorphGenerationMixin
-from .image_tokens import add_image_tokens
 from .losses import LossSum, average, cosine_sum, direction_sums, text_loss, visual_loss
 from .outputs import MetaMorphOutput
 from .projectors import build_mm_projector, build_vision_head
@@ -214,7 +215,7 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
             input_ids: [B, S] with `N` placeholders for each image.
             attention_mask: [B, S], 0 where padded. None in packed rows.
             position_ids: [B, S]. In packed rows they restart at each sample: without an attention mask and a cache,
-                Transformers then keeps the samples apart (`metamorph.data.collation.PackedCollator`).
+                Transformers then keeps the samples apart (`metamorph.data.batching.collation.PackedCollator`).
             pixel_values: [I, 3, height, width] the images of the batch in reading order. None in a text-only batch.
             visual_tokens: [I, N, D] the same images already encoded or generated, instead of `pixel_values`.
             labels: [B, S], not shifted: `labels[b, s]` is `input_ids[b, s]` where supervised, else -100.

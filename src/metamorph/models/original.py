@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from metamorph.model_files import check_finite
+from metamorph.files.model_files import check_finite
+from metamorph.models.sequence.image_tokens import image_token_names
 
 from .configuration_metamorph import MetaMorphConfig
 from .image_processing import load_image_processor
-from .image_tokens import image_token_names
 from .modeling_metamorph import MetaMorphForConditionalGeneration
 from .pretrained import check_layers, load_tokenizer
 from .processing_metamorph import MetaMorphProcessor

@@ -28,7 +28,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from metamorph.model_files import check_finite, check_implementations, read_json_object, weight_shapes
+from metamorph.files.model_files import check_finite, check_implementations, read_json_object, weight_shapes
 
 
 CONFIG_FILE = "config.json"

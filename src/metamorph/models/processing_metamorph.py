@@ -9,10 +9,16 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from metamorph.models.chat_templates import ChatTemplate, Segment, get_chat_template
 from metamorph.models.configuration_metamorph import MetaMorphConfig
-from metamorph.models.constants import ASPECT_RATIOS, DEFAULT_IM_PATCH_TOKEN, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
-from metamorph.models.conversations import (
+from metamorph.models.image_processing import (
+    flatten_images,
+    pixel_table,
+    preprocess_images,
+    square_image_processor,
+)
+from metamorph.models.sequence.chat_templates import ChatTemplate, Segment, get_chat_template
+from metamorph.models.sequence.constants import ASPECT_RATIOS, DEFAULT_IM_PATCH_TOKEN, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from metamorph.models.sequence.conversations import (
     EncodedConversation,
     ImageMarker,
     ImagePart,
@@ -26,14 +32,8 @@ from metamorph.models.conversations import (
     split_generated,
     with_placeholders,
 )
-from metamorph.models.image_processing import (
-    flatten_images,
-    pixel_table,
-    preprocess_images,
-    square_image_processor,
-)
-from metamorph.models.image_tokens import ImageTokens, add_image_tokens
-from metamorph.models.text_encoding import TextEncoder
+from metamorph.models.sequence.image_tokens import ImageTokens, add_image_tokens
+from metamorph.models.sequence.text_encoding import TextEncoder
 
 
 class MetaMorphProcessor(ProcessorMixin):
@@ -45,7 +45,7 @@ class MetaMorphProcessor(ProcessorMixin):
         tokenizer: Tokenizer of the language model. The image tokens are added to it if it lacks them.
         chat_template: Jinja template for `version="auto"`; by default the tokenizer's own.
         num_image_tokens: Number of placeholders for each image.
-        version: Name of the conversation template, see `metamorph.models.chat_templates.VERSIONS`.
+        version: Name of the conversation template, see `metamorph.models.sequence.chat_templates.VERSIONS`.
         mm_use_im_start_end: Whether images stand between `<image_start>` and `<image_end>`.
         mm_use_im_patch_token: Whether the placeholder is `<im_patch>` instead of `<image>`.
         image_aspect_ratio: `square` (stretch) or `pad`.

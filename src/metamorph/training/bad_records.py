@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from metamorph.data.record_log import BadRecordLimit, merge_ranks
+from metamorph.data.bad_records import BadRecordLimit, merge_ranks
 
 
 class StopOnBadRecords(TrainerCallback):

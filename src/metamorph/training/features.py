@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metamorph.data.dataset import load_data
-from metamorph.data.feature_cache import DTYPES, describe_tower, write_features
-from metamorph.data.feature_images import PictureSet
-from metamorph.flags import check_choice, names_flag
+from metamorph.data.features.cache import DTYPES, describe_tower, write_features
+from metamorph.data.features.images import PictureSet
+from metamorph.flags.checks import check_choice, names_flag
 from metamorph.models.vision_tower import VisionTower, load_tower_of, load_vision_encoder
-from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
-from metamorph.training.assemble import Plan, make_plan
+from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.build import Plan, make_plan
 
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from metamorph.models.constants import IGNORE_INDEX
 from metamorph.models.outputs import MetaMorphOutput
+from metamorph.models.sequence.constants import IGNORE_INDEX
 
 
 class LossWindow:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from transformers import IntervalStrategy
 
 from metamorph.data.dataset import MixtureDataset, load_data
+from metamorph.evaluation.losses import metric_names
 from metamorph.models.processing_metamorph import MetaMorphProcessor
-from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments
-from metamorph.training.samples import Draw, SamplePrompt, SampleWriter, read_prompts
-from metamorph.training.trackers import set_up_trackers
-from metamorph.training.validation import metric_names
+from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments
+from metamorph.training.reporting.samples import Draw, SamplePrompt, SampleWriter, read_prompts
+from metamorph.training.reporting.trackers import set_up_trackers
 
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def observe(
         if open_visualizer is None:
             raise ValueError(
                 f"--sample_visualizer {args.sample_visualizer}: run_training does not know how to open it; pass "
-                "open_visualizer=metamorph.visualization.drawing.open_visualizer"
+                "open_visualizer=metamorph.inference.draw.open_visualizer"
             )
         draw = open_visualizer(args.sample_visualizer) if args.process_index == 0 else None
     validation = _load_validation(data_args, args, processor)

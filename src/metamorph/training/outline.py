@@ -7,8 +7,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.pretrained import load_tokenizer
-from metamorph.training.arguments import ModelArguments
-from metamorph.training.assemble import Plan, config_overrides
+from metamorph.training.arguments.training import ModelArguments
+from metamorph.training.build import Plan, config_overrides
 
 
 def build_outline(args: ModelArguments, plan: Plan) -> MetaMorphForConditionalGeneration:

@@ -3,10 +3,10 @@
 import logging
 import os
 
-from metamorph.data.index import cache_folder
-from metamorph.data.lengths import Lengths, Measurable, measure
-from metamorph.data.packing import BatchPlanner
-from metamorph.training.arguments import MetaMorphTrainingArguments
+from metamorph.data.batching.lengths import Lengths, Measurable, measure
+from metamorph.data.batching.packing import BatchPlanner
+from metamorph.data.sources.index import cache_folder
+from metamorph.training.arguments.training import MetaMorphTrainingArguments
 
 
 logger = logging.getLogger(__name__)

@@ -9,29 +9,29 @@ from typing import Any
 
 from transformers import PrinterCallback, set_seed
 
-from metamorph.checkpoint_files import clean_up, explains_write_errors
-from metamorph.data.collation import PackedCollator, PaddedCollator
-from metamorph.determinism import deterministic_algorithms
+from metamorph.data.batching.collation import PackedCollator, PaddedCollator
 from metamorph.models.embeddings import merge_new_token_rows
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.models.packed_rows import check_keeps_samples_apart, uses_flash_attention
 from metamorph.models.processing_metamorph import MetaMorphProcessor
-from metamorph.preemption import Preemption, clear_marker
-from metamorph.run_lock import only_run_in
-from metamorph.training.adapters import check_engine, compute_dtype, store_frozen_matrices
-from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
-from metamorph.training.assemble import load_model, load_training_data, make_plan, open_features
+from metamorph.runs.checkpoint_files import clean_up, explains_write_errors
+from metamorph.runs.determinism import deterministic_algorithms
+from metamorph.runs.lock import only_run_in
+from metamorph.runs.preemption import Preemption, clear_marker
+from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.bad_records import StopOnBadRecords
-from metamorph.training.checkpoint import find_checkpoint
-from metamorph.training.engine import prepare_engine, whole_weights
-from metamorph.training.interruption import StopWhenPreempted
-from metamorph.training.learning_rate import apply_learning_rate_rule, samples_in_a_step
-from metamorph.training.model_card import CardFacts
+from metamorph.training.build import load_model, load_training_data, make_plan, open_features
+from metamorph.training.callbacks import StopWhenPreempted
+from metamorph.training.checkpoints.resume import plan_resume
+from metamorph.training.checkpoints.resume_flags import check_flags, flags_of_run
+from metamorph.training.checkpoints.weights import find_checkpoint
+from metamorph.training.engines.attention import check_keeps_samples_apart, uses_flash_attention
+from metamorph.training.engines.prepare import prepare_engine, whole_weights
+from metamorph.training.engines.speed import choose_attention, prepare_speed
+from metamorph.training.lora import check_engine, compute_dtype, store_frozen_matrices
 from metamorph.training.observation import OpenVisualizer, observe
+from metamorph.training.optimizer import apply_learning_rate_rule, samples_in_a_step
 from metamorph.training.planning import plan_run
-from metamorph.training.resume import plan_resume
-from metamorph.training.resume_flags import check_flags, flags_of_run
-from metamorph.training.speed import choose_attention, prepare_speed
+from metamorph.training.reporting.model_card import CardFacts
 from metamorph.training.stages import apply_stage, check_learning_rates, check_optimizer, format_summary
 from metamorph.training.trainer import MetaMorphTrainer
 
@@ -84,7 +84,7 @@ def run_training(
         training_args: How it learns.
         callbacks: `transformers.TrainerCallback` objects, for example a progress display.
         open_visualizer: Opens `sample_visualizer`, if that is asked for:
-            `metamorph.visualization.drawing.open_visualizer`.
+            `metamorph.inference.draw.open_visualizer`.
 
     Returns:
         The result, also in memory.

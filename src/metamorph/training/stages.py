@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.training_args import OptimizerNames
 
 from metamorph.models.embeddings import attach_new_head_rows, attach_new_token_rows
-from metamorph.training.adapters import attach_lora, is_lora
-from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments.training import MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.lora import attach_lora, is_lora
 
 
 logger = logging.getLogger(__name__)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from metamorph.visualization.arguments import VisualizerArguments
     from metamorph.visualization.encoder import VisualTokenEncoder
     from metamorph.visualization.loading import load_visualizer
     from metamorph.visualization.pipeline import VisualizationPipeline
     from metamorph.visualization.projector import VisualizationProjector, pad_condition
-    from metamorph.visualization.train import VisualizerResult, train_visualizer
+    from metamorph.visualizer_training.arguments import VisualizerArguments
+    from metamorph.visualizer_training.run import VisualizerResult, train_visualizer
 
 _HOMES = {
     "VisualizationPipeline": "pipeline",

@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 
-from metamorph.model_files import (
+from metamorph.files.model_files import (
     check_finite,
     check_implementations,
     check_layer_counts,

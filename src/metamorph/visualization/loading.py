@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from metamorph.flags import check_model_reference, names_flag
-from metamorph.model_files import read_json_object
-from metamorph.visualization.arguments import VisualizerArguments
+from metamorph.files.model_files import read_json_object
+from metamorph.flags.checks import check_model_reference, names_flag
 from metamorph.visualization.encoder import VisualTokenEncoder
 from metamorph.visualization.folders import ARGUMENTS_FILE, INDEX_FILE, visualizer_folder
-from metamorph.visualization.parts import adopt_token_options, load_encoder
 from metamorph.visualization.pipeline import VisualizationPipeline
+from metamorph.visualizer_training.arguments import VisualizerArguments
+from metamorph.visualizer_training.build import adopt_token_options, load_encoder
 
 
 _TOKEN_OPTIONS = (

@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from metamorph.model_files import check_finite
+from metamorph.files.model_files import check_finite
 from metamorph.visualization.encoder import VisualTokenEncoder
 from metamorph.visualization.folders import check_visualizer, visualizer_folder
 from metamorph.visualization.guidance import GuidedBatch

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from metamorph.data.media.video import VideoInfo
 from metamorph.data.records import Record, Turn, check_conversation
-from metamorph.data.video import VideoInfo
-from metamorph.models.constants import DEFAULT_IMAGE_TOKEN
-from metamorph.models.conversations import split_at_images
+from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
+from metamorph.models.sequence.conversations import split_at_images
 
 
 Chosen = TypeVar("Chosen")

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from metamorph.data.media.video import VideoInfo
 from metamorph.data.records import Record, Turn
 from metamorph.data.tasks import wording
 from metamorph.data.tasks.base import (
@@ -25,8 +26,7 @@ from metamorph.data.tasks.base import (
     fill,
     without_markers,
 )
-from metamorph.data.video import VideoInfo
-from metamorph.models.constants import DEFAULT_IMAGE_TOKEN
+from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from metamorph.data.media.video import VideoInfo
 from metamorph.data.records import Record
 from metamorph.data.tasks.base import Conversation, ImageRef, Task
-from metamorph.data.video import VideoInfo
 
 
 @dataclass(frozen=True)

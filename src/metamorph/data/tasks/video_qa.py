@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from metamorph.data.media.video import VideoInfo
 from metamorph.data.records import Record, Turn
 from metamorph.data.tasks.base import Conversation, ImageRef, Task, check_count, check_positive
-from metamorph.data.video import VideoInfo
-from metamorph.models.constants import DEFAULT_IMAGE_TOKEN
-from metamorph.models.conversations import split_at_images
+from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
+from metamorph.models.sequence.conversations import split_at_images
 
 
 VIDEO_MARKER = "<video>"

@@ -1,0 +1,108 @@
+"""Training examples for the eye: which tokens are learnt, and the pictures as the vision tower sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BaseImageProcessor
+
+from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.models.sequence.constants import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens of an example that are treated alike: some text, or one image."""
+
+    start: int
+    """Position of the first token."""
+    ids: tuple[int, ...]
+    """The tokens."""
+    is_learnt: bool
+    """Whether they have a loss: text loss for text, visual loss for an image."""
+    image: int | None = None
+    """Number of the image in reading order; None for text."""
+
+    @property
+    def kind(self) -> str:
+        """`read` or `learnt` text, `image` (only read) or `answer_image` (learnt)."""
+        if self.image is None:
+            return "learnt" if self.is_learnt else "read"
+        return "answer_image" if self.is_learnt else "image"
+
+
+def split_example(example: dict[str, Any], processor: MetaMorphProcessor) -> list[Piece]:
+    """Split an example where the kind of its tokens changes.
+
+    Args:
+        example: With `input_ids`, `labels` and `visual_target_mask`, all `[sequence]`.
+        processor: Made the example.
+    """
+    ids = example["input_ids"].tolist()
+    learnt = (example["labels"] != IGNORE_INDEX).tolist()
+    targets = example["visual_target_mask"].tolist()
+    placeholder, count = processor.image_tokens.image, processor.num_image_tokens
+    pieces: list[Piece] = []
+    start = image = 0
+    while start < len(ids):
+        if ids[start] == placeholder:
+            pieces.append(Piece(start, tuple(ids[start : start + count]), targets[start], image))
+            image += 1
+            start += count
+            continue
+        end = start + 1
+        while end < len(ids) and ids[end] != placeholder and learnt[end] == learnt[start]:
+            end += 1
+        pieces.append(Piece(start, tuple(ids[start:end]), learnt[start]))
+        start = end
+    return pieces
+
+
+def token_rows(pieces: list[Piece], processor: MetaMorphProcessor) -> Iterator[tuple[str, str, str, str]]:
+    """Position, id, text and loss of each token, as text; the tokens of an image are one row.
+
+    Args:
+        pieces: Result of [`split_example`].
+        processor: Made the example.
+    """
+    for piece in pieces:
+        if piece.image is not None:
+            last = piece.start + len(piece.ids) - 1
+            text = f"image {piece.image}: {len(piece.ids)} visual tokens"
+            yield f"{piece.start}–{last}", str(piece.ids[0]), text, "visual target" if piece.is_learnt else ""
+            continue
+        for offset, token in enumerate(piece.ids):
+            text = processor.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            yield str(piece.start + offset), str(token), repr(text)[1:-1], "text" if piece.is_learnt else ""
+
+
+def text_of(piece: Piece, processor: MetaMorphProcessor) -> str:
+    """The text of a piece, control tokens included."""
+    return processor.tokenizer.decode(list(piece.ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def pictures_of(example: dict[str, Any], image_processor: BaseImageProcessor) -> list[Image.Image]:
+    """The images of an example as the vision tower sees them: square, and at its resolution.
+
+    Args:
+        example: With `pixel_values` `[images, 3, height, width]`, or without for none.
+        image_processor: Made the pixel values.
+    """
+    if example.get("pixel_values") is None:
+        return []
+    return [to_picture(pixels, image_processor) for pixels in example["pixel_values"]]
+
+
+def to_picture(pixels: torch.Tensor, image_processor: BaseImageProcessor) -> Image.Image:
+    """Undo rescaling and normalising of one image: float32 `[3, height, width]`."""
+    values = pixels.numpy().transpose(1, 2, 0)
+    if image_processor.do_normalize:
+        values = values * np.asarray(image_processor.image_std) + np.asarray(image_processor.image_mean)
+    if image_processor.do_rescale:
+        values = values / image_processor.rescale_factor
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))

@@ -1,0 +1,291 @@
+"""The records of one source as training examples: one index, one record, never a neighbour in its place."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from metamorph.data.bad_records import BadRecordLimit, RecordLog
+from metamorph.data.doctor.preflight import find_problems, summary
+from metamorph.data.features.cache import FeatureCache
+from metamorph.data.media.stores import FolderStore, MediaError, MediaStore, load_all, probe
+from metamorph.data.records import DataError, Record, RecordError, UnsupervisedRecordError, parse_record
+from metamorph.data.sources.open import Source, TarSource, open_source
+from metamorph.data.tasks import Conversation, get_task, parse_options
+from metamorph.flags.checks import printable
+from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.models.sequence.conversations import EncodedConversation
+
+
+logger = logging.getLogger(__name__)
+
+
+class ConversationDataset(Dataset[dict[str, Any]]):
+    """The records of one source as training examples, with random access.
+
+    Records are looked at at once (all, or 20,000 of more), and whether their media files are there, so that neither a
+    typing error nor a wrong folder shows after an hour only.
+
+    An example is `{"id": str, "source": str, "input_ids": int64 [sequence], "labels": int64 [sequence],
+    "visual_target_mask": bool [sequence], "pixel_values": float32 [images, 3, height, width]}`, without `pixel_values`
+    if it has no image, and with `"visual_tokens"` `[images, N, D]` in its place if there are `features`. With
+    `on_bad_record="skip"` a bad record gives `{"id": str, "source": str, "skipped": kind}`, which the collator leaves
+    out.
+
+    What a task draws at random for a record depends on `seed`, the source's name and the record's id (or its index),
+    so it is the same in every process and in every epoch.
+
+    Args:
+        source: What [`open_source`] takes, or an opened source.
+        processor: Makes the sequences.
+        image_folder: Folder of relative media paths; by default the folder of the file. Tars bring their media.
+        model_max_length: Longest sequence; longer ones are cut as `encode_conversation` says, and counted.
+        task: What is made of the records, see `metamorph.data.tasks`.
+        options: Options of the task.
+        name: Name in logs and reports; by default the file's, without its ending.
+        seed: Seed of what tasks draw.
+        on_bad_record: `raise`, or `skip` to count, log and leave out.
+        max_bad_fraction: Largest share of bad records with `skip`; above it training stops.
+        check: Whether to look at the records at once.
+        features: Cached visual tokens, which stand in for the images.
+
+    Raises:
+        DataError: If the source is unusable; with `on_bad_record="raise"` also if any record is seen to be bad.
+        ValueError: For a value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        source: Source | str | os.PathLike[str],
+        processor: MetaMorphProcessor,
+        image_folder: str | os.PathLike[str] | None = None,
+        model_max_length: int | None = None,
+        *,
+        task: str = "instruction",
+        options: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        seed: int = 0,
+        on_bad_record: str = "raise",
+        max_bad_fraction: float = 0.01,
+        check: bool = True,
+        features: FeatureCache | None = None,
+    ) -> None:
+        limit = BadRecordLimit(on_bad_record, max_bad_fraction)
+        self.task = get_task(task)
+        self.options = parse_options(self.task, options)
+        self.source = open_source(source) if isinstance(source, (str, os.PathLike)) else source
+        self.processor = processor
+        self.image_folder = Path(image_folder) if image_folder is not None else self.source.path.parent
+        self.model_max_length = model_max_length
+        self.name = printable(name or self.source.path.stem)
+        self.seed = seed
+        self.features = features
+        self.log = RecordLog(len(self.source))
+        self._folder = FolderStore(self.image_folder)
+        if not self.image_folder.is_dir():
+            raise DataError(f"--image_folder {self.image_folder} is not a folder")
+        self.set_limit(limit, len(self.source))
+        if check:
+            self.check()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Build the example of record `index`.
+
+        Raises:
+            RecordError: If the record is bad, with `on_bad_record="raise"`.
+            TooManyBadRecordsError: If more than `max_bad_fraction` of all records are bad, with `skip`.
+        """
+        try:
+            return self._build(index)
+        except RecordError as error:
+            if self.limit.on_bad_record == "raise":
+                raise
+            self._skip(index, error)
+            return {"id": error.record_id or error.where, "source": self.name, "skipped": error.kind}
+
+    def record(self, index: int) -> Record:
+        """Read record `index`, and check the fields that all tasks share.
+
+        Raises:
+            RecordError: If it is bad.
+        """
+        raw = self.source[index]
+        return parse_record(raw.value, raw.where)
+
+    def conversation(self, index: int) -> Conversation:
+        """What the task makes of record `index`. No image is opened, and of a video only the times of its frames.
+
+        Raises:
+            RecordError: If the record is bad, or does not fit the task.
+        """
+        return self._converse(index, self.record(index))
+
+    def store(self, index: int) -> MediaStore:
+        """Where the media of record `index` are."""
+        return self.source.store(index) if isinstance(self.source, TarSource) else self._folder
+
+    def measure(self, index: int) -> tuple[int, int, int, int]:
+        """The numbers of tokens, images, answer images and text targets of example `index` before any cut.
+
+        No image is opened.
+
+        Raises:
+            RecordError: If the record is bad.
+        """
+        record = self.record(index)
+        messages = [turn.as_message() for turn in self._converse(index, record).turns]
+        try:
+            return self.processor.measure_conversation(messages)
+        except ValueError as error:
+            raise record.error("role_order", str(error)) from error
+
+    def source_name(self, index: int) -> str:
+        """Name of the source of record `index`."""
+        return self.name
+
+    def fingerprint(self) -> str:
+        """Changes whenever the conversations may have changed: with the files, the task, its options, the seed."""
+        parts = [self.source.fingerprint(), self.name, self.task.name, repr(self.options), str(self.seed)]
+        if self.task.needs_video:  # how many frames there are depends on the files
+            parts.append(os.path.abspath(self.image_folder))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    def statistics(self) -> dict[str, Any]:
+        """What has been met so far, over all workers: `{"records", "bad", "truncated", "dropped_images"}`."""
+        return {
+            "records": len(self),
+            "bad": self.log.bad_by_kind(),
+            "truncated": self.log.num_truncated,
+            "dropped_images": self.log.num_dropped_images,
+        }
+
+    def set_limit(self, limit: BadRecordLimit, num_records: int) -> None:
+        """Count bad records together with those of other sources.
+
+        Args:
+            limit: The limit of all sources.
+            num_records: How many records of this one are used.
+        """
+        self.limit = limit
+        limit.add(self.log, num_records)
+
+    def check(self, indices: Sequence[int] | np.ndarray | None = None) -> None:
+        """Look for broken records, records that do not fit the task, and missing files; no media are opened.
+
+        Args:
+            indices: Which records; by default all. Of more than `preflight.MAX_CHECKED` only some are looked at.
+
+        Raises:
+            DataError: If no media file at all is found; with `on_bad_record="raise"` also if any record is bad.
+            TooManyBadRecordsError: If more than `max_bad_fraction` of all records are bad, with `skip`.
+        """
+        problems, remark = find_problems(self, range(len(self)) if indices is None else indices)
+        if problems and self.limit.on_bad_record == "raise":
+            raise DataError(summary(self.place, [problems[index] for index in sorted(problems)], remark))
+        for index in sorted(problems):
+            self._skip(index, problems[index])
+
+    @property
+    def place(self) -> str:
+        """Path of the records, for messages."""
+        return str(self.source.path)
+
+    @property
+    def media_place(self) -> str:
+        """Where media are looked for, for messages."""
+        return "the sample in the tar" if isinstance(self.source, TarSource) else f"--image_folder {self.image_folder}"
+
+    def _converse(self, index: int, record: Record) -> Conversation:
+        video = None
+        if self.task.needs_video and record.video is not None:  # the task refuses records without one
+            try:
+                video = probe(record.video, self.store(index))
+            except MediaError as error:
+                raise record.error(error.kind, error.detail) from error
+        own_id = str(index) if record.id == record.where else record.id
+        words = [zlib.crc32(text.encode(errors="surrogatepass")) for text in (self.name, own_id)]
+        return self.task(record, np.random.default_rng([self.seed, *words]), self.options, video)
+
+    def _build(self, index: int) -> dict[str, Any]:
+        record = self.record(index)
+        conversation = self._converse(index, record)
+        images: Sequence[Any] = conversation.images
+        if self.features is None:
+            with _blames(record):
+                images = load_all(conversation.images, self.store(index))
+        try:
+            encoded = self.processor.encode_conversation(
+                [turn.as_message() for turn in conversation.turns],
+                images,
+                model_max_length=self.model_max_length,
+                with_pixels=self.features is None,
+            )
+        except ValueError as error:  # the template cannot express this order of roles
+            raise record.error("role_order", str(error)) from error
+        if encoded.truncated:
+            self._note_truncated(index, record, encoded)
+        if not encoded.is_supervised:
+            raise self._unsupervised(record, encoded)
+        example = {
+            "id": record.id,
+            "source": self.name,
+            "input_ids": encoded.input_ids,
+            "labels": encoded.labels,
+            "visual_target_mask": encoded.visual_target_mask,
+        }
+        if encoded.pixel_values is not None:
+            example["pixel_values"] = encoded.pixel_values
+        if self.features is not None:
+            kept = conversation.images[: len(images) - encoded.num_dropped_images]
+            with _blames(record):
+                tokens = self.features.read(kept, self.store(index))
+            if tokens is not None:
+                example["visual_tokens"] = tokens
+        return example
+
+    def _unsupervised(self, record: Record, encoded: EncodedConversation) -> RecordError:
+        detail = "the record has no gpt turn, so there is nothing to learn; add an answer or remove the record"
+        if encoded.truncated:
+            detail = (
+                f"nothing of the answer is left within --model_max_length {self.model_max_length}; raise it or shorten "
+                "the record"
+            )
+        return UnsupervisedRecordError.at(record.where, "unsupervised", detail, record.id)
+
+    def _note_truncated(self, index: int, record: Record, encoded: EncodedConversation) -> None:
+        logger.log(
+            logging.DEBUG if self.log.num_truncated else logging.WARNING,
+            "%s (id %r) was cut to --model_max_length %s; %d image(s) dropped. Further cuts are counted.",
+            record.where,
+            record.id,
+            self.model_max_length,
+            encoded.num_dropped_images,
+        )
+        self.log.note_truncated(index, encoded.num_dropped_images)
+
+    def _skip(self, index: int, error: RecordError) -> None:
+        """Count and log a bad record (in later epochs for the curious only), and stop when there are too many."""
+        is_new = self.log.note_bad(index, error.kind)
+        logger.log(logging.WARNING if is_new else logging.DEBUG, "Skipping a bad record (%s): %s", error.kind, error)
+        self.limit.check(last=error)
+
+
+@contextmanager
+def _blames(record: Record) -> Iterator[None]:
+    """Turn an error of a picture into one of the record that names it."""
+    try:
+        yield
+    except MediaError as error:
+        raise record.error(error.kind, error.detail) from error

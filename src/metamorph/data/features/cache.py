@@ -1,0 +1,323 @@
+"""Visual tokens of all images of a data set, computed once by the frozen tower and read in its place while training.
+
+A cache is a folder: shards of tokens as safetensors, an index from images to rows, and `feature_cache.json`, which is
+written last and says which tower and which reduction made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from metamorph.data.media.stores import MediaError, MediaStore
+from metamorph.data.records import DataError
+from metamorph.data.sources.tars import TarSample
+from metamorph.data.tasks.base import ImageRef
+from metamorph.models.processing_metamorph import MetaMorphProcessor
+
+
+MANIFEST = "feature_cache.json"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""How tokens may be kept."""
+
+_FORMAT = 1
+_KEYS_FILE, _ROWS_FILE = "keys.npy", "rows.npy"
+_TENSOR = "visual_tokens"
+_WEIGHTS = "weights"
+_VISION_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "image_size", "patch_size")
+_CONFIG_FIELDS = (
+    "mm_vision_select_layer",
+    "image_token_reduction",
+    "num_image_tokens",
+    "normalize_vision",
+    "apply_softmax",
+)
+_TRAINED_REDUCTION = "mlpmixer"
+
+
+def describe_tower(config: Any, processor: MetaMorphProcessor) -> dict[str, Any]:
+    """Everything that visual tokens depend on, except for the image and the weights of the tower.
+
+    Args:
+        config: Configuration of the model (`MetaMorphConfig`).
+        processor: Makes the pixel values.
+
+    Raises:
+        ValueError: If the reduction has weights that are trained: its tokens change with every step.
+    """
+    if config.image_token_reduction == _TRAINED_REDUCTION:
+        raise ValueError(
+            f"--image_token_reduction {_TRAINED_REDUCTION} is trained, so its visual tokens cannot be kept: use "
+            "another reduction, or no --feature_cache"
+        )
+    images = processor.image_processor
+    return {
+        **{name: getattr(config.vision_config, name, None) for name in _VISION_FIELDS},
+        **{name: getattr(config, name) for name in _CONFIG_FIELDS},
+        "image_aspect_ratio": processor.image_aspect_ratio,
+        "image_side": images.size["height"],
+        "image_mean": [float(value) for value in images.image_mean],
+        "image_std": [float(value) for value in images.image_std],
+        "resample": int(images.resample),
+    }
+
+
+def hash_weights(tower: nn.Module) -> str:
+    """A digest of all weights of a vision tower as float32; another precision in memory gives another one.
+
+    Args:
+        tower: The tower.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """The visual tokens of a data set's images.
+
+    Only what is asked for is read; workers of a data loader share the pages that the system keeps.
+
+    Args:
+        folder: As written by [`write_features`].
+        tower: Result of [`describe_tower`] for the model that will be trained.
+
+    Raises:
+        DataError: If the folder is no complete cache, or was made with another tower or reduction.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], tower: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.manifest = _read_manifest(self.folder)
+        self._refuse_other_tower(tower)
+        self._keys = np.load(self.folder / _KEYS_FILE, mmap_mode="r", allow_pickle=False)
+        self._rows = np.load(self.folder / _ROWS_FILE, mmap_mode="r", allow_pickle=False)
+        self._shards: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies in spawned workers open the files for themselves."""
+        return {**self.__dict__, "_keys": None, "_rows": None, "_shards": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._keys = np.load(self.folder / _KEYS_FILE, mmap_mode="r", allow_pickle=False)
+        self._rows = np.load(self.folder / _ROWS_FILE, mmap_mode="r", allow_pickle=False)
+
+    def check_weights(self, tower: nn.Module) -> None:
+        """Make sure that the tokens came from this very tower.
+
+        Args:
+            tower: The tower of the model that will be trained.
+
+        Raises:
+            DataError: If its weights are others.
+        """
+        found = hash_weights(tower)
+        if found != self.manifest[_WEIGHTS]:
+            raise DataError(
+                f"--feature_cache {self.folder} was made with a tower of other weights (digest "
+                f"{self.manifest[_WEIGHTS][:8]}) than the model's ({found[:8]}): make it again with `metamorph data "
+                "cache-features`, or leave the flag out"
+            )
+
+    def read(self, refs: Sequence[ImageRef], store: MediaStore) -> Tensor | None:
+        """The visual tokens of the images of a conversation.
+
+        Args:
+            refs: The images.
+            store: Where their files are; they are not opened.
+
+        Returns:
+            `[images, num_image_tokens, features]` in the dtype of the cache; None for no images.
+
+        Raises:
+            MediaError: If an image is missing in the cache, or its file has changed.
+        """
+        if not refs:
+            return None
+        return torch.cat([self._row(self._find(ref, store)) for ref in refs])
+
+    def _find(self, ref: ImageRef, store: MediaStore) -> int:
+        high, low = image_key(ref, store)
+        place = int(np.searchsorted(self._keys[0], np.uint64(high)))
+        while place < len(self._rows) and self._keys[0, place] == high:
+            if self._keys[1, place] == low:
+                return int(self._rows[place])
+            place += 1
+        raise MediaError(
+            "missing_features",
+            f"--feature_cache {self.folder} has no visual tokens of {ref.path}: it was made from other data, or the "
+            "file has changed since; make it again with `metamorph data cache-features`",
+        )
+
+    def _row(self, row: int) -> Tensor:
+        shard, offset = divmod(row, self.manifest["images_per_shard"])
+        if shard not in self._shards:
+            self._shards[shard] = safe_open(self.folder / _shard_name(shard), framework="pt").__enter__()
+        return self._shards[shard].get_slice(_TENSOR)[offset : offset + 1]
+
+    def _refuse_other_tower(self, tower: Mapping[str, Any]) -> None:
+        made_with = self.manifest["tower"]
+        differences = [
+            f"{name} {made_with.get(name)!r} instead of {value!r}"
+            for name, value in tower.items()
+            if made_with.get(name) != value
+        ]
+        if differences:
+            raise DataError(
+                f"--feature_cache {self.folder} does not fit this model: it was made with {', '.join(differences)}. "
+                "Make it again with `metamorph data cache-features` and the flags of this run, or leave the flag out"
+            )
+
+
+def write_features(
+    folder: Path,
+    images: Iterable[tuple[tuple[int, int], Tensor]],
+    encode: nn.Module,
+    tower: Mapping[str, Any],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: str = "bfloat16",
+    batch_size: int = 16,
+    images_per_shard: int = 8192,
+) -> int:
+    """Encode images and write their visual tokens.
+
+    Args:
+        folder: Where to; made if needed. A cache that is there already is replaced.
+        images: Key and pixel values (float32 `[3, height, width]`) of each image; each key once.
+        encode: The vision tower, on `device`: `[images, 3, height, width]` to `[images, N, D]`.
+        tower: Result of [`describe_tower`].
+        device: Where the tower is.
+        dtype: A key of `DTYPES`.
+        batch_size: Images that the tower encodes at a time.
+        images_per_shard: Images in one file.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        ValueError: For an unknown `dtype`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (folder / MANIFEST, *folder.glob("features-*.safetensors")):
+        file.unlink(missing_ok=True)  # the manifest first: half a cache must not look like a whole one
+    keys: list[tuple[int, int]] = []
+    pending: list[Tensor] = []
+    num_pending = num_shards = 0
+    for batch_keys, pixels in _batches(images, batch_size):
+        with torch.inference_mode():
+            tokens = encode(pixels.to(device)).to("cpu", DTYPES[dtype])
+        keys += batch_keys
+        pending.append(tokens)
+        num_pending += len(tokens)
+        while num_pending >= images_per_shard:
+            joined = torch.cat(pending)
+            _write_shard(folder, num_shards, joined[:images_per_shard])
+            pending, num_shards = [joined[images_per_shard:]], num_shards + 1
+            num_pending -= images_per_shard
+    if num_pending:
+        _write_shard(folder, num_shards, torch.cat(pending))
+    ordered = np.array(keys, dtype=np.uint64).reshape(-1, 2)
+    order = np.lexsort((ordered[:, 1], ordered[:, 0]))
+    np.save(folder / _KEYS_FILE, np.ascontiguousarray(ordered[order].T), allow_pickle=False)
+    np.save(folder / _ROWS_FILE, order.astype(np.int64), allow_pickle=False)
+    manifest = {
+        "format": _FORMAT,
+        "images": len(keys),
+        "images_per_shard": images_per_shard,
+        "dtype": dtype,
+        "tower": dict(tower),
+        _WEIGHTS: hash_weights(encode),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return len(keys)
+
+
+def image_key(ref: ImageRef, store: MediaStore) -> tuple[int, int]:
+    """128 bits that stand for a picture: its file with size and date, and which part or frame of it is meant.
+
+    Args:
+        ref: The picture.
+        store: Where its file is; it is not opened.
+
+    Raises:
+        MediaError: If there is no such file, or its path is not allowed.
+    """
+    member = ""
+    if isinstance(store, TarSample):
+        file, member = Path(store.tar), f"{store.key}\0{ref.path}"
+    else:
+        found = store.open(ref.path)
+        if not isinstance(found, Path):
+            raise TypeError(f"{type(store).__name__} gives open files: their features cannot be told apart")
+        file = found
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise MediaError(
+            "missing_image", f"there is no file {file} ({error.strerror}); is --image_folder right?"
+        ) from error
+    crop = None if ref.crop is None else astuple(ref.crop)
+    boxes = [(name, astuple(box)) for name, box in ref.boxes]
+    text = json.dumps([os.path.abspath(file), stat.st_size, stat.st_mtime_ns, member, crop, boxes, ref.time])
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+def _batches(
+    images: Iterable[tuple[tuple[int, int], Tensor]], batch_size: int
+) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
+    keys: list[tuple[int, int]] = []
+    pixels: list[Tensor] = []
+    for key, values in images:
+        keys.append(key)
+        pixels.append(values)
+        if len(keys) == batch_size:
+            yield keys, torch.stack(pixels)
+            keys, pixels = [], []
+    if keys:
+        yield keys, torch.stack(pixels)
+
+
+def _shard_name(number: int) -> str:
+    return f"features-{number:05d}.safetensors"
+
+
+def _write_shard(folder: Path, number: int, tokens: Tensor) -> None:
+    save_file({_TENSOR: tokens.contiguous()}, folder / _shard_name(number))
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(
+            f"--feature_cache {folder} is no feature cache, or an unfinished one: it has no {MANIFEST}. Make it with "
+            "`metamorph data cache-features`"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON ({error}): make the cache again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise DataError(f"{path} has not format {_FORMAT}: make the cache again with this version")
+    return manifest

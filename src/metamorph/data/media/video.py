@@ -1,0 +1,254 @@
+"""Videos through PyAV: when each frame is shown, and the frames that are shown at given times.
+
+All times are seconds from the first frame. A frame is shown from its own time until the next one's, so a video of
+variable frame rate, or of less than one frame a second, has a frame at every time of its length.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from metamorph.data.media.images import MAX_IMAGE_PIXELS, MediaError, check_regular
+
+
+VideoFile = str | os.PathLike[str] | BinaryIO
+"""A path, or an open, seekable binary file, which stays open."""
+
+CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpeg", "mpegts", "mpegvideo", "asf", "flv")
+"""What is read, by FFmpeg's names. It knows many more, among them playlists, which read other files, and text, which
+it draws: not for data from strangers."""
+CODECS = (
+    *("h264", "hevc", "libdav1d", "libaom-av1", "av1", "vp8", "libvpx", "vp9", "libvpx-vp9"),
+    *("mpeg1video", "mpeg2video", "mpeg4", "h263", "flv", "msmpeg4v1", "msmpeg4v2", "msmpeg4"),
+    *("wmv1", "wmv2", "wmv3", "vc1", "mjpeg", "png", "ffv1", "huffyuv", "prores", "dnxhd", "rawvideo"),
+)
+"""What is decoded, by the names of FFmpeg's decoders."""
+_ROUNDING = 1e-6
+"""Seconds by which a time may lie before a frame and still mean it."""
+_HD_LINES = 720
+"""Videos with at least as many lines use the colours of BT.709 when they do not say which; smaller ones BT.601."""
+_UNSPECIFIED = 2
+"""Code of a colour space that is not told (ITU-T H.273)."""
+_QUARTER_TURNS = {
+    90: Image.Transpose.ROTATE_90,
+    180: Image.Transpose.ROTATE_180,
+    270: Image.Transpose.ROTATE_270,
+}
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What is known of a video without decoding it."""
+
+    times: tuple[float, ...]
+    """When each frame begins to be shown, in seconds; ascending, at least one, the first is 0."""
+    duration: float
+    """Length in seconds, the time for which the last frame is shown included."""
+    width: int
+    """Width in pixels, as stored."""
+    height: int
+    """Height in pixels, as stored."""
+
+    @property
+    def num_frames(self) -> int:
+        """Number of frames."""
+        return len(self.times)
+
+    @property
+    def fps(self) -> float:
+        """Mean number of frames in a second; 0 if the duration is not known."""
+        return self.num_frames / self.duration if self.duration > 0 else 0.0
+
+    def frame_at(self, time: float) -> int:
+        """Index of the frame that is shown at `time` seconds; the first before the start, the last after the end."""
+        return max(bisect_right(self.times, time + _ROUNDING) - 1, 0)
+
+
+def probe_video(file: VideoFile, *, name: str | None = None, max_pixels: int = MAX_IMAGE_PIXELS) -> VideoInfo:
+    """Read when the frames of a video are shown. Nothing is decoded, but the file is read to its end.
+
+    Args:
+        file: The video.
+        name: What messages call it; by default its path.
+        max_pixels: Largest number of pixels of a frame.
+
+    Raises:
+        MediaError: If there is no such file, it is no video in one of `CONTAINERS` and `CODECS`, or its frames are
+            too large.
+        ModuleNotFoundError: Without PyAV.
+    """
+    return _index(file, name, max_pixels).info
+
+
+def read_frames(
+    file: VideoFile, times: Sequence[float], *, name: str | None = None, max_pixels: int = MAX_IMAGE_PIXELS
+) -> list[Image.Image]:
+    """Decode the frames that are shown at `times`, as upright RGB.
+
+    What lies between is skipped from keyframe to keyframe, and no frame is decoded twice.
+
+    Args:
+        file: The video.
+        times: Seconds from the first frame, in any order.
+        name: What messages call the file; by default its path.
+        max_pixels: Largest number of pixels of a frame.
+
+    Returns:
+        One image for each time.
+
+    Raises:
+        MediaError: As [`probe_video`], or if a frame cannot be decoded.
+        ModuleNotFoundError: Without PyAV.
+    """
+    index = _index(file, name, max_pixels)
+    wanted = [index.stamps[index.info.frame_at(time)] for time in times]
+    with _decoding(file, name, max_pixels) as (container, stream, name):
+        decoded = {stamp: _upright(frame) for stamp, frame in _decode(container, stream, sorted({*wanted}), index)}
+    if len(decoded) < len({*wanted}):
+        raise MediaError("unreadable_video", f"{name} has no frame that can be decoded; replace it")
+    return [decoded[stamp] for stamp in wanted]
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Where the frames of a stream are, in units of its time base."""
+
+    info: VideoInfo
+    stamps: tuple[int, ...]
+    """Time stamp of each frame, ascending."""
+    keys: tuple[int, ...]
+    """Time stamps of the frames at which decoding can start, ascending; the first frame is always one."""
+
+
+def _index(file: VideoFile, name: str | None, max_pixels: int) -> _Index:
+    """The index of a video; it is remembered for files on disk, because frames are read soon after it is made."""
+    if isinstance(file, (str, os.PathLike)) and os.path.isfile(file):
+        status = os.stat(file)
+        return _index_of_path(os.fspath(file), name, max_pixels, status.st_size, status.st_mtime_ns)
+    with _decoding(file, name, max_pixels) as (container, stream, _):
+        return _scan(container, stream)
+
+
+@lru_cache(maxsize=16)
+def _index_of_path(path: str, name: str | None, max_pixels: int, size: int, mtime_ns: int) -> _Index:
+    """The index of a file of that size and age."""
+    with _decoding(path, name, max_pixels) as (container, stream, _):
+        return _scan(container, stream)
+
+
+@contextmanager
+def _decoding(file: VideoFile, name: str | None, max_pixels: int) -> Iterator[tuple[Any, Any, str]]:
+    """Container, video stream and name of a file; what goes wrong with them becomes a [`MediaError`]."""
+    try:
+        import av
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "reading videos needs PyAV, which is not installed: pip install 'metamorph[video]'"
+        ) from error
+    name = str(file) if name is None else name
+    if isinstance(file, (str, os.PathLike)):
+        check_regular(file, "unreadable_video", f"{name} cannot be read as a video")
+        # Spelt as a URL of a file, so that no part of a name can be taken for another protocol.
+        opened: Any = f"file:{Path(file).absolute()}"
+    else:
+        file.seek(0)
+        opened = file
+    try:
+        # The limit of pixels holds for every frame, before memory is taken for it: later ones may be larger.
+        limits = {"max_pixels": str(max_pixels), "codec_whitelist": ",".join(CODECS)}
+        formats = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
+        with av.open(opened, options=limits, container_options=formats) as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.codec_context is None or stream.codec_context.codec.name not in CODECS:
+                raise MediaError("unreadable_video", f"{name} has no video stream that can be decoded; replace it")
+            if stream.codec_context.width * stream.codec_context.height > max_pixels:
+                raise MediaError(
+                    "image_too_large",
+                    f"the frames of {name} have {stream.codec_context.width}x{stream.codec_context.height} pixels, "
+                    f"more than the limit of {max_pixels}; resize it",
+                )
+            stream.codec_context.options = limits
+            stream.codec_context.thread_count = 1  # the workers of the data loader are the parallelism
+            yield container, stream, name
+    except MediaError:
+        raise
+    except FileNotFoundError as error:
+        raise MediaError("missing_video", f"there is no video file {name}; is --image_folder right?") from error
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason: Any = error
+        if isinstance(error, av.ArgumentError):  # all that FFmpeg says of what the options forbid
+            reason = f"its container is none of {', '.join(CONTAINERS)}, or a frame has more than {max_pixels} pixels"
+        raise MediaError("unreadable_video", f"{name} cannot be read as a video ({reason}); replace it") from error
+
+
+def _scan(container: Any, stream: Any) -> _Index:
+    """Read the time stamps of all packets. Headers are not trusted: many give no number of frames, or a wrong one."""
+    stamps, keys, end = set(), set(), 0
+    for packet in container.demux(stream):
+        stamp = packet.dts if packet.pts is None else packet.pts
+        if stamp is None or not packet.size or packet.is_discard:  # the last, empty one; and what edit lists cut off
+            continue
+        stamps.add(stamp)
+        end = max(end, stamp + (packet.duration or 0))
+        if packet.is_keyframe:
+            keys.add(stamp)
+    if not stamps:
+        raise ValueError("it has no frame with a time stamp")
+    first, unit = min(stamps), Fraction(stream.time_base)
+    info = VideoInfo(
+        times=tuple(float((stamp - first) * unit) for stamp in sorted(stamps)),
+        duration=float((max(end, *stamps, first) - first) * unit),
+        width=stream.codec_context.width,
+        height=stream.codec_context.height,
+    )
+    return _Index(info, tuple(sorted(stamps)), tuple(sorted(keys | {first})))
+
+
+def _decode(container: Any, stream: Any, wanted: Sequence[int], index: _Index) -> Iterator[tuple[int, Any]]:
+    """Each of the ascending time stamps, with its frame.
+
+    Where the decoder has no frame of exactly that time (packets may hold none that is shown), the one before is
+    taken, as a player does.
+    """
+    frames = _stamped(container, stream)
+    shown, following = None, next(frames, None)
+    for stamp in wanted:
+        key = index.keys[bisect_right(index.keys, stamp) - 1]
+        if following is not None and key > following.pts:
+            frames = _stamped(container, stream, seek_to=key)
+            shown, following = None, next(frames, None)
+            if following is None or following.pts > stamp:  # some containers cannot seek exactly
+                frames = _stamped(container, stream, seek_to=index.stamps[0])
+                following = next(frames, None)
+        while following is not None and following.pts <= stamp:
+            shown, following = following, next(frames, None)
+        frame = following if shown is None else shown
+        if frame is not None:
+            yield stamp, frame
+
+
+def _stamped(container: Any, stream: Any, seek_to: int | None = None) -> Iterator[Any]:
+    """Frames in the order in which they are shown, from the keyframe at or before a time stamp."""
+    if seek_to is not None:
+        container.seek(seek_to, stream=stream)
+    return (frame for frame in container.decode(stream) if frame.pts is not None)
+
+
+def _upright(frame: Any) -> Image.Image:
+    """A frame as an RGB image, turned as its player would."""
+    colours = {}
+    if frame.colorspace == _UNSPECIFIED and frame.height >= _HD_LINES and not frame.format.is_rgb:
+        colours["src_colorspace"] = "ITU709"
+    image = frame.to_image(**colours)
+    turn = _QUARTER_TURNS.get(round(frame.rotation) % 360)
+    return image if turn is None else image.transpose(turn)

@@ -1,0 +1,134 @@
+"""What `--data_path` can name, opened: JSON Lines, a JSON array, or WebDataset tars."""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Protocol
+
+from metamorph.data.records import BYTE_ORDER_MARK, DataError, RawRecord
+from metamorph.data.sources.json_files import JsonArraySource, JsonlSource
+from metamorph.data.sources.tars import TarSource
+
+
+__all__ = ["JsonArraySource", "JsonlSource", "Source", "TarSource", "expand_pattern", "is_tar_pattern", "open_source"]
+
+ALLOWED = "a .json or .jsonl file of records, tars (shard-{000..099}.tar), or a mixture (.yaml)"
+"""What `--data_path` takes, for messages."""
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
+MAX_FILES = 1_000_000
+"""Most files that the braces of a pattern may name."""
+
+
+class Source(Protocol):
+    """A sequence of raw records, in files that are read at any place."""
+
+    path: Path
+    """The file, or the first of them."""
+
+    def fingerprint(self) -> str:
+        """Changes when one of the files does."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> RawRecord:
+        """Read one record.
+
+        Raises:
+            RecordError: If it is not JSON.
+            DataError: If its file has changed since it was indexed.
+            IndexError: If there is no such record.
+        """
+
+
+def open_source(path: str | os.PathLike[str], flag: str = "--data_path") -> Source:
+    """Open records; whether a file is a JSON array or JSON Lines shows in its first character.
+
+    Args:
+        path: A `.json` or `.jsonl` file, or tars: one, or a pattern as `shard-{000..099}.tar` or `shard-*.tar`.
+        flag: What messages call it.
+
+    Raises:
+        DataError: If there is no such file, it holds no records, or an array or a tar cannot be read.
+    """
+    if is_tar_pattern(path):
+        return TarSource(expand_pattern(path))
+    path = Path(path)
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
+        raise DataError(f"{flag} {path} {found}; give {ALLOWED}")
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if b"\0" in start:
+        raise DataError(f"{flag} {path} is not UTF-8 text (compressed, perhaps?); give {ALLOWED}")
+    is_array = start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
+    source: Source = JsonArraySource(path) if is_array else JsonlSource(path)
+    if len(source) == 0:
+        raise DataError(f"{flag} {path} holds no records")
+    return source
+
+
+def is_tar_pattern(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names tars; a compressed tar does, so that it is refused with its reason."""
+    return str(path).lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2"))
+
+
+def expand_pattern(pattern: str | os.PathLike[str]) -> list[Path]:
+    """The files that a pattern names, in order.
+
+    Args:
+        pattern: With any number of `{000..099}` (leading zeros are kept), `{a,b}`, `*`, `?` and `[...]`. A file whose
+            name is the pattern itself comes before all that.
+
+    Raises:
+        DataError: If a file that the braces name is missing, nothing matches, or they name more than `MAX_FILES`.
+    """
+    pattern = os.path.expanduser(pattern)
+    if os.path.exists(pattern):
+        return [Path(pattern)]
+    paths: list[Path] = []
+    missing = []
+    for name in _expand_braces(pattern):
+        found = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * os.path.exists(name)
+        paths += map(Path, found)
+        if not found:
+            missing.append(name)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(f"--data_path {pattern}: {missing[0]}{more} does not exist; check the pattern and its numbers")
+    return paths
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """All names of a pattern whose braces are not nested; the leftmost braces change slowest.
+
+    Raises:
+        DataError: If they are more than `MAX_FILES`.
+    """
+    pieces = _BRACES.split(pattern)  # texts and, between them, insides of braces
+    choices: list[Sequence[str]] = []
+    for number, piece in enumerate(pieces):
+        choices.append(_choices(piece) if number % 2 else [piece])
+        if math.prod(map(len, choices)) > MAX_FILES:
+            raise DataError(
+                f"--data_path {pattern}: the braces name more than {MAX_FILES} files; check their numbers, or split "
+                "the pattern into several sources of a mixture"
+            )
+    return map("".join, product(*choices))
+
+
+def _choices(inside: str) -> Sequence[str]:
+    bounds = _RANGE.fullmatch(inside)
+    if bounds is None:
+        return inside.split(",")
+    first, last = bounds[1], bounds[2]
+    is_padded = any(text.lstrip("-").startswith("0") and len(text.lstrip("-")) > 1 for text in (first, last))
+    width = max(len(first), len(last)) if is_padded else 0
+    step = 1 if int(last) >= int(first) else -1
+    return [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)[: MAX_FILES + 1]]

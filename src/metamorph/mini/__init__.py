@@ -1,0 +1,125 @@
+"""The pretrained miniatures that ship with the package, and how they are checked and built again.
+
+As the real system starts from pretrained SigLIP, Llama and Stable Diffusion, the quickstart starts from three
+small models of the same classes. Each is an ordinary Hugging Face folder of bf16 safetensors with a model card
+that names its recipe, figures and hashes. `mini` is what comes of them: a trained MetaMorph model and its visualizer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metamorph.mini.cards import AssetCard, AssetError, verify_folder
+
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("mini-siglip", "mini-llama", "mini-sd")
+"""The small pretrained models that the quickstart starts from."""
+ASSETS = (*PARTS, "mini")
+"""The shipped assets, in the order in which they are built."""
+
+_BUILDERS = {
+    "mini-siglip": "tools.miniature.build_siglip",
+    "mini-llama": "tools.miniature.build_llama",
+    "mini-sd": "tools.miniature.build_sd",
+    "mini": "tools.miniature.build_mini",
+}
+
+__all__ = ["ASSETS", "PARTS", "AssetCard", "AssetError", "asset_path", "rebuild", "verify_asset"]
+
+
+def asset_path(name: str) -> Path:
+    """Folder of a shipped asset, for `from_pretrained`.
+
+    Args:
+        name: `mini-siglip`, `mini-llama`, `mini-sd` or `mini`; the prefix `mini-` may be left out.
+
+    Raises:
+        ValueError: There is no asset of this name.
+        AssetError: The package was installed without it.
+    """
+    full_name = _full_name(name)
+    folder = Path(__file__).parent / full_name
+    if not folder.is_dir():
+        raise AssetError(
+            f"{full_name} is not in {folder.parent}. Install the package again, or build it with "
+            f"`metamorph quickstart --rebuild-assets {full_name.removeprefix('mini-')}`."
+        )
+    return folder
+
+
+def shipped_folder(reference: str, part: str) -> str:
+    """The folder that `--model mini` and `--visualizer mini` mean; any other reference stays as it is.
+
+    Args:
+        reference: Value of the flag. A local folder called `mini` goes before the shipped one.
+        part: `model` or `visualizer`.
+
+    Raises:
+        AssetError: The package was installed without the asset.
+    """
+    if reference != "mini" or Path(reference).exists():
+        return reference
+    return str(asset_path(reference) / part)
+
+
+def verify_asset(name: str) -> AssetCard:
+    """Check that a shipped asset is the one that its card describes, file by file.
+
+    Args:
+        name: As for :func:`asset_path`.
+
+    Returns:
+        The card, with recipe, figures and gates.
+
+    Raises:
+        ValueError: There is no asset of this name.
+        AssetError: A file is missing or changed; the message names it.
+    """
+    return verify_folder(asset_path(name))
+
+
+def rebuild(
+    names: Sequence[str] = ASSETS,
+    output_dir: Path | None = None,
+    *,
+    seed: int = 0,
+    resume: bool = True,
+) -> dict[str, Any]:
+    """Build assets from scratch, each in its turn, stopping at the first that misses its gate.
+
+    Args:
+        names: Which assets; they are built in the order of `ASSETS` whatever the order here.
+        output_dir: Folder that gets one folder per asset; by default the package's own, whose assets are
+            replaced one by one as soon as the new one has passed its gate.
+        seed: Seed of every build.
+        resume: Whether to continue interrupted builds.
+
+    Returns:
+        The figures of each built asset.
+
+    Raises:
+        ValueError: There is no asset of one of the names.
+        AssetError: An asset misses its gate.
+    """
+    wanted = {_full_name(name) for name in names}
+    root = output_dir or Path(__file__).parent
+    figures = {}
+    for name in ASSETS:
+        if name in wanted:
+            logger.info("building %s into %s", name, root / name)
+            builder = importlib.import_module(_BUILDERS[name])
+            figures[name] = builder.build(root / name, seed=seed, resume=resume)
+    return figures
+
+
+def _full_name(name: str) -> str:
+    full_name = name if name in ASSETS else f"mini-{name}"
+    if full_name not in ASSETS:
+        raise ValueError(f"There is no asset {name!r}: choose among {', '.join(ASSETS)} (--rebuild-assets).")
+    return full_name

@@ -1,0 +1,209 @@
+"""PNG files of the report: loss curves, accuracies, and grids of pictures with their prompts and verdicts."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from metamorph.evaluation.drawings import Drawing
+from metamorph.miniature.quickstart.evaluate import VERDICTS, Redrawing
+
+
+matplotlib.use("Agg")
+
+RIGHT, WRONG, INK = "#1a7f37", "#cf222e", "#24292f"
+_LINE_LENGTH = 24
+_CELL_INCHES, _LINE_INCHES, _ROW_GAP_INCHES, _TITLE_INCHES = 1.45, 0.125, 0.12, 0.45
+_NO_PICTURE = Image.new("RGB", (64, 64), "#f6f8fa")
+
+
+@dataclass(frozen=True)
+class LossCurves:
+    """What the three trainings logged."""
+
+    stage1: list[dict[str, Any]]
+    """Log lines of stage 1, with `step` and `text_loss`."""
+    stage2: list[dict[str, Any]]
+    """Log lines of stage 2, with `visual_loss` and `visual_cosine` too."""
+    visualizer: list[float]
+    """Loss of every step."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of a grid."""
+
+    pictures: tuple[Image.Image | None, ...]
+    """Side by side; None is an empty place, where the model should have drawn and did not."""
+    text: str
+    """Below the pictures."""
+    is_right: bool | None = None
+    """Colour of the frame and the text; None is neutral."""
+
+
+def drawing_cell(drawing: Drawing, *, with_inputs: bool = False) -> Cell:
+    """A drawing with its prompt and what is wrong with it; `with_inputs` shows the pictures of the prompt before it."""
+    inputs = drawing.task.prompt.images if with_inputs else ()
+    prompt = drawing.task.prompt.text.replace("<image>", "").strip()
+    text = f"{prompt}\n{verdict_text(drawing.verdict)}"
+    return Cell((*inputs, drawing.picture), text, drawing.is_right())
+
+
+def redrawing_cell(redrawing: Redrawing) -> Cell:
+    """A picture, and the picture made of its tokens."""
+    return Cell((redrawing.original, redrawing.picture), verdict_text(redrawing.verdict), redrawing.verdict["all"])
+
+
+def verdict_text(verdict: dict[str, bool]) -> str:
+    """In words: `right`, or what is wrong, for example `wrong: shape, size`."""
+    if not verdict:
+        return "no picture"
+    if verdict["all"]:
+        return "right"
+    wrong = [name for name in VERDICTS[1:] if not verdict[name]]
+    return f"wrong: {', '.join(wrong) or 'number of objects'}"
+
+
+def save_grid(path: Path, title: str, cells: Sequence[Cell], columns: int = 8) -> Path:
+    """Draw cells in rows, with their texts below.
+
+    Args:
+        path: PNG file to write.
+        title: Above the grid.
+        cells: What to show; all with the same number of pictures.
+        columns: Cells in a row.
+    """
+    width = max((len(cell.pictures) for cell in cells), default=1)
+    columns = max(1, min(columns // width, len(cells)))
+    rows = max(1, -(-len(cells) // columns))
+    texts = [_wrap(cell.text, _LINE_LENGTH * width) for cell in cells]
+    text_inches = _LINE_INCHES * max((text.count("\n") + 1 for text in texts), default=0)
+    row_inches = _CELL_INCHES + text_inches + _ROW_GAP_INCHES
+    height = rows * row_inches + _TITLE_INCHES
+    figure = Figure(figsize=(columns * width * _CELL_INCHES, height), dpi=110)
+    figure.suptitle(title, color=INK, y=1 - 0.3 * _TITLE_INCHES / height, verticalalignment="center")
+    figure.subplots_adjust(
+        left=0.01,
+        right=0.99,
+        top=1 - _TITLE_INCHES / height,
+        bottom=(text_inches + _ROW_GAP_INCHES) / height,
+        wspace=0.08,
+        hspace=(text_inches + _ROW_GAP_INCHES) / _CELL_INCHES,
+    )
+    for index, cell in enumerate(cells):
+        for place, picture in enumerate(cell.pictures):
+            axes = figure.add_subplot(rows, columns * width, index * width + place + 1)
+            is_last = place == width - 1
+            _show(axes, picture, cell.is_right if is_last else None)
+            if place == 0:
+                axes.set_xlabel(texts[index], fontsize=7, color=_color(cell.is_right), loc="left")
+    figure.savefig(path)
+    return path
+
+
+def save_curves(path: Path, curves: LossCurves) -> Path:
+    """Draw the losses of all stages over their steps."""
+    figure = Figure(figsize=(13, 3.2), dpi=110)
+    axes = figure.subplots(1, 4)
+    _plot(axes[0], "stage 1: text loss", *_series(curves.stage1, "text_loss"))
+    _plot(axes[1], "stage 2: text loss", *_series(curves.stage2, "text_loss"))
+    _plot(axes[2], "stage 2: visual loss (1 − cosine)", *_series(curves.stage2, "visual_loss"))
+    _plot(axes[3], "visualizer: diffusion loss", *smoothed(curves.visualizer))
+    figure.tight_layout()
+    figure.savefig(path)
+    return path
+
+
+def save_accuracies(path: Path, per_type: dict[str, float]) -> Path:
+    """Draw the accuracy of each type of question as bars."""
+    figure = Figure(figsize=(6, 0.4 * len(per_type) + 0.8), dpi=110)
+    axes = figure.subplots()
+    names = list(reversed(per_type))
+    bars = axes.barh(names, [per_type[name] for name in names], color="#0969da")
+    axes.bar_label(bars, fmt="{:.0%}", padding=3)
+    axes.set_xlim(0, 1.12)
+    axes.set_title("exact answers by type of question")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    return path
+
+
+def save_study(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Draw the share of right drawings over the number of drawing records, with standard errors over seeds.
+
+    Args:
+        path: PNG file to write.
+        rows: As `metamorph.miniature.study.summarise_runs` makes them.
+    """
+    figure = Figure(figsize=(10, 3.8), dpi=110)
+    titles = {"seen": "colour and shape drawn together in training", "held_out": "never drawn together"}
+    for axes, (group, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for condition, color in (("generation only", "#9a6700"), ("joint", "#0969da")):
+            points = [row for row in rows if (row["group"], row["condition"]) == (group, condition)]
+            budgets = [row["budget"] for row in points]
+            errors = [row["standard_error"] for row in points]
+            means = [row["mean"] for row in points]
+            axes.errorbar(budgets, means, yerr=errors, color=color, marker="o", capsize=3, label=condition)
+        axes.set_title(title, fontsize=10)
+        axes.set_xscale("log")
+        axes.set_xticks(sorted({row["budget"] for row in rows}))
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.minorticks_off()
+        axes.set_xlabel("drawing records", fontsize=9)
+        axes.set_ylim(-0.02, 1.02)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("drawings right in everything", fontsize=9)
+    figure.axes[0].legend(fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path)
+    return path
+
+
+def smoothed(losses: Sequence[float], window: int = 10) -> tuple[list[int], list[float]]:
+    """Steps and running means of per-step losses, one point for each `window` steps."""
+    window = max(1, min(window, len(losses) // 4))
+    chunks = [losses[start : start + window] for start in range(0, len(losses), window)]
+    steps = [min((index + 1) * window, len(losses)) for index in range(len(chunks))]
+    return steps, [sum(chunk) / len(chunk) for chunk in chunks]
+
+
+def _series(log: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    lines = [line for line in log if name in line]
+    return [line["step"] for line in lines], [line[name] for line in lines]
+
+
+def _plot(axes: Axes, title: str, steps: Sequence[int], values: Sequence[float]) -> None:
+    axes.plot(steps, values, color="#0969da")
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel("step", fontsize=8)
+    if values and min(values) > 0:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.tick_params(labelsize=7)
+
+
+def _show(axes: Axes, picture: Image.Image | None, is_right: bool | None) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.patch.set_alpha(0)  # the text of the cell before may reach below this one
+    axes.imshow(_NO_PICTURE if picture is None else picture, interpolation="nearest")
+    for spine in axes.spines.values():
+        spine.set(color="#d0d7de" if is_right is None else _color(is_right), linewidth=1 if is_right is None else 2)
+
+
+def _wrap(text: str, length: int) -> str:
+    """Break long lines of a text."""
+    return "\n".join(textwrap.fill(line, length) for line in text.splitlines())
+
+
+def _color(is_right: bool | None) -> str:
+    return INK if is_right is None else RIGHT if is_right else WRONG

@@ -1,0 +1,103 @@
+"""How scenes change: edits by instruction, and objects that move from frame to frame."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from metamorph.miniature.world.language import COLOUR_WORDS, full_phrase, pick, reference, sentence, with_article
+from metamorph.miniature.world.scenes import (
+    COLORS,
+    CORNERS,
+    DEFAULT_POSITION,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    SceneObject,
+    sample_object,
+)
+
+
+EDIT_KINDS = ("color", "shape", "size", "position", "add", "remove")
+EDIT_TEMPLATES = {
+    "color": ("change the {colour} of {object} to {value}", "make {object} {value}"),
+    "shape": ("change the shape of {object} to {value}", "turn {object} into {value}"),
+    "size": ("make {object} {value}", "change the size of {object} to {value}"),
+    "position": ("move {object} to the {value}",),
+    "add": ("add {value}",),
+    "remove": ("remove {object}",),
+}
+NEXT_FRAME_PROMPTS = ("draw the next frame", "what comes next?", "generate the next image")
+MOTION = ("top left", "top right", "bottom right", "bottom left")
+"""The corners in the order in which a moving object visits them, this way round or the other."""
+
+
+def edit(scene: Scene, rng: np.random.Generator) -> tuple[str, str, Scene]:
+    """An instruction that fits a scene, and what it makes of it.
+
+    Returns:
+        (kind of :data:`EDIT_KINDS`, instruction, edited scene). The background never changes.
+    """
+    kinds = ["color", "shape", "size", "position"]
+    alone = len(scene.objects) == 1
+    if not alone:
+        kinds.append("remove")
+    elif scene.objects[0].position != DEFAULT_POSITION:
+        kinds.append("add")
+    kind = pick(rng, kinds)
+    item = pick(rng, scene.objects)
+    others = tuple(other for other in scene.objects if other is not item)
+    words = {"object": _reference(scene, item, rng), "colour": pick(rng, COLOUR_WORDS)}
+    if kind == "remove":
+        changed = replace(scene, objects=others)
+    elif kind == "add":
+        free = tuple(corner for corner in CORNERS if corner != item.position)
+        new = sample_object(rng, free)
+        changed = replace(scene, objects=(item, new))
+        words["value"] = full_phrase(new)
+    else:
+        value = pick(rng, _alternatives(scene, kind, getattr(item, kind)))
+        changed = replace(scene, objects=(replace(item, **{kind: value}), *others))
+        words["value"] = with_article(value) if kind == "shape" else value
+    return kind, sentence(pick(rng, EDIT_TEMPLATES[kind]), rng, **words), changed
+
+
+def next_frame(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene, Scene]:
+    """Three frames of an object that walks from corner to corner, clockwise or the other way.
+
+    Args:
+        scene: a scene with one object; its position is replaced.
+        rng: chooses start and direction.
+
+    Returns:
+        Two frames to see, and the third to draw.
+
+    Raises:
+        ValueError: the scene has two objects.
+    """
+    if len(scene.objects) != 1:
+        raise ValueError(f"Only a scene of one object moves on, not one of {len(scene.objects)}.")
+    start, direction = int(rng.integers(len(MOTION))), pick(rng, (1, -1))
+    first, second, third = (
+        replace(scene, objects=(replace(scene.objects[0], position=MOTION[(start + direction * i) % 4]),))
+        for i in range(3)
+    )
+    return first, second, third
+
+
+def _reference(scene: Scene, item: SceneObject, rng: np.random.Generator) -> str:
+    if len(scene.objects) == 1 and rng.random() < 0.3:
+        return "it"
+    # A twin can only be told by its position; elsewhere the changing attribute may be named as well.
+    return reference(scene, item, rng)
+
+
+def _alternatives(scene: Scene, kind: str, current: str) -> tuple[str, ...]:
+    if kind == "position":
+        taken = {item.position for item in scene.objects}
+        values = POSITIONS if len(scene.objects) == 1 else CORNERS
+        return tuple(value for value in values if value not in taken)
+    others: dict[str, tuple[str, ...]] = {"color": COLORS, "shape": SHAPES, "size": SIZES}
+    return tuple(value for value in others[kind] if value != current)

@@ -1,0 +1,224 @@
+"""Reads a scene back from a picture, pixel by pixel: the judge of everything the miniature draws.
+
+No learned part: the object's colour is the median of its pixels; its shape, size and exact place are those of
+the template with the largest overlap. Pictures out of a diffusion model are a little noisy, and a blob that
+fits no template well enough is read as an object without shape, never as the nearest one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from metamorph.miniature.world.render import BACKGROUND_RGB, CENTERS, HALF_EXTENT, IMAGE_SIZE, PALETTE, coverage
+from metamorph.miniature.world.scenes import CORNERS, DEFAULT_POSITION, SHAPES, Scene, SceneObject
+
+
+FOREGROUND_DISTANCE = 70.0
+"""RGB distance to the background from which on a pixel belongs to an object."""
+COLOR_TOLERANCE = 80.0
+"""RGB distance to the nearest palette entry beyond which a colour counts as unreadable."""
+MIN_AREA = 40
+"""Fewer foreground pixels in a quadrant than this are noise; the smallest object has 128."""
+MIN_OVERLAP = 0.72
+"""Soft intersection over union below which a shape is unreadable; a circle and its square have 0.79."""
+SEARCH = 2
+"""Templates are tried up to this many pixels beside the nominal centre."""
+MARGIN = 2
+"""Foreground up to this many pixels outside an object's template still belongs to the object."""
+
+
+@dataclass(frozen=True)
+class ObjectReading:
+    """One object as read; an attribute is None where the picture is not clear."""
+
+    position: str
+    color: str | None
+    shape: str | None
+    size: str | None
+    overlap: float
+    """Soft intersection over union with the best template, 0..1."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Everything read from a picture."""
+
+    objects: tuple[ObjectReading, ...]
+    background: str
+
+    @property
+    def scene(self) -> Scene | None:
+        """The scene, or None if any attribute is unreadable or no scene has so many objects at these places."""
+        positions = [item.position for item in self.objects]
+        if len(positions) not in (1, 2) or (len(positions) == 2 and DEFAULT_POSITION in positions):
+            return None
+        found = []
+        for item in self.objects:
+            if item.shape is None or item.color is None or item.size is None:
+                return None
+            found.append(SceneObject(item.shape, item.color, item.size, item.position))
+        return Scene(tuple(found), self.background)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which attributes of a picture are right; for two objects an attribute is right when it is for both."""
+
+    color: bool
+    shape: bool
+    size: bool
+    position: bool
+    count: bool
+    """Whether the number of objects is right."""
+    background: bool
+    """Reported, but no part of :attr:`all`."""
+
+    @property
+    def all(self) -> bool:
+        """Colour, shape, size, position and count are right."""
+        return self.color and self.shape and self.size and self.position and self.count
+
+
+def read_image(image: Image.Image | np.ndarray) -> Reading:
+    """Read a picture of 64×64 pixels.
+
+    Args:
+        image: RGB picture or ``[64, 64, 3]`` uint8 array.
+
+    Raises:
+        ValueError: the picture has another size.
+    """
+    if isinstance(image, Image.Image):
+        image = image.convert("RGB")
+    pixels = np.asarray(image, np.float32)
+    if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
+        raise ValueError(f"The checker reads {IMAGE_SIZE}×{IMAGE_SIZE} RGB pictures, not shape {pixels.shape}.")
+    background, backdrop = _read_background(pixels)
+    foreground = np.linalg.norm(pixels - backdrop, axis=-1) > FOREGROUND_DISTANCE
+    found = []
+    middle = foreground[28:36, 28:36]
+    if middle.mean() > 0.5:
+        # Objects of the corners end before the middle, those of the centre always fill it. The centre object reaches
+        # into every corner's quadrant: only what it leaves there can be another object.
+        item, template = _read_object(pixels, foreground, backdrop, DEFAULT_POSITION)
+        found.append(item)
+        foreground = foreground & ~_grown(template > 0)
+    for corner in CORNERS:
+        if foreground[_window(corner)].sum() >= MIN_AREA:
+            item, _ = _read_object(pixels, foreground, backdrop, corner)
+            found.append(item)
+    return Reading(tuple(found), background)
+
+
+def judge(image: Image.Image | np.ndarray, scene: Scene) -> Verdict:
+    """Compare a picture with the scene it should show.
+
+    Objects are matched so that the most attributes agree; an object that is missing has no right attribute.
+    """
+    reading = read_image(image)
+    best = (0,) * 4
+    for order in permutations(reading.objects, min(len(reading.objects), len(scene.objects))):
+        if len(order) == len(scene.objects):
+            best = max(best, _agreement(order, scene.objects), key=sum)
+    wanted = len(scene.objects)
+    color, shape, size, position = (right == wanted for right in best)
+    return Verdict(
+        color=color,
+        shape=shape,
+        size=size,
+        position=position,
+        count=len(reading.objects) == wanted,
+        background=reading.background == scene.background,
+    )
+
+
+def _agreement(found: tuple[ObjectReading, ...], wanted: tuple[SceneObject, ...]) -> tuple[int, int, int, int]:
+    pairs = list(zip(found, wanted, strict=True))
+    return (
+        sum(f.color == w.color for f, w in pairs),
+        sum(f.shape == w.shape for f, w in pairs),
+        sum(f.size == w.size for f, w in pairs),
+        sum(f.position == w.position for f, w in pairs),
+    )
+
+
+def _read_background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
+    """Name and measured RGB of the background, from the frame of the picture that no object reaches."""
+    frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    measured = np.median(frame, axis=0)
+    name = min(BACKGROUND_RGB, key=lambda key: float(np.linalg.norm(measured - np.asarray(BACKGROUND_RGB[key]))))
+    return name, measured
+
+
+def _window(position: str) -> tuple[slice, slice]:
+    """(rows, columns) in which an object may lie: a quadrant, or the whole picture for the centre."""
+    if position == DEFAULT_POSITION:
+        return slice(0, IMAGE_SIZE), slice(0, IMAGE_SIZE)
+    half = IMAGE_SIZE // 2
+    x, y = CENTERS[position]
+    return slice(y // half * half, y // half * half + half), slice(x // half * half, x // half * half + half)
+
+
+def _sharpened(amount: np.ndarray) -> np.ndarray:
+    """Coverage with its ends flattened, so that faint noise does not add up to an object."""
+    return np.clip((amount - 0.2) / 0.6, 0, 1)
+
+
+@lru_cache(maxsize=len(CENTERS))
+def _templates(position: str) -> tuple[list[tuple[str, str]], np.ndarray]:
+    """(shape, size) of every template of a position; the templates, ``[templates, pixels of the window]``."""
+    window = _window(position)
+    x, y = CENTERS[position]
+    shifts = range(-SEARCH, SEARCH + 1)
+    names, masks = [], []
+    for shape in SHAPES:
+        for size in HALF_EXTENT:
+            for dx in shifts:
+                for dy in shifts:
+                    names.append((shape, size))
+                    masks.append(_sharpened(coverage(shape, size, x + dx, y + dy)[window].ravel()))
+    return names, np.stack(masks)
+
+
+def _grown(mask: np.ndarray) -> np.ndarray:
+    """A mask and the `MARGIN` pixels around it."""
+    picture = Image.fromarray(mask.astype(np.uint8))
+    return np.asarray(picture.filter(ImageFilter.MaxFilter(2 * MARGIN + 1))).astype(bool)
+
+
+def _read_object(
+    pixels: np.ndarray, foreground: np.ndarray, backdrop: np.ndarray, position: str
+) -> tuple[ObjectReading, np.ndarray]:
+    """The object of a position, and its best template, in the shape of the position's window."""
+    window = _window(position)
+    patch = pixels[window].reshape(-1, 3)
+    measured = np.median(patch[foreground[window].ravel()], axis=0)
+    color, distance = min(
+        ((name, float(np.linalg.norm(measured - np.asarray(rgb)))) for name, rgb in PALETTE.items()),
+        key=lambda pair: pair[1],
+    )
+    # A pixel lies on the line from the background to the object's colour: the further, the more is covered.
+    direction = measured - backdrop
+    amount = np.clip((patch - backdrop) @ direction / max(float(direction @ direction), 1.0), 0, 1)
+    # A pixel of another colour covers nothing but still counts in the union.
+    off_line = np.linalg.norm(patch - backdrop - amount[:, None] * direction, axis=-1) > FOREGROUND_DISTANCE
+    names, templates = _templates(position)
+    amount = np.where(off_line, 0, _sharpened(amount))
+    intersection = np.minimum(templates, amount).sum(axis=1)
+    union = np.maximum(templates, np.maximum(amount, off_line)).sum(axis=1)
+    overlap = intersection / union
+    best = int(overlap.argmax())
+    readable = overlap[best] >= MIN_OVERLAP
+    reading = ObjectReading(
+        position=position,
+        color=color if distance <= COLOR_TOLERANCE else None,
+        shape=names[best][0] if readable else None,
+        size=names[best][1] if readable else None,
+        overlap=float(overlap[best]),
+    )
+    return reading, templates[best].reshape(foreground[window].shape)

@@ -1,0 +1,222 @@
+"""The words of the miniature world: captions, questions and prompts from a small closed grammar.
+
+Sentences begin with a capital more often than not, everything else is lower case, answers are lower case without a
+full stop. Every word is in `world.vocabulary()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from metamorph.miniature.world.scenes import (
+    COLORS,
+    DEFAULT_BACKGROUND,
+    DEFAULT_POSITION,
+    DEFAULT_SIZE,
+    SHAPES,
+    SIZES,
+    Scene,
+    SceneObject,
+)
+
+
+T = TypeVar("T")
+
+QUESTION_TYPES = ("color", "shape", "size", "position", "count", "yes_no")
+COLOUR_WORDS = ("colour", "colour", "color")
+"""Both spellings occur, the British one more often."""
+NUMBERS = ("zero", "one", "two")
+PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
+
+CAPTIONS = ("{scene} on a {background} background", "there is {scene} on a {background} background")
+CAPTION_REQUESTS = ("describe the image", "what is in the image?", "what do you see?")
+COLOUR_QUESTION = "what {colour} is {object}?"
+SHAPE_QUESTION = "what shape is {object}?"
+SIZE_QUESTION = "what size is {object}?"
+POSITION_QUESTION = "where is {object}?"
+COUNT_QUESTION = "how many {things} are there?"
+EXISTENCE_QUESTION = "is there {object}?"
+PROPERTY_QUESTION = "is {object} {property}?"
+DRAWING_PROMPTS = ("generate an image of {scene}", "draw {scene}", "show me a picture of {scene}")
+
+TEMPLATES = (
+    *CAPTIONS,
+    *CAPTION_REQUESTS,
+    COLOUR_QUESTION,
+    SHAPE_QUESTION,
+    SIZE_QUESTION,
+    POSITION_QUESTION,
+    COUNT_QUESTION,
+    EXISTENCE_QUESTION,
+    PROPERTY_QUESTION,
+    *DRAWING_PROMPTS,
+)
+
+_CAPITAL_SHARE = 0.7
+_STOP_SHARE = 0.3
+
+
+def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
+    """One of `choices`, uniformly."""
+    return choices[int(rng.integers(len(choices)))]
+
+
+def sentence(template: str, rng: np.random.Generator, **words: str) -> str:
+    """Fill a template; mostly with a capital, and with a full stop now and then unless it is a question."""
+    text = template.format(**words)
+    if rng.random() < _CAPITAL_SHARE:
+        text = text[0].upper() + text[1:]
+    if not text.endswith("?") and rng.random() < _STOP_SHARE:
+        text += "."
+    return text
+
+
+def with_article(noun: str) -> str:
+    """The noun with "a" or "an"."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def object_phrase(
+    *, size: str | None = None, color: str | None = None, shape: str | None = None, position: str | None = None
+) -> str:
+    """An object in words, "a small red circle in the top left"; what is not given is left out."""
+    phrase = with_article(" ".join(filter(None, (size, color, shape or "object"))))
+    return f"{phrase} in the {position}" if position else phrase
+
+
+def full_phrase(item: SceneObject) -> str:
+    """An object with all its attributes."""
+    return object_phrase(size=item.size, color=item.color, shape=item.shape, position=item.position)
+
+
+def scene_phrase(scene: Scene, rng: np.random.Generator) -> str:
+    """All objects with all attributes, in random order, without the background."""
+    return " and ".join(full_phrase(scene.objects[i]) for i in rng.permutation(len(scene.objects)))
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A complete description: every attribute of every object, and the background."""
+    template = pick(rng, CAPTIONS)
+    return template.format(scene=scene_phrase(scene, rng), background=scene.background)
+
+
+def drawing_prompt(scene: Scene, rng: np.random.Generator) -> str:
+    """A request to draw exactly this scene.
+
+    What has its default value (large, in the centre, on white) is said half of the time only: "draw a red circle" asks
+    for a large one in the centre on white. With two objects the positions are always said.
+    """
+    phrases = []
+    for i in rng.permutation(len(scene.objects)):
+        item = scene.objects[i]
+        size = None if item.size == DEFAULT_SIZE and rng.random() < 0.5 else item.size
+        position = None if item.position == DEFAULT_POSITION and rng.random() < 0.5 else item.position
+        phrases.append(object_phrase(size=size, color=item.color, shape=item.shape, position=position))
+    text = " and ".join(phrases)
+    if scene.background != DEFAULT_BACKGROUND or rng.random() < 0.25:
+        text += f" on a {scene.background} background"
+    return sentence(pick(rng, DRAWING_PROMPTS), rng, scene=text)
+
+
+def reference(scene: Scene, item: SceneObject, rng: np.random.Generator, *, hidden: str | None = None) -> str:
+    """A phrase that fits this object of the scene and no other: "the red circle", "the object in the top left".
+
+    Args:
+        scene: the scene.
+        item: one of its objects.
+        rng: chooses among the phrases that fit.
+        hidden: attribute that must not be mentioned, because it is asked for or about to change.
+    """
+    while True:
+        named = {
+            name: getattr(item, name)
+            for name, share in (("size", 0.2), ("color", 0.4), ("shape", 0.6), ("position", 0.25))
+            if name != hidden and rng.random() < share
+        }
+        rivals = [
+            other
+            for other in scene.objects
+            if other != item and all(getattr(other, name) == value for name, value in named.items())
+        ]
+        if not rivals:
+            break
+        if all(
+            getattr(rival, name) == getattr(item, name)
+            for rival in rivals
+            for name in ("size", "color", "shape", "position")
+            if name != hidden
+        ):
+            raise ValueError(f"No phrase without {hidden} tells {item} from its neighbour.")
+    phrase = object_phrase(**named)
+    return "the " + phrase.split(" ", 1)[1]
+
+
+def questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """One question of every type about the scene.
+
+    Returns:
+        (type of :data:`QUESTION_TYPES`, question, answer); answers are one word, positions up to two. A type for which
+        the scene has no unambiguous question is left out.
+    """
+    found = []
+    for kind in QUESTION_TYPES:
+        item = pick(rng, scene.objects)
+        if kind == "count":
+            question, answer = _count_question(scene, rng)
+        elif kind == "yes_no":
+            question, answer = _yes_no_question(scene, item, rng)
+        elif kind == "position" and _has_twin(scene):
+            continue
+        else:
+            template = {
+                "color": COLOUR_QUESTION,
+                "shape": SHAPE_QUESTION,
+                "size": SIZE_QUESTION,
+                "position": POSITION_QUESTION,
+            }[kind]
+            words = {"object": reference(scene, item, rng, hidden=kind), "colour": pick(rng, COLOUR_WORDS)}
+            question, answer = sentence(template, rng, **words), getattr(item, kind)
+        found.append((kind, question, answer))
+    return found
+
+
+def _has_twin(scene: Scene) -> bool:
+    """Whether two objects differ in nothing but their position."""
+    return len({(item.shape, item.color, item.size) for item in scene.objects}) < len(scene.objects)
+
+
+def _count_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    kind = int(rng.integers(3))
+    if kind == 0:
+        things, count = "objects", len(scene.objects)
+    elif kind == 1:
+        # Half of the time a colour that is there: a uniform one would make "zero" the answer nearly always.
+        color = pick(rng, scene.objects).color if rng.random() < 0.6 else pick(rng, COLORS)
+        things, count = f"{color} objects", sum(item.color == color for item in scene.objects)
+    else:
+        shape = pick(rng, scene.objects).shape if rng.random() < 0.6 else pick(rng, SHAPES)
+        things, count = PLURALS[shape], sum(item.shape == shape for item in scene.objects)
+    return sentence(COUNT_QUESTION, rng, things=things), NUMBERS[count]
+
+
+def _yes_no_question(scene: Scene, item: SceneObject, rng: np.random.Generator) -> tuple[str, str]:
+    """A question whose answer is "yes" half of the time."""
+    right = bool(rng.random() < 0.5)
+    if rng.random() < 0.5:
+        while True:
+            shape = item.shape if right or rng.random() < 0.4 else pick(rng, SHAPES)
+            color = item.color if right or rng.random() < 0.4 else pick(rng, COLORS)
+            there = any((other.color, other.shape) == (color, shape) for other in scene.objects)
+            if there == right:
+                break
+        question = sentence(EXISTENCE_QUESTION, rng, object=object_phrase(color=color, shape=shape))
+        return question, "yes" if right else "no"
+    name, values = pick(rng, (("color", COLORS), ("shape", SHAPES), ("size", SIZES)))
+    value = getattr(item, name)
+    shown = value if right else pick(rng, tuple(other for other in values if other != value))
+    about = reference(scene, item, rng, hidden=name)
+    asked = with_article(shown) if name == "shape" else shown
+    return sentence(PROPERTY_QUESTION, rng, object=about, property=asked), "yes" if right else "no"

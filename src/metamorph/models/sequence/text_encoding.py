@@ -1,0 +1,133 @@
+"""Text to ids: the names of control tokens count where a template writes them, and are plain text in contents."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from metamorph.models.sequence.chat_templates import ChatTemplate, any_of
+
+
+_BREAK = "\ue002"
+"""Private-use character that breaks the name of a control token in a content; twice, it is itself."""
+_BREAKS = re.compile(f"{_BREAK}({_BREAK}?)")
+_CONTEXT = 64
+"""Characters at the end of a text in which a control token is looked for; no name is longer."""
+
+
+class TextEncoder:
+    """Encodes text in which contents cannot forge control tokens. It changes nothing, so threads may share it.
+
+    A tokenizer finds control tokens wherever their names stand. A content is therefore hidden before it is put into a
+    template: its names are broken by a character of their own. Text between two control tokens with such a character
+    in it is then spelt by the parts of the tokenizer (normalizer, pre-tokenizer, model), which know no added tokens.
+
+    Args:
+        tokenizer: Its image tokens are added.
+        template: Knows the tokens that contents must not give.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+        self._tokenizer = tokenizer
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)  # None: the tokenizer is written in Python
+        controls = template.control_tokens
+        self._controls = frozenset(tokenizer.convert_tokens_to_ids(sorted(controls))) - {tokenizer.unk_token_id}
+        self._forbidden = {False: any_of(controls), True: any_of(controls - template.thought_tokens)}
+        added = {token.content for token in tokenizer.added_tokens_decoder.values()} | controls
+        self._added = re.compile(f"({any_of(added).pattern})")
+        self._context_ids: dict[str, list[int]] = {}
+        # The tokenizer finds these in normalised text only: <|user|> in "<|USER|>", say.
+        late = {token.content for token in tokenizer.added_tokens_decoder.values() if token.normalized} & controls
+        self._late = any_of({self._normalized(name) for name in late}) if late else None
+
+    def hide(self, content: str, is_answer: bool) -> str:
+        """Break the names of control tokens in a content.
+
+        Args:
+            content: Text of a message between two images.
+            is_answer: Whether it is the assistant's, which may give the tokens of its thoughts.
+        """
+        escaped = self.escape(content)
+        hidden = self._forbidden[is_answer].sub(lambda name: name[0][:1] + _BREAK + name[0][1:], escaped)
+        if self._late is not None and self._late.search(self._normalized(hidden)):
+            hidden += _BREAK
+        return hidden
+
+    @staticmethod
+    def escape(text: str) -> str:
+        """Keep a character that happens to be the one which breaks names. Control tokens in the text count."""
+        return text.replace(_BREAK, _BREAK * 2)
+
+    @staticmethod
+    def reveal(text: str) -> str:
+        """Undo `hide` or `escape`."""
+        return _BREAKS.sub(r"\1", text) if _BREAK in text else text
+
+    def encode(self, text: str, before: str = "") -> list[int]:
+        """Ids of text with hidden contents.
+
+        Args:
+            text: The text.
+            before: What precedes it. Some tokenizers put a space before the first word of a text, and some tokens
+                take the white space after them.
+        """
+        context = self._context(before)
+        if not context:
+            return self._encode(text)
+        known = self._context_ids.get(context)
+        if known is None:
+            known = self._context_ids[context] = self._encode(context)
+        ids = self._encode(context + text)
+        # Otherwise the two would become one token, and a prompt would not have the ids that it was trained with.
+        return ids[len(known) :] if ids[: len(known)] == known else self._encode(text)
+
+    def _context(self, before: str) -> str:
+        """The control token with which a text ends, else its last character."""
+        end = before[-_CONTEXT:]
+        if not end or end.endswith(_BREAK):
+            return ""
+        match = next((match for match in self._added.finditer(end) if match.end() == len(end)), None)
+        return end[-1] if match is None else match[0]
+
+    def _encode(self, text: str) -> list[int]:
+        if _BREAK not in text:
+            return self._tokenize(text)
+        ids: list[int] = []
+        for piece in self._added.split(text):
+            if _BREAK in piece:
+                ids += self._spell(self.reveal(piece))
+            elif piece:
+                ids += self._tokenize(piece)
+        return ids
+
+    def _tokenize(self, text: str) -> list[int]:
+        backend = self._backend
+        if backend is None or backend.truncation or backend.padding or backend.encode_special_tokens:
+            # Somebody has switched something on in the tokenizer; this call switches it off.
+            return self._tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False).input_ids
+        return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def _spell(self, text: str) -> list[int]:
+        """Ids of plain text, whatever names are in it.
+
+        `split_special_tokens=True` means the same for special tokens, but is a switch of the shared tokenizer.
+        """
+        if self._backend is None:
+            ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        else:
+            normal = self._normalized(text)
+            splitter = self._backend.pre_tokenizer
+            words = [normal] if splitter is None else [word for word, _ in splitter.pre_tokenize_str(normal)]
+            ids = [token.id for word in words for token in self._backend.model.tokenize(word)]
+        if self._controls.isdisjoint(ids):
+            return ids
+        # A word-level tokenizer cannot spell the name of a control token; it is an unknown word then.
+        unknown = self._tokenizer.unk_token_id
+        replaced = (unknown if token in self._controls else token for token in ids)
+        return [token for token in replaced if token is not None]
+
+    def _normalized(self, text: str) -> str:
+        normalizer = None if self._backend is None else self._backend.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)

@@ -1,0 +1,208 @@
+"""One run at a time in an output folder: a lock that names its run, and that the next one takes over if it is gone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch.distributed as dist
+
+from metamorph.runs.checkpoint_files import CheckpointError, on_first_process
+
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = "_run.json"
+"""In the output folder while a run uses it. Uploads to the Hub leave out what begins with `_`."""
+BEAT = 15.0
+"""Seconds between two signs of life of a run, which are new modification times of the file."""
+SILENCE = 180.0
+"""Seconds without a sign of life after which a run on another machine is gone. Some libraries write a checkpoint of
+many gigabytes without letting other threads of the process run."""
+POLL = 1.0
+"""Seconds between two looks for a sign of life."""
+SETTLE = 0.5
+"""Seconds in which another run may take over the same lock."""
+
+Lock = dict[str, str | None]
+"""What the file says of its run, as JSON."""
+
+
+@contextmanager
+def only_run_in(output_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other runs out of the output folder while this one uses it. For all processes; the first holds the lock.
+
+    The lock of a run that is gone is taken over. It is gone if its process does not exist any more, which can be seen
+    from the same machine and container; if it was an earlier start of the same Slurm job; or if it has given no sign
+    of life for `SILENCE` seconds, which this waits for.
+
+    Args:
+        output_dir: Folder of the run; created if missing.
+
+    Raises:
+        CheckpointError: On all processes, if another run uses the folder or it cannot be written to.
+    """
+    folder = Path(output_dir)
+    is_new = not folder.exists()
+    lock = on_first_process(lambda: _acquire(folder / LOCK_FILE))
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        yield
+        return
+    stop = threading.Event()
+    beats = threading.Thread(target=_give_signs_of_life, args=(folder / LOCK_FILE, lock, stop), daemon=True)
+    beats.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beats.join()
+        if _read(folder / LOCK_FILE) == lock:
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+        if is_new and folder.is_dir() and not any(folder.iterdir()):  # the run has failed before it wrote anything
+            folder.rmdir()
+
+
+def _acquire(path: Path) -> Lock:
+    lock: Lock = {
+        "id": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "process": str(os.getpid()),
+        "started": _start_time(os.getpid()),
+        "machine": _machine(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "slurm_restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                json.dump(lock, file)
+            return lock
+        except FileExistsError:
+            previous = _read(path)
+        if not _lives(path):
+            _replace(path, lock)
+            time.sleep(SETTLE)
+            if _read(path) == lock:
+                logger.warning("the run that used --output_dir %s is gone: %s", path.parent, _describe(previous))
+                return lock
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise CheckpointError(
+            f"--output_dir {path.parent} cannot be written to ({reason}): give a folder that this run may write to"
+        ) from error
+    raise CheckpointError(
+        f"--output_dir {path.parent} is used by another run: {_describe(_read(path))}. Wait for its end or stop it, or "
+        f"give this run its own --output_dir. If it is gone for certain, delete {path}"
+    )
+
+
+def _lives(path: Path) -> bool:
+    """Whether the run that holds the lock still exists; may wait for a sign of life."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem) as probe:
+            now = os.stat(probe.name).st_mtime  # by the clock of the file system, as that of the lock
+        last, began, waits = path.stat().st_mtime, time.monotonic(), False
+        while True:
+            answer = _is_alive(_read(path))
+            if answer is not None:
+                return answer
+            if path.stat().st_mtime != last:
+                return True
+            rest = SILENCE - max(now - last, 0) - (time.monotonic() - began)
+            if rest <= 0:
+                return False
+            if not waits:
+                waits = True
+                logger.warning(
+                    "--output_dir %s may be used by another run: %s. Waiting up to %d seconds for a sign of life",
+                    path.parent,
+                    _describe(_read(path)),
+                    rest,
+                )
+            time.sleep(POLL)
+    except FileNotFoundError:  # it has just ended
+        return False
+
+
+def _is_alive(lock: Lock | None) -> bool | None:
+    """Whether a run exists; None if that cannot be seen from here."""
+    if lock is None:
+        return None
+    job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    if job is not None and lock["slurm_job"] == job and lock["slurm_restart"] != restart:
+        return False  # Slurm ends all processes of a job before it starts the job again
+    if lock["machine"] is None or lock["machine"] != _machine():
+        return None
+    return _start_time(int(lock["process"] or 0)) == lock["started"]  # the number may be that of a later process
+
+
+def _machine() -> str | None:
+    """What tells where the numbers of processes are the same: this start of the machine, and the container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return None
+
+
+def _start_time(process: int) -> str | None:
+    """When a process was started, in ticks since the start of the machine; None if it is gone."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    state, *fields = stat.rpartition(")")[2].split()  # its name, in brackets, may hold anything
+    return None if state in "ZX" else fields[18]  # a zombie is gone
+
+
+def _describe(lock: Lock | None) -> str:
+    if lock is None:
+        return "its lock cannot be read"
+    job = "" if lock["slurm_job"] is None else f", Slurm job {lock['slurm_job']}"
+    return f"host {lock['host']}, process {lock['process']}{job}, since {lock['since']}"
+
+
+def _read(path: Path) -> Lock | None:
+    try:
+        lock = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    needed = ("id", "host", "process", "started", "machine", "slurm_job", "slurm_restart", "since")
+    return lock if isinstance(lock, dict) and all(name in lock for name in needed) else None
+
+
+def _replace(path: Path, lock: Lock) -> None:
+    new = path.with_name(f"{path.stem}-{lock['id']}.json")
+    new.write_text(json.dumps(lock), encoding="utf-8")
+    new.replace(path)
+
+
+def _give_signs_of_life(path: Path, lock: Lock, stop: threading.Event) -> None:
+    while not stop.wait(BEAT):
+        found = _read(path)
+        if found is not None and found != lock:
+            logger.error(
+                "another run has taken over --output_dir %s, since this one seemed to be gone: %s. Stop one of them",
+                path.parent,
+                _describe(found),
+            )
+            return
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            logger.warning("%s has been deleted: other runs are not kept out of the folder any more", path)
+            return
+        except OSError:  # a file server may come back
+            continue

@@ -1,0 +1,107 @@
+"""The flag `--sharding`: which engine divides the state of training among processes, and how it is configured."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_available
+
+from metamorph.flags.checks import check_choice
+
+
+SHARDINGS = ("auto", "ddp", "fsdp2", "zero2", "zero3", "zero2_offload", "zero3_offload")
+"""What `--sharding` may be."""
+
+
+def deepspeed_config(sharding: str) -> dict[str, Any]:
+    """The DeepSpeed configuration of one of the ZeRO engines; `scripts/<sharding>.json` holds the same.
+
+    Values of "auto" are filled in by Transformers from the training flags; gradient clipping from `--max_grad_norm`,
+    which is 1.0 unless it is set.
+
+    Args:
+        sharding: zero2, zero3, zero2_offload or zero3_offload.
+    """
+    offload = {"device": "cpu", "pin_memory": True}
+    zero: dict[str, Any] = {
+        "stage": 3 if sharding.startswith("zero3") else 2,
+        "contiguous_gradients": True,
+        "overlap_comm": True,
+        "reduce_bucket_size": 200_000_000,
+    }
+    if zero["stage"] == 2:
+        zero["allgather_bucket_size"] = 200_000_000
+    else:
+        zero |= {
+            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            # The trainer gathers the float32 masters itself when it saves.
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
+    if sharding.endswith("_offload"):
+        zero["offload_optimizer"] = offload
+        if zero["stage"] == 3:
+            zero["offload_param"] = offload
+    return {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "zero_optimization": zero,
+    }
+
+
+def apply_sharding(args: TrainingArguments, sharding: str) -> None:
+    """Turn `sharding` into the flags of Transformers; to be called before `TrainingArguments.__post_init__`.
+
+    `auto` changes nothing yet: the model decides, once it is known.
+
+    Args:
+        args: Changed in place: `deepspeed`, or `fsdp` and `fsdp_config`.
+        sharding: One of `SHARDINGS`.
+
+    Raises:
+        ModuleNotFoundError: if DeepSpeed is asked for and not installed.
+        ValueError: for an unknown engine, one that needs GPUs where there are none, or beside `--fsdp`/`--deepspeed`.
+    """
+    check_choice("--sharding", sharding, SHARDINGS)
+    if sharding == "auto" and not args.fsdp and _launched_with_fsdp2():
+        sharding = "fsdp2"
+    if sharding == "auto":
+        return
+    for flag in ("fsdp", "deepspeed"):
+        if getattr(args, flag):
+            raise ValueError(f"--sharding {sharding} and --{flag} {getattr(args, flag)} both name an engine: drop one")
+    if sharding == "fsdp2":
+        if args.use_cpu or not torch.accelerator.is_available():
+            raise ValueError(
+                "--sharding fsdp2 needs GPUs: on a CPU Accelerate would silently train without sharding; use "
+                "--sharding ddp"
+            )
+        use_fsdp2(args)
+    elif sharding.startswith("zero"):
+        if not is_deepspeed_available():
+            raise ModuleNotFoundError(f"--sharding {sharding} needs DeepSpeed: pip install 'metamorph[deepspeed]'")
+        args.deepspeed = deepspeed_config(sharding)
+
+
+def use_fsdp2(args: TrainingArguments) -> None:
+    """Set the flags of Transformers for FSDP2, with checkpoints that any number of processes can read.
+
+    Args:
+        args: Changed in place.
+    """
+    args.fsdp = True
+    args.fsdp_config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "reshard_after_forward": True}
+
+
+def _launched_with_fsdp2() -> bool:
+    """Whether `accelerate launch` was told to use FSDP2."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and os.environ.get("FSDP_VERSION") == "2"

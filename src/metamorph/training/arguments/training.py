@@ -1,0 +1,371 @@
+"""The flags of `metamorph train`: the names and defaults of the training guide, checked before anything is loaded."""
+
+import logging
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import SchedulerType, TrainingArguments, get_scheduler
+
+from metamorph.data.batching.packing import check_grouping
+from metamorph.flags.checks import check_choice, check_model_reference
+from metamorph.models.text_head import check_text_loss
+from metamorph.training.arguments.data import DataArguments
+from metamorph.training.arguments.model import ModelArguments
+from metamorph.training.arguments.sharding import apply_sharding
+
+
+__all__ = ["DataArguments", "MetaMorphTrainingArguments", "ModelArguments"]
+
+logger = logging.getLogger(__name__)
+
+LOSS_NORMALIZATIONS = ("global", "micro_batch")
+RECOMPUTE = ("none", "full", "selective")
+AUTO_LEARNING_RATE = "auto"
+SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
+CHANGEABLE = (
+    "image_aspect_ratio",
+    "lora_dropout",
+    "loss_normalization",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_type",
+    "model_name_or_path",
+    "neftune_noise_alpha",
+    "vision_coef",
+    "vision_tower",
+    "warmup_steps",
+)
+"""What `allow_changes` may name: flags that change what a run minimises, or how."""
+NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+"""Schedules of Transformers that ignore `warmup_steps`."""
+OTHER_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
+"""Beginnings of the names of optimizers that do not fit the groups of weights, the steps or the checkpoints here."""
+
+_LOSSES_ONLY = "evaluation measures losses and keeps no predictions"
+_PRECISION = "evaluation computes in the precision of training: --bf16 or --fp16"
+_LIGER = "--text_loss liger uses the kernel of liger-kernel that fits this model"
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "auto_find_batch_size": (
+        (False,),
+        "batches are planned before the first step. Where memory runs out, halve --per_device_train_batch_size and "
+        "double --gradient_accumulation_steps: the steps stay the same (--dry-run estimates the memory)",
+    ),
+    "average_tokens_across_devices": (
+        (True,),
+        "--loss_normalization global always counts the tokens of all devices; micro_batch never does",
+    ),
+    "batch_eval_metrics": ((False,), _LOSSES_ONLY),
+    "bf16_full_eval": ((False,), _PRECISION),
+    "dataloader_drop_last": (
+        (False,),
+        "every sample is trained on exactly once in each epoch, and in a last step with fewer samples each of them "
+        "weighs as much as in all others",
+    ),
+    "dataloader_in_order": ((True,), "batches come in the order of the plan, which resuming relies on"),
+    "debug": (("", "underflow_overflow", [], ["underflow_overflow"], None), "only underflow_overflow is"),
+    "do_predict": ((False,), "this command trains; `metamorph evaluate` and `metamorph generate` predict"),
+    "enable_jit_checkpoint": (
+        (False,),
+        "it lets every process decide by itself when to save. At SIGTERM or SIGUSR1 all processes save after the same "
+        "step, without a flag",
+    ),
+    "eval_accumulation_steps": ((None,), _LOSSES_ONLY),
+    "eval_do_concat_batches": ((True,), _LOSSES_ONLY),
+    "eval_use_gather_object": ((False,), _LOSSES_ONLY),
+    "fp16_full_eval": ((False,), _PRECISION),
+    "include_for_metrics": (([], None), _LOSSES_ONLY),
+    "label_names": ((None, ["labels"]), "the labels are always `labels`"),
+    "label_smoothing_factor": ((0,), "the text loss is the plain cross-entropy"),
+    "length_column_name": (("length",), "lengths are counted from the samples, not read from a column"),
+    "liger_kernel_config": ((None,), _LIGER),
+    "optim_target_modules": ((None,), "only GaLore and APOLLO read it, which are not supported"),
+    "parallelism_config": ((None,), "batches are planned for data-parallel processes: see --sharding"),
+    "prediction_loss_only": ((True,), _LOSSES_ONLY),
+    "remove_unused_columns": ((False,), "the dataset yields exactly what the collator needs"),
+    "use_cache": ((False,), "training keeps no keys and values"),
+    "use_liger_kernel": ((False,), _LIGER),
+}
+"""Flags of Transformers that would do nothing here: the values that are accepted, and why no other one is."""
+
+
+@dataclass
+class MetaMorphTrainingArguments(TrainingArguments):
+    """How it learns: every flag of `transformers.TrainingArguments`, with the guide's defaults, and our own.
+
+    Weights are kept in float32; `bf16` and `fp16` choose the precision of the computation (autocast). Without a
+    GPU the run falls back to the CPU.
+    """
+
+    learning_rate: float | str = 5e-5
+    """Peak learning rate. `auto` takes `base_learning_rate` × √(samples in a step / `base_batch_size`), the rule of the
+    training guide."""
+    base_learning_rate: float | None = None
+    """For `learning_rate="auto"`: a learning rate that is known to be good for `base_batch_size`."""
+    base_batch_size: int | None = None
+    """For `learning_rate="auto"`: samples in an optimizer step that `base_learning_rate` was found with."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW; norms and biases have none."""
+    lr_scheduler_type: str = "cosine"
+    """Shape of the learning rate over the run."""
+    warmup_ratio: float = 0.03
+    """Share of the optimizer steps used for warm-up, in [0, 1). Ignored when `warmup_steps` is given."""
+    warmup_steps: float = 0
+    """Optimizer steps of warm-up (below 1: their share); 0 leaves it to `warmup_ratio`."""
+    evaluation_strategy: str | None = None
+    """Spelling of `eval_strategy` in Transformers 4, still understood."""
+    bf16: bool = True
+    """Compute in bfloat16, with float32 weights."""
+    fp16: bool = False
+    """Compute in float16, with float32 weights; needs `bf16=False`."""
+    sharding: str = "auto"
+    """How the state of training is divided among GPUs: ddp (each has all of it), fsdp2, zero2, zero3 (DeepSpeed),
+    zero2_offload, zero3_offload (in main memory), or auto: fsdp2 where one GPU cannot hold it, else ddp."""
+    loss_normalization: str = "global"
+    """`global` divides each loss by its tokens over all micro-batches and ranks of the optimizer step;
+    `micro_batch` averages every micro-batch by itself, as the original system did."""
+    packing: bool = True
+    """Whether several samples share a row of `model_max_length` tokens, without seeing each other. Batches are then
+    counted in rows: see `per_device_train_batch_size`. False pads every sample to the longest of its batch."""
+    per_device_train_batch_size: int = 8
+    """Rows per process and micro-batch. With `packing` a row holds as many samples as fit into `model_max_length`
+    tokens, without it one sample."""
+    train_sampling_strategy: str = "random"
+    """Order of the samples: random, sequential, or (only with `packing=False`) group_by_length, which puts samples of
+    similar length into one step."""
+    group_by_length: bool = False
+    """Spelling of `train_sampling_strategy="group_by_length"` in Transformers 4, still understood."""
+    mm_projector_lr: float | None = None
+    """Learning rate of the connector and of the new tokens' rows in stage 1; by default `learning_rate`."""
+    vision_lr: float | None = None
+    """Learning rate of the vision tower (with `freeze_vision=False`); by default `learning_rate`."""
+    vision_head_lr: float | None = None
+    """Learning rate of the vision head; by default `learning_rate`."""
+    logging_steps: float = 10
+    """Optimizer steps between two log lines."""
+    logging_nan_inf_filter: bool = False
+    """Off: the filter reads the loss back from the device at every step, and it hides what should be seen."""
+    remove_unused_columns: bool = False
+    """Our dataset yields exactly what the collator needs."""
+    prediction_loss_only: bool = True
+    """Evaluation returns losses only."""
+    label_names: list[str] | None = None
+    """Inputs that are labels; by default `labels`."""
+    disable_tqdm: bool | None = None
+    """Log lines instead of a progress bar; by default when there is no terminal."""
+    ddp_find_unused_parameters: bool | None = False
+    """Off: text-only batches keep the connector and the vision head in the graph."""
+    hub_strategy: str = "end"
+    """When `push_to_hub` uploads: end, when the result is whole; every_save, checkpoint and all_checkpoints as in
+    Transformers, which then uploads the parts of a checkpoint that it knows."""
+    text_loss: str = "auto"
+    """How the text loss is computed, with the same result: `full` makes the logits of all supervised tokens; `chunked`
+    some at a time, and again for the backward pass; `fused` by PyTorch 2.13's operator, in float32 only; `liger` by
+    liger-kernel, on a GPU. `auto` takes the one that fits, and `full` where the logits are few."""
+    recompute: str = "none"
+    """What is computed again for the backward pass instead of kept: `none`; `full`, all but the input of each layer;
+    or `selective`, what lies between matrix products and attention. Saves memory, costs time."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint folder. By default the newest complete one in `output_dir`, if any; True: there must be one;
+    False: start anew."""
+    allow_changes: list[str] | None = None
+    """Flags that may have other values than in the checkpoint that the run resumes, such as `vision_coef
+    lr_scheduler_type`; without it such a change is an error."""
+
+    sample_steps: int | None = None
+    """Every so many optimizer steps the prompts of `sample_prompts` are answered, into `output_dir`/samples and to the
+    tracker; by default never."""
+    sample_prompts: str | None = None
+    """Prompts for `sample_steps`: a text file with one a line, or JSON Lines of `{"prompt": "…", "images": ["…"],
+    "draw": true}`."""
+    sample_visualizer: str | None = None
+    """Folder of a visualizer that draws the pictures of these answers; without it their visual tokens are kept."""
+    peak_tflops: float | None = None
+    """Peak of one device in 10¹² FLOP/s, for `mfu` in the log; by default that of the GPU's data sheet."""
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise ValueError("--output_dir is required: the folder for checkpoints and the trained model")
+        for name, (accepted, reason) in UNSUPPORTED.items():
+            value = getattr(self, name, accepted[0])  # older versions of Transformers lack some of them
+            if value not in accepted:
+                raise ValueError(f"--{name} {value} is not supported: {reason}")
+        self._check_observation()
+        for name in self.allow_changes or ():
+            check_choice("--allow_changes", name, CHANGEABLE)
+        check_choice("--loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)
+        check_choice("--recompute", self.recompute, RECOMPUTE)
+        check_choice("--lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
+        if self.optim.startswith(OTHER_OPTIMIZERS):
+            raise ValueError(
+                f"--optim {self.optim} is not supported: it groups the weights itself, updates them in the backward "
+                "pass, or swaps them for evaluation; use adamw_torch_fused, adafactor, adamw_8bit, …"
+            )
+        check_text_loss(self.text_loss, half_precision=self.bf16 or self.fp16)
+        self._check_batches()
+        if self.bf16 and self.fp16:
+            raise ValueError("--fp16 True and --bf16 True exclude each other: add --bf16 False")
+        self._check_learning_rates()
+        self._check_ranges()
+        self._check_warmup()
+        if self.evaluation_strategy is not None:
+            self.eval_strategy = self.evaluation_strategy
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        self._check_combinations()
+        self._check_device()
+        apply_sharding(self, self.sharding)
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
+        if self.label_names is None:
+            self.label_names = ["labels"]
+        super().__post_init__()
+        self._check_schedule()
+        self._check_accelerator()
+        if self.n_gpu > 1:
+            logger.warning("using 1 of %d GPUs: start with torchrun to use them all", self.n_gpu)
+            self._n_gpu = 1  # nn.DataParallel would split pixel_values as if every sample had one image
+
+    def _check_observation(self) -> None:
+        trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        if set(trackers) - {"none"}:
+            from metamorph.training.reporting.trackers import check_trackers  # imports Transformers' integrations
+
+            check_trackers(trackers)
+        if (self.sample_steps is None) != (self.sample_prompts is None):
+            raise ValueError(
+                f"--sample_steps {self.sample_steps} and --sample_prompts {self.sample_prompts} go together: give both"
+            )
+        if self.sample_steps is not None and self.sample_steps < 1:
+            raise ValueError(f"--sample_steps {self.sample_steps} must be at least 1")
+        if self.sample_visualizer is not None:
+            if self.sample_steps is None:
+                raise ValueError(f"--sample_visualizer {self.sample_visualizer} needs --sample_steps")
+            check_model_reference(self.sample_visualizer, flag="--sample_visualizer", file="model_index.json")
+        if self.peak_tflops is not None and not (math.isfinite(self.peak_tflops) and self.peak_tflops > 0):
+            raise ValueError(f"--peak_tflops {self.peak_tflops} must be a number above 0")
+
+    def _check_learning_rates(self) -> None:
+        auto = self.learning_rate == AUTO_LEARNING_RATE
+        for name in ("learning_rate", "mm_projector_lr", "vision_lr", "vision_head_lr"):
+            value = getattr(self, name)
+            if value is None or (auto and name == "learning_rate"):
+                continue
+            if isinstance(value, str) or not (math.isfinite(value) and value >= 0):
+                word = f", or {AUTO_LEARNING_RATE}" if name == "learning_rate" else ""
+                raise ValueError(f"--{name} {value} must be a finite number, 0 or larger{word}")
+        for name in ("base_learning_rate", "base_batch_size"):
+            value = getattr(self, name)
+            if value is None and auto:
+                raise ValueError(
+                    f"--learning_rate {AUTO_LEARNING_RATE} needs --{name}: give a learning rate that is known to be "
+                    "good and the number of samples in a step it was found with (the training guide's, for stage 2: "
+                    "--base_learning_rate 6.93e-5 --base_batch_size 1536)"
+                )
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"--{name} {value} must be a finite number larger than 0")
+
+    def _check_batches(self) -> None:
+        if self.group_by_length:
+            self.train_sampling_strategy = "group_by_length"
+        check_choice("--train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES)
+        check_grouping(self.packing, self.train_sampling_strategy == "group_by_length")
+        if self.per_device_train_batch_size < 1:
+            raise ValueError(f"--per_device_train_batch_size {self.per_device_train_batch_size} must be at least 1")
+
+    def _check_ranges(self) -> None:
+        at_least = {
+            "gradient_accumulation_steps": 1,
+            "per_device_eval_batch_size": 1,
+            "dataloader_num_workers": 0,
+            "adam_epsilon": 0,
+            "weight_decay": 0,
+            "max_grad_norm": 0,
+        }
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"--{name} {value} must be {least} or more")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must lie in [0, 1)")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(
+                f"--max_steps {self.max_steps} must be at least 1, or -1 for --num_train_epochs; --dry-run shows what "
+                "a run would do"
+            )
+        if self.max_steps == -1 and not self.num_train_epochs > 0:
+            raise ValueError(f"--num_train_epochs {self.num_train_epochs} must be larger than 0")
+        if self.save_strategy == "steps" and not self.save_steps > 0:
+            raise ValueError(f"--save_steps {self.save_steps} must be larger than 0, or --save_strategy no")
+        if self.neftune_noise_alpha is not None and not self.neftune_noise_alpha > 0:
+            raise ValueError(f"--neftune_noise_alpha {self.neftune_noise_alpha} must be larger than 0")
+
+    def _check_warmup(self) -> None:
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"--warmup_ratio {self.warmup_ratio} must lie in [0, 1)")
+        if self.warmup_steps and self.lr_scheduler_type in NO_WARMUP:
+            raise ValueError(
+                f"--warmup_steps {self.warmup_steps} has no effect with --lr_scheduler_type {self.lr_scheduler_type}, "
+                "which has no warm-up: use constant_with_warmup, or leave --warmup_steps out"
+            )
+        if not self.warmup_steps:
+            self.warmup_steps = self.warmup_ratio  # Transformers 5 reads a value below 1 as a ratio
+
+    def _check_combinations(self) -> None:
+        """Refuse flags that do nothing without another one."""
+        if self.do_eval and self.eval_strategy == "no" and not self.eval_on_start:
+            raise ValueError("--do_eval True has no effect with --eval_strategy no: say when by --eval_strategy")
+        if self.metric_for_best_model is not None and self.eval_strategy == "no":
+            raise ValueError(
+                f"--metric_for_best_model {self.metric_for_best_model} is never measured with --eval_strategy no: add "
+                "--eval_strategy steps or epoch, and --eval_data_path"
+            )
+        if self.fsdp_config and not self.fsdp:
+            raise ValueError("--fsdp_config has no effect without --fsdp True; --sharding fsdp2 needs no configuration")
+        if self.dataloader_num_workers == 0:
+            for name in (
+                "dataloader_persistent_workers",
+                "dataloader_prefetch_factor",
+                "dataloader_multiprocessing_context",
+            ):
+                if value := getattr(self, name, None):
+                    raise ValueError(f"--{name} {value} has no effect without --dataloader_num_workers: give both")
+
+    def _check_device(self) -> None:
+        if self.fp16 and self.use_cpu:
+            raise ValueError("--fp16 True needs a GPU: a CPU would compute in float32; use --bf16 True, or neither")
+
+    def _check_schedule(self) -> None:
+        """Build the schedule once, for nothing: wrong `lr_scheduler_kwargs` are found before the weights are loaded."""
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        try:
+            get_scheduler(
+                self.lr_scheduler_type,
+                optimizer,
+                num_warmup_steps=0,
+                num_training_steps=1000,
+                scheduler_specific_kwargs=self.lr_scheduler_kwargs,
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"--lr_scheduler_type {SchedulerType(self.lr_scheduler_type).value} and --lr_scheduler_kwargs "
+                f"{self.lr_scheduler_kwargs} do not go together: {error}"
+            ) from error
+
+    def _check_accelerator(self) -> None:
+        config = self.accelerator_config
+        for name, accepted in (
+            ("split_batches", False),
+            ("dispatch_batches", None),
+            ("even_batches", True),
+            ("use_seedable_sampler", True),
+        ):
+            value = getattr(config, name)
+            if value != accepted and not (name == "dispatch_batches" and value is False):
+                raise ValueError(
+                    f"--accelerator_config: {name} {value} is not supported, since every process reads the batches "
+                    "that are planned for it: leave it out"
+                )

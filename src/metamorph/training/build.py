@@ -1,0 +1,255 @@
+"""From the flags to processor, data and model: configurations first, weights only once everything else is right."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.utils import CHAT_TEMPLATE_FILE, PROCESSOR_NAME
+
+from metamorph.data.dataset import MixtureDataset, load_data
+from metamorph.data.features.cache import FeatureCache, describe_tower
+from metamorph.flags.checks import check_reachable, names_flag
+from metamorph.models.adapters import forget_quantisation
+from metamorph.models.configuration_metamorph import MetaMorphConfig
+from metamorph.models.connector import check_connector, load_connector
+from metamorph.models.image_processing import load_image_processor
+from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.models.pretrained import load_config, load_language_model, load_tokenizer
+from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.models.vision_tower import load_vision_config, load_vision_encoder, resolve_vision_tower
+from metamorph.training.arguments.training import DataArguments, ModelArguments
+from metamorph.training.lora import adapter_base, quantization_config
+
+
+logger = logging.getLogger(__name__)
+
+STRUCTURE_FIELDS = (
+    "apply_softmax",
+    "image_token_reduction",
+    "mm_projector_type",
+    "mm_use_im_patch_token",
+    "mm_use_im_start_end",
+    "mm_vision_select_layer",
+    "normalize_vision",
+    "num_image_tokens",
+    "version",
+    "vision_head_type",
+)
+"""Flags that a finished model has already decided."""
+LOSS_FIELDS = ("use_vision_ar", "vision_coef")
+"""Flags that may change when a finished model is trained further."""
+TOWER_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "image_size", "patch_size")
+"""What tells one architecture of vision towers from another."""
+
+
+@dataclass
+class Plan:
+    """What will be built: everything that is known without loading weights."""
+
+    config: MetaMorphConfig
+    """Configuration of the model."""
+    processor: MetaMorphProcessor
+    """Processor of the model."""
+    continues: bool
+    """Whether a finished MetaMorph model is trained further."""
+
+
+def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, checkpoint: str | None = None) -> Plan:
+    """Read configurations, tokenizer and image processor, and check that they go together.
+
+    Args:
+        args: The model flags.
+        image_aspect_ratio: How images become square, see `DataArguments`. None: as in the finished model that is
+            trained further, else `square`.
+        checkpoint: Checkpoint that the run resumes from: a chat template with a date in it keeps the date.
+
+    Raises:
+        FileNotFoundError: if a model, tokenizer or image processor does not exist.
+        ValueError: if the parts do not go together; the message names the flag.
+    """
+    check_reachable(args.model_name_or_path, "--model_name_or_path")
+    with names_flag("--model_name_or_path", args.model_name_or_path):
+        text_config = load_config(args.model_name_or_path)
+        continues = text_config.model_type == MetaMorphConfig.model_type
+        tokenizer = None if continues else load_tokenizer(args.model_name_or_path)
+    args.require_connector(continues)
+    if args.pretrain_mm_mlp_adapter is not None:
+        with names_flag("--pretrain_mm_mlp_adapter", args.pretrain_mm_mlp_adapter):
+            check_connector(args.pretrain_mm_mlp_adapter)
+    if continues:
+        with names_flag("--model_name_or_path", args.model_name_or_path):
+            processor = MetaMorphProcessor.from_pretrained(args.model_name_or_path, **_kept_template(checkpoint))
+            MetaMorphForConditionalGeneration.check_language_model(text_config.text_config)
+        if image_aspect_ratio is not None:
+            processor.image_aspect_ratio = image_aspect_ratio
+        return Plan(_continued_config(text_config, args), processor, continues)
+    with names_flag("--model_name_or_path", args.model_name_or_path):
+        MetaMorphForConditionalGeneration.check_language_model(text_config)
+    check_reachable(resolve_vision_tower(args.vision_tower), "--vision_tower")
+    with names_flag("--vision_tower", args.vision_tower):
+        vision_config = load_vision_config(args.vision_tower)
+        image_processor = load_image_processor(resolve_vision_tower(args.vision_tower))
+    config = MetaMorphConfig(text_config=text_config, vision_config=vision_config, **config_overrides(args))
+    processor = MetaMorphProcessor.from_parts(
+        tokenizer,
+        image_processor,
+        config,
+        image_aspect_ratio=image_aspect_ratio or "square",
+        **_kept_template(checkpoint),
+    )
+    return Plan(config, processor, continues)
+
+
+def _kept_template(checkpoint: str | None) -> dict[str, str]:
+    """`chat_template` of a checkpoint that was trained with `--version auto`, for the processor."""
+    if checkpoint is None:
+        return {}
+    settings = json.loads((Path(checkpoint) / PROCESSOR_NAME).read_text(encoding="utf-8"))
+    file = Path(checkpoint) / CHAT_TEMPLATE_FILE
+    if settings["version"] != "auto" or not file.is_file():
+        return {}
+    return {"chat_template": file.read_text(encoding="utf-8")}
+
+
+def open_features(model_args: ModelArguments, data_args: DataArguments, plan: Plan) -> FeatureCache | None:
+    """Open the feature cache, if one is to stand in for the tower.
+
+    Args:
+        model_args: The model flags.
+        data_args: The data flags.
+        plan: Result of `make_plan` for them.
+
+    Raises:
+        DataError: if the cache is unusable, or was made with another tower or reduction.
+        ValueError: if the tower is trained.
+    """
+    if data_args.feature_cache is None:
+        return None
+    if not model_args.freeze_vision:
+        raise ValueError(
+            "--freeze_vision False trains the tower, so its visual tokens change and cannot come from --feature_cache "
+            f"{data_args.feature_cache}: leave one of the two out"
+        )
+    return FeatureCache(data_args.feature_cache, describe_tower(plan.config, plan.processor))
+
+
+def load_training_data(
+    args: DataArguments, processor: MetaMorphProcessor, seed: int, features: FeatureCache | None = None
+) -> MixtureDataset:
+    """Open what the model learns from, and look at the records.
+
+    Args:
+        args: The data flags.
+        processor: Makes the sequences.
+        seed: Chooses the records of sources that are not used as a whole, and what tasks draw at random.
+        features: Result of `open_features`.
+
+    Raises:
+        DataError: if a source is unusable, or (with `--on_bad_record raise`) a record is bad.
+    """
+    return load_data(
+        args.data_path,
+        processor,
+        image_folder=args.image_folder,
+        model_max_length=args.model_max_length,
+        seed=seed,
+        on_bad_record=args.on_bad_record,
+        max_bad_fraction=args.max_bad_fraction,
+        features=features,
+    )
+
+
+def load_model(
+    args: ModelArguments, plan: Plan, compute_dtype: torch.dtype = torch.float32
+) -> MetaMorphForConditionalGeneration:
+    """Load the weights, in float32 (or the language model in 4 bits), and the connector of stage 1 if one is given.
+
+    Args:
+        args: The model flags.
+        plan: Result of `make_plan` for the same flags.
+        compute_dtype: Precision of the matrix products of a language model in 4 bits.
+
+    Returns:
+        The model, with new parts initialised from PyTorch's global random generator.
+    """
+    kwargs: dict[str, Any] = {"dtype": torch.float32}
+    if args.attn_implementation is not None:
+        kwargs["attn_implementation"] = args.attn_implementation
+    quantization = quantization_config(args, compute_dtype)
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
+    with names_flag("--model_name_or_path", args.model_name_or_path):
+        if plan.continues:
+            model = MetaMorphForConditionalGeneration.from_pretrained(
+                args.model_name_or_path, config=plan.config, **kwargs
+            )
+        else:
+            language_model = load_language_model(args.model_name_or_path, **kwargs)
+            # A tokenizer without the image tokens, unlike the processor's: from_parts initialises what it adds.
+            tokenizer = load_tokenizer(args.model_name_or_path)
+    if not plan.continues:
+        with names_flag("--vision_tower", args.vision_tower):
+            vision_encoder = load_vision_encoder(args.vision_tower)
+        model = MetaMorphForConditionalGeneration.from_parts(
+            language_model, vision_encoder, tokenizer, **config_overrides(args)
+        )
+    if quantization is not None:
+        forget_quantisation(model)
+    if args.lora_enable:
+        model.adapter_base = adapter_base(args, plan.continues, quantization)
+    if args.pretrain_mm_mlp_adapter is not None:
+        load_connector(model, args.pretrain_mm_mlp_adapter)
+    return model
+
+
+def config_overrides(args: ModelArguments) -> dict[str, Any]:
+    """The flags as fields of `MetaMorphConfig`; those not asked for are left to its defaults."""
+    values = {name: getattr(args, name) for name in (*STRUCTURE_FIELDS, *LOSS_FIELDS)}
+    values["use_vision_ar"] = args.resolved_use_vision_ar
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _continued_config(config: PreTrainedConfig, args: ModelArguments) -> PreTrainedConfig:
+    """The configuration of a finished model with the loss flags that are given.
+
+    Raises:
+        ValueError: if a given flag contradicts the model.
+    """
+    for name in STRUCTURE_FIELDS:
+        asked, found = getattr(args, name), getattr(config, name)
+        if asked == found:
+            continue
+        if args.is_given(name):
+            raise ValueError(
+                f"--{name} {asked} contradicts the model {args.model_name_or_path}, which was trained with {found}: "
+                "leave the flag out"
+            )
+        logger.info("%s=%s comes from the model %s", name, found, args.model_name_or_path)
+    if args.is_given("vision_tower"):
+        _check_tower(config.vision_config, args)
+    for name in LOSS_FIELDS:
+        if getattr(args, name) is not None:
+            setattr(config, name, getattr(args, name))
+    return config
+
+
+def _check_tower(found: PreTrainedConfig, args: ModelArguments) -> None:
+    """Refuse a `vision_tower` of another architecture than the finished model's."""
+    with names_flag("--vision_tower", args.vision_tower):
+        asked = load_vision_config(args.vision_tower)
+    for name in TOWER_FIELDS:
+        ours, theirs = getattr(asked, name, None), getattr(found, name, None)
+        if ours != theirs:
+            raise ValueError(
+                f"--vision_tower {args.vision_tower} ({name} {ours}) contradicts the model {args.model_name_or_path}, "
+                f"which has a tower of its own ({name} {theirs}): leave the flag out"
+            )
+    logger.warning(
+        "the tower's weights come from the model %s, not from --vision_tower %s",
+        args.model_name_or_path,
+        args.vision_tower,
+    )

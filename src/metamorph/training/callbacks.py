@@ -1,0 +1,75 @@
+"""A preempted run: the trainer saves at the step on which all processes agree, and stops."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from metamorph.runs.preemption import Preempted, Preemption, write_marker
+
+
+logger = logging.getLogger(__name__)
+
+
+class StopWhenPreempted(TrainerCallback):
+    """Ends a run at the first step boundary after a signal, with a checkpoint. Add it behind all other callbacks.
+
+    Args:
+        preemption: Has caught the signals since the run began.
+        resumed_from: The checkpoint that the run goes on from, if any.
+    """
+
+    def __init__(self, preemption: Preemption, resumed_from: str | None = None) -> None:
+        self.preemption = preemption
+        self.stopped = False
+        self._checkpoint = None if resumed_from is None else Path(resumed_from).name
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop before the first step, if the signal came while model and data were loaded: nothing is lost.
+
+        Raises:
+            Preempted: On all ranks.
+        """
+        if self.preemption.agreed():
+            self._leave(args, state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask all ranks, behind each optimizer step."""
+        if self.preemption.agreed():
+            logger.warning("preempted: saving after step %d, then stopping", state.global_step)
+            self.stopped = True
+            self._checkpoint = f"checkpoint-{state.global_step}"
+            args.save_only_model = False  # without the optimizer there is nothing to resume
+            args.load_best_model_at_end = False  # time is short
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Trainer calls it when it stops within an epoch, too: do not save again, nor evaluate."""
+        if self.stopped:
+            control.should_save = control.should_evaluate = False
+            args.save_total_limit = None  # with 1 Trainer would now delete all checkpoints but the best
+
+    def leave_if_stopped(self, trainer: Trainer) -> None:
+        """To be called behind `trainer.train()`, on all ranks.
+
+        Raises:
+            Preempted: If a signal has stopped the run; its marker has been written.
+        """
+        if self.stopped:
+            self._leave(trainer.args, trainer.state)
+
+    def _leave(self, args: TrainingArguments, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            reason = None if self.preemption.signal is None else self.preemption.signal.name
+            write_marker(args.output_dir, state.global_step, self._checkpoint, reason)
+            logger.warning("preempted at step %d: the same command goes on from there", state.global_step)
+        self.preemption.agreed()  # torchrun ends all processes when the first is gone: not before the marker is there
+        raise Preempted(state.global_step)

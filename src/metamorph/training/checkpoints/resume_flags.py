@@ -1,0 +1,138 @@
+"""Flags that differ from those that a checkpoint was trained with: they act, are confirmed, or are refused by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from metamorph.runs.checkpoint_files import CheckpointError, read_manifest
+from metamorph.training.arguments.training import CHANGEABLE, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.build import LOSS_FIELDS, STRUCTURE_FIELDS, Plan
+
+
+logger = logging.getLogger(__name__)
+
+ACTING = (
+    "learning_rate",
+    "mm_projector_lr",
+    "vision_lr",
+    "vision_head_lr",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "max_steps",
+    "num_train_epochs",
+    "bf16",
+    "fp16",
+)
+"""Flags that act from the next step on; the log names those that have changed."""
+FIXED = (
+    "optim",
+    "optim_args",
+    "freeze_vision",
+    "freeze_backbone",
+    "freeze_mm_mlp_adapter",
+    "use_vision_ar",
+    "lora_r",
+    "lora_alpha",
+    "lora_target_modules",
+    "bits",
+    "quant_type",
+    "double_quant",
+    *STRUCTURE_FIELDS,
+)
+"""Flags that decide which weights there are, or what the state of the optimizer is: it would not fit."""
+
+_RATES = ("learning_rate", "mm_projector_lr", "vision_lr", "vision_head_lr")
+_STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+"""They lower the rate step by step; what it was lowered from is not known."""
+
+
+def flags_of_run(model_args: ModelArguments, args: MetaMorphTrainingArguments, plan: Plan) -> dict[str, Any]:
+    """The flags that are compared, as they are written into a checkpoint: values of JSON.
+
+    Args:
+        model_args: The model flags.
+        args: How the run learns, once `learning_rate` is a number.
+        plan: Result of `make_plan`.
+    """
+    known = args.to_sanitized_dict()
+    flags = {name: known[name] for name in (*ACTING, *CHANGEABLE, *FIXED) if name in known}
+    flags |= {name: getattr(plan.config, name) for name in (*STRUCTURE_FIELDS, *LOSS_FIELDS)}
+    names = ["freeze_vision", "freeze_backbone", "freeze_mm_mlp_adapter", "bits"]
+    names += ["quant_type", "double_quant"] if model_args.bits == 4 else []
+    lora = ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"]
+    names += lora if model_args.lora_enable else []
+    flags |= {name: getattr(model_args, name) for name in names}
+    flags["image_aspect_ratio"] = plan.processor.image_aspect_ratio
+    # Where the models lie does not matter.
+    flags["model_name_or_path"] = Path(model_args.model_name_or_path).name
+    if not plan.continues:
+        flags["vision_tower"] = Path(model_args.vision_tower).name
+    return flags
+
+
+def check_flags(checkpoint: str | None, flags: dict[str, Any], allowed: list[str] | None) -> None:
+    """Compare the flags of a run with those of the checkpoint that it resumes; before the weights are loaded.
+
+    Args:
+        checkpoint: Result of `find_checkpoint`.
+        flags: Result of `flags_of_run`.
+        allowed: `allow_changes`.
+
+    Raises:
+        CheckpointError: naming each flag that must not differ, with both values.
+    """
+    if checkpoint is None:
+        return
+    old = _flags_of(Path(checkpoint), flags)
+    changed = [name for name in flags if name in old and old[name] != flags[name]]
+    described = {name: f"--{name} {old[name]} there, {flags[name]} here" for name in changed}
+    fixed = [name for name in changed if name in FIXED or _is_fixed(name, old, flags)]
+    if fixed:
+        raise CheckpointError(
+            f"{checkpoint} was trained with other flags, which decide what its weights and its optimizer are: "
+            f"{'; '.join(described[name] for name in fixed)}. Restore them, or start a new run in its own --output_dir "
+            "(--resume_from_checkpoint False starts one here)"
+        )
+    unconfirmed = [name for name in changed if name in CHANGEABLE and name not in (allowed or ())]
+    if unconfirmed:
+        raise CheckpointError(
+            f"{checkpoint} was trained with other flags: {'; '.join(described[name] for name in unconfirmed)}. Restore "
+            f"them, confirm the change by --allow_changes {' '.join(unconfirmed)}, or start a new run in its own "
+            "--output_dir (--resume_from_checkpoint False starts one here)"
+        )
+    if changed:
+        logger.warning("flags that differ from those of %s: %s", checkpoint, "; ".join(described.values()))
+    if {"max_steps", "num_train_epochs"} & set(changed):
+        logger.warning("the schedule of the learning rate now ends with this run: %s", flags["lr_scheduler_type"])
+
+
+def _is_fixed(name: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    schedules = {flags.get("lr_scheduler_type") for flags in (old, new)} & set(_STATEFUL_SCHEDULES)
+    return bool(schedules) and name in (*_RATES, "lr_scheduler_type", "lr_scheduler_kwargs")
+
+
+def _flags_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """What the checkpoint was trained with, as far as it tells."""
+    manifest = read_manifest(checkpoint)
+    if manifest is not None and isinstance(manifest.get("flags"), dict):
+        return manifest["flags"]
+    # Written by an earlier version.
+    training, model = (_read(checkpoint / name) for name in ("training_args.json", "config.json"))
+    old = {name: training[name] for name in (*ACTING, *CHANGEABLE, *FIXED) if name in training}
+    old |= {name: model[name] for name in (*STRUCTURE_FIELDS, *LOSS_FIELDS) if name in model}
+    unknown = [f"--{name}" for name in flags if name not in old]
+    logger.info("%s does not tell the value of %s that it was trained with", checkpoint, ", ".join(unknown))
+    return old
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

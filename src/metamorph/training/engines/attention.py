@@ -1,0 +1,62 @@
+"""Whether a language model can be trained on packed rows: several samples in one row that must not see each other."""
+
+from __future__ import annotations
+
+import torch
+
+from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+
+
+_SAMPLE = 4
+"""Tokens of each of the two samples of the trial."""
+
+
+def uses_flash_attention(model: MetaMorphForConditionalGeneration) -> bool:
+    """Whether the language model computes attention by one of the flash attention libraries.
+
+    They get the boundaries of samples by arguments of their own instead of a mask.
+
+    Args:
+        model: The model.
+    """
+    return "flash" in (model.get_decoder().config._attn_implementation or "")
+
+
+def check_keeps_samples_apart(model: MetaMorphForConditionalGeneration) -> None:
+    """Try with two short samples whether the second is the same whatever stands in the first.
+
+    Attention keeps them apart, but layers that carry a state along the row (state-space models, linear attention) do
+    not, and nothing would show it but a worse model. Those are the same whatever computes the attention of the other
+    layers, so the trial is made without flash attention, which needs a GPU and boundaries.
+
+    Args:
+        model: The model, on any device.
+
+    Raises:
+        ValueError: If samples of one row would leak into each other.
+    """
+    decoder, table = model.get_decoder(), model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    first, other, second = torch.randn(3, 1, _SAMPLE, model.config.text_config.hidden_size, generator=generator)
+    scale = table.detach().float().std().cpu()
+    rows = [(torch.cat([start, second], dim=1) * scale).to(decoder.device, table.dtype) for start in (first, other)]
+    positions = torch.arange(_SAMPLE, device=decoder.device).repeat(1, 2)
+    was_training, attention = decoder.training, decoder.config._attn_implementation
+    if uses_flash_attention(model):
+        decoder.config._attn_implementation = "sdpa" if decoder._supports_sdpa else "eager"
+    decoder.eval()
+    try:
+        with torch.no_grad():
+            ours, theirs = (
+                decoder(inputs_embeds=row, position_ids=positions, use_cache=False).last_hidden_state[:, _SAMPLE:]
+                for row in rows
+            )
+    finally:
+        decoder.train(was_training)
+        decoder.config._attn_implementation = attention
+    if not torch.allclose(ours, theirs, rtol=0, atol=1e-4 * ours.abs().max().item()):
+        raise ValueError(
+            f"--packing True cannot be used with a language model of type {model.config.text_config.model_type}: "
+            "samples of one row leak into each other, as in layers that carry a state along the row; "
+            "add --packing False"
+        )

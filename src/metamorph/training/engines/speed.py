@@ -1,0 +1,109 @@
+"""What makes a step faster or smaller without changing what is learnt: attention, recomputation, compilation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import is_flash_attn_2_available
+
+from metamorph.models.text_head import TextLossOptions
+from metamorph.training.arguments.training import MetaMorphTrainingArguments, ModelArguments
+
+
+logger = logging.getLogger(__name__)
+
+
+def choose_attention(model: PreTrainedModel, model_args: ModelArguments, args: MetaMorphTrainingArguments) -> None:
+    """Let the language model use flash attention where it is installed and works: on a GPU, in half precision.
+
+    Without effect if `--attn_implementation` is given.
+
+    Args:
+        model: A MetaMorph model; changed in place.
+        model_args: The model flags.
+        args: How the run learns.
+    """
+    half = args.bf16 or args.fp16
+    if model_args.attn_implementation is not None or args.device.type != "cuda" or not half:
+        return
+    if is_flash_attn_2_available() and model.get_decoder()._supports_flash_attn:
+        model.set_attn_implementation({"text_config": "flash_attention_2"})
+        logger.info("attention: flash_attention_2 (--attn_implementation sdpa for PyTorch's own)")
+
+
+def prepare_speed(model: PreTrainedModel, args: MetaMorphTrainingArguments) -> None:
+    """Apply `--text_loss`, `--recompute` and `--torch_compile`. Weights and their names stay as they are.
+
+    Args:
+        model: A MetaMorph model after `apply_stage`; changed in place.
+        args: How the run learns. `torch_compile` is switched off in them: the layers are compiled here, and Trainer
+            would compile the whole model around them once more.
+    """
+    model.text_loss_options = TextLossOptions(args.text_loss)
+    if args.recompute != "none":
+        recompute_layers(model, selective=args.recompute == "selective")
+    if args.torch_compile:
+        compile_layers(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
+
+
+def recompute_layers(model: PreTrainedModel, *, selective: bool) -> None:
+    """Keep less of each layer for the backward pass, and compute the rest again.
+
+    Args:
+        model: A MetaMorph model after `apply_stage`; changed in place. A tower that is not trained keeps nothing
+            anyway.
+        selective: Keep the results of matrix products and of attention, which take the time; compute again what lies
+            between them (norms, activations, rotations), which takes the memory. False: keep the input of each layer
+            only.
+    """
+    kwargs: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        kwargs["context_fn"] = partial(create_selective_checkpoint_contexts, list(_expensive_operators()))
+    parts = [model.get_decoder()]
+    if model.model.vision_tower.is_trained:
+        parts.append(model.model.vision_tower.encoder)
+    for part in parts:
+        if hasattr(part, "activation_checkpointing_enable"):  # from Transformers 5.23 on the other name is deprecated
+            part.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+        else:
+            part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        if part is model.get_decoder():
+            # Transformers makes the embeddings require a gradient, for the reentrant kind. Ours needs none, and with a
+            # frozen decoder a backward pass through all of it would follow.
+            part.disable_input_require_grads()
+
+
+def compile_layers(model: PreTrainedModel, *, backend: str | None = None, mode: str | None = None) -> None:
+    """Compile every layer of the decoder and of the tower by itself.
+
+    All layers of a kind share one compilation, so that it takes seconds instead of minutes; embeddings, losses and the
+    placing of images, whose shapes change from batch to batch, stay as they are.
+
+    Args:
+        model: A MetaMorph model; changed in place. Names of weights stay the same.
+        backend: As for `torch.compile`.
+        mode: As for `torch.compile`.
+    """
+    for part in (model.get_decoder(), model.model.vision_tower.encoder):
+        for layer in part.modules():
+            if isinstance(layer, GradientCheckpointingLayer):  # the layers that Transformers repeats
+                layer.compile(backend=backend or "inductor", mode=mode)
+
+
+def _expensive_operators() -> Iterator[Any]:
+    """Operators whose results selective recomputation keeps."""
+    aten = torch.ops.aten
+    yield from (aten.mm.default, aten.addmm.default, aten.bmm.default)
+    for name in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"):
+        yield getattr(aten, f"_scaled_dot_product_{name}").default
+    for name in ("_flash_attn_forward", "_flash_attn_varlen_forward"):  # of flash-attn, once that is imported
+        if hasattr(torch.ops.flash_attn, name):
+            yield getattr(torch.ops.flash_attn, name).default

@@ -1,0 +1,276 @@
+"""Answers to fixed prompts while a model learns: texts and pictures, in a folder for each step and in the tracker."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from metamorph.data.media.stores import MediaError, load_image
+from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.models.processing_metamorph import MetaMorphProcessor, TextPart
+from metamorph.training.reporting.trackers import MediaTracker
+
+
+if TYPE_CHECKING:
+    from metamorph.training.trainer import MetaMorphTrainer
+
+
+logger = logging.getLogger(__name__)
+
+Draw = Callable[[Tensor], list[Image.Image]]
+"""Turns visual tokens `[images, N, D]` into pictures."""
+
+IMAGE_MARKER = "<image>"
+WORDS = 128
+"""New tokens of an answer, beside those of one picture."""
+_FIELDS = ("prompt", "images", "draw")
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A prompt that is answered again and again."""
+
+    text: str
+    """The user's turn, with one `<image>` for each picture."""
+    images: tuple[Path, ...] = ()
+    """Pictures of the prompt."""
+    draw: bool = False
+    """Whether the answer begins with a picture, however the model would begin it."""
+
+
+def read_prompts(path: str) -> list[SamplePrompt]:
+    """Read `--sample_prompts`: JSON Lines of `{"prompt": …, "images": […], "draw": …}`, or plain text, a prompt a line.
+
+    Paths of images start at the folder of the file. Markers that are missing are put before the text.
+
+    Args:
+        path: The file; JSON Lines if its name ends in `.jsonl`.
+
+    Raises:
+        FileNotFoundError: If the file or an image is missing.
+        ValueError: If an entry is not valid, or a picture cannot be read; the message names the line.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"--sample_prompts {path} does not exist: give a text file with a prompt a line, or JSON Lines"
+        )
+    prompts = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"--sample_prompts {path}, line {number}"
+        prompts.append(_parse(line, where, file.parent) if file.suffix == ".jsonl" else SamplePrompt(line.strip()))
+        _check(prompts[-1], where)
+    if not prompts:
+        raise ValueError(f"--sample_prompts {path} is empty: give a prompt a line")
+    return prompts
+
+
+def _parse(line: str, where: str, folder: Path) -> SamplePrompt:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise ValueError(f'{where} must be {{"prompt": "…"}}, with "images" and "draw" if wanted, not {entry!r:.80}')
+    unknown = [name for name in entry if name not in _FIELDS]
+    images, draw = entry.get("images", []), entry.get("draw", False)
+    if unknown or not isinstance(draw, bool) or not isinstance(images, list):
+        raise ValueError(
+            f"{where}: keys are prompt (text), images (a list of paths) and draw (true or false), not {entry!r:.80}"
+        )
+    if not all(isinstance(image, str) for image in images):
+        raise ValueError(f"{where}: images must be paths, not {images!r:.80}")
+    text = entry["prompt"]
+    if images and IMAGE_MARKER not in text:
+        text = f"{IMAGE_MARKER}\n" * len(images) + text
+    return SamplePrompt(text, tuple(folder / image for image in images), draw)
+
+
+def _check(prompt: SamplePrompt, where: str) -> None:
+    if prompt.text.count(IMAGE_MARKER) != len(prompt.images):
+        raise ValueError(
+            f"{where} has {prompt.text.count(IMAGE_MARKER)} {IMAGE_MARKER}, but names {len(prompt.images)} images"
+        )
+    for image in prompt.images:
+        if not image.is_file():
+            raise FileNotFoundError(f"{where}: there is no image {image}")
+        _open(image)
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return load_image(path)
+    except MediaError as error:
+        raise ValueError(f"--sample_prompts: {error}") from error
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer."""
+
+    prompt: SamplePrompt
+    """What was asked."""
+    text: str
+    """Its words; `[picture 1]` stands where the model drew one."""
+    visual_tokens: Tensor
+    """[pictures, N, D] float32 on the CPU."""
+
+
+@torch.no_grad()
+def answer(
+    model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor, prompts: Iterable[SamplePrompt]
+) -> list[Sample]:
+    """Answer prompts greedily, so that the same weights give the same answers and no random number is drawn.
+
+    Args:
+        model: Any; its mode is as before when this returns.
+        processor: The model's own.
+        prompts: What to ask, one by one.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        return [_answer(model, processor, prompt) for prompt in prompts]
+    finally:
+        model.train(was_training)
+
+
+def _answer(model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor, prompt: SamplePrompt) -> Sample:
+    encoded = processor.encode_conversation(
+        [{"role": "user", "content": prompt.text}], [_open(path) for path in prompt.images], add_generation_prompt=True
+    )
+    device = model.device
+    ids = encoded.input_ids[None].to(device)
+    asked = ids.shape[1]
+    start = model.config.image_start_token_id
+    if prompt.draw and start is not None and model.config.use_vision_ar:
+        ids = torch.cat([ids, ids.new_tensor([[start]])], dim=1)
+    output: Any = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=None if encoded.pixel_values is None else encoded.pixel_values.to(device),
+        max_new_tokens=WORDS + processor.num_image_tokens + 2,
+        do_sample=False,
+        eos_token_id=processor.end_of_turn_token_ids,
+        pad_token_id=processor.pad_token_id,
+    )
+    pictures = output.visual_tokens.float().cpu()
+    (parts,) = processor.decode_interleaved(output.sequences, pictures, prompt_length=asked)
+    words, drawn = [], 0
+    for part in parts:
+        drawn += not isinstance(part, TextPart)
+        words.append(part.text if isinstance(part, TextPart) else f"[picture {drawn}]")
+    return Sample(prompt, "".join(words).strip(), pictures)
+
+
+def write_samples(samples: Sequence[Sample], folder: Path, draw: Draw | None = None) -> dict[str, Image.Image]:
+    """Write `samples.jsonl`, the visual tokens of all pictures (`pictures.safetensors`) and, if drawn, PNG files.
+
+    Args:
+        samples: The answers.
+        folder: Is made if need be.
+        draw: Draws visual tokens; None leaves them undrawn.
+
+    Returns:
+        The drawn pictures by name (`001-1` is the first of the first answer).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [
+        [f"{number:03d}-{picture + 1}" for picture in range(len(sample.visual_tokens))]
+        for number, sample in enumerate(samples, 1)
+    ]
+    tokens = {
+        name: sample.visual_tokens[position].contiguous()
+        for sample, own in zip(samples, names, strict=True)
+        for position, name in enumerate(own)
+    }
+    images: dict[str, Image.Image] = {}
+    if tokens:
+        save_file(tokens, folder / "pictures.safetensors")
+        if draw is not None:
+            images = dict(zip(tokens, draw(torch.stack(list(tokens.values()))), strict=True))
+    for name, image in images.items():
+        image.save(folder / f"{name}.png")
+    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+        for sample, own in zip(samples, names, strict=True):
+            entry = {
+                "prompt": sample.prompt.text,
+                "images": [str(path) for path in sample.prompt.images],
+                "draw": sample.prompt.draw,
+                "answer": sample.text,
+                "pictures": own,
+            }
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    return images
+
+
+class SampleWriter(TrainerCallback):
+    """Answers the prompts every `sample_steps` steps, into `output_dir`/samples/step-N and to the trackers.
+
+    Parameters that are sharded need all ranks in every forward pass, so then all ranks generate the same; else the
+    main process does, and the others wait for it in the next step.
+
+    Args:
+        trainer: Gives model, processor, precision and the clock that is stopped meanwhile.
+        prompts: What is asked.
+        every: Optimizer steps between two times.
+        trackers: Where else the answers go.
+        draw: Draws visual tokens; without it pictures are counted and their tokens kept.
+    """
+
+    def __init__(
+        self,
+        trainer: MetaMorphTrainer,
+        prompts: Sequence[SamplePrompt],
+        every: int,
+        trackers: Sequence[MediaTracker] = (),
+        draw: Draw | None = None,
+    ) -> None:
+        self.trainer = trainer
+        self.prompts = prompts
+        self.every = every
+        self.trackers = trackers
+        self.draw = draw
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Called by the trainer behind each optimizer step."""
+        if state.global_step % self.every:
+            return
+        with self.trainer.monitor.pause():
+            self.sample(state.global_step, Path(args.output_dir) / "samples" / f"step-{state.global_step}")
+            # Within the pause: else the waiting of the others would count as training.
+            self.trainer.accelerator.wait_for_everyone()
+
+    def sample(self, step: int, folder: Path) -> None:
+        """Answer, write and report.
+
+        Args:
+            step: For the trackers.
+            folder: Where to write.
+        """
+        trainer = self.trainer
+        if not (trainer.is_world_process_zero() or trainer.is_sharded):
+            return
+        with trainer.accelerator.autocast():
+            samples = answer(trainer.plain_model, trainer.processing_class, self.prompts)
+        if not trainer.is_world_process_zero():
+            return
+        images = write_samples(samples, folder, self.draw)
+        pictures = sum(len(sample.visual_tokens) for sample in samples)
+        form = "drawn" if self.draw else "as visual tokens"
+        logger.info("step %d: %d answers with %d pictures, %s, in %s", step, len(samples), pictures, form, folder)
+        texts = {f"samples/{number:03d}": f"{s.prompt.text}\n\n{s.text}" for number, s in enumerate(samples, 1)}
+        for tracker in self.trackers:
+            tracker.log_media(texts, {f"samples/{name}": image for name, image in images.items()}, step)

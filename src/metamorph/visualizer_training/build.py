@@ -1,0 +1,295 @@
+"""Loads what the visualizer is made of: the vision tower, the parts of Stable Diffusion, and the projector."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from transformers import PreTrainedConfig
+
+from metamorph.files.model_files import read_json_object
+from metamorph.flags.checks import check_reachable, names_flag
+from metamorph.models.image_processing import load_image_processor
+from metamorph.models.vision_tower import (
+    MetaMorphConfig,
+    VisionTower,
+    load_tower_of,
+    load_vision_config,
+    load_vision_encoder,
+    resolve_vision_tower,
+)
+from metamorph.visualization.encoder import VisualTokenEncoder
+from metamorph.visualization.folders import check_scheduler, load_model, local_folder
+from metamorph.visualization.pipeline import vae_scale_factor
+from metamorph.visualization.projector import VisualizationProjector
+from metamorph.visualizer_training.arguments import VisualizerArguments
+from metamorph.visualizer_training.dataset import PixelFormat
+
+
+logger = logging.getLogger(__name__)
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class DiffusionParts:
+    """The parts of Stable Diffusion."""
+
+    unet: UNet2DConditionModel
+    """Noise predictor, in float32."""
+    vae: AutoencoderKL
+    """Pixels to latents and back; it is never trained and may be in bfloat16."""
+    noise_scheduler: DDPMScheduler
+    """Noise schedule and prediction type."""
+
+    @property
+    def resolution(self) -> int:
+        """Side of the pictures in pixels."""
+        return self.unet.config.sample_size * vae_scale_factor(self.vae.config)
+
+
+def check_folders(args: VisualizerArguments) -> None:
+    """Refuse folders and Hub ids that cannot be what their flag says, before anything is loaded.
+
+    Raises:
+        ValueError: naming flag, folder and what is missing.
+        FileNotFoundError: if a name is neither a folder nor a model of the Hub.
+    """
+    for flag, name, files, mend in (
+        ("--vision_tower", args.vision_tower, ("config.json",), "a folder of a vision model"),
+        (
+            "--pretrained_model_name_or_path",
+            args.pretrained_model_name_or_path,
+            ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"),
+            "a diffusers folder with the subfolders unet, vae and scheduler",
+        ),
+    ):
+        folder = Path(name).expanduser()
+        if not folder.exists() and name.startswith((".", "/", "~")):
+            raise ValueError(f"{flag} {name} does not exist; give {mend}, or a Hub id")
+        missing = [file for file in files if folder.exists() and not (folder / file).is_file()]
+        if missing:
+            raise ValueError(f"{flag} {name} lacks {', '.join(missing)}; give {mend}")
+        if not folder.exists():
+            check_reachable(resolve_vision_tower(name), flag, files[0])
+
+
+def load_diffusion_parts(args: VisualizerArguments, vae_dtype: torch.dtype = torch.float32) -> DiffusionParts:
+    """Load UNet, VAE and noise schedule from `pretrained_model_name_or_path`.
+
+    Args:
+        args: The flags.
+        vae_dtype: Precision of the VAE.
+
+    Raises:
+        ValueError: if the folder is not of that layout, or its parts do not fit each other.
+    """
+    try:
+        folder = _diffusion_folder(args)
+        check_scheduler(DDPMScheduler, folder / "scheduler")
+        noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+        if args.unet_from_scratch:
+            unet = UNet2DConditionModel.from_config(read_json_object(folder / "unet" / "config.json"))
+        else:
+            unet = load_model(UNet2DConditionModel, folder / "unet", args.variant, torch_dtype=torch.float32)
+        parts = DiffusionParts(unet, load_vae(args, vae_dtype), noise_scheduler)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded: {error}"
+        ) from error
+    _check_fit(parts, args)
+    if args.resolution is not None:
+        # The pipeline draws at the size of the UNet's configuration, so this must be the size that was trained.
+        unet.register_to_config(sample_size=args.resolution // vae_scale_factor(parts.vae.config))
+    return parts
+
+
+def load_vae(args: VisualizerArguments, dtype: torch.dtype) -> AutoencoderKL:
+    """The VAE of `pretrained_model_name_or_path` in precision `dtype`."""
+    return load_model(AutoencoderKL, _diffusion_folder(args) / "vae", args.variant, torch_dtype=dtype)
+
+
+def adopt_token_options(args: VisualizerArguments) -> VisualizerArguments:
+    """The flags with the token options of the MetaMorph model, if `vision_tower` is the folder of one."""
+    if not _is_metamorph(args.vision_tower):
+        return args
+    config = MetaMorphConfig.from_pretrained(_expanded(args.vision_tower))
+    logger.info("Visual tokens as in the MetaMorph model %s: %d per image", args.vision_tower, config.num_image_tokens)
+    return replace(
+        args,
+        mm_vision_select_layer=config.mm_vision_select_layer,
+        num_tokens=config.num_image_tokens,
+        image_token_reduction=config.image_token_reduction,
+        normalize_vision=config.normalize_vision,
+        apply_softmax=config.apply_softmax,
+    )
+
+
+def adopt_resolution(args: VisualizerArguments) -> VisualizerArguments:
+    """The flags with the resolution of the diffusion model in place of one that is not given; reads no weights.
+
+    Raises:
+        ValueError: if the model cannot be loaded, does not state its resolution, or cannot draw at the given one.
+    """
+    name = args.pretrained_model_name_or_path
+    try:
+        hub = {"pretrained_model_name_or_path": _expanded(name), "revision": args.revision}
+        unet = UNet2DConditionModel.load_config(subfolder="unet", **hub)
+        factor = vae_scale_factor(AutoencoderKL.load_config(subfolder="vae", **hub))
+    except OSError as error:
+        raise ValueError(f"--pretrained_model_name_or_path {name} cannot be loaded: {error}") from error
+    sample_size = unet.get("sample_size")
+    native = sample_size * factor if isinstance(sample_size, int) else None
+    resolution = native if args.resolution is None else args.resolution
+    if resolution is None:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {name} does not state one resolution (sample_size {sample_size} of its "
+            "UNet): give --resolution"
+        )
+    multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    if resolution % multiple:
+        raise ValueError(f"--resolution {resolution} must be a multiple of {multiple} for this VAE and UNet")
+    if args.resolution is None:
+        logger.info("--resolution %d, as %s was trained", resolution, name)
+    elif native not in (None, resolution):
+        logger.warning("--resolution %d differs from the %d that %s was trained at", resolution, native, name)
+    return replace(args, resolution=resolution)
+
+
+def load_tower(args: VisualizerArguments) -> tuple[VisionTower, PixelFormat]:
+    """Load the vision tower with the layer, reduction and normalisation of the MetaMorph model, and its format.
+
+    Raises:
+        ValueError: as `load_encoder`.
+    """
+    encoder = load_encoder(args)
+    return encoder.tower, encoder.pixel_format
+
+
+def load_encoder(args: VisualizerArguments) -> VisualTokenEncoder:
+    """Load the vision tower, in float32, as a part of a pipeline.
+
+    Raises:
+        ValueError: if the tower is of an unknown kind, lacks weights, or does not fit the token options.
+    """
+    path = _expanded(resolve_vision_tower(args.vision_tower))
+    try:
+        if _is_metamorph(path):
+            config = MetaMorphConfig.from_pretrained(path)
+            tower = load_tower_of(path)
+        else:
+            config = _token_config(args, load_vision_config(path))
+            tower = VisionTower(config, load_vision_encoder(path))
+        processor = load_image_processor(path)
+    except OSError as error:
+        raise ValueError(f"--vision_tower {args.vision_tower} cannot be loaded: {error}") from error
+    pixel_format = PixelFormat(
+        size=config.vision_image_size,
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+        resample=Image.Resampling(processor.resample),
+    )
+    return VisualTokenEncoder.from_tower(tower, config, pixel_format)
+
+
+def build_projector(
+    args: VisualizerArguments, tokens: tuple[int, int], cross_attention_dim: int
+) -> VisualizationProjector:
+    """The projector to train: a new one, or `pretrained_projector`.
+
+    Args:
+        args: The flags.
+        tokens: Number N and size D of the visual tokens of one image.
+        cross_attention_dim: Size of a condition token of the UNet.
+
+    Raises:
+        ValueError: if a pretrained projector is missing or has other sizes.
+    """
+    num_tokens, feature_size = tokens
+    if args.pretrained_projector is None:
+        return VisualizationProjector(
+            input_dim=feature_size,
+            hidden_dim=args.hidden_dim,
+            output_dim=cross_attention_dim,
+            num_tokens=args.num_query_tokens,
+            num_layers=args.num_layers,
+            num_heads=args.num_heads,
+            mode=args.mode,
+            normalize_input=args.normalize_input,
+            num_positions=num_tokens if args.learn_positions else 0,
+        )
+    folder = Path(args.pretrained_projector).expanduser()
+    folder = folder / "projector" if (folder / "projector").is_dir() else folder
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--pretrained_projector {args.pretrained_projector} holds no projector (config.json)")
+    with names_flag("--pretrained_projector", args.pretrained_projector):
+        projector = load_model(VisualizationProjector, folder)
+    sizes = (projector.config.input_dim, projector.config.output_dim)
+    if sizes != (feature_size, cross_attention_dim):
+        raise ValueError(
+            f"--pretrained_projector {args.pretrained_projector} maps {sizes[0]} to {sizes[1]} features, but the "
+            f"vision tower gives {feature_size} and the UNet takes {cross_attention_dim}"
+        )
+    logger.info("Starting from the %s projector in %s", projector.config.mode, folder)
+    return projector
+
+
+@torch.no_grad()
+def token_shape(tower: VisionTower, pixel_format: PixelFormat) -> tuple[int, int]:
+    """Number N and size D of the tower's visual tokens of one image."""
+    tokens = tower(torch.zeros(1, 3, pixel_format.size, pixel_format.size))
+    return tokens.shape[1], tokens.shape[2]
+
+
+def _token_config(args: VisualizerArguments, vision_config: PreTrainedConfig) -> MetaMorphConfig:
+    """The configuration of a MetaMorph model with these token options."""
+    if args.image_token_reduction == "mlpmixer":
+        raise ValueError(
+            "--image_token_reduction mlpmixer has weights of its own: give the folder of the MetaMorph model that "
+            "holds them as --vision_tower"
+        )
+    return MetaMorphConfig(
+        vision_config=vision_config,
+        mm_vision_select_layer=args.mm_vision_select_layer,
+        num_image_tokens=args.num_tokens,
+        image_token_reduction=args.image_token_reduction,
+        normalize_vision=args.normalize_vision,
+        apply_softmax=args.apply_softmax,
+    )
+
+
+def _diffusion_folder(args: VisualizerArguments) -> Path:
+    """The parts of Stable Diffusion that are used, from the Hub if need be."""
+    return local_folder(
+        args.pretrained_model_name_or_path, ("unet", "vae", "scheduler"), args.variant, revision=args.revision
+    )
+
+
+def _expanded(name: str) -> str:
+    """A path in the home folder in full: recipes may hold `~`. Other paths and Hub ids as they are."""
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def _is_metamorph(name: str) -> bool:
+    """Whether `name` is the local folder of a MetaMorph model."""
+    file = Path(name).expanduser() / "config.json"
+    return file.is_file() and read_json_object(file).get("model_type") == "metamorph"
+
+
+def _check_fit(parts: DiffusionParts, args: VisualizerArguments) -> None:
+    unet, vae = parts.unet.config, parts.vae.config
+    where = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    if unet.in_channels != vae.latent_channels:
+        raise ValueError(f"{where}: the UNet takes {unet.in_channels} channels, the VAE has {vae.latent_channels}")
+    if not isinstance(unet.cross_attention_dim, int):
+        raise ValueError(f"{where}: cross_attention_dim {unet.cross_attention_dim} differs between blocks of the UNet")
+    prediction_type = parts.noise_scheduler.config.prediction_type
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"{where}: prediction_type {prediction_type!r} of the scheduler is not supported; use one of "
+            f"{', '.join(PREDICTION_TYPES)}"
+        )

@@ -1,0 +1,87 @@
+"""FSDP2 for the visualizer: which modules are sharded, and the way from sharded tensors to whole ones and back.
+
+Checkpoints hold whole tensors whatever the engine, so a run may go on with the other one or with other processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from metamorph.visualization.projector import VisualizationProjector
+from metamorph.visualizer_training.denoising import ConditionedUNet
+
+
+def layers(model: ConditionedUNet) -> Iterator[nn.Module]:
+    """The modules that are sharded and compiled one by one: the projector and the blocks of the UNet."""
+    yield model.projector
+    yield from model.unet.down_blocks
+    if model.unet.mid_block is not None:
+        yield model.unet.mid_block
+    yield from model.unet.up_blocks
+
+
+def shard(model: ConditionedUNet, bf16: bool) -> None:
+    """Divide the weights among all processes, in place; what is computed is that of one process.
+
+    Masters and averages of gradients stay float32; with `bf16`, weights travel in bfloat16.
+
+    Args:
+        model: On its device, with `requires_grad` as in training. The optimizer is to be built afterwards.
+        bf16: Whether the run computes in bfloat16 (under autocast, which casts what enters a layer).
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for layer in layers(model):
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+def whole(values: Any, keep: bool = True) -> Any:
+    """Put sharded tensors together, in dicts and lists of any depth. For all processes, if there are any such tensors.
+
+    Args:
+        values: Tensors, and other values, which are passed on.
+        keep: Whether this process wants the result (on the CPU, where it was sharded).
+    """
+    if isinstance(values, DTensor):
+        full = values.full_tensor().detach()
+        return full.cpu() if keep else None
+    if isinstance(values, dict):
+        return {key: whole(value, keep) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return type(values)(whole(value, keep) for value in values)
+    return values
+
+
+def divided_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, the same on all processes, divided as `parameter` is; as it is where that is whole.
+
+    Args:
+        value: Of the parameter's shape, or a scalar, which is left as it is.
+        parameter: A parameter of the model.
+    """
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def whole_copy(model: ConditionedUNet, state: dict[str, torch.Tensor], device: torch.device) -> ConditionedUNet:
+    """The model as one process has it.
+
+    Args:
+        model: The sharded one.
+        state: Its whole weights.
+        device: Where the copy goes.
+    """
+    projector = VisualizationProjector.from_config(model.projector.config)
+    copy = ConditionedUNet(projector, UNet2DConditionModel.from_config(model.unet.config))
+    copy.load_state_dict(state)
+    return copy.to(device)

@@ -1,0 +1,95 @@
+"""Pictures that cannot be read: each is counted once, named in the log, and too many of them stop the run."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from metamorph.data.bad_records import RecordLog, TooManyBadRecordsError, merge_ranks
+from metamorph.data.media.images import MediaError
+from metamorph.visualizer_training.pictures.shards import ShardedImages
+
+
+logger = logging.getLogger(__name__)
+
+
+class BadPictures:
+    """Counts bad pictures over all workers, processes and epochs.
+
+    Args:
+        num_pictures: Pictures that can be met.
+        on_bad_image: `raise`, or `skip` to leave bad pictures out.
+        max_bad_fraction: Largest share of bad pictures with `skip`.
+    """
+
+    def __init__(self, num_pictures: int, on_bad_image: str = "raise", max_bad_fraction: float = 0.01) -> None:
+        self.num_pictures = num_pictures
+        self.on_bad_image = on_bad_image
+        self.max_bad_fraction = max_bad_fraction
+        self.num_lost = 0
+        """Pictures that damaged shards have cost."""
+        self._log = RecordLog(num_pictures)
+        self._merged = 0
+
+    @property
+    def num_bad(self) -> int:
+        """Bad pictures met so far, by other processes until the last `merge`, and those lost with damaged shards."""
+        return self.num_lost + self._log.num_bad
+
+    def add_lost(self, shards: ShardedImages) -> None:
+        """Count what damaged shards have cost.
+
+        Raises:
+            ValueError: If there is a damaged shard and bad pictures are not to be skipped.
+            TooManyBadRecordsError: If it is too much.
+        """
+        damaged = [shard for shard in shards.shards if shard.is_damaged]
+        if damaged and self.on_bad_image == "raise":
+            raise ValueError(
+                f"{len(damaged)} of {len(shards.shards)} shards are damaged: {'; '.join(map(str, damaged[:3]))}. Or go "
+                "on with the pictures that can be read: --on_bad_image skip"
+            )
+        self.num_lost += shards.num_lost
+        self.check()
+
+    def note(self, index: int, error: MediaError) -> None:
+        """Picture `index` cannot be read.
+
+        Raises:
+            ValueError: If bad pictures are not to be skipped.
+            TooManyBadRecordsError: If this is one too many.
+        """
+        if self.on_bad_image == "raise":
+            raise ValueError(f"{error}. Or leave such pictures out: --on_bad_image skip") from error
+        if self._log.note_bad(index, error.kind):
+            logger.warning("left out: %s", error)
+            self.check(error)
+
+    def check(self, last: MediaError | None = None) -> None:
+        """Stop when too many pictures are bad.
+
+        Raises:
+            TooManyBadRecordsError: If they are more than `max_bad_fraction` of all.
+        """
+        everything = self.num_pictures + self.num_lost
+        if self.num_bad > self.max_bad_fraction * everything:
+            example = "" if last is None else f". The last one: {last}"
+            raise TooManyBadRecordsError(
+                f"{self.num_bad} of {everything} pictures are bad ({self.num_lost} of them lost with damaged shards), "
+                f"more than --max_bad_fraction {self.max_bad_fraction} allows{example}"
+            )
+
+    def merge(self, device: torch.device) -> None:
+        """Take over what other processes have met. All must call it at the same point of the run.
+
+        Args:
+            device: Where the process group communicates.
+
+        Raises:
+            TooManyBadRecordsError: On all processes, if too many pictures are bad.
+        """
+        merged = merge_ranks(self._log, self._merged, device)
+        if merged != self._merged:
+            self._merged = merged
+            self.check()

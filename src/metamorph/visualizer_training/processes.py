@@ -1,0 +1,82 @@
+"""The processes of a run of the trainer: how they start together, and how they stop when a signal asks them to."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import GradientAccumulationPlugin
+
+from metamorph.runs.preemption import Preempted, Preemption, write_marker
+from metamorph.visualizer_training.arguments import VisualizerArguments
+
+
+logger = logging.getLogger(__name__)
+
+_ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+"""Variables by which `accelerate launch` asks for an engine that the loop does not know."""
+
+
+def start_accelerate(args: VisualizerArguments) -> Accelerator:
+    """Device, precision and trackers of this run.
+
+    Raises:
+        ValueError: if the tracker is not installed, or `accelerate launch` asks for an engine of its own.
+    """
+    for variable in _ENGINES:
+        if os.environ.get(variable, "false").lower() == "true":
+            raise ValueError(
+                f"accelerate launch has set {variable}: start the visualizer with torchrun, or with a configuration "
+                "without it; --sharding fsdp2 divides the model"
+            )
+    tracker = None if args.report_to == "none" else args.report_to
+    if tracker is not None and importlib.util.find_spec(tracker) is None:
+        raise ValueError(f"--report_to {tracker}: {tracker} is not installed; pip install 'metamorph[trackers]'")
+    # Where `metamorph train` has it. Accelerate joins folder and name of the project.
+    tensorboard = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", Path(args.output_dir, "tensorboard"))).expanduser()
+    if is_initialized() and AcceleratorState().mixed_precision != args.mixed_precision:
+        # Left by another trainer of this process. Accelerate refuses to change it, and has no public way to start anew
+        # that keeps the process group; Transformers' Trainer does the same.
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        # Unless told, Accelerate takes several processes without a GPU for several unrelated single ones.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        # The loop divides by the number of batches itself; unless told, Accelerate takes another one from the launcher.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=tracker,
+        project_dir=str(tensorboard.parent),
+    )
+    if tracker is not None:
+        plain = {name: value for name, value in args.to_dict().items() if isinstance(value, (int, float, str))}
+        project = tensorboard.name if tracker == "tensorboard" else "metamorph-visualizer"
+        accelerator.init_trackers(project, config=plain)
+    return accelerator
+
+
+def leave_preempted(accelerator: Accelerator, preemption: Preemption, checkpoint: Path, step: int) -> NoReturn:
+    """Tell the script that started the run to start it again, and stop. For all processes, behind a checkpoint.
+
+    Args:
+        accelerator: Of the run.
+        preemption: What has caught the signal.
+        checkpoint: Folder that the run goes on from, in the output folder.
+        step: Optimizer steps done.
+
+    Raises:
+        Preempted: always.
+    """
+    if accelerator.is_main_process:
+        reason = None if preemption.signal is None else preemption.signal.name
+        write_marker(checkpoint.parent, step, checkpoint.name, reason)
+        logger.warning("preempted at step %d: the same command goes on from there", step)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    preemption.agreed()  # torchrun ends all processes when the first is gone: not before the marker is there
+    raise Preempted(step)
