@@ -34,8 +34,9 @@ from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisi
 
 from metamorph.mini import asset_path
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
-from metamorph.visualizer_training.build import build_projector, load_diffusion_parts, load_tower, token_shape
-from metamorph.visualizer_training.dataset import PixelFormat, crop_square
+from metamorph.visualization.pixels import PixelFormat, crop_square
+from metamorph.visualization.token_options import load_tower
+from metamorph.visualizer_training.build import build_projector, load_diffusion_parts, token_shape
 from metamorph.visualizer_training.denoising import ConditionedUNet, Draws, diffusion_loss
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from metamorph.data.bad_records import BadRecordLimit, RecordLog, TooManyBadRecordsError
-from metamorph.training.bad_records import StopOnBadRecords
+from metamorph.training.callbacks import StopOnBadRecords
 
 
 NUM_RECORDS = 20

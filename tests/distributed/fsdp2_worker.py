@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from training_parts import arguments
 
-from metamorph.training.engines.prepare import FrozenTower, configure_fsdp2, gather_weights
+from metamorph.training.engines.prepare import configure_fsdp2
+from metamorph.training.engines.sharded_trainer import FrozenTower, gather_weights
 
 
 def main(parts: Path, output_dir: Path, stage: int) -> None:

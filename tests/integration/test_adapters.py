@@ -26,7 +26,7 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.training.arguments.training import ModelArguments
 from metamorph.training.build import load_model, make_plan
-from metamorph.training.checkpoints.weights import find_checkpoint
+from metamorph.training.checkpoints.resume import find_checkpoint
 from metamorph.training.lora import attach_lora
 from metamorph.training.run import TrainResult, run_training
 from metamorph.training.stages import apply_stage

@@ -5,9 +5,10 @@ import torch
 from PIL import Image
 from training_parts import IMAGE_SIZE, arguments, write_records
 
-from metamorph.evaluation.drawings import DrawingTask, SamplerSettings, draw, encode_pictures, summarise
+from metamorph.evaluation.drawings import DrawingTask, draw, encode_pictures, summarise
 from metamorph.evaluation.questions import Question, ask
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
+from metamorph.inference.draw import SamplerSettings
 from metamorph.inference.reply import Prompt, reply_to
 from metamorph.training.run import run_training
 from metamorph.visualization.pipeline import VisualizationPipeline

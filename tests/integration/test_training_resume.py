@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.models.sequence import chat_templates
 from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError
-from metamorph.training.checkpoints.weights import find_checkpoint
+from metamorph.training.checkpoints.resume import find_checkpoint
 from metamorph.training.run import TrainResult, run_training
 
 

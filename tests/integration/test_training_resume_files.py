@@ -31,7 +31,7 @@ from metamorph.runs.checkpoint_files import (
     read_manifest,
 )
 from metamorph.runs.preemption import Preempted
-from metamorph.training.checkpoints.weights import find_checkpoint
+from metamorph.training.checkpoints.resume import find_checkpoint
 from metamorph.training.run import TrainResult, run_training
 
 

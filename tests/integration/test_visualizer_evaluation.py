@@ -16,8 +16,8 @@ from metamorph.mini import shipped_folder
 from metamorph.miniature.world.render import render
 from metamorph.miniature.world.scenes import single_scenes
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, load_visualizer, train_visualizer
-from metamorph.visualizer_training.build import load_encoder, load_tower
-from metamorph.visualizer_training.dataset import crop_square
+from metamorph.visualization.pixels import crop_square
+from metamorph.visualization.token_options import load_encoder, load_tower
 from perceptual_parts import save_networks
 from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
 

@@ -11,7 +11,8 @@ import pytest
 
 from metamorph.data.bad_records import TooManyBadRecordsError
 from metamorph.visualization import VisualizerArguments, train_visualizer
-from metamorph.visualizer_training.dataset import PixelFormat, Sample, VisualizerDataset
+from metamorph.visualization.pixels import PixelFormat
+from metamorph.visualizer_training.dataset import Sample, VisualizerDataset
 from metamorph.visualizer_training.pictures.bad_pictures import BadPictures
 from metamorph.visualizer_training.pictures.sources import ImageFiles
 from visualization_parts import (

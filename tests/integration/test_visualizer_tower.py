@@ -10,9 +10,9 @@ from transformers import AutoConfig, SiglipImageProcessorPil
 
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.visualization.pixels import crop_square
+from metamorph.visualization.token_options import adopt_token_options, load_tower
 from metamorph.visualizer_training.arguments import VisualizerArguments
-from metamorph.visualizer_training.build import adopt_token_options, load_tower
-from metamorph.visualizer_training.dataset import crop_square
 from visualization_parts import random_images, write_tiny_tower
 
 

@@ -20,9 +20,9 @@ from metamorph.runs.checkpoint_files import CheckpointError, checkpoints
 from metamorph.runs.lock import only_run_in
 from metamorph.runs.preemption import MARKER_FILE, PREEMPTED, Preempted
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
+from metamorph.visualization.pixels import crop_square
 from metamorph.visualization.projector import PROJECTOR_MODES
-from metamorph.visualizer_training.build import load_tower
-from metamorph.visualizer_training.dataset import crop_square
+from metamorph.visualization.token_options import load_tower
 from metamorph.visualizer_training.processes import start_accelerate
 from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from metamorph.evaluation.drawings import SamplerSettings, draw_tokens
 from metamorph.evaluation.visualizer import ReconstructionSettings, evaluate_visualizer
+from metamorph.inference.draw import SamplerSettings, draw_tokens
 from metamorph.mini import PARTS, asset_path
 from metamorph.miniature.quickstart.evaluate import judge_scene
 from metamorph.miniature.quickstart.recipe import FULL

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tools.miniature.build_siglip import check_gates, encode_scenes, reduced_tokens
-from tools.miniature.probes import PROBE_NAMES, LinearProbes, cells_of, probe_scenes, scene_pixels
+from tools.miniature.probes import PROBE_NAMES, LinearProbes, probe_scenes, scene_pixels
 from tools.miniature.siglip_data import (
     IGNORED,
     SiglipRecipe,
@@ -19,6 +19,7 @@ from transformers import AutoImageProcessor, SiglipModel
 
 from metamorph.mini import asset_path, verify_asset
 from metamorph.mini.cards import AssetError
+from metamorph.miniature.world.cells import cells_of
 from metamorph.miniature.world.render import coverage, render
 from metamorph.miniature.world.scenes import POSITIONS, SHAPES, SIZES, Scene, SceneObject, is_reserved, sample_scene
 from metamorph.models.configuration_metamorph import MetaMorphConfig

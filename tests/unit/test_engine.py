@@ -15,7 +15,8 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.training.arguments import sharding
 from metamorph.training.arguments.sharding import SHARDINGS, deepspeed_config
 from metamorph.training.arguments.training import MetaMorphTrainingArguments
-from metamorph.training.engines.prepare import FrozenTower, layer_classes, prepare_engine
+from metamorph.training.engines.prepare import layer_classes, prepare_engine
+from metamorph.training.engines.sharded_trainer import FrozenTower
 from model_parts import build_batch, build_tiny_model
 
 

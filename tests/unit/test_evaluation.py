@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from metamorph.evaluation.drawings import Drawing, DrawingTask, SamplerSettings, draw_tokens, summarise
+from metamorph.evaluation.drawings import Drawing, DrawingTask, summarise
 from metamorph.evaluation.questions import AnsweredQuestion, Question, QuestionResults, fraction
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
+from metamorph.inference.draw import SamplerSettings, draw_tokens
 from metamorph.inference.reply import Prompt, Reply
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector

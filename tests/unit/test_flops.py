@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from metamorph.models.losses import sum_dtype
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.arguments.training import ModelArguments
 from metamorph.training.costs.flops import Cost, Work, count_work, model_flops
-from metamorph.training.metrics import sum_dtype
 from metamorph.training.stages import apply_stage
 from model_parts import build_batch, build_tiny_model
 

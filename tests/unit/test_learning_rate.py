@@ -11,8 +11,13 @@ import pytest
 from metamorph.data.batching.lengths import Lengths
 from metamorph.data.batching.packing import BatchPlanner
 from metamorph.training.arguments.training import MetaMorphTrainingArguments
-from metamorph.training.optimizer import apply_learning_rate_rule, samples_in_a_step, scale_learning_rate
-from metamorph.training.stages import LANGUAGE_MODEL, learning_rates
+from metamorph.training.optimizer import (
+    apply_learning_rate_rule,
+    learning_rates,
+    samples_in_a_step,
+    scale_learning_rate,
+)
+from metamorph.training.stages import LANGUAGE_MODEL
 
 
 def planner(*, packing: bool) -> BatchPlanner:

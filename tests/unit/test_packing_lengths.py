@@ -12,7 +12,7 @@ from metamorph.data.batching.lengths import measure
 from metamorph.data.dataset import ConversationDataset
 from metamorph.models.sequence.constants import IGNORE_INDEX
 from metamorph.training.arguments.training import MetaMorphTrainingArguments
-from metamorph.training.planning import measuring_workers
+from metamorph.training.build import measuring_workers
 from processing_parts import DATE_JINJA, build_processor, chat, golden_image, llava, tokenizer_with, write_jsonl
 
 

@@ -8,7 +8,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, SiglipVis
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.arguments.training import MetaMorphTrainingArguments, ModelArguments
-from metamorph.training.stages import apply_stage, format_summary, module_of, optimizer_groups
+from metamorph.training.optimizer import format_summary, optimizer_groups
+from metamorph.training.stages import apply_stage, module_of
 
 
 TOKENIZER = Path(__file__).parent.parent / "golden" / "tokenizer"

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from transformers import SiglipImageProcessor
 
-from metamorph.visualizer_training.dataset import PixelFormat, Sample, StreamBatches, VisualizerDataset, crop_square
+from metamorph.visualization.pixels import PixelFormat, crop_square
+from metamorph.visualizer_training.dataset import Sample, StreamBatches, VisualizerDataset
 from metamorph.visualizer_training.pictures.sources import ImageFiles, ImageList, open_pictures
 from visualization_parts import random_images
 

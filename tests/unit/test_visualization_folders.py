@@ -20,10 +20,10 @@ from metamorph.visualization.encoder import VisualTokenEncoder
 from metamorph.visualization.folders import check_model, check_visualizer
 from metamorph.visualization.loading import load_visualizer
 from metamorph.visualization.pipeline import VisualizationPipeline
+from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualization.projector import VisualizationProjector
 from metamorph.visualizer_training.arguments import VisualizerArguments
 from metamorph.visualizer_training.build import build_projector, load_diffusion_parts
-from metamorph.visualizer_training.dataset import PixelFormat
 from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae, write_tiny_diffusion
 
 

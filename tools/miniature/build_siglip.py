@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tools.miniature.probes import GRID, PROBE_NAMES, LinearProbes, probe_scenes, scene_pixels
+from tools.miniature.probes import PROBE_NAMES, LinearProbes, probe_scenes, scene_pixels
 from tools.miniature.siglip_data import (
     CELL_ATTRIBUTES,
     IGNORED,
@@ -38,6 +38,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, SiglipConfig, SiglipImageProcessor, SiglipModel
 
 from metamorph.mini.cards import AssetCard, AssetError, write_card
+from metamorph.miniature.world.cells import GRID
 from metamorph.miniature.world.render import IMAGE_SIZE
 from metamorph.miniature.world.scenes import SHAPES, Scene, sample_scene
 

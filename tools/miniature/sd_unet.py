@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,20 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tools.miniature.probes import ATTRIBUTES, GRID, cell_labels
 from tools.miniature.sd_vae import Ema, accuracy, encode_scenes, to_pictures
 from tools.miniature.training_state import TrainingPlan, step_rng, train
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from metamorph.miniature.quickstart.conditions import CONDITION_DIM, AttributeEncoder, background_labels
+from metamorph.miniature.world.cells import cell_labels
 from metamorph.miniature.world.checker import judge
-from metamorph.miniature.world.scenes import BACKGROUNDS, Scene, is_reserved, sample_scene, single_scenes
+from metamorph.miniature.world.scenes import is_reserved, sample_scene, single_scenes
 from metamorph.visualization.pipeline import from_unet_latents, to_unet_latents
 from metamorph.visualization.projector import pad_condition
 
 
 logger = logging.getLogger(__name__)
 
-CONDITION_DIM = 128
 GUIDANCE_SCALE = 2.0
 SAMPLING_STEPS = 15
 
@@ -62,44 +60,6 @@ class UnetRecipe:
     """Steps between two snapshots and readings of the checker."""
     snapshot_scenes: int = 32
     """Scenes of one object, and as many of two, that are drawn for every reading."""
-
-
-class AttributeEncoder(nn.Module):
-    """A scene's attributes as condition tokens; stands where Stable Diffusion has its text encoder.
-
-    The token of a cell is the normalised sum of learned embeddings of what stands in the cell (shape or nothing,
-    colour, size, position), of the background and of the cell itself.
-    """
-
-    def __init__(self, dim: int = CONDITION_DIM) -> None:
-        super().__init__()
-        self.attributes = nn.ModuleList(nn.Embedding(len(words) + 1, dim) for words in ATTRIBUTES.values())
-        self.background = nn.Embedding(len(BACKGROUNDS), dim)
-        self.cell = nn.Embedding(GRID * GRID, dim)
-
-    def forward(self, labels: Tensor, backgrounds: Tensor) -> Tensor:
-        """Conditions, not padded.
-
-        Args:
-            labels: classes of the object in each cell, ``[scenes, 16, attributes]``, 0 for none.
-            backgrounds: index into ``BACKGROUNDS``, ``[scenes]``.
-
-        Returns:
-            ``[scenes, 16, dim]``, each token of mean 0 and variance 1.
-        """
-        tokens = self.cell.weight[None] + self.background(backgrounds)[:, None]
-        for index, table in enumerate(self.attributes):
-            tokens = tokens + table(labels[:, :, index])
-        return F.layer_norm(tokens, tokens.shape[-1:])
-
-    def encode(self, scenes: Sequence[Scene]) -> Tensor:
-        """Conditions of scenes, ``[scenes, 16, dim]``."""
-        return self(cell_labels(scenes), background_labels(scenes))
-
-
-def background_labels(scenes: Sequence[Scene]) -> Tensor:
-    """Index of every scene's background, ``[scenes]``."""
-    return torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes])
 
 
 def new_unet() -> UNet2DConditionModel:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tools.miniature.probes import cell_labels
 from tools.miniature.tokenizer import build_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from metamorph.miniature.world.cells import cell_labels
 from metamorph.miniature.world.scenes import (
     BACKGROUNDS,
     COLORS,

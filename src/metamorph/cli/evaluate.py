@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--model or --visualizer: {error}") from error
     check_model_reference(model, flag="--model")
     check_model_reference(visualizer, flag="--visualizer", file="model_index.json")
-    from metamorph.cli.quickstart import print_table
+    from metamorph.cli.shared import print_table
     from metamorph.miniature.quickstart.measure import measure_world
     from metamorph.miniature.quickstart.recipe import MINI_EVALUATION_SEED
     from metamorph.miniature.quickstart.report import headline

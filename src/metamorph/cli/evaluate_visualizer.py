@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamorph.cli.generate import choose_device
-from metamorph.cli.visualize import add_drawing_flags, check_drawing_flags, open_pipeline
+from metamorph.cli.shared import add_drawing_flags, check_drawing_flags, choose_device, open_pipeline
 
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metamorph.cli.shared import choose_device, open_pictures, use_shipped
 from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable
 
 
@@ -70,22 +71,6 @@ def main(argv: Sequence[str]) -> None:
         )
 
 
-def use_shipped(flags: argparse.Namespace) -> None:
-    """Replace `mini` by the folder of the miniature that ships with the package.
-
-    Args:
-        flags: The command line; `model` and `visualizer` are changed.
-    """
-    from metamorph.mini import AssetError, shipped_folder
-
-    try:
-        flags.model = shipped_folder(flags.model, "model")
-        if flags.visualizer is not None:
-            flags.visualizer = shipped_folder(flags.visualizer, "visualizer")
-    except AssetError as error:
-        raise ValueError(f"--model or --visualizer: {error}") from error
-
-
 def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
     """Check everything that does not need weights, and open the pictures.
 
@@ -127,44 +112,6 @@ def check_visualizer_folder(name: str) -> None:
         raise ValueError(f"--visualizer needs {error.name}: pip install 'metamorph[visualization]'") from error
     with names_flag("--visualizer", name):
         check_visualizer(visualizer_folder(name))
-
-
-def open_pictures(paths: Sequence[str]) -> "list[Image.Image]":
-    """Open pictures as training does: upright, RGB, and read to the end.
-
-    Args:
-        paths: Picture files.
-
-    Raises:
-        ValueError: if one of them cannot be read; the message names it.
-    """
-    if not paths:
-        return []
-    from metamorph.data.media.stores import MediaError, load_image
-
-    try:
-        return [load_image(path) for path in paths]
-    except MediaError as error:
-        raise ValueError(f"--image {error}") from error
-
-
-def choose_device(name: str | None) -> "torch.device":
-    """The device of `--device`, or the accelerator, or the CPU.
-
-    Args:
-        name: As PyTorch calls it; None chooses.
-
-    Raises:
-        ValueError: If there is no such device.
-    """
-    import torch
-
-    if name is None:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # the latter: PyTorch was built without CUDA
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def answer(flags: argparse.Namespace, pictures: "list[Image.Image]", device: "torch.device") -> list[Any]:

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from metamorph.cli.shared import print_table
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
@@ -76,23 +78,3 @@ def rebuild(flags: argparse.Namespace) -> None:
     figures = assets.rebuild(flags.rebuild_assets or assets.ASSETS, flags.assets_dir, seed=flags.seed)
     for name, values in figures.items():
         print(f"{name}: {values}")
-
-
-def print_table(rows: Sequence[dict]) -> None:
-    """Print the result as a table; colours show floors that are reached or missed.
-
-    Args:
-        rows: As `metamorph.miniature.quickstart.report.headline` makes them.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    styles = {"right": "green", "wrong": "red", "soft": ""}
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    table.add_column("n", justify="right")
-    table.add_column("result", justify="right")
-    table.add_column("floor")
-    for row in rows:
-        table.add_row(row["label"], str(row["n"]), row["value"], row["floor"], style=styles[row["mark"]])
-    Console().print(table)

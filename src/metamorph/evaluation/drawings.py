@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from metamorph.evaluation.questions import fraction
+from metamorph.inference.draw import SamplerSettings, draw_tokens
 from metamorph.inference.reply import Progress, Prompt, Reply, reply_to
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -22,20 +23,6 @@ from metamorph.visualization.pipeline import VisualizationPipeline
 
 Judge = Callable[[Image.Image, Any], Mapping[str, bool]]
 """From a picture and what it should show to verdicts by name, for example `{"color": True, "all": False}`."""
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """How the visualizer draws."""
-
-    guidance_scale: float = 2.0
-    """Strength of classifier-free guidance; 1 is none."""
-    num_inference_steps: int = 20
-    """Steps of the sampler."""
-    seed: int = 0
-    """Seed of the starting noise: picture `i` starts from the noise of `seed + i`, however pictures are batched."""
-    batch_size: int = 32
-    """Pictures drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -64,36 +51,6 @@ class Drawing:
     def is_right(self, name: str = "all") -> bool:
         """The verdict of that name; False if the model did not draw."""
         return self.verdict.get(name, False)
-
-
-def draw_tokens(
-    pipeline: VisualizationPipeline,
-    visual_tokens: Tensor,
-    settings: SamplerSettings,
-    on_progress: Progress | None = None,
-) -> list[Image.Image]:
-    """Draw one picture per image of `visual_tokens`.
-
-    Args:
-        pipeline: The visualizer.
-        visual_tokens: [images, N, D]
-        settings: How to draw.
-        on_progress: Called with the number of pictures just drawn.
-    """
-    pictures: list[Image.Image] = []
-    for start in range(0, visual_tokens.shape[0], settings.batch_size):
-        chunk = visual_tokens[start : start + settings.batch_size]
-        seeds = range(settings.seed + start, settings.seed + start + chunk.shape[0])
-        drawn: Any = pipeline(
-            chunk,
-            guidance_scale=settings.guidance_scale,
-            num_inference_steps=settings.num_inference_steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        )
-        pictures += drawn.images
-        if on_progress is not None:
-            on_progress(chunk.shape[0])
-    return pictures
 
 
 def draw(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,13 +13,13 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
-from transformers import TrainingArguments
 
 from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.dataset import MixtureDataset
 from metamorph.models.batch_indices import first_image_starts
+from metamorph.models.losses import sum_dtype
 from metamorph.runs.preemption import ignore_signals
-from metamorph.training.metrics import constant_cosine_sum, sum_dtype
+from metamorph.training.metrics import constant_cosine_sum
 
 
 METRICS = (
@@ -193,33 +192,6 @@ def evaluate_losses(
         source: SourceLoss(total[:_NUM_SUMS].double(), total[_NUM_SUMS:].double().view(shape))
         for source, total in zip(sums, totals, strict=True)
     }
-
-
-def validation_metrics(
-    model: nn.Module, dataset: MixtureDataset, accelerator: Accelerator, args: TrainingArguments, *, prefix: str
-) -> dict[str, float]:
-    """What a run logs of its validation data. Every rank must call it.
-
-    Args:
-        model: Wrapped or not.
-        dataset: The data.
-        accelerator: Of the run.
-        args: `per_device_eval_batch_size` and `dataloader_num_workers`.
-        prefix: What the names of the values begin with, such as `eval`.
-    """
-    began = time.perf_counter()
-    losses = evaluate_losses(
-        model,
-        dataset,
-        accelerator,
-        batch_size=args.per_device_eval_batch_size,
-        num_workers=args.dataloader_num_workers,
-    )
-    coefficient = accelerator.unwrap_model(model).config.vision_coef
-    metrics = total_loss(losses).as_metrics(f"{prefix}_", coefficient)
-    for source, loss in losses.items():
-        metrics |= loss.as_metrics(f"{prefix}_{source}_", coefficient)
-    return metrics | {f"{prefix}_runtime": round(time.perf_counter() - began, 3)}
 
 
 def metric_names(sources: Iterable[str], *, visual_loss: bool, prefix: str = "eval") -> list[str]:

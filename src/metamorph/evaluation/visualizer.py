@@ -21,7 +21,7 @@ from metamorph.evaluation.perceptual import FeatureStatistics, PictureFeatures, 
 from metamorph.models.image_processing import to_rgb
 from metamorph.visualization.grids import reconstruction_grid
 from metamorph.visualization.pipeline import VisualizationPipeline
-from metamorph.visualizer_training.dataset import crop_square
+from metamorph.visualization.pixels import crop_square
 
 
 _TIE = 1e-6

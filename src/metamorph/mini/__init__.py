@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tools.miniature.rebuild import rebuild
+
 from metamorph.mini.cards import AssetCard, AssetError, verify_folder
 
 
@@ -23,12 +25,6 @@ PARTS = ("mini-siglip", "mini-llama", "mini-sd")
 ASSETS = (*PARTS, "mini")
 """The shipped assets, in the order in which they are built."""
 
-_BUILDERS = {
-    "mini-siglip": "tools.miniature.build_siglip",
-    "mini-llama": "tools.miniature.build_llama",
-    "mini-sd": "tools.miniature.build_sd",
-    "mini": "tools.miniature.build_mini",
-}
 
 __all__ = ["ASSETS", "PARTS", "AssetCard", "AssetError", "asset_path", "rebuild", "verify_asset"]
 
@@ -82,40 +78,6 @@ def verify_asset(name: str) -> AssetCard:
         AssetError: A file is missing or changed; the message names it.
     """
     return verify_folder(asset_path(name))
-
-
-def rebuild(
-    names: Sequence[str] = ASSETS,
-    output_dir: Path | None = None,
-    *,
-    seed: int = 0,
-    resume: bool = True,
-) -> dict[str, Any]:
-    """Build assets from scratch, each in its turn, stopping at the first that misses its gate.
-
-    Args:
-        names: Which assets; they are built in the order of `ASSETS` whatever the order here.
-        output_dir: Folder that gets one folder per asset; by default the package's own, whose assets are
-            replaced one by one as soon as the new one has passed its gate.
-        seed: Seed of every build.
-        resume: Whether to continue interrupted builds.
-
-    Returns:
-        The figures of each built asset.
-
-    Raises:
-        ValueError: There is no asset of one of the names.
-        AssetError: An asset misses its gate.
-    """
-    wanted = {_full_name(name) for name in names}
-    root = output_dir or Path(__file__).parent
-    figures = {}
-    for name in ASSETS:
-        if name in wanted:
-            logger.info("building %s into %s", name, root / name)
-            builder = importlib.import_module(_BUILDERS[name])
-            figures[name] = builder.build(root / name, seed=seed, resume=resume)
-    return figures
 
 
 def _full_name(name: str) -> str:

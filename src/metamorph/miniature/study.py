@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from metamorph.evaluation.drawings import SamplerSettings, draw, summarise
+from metamorph.evaluation.drawings import draw, summarise
+from metamorph.inference.draw import SamplerSettings
 from metamorph.mini import PARTS, asset_path
 from metamorph.miniature.quickstart.evaluate import VERDICTS, compare_tokens, drawing_tasks, judge_scene
 from metamorph.miniature.quickstart.figures import save_study

@@ -99,3 +99,12 @@ def average(loss: LossSum, normalizer: Tensor | float | None) -> Tensor:
     """
     divisor = torch.as_tensor(loss.count if normalizer is None else normalizer, device=loss.sum.device)
     return loss.sum / (divisor + (divisor == 0))
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What sums over many batches are kept in: float64, except on Apple's GPUs, which do not have it.
+
+    Args:
+        device: Where they are kept.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64

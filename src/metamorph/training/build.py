@@ -2,16 +2,20 @@
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import IntervalStrategy, PreTrainedConfig
 from transformers.utils import CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
+from metamorph.data.batching.lengths import Lengths, Measurable, measure
+from metamorph.data.batching.packing import BatchPlanner
 from metamorph.data.dataset import MixtureDataset, load_data
 from metamorph.data.features.cache import FeatureCache, describe_tower
+from metamorph.data.sources.index import cache_folder
 from metamorph.flags.checks import check_reachable, names_flag
 from metamorph.models.adapters import forget_quantisation
 from metamorph.models.configuration_metamorph import MetaMorphConfig
@@ -21,7 +25,7 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.models.pretrained import load_config, load_language_model, load_tokenizer
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.vision_tower import load_vision_config, load_vision_encoder, resolve_vision_tower
-from metamorph.training.arguments.training import DataArguments, ModelArguments
+from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.lora import adapter_base, quantization_config
 
 
@@ -253,3 +257,93 @@ def _check_tower(found: PreTrainedConfig, args: ModelArguments) -> None:
         args.model_name_or_path,
         args.vision_tower,
     )
+
+
+def _check_validation(data_args: DataArguments, args: MetaMorphTrainingArguments) -> None:
+    strategy = IntervalStrategy(args.eval_strategy).value
+    evaluates = strategy != "no" or args.eval_on_start
+    if evaluates and data_args.eval_data_path is None:
+        flag = f"--eval_strategy {strategy}" if strategy != "no" else "--eval_on_start True"
+        raise ValueError(f"{flag} needs validation data: give them by --eval_data_path, or leave the flag out")
+    if data_args.eval_data_path is not None and not evaluates:
+        raise ValueError(
+            f"--eval_data_path {data_args.eval_data_path} is never read with --eval_strategy no: add --eval_strategy "
+            "steps (with --eval_steps) or epoch, or leave it out"
+        )
+
+
+def _load_validation(
+    data_args: DataArguments, args: MetaMorphTrainingArguments, processor: MetaMorphProcessor
+) -> MixtureDataset | None:
+    """As training data, but from the pictures also where training reads a feature cache, which lacks these."""
+    if data_args.eval_data_path is None:
+        return None
+    return load_data(
+        data_args.eval_data_path,
+        processor,
+        image_folder=data_args.eval_image_folder,
+        model_max_length=data_args.model_max_length,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        on_bad_record=data_args.on_bad_record,
+        max_bad_fraction=data_args.max_bad_fraction,
+    )
+
+
+MAX_MEASURING = 32
+"""Most processes that measure lengths where no number of workers is asked for."""
+
+
+def plan_run(dataset: Measurable, model_max_length: int, args: MetaMorphTrainingArguments) -> BatchPlanner:
+    """Decide which samples make which batch, from lengths that are measured now if anything depends on them.
+
+    One process of each machine measures, with workers of its own, and the others read what it has kept.
+
+    Args:
+        dataset: The data set.
+        model_max_length: Tokens of a row.
+        args: How the run learns.
+    """
+    group_by_length = args.train_sampling_strategy == "group_by_length"
+    if args.packing or group_by_length:
+        with args.main_process_first(desc="measuring lengths"):
+            lengths = measure(dataset, measuring_workers(args), cache_folder())
+    else:
+        lengths = Lengths.unknown(len(dataset))
+    planner = BatchPlanner(
+        lengths,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        world_size=args.world_size,
+        rows_per_batch=args.per_device_train_batch_size,
+        max_length=model_max_length,
+        packing=args.packing,
+        group_by_length=group_by_length,
+        shuffle=args.train_sampling_strategy != "sequential",
+    )
+    if args.packing:
+        per_row = len(dataset) / planner.num_rows
+        logger.info(
+            "packing: %d samples in %d rows of %d tokens, %.1f %% full; %d steps of micro-batches an epoch, on average "
+            "%.1f samples a row and %.0f in each optimizer step",
+            len(dataset),
+            planner.num_rows,
+            model_max_length,
+            100 * planner.efficiency,
+            planner.steps,
+            per_row,
+            per_row * args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        )
+    return planner
+
+
+def measuring_workers(args: MetaMorphTrainingArguments) -> int:
+    """Processes that measure lengths: as many as all data loaders of this machine will have, else one for each core.
+
+    One process alone takes hours for ten million samples, and the other ranks wait for `--ddp_timeout` only.
+
+    Args:
+        args: How the run learns.
+    """
+    asked = args.dataloader_num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Of a shared machine the cores that are ours, where the system tells.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return asked or min(cores, MAX_MEASURING)

@@ -1,11 +1,16 @@
 """What is counted and summed while training: losses of each kind, without a device sync before they are logged."""
 
+import time
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import TrainingArguments
 
+from metamorph.data.dataset import MixtureDataset
+from metamorph.evaluation.losses import evaluate_losses, total_loss
+from metamorph.models.losses import sum_dtype
 from metamorph.models.outputs import MetaMorphOutput
 from metamorph.models.sequence.constants import IGNORE_INDEX
 
@@ -86,15 +91,6 @@ def constant_cosine_sum(direction_sums: Tensor) -> Tensor:
     return direction_sums.norm(dim=-1).sum()
 
 
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """What sums over many batches are kept in: float64, except on Apple's GPUs, which do not have it.
-
-    Args:
-        device: Where they are kept.
-    """
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def count_tokens(batch: dict[str, Any]) -> Tensor:
     """0-d: the number of tokens in a batch, padding left out where the batch says what that is.
 
@@ -120,3 +116,30 @@ def count_targets(batch: dict[str, Any]) -> Tensor:
     mask = batch.get("visual_target_mask")
     visual = torch.zeros_like(text) if mask is None else mask[:, 1:].sum()
     return torch.stack([text, visual])
+
+
+def validation_metrics(
+    model: nn.Module, dataset: MixtureDataset, accelerator: Accelerator, args: TrainingArguments, *, prefix: str
+) -> dict[str, float]:
+    """What a run logs of its validation data. Every rank must call it.
+
+    Args:
+        model: Wrapped or not.
+        dataset: The data.
+        accelerator: Of the run.
+        args: `per_device_eval_batch_size` and `dataloader_num_workers`.
+        prefix: What the names of the values begin with, such as `eval`.
+    """
+    began = time.perf_counter()
+    losses = evaluate_losses(
+        model,
+        dataset,
+        accelerator,
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+    )
+    coefficient = accelerator.unwrap_model(model).config.vision_coef
+    metrics = total_loss(losses).as_metrics(f"{prefix}_", coefficient)
+    for source, loss in losses.items():
+        metrics |= loss.as_metrics(f"{prefix}_{source}_", coefficient)
+    return metrics | {f"{prefix}_runtime": round(time.perf_counter() - began, 3)}

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from transformers import IntervalStrategy
-
-from metamorph.data.dataset import MixtureDataset, load_data
+from metamorph.data.dataset import MixtureDataset
 from metamorph.evaluation.losses import metric_names
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments
+from metamorph.training.build import _check_validation, _load_validation
 from metamorph.training.reporting.samples import Draw, SamplePrompt, SampleWriter, read_prompts
 from metamorph.training.reporting.trackers import set_up_trackers
 
@@ -84,19 +83,6 @@ def observe(
     return Observation(validation, prompts, draw)
 
 
-def _check_validation(data_args: DataArguments, args: MetaMorphTrainingArguments) -> None:
-    strategy = IntervalStrategy(args.eval_strategy).value
-    evaluates = strategy != "no" or args.eval_on_start
-    if evaluates and data_args.eval_data_path is None:
-        flag = f"--eval_strategy {strategy}" if strategy != "no" else "--eval_on_start True"
-        raise ValueError(f"{flag} needs validation data: give them by --eval_data_path, or leave the flag out")
-    if data_args.eval_data_path is not None and not evaluates:
-        raise ValueError(
-            f"--eval_data_path {data_args.eval_data_path} is never read with --eval_strategy no: add --eval_strategy "
-            "steps (with --eval_steps) or epoch, or leave it out"
-        )
-
-
 def _check_best_metric(args: MetaMorphTrainingArguments, validation: MixtureDataset, visual_loss: bool) -> None:
     """Trainer would look for it after the first evaluation."""
     if args.metric_for_best_model is None:
@@ -109,20 +95,3 @@ def _check_best_metric(args: MetaMorphTrainingArguments, validation: MixtureData
         raise ValueError(
             f"--metric_for_best_model {args.metric_for_best_model} is not measured: {hint}Use one of {', '.join(known)}"
         )
-
-
-def _load_validation(
-    data_args: DataArguments, args: MetaMorphTrainingArguments, processor: MetaMorphProcessor
-) -> MixtureDataset | None:
-    """As training data, but from the pictures also where training reads a feature cache, which lacks these."""
-    if data_args.eval_data_path is None:
-        return None
-    return load_data(
-        data_args.eval_data_path,
-        processor,
-        image_folder=data_args.eval_image_folder,
-        model_max_length=data_args.model_max_length,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        on_bad_record=data_args.on_bad_record,
-        max_bad_fraction=data_args.max_bad_fraction,
-    )

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from metamorph.training.arguments.training import MetaMorphTrainingArguments
+from metamorph.training.stages import CONNECTOR, MODULES, VISION_HEAD, VISION_TOWER, ModuleSummary, module_of
 
 
 if TYPE_CHECKING:  # `metamorph lr` needs neither, and they take seconds to import
@@ -67,3 +73,59 @@ def apply_learning_rate_rule(args: MetaMorphTrainingArguments, samples: float) -
     )
     logger.info("%s", done)
     return done
+
+
+def learning_rates(args: MetaMorphTrainingArguments) -> dict[str, float]:
+    """Peak learning rate of each module; `learning_rate` where no own rate is given."""
+    own = {CONNECTOR: args.mm_projector_lr, VISION_HEAD: args.vision_head_lr, VISION_TOWER: args.vision_lr}
+    given: dict[str, float] = {module: rate for module, rate in own.items() if rate is not None}
+    return {module: given.get(module, float(args.learning_rate)) for module in MODULES}
+
+
+def optimizer_groups(
+    model: nn.Module, args: MetaMorphTrainingArguments, decay_names: Collection[str]
+) -> list[dict[str, Any]]:
+    """Parameter groups by module, each with and without weight decay; empty ones are left out.
+
+    Args:
+        model: The model after `apply_stage`.
+        args: Learning rates and weight decay.
+        decay_names: Names of the parameters that weight decay applies to (no norms, no biases).
+
+    Returns:
+        Groups for a PyTorch optimizer, each with a `name`.
+    """
+    rates, groups = learning_rates(args), []
+    for module in MODULES:
+        for decays in (True, False):
+            parameters = [
+                parameter
+                for name, parameter in _trained_parameters(model)
+                if module_of(name) == module and (name in decay_names) == decays
+            ]
+            if parameters:
+                groups.append(
+                    {
+                        "name": module if decays else f"{module}_no_decay",
+                        "params": parameters,
+                        "lr": rates[module],
+                        "weight_decay": args.weight_decay if decays else 0.0,
+                    }
+                )
+    return groups
+
+
+def format_summary(summary: list[ModuleSummary], args: MetaMorphTrainingArguments) -> str:
+    """The table of what is trained, as text for the log."""
+    rates = learning_rates(args)
+    lines = [f"{'module':<16}{'trained':>16}{'frozen':>16}{'learning rate':>16}"]
+    for line in summary:
+        rate = f"{rates[line.module]:.3g}" if line.trainable else "-"
+        lines.append(f"{line.module:<16}{line.trainable:>16,}{line.frozen:>16,}{rate:>16}")
+    return "\n".join(lines)
+
+
+def _trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter

@@ -18,21 +18,18 @@ from metamorph.runs.determinism import deterministic_algorithms
 from metamorph.runs.lock import only_run_in
 from metamorph.runs.preemption import Preemption, clear_marker
 from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments, ModelArguments
-from metamorph.training.bad_records import StopOnBadRecords
-from metamorph.training.build import load_model, load_training_data, make_plan, open_features
-from metamorph.training.callbacks import StopWhenPreempted
-from metamorph.training.checkpoints.resume import plan_resume
+from metamorph.training.build import load_model, load_training_data, make_plan, open_features, plan_run
+from metamorph.training.callbacks import StopOnBadRecords, StopWhenPreempted
+from metamorph.training.checkpoints.resume import find_checkpoint, plan_resume
 from metamorph.training.checkpoints.resume_flags import check_flags, flags_of_run
-from metamorph.training.checkpoints.weights import find_checkpoint
-from metamorph.training.engines.attention import check_keeps_samples_apart, uses_flash_attention
+from metamorph.training.engines.attention import check_keeps_samples_apart, choose_attention, uses_flash_attention
 from metamorph.training.engines.prepare import prepare_engine, whole_weights
-from metamorph.training.engines.speed import choose_attention, prepare_speed
+from metamorph.training.engines.speed import prepare_speed
 from metamorph.training.lora import check_engine, compute_dtype, store_frozen_matrices
 from metamorph.training.observation import OpenVisualizer, observe
-from metamorph.training.optimizer import apply_learning_rate_rule, samples_in_a_step
-from metamorph.training.planning import plan_run
+from metamorph.training.optimizer import apply_learning_rate_rule, format_summary, samples_in_a_step
 from metamorph.training.reporting.model_card import CardFacts
-from metamorph.training.stages import apply_stage, check_learning_rates, check_optimizer, format_summary
+from metamorph.training.stages import apply_stage, check_learning_rates, check_optimizer
 from metamorph.training.trainer import MetaMorphTrainer
 
 

@@ -16,15 +16,14 @@ from transformers.trainer_utils import seed_worker
 from metamorph.data.batching.packing import BatchPlanner
 from metamorph.data.batching.sampler import PackedExamples, PlannedBatches
 from metamorph.data.dataset import MixtureDataset
-from metamorph.evaluation.losses import validation_metrics
 from metamorph.models.embeddings import NewTokenEmbedding, NewTokenHead
 from metamorph.models.outputs import MetaMorphOutput
 from metamorph.runs.preemption import ignore_signals
 from metamorph.training.checkpoints.saving import CheckpointingTrainer
 from metamorph.training.costs.flops import model_flops
-from metamorph.training.metrics import LossWindow, count_targets, count_tokens
+from metamorph.training.metrics import LossWindow, count_targets, count_tokens, validation_metrics
+from metamorph.training.optimizer import optimizer_groups
 from metamorph.training.reporting.monitor import RunMonitor, find_peak_tflops
-from metamorph.training.stages import optimizer_groups
 
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from metamorph.models.image_processing import to_rgb
 from metamorph.models.vision_tower import MetaMorphConfig, VisionTower
-from metamorph.visualizer_training.dataset import PixelFormat, crop_square
+from metamorph.visualization.pixels import PixelFormat, crop_square
 
 
 class VisualTokenEncoder(ModelMixin, ConfigMixin):

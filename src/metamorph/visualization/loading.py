@@ -12,8 +12,8 @@ from metamorph.flags.checks import check_model_reference, names_flag
 from metamorph.visualization.encoder import VisualTokenEncoder
 from metamorph.visualization.folders import ARGUMENTS_FILE, INDEX_FILE, visualizer_folder
 from metamorph.visualization.pipeline import VisualizationPipeline
+from metamorph.visualization.token_options import adopt_token_options, load_encoder
 from metamorph.visualizer_training.arguments import VisualizerArguments
-from metamorph.visualizer_training.build import adopt_token_options, load_encoder
 
 
 _TOKEN_OPTIONS = (

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from metamorph.data.media.images import MediaError
+from metamorph.visualization.pixels import PixelFormat, crop_square
 from metamorph.visualizer_training.pictures.bad_pictures import BadPictures
 from metamorph.visualizer_training.pictures.sources import ImageSource
 
@@ -24,28 +24,6 @@ class Sample:
     """Which picture."""
     position: int
     """How many samples, over all processes, come before it in training. Seeds everything random about it."""
-
-
-@dataclass(frozen=True)
-class PixelFormat:
-    """Size and normalisation that an encoder was trained with."""
-
-    size: int
-    """Side of the square input in pixels."""
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """Subtracted from each channel (red, green, blue) in 0..1; ½ maps to −1..1 as a VAE wants it."""
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """Divides each channel afterwards."""
-    resample: Image.Resampling = Image.Resampling.BICUBIC
-    """Filter for resizing."""
-
-    def pixels(self, square: Image.Image) -> torch.Tensor:
-        """A square RGB picture as a tensor `[3, size, size]`."""
-        if square.size != (self.size, self.size):
-            square = square.resize((self.size, self.size), self.resample)
-        values = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
-        mean, std = torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
-        return (values - mean) / std
 
 
 class VisualizerDataset(Dataset):
@@ -156,11 +134,3 @@ class StreamBatches(Sampler[list[Sample]]):
                 batch.append(Sample(index=int(order[offset % self.num_images]), position=offset))
             yield batch
             position += self.batch_size * self.world_size
-
-
-def crop_square(image: Image.Image, place: float = 0.5) -> Image.Image:
-    """The largest square of a picture; `place` in 0..1 moves it along the longer side (0.5: centre)."""
-    width, height = image.size
-    side = min(width, height)
-    left, top = round((width - side) * place), round((height - side) * place)
-    return image.crop((left, top, left + side, top + side))

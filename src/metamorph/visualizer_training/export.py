@@ -15,10 +15,11 @@ from metamorph.runs.cards import CARD_FILE
 from metamorph.visualization.folders import ARGUMENTS_FILE, INDEX_FILE
 from metamorph.visualization.grids import reconstruction_grid
 from metamorph.visualization.pipeline import VisualizationPipeline
+from metamorph.visualization.pixels import PixelFormat, crop_square
 from metamorph.visualization.projector import VisualizationProjector
+from metamorph.visualization.token_options import load_encoder
 from metamorph.visualizer_training.arguments import VisualizerArguments
-from metamorph.visualizer_training.build import DiffusionParts, load_encoder, load_vae
-from metamorph.visualizer_training.dataset import PixelFormat, crop_square
+from metamorph.visualizer_training.build import DiffusionParts, load_vae
 from metamorph.visualizer_training.denoising import FrozenEncoders
 
 

@@ -6,14 +6,12 @@ import importlib.util
 import logging
 import os
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import GradientAccumulationPlugin
 
-from metamorph.runs.preemption import Preempted, Preemption, write_marker
 from metamorph.visualizer_training.arguments import VisualizerArguments
 
 
@@ -58,25 +56,3 @@ def start_accelerate(args: VisualizerArguments) -> Accelerator:
         project = tensorboard.name if tracker == "tensorboard" else "metamorph-visualizer"
         accelerator.init_trackers(project, config=plain)
     return accelerator
-
-
-def leave_preempted(accelerator: Accelerator, preemption: Preemption, checkpoint: Path, step: int) -> NoReturn:
-    """Tell the script that started the run to start it again, and stop. For all processes, behind a checkpoint.
-
-    Args:
-        accelerator: Of the run.
-        preemption: What has caught the signal.
-        checkpoint: Folder that the run goes on from, in the output folder.
-        step: Optimizer steps done.
-
-    Raises:
-        Preempted: always.
-    """
-    if accelerator.is_main_process:
-        reason = None if preemption.signal is None else preemption.signal.name
-        write_marker(checkpoint.parent, step, checkpoint.name, reason)
-        logger.warning("preempted at step %d: the same command goes on from there", step)
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    preemption.agreed()  # torchrun ends all processes when the first is gone: not before the marker is there
-    raise Preempted(step)

@@ -11,8 +11,9 @@ from metamorph.runs.checkpoint_files import clean_up
 from metamorph.runs.determinism import deterministic_algorithms
 from metamorph.runs.lock import only_run_in
 from metamorph.runs.preemption import Preemption, clear_marker
+from metamorph.visualization.token_options import adopt_token_options
 from metamorph.visualizer_training.arguments import VisualizerArguments
-from metamorph.visualizer_training.build import adopt_resolution, adopt_token_options, check_folders
+from metamorph.visualizer_training.build import adopt_resolution, check_folders
 from metamorph.visualizer_training.checkpoints import find_checkpoint, load_checkpoint
 from metamorph.visualizer_training.pictures.bad_pictures import BadPictures
 from metamorph.visualizer_training.pictures.shards import report_shards

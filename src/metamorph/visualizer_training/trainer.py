@@ -19,19 +19,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from metamorph.runs.checkpoint_files import explains_write_errors
-from metamorph.runs.preemption import Preemption, ignore_signals
+from metamorph.runs.preemption import Preemption, ignore_signals, leave_preempted
+from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualization.projector import VisualizationProjector
+from metamorph.visualization.token_options import load_tower
 from metamorph.visualizer_training.alignment import align_projector, load_conditions
 from metamorph.visualizer_training.arguments import VisualizerArguments
-from metamorph.visualizer_training.build import (
-    DiffusionParts,
-    build_projector,
-    load_diffusion_parts,
-    load_tower,
-    token_shape,
-)
+from metamorph.visualizer_training.build import DiffusionParts, build_projector, load_diffusion_parts, token_shape
 from metamorph.visualizer_training.checkpoints import TrainingState, save_checkpoint, trainable_parameters
-from metamorph.visualizer_training.dataset import PixelFormat, Sample, StreamBatches, TensorDataset, VisualizerDataset
+from metamorph.visualizer_training.dataset import Sample, StreamBatches, TensorDataset, VisualizerDataset
 from metamorph.visualizer_training.denoising import (
     ConditionedUNet,
     Draws,
@@ -45,7 +41,6 @@ from metamorph.visualizer_training.model_card import render_visualizer_card
 from metamorph.visualizer_training.monitor import RunMonitor
 from metamorph.visualizer_training.pictures.bad_pictures import BadPictures
 from metamorph.visualizer_training.pictures.sources import ImageFiles, ImageSource
-from metamorph.visualizer_training.processes import leave_preempted
 from metamorph.visualizer_training.schedule import build_lr_scheduler
 
 

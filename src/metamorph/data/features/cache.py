@@ -20,10 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from metamorph.data.media.refs import ImageRef
 from metamorph.data.media.stores import MediaError, MediaStore
 from metamorph.data.records import DataError
 from metamorph.data.sources.tars import TarSample
-from metamorph.data.tasks.base import ImageRef
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 

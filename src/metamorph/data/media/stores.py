@@ -18,8 +18,8 @@ from metamorph.data.media.images import (
     load_image,
     resolve_image_path,
 )
+from metamorph.data.media.refs import Box, ImageRef
 from metamorph.data.media.video import VideoInfo, probe_video, read_frames
-from metamorph.data.tasks.base import Box, ImageRef
 
 
 __all__ = ["MAX_IMAGE_PIXELS", "FolderStore", "MediaError", "MediaStore", "load", "load_all", "load_image", "probe"]

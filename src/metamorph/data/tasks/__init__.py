@@ -8,7 +8,8 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
-from metamorph.data.tasks.base import Box, Conversation, ImageRef, Task
+from metamorph.data.media.refs import Box, ImageRef
+from metamorph.data.tasks.base import Conversation, Task
 from metamorph.data.tasks.frame_prediction import FRAME_PREDICTION
 from metamorph.data.tasks.instruction import INSTRUCTION
 from metamorph.data.tasks.pictures import IMAGE_EDIT, TEXT_TO_IMAGE

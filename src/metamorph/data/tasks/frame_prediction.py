@@ -12,12 +12,12 @@ from types import MappingProxyType
 
 import numpy as np
 
+from metamorph.data.media.refs import ImageRef
 from metamorph.data.media.video import VideoInfo
 from metamorph.data.records import Record, Turn
 from metamorph.data.tasks import wording
 from metamorph.data.tasks.base import (
     Conversation,
-    ImageRef,
     Task,
     check_count,
     check_field_name,

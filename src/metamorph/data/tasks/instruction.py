@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from metamorph.data.media.refs import ImageRef
 from metamorph.data.media.video import VideoInfo
 from metamorph.data.records import Record
-from metamorph.data.tasks.base import Conversation, ImageRef, Task
+from metamorph.data.tasks.base import Conversation, Task
 
 
 @dataclass(frozen=True)

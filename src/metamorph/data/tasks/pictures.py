@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from metamorph.data.media.refs import ImageRef
 from metamorph.data.media.video import VideoInfo
 from metamorph.data.records import Record, Turn
 from metamorph.data.tasks import wording
-from metamorph.data.tasks.base import Conversation, ImageRef, Task, check_field_name, draw, fill, without_markers
+from metamorph.data.tasks.base import Conversation, Task, check_field_name, draw, fill, without_markers
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from metamorph.data.media.refs import Box, ImageRef
 from metamorph.data.media.video import VideoInfo
 from metamorph.data.records import Record, Turn
 from metamorph.data.tasks import wording
-from metamorph.data.tasks.base import Box, Conversation, ImageRef, Task, draw, fill, without_markers
+from metamorph.data.tasks.base import Conversation, Task, draw, fill, without_markers
 from metamorph.flags.checks import check_choice
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 

@@ -7,14 +7,18 @@ frozen UNet alone takes many minutes of denoising. The attributes are read off t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from tools.miniature.build_sd import load_asset
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from metamorph.miniature.world.cells import ATTRIBUTES, GRID, cell_labels
 from metamorph.miniature.world.checker import read_image
-from metamorph.miniature.world.scenes import Scene
+from metamorph.miniature.world.scenes import BACKGROUNDS, Scene
 from metamorph.visualizer_training.pictures.sources import ImageFiles
 
 
@@ -47,3 +51,56 @@ def _read_scene(files: ImageFiles, index: int) -> Scene:
     if scene is None:
         raise ValueError(f"{files.paths[index]} shows no scene of the miniature world: its objects cannot be read")
     return scene
+
+
+ENCODER_FILE = "condition_encoder.safetensors"
+
+
+def load_asset(folder: Path) -> tuple[AutoencoderKL, UNet2DConditionModel, AttributeEncoder]:
+    """Load mini-sd in float32: VAE, UNet, and the encoder of the attributes that the UNet was trained on."""
+    encoder = AttributeEncoder()
+    encoder.load_state_dict(load_file(folder / ENCODER_FILE))
+    vae = AutoencoderKL.from_pretrained(folder / "vae").float()
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet").float()
+    return vae.eval(), unet.eval(), encoder.eval()
+
+
+CONDITION_DIM = 128
+
+
+class AttributeEncoder(nn.Module):
+    """A scene's attributes as condition tokens; stands where Stable Diffusion has its text encoder.
+
+    The token of a cell is the normalised sum of learned embeddings of what stands in the cell (shape or nothing,
+    colour, size, position), of the background and of the cell itself.
+    """
+
+    def __init__(self, dim: int = CONDITION_DIM) -> None:
+        super().__init__()
+        self.attributes = nn.ModuleList(nn.Embedding(len(words) + 1, dim) for words in ATTRIBUTES.values())
+        self.background = nn.Embedding(len(BACKGROUNDS), dim)
+        self.cell = nn.Embedding(GRID * GRID, dim)
+
+    def forward(self, labels: Tensor, backgrounds: Tensor) -> Tensor:
+        """Conditions, not padded.
+
+        Args:
+            labels: classes of the object in each cell, ``[scenes, 16, attributes]``, 0 for none.
+            backgrounds: index into ``BACKGROUNDS``, ``[scenes]``.
+
+        Returns:
+            ``[scenes, 16, dim]``, each token of mean 0 and variance 1.
+        """
+        tokens = self.cell.weight[None] + self.background(backgrounds)[:, None]
+        for index, table in enumerate(self.attributes):
+            tokens = tokens + table(labels[:, :, index])
+        return F.layer_norm(tokens, tokens.shape[-1:])
+
+    def encode(self, scenes: Sequence[Scene]) -> Tensor:
+        """Conditions of scenes, ``[scenes, 16, dim]``."""
+        return self(cell_labels(scenes), background_labels(scenes))
+
+
+def background_labels(scenes: Sequence[Scene]) -> Tensor:
+    """Index of every scene's background, ``[scenes]``."""
+    return torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes])

@@ -10,17 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from metamorph.evaluation.drawings import (
-    Drawing,
-    DrawingTask,
-    SamplerSettings,
-    draw,
-    draw_tokens,
-    encode_pictures,
-    summarise,
-)
+from metamorph.evaluation.drawings import Drawing, DrawingTask, draw, encode_pictures, summarise
 from metamorph.evaluation.questions import Question, QuestionResults, ask, fraction
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
+from metamorph.inference.draw import SamplerSettings, draw_tokens
 from metamorph.inference.reply import Prompt
 from metamorph.miniature.quickstart.progress import item_bar
 from metamorph.miniature.quickstart.recipe import EvaluationSizes

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from metamorph.evaluation.drawings import SamplerSettings
+from metamorph.inference.draw import SamplerSettings
 from metamorph.miniature.quickstart.evaluate import WorldEvaluation, evaluate_world
 from metamorph.miniature.quickstart.figures import drawing_cell, save_accuracies, save_grid
 from metamorph.miniature.quickstart.recipe import MINI, MINI_EVALUATION_SEED, EvaluationSizes

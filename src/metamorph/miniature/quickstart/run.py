@@ -12,7 +12,7 @@ import diffusers
 import torch
 import transformers
 
-from metamorph.evaluation.drawings import SamplerSettings
+from metamorph.inference.draw import SamplerSettings
 from metamorph.mini.cards import library_versions
 from metamorph.miniature.quickstart.evaluate import WorldEvaluation, evaluate_world, seen_color
 from metamorph.miniature.quickstart.options import METRICS_FILE, QuickstartOptions, clear_output, thread_count

@@ -3,12 +3,17 @@
 import logging
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import SchedulerType, TrainingArguments, get_scheduler
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from metamorph.data.batching.packing import check_grouping
 from metamorph.flags.checks import check_choice, check_model_reference
@@ -231,8 +236,6 @@ class MetaMorphTrainingArguments(TrainingArguments):
     def _check_observation(self) -> None:
         trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
         if set(trackers) - {"none"}:
-            from metamorph.training.reporting.trackers import check_trackers  # imports Transformers' integrations
-
             check_trackers(trackers)
         if (self.sample_steps is None) != (self.sample_prompts is None):
             raise ValueError(
@@ -369,3 +372,34 @@ class MetaMorphTrainingArguments(TrainingArguments):
                     f"--accelerator_config: {name} {value} is not supported, since every process reads the batches "
                     "that are planned for it: leave it out"
                 )
+
+
+INSTALL_HINTS = {
+    "tensorboard": "pip install 'metamorph[trackers]'",
+    "wandb": "pip install 'metamorph[trackers]'",
+    "trackio": "pip install trackio",
+}
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Refuse a tracker that is unknown or not installed, before anything is loaded.
+
+    Args:
+        names: Values of `--report_to`.
+
+    Raises:
+        ValueError: Naming the tracker, and how to install it.
+    """
+    names = [name for name in names if name not in ("none", "all")]
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            usual = ", ".join(["none", *INSTALL_HINTS])
+            raise ValueError(
+                f"--report_to {name} is unknown: use one of {usual} (or another of Transformers' integrations: "
+                f"{', '.join(sorted(set(INTEGRATION_TO_CALLBACK) - set(INSTALL_HINTS)))})"
+            )
+    available = get_available_reporting_integrations() if names else []
+    for name in names:
+        if name not in available:
+            hint = INSTALL_HINTS.get(name, f"install what Transformers' documentation names for {name}")
+            raise ValueError(f"--report_to {name}: {name} is not installed; {hint}, or report to none")

@@ -7,12 +7,16 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
 
 from metamorph.data.batching.lengths import Lengths
 from metamorph.data.batching.packing import BatchPlanner
 from metamorph.data.records import RecordError
-from metamorph.training.arguments.training import AUTO_LEARNING_RATE
-from metamorph.training.build import Plan, load_training_data, make_plan
+from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.models.pretrained import load_tokenizer
+from metamorph.training.arguments.training import AUTO_LEARNING_RATE, ModelArguments
+from metamorph.training.build import Plan, config_overrides, load_training_data, make_plan
 from metamorph.training.costs.memory import (
     ENGINES,
     GIB,
@@ -30,7 +34,6 @@ from metamorph.training.dry_run.arguments import (
 )
 from metamorph.training.engines.prepare import GPU_SHARE
 from metamorph.training.optimizer import apply_learning_rate_rule, scale_learning_rate
-from metamorph.training.outline import build_outline
 from metamorph.training.stages import ModuleSummary, apply_stage, check_learning_rates
 
 
@@ -260,3 +263,26 @@ def _steps(data: DataPreview, args: PreviewTrainingArguments, processes: int) ->
     rows = math.ceil(data.samples / data.per_row)
     batches = math.ceil(rows / (args.per_device_train_batch_size * processes))
     return math.ceil(batches / args.gradient_accumulation_steps)
+
+
+def build_outline(args: ModelArguments, plan: Plan) -> MetaMorphForConditionalGeneration:
+    """Compose the model as `load_model` would, in float32, on PyTorch's meta device; no weight file is opened.
+
+    It can be counted, frozen by `apply_stage` and wrapped, but not run.
+
+    Args:
+        args: The model flags.
+        plan: Result of `make_plan` for the same flags.
+    """
+    with torch.device("meta"):
+        if plan.continues:
+            return MetaMorphForConditionalGeneration(plan.config).float()
+        language_model = AutoModelForCausalLM.from_config(
+            plan.config.text_config, dtype=torch.float32, trust_remote_code=False
+        )
+        vision_encoder = AutoModel.from_config(plan.config.vision_config, dtype=torch.float32, trust_remote_code=False)
+        # The processor's tokenizer has the image tokens already; the language model grows by them as in a run.
+        tokenizer = load_tokenizer(args.model_name_or_path)
+        return MetaMorphForConditionalGeneration.from_parts(
+            language_model, vision_encoder, tokenizer, **config_overrides(args)
+        )

@@ -10,7 +10,8 @@ from typing import Any
 from metamorph.training.arguments.training import AUTO_LEARNING_RATE, MetaMorphTrainingArguments
 from metamorph.training.costs.memory import GIB
 from metamorph.training.dry_run.preview import DryRun, recomputed
-from metamorph.training.stages import LANGUAGE_MODEL, VISION_TOWER, ModuleSummary, learning_rates
+from metamorph.training.optimizer import learning_rates
+from metamorph.training.stages import LANGUAGE_MODEL, VISION_TOWER, ModuleSummary
 
 
 MEMORY_ROWS = {

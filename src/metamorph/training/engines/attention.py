@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
+from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.training.arguments.training import MetaMorphTrainingArguments, ModelArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 _SAMPLE = 4
@@ -60,3 +68,21 @@ def check_keeps_samples_apart(model: MetaMorphForConditionalGeneration) -> None:
             "samples of one row leak into each other, as in layers that carry a state along the row; "
             "add --packing False"
         )
+
+
+def choose_attention(model: PreTrainedModel, model_args: ModelArguments, args: MetaMorphTrainingArguments) -> None:
+    """Let the language model use flash attention where it is installed and works: on a GPU, in half precision.
+
+    Without effect if `--attn_implementation` is given.
+
+    Args:
+        model: A MetaMorph model; changed in place.
+        model_args: The model flags.
+        args: How the run learns.
+    """
+    half = args.bf16 or args.fp16
+    if model_args.attn_implementation is not None or args.device.type != "cuda" or not half:
+        return
+    if is_flash_attn_2_available() and model.get_decoder()._supports_flash_attn:
+        model.set_attn_implementation({"text_config": "flash_attention_2"})
+        logger.info("attention: flash_attention_2 (--attn_implementation sdpa for PyTorch's own)")

@@ -11,31 +11,12 @@ import torch
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import is_flash_attn_2_available
 
 from metamorph.models.text_head import TextLossOptions
-from metamorph.training.arguments.training import MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments.training import MetaMorphTrainingArguments
 
 
 logger = logging.getLogger(__name__)
-
-
-def choose_attention(model: PreTrainedModel, model_args: ModelArguments, args: MetaMorphTrainingArguments) -> None:
-    """Let the language model use flash attention where it is installed and works: on a GPU, in half precision.
-
-    Without effect if `--attn_implementation` is given.
-
-    Args:
-        model: A MetaMorph model; changed in place.
-        model_args: The model flags.
-        args: How the run learns.
-    """
-    half = args.bf16 or args.fp16
-    if model_args.attn_implementation is not None or args.device.type != "cuda" or not half:
-        return
-    if is_flash_attn_2_available() and model.get_decoder()._supports_flash_attn:
-        model.set_attn_implementation({"text_config": "flash_attention_2"})
-        logger.info("attention: flash_attention_2 (--attn_implementation sdpa for PyTorch's own)")
 
 
 def prepare_speed(model: PreTrainedModel, args: MetaMorphTrainingArguments) -> None:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from metamorph.models.losses import sum_dtype
 from metamorph.training.costs.flops import ModelFlops, Work, count_work
-from metamorph.training.metrics import sum_dtype
 from metamorph.training.stages import module_of
 
 

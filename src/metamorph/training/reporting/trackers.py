@@ -11,21 +11,13 @@ import numpy as np
 from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations import (
-    INTEGRATION_TO_CALLBACK,
     TensorBoardCallback,
     TrackioCallback,
     WandbCallback,
-    get_available_reporting_integrations,
 )
 
 
 logger = logging.getLogger(__name__)
-
-INSTALL_HINTS = {
-    "tensorboard": "pip install 'metamorph[trackers]'",
-    "wandb": "pip install 'metamorph[trackers]'",
-    "trackio": "pip install trackio",
-}
 
 
 class MediaTracker(Protocol):
@@ -76,30 +68,6 @@ class RunMedia:
         pictures = {name: self.package.Image(image) for name, image in images.items()}
         # Transformers gives steps this name.
         self.package.log({**texts, **pictures, "train/global_step": step})
-
-
-def check_trackers(names: Iterable[str]) -> None:
-    """Refuse a tracker that is unknown or not installed, before anything is loaded.
-
-    Args:
-        names: Values of `--report_to`.
-
-    Raises:
-        ValueError: Naming the tracker, and how to install it.
-    """
-    names = [name for name in names if name not in ("none", "all")]
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            usual = ", ".join(["none", *INSTALL_HINTS])
-            raise ValueError(
-                f"--report_to {name} is unknown: use one of {usual} (or another of Transformers' integrations: "
-                f"{', '.join(sorted(set(INTEGRATION_TO_CALLBACK) - set(INSTALL_HINTS)))})"
-            )
-    available = get_available_reporting_integrations() if names else []
-    for name in names:
-        if name not in available:
-            hint = INSTALL_HINTS.get(name, f"install what Transformers' documentation names for {name}")
-            raise ValueError(f"--report_to {name}: {name} is not installed; {hint}, or report to none")
 
 
 def set_up_trackers(callbacks: Iterable[TrainerCallback], output_dir: str) -> list[MediaTracker]:

@@ -1,0 +1,180 @@
+"""What several commands share: the device, images to open, drawing flags, tables."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from metamorph.flags.checks import check_model_reference, check_reachable
+
+
+if TYPE_CHECKING:
+    from metamorph.visualization.pipeline import VisualizationPipeline
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+
+def use_shipped(flags: argparse.Namespace) -> None:
+    """Replace `mini` by the folder of the miniature that ships with the package.
+
+    Args:
+        flags: The command line; `model` and `visualizer` are changed.
+    """
+    from metamorph.mini import AssetError, shipped_folder
+
+    try:
+        flags.model = shipped_folder(flags.model, "model")
+        if flags.visualizer is not None:
+            flags.visualizer = shipped_folder(flags.visualizer, "visualizer")
+    except AssetError as error:
+        raise ValueError(f"--model or --visualizer: {error}") from error
+
+
+def open_pictures(paths: Sequence[str]) -> "list[Image.Image]":
+    """Open pictures as training does: upright, RGB, and read to the end.
+
+    Args:
+        paths: Picture files.
+
+    Raises:
+        ValueError: if one of them cannot be read; the message names it.
+    """
+    if not paths:
+        return []
+    from metamorph.data.media.stores import MediaError, load_image
+
+    try:
+        return [load_image(path) for path in paths]
+    except MediaError as error:
+        raise ValueError(f"--image {error}") from error
+
+
+def choose_device(name: str | None) -> "torch.device":
+    """The device of `--device`, or the accelerator, or the CPU.
+
+    Args:
+        name: As PyTorch calls it; None chooses.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    import torch
+
+    if name is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter: PyTorch was built without CUDA
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def print_table(rows: Sequence[dict]) -> None:
+    """Print the result as a table; colours show floors that are reached or missed.
+
+    Args:
+        rows: As `metamorph.miniature.quickstart.report.headline` makes them.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    styles = {"right": "green", "wrong": "red", "soft": ""}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("n", justify="right")
+    table.add_column("result", justify="right")
+    table.add_column("floor")
+    for row in rows:
+        table.add_row(row["label"], str(row["n"]), row["value"], row["floor"], style=styles[row["mark"]])
+    Console().print(table)
+
+
+def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
+    """Define the flags that say what draws, and how. Names of two words may be written with - or _.
+
+    Args:
+        parser: Of the command.
+    """
+    parser.add_argument("--visualizer", required=True, help="folder or Hub id of the visualizer, or mini")
+    parser.add_argument(
+        "--vision_tower",
+        "--vision-tower",
+        help="folder or Hub id of the tower, folder of the MetaMorph model, or mini (default: the one in the "
+        "visualizer's folder, else the one it was trained with)",
+    )
+    parser.add_argument(
+        "--num_tokens", "--num-tokens", type=int, help="visual tokens per picture (default: as in training)"
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        "--guidance-scale",
+        type=float,
+        nargs="+",
+        default=[1.0, 3.0],
+        help="one or more, a column each (default: 1 3)",
+    )
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, …; by default the accelerator if there is one")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument(
+        "--torch_compile", "--torch-compile", action="store_true", help="compile UNet, VAE decoder and projector"
+    )
+
+
+def check_drawing_flags(flags: argparse.Namespace) -> None:
+    """Replace `mini` by its folders, and check what needs no weights.
+
+    Args:
+        flags: The command line; `visualizer` and `vision_tower` are changed.
+
+    Raises:
+        ValueError: For a number that is not allowed, or if diffusers is not installed.
+        FileNotFoundError: If the visualizer does not exist.
+    """
+    import importlib.util
+
+    from metamorph.mini import AssetError, shipped_folder
+
+    if importlib.util.find_spec("diffusers") is None:
+        raise ValueError("--visualizer needs diffusers: pip install 'metamorph[visualization]'")
+    for name, least in (("steps", 1), ("seed", 0), ("num_tokens", 1)):
+        value = getattr(flags, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value} must be at least {least}")
+    for scale in flags.guidance_scale:
+        if not math.isfinite(scale):
+            raise ValueError(f"--guidance_scale {scale} must be a finite number")
+    try:
+        is_shipped = flags.visualizer == "mini" and not Path("mini").exists()
+        if flags.vision_tower is not None or is_shipped:
+            flags.vision_tower = shipped_folder(flags.vision_tower or "mini", "model")
+        flags.visualizer = shipped_folder(flags.visualizer, "visualizer")
+    except AssetError as error:
+        raise ValueError(f"--visualizer or --vision_tower: {error}") from error
+    check_model_reference(flags.visualizer, flag="--visualizer", file="model_index.json")
+    check_reachable(flags.visualizer, flag="--visualizer", file="model_index.json")
+
+
+def open_pipeline(flags: argparse.Namespace) -> "VisualizationPipeline":
+    """The visualizer with its tower, where and as precise as the flags say.
+
+    Args:
+        flags: The command line, checked.
+    """
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    from metamorph.visualization.loading import load_visualizer
+
+    diffusers_logging.disable_progress_bar()  # of loading weights: the output is the answer
+    transformers_logging.disable_progress_bar()
+    dtype = torch.bfloat16 if flags.bf16 else torch.float32
+    device = choose_device(flags.device)  # first: loading takes longer
+    pipeline = load_visualizer(flags.visualizer, flags.vision_tower, flags.num_tokens, dtype).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.compile() if flags.torch_compile else pipeline

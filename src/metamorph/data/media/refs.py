@@ -1,0 +1,48 @@
+"""References to images: a file, a frame of a video, or a box within either."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in an upright image."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    relative: bool = False
+    """Whether the sides are shares of width and height (0 to 1) instead of pixels."""
+
+    def grown(self, margin: float) -> Box:
+        """The box with `margin` times its width and height added on each side."""
+        x, y = margin * (self.right - self.left), margin * (self.bottom - self.top)
+        return replace(self, left=self.left - x, top=self.top - y, right=self.right + x, bottom=self.bottom + y)
+
+    def pixels(self, width: int, height: int) -> tuple[int, int, int, int] | None:
+        """Left, top, right and bottom in whole pixels of an image of that size, as far as they are in it.
+
+        Returns:
+            At least one pixel in each direction, or None if the box lies outside the image.
+        """
+        x, y = (width, height) if self.relative else (1, 1)
+        left, top = max(math.floor(self.left * x), 0), max(math.floor(self.top * y), 0)
+        right, bottom = min(math.ceil(self.right * x), width), min(math.ceil(self.bottom * y), height)
+        return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """A picture that has not been read yet: what it is made from."""
+
+    path: str
+    """Path of an image or a video, as written in the record."""
+    crop: Box | None = None
+    """The part of the image to cut out; None for all of it."""
+    boxes: tuple[tuple[str, Box], ...] = ()
+    """Names and boxes to draw into the image (before it is cropped)."""
+    time: float | None = None
+    """Seconds from the first frame, if `path` is a video; None for an image."""

@@ -1,0 +1,55 @@
+"""Builds the shipped miniatures from scratch: `python -m tools.miniature.rebuild mini-siglip`."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metamorph.mini import ASSETS, _full_name
+
+
+logger = logging.getLogger(__name__)
+
+_BUILDERS = {
+    "mini-siglip": "tools.miniature.build_siglip",
+    "mini-llama": "tools.miniature.build_llama",
+    "mini-sd": "tools.miniature.build_sd",
+    "mini": "tools.miniature.build_mini",
+}
+
+
+def rebuild(
+    names: Sequence[str] = ASSETS,
+    output_dir: Path | None = None,
+    *,
+    seed: int = 0,
+    resume: bool = True,
+) -> dict[str, Any]:
+    """Build assets from scratch, each in its turn, stopping at the first that misses its gate.
+
+    Args:
+        names: Which assets; they are built in the order of `ASSETS` whatever the order here.
+        output_dir: Folder that gets one folder per asset; by default the package's own, whose assets are
+            replaced one by one as soon as the new one has passed its gate.
+        seed: Seed of every build.
+        resume: Whether to continue interrupted builds.
+
+    Returns:
+        The figures of each built asset.
+
+    Raises:
+        ValueError: There is no asset of one of the names.
+        AssetError: An asset misses its gate.
+    """
+    wanted = {_full_name(name) for name in names}
+    root = output_dir or Path(__file__).parent
+    figures = {}
+    for name in ASSETS:
+        if name in wanted:
+            logger.info("building %s into %s", name, root / name)
+            builder = importlib.import_module(_BUILDERS[name])
+            figures[name] = builder.build(root / name, seed=seed, resume=resume)
+    return figures
