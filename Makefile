@@ -17,7 +17,7 @@ DEV_STAMP   := $(VENV)/.installed-dev
 # Many of the pinned releases need Python 3.11.
 CONSTRAINTS  = $(shell $(BIN)/python -c 'import sys; print("-c constraints.txt" * (sys.version_info >= (3, 11)))')
 TEST_ENV    := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-SHELL_FILES := .ci/run $(wildcard scripts/*.sh visualization/*.sh tests/slurm/*.sh)
+SHELL_FILES := .ci/run $(wildcard scripts/*.sh visualization/*.sh tests/parts/*.sh)
 
 .PHONY: help quickstart test test-fast test-slurm fuzz lint format types imports docs check clean
 
@@ -39,13 +39,13 @@ test: $(DEV_STAMP)
 test-fast: $(DEV_STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST)
 
-# Starts a Slurm of its own for the time of the tests; needs root and Slurm's daemons, see tests/slurm/with_slurm.sh.
+# Starts a Slurm of its own for the time of the tests; needs root and Slurm's daemons, see tests/parts/with_slurm.sh.
 test-slurm: $(DEV_STAMP)
-	$(TEST_ENV) bash tests/slurm/with_slurm.sh $(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST)
+	$(TEST_ENV) bash tests/parts/with_slurm.sh $(BIN)/python -m pytest -m slurm $(PYTEST)
 
 fuzz: $(DEV_STAMP)
 	$(TEST_ENV) METAMORPH_FUZZ_SECONDS=$(FUZZ_SECONDS) METAMORPH_FUZZ_SEED=$(FUZZ_SEED) \
-		$(BIN)/python -m pytest -n $(WORKERS) -m fuzz tests/fuzz $(PYTEST)
+		$(BIN)/python -m pytest -n $(WORKERS) -m fuzz tests/test_fuzz.py $(PYTEST)
 
 check: lint types imports docs
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 
 # Before torch is imported: on busy shared cores two threads are slower than one.
@@ -11,9 +12,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from model_parts import build_tiny_model
+from training_parts import make_language_model, make_records, make_vision_tower
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from model_parts import build_tiny_model
 
 
 @pytest.fixture
@@ -29,3 +31,13 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny language model `llm`, a vision tower `tower`, `data.jsonl` and `images`. Read only."""
+    folder = tmp_path_factory.mktemp("parts")
+    make_language_model(folder / "llm")
+    make_vision_tower(folder / "tower")
+    make_records(folder)
+    return folder

@@ -1,0 +1,102 @@
+"""Evaluation of a model that has learnt four records by heart: what it knows is right, what it cannot know is not."""
+
+import pytest
+import torch
+from PIL import Image
+from training_parts import IMAGE_SIZE, arguments, write_records
+from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae
+
+from metamorph.evaluation.drawings import DrawingTask, draw, encode_pictures, summarise
+from metamorph.evaluation.questions import Question, ask
+from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
+from metamorph.inference.draw import SamplerSettings
+from metamorph.inference.reply import Prompt, reply_to
+from metamorph.training.run import run_training
+from metamorph.visualization.pipeline import VisualizationPipeline
+from metamorph.visualization.projector import VisualizationProjector
+
+
+pytestmark = pytest.mark.integration
+
+
+COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
+
+
+def plain_picture(color: str) -> Image.Image:
+    return Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), COLORS[color])
+
+
+@pytest.fixture(scope="module")
+def learnt(parts, tmp_path_factory):
+    """A model that says the colour of two pictures and draws both when asked."""
+    folder = tmp_path_factory.mktemp("learnt")
+    for name in ("llm", "tower"):
+        (folder / name).symlink_to(parts / name)
+    (folder / "images").mkdir()
+    records = []
+    for color in COLORS:
+        plain_picture(color).save(folder / "images" / f"{color}.png")
+        turns = {"ask": ("<image>\nWhich colour?", color), "draw": (f"Draw {color}", "<image>")}
+        for name, (human, gpt) in turns.items():
+            talk = [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
+            records.append({"id": f"{name}-{color}", "image": f"{color}.png", "conversations": talk})
+    write_records(folder / "data.jsonl", records)
+    flags = {"from_scratch_connector": True, "max_steps": 120, "per_device_train_batch_size": 4, "logging_steps": 60}
+    result = run_training(*arguments(folder, folder / "out", stage=2, **flags))
+    return result.model, result.processor
+
+
+def test_learnt_answers_are_right_and_others_wrong(learnt):
+    model, processor = learnt
+    questions = [
+        Question("colour", Prompt("<image>\nWhich colour?", (plain_picture(color),)), color) for color in COLORS
+    ]
+    assert ask(model, processor, questions).accuracy == 1.0
+    swapped = [Question("colour", question.prompt, "green") for question in questions]
+    assert ask(model, processor, swapped).to_dict()["accuracy"] == 0.0
+
+
+def test_replies_keep_their_order_in_any_batch(learnt):
+    model, processor = learnt
+    prompts = [
+        Prompt("Draw red"),
+        Prompt("<image>\nWhich colour?", (plain_picture("blue"),)),
+        Prompt("Draw blue"),
+        Prompt("<image>\nWhich colour?", (plain_picture("red"),)),
+    ]
+    together, apart = reply_to(model, processor, prompts), reply_to(model, processor, prompts, batch_size=1)
+    assert [reply.text for reply in together] == [reply.text for reply in apart] == ["", "blue", "", "red"]
+    assert [reply.num_pictures for reply in together] == [1, 0, 1, 0]
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one.visual_tokens, other.visual_tokens, atol=1e-4, rtol=1e-4)
+
+
+def test_drawn_tokens_are_nearest_to_the_picture_asked_for(learnt):
+    model, processor = learnt
+    candidates = encode_pictures(model, processor, [plain_picture(color) for color in COLORS])
+    replies = reply_to(model, processor, [Prompt(f"Draw {color}") for color in COLORS])
+    tokens = torch.cat([reply.visual_tokens for reply in replies])
+    assert nearest_candidates(tokens, candidates).tolist() == [0, 1]
+    assert (mean_cosine(tokens, candidates) > 0.9).all()
+
+
+def test_drawings_are_judged_with_their_own_target(learnt):
+    model, processor = learnt
+    torch.manual_seed(0)
+    projector = VisualizationProjector(input_dim=24, hidden_dim=16, output_dim=CROSS_ATTENTION_DIM, mode="mlp")
+    pipeline = VisualizationPipeline.from_parts(projector, tiny_unet(), tiny_vae(), tiny_scheduler())
+    tasks = [
+        DrawingTask(Prompt("Draw red"), "first"),
+        DrawingTask(Prompt("<image>\nWhich colour?", (plain_picture("red"),)), "no picture"),
+        DrawingTask(Prompt("Draw blue"), "third"),
+    ]
+    judged = []
+
+    def judge(picture, target):
+        judged.append((picture.size, target))
+        return {"all": target == "third"}
+
+    drawings = draw(model, processor, pipeline, tasks, judge, SamplerSettings(num_inference_steps=2))
+    assert judged == [((32, 32), "first"), ((32, 32), "third")]
+    assert [drawing.is_right() for drawing in drawings] == [False, False, True]
+    assert summarise(drawings) == {"n": 3, "all": 0.3333}

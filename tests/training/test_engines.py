@@ -1,0 +1,148 @@
+"""Engines of `--sharding`: their flags and shipped files, the frozen tower beside them, ranks without images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from model_parts import build_batch, build_tiny_model
+from torch import Tensor
+
+from metamorph.models.embeddings import attach_new_token_rows
+from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.training.arguments import sharding
+from metamorph.training.arguments.sharding import SHARDINGS, deepspeed_config
+from metamorph.training.arguments.training import MetaMorphTrainingArguments
+from metamorph.training.engines.prepare import layer_classes, prepare_engine
+from metamorph.training.engines.sharded_trainer import FrozenTower
+
+
+SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
+ZERO = [name for name in SHARDINGS if name.startswith("zero")]
+CPU = torch.device("cpu")
+
+
+def training_arguments(folder: Path, **flags: object) -> MetaMorphTrainingArguments:
+    return MetaMorphTrainingArguments(**{"output_dir": str(folder), "bf16": False, "use_cpu": True, **flags})
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_shipped_files_are_what_the_flag_means(name: str) -> None:
+    assert json.loads((SCRIPTS / f"{name}.json").read_text()) == deepspeed_config(name)
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_r27_zero_clips_gradients_as_max_grad_norm_says(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    assert deepspeed_config(name)["gradient_clipping"] == "auto"
+    args = training_arguments(tmp_path, sharding=name)
+    assert args.hf_deepspeed_config.config["gradient_clipping"] == args.max_grad_norm == 1.0
+    stage = args.hf_deepspeed_config.config["zero_optimization"]["stage"]
+    assert stage == int(name[4])
+
+
+def test_accelerate_configurations_name_files_that_exist() -> None:
+    for file in SCRIPTS.glob("*.yaml"):
+        config = yaml.safe_load(file.read_text())
+        assert config["distributed_type"] in ("MULTI_GPU", "FSDP", "DEEPSPEED"), file
+        if config["distributed_type"] == "DEEPSPEED":
+            assert (SCRIPTS.parent / config["deepspeed_config"]["deepspeed_config_file"]).is_file()
+
+
+def test_unknown_engine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--sharding 'fsdp' is unknown: use one of auto, ddp, fsdp2"):
+        training_arguments(tmp_path, sharding="fsdp")
+
+
+def test_fsdp2_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--sharding fsdp2 needs GPUs"):
+        training_arguments(tmp_path, sharding="fsdp2")
+
+
+def test_two_engines_at_once_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--sharding zero2 and --deepspeed .* both name an engine"):
+        training_arguments(tmp_path, sharding="zero2", deepspeed=deepspeed_config("zero3"))
+
+
+def test_missing_deepspeed_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: False)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'metamorph\[deepspeed\]'"):
+        training_arguments(tmp_path, sharding="zero3")
+
+
+def test_auto_is_one_process_here(tmp_path: Path, tiny_model: MetaMorphForConditionalGeneration) -> None:
+    assert prepare_engine(training_arguments(tmp_path), tiny_model) == "single"
+
+
+def test_layers_are_sharded_one_by_one(tiny_model: MetaMorphForConditionalGeneration) -> None:
+    tiny_model.model.vision_tower.requires_grad_(False)
+    assert layer_classes(tiny_model) == ["LlamaDecoderLayer"]
+    tiny_model.model.vision_tower.requires_grad_(True)
+    assert "SiglipEncoderLayer" in layer_classes(tiny_model)
+
+
+def tower_state(model: MetaMorphForConditionalGeneration) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if "vision_tower" in name}
+
+
+@pytest.mark.parametrize("reduction", ["interpolation", "mlpmixer"])
+def test_frozen_tower_is_rounded_outside_of_the_tree_and_saved_as_it_was(reduction: str) -> None:
+    model = build_tiny_model(image_token_reduction=reduction)
+    model.model.vision_tower.encoder.requires_grad_(False)
+    before, names = tower_state(model), set(model.state_dict())
+    tower = FrozenTower(model, dtype=torch.bfloat16, device=CPU, outside=True, keep=True)
+
+    assert not any("encoder" in name for name, _ in model.named_parameters())
+    assert not any("vision_tower.encoder" in name for name, _ in model.named_modules())
+    assert model.model.vision_tower.encoder.dtype == torch.bfloat16
+    saved = model.state_dict() | tower.state_dict()
+    assert set(saved) == names
+    assert all(torch.equal(saved[name], value) for name, value in before.items())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(**build_batch(model.config)).loss.isfinite()
+
+    tower.restore()
+    after = tower_state(model)
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], value) and after[name].dtype == value.dtype for name, value in before.items())
+
+
+def test_trained_tower_stays_where_it_is(tiny_model: MetaMorphForConditionalGeneration) -> None:
+    tower = FrozenTower(tiny_model, dtype=torch.bfloat16, device=CPU, outside=True, keep=True)
+    assert tower.state_dict() == {}
+    assert tiny_model.model.vision_tower.encoder.dtype == torch.float32
+    assert "vision_tower" in dict(tiny_model.model.named_children())
+
+
+@pytest.mark.parametrize("reduction", ["interpolation", "mlpmixer"])
+def test_text_batches_give_every_trained_weight_a_gradient_of_zero(reduction: str) -> None:
+    """So that data-parallel processes without images take part in averaging, and change nothing."""
+    model = build_tiny_model(image_token_reduction=reduction).train()
+    batch = build_batch(model.config, "tt")
+    assert batch.get("pixel_values") is None
+    model(**batch).loss.backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None, name
+        if name.startswith(("model.vision_tower.", "model.mm_projector.", "vision_head.")):
+            assert not weight.grad.any(), name
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    model.zero_grad()
+    model.model.vision_tower.requires_grad_(False)
+    model(**batch).loss.backward()
+    for name, weight in model.get_decoder().named_parameters(prefix="model.language_model"):
+        assert torch.equal(weight.grad, gradients[name]), name
+
+
+def test_frozen_table_is_read_through_the_module_that_engines_gather(
+    tiny_model: MetaMorphForConditionalGeneration,
+) -> None:
+    """Engines put another tensor in the place of a module's weight; the table inside is not a module that they see."""
+    attach_new_token_rows(tiny_model)
+    embedding = tiny_model.get_input_embeddings()
+    ids = torch.tensor([[5, 6, 7]])
+    expected = embedding(ids) * 2
+    embedding.weight = torch.nn.Parameter(embedding.weight * 2, requires_grad=False)
+    assert torch.equal(embedding(ids), expected)

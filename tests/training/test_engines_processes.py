@@ -1,0 +1,157 @@
+"""Two processes through the real trainer: DDP, ZeRO-2 and ZeRO-3 train as one process does.
+
+Each of the two sees one sample at a time, so in some steps one of them has no image, or no answer image.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_parts import arguments, make_language_model, make_records, make_vision_tower
+
+from metamorph.models.connector import CONNECTOR_FILE
+from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.training.run import run_training
+from metamorph.training.stages import VISION_TOWER, module_of
+
+
+TESTS = Path(__file__).parent.parent
+STAGE_2 = {"stage": 2, "from_scratch_connector": True, "max_steps": 10, "save_strategy": "steps", "save_steps": 6}
+STAGE_1 = {"stage": 1, "max_steps": 4}
+TOWER = STAGE_2 | {
+    "max_steps": 4,
+    "save_strategy": "no",
+    "freeze_vision": False,
+    "image_token_reduction": "mlpmixer",
+    "gradient_accumulation_steps": 2,
+}
+"""Everything is trained, the tower too, so ranks without images must take part in its gradients."""
+CASES = {"stage_2": STAGE_2, "stage_1": STAGE_1, "tower": TOWER}
+ENGINES = ("ddp", "zero2", "zero3")  # DDP first: Accelerate stays with DeepSpeed once it was asked for
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    make_language_model(folder / "llm")
+    make_vision_tower(folder / "tower")
+    make_records(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with all runs of two processes, `NAME-RANK.json` and `NAME/`, where NAME is ENGINE-CASE."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = {
+        f"{engine}-{case}": flags | {"sharding": engine, "per_device_train_batch_size": 1}
+        for engine in ENGINES
+        for case, flags in CASES.items()
+    }
+    for engine in ("zero2", "zero3"):
+        checkpoint = str(folder / f"{engine}-stage_2" / "checkpoint-6")
+        runs[f"{engine}-resumed"] = runs[f"{engine}-stage_2"] | {"resume_from_checkpoint": checkpoint}
+    (folder / "runs.json").write_text(json.dumps(runs))
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *(str(Path(__file__).with_name("engine_worker.py")), str(parts), str(folder)),
+        ],
+        check=True,
+        timeout=600,
+        env=os.environ
+        | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(TESTS / "parts"), os.environ.get("PYTHONPATH", "")]),
+        },
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same cases on one process, which sees two samples at a time: folder of each."""
+    folder = tmp_path_factory.mktemp("one")
+    for case, flags in CASES.items():
+        torch.manual_seed(0)
+        result = run_training(*arguments(parts, folder / case, **flags, per_device_train_batch_size=2))
+        losses = [line["loss"] for line in result.log_history if "text_loss" in line]
+        norms = [line["grad_norm"] for line in result.log_history if "text_loss" in line]
+        (folder / case / "log.json").write_text(json.dumps({"losses": losses, "norms": norms}))
+    return {case: folder / case for case in CASES}
+
+
+def ranks(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_as_one(two: Path, one: dict[str, Path], engine: str, case: str) -> None:
+    expected = json.loads((one[case] / "log.json").read_text())
+    seen = ranks(two, f"{engine}-{case}")
+    for rank in seen:
+        assert rank["losses"] == pytest.approx(expected["losses"], abs=1e-4)
+        assert rank["norms"] == pytest.approx(expected["norms"], rel=1e-3)
+    file = CONNECTOR_FILE if case == "stage_1" else "model.safetensors"
+    whole, reference = load_file(two / f"{engine}-{case}" / file), load_file(one[case] / file)
+    assert set(whole) == set(reference)
+    for name, weight in reference.items():
+        assert whole[name].dtype == torch.float32, name
+        # Attention does not depend on the bias of its keys: its gradient is rounding, of which Adam makes whole steps.
+        assert name.endswith("k_proj.bias") or torch.allclose(whole[name], weight, atol=1e-4), name
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_some_steps_have_a_rank_without_images_or_answer_images(two: Path, engine: str) -> None:
+    steps = list(zip(*(rank["steps"] for rank in ranks(two, f"{engine}-stage_2")), strict=True))
+    for kind in (0, 1):
+        assert any(first[kind] != second[kind] for first, second in steps)
+
+
+@pytest.mark.parametrize(("engine", "wrapper"), [("ddp", "DistributedDataParallel"), ("zero2", "DeepSpeedEngine")])
+def test_the_engine_that_was_asked_for_trains(two: Path, engine: str, wrapper: str) -> None:
+    seen = ranks(two, f"{engine}-stage_2")[0]
+    assert seen["engine"] == wrapper
+    assert seen["partitioned"] == 0
+
+
+def test_zero3_partitions_everything_but_the_frozen_tower(two: Path) -> None:
+    frozen, trained = ranks(two, "zero3-stage_2")[0], ranks(two, "zero3-tower")[0]
+    assert frozen["partitioned"] > 0
+    assert frozen["outside"]
+    assert not frozen["tower_partitioned"]
+    assert trained["tower_partitioned"]
+    assert not trained["outside"]
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_zero_resumes_where_it_was(two: Path, engine: str) -> None:
+    whole, resumed = ranks(two, f"{engine}-stage_2")[0], ranks(two, f"{engine}-resumed")[0]
+    assert resumed["trained"] == STAGE_2["max_steps"]
+    assert resumed["steps"][-4:] == whole["steps"][-4:]
+    assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_result_is_a_plain_model_with_its_tower(two: Path, parts: Path, engine: str) -> None:
+    model = MetaMorphForConditionalGeneration.from_pretrained(two / f"{engine}-stage_2")
+    assert any(module_of(name) == VISION_TOWER for name, _ in model.named_parameters())
+    original = load_file(parts / "tower" / "model.safetensors")
+    embedding = next(name for name in original if name.endswith("patch_embedding.weight"))
+    assert torch.equal(model.model.vision_tower.encoder.embeddings.patch_embedding.weight, original[embedding])

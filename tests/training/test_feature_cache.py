@@ -1,0 +1,245 @@
+"""Training with a feature cache gives the losses of the tower; a cache that does not fit is refused."""
+
+import io
+import json
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from training_parts import NUM_IMAGE_TOKENS, arguments, write_records
+from transformers import SiglipVisionModel
+
+from metamorph import cli
+from metamorph.data.dataset import load_data
+from metamorph.data.features.cache import FeatureCache, describe_tower, image_key, write_features
+from metamorph.data.features.images import PictureSet
+from metamorph.data.media.stores import FolderStore, MediaError
+from metamorph.data.records import DataError, RecordError
+from metamorph.data.tasks import ImageRef
+from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.training.arguments.training import DataArguments, ModelArguments
+from metamorph.training.build import make_plan
+from metamorph.training.features import FeatureArguments, cache_features, load_frozen_tower
+from metamorph.training.run import TrainResult, run_training
+
+
+pytestmark = pytest.mark.integration
+
+
+def train(parts: Path, output_dir: Path, **flags: object) -> TrainResult:
+    return run_training(*arguments(parts, output_dir, **{"stage": 2, "from_scratch_connector": True, **flags}))
+
+
+def make_cache(parts: Path, folder: Path, **flags: object) -> int:
+    """Write a cache with the flags of `train`; returns the number of images."""
+    model_args, data_args, _ = arguments(parts, folder, stage=1, feature_cache=str(folder), **flags)
+    feature_args = FeatureArguments(use_cpu=True, per_device_train_batch_size=5, feature_dtype="float32")
+    return cache_features(model_args, data_args, feature_args)[1]
+
+
+def losses(result: TrainResult) -> list[tuple[float, ...]]:
+    names = ("loss", "text_loss", "visual_loss", "visual_cosine", "grad_norm")
+    return [tuple(line[name] for name in names) for line in result.log_history if "visual_loss" in line]
+
+
+@pytest.fixture(scope="module")
+def cache(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the parts' images in float32."""
+    folder = tmp_path_factory.mktemp("cache")
+    make_cache(parts, folder)
+    return folder
+
+
+def without_tower_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every attempt to run the tower or to open a picture an error."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a picture was opened, or the tower was run")
+
+    monkeypatch.setattr("metamorph.models.vision_tower.VisionTower.forward", refuse)
+    monkeypatch.setattr("PIL.Image.open", refuse)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_losses_are_those_of_the_tower(
+    packing: bool, parts: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {"packing": packing, "model_max_length": 96}
+    expected = losses(train(parts, tmp_path / "plain", **flags))
+    without_tower_runs(monkeypatch)
+    found = losses(train(parts, tmp_path / "cached", feature_cache=str(cache), **flags))
+    assert len(found) == len(expected) > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_stage_1_trains_with_a_cache(parts: Path, cache: Path, tmp_path: Path) -> None:
+    expected = train(parts, tmp_path / "plain", stage=1, from_scratch_connector=False)
+    found = train(parts, tmp_path / "cached", stage=1, from_scratch_connector=False, feature_cache=str(cache))
+    assert found.metrics["train_loss"] == pytest.approx(expected.metrics["train_loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_the_default_and_close(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through the command, as a user would make one; a recipe of training brings the flags."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        json.dumps(
+            {
+                "model_name_or_path": str(parts / "llm"),
+                "vision_tower": str(parts / "tower"),
+                "num_image_tokens": NUM_IMAGE_TOKENS,
+                "tune_mm_mlp_adapter": True,
+                "image_folder": str(parts / "images"),
+                "output_dir": str(tmp_path / "never"),
+                "learning_rate": 1e-3,
+            }
+        )
+    )
+    folder = tmp_path / "cache"
+    words = ["cache-features", str(parts / "data.jsonl"), "--config", str(recipe), "--feature_cache", str(folder)]
+    assert cli.main(["data", *words]) == 0
+    assert f"visual tokens of 12 images: {folder}" in capsys.readouterr().out
+    assert not (tmp_path / "never").exists()
+    manifest = json.loads((folder / "feature_cache.json").read_text())
+    assert (manifest["images"], manifest["dtype"]) == (12, "bfloat16")
+    expected = losses(train(parts, tmp_path / "plain", learning_rate=0.0))
+    found = losses(train(parts, tmp_path / "cached", learning_rate=0.0, feature_cache=str(folder)))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-3)
+
+
+def test_tokens_are_those_of_the_tower_whatever_the_shards(parts: Path, cache: Path, tmp_path: Path) -> None:
+    model_args, data_args, _ = arguments(parts, tmp_path, stage=1)
+    plan = make_plan(model_args)
+    features = FeatureCache(cache, describe_tower(plan.config, plan.processor))
+    assert len(features) == 12
+    data = {"path": data_args.data_path, "folder": data_args.image_folder}
+    plain = load_data(data["path"], plan.processor, data["folder"])
+    cached = load_data(data["path"], plan.processor, data["folder"], features=features)
+    tower = load_frozen_tower(model_args, plan)
+    for index in range(len(plain)):
+        ours, theirs = cached[index], plain[index]
+        assert torch.equal(ours["input_ids"], theirs["input_ids"])
+        assert "pixel_values" not in ours
+        assert ("visual_tokens" in ours) == ("pixel_values" in theirs)
+        if "visual_tokens" in ours:
+            torch.testing.assert_close(ours["visual_tokens"], tower(theirs["pixel_values"]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"num_image_tokens": 16}, "num_image_tokens 4 instead of 16"),
+        ({"image_token_reduction": "concat_interpolation"}, "image_token_reduction 'interpolation' instead of 'concat"),
+        ({"mm_vision_select_layer": -2}, "mm_vision_select_layer -1 instead of -2"),
+        ({"normalize_vision": False}, "normalize_vision True instead of False"),
+        ({"image_aspect_ratio": "pad"}, "image_aspect_ratio 'square' instead of 'pad'"),
+    ],
+)
+def test_a_cache_of_another_reduction_is_refused(
+    flags: dict[str, object], reason: str, parts: Path, cache: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=f"--feature_cache .* does not fit this model: it was made with {reason}"):
+        train(parts, tmp_path, feature_cache=str(cache), **flags)
+
+
+def test_a_cache_of_other_weights_is_refused(parts: Path, cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts / "tower", tmp_path / "tower")
+    tower = SiglipVisionModel.from_pretrained(parts / "tower")
+    with torch.no_grad():
+        next(tower.parameters())[0] += 1e-3
+    tower.save_pretrained(tmp_path / "tower")
+    with pytest.raises(DataError, match="a tower of other weights"):
+        train(parts, tmp_path / "out", vision_tower=str(tmp_path / "tower"), feature_cache=str(cache))
+
+
+def test_what_changes_while_training_is_refused(parts: Path, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--freeze_vision False trains the tower"):
+        train(parts, tmp_path, freeze_vision=False, feature_cache=str(cache))
+    with pytest.raises(ValueError, match="--freeze_vision False trains the tower"):
+        make_cache(parts, tmp_path, tune_mm_mlp_adapter=False, from_scratch_connector=True, freeze_vision=False)
+    with pytest.raises(ValueError, match="--image_token_reduction mlpmixer is trained"):
+        train(parts, tmp_path, image_token_reduction="mlpmixer", feature_cache=str(cache))
+
+
+def test_an_unfinished_cache_is_refused(parts: Path, cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(cache, tmp_path / "half")
+    (tmp_path / "half" / "feature_cache.json").unlink()
+    with pytest.raises(DataError, match="is no feature cache, or an unfinished one"):
+        train(parts, tmp_path, feature_cache=str(tmp_path / "half"))
+
+
+def test_a_picture_that_changed_since_is_an_error_of_its_record(parts: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts / "images", tmp_path / "images")
+    folder = tmp_path / "cache"
+    make_cache(parts, folder, image_folder=str(tmp_path / "images"))
+    shutil.copy(tmp_path / "images" / "1.png", tmp_path / "images" / "0.png")
+    with pytest.raises(RecordError, match=r"sample-0'\): --feature_cache .* has no visual tokens of 0.png"):
+        train(parts, tmp_path / "out", image_folder=str(tmp_path / "images"), feature_cache=str(folder))
+
+
+def test_a_name_that_no_file_can_have_is_a_missing_image(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="there is no file") as error:
+        image_key(ImageRef("a" * 300), FolderStore(tmp_path))
+    assert error.value.kind == "missing_image"
+
+
+@pytest.mark.slow
+def test_a_finished_model_brings_its_own_tower(parts: Path, tmp_path: Path) -> None:
+    first = train(parts, tmp_path / "first", max_steps=1)
+    flags = {"model_name_or_path": first.output_dir, "from_scratch_connector": False, "tune_mm_mlp_adapter": False}
+    model_args = ModelArguments(**flags)
+    data_args = DataArguments(
+        data_path=str(parts / "data.jsonl"), image_folder=str(parts / "images"), feature_cache=str(tmp_path / "cache")
+    )
+    assert cache_features(model_args, data_args, FeatureArguments(use_cpu=True))[1] == 12
+    plan = make_plan(model_args)
+    features = FeatureCache(tmp_path / "cache", describe_tower(plan.config, plan.processor))
+    features.check_weights(MetaMorphForConditionalGeneration.from_pretrained(first.output_dir).model.vision_tower)
+
+
+class Corners(torch.nn.Module):
+    """Stands in for a tower where only the bookkeeping is tested: the corner pixels of each image are its tokens."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[images, 3, height, width] -> [images, 4, 3]."""
+        return pixel_values[:, :, ::31, ::31].flatten(2).transpose(1, 2)
+
+
+def test_parts_of_images_and_members_of_tars_are_images_of_their_own(parts: Path, tmp_path: Path) -> None:
+    """Each row of the cache is found again, over several shards; the same image is kept once."""
+    answer = [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "It."}]
+    crops = [f"0.png###[{left}, 0, {left + 8}, 8]" for left in (0, 8, 16, 8)]
+    records = [{"id": number, "image": ["0.png", crop], "conversations": answer} for number, crop in enumerate(crops)]
+    write_records(tmp_path / "crops.jsonl", records)
+    for number in range(2):  # the same names in both tars
+        with tarfile.open(tmp_path / f"shard-{number}.tar", "w") as tar:
+            for key in range(2):
+                tar.add(parts / "images" / f"{2 * number + key}.png", arcname=f"{key}.png")
+                text = json.dumps({"image": f"{key}.png", "caption": "A cat."}).encode()
+                info = tarfile.TarInfo(f"{key}.json")
+                info.size = len(text)
+                tar.addfile(info, io.BytesIO(text))
+    sources = [
+        {"path": "crops.jsonl", "task": "visual_cot", "image_folder": str(parts / "images")},
+        {"path": "shard-{0..1}.tar", "task": "text_to_image"},
+    ]
+    (tmp_path / "mixture.yaml").write_text(json.dumps(sources))
+    plan = make_plan(arguments(parts, tmp_path, stage=1)[0])
+    plain = load_data(tmp_path / "mixture.yaml", plan.processor)
+    pictures = PictureSet(plain)
+    assert pictures.num_images == 1 + 3 + 4  # the whole image, three crops of it, four members
+    tower, description = Corners(), describe_tower(plan.config, plan.processor)
+    options = {"dtype": "float32", "batch_size": 3, "images_per_shard": 3}
+    assert write_features(tmp_path / "cache", pictures.images(), tower, description, **options) == 8
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
+    features = FeatureCache(tmp_path / "cache", description)
+    cached = load_data(tmp_path / "mixture.yaml", plan.processor, features=pickle.loads(pickle.dumps(features)))  # noqa: S301
+    for index in range(len(plain)):
+        assert torch.equal(cached[index]["visual_tokens"], tower(plain[index]["pixel_values"]))

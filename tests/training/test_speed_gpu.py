@@ -1,0 +1,73 @@
+"""What only a GPU can show: no waiting in our code, kernels of other packages, compiled layers."""
+
+import warnings
+
+import pytest
+import torch
+from batch_parts import collate
+from model_parts import build_batch, build_tiny_model
+
+from metamorph.models.text_head import TextHead, TextLossOptions, has_liger
+from metamorph.training.engines.speed import compile_layers
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def to_gpu(value):
+    if isinstance(value, dict):
+        return {name: to_gpu(item) for name, item in value.items()}
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_r06_our_code_never_waits_for_the_gpu(packed):
+    """PyTorch warns at every line that waits; one of Transformers, which looks at the mask, is not ours."""
+    model = build_tiny_model().train().cuda()
+    batch = to_gpu(collate(model.config, packed, model.config.image_token_id))
+    normalizers = (torch.tensor(11.0, device="cuda"), torch.tensor(4.0, device="cuda"))
+    model(**batch, loss_normalizers=normalizers).loss.backward()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(**batch, loss_normalizers=normalizers).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.filename) for warning in caught if "synchroniz" in str(warning.message)]
+    assert not [place for place in waits if "metamorph" in place]
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    ["chunked", pytest.param("liger", marks=pytest.mark.skipif(not has_liger(), reason="needs liger-kernel"))],
+)
+def test_text_loss_in_bfloat16(kernel):
+    torch.manual_seed(0)
+    head = TextHead(64, 1000, bias=False, device="cuda")
+    hidden = torch.randn(300, 64, device="cuda")
+    labels = torch.randint(0, 1000, (300,), device="cuda")
+    results = []
+    for options in (TextLossOptions("full"), TextLossOptions(kernel, max_logits=64_000)):
+        head.zero_grad()
+        inputs = hidden.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = head(inputs, labels, options)
+        loss.backward()
+        results.append((loss.detach(), inputs.grad, head.weight.grad))
+    (loss, *gradients), (found, *found_gradients) = results
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, loss, rtol=1e-3, atol=0)
+    for ours, theirs in zip(found_gradients, gradients, strict=True):
+        assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.999
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same():
+    plain, compiled = build_tiny_model().train().cuda(), build_tiny_model().train().cuda()
+    compile_layers(compiled)
+    batch = to_gpu(build_batch(plain.config))
+    torch.testing.assert_close(compiled(**batch).loss, plain(**batch).loss, rtol=1e-4, atol=1e-5)

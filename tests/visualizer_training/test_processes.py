@@ -1,0 +1,117 @@
+"""Several processes train the visualizer as one does, and a run that is killed goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from visualization_parts import RESOLUTION, random_images, write_shard, write_tiny_diffusion, write_tiny_tower
+
+from metamorph.runs.checkpoint_files import checkpoints
+from metamorph.visualization import VisualizerArguments, train_visualizer
+
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+WORKER = str(Path(__file__).with_name("visualizer_worker.py"))
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> dict:
+    """Six pictures in three shards; six steps of two pictures are two epochs."""
+    folder = tmp_path_factory.mktemp("visualizer")
+    pictures = random_images(6)
+    for name, first, last in (("a", 0, 3), ("b", 3, 4), ("c", 4, 6)):
+        write_shard(folder / f"{name}.tar", {f"{index}.png": pictures[index] for index in range(first, last)})
+    (folder / "shards.json").write_text('["a.tar", "b.tar", "c.tar"]')
+    return {
+        "pretrained_model_name_or_path": str(write_tiny_diffusion(folder / "diffusion")),
+        "vision_tower": str(write_tiny_tower(folder / "tower")),
+        "image_jsons": [str(folder / "shards.json")],
+        "num_tokens": 4,
+        "hidden_dim": 16,
+        "resolution": RESOLUTION,
+        "training_steps": 6,
+        "batch_size": 2,
+        "lr": 1e-3,
+        "unfreeze_unet": True,
+        "save_step": 2,
+    }
+
+
+@pytest.fixture(scope="module")
+def one(flags, tmp_path_factory) -> tuple[Path, list[float]]:
+    """Folder and losses of one process that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("one")
+    return folder, train_visualizer(VisualizerArguments(output_dir=str(folder), **flags)).losses
+
+
+def start(folder: Path, flags: dict, *words: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """Train in other processes, with the result in `folder`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "flags.json").write_text(json.dumps(flags | {"output_dir": str(folder)}))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), WORKER, str(folder / "flags.json"), *words]
+    return subprocess.run(command, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+
+
+def seen(folder: Path) -> list[str]:
+    """Names of the pictures that processes have read."""
+    return [line for file in folder.glob("pictures-*.txt") for line in file.read_text().splitlines()]
+
+
+def test_r40_two_processes_see_three_shards_once_and_one_process_goes_on(flags, one, tmp_path):
+    expected = one[1]
+    two = tmp_path / "two"
+    assert start(two, flags | {"batch_size": 1, "save_total_limit": None}, processes=2).returncode == 0
+    assert json.loads((two / "losses.json").read_text()) == pytest.approx(expected, abs=1e-4)
+    names = seen(two)
+    assert len(list(two.glob("pictures-*.txt"))) == 2
+    assert len(names) == 12
+    assert sorted(names) == sorted([*set(names), *set(names)])  # all six, once in each of two epochs
+    rest = tmp_path / "rest"
+    assert start(rest, flags | {"resume_from_checkpoint": str(two / "checkpoint-4")}).returncode == 0
+    assert json.loads((rest / "losses.json").read_text()) == pytest.approx(expected[4:], abs=1e-4)
+    ranks = [file.read_text().splitlines()[4:] for file in two.glob("pictures-*.txt")]
+    assert sorted(seen(rest)) == sorted(name for rank in ranks for name in rank)
+
+
+def test_r42_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(flags, one, tmp_path):
+    folder, expected = one
+    assert start(tmp_path, flags, "2").returncode == -signal.SIGKILL
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert (tmp_path / "_partial" / "checkpoint-4" / "optimizer.pt").is_file()
+    result = train_visualizer(VisualizerArguments(output_dir=str(tmp_path), **flags))
+    assert (result.first_step, result.losses) == (2, expected[2:])
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+    assert not (tmp_path / "_partial").exists()
+    for part in ("projector", "unet"):
+        weights = [load_file(place / part / "diffusion_pytorch_model.safetensors") for place in (folder, tmp_path)]
+        assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def test_fsdp2_trains_as_one_process_does_and_exchanges_checkpoints_with_it(flags, one, tmp_path):
+    folder, expected = one
+    options = {"sharding": "fsdp2", "batch_size": 1, "validation_images": [str(tmp_path / "picture.png")]}
+    random_images(1)[0].save(tmp_path / "picture.png")
+    two = tmp_path / "two"
+    resume = {"resume_from_checkpoint": str(folder / "checkpoint-4"), "save_step": 1}
+    assert start(two, flags | options | resume, processes=2).returncode == 0
+    assert json.loads((two / "losses.json").read_text()) == pytest.approx(expected[4:], abs=1e-4)
+    assert len(list((two / "validation").iterdir())) == 2
+    rest = VisualizerArguments(
+        output_dir=str(tmp_path / "rest"), resume_from_checkpoint=str(two / "checkpoint-5"), **flags
+    )
+    assert train_visualizer(rest).losses == pytest.approx(expected[5:], abs=1e-4)
+    for part in ("projector", "unet"):
+        file = Path(part) / "diffusion_pytorch_model.safetensors"
+        weights, sharded, continued = (load_file(place / file) for place in (folder, two, tmp_path / "rest"))
+        assert weights.keys() == sharded.keys()
+        for name, value in weights.items():
+            assert (sharded[name] - value).abs().max() < 1e-4, name
+            assert (continued[name] - value).abs().max() < 1e-4, name

@@ -1,0 +1,411 @@
+"""The visualizer's trainer on tiny parts of the real classes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from functools import partialmethod
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
+
+from metamorph.runs.checkpoint_files import CheckpointError, checkpoints
+from metamorph.runs.lock import only_run_in
+from metamorph.runs.preemption import MARKER_FILE, PREEMPTED, Preempted
+from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
+from metamorph.visualization.pixels import crop_square
+from metamorph.visualization.projector import PROJECTOR_MODES
+from metamorph.visualization.token_options import load_tower
+from metamorph.visualizer_training.processes import start_accelerate
+
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("visualizer_parts")
+    return {
+        "vision_tower": str(write_tiny_tower(folder / "tower")),
+        "pretrained_model_name_or_path": str(write_tiny_diffusion(folder / "diffusion", "epsilon")),
+    }
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list:
+    return random_images(6)
+
+
+@pytest.fixture
+def arguments(parts, tmp_path):
+    def build(**options) -> VisualizerArguments:
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "num_tokens": 4,
+            "num_query_tokens": 5,
+            "hidden_dim": 16,
+            "num_heads": 2,
+            "resolution": RESOLUTION,
+            "training_steps": 3,
+            "batch_size": 2,
+            "lr": 1e-2,
+            "lr_warmup_steps": 1,
+            "save_step": 0,
+            "ema_decay": 0.5,
+        }
+        return VisualizerArguments(**(parts | defaults | options))
+
+    return build
+
+
+def weights(folder: str | Path, part: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / part / "diffusion_pytorch_model.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def draw(folder: str | Path) -> torch.Tensor:
+    pipeline = VisualizationPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    tokens = torch.randn(2, 4, 24, generator=torch.Generator().manual_seed(0))
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    return pipeline(tokens, num_inference_steps=2, generator=generators, output_type="pt").images
+
+
+@pytest.mark.parametrize("mode", PROJECTOR_MODES)
+def test_r45_every_mode_trains_saves_loads_and_draws_the_same(mode, arguments, pictures, parts, tmp_path):
+    args = arguments(mode=mode)
+    result = train_visualizer(args, pictures)
+    assert len(result.losses) == 3
+    assert all(0 < loss < 10 for loss in result.losses)
+    first = draw(result.output_dir)
+    assert first.shape == (2, 3, RESOLUTION, RESOLUTION)
+    VisualizationPipeline.from_pretrained(result.output_dir).save_pretrained(tmp_path / "again")
+    assert torch.equal(first, draw(tmp_path / "again"))
+    source = Path(parts["pretrained_model_name_or_path"])
+    assert same(weights(args.output_dir, "unet"), weights(source, "unet"))
+    assert same(weights(args.output_dir, "vae"), weights(source, "vae"))
+
+
+@pytest.mark.slow
+def test_loss_falls_when_unet_and_projector_train(arguments, pictures, parts):
+    args = arguments(unfreeze_unet=True, training_steps=30, batch_size=4, cache_latents=True, lr=5e-3)
+    losses = train_visualizer(args, pictures).losses
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert not same(weights(args.output_dir, "unet"), weights(parts["pretrained_model_name_or_path"], "unet"))
+
+
+@pytest.mark.parametrize("options", [{}, {"random_crop": True}, {"cache_latents": True, "unfreeze_unet": True}])
+def test_r42_resume_equals_uninterrupted(options, arguments, pictures, tmp_path):
+    options = {"training_steps": 5, "save_step": 3, "gradient_accumulation_steps": 2} | options
+    whole = arguments(output_dir=str(tmp_path / "whole"), **options)
+    unbroken = train_visualizer(whole, pictures)
+    (checkpoint,) = checkpoints(tmp_path / "whole")
+    assert checkpoint.name == "checkpoint-3"
+    rest = replace(whole, output_dir=str(tmp_path / "rest"), resume_from_checkpoint=str(checkpoint))
+    resumed = train_visualizer(rest, pictures)
+    assert resumed.first_step == 3
+    assert resumed.losses == unbroken.losses[3:]
+    for part in ("projector", "unet"):
+        assert same(weights(tmp_path / "whole", part), weights(tmp_path / "rest", part))
+
+
+def test_latest_checkpoint_is_found_and_old_ones_are_removed(arguments, pictures):
+    args = arguments(training_steps=4, save_step=1, save_total_limit=2)
+    train_visualizer(args, pictures)
+    names = [path.name for path in checkpoints(args.output_dir)]
+    assert names == ["checkpoint-3", "checkpoint-4"]
+    resumed = train_visualizer(replace(args, resume_from_checkpoint="latest", training_steps=4), pictures)
+    assert (resumed.first_step, resumed.losses) == (4, [])
+    assert train_visualizer(args, pictures).first_step == 4  # by itself, too
+    anew = train_visualizer(replace(args, resume_from_checkpoint="False", training_steps=1), pictures)
+    assert anew.first_step == 0
+
+
+def test_signal_saves_and_the_same_command_goes_on(arguments, pictures, tmp_path):
+    unbroken = train_visualizer(arguments(output_dir=str(tmp_path / "whole"), training_steps=5), pictures)
+    args = arguments(training_steps=5, logging_steps=2)
+    with pytest.raises(Preempted) as stopped:
+        train_visualizer(args, pictures, on_log=lambda step, values: os.kill(os.getpid(), signal.SIGUSR1))
+    assert stopped.value.code == PREEMPTED
+    marker = json.loads((tmp_path / "out" / MARKER_FILE).read_text())
+    assert (marker["step"], marker["checkpoint"], marker["signal"]) == (2, "checkpoint-2", "SIGUSR1")
+    resumed = train_visualizer(args, pictures)
+    assert (resumed.first_step, resumed.losses) == (2, unbroken.losses[2:])
+    assert not (tmp_path / "out" / MARKER_FILE).exists()
+
+
+def test_accumulated_equals_large_batch(arguments, pictures, tmp_path):
+    large = arguments(output_dir=str(tmp_path / "large"), batch_size=4)
+    small = arguments(output_dir=str(tmp_path / "small"), batch_size=1, gradient_accumulation_steps=4)
+    expected, losses = train_visualizer(large, pictures).losses, train_visualizer(small, pictures).losses
+    assert losses == pytest.approx(expected, abs=1e-4)
+
+
+def test_cached_equals_uncached(arguments, pictures, tmp_path):
+    plain = arguments(output_dir=str(tmp_path / "plain"))
+    cached = arguments(output_dir=str(tmp_path / "cached"), cache_latents=True)
+    expected = train_visualizer(plain, pictures).losses
+    assert train_visualizer(cached, pictures).losses == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_trains_as_uncompiled(arguments, pictures, tmp_path, monkeypatch):
+    # The graphs are captured and differentiated as always, but not translated to C++, which takes minutes.
+    capture = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", capture)
+    options = {"unfreeze_unet": True, "training_steps": 2, "save_step": 1}
+    plain = train_visualizer(arguments(output_dir=str(tmp_path / "plain"), **options), pictures)
+    compiled = train_visualizer(arguments(output_dir=str(tmp_path / "fast"), torch_compile=True, **options), pictures)
+    assert compiled.losses == pytest.approx(plain.losses, abs=1e-4)
+    assert weights(tmp_path / "fast", "unet").keys() == weights(tmp_path / "plain", "unet").keys()
+    again = replace(arguments(output_dir=str(tmp_path / "fast"), **options), training_steps=3)
+    assert train_visualizer(again, pictures).first_step == 2
+
+
+def test_r46_bf16_ema_clipping_accumulation_and_final_save(arguments, pictures):
+    args = arguments(
+        mixed_precision="bf16",
+        unfreeze_unet=True,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.1,
+        snr_gamma=5.0,
+        noise_offset=0.05,
+        save_step=2,
+        training_steps=3,
+    )
+    result = train_visualizer(args, pictures)
+    assert all(loss == loss for loss in result.losses)
+    # The last step is saved although it is no multiple of save_step, and in full precision.
+    assert {str(value.dtype) for value in weights(args.output_dir, "vae").values()} == {"torch.float32"}
+    averaged = weights(args.output_dir, "projector")
+    raw = load_file(Path(args.output_dir) / "checkpoint-2" / "trained_weights.safetensors")
+    assert {f"projector.{name}" for name in averaged} <= raw.keys()
+    assert draw(args.output_dir).isfinite().all()
+
+
+def test_r46_seed_decides_everything_on_two_threads_bit_for_bit(arguments, pictures, tmp_path, two_threads):
+    runs = [
+        train_visualizer(arguments(output_dir=str(tmp_path / str(number)), seed=seed, unfreeze_unet=True), pictures)
+        for number, seed in enumerate((0, 0, 1))
+    ]
+    assert runs[0].losses == runs[1].losses
+    assert runs[0].losses != runs[2].losses
+    for part in ("projector", "unet", "vae"):
+        first, second = (
+            Path(run.output_dir, part, "diffusion_pytorch_model.safetensors").read_bytes() for run in runs[:2]
+        )
+        assert first == second, part
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_ema_is_what_is_saved(arguments, pictures, tmp_path):
+    averaged = arguments(output_dir=str(tmp_path / "averaged"))
+    plain = arguments(output_dir=str(tmp_path / "plain"), ema_decay=0.0)
+    assert train_visualizer(averaged, pictures).losses == train_visualizer(plain, pictures).losses
+    assert not same(weights(averaged.output_dir, "projector"), weights(plain.output_dir, "projector"))
+
+
+def test_folder_of_pictures_validation_grids_and_log(arguments, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    paths = [tmp_path / "pictures" / f"{index}.png" for index in range(3)]
+    for path, picture in zip(paths, random_images(3), strict=True):
+        picture.save(path)
+    args = arguments(
+        image_folder=str(tmp_path / "pictures"),
+        validation_images=[str(path) for path in paths[:2]],
+        save_step=3,
+        logging_steps=2,
+    )
+    logged = []
+    seen = []
+    result = train_visualizer(
+        args, on_log=lambda step, values: (logged.append((step, values["loss"])), seen.append(values))
+    )
+    assert [step for step, _ in logged] == [2, 3]
+    assert seen[1].keys() == {"loss", "lr", "samples_per_second", "data_wait", "grad_norm"}
+    assert seen[1]["samples_per_second"] > 0 <= seen[1]["data_wait"] < 1
+    assert seen[1]["grad_norm"] > 0
+    assert logged[0][1] == pytest.approx(sum(result.losses[:2]) / 2)
+    assert logged[1][1] == pytest.approx(result.losses[2])
+    (grid,) = (Path(args.output_dir) / "validation").iterdir()
+    assert grid.name == "step-000003.png"
+    assert json.loads((Path(args.output_dir) / "visualizer_arguments.json").read_text()) == args.to_dict()
+
+
+def test_validation_grid_and_loss_reach_tensorboard_and_the_log(arguments, pictures, tmp_path, caplog):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pictures[0].save(tmp_path / "picture.png")
+    args = arguments(validation_images=[str(tmp_path / "picture.png")], save_step=3, report_to="tensorboard")
+    with caplog.at_level("INFO", logger="metamorph.visualizer_training.trainer"):
+        result = train_visualizer(args, pictures)
+    assert f"step 3 of 3: loss {sum(result.losses) / 3:.4g}, lr" in caplog.text  # there is no terminal
+    # The run's own file, and one for its flags in a folder below.
+    folder = Path(args.output_dir) / "tensorboard"
+    files = [accumulator.EventAccumulator(str(file)).Reload() for file in folder.rglob("events.out.*")]
+    (found,) = (file for file in files if file.Tags()["images"])
+    (image,) = found.Images("validation")
+    assert (image.width, image.height) == (3 * RESOLUTION, RESOLUTION)
+    assert found.Scalars("loss")[0].step == 3
+
+
+def test_resolution_is_that_of_the_diffusion_model_unless_given(arguments, pictures, tmp_path, caplog):
+    caplog.set_level("INFO", logger="metamorph.visualizer_training.build")
+    options = {"training_steps": 1, "lr_warmup_steps": 0}
+    native = train_visualizer(arguments(resolution=None, **options), pictures)
+    assert f"--resolution {RESOLUTION}, as " in caplog.text
+    assert draw(native.output_dir).shape[-2:] == (RESOLUTION, RESOLUTION)
+    assert json.loads((native.output_dir / "visualizer_arguments.json").read_text())["resolution"] == RESOLUTION
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    smaller = train_visualizer(arguments(resolution=16, output_dir=str(tmp_path / "16"), **options), pictures)
+    assert f"--resolution 16 differs from the {RESOLUTION} that" in caplog.text
+    assert draw(smaller.output_dir).shape[-2:] == (16, 16)
+
+
+def test_diffusion_model_without_a_resolution_asks_for_the_flag(arguments, parts, pictures, tmp_path):
+    folder = tmp_path / "diffusion"
+    shutil.copytree(parts["pretrained_model_name_or_path"], folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": None}))
+    with pytest.raises(ValueError, match=r"sample_size None of its UNet\): give --resolution"):
+        train_visualizer(arguments(pretrained_model_name_or_path=str(folder), resolution=None), pictures)
+
+
+def test_result_has_a_model_card(arguments, parts, pictures, tmp_path):
+    flags = {"resolution": None, "model_license": "openrail", "lr": 0.01}
+    result = train_visualizer(arguments(**flags), pictures)
+    _, head, text = (result.output_dir / "README.md").read_text().split("---\n", 2)
+    metadata = yaml.safe_load(head)
+    assert (metadata["library_name"], metadata["license"]) == ("metamorph", "openrail")
+    assert "base_model" not in metadata  # local folders, which the Hub does not know
+    assert "\n6 pictures.\n" in text
+    assert f"| `resolution` | {RESOLUTION} |" in text
+    assert "| `lr` | 0.01 |" in text
+    assert "Metrics after 3 steps" in text
+    assert f"| `loss` | {sum(result.losses) / 3:.4g} |" in text
+    assert "Training data: unknown" in text
+    assert not [path for path in (tmp_path, *parts.values()) if str(path) in text]  # no path of this machine
+
+
+def test_paths_may_begin_in_the_home_folder(arguments, pictures, parts, monkeypatch):
+    home = Path(parts["vision_tower"]).parent
+    monkeypatch.setenv("HOME", str(home))
+    named = {name: "~/" + Path(path).name for name, path in parts.items()}
+    result = train_visualizer(arguments(**named, training_steps=1, lr_warmup_steps=0), pictures)
+    assert (result.output_dir / "model_index.json").is_file()
+
+
+def test_checkpoint_that_was_about_to_be_replaced_is_put_back_and_used(arguments, pictures):
+    first = train_visualizer(arguments(save_step=2), pictures)
+    replaced = first.output_dir / "_partial" / "replaced"
+    replaced.mkdir(parents=True)
+    (first.output_dir / "checkpoint-2").rename(replaced / "checkpoint-2")
+    assert train_visualizer(arguments(save_step=2), pictures).first_step == 2
+
+
+def test_projector_goes_on_from_a_finished_visualizer(arguments, pictures, tmp_path):
+    first = train_visualizer(arguments(output_dir=str(tmp_path / "first"), ema_decay=0.0), pictures)
+    args = arguments(output_dir=str(tmp_path / "second"), pretrained_projector=str(first.output_dir), lr=1e-9)
+    train_visualizer(args, pictures)
+    before, after = weights(first.output_dir, "projector"), weights(args.output_dir, "projector")
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+
+
+def test_alignment_brings_the_projector_to_known_conditions(arguments, pictures, parts, tmp_path):
+    """Conditions that another projector gives can be learned from the tokens alone."""
+    teacher = train_visualizer(arguments(output_dir=str(tmp_path / "teacher"), learn_positions=True), pictures)
+    projector = VisualizationPipeline.from_pretrained(teacher.output_dir).projector
+    tower, pixel_format = load_tower(arguments())
+    pixels = torch.stack([pixel_format.pixels(crop_square(picture)) for picture in pictures])
+    with torch.no_grad():
+        tokens = tower(pixels)
+        conditions = projector(tokens)
+    file = tmp_path / "conditions.safetensors"
+    save_file({"conditions": conditions}, file)
+    options = {"learn_positions": True, "cache_latents": True, "lr": 1e-9, "training_steps": 1, "seed": 5}
+    aligned = arguments(alignment_conditions=str(file), alignment_steps=200, **options)
+    plain = arguments(output_dir=str(tmp_path / "plain"), **options)
+    errors = []
+    for args in (aligned, plain):
+        result = train_visualizer(args, pictures)
+        student = VisualizationPipeline.from_pretrained(result.output_dir).projector
+        with torch.no_grad():
+            errors.append((student(tokens) - conditions).square().mean().item())
+    assert errors[0] < 0.1 * errors[1]
+    with pytest.raises(ValueError, match=r"\[5 pictures, tokens, features\]"):
+        train_visualizer(replace(aligned, output_dir=str(tmp_path / "five")), pictures[:5])
+    with pytest.raises(ValueError, match="--num_query_tokens"):
+        train_visualizer(replace(aligned, output_dir=str(tmp_path / "mode"), mode="xattn"), pictures)
+
+
+def test_unet_from_scratch_ignores_the_pretrained_one(arguments, pictures, parts):
+    args = arguments(unet_from_scratch=True, unfreeze_unet=True, lr=1e-9, training_steps=1, seed=1)
+    train_visualizer(args, pictures)
+    pretrained = weights(parts["pretrained_model_name_or_path"], "unet")["conv_in.weight"]
+    assert not torch.allclose(weights(args.output_dir, "unet")["conv_in.weight"], pretrained, atol=1e-3)
+
+
+def test_resuming_with_other_options_is_refused(arguments, pictures, tmp_path):
+    train_visualizer(arguments(save_step=3), pictures)
+    checkpoint = str(tmp_path / "out" / "checkpoint-3")
+    elsewhere = {"output_dir": str(tmp_path / "other"), "resume_from_checkpoint": checkpoint}
+    with pytest.raises(ValueError, match="trains other weights"):
+        train_visualizer(arguments(mode="xattn", **elsewhere), pictures)
+    with pytest.raises(ValueError, match="has shape"):
+        train_visualizer(arguments(hidden_dim=32, **elsewhere), pictures)
+    with pytest.raises(ValueError, match="--ema_decay"):
+        train_visualizer(arguments(ema_decay=0.0, **elsewhere), pictures)
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        train_visualizer(arguments(resume_from_checkpoint=str(tmp_path)), pictures)
+
+
+def test_another_run_in_the_folder_is_refused(arguments, pictures, tmp_path):
+    with only_run_in(tmp_path / "out"), pytest.raises(CheckpointError, match=f"process {os.getpid()}"):
+        train_visualizer(arguments(), pictures)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_do_not_fit_are_refused(arguments, pictures, parts, tmp_path):
+    with pytest.raises(ValueError, match=r"unet/config\.json"):
+        train_visualizer(arguments(pretrained_model_name_or_path=str(tmp_path)), pictures)
+    with pytest.raises(ValueError, match="does not exist"):
+        train_visualizer(arguments(pretrained_model_name_or_path=str(tmp_path / "none")), pictures)
+    with pytest.raises(ValueError, match="--vision_tower"):
+        train_visualizer(arguments(vision_tower=str(tmp_path)), pictures)
+    with pytest.raises(ValueError, match="--resolution 30 must be a multiple of 4"):
+        train_visualizer(arguments(resolution=30), pictures)
+    with pytest.raises(ValueError, match="num_image_tokens=5"):
+        train_visualizer(arguments(num_tokens=5), pictures)
+    with pytest.raises(ValueError, match="holds no projector"):
+        train_visualizer(arguments(pretrained_projector=str(tmp_path)), pictures)
+    with pytest.raises(ValueError, match="--image_folder or --image_jsons"):
+        train_visualizer(arguments())
+
+
+def test_what_accelerate_launch_asks_for_changes_no_gradient(arguments, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert start_accelerate(arguments()).gradient_accumulation_steps == 1
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"accelerate launch has set ACCELERATE_USE_FSDP.*--sharding fsdp2"):
+        start_accelerate(arguments())
+
+
+def test_precision_of_another_trainer_in_the_process_is_replaced_only_if_it_differs(arguments):
+    Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no").state.left_by_another_trainer = True
+    accelerator = start_accelerate(arguments(mixed_precision="no"))
+    assert hasattr(accelerator.state, "left_by_another_trainer")
+    accelerator = start_accelerate(arguments(mixed_precision="bf16"))
+    assert accelerator.mixed_precision == "bf16"
+    assert not hasattr(accelerator.state, "left_by_another_trainer")
+    assert start_accelerate(arguments(mixed_precision="no")).mixed_precision == "no"
