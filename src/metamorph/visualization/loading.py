@@ -12,18 +12,7 @@ from metamorph.flags.checks import check_model_reference, names_flag
 from metamorph.visualization.encoder import VisualTokenEncoder
 from metamorph.visualization.folders import ARGUMENTS_FILE, INDEX_FILE, visualizer_folder
 from metamorph.visualization.pipeline import VisualizationPipeline
-from metamorph.visualization.token_options import adopt_token_options, load_encoder
-from metamorph.visualizer_training.arguments import VisualizerArguments
-
-
-_TOKEN_OPTIONS = (
-    "vision_tower",
-    "mm_vision_select_layer",
-    "num_tokens",
-    "image_token_reduction",
-    "normalize_vision",
-    "apply_softmax",
-)
+from metamorph.visualization.token_options import TokenOptions, adopt_token_options, load_encoder
 
 
 def load_visualizer(
@@ -66,11 +55,15 @@ def trained_token_options(folder: str | Path) -> dict[str, str | int | bool]:
     if not file.is_file():
         return {}
     values = read_json_object(file)
-    kinds = {field.name: type(field.default) for field in fields(VisualizerArguments)}
-    options = {name: values[name] for name in _TOKEN_OPTIONS if name in kinds and name in values}
-    for name, value in options.items():
-        if type(value) is not kinds[name]:
-            raise ValueError(f"{file}: {name} must be a {kinds[name].__name__}, not {value!r}: copy the folder again")
+    options = {}
+    for field in fields(TokenOptions):
+        if field.name in values:
+            value = options[field.name] = values[field.name]
+            kind = type(field.default)
+            if type(value) is not kind:
+                raise ValueError(
+                    f"{file}: {field.name} must be a {kind.__name__}, not {value!r}: copy the folder again"
+                )
     return options
 
 
@@ -84,7 +77,7 @@ def _load_tower(folder: str | Path, vision_tower: str | None, num_tokens: int | 
             "--vision_tower, the tower it was trained with or the folder of the MetaMorph model"
         )
     with names_flag("--vision_tower", str(options["vision_tower"])):
-        return load_encoder(adopt_token_options(VisualizerArguments(output_dir="", **options)))  # type: ignore[arg-type]
+        return load_encoder(adopt_token_options(TokenOptions(**options)))  # type: ignore[arg-type]
 
 
 def _check_tokens(pipeline: VisualizationPipeline, folder: str | Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 from transformers import PreTrainedConfig
@@ -21,20 +22,44 @@ from metamorph.models.vision_tower import (
 )
 from metamorph.visualization.encoder import VisualTokenEncoder
 from metamorph.visualization.pixels import PixelFormat
-from metamorph.visualizer_training.arguments import VisualizerArguments
 
 
 logger = logging.getLogger(__name__)
 
 
-def adopt_token_options(args: VisualizerArguments) -> VisualizerArguments:
-    """The flags with the token options of the MetaMorph model, if `vision_tower` is the folder of one."""
-    if not _is_metamorph(args.vision_tower):
-        return args
-    config = MetaMorphConfig.from_pretrained(_expanded(args.vision_tower))
-    logger.info("Visual tokens as in the MetaMorph model %s: %d per image", args.vision_tower, config.num_image_tokens)
+@dataclass(kw_only=True)
+class TokenOptions:
+    """Which tower makes the visual tokens of an image, and how: names and defaults are those of `metamorph train`."""
+
+    vision_tower: str = "siglip/CLIP-ViT-SO400M-14-384"
+    """Vision encoder whose tokens are drawn: the folder or Hub id that the MetaMorph model was trained with, or the
+    folder of the finished MetaMorph model, whose tower and token options are then used whatever the five flags below
+    say."""
+    mm_vision_select_layer: int = -1
+    """Hidden state of the tower that becomes visual tokens, as in `metamorph train`."""
+    num_tokens: int = 64
+    """Visual tokens per image: `num_image_tokens` of `metamorph train`."""
+    image_token_reduction: str = "interpolation"
+    """How the tower's patches become num_tokens tokens, as in `metamorph train`."""
+    normalize_vision: bool = True
+    """Divide every visual token by its L2 norm, as in `metamorph train`."""
+    apply_softmax: bool = False
+    """Make every visual token a distribution over its features, as in `metamorph train`."""
+
+
+Options = TypeVar("Options", bound=TokenOptions)
+
+
+def adopt_token_options(options: Options) -> Options:
+    """The options of the MetaMorph model, if `vision_tower` is the folder of one; else `options` as they are."""
+    if not _is_metamorph(options.vision_tower):
+        return options
+    config = MetaMorphConfig.from_pretrained(expand_home(options.vision_tower))
+    logger.info(
+        "Visual tokens as in the MetaMorph model %s: %d per image", options.vision_tower, config.num_image_tokens
+    )
     return replace(
-        args,
+        options,
         mm_vision_select_layer=config.mm_vision_select_layer,
         num_tokens=config.num_image_tokens,
         image_token_reduction=config.image_token_reduction,
@@ -43,33 +68,33 @@ def adopt_token_options(args: VisualizerArguments) -> VisualizerArguments:
     )
 
 
-def load_tower(args: VisualizerArguments) -> tuple[VisionTower, PixelFormat]:
+def load_tower(options: TokenOptions) -> tuple[VisionTower, PixelFormat]:
     """Load the vision tower with the layer, reduction and normalisation of the MetaMorph model, and its format.
 
     Raises:
         ValueError: as `load_encoder`.
     """
-    encoder = load_encoder(args)
+    encoder = load_encoder(options)
     return encoder.tower, encoder.pixel_format
 
 
-def load_encoder(args: VisualizerArguments) -> VisualTokenEncoder:
+def load_encoder(options: TokenOptions) -> VisualTokenEncoder:
     """Load the vision tower, in float32, as a part of a pipeline.
 
     Raises:
         ValueError: if the tower is of an unknown kind, lacks weights, or does not fit the token options.
     """
-    path = _expanded(resolve_vision_tower(args.vision_tower))
+    path = expand_home(resolve_vision_tower(options.vision_tower))
     try:
         if _is_metamorph(path):
             config = MetaMorphConfig.from_pretrained(path)
             tower = load_tower_of(path)
         else:
-            config = _token_config(args, load_vision_config(path))
+            config = _token_config(options, load_vision_config(path))
             tower = VisionTower(config, load_vision_encoder(path))
         processor = load_image_processor(path)
     except OSError as error:
-        raise ValueError(f"--vision_tower {args.vision_tower} cannot be loaded: {error}") from error
+        raise ValueError(f"--vision_tower {options.vision_tower} cannot be loaded: {error}") from error
     pixel_format = PixelFormat(
         size=config.vision_image_size,
         mean=tuple(processor.image_mean),
@@ -79,24 +104,24 @@ def load_encoder(args: VisualizerArguments) -> VisualTokenEncoder:
     return VisualTokenEncoder.from_tower(tower, config, pixel_format)
 
 
-def _token_config(args: VisualizerArguments, vision_config: PreTrainedConfig) -> MetaMorphConfig:
+def _token_config(options: TokenOptions, vision_config: PreTrainedConfig) -> MetaMorphConfig:
     """The configuration of a MetaMorph model with these token options."""
-    if args.image_token_reduction == "mlpmixer":
+    if options.image_token_reduction == "mlpmixer":
         raise ValueError(
             "--image_token_reduction mlpmixer has weights of its own: give the folder of the MetaMorph model that "
             "holds them as --vision_tower"
         )
     return MetaMorphConfig(
         vision_config=vision_config,
-        mm_vision_select_layer=args.mm_vision_select_layer,
-        num_image_tokens=args.num_tokens,
-        image_token_reduction=args.image_token_reduction,
-        normalize_vision=args.normalize_vision,
-        apply_softmax=args.apply_softmax,
+        mm_vision_select_layer=options.mm_vision_select_layer,
+        num_image_tokens=options.num_tokens,
+        image_token_reduction=options.image_token_reduction,
+        normalize_vision=options.normalize_vision,
+        apply_softmax=options.apply_softmax,
     )
 
 
-def _expanded(name: str) -> str:
+def expand_home(name: str) -> str:
     """A path in the home folder in full: recipes may hold `~`. Other paths and Hub ids as they are."""
     return str(Path(name).expanduser()) if name.startswith("~") else name
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from metamorph.flags.checks import check_choice
 from metamorph.visualization.projector import CONDITION_LENGTH, PROJECTOR_MODES
+from metamorph.visualization.token_options import TokenOptions
 from metamorph.visualizer_training.schedule import DEFAULT_LR_SCHEDULER, LR_SCHEDULERS
 
 
@@ -21,7 +22,7 @@ LATEST = "latest"
 
 
 @dataclass
-class VisualizerArguments:
+class VisualizerArguments(TokenOptions):
     """What the visualizer is made of, what it sees and how it is trained.
 
     Raises:
@@ -49,21 +50,6 @@ class VisualizerArguments:
     """Compile the projector and the blocks of the UNet: the first steps take minutes, the others less time."""
     gradient_checkpointing: bool = False
     """Recompute the UNet's activations in the backward pass: less memory, more time."""
-
-    vision_tower: str = "siglip/CLIP-ViT-SO400M-14-384"
-    """Vision encoder whose tokens are drawn: the folder or Hub id that the MetaMorph model was trained with, or the
-    folder of the finished MetaMorph model, whose tower and token options are then used whatever the five flags below
-    say."""
-    mm_vision_select_layer: int = -1
-    """Hidden state of the tower that becomes visual tokens, as in `metamorph train`."""
-    num_tokens: int = 64
-    """Visual tokens per image: `num_image_tokens` of `metamorph train`."""
-    image_token_reduction: str = "interpolation"
-    """How the tower's patches become num_tokens tokens, as in `metamorph train`."""
-    normalize_vision: bool = True
-    """Divide every visual token by its L2 norm, as in `metamorph train`."""
-    apply_softmax: bool = False
-    """Make every visual token a distribution over its features, as in `metamorph train`."""
 
     mode: str = "mlp"
     """Form of the projector: mlp, xattn, xattnffn or transformer."""

@@ -19,7 +19,7 @@ from metamorph.visualization.folders import check_scheduler, load_model, local_f
 from metamorph.visualization.pipeline import vae_scale_factor
 from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualization.projector import VisualizationProjector
-from metamorph.visualization.token_options import _expanded
+from metamorph.visualization.token_options import expand_home
 from metamorph.visualizer_training.arguments import VisualizerArguments
 
 
@@ -114,7 +114,7 @@ def adopt_resolution(args: VisualizerArguments) -> VisualizerArguments:
     """
     name = args.pretrained_model_name_or_path
     try:
-        hub = {"pretrained_model_name_or_path": _expanded(name), "revision": args.revision}
+        hub = {"pretrained_model_name_or_path": expand_home(name), "revision": args.revision}
         unet = UNet2DConditionModel.load_config(subfolder="unet", **hub)
         factor = vae_scale_factor(AutoencoderKL.load_config(subfolder="vae", **hub))
     except OSError as error:
