@@ -23,9 +23,9 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from accelerate import Accelerator
-from data import machine
 from scipy import stats
 
+from data import machine
 from metamorph.data.batching.lengths import measure
 from metamorph.data.batching.packing import BatchPlanner, Rows, pack_rows
 from metamorph.data.dataset import load_data

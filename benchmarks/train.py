@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from data import machine, resident_megabytes
 from torch import Tensor
 
+from data import machine, resident_megabytes
 from metamorph.data.batching.collation import PackedCollator, PaddedCollator
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration

@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import machine
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
+from data import machine
 from metamorph.mini import asset_path
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
 from metamorph.visualization.pixels import PixelFormat, crop_square

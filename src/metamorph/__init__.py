@@ -10,18 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from metamorph.inference import draw, load, reply_to
     from metamorph.models.configuration_metamorph import MetaMorphConfig
     from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
     from metamorph.models.processing_metamorph import MetaMorphProcessor
     from metamorph.visualization.pipeline import VisualizationPipeline
 
-__all__ = ["MetaMorphConfig", "MetaMorphForConditionalGeneration", "MetaMorphProcessor", "VisualizationPipeline"]
+__all__ = [
+    "MetaMorphConfig",
+    "MetaMorphForConditionalGeneration",
+    "MetaMorphProcessor",
+    "VisualizationPipeline",
+    "draw",
+    "load",
+    "reply_to",
+]
 
 _HOMES = {
     "MetaMorphConfig": "metamorph.models.configuration_metamorph",
     "MetaMorphForConditionalGeneration": "metamorph.models.modeling_metamorph",
     "MetaMorphProcessor": "metamorph.models.processing_metamorph",
     "VisualizationPipeline": "metamorph.visualization.pipeline",
+    "draw": "metamorph.inference",
+    "load": "metamorph.inference",
+    "reply_to": "metamorph.inference",
 }
 
 

@@ -3,14 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
-from visualization_parts import CROSS_ATTENTION_DIM, RESOLUTION, tiny_scheduler, tiny_unet, tiny_vae
 
 from metamorph import cli
-from metamorph.cli.generate import build_parser, check_inputs, draw
-from metamorph.visualization.pipeline import VisualizationPipeline
-from metamorph.visualization.projector import VisualizationProjector
+from metamorph.cli.generate import build_parser, check_inputs, save_images
 
 
 ORIENTATION = 0x0112  # EXIF tag
@@ -27,10 +23,9 @@ def parse(*words: str):
     return build_parser().parse_args(["--model", "owner/model", *words])
 
 
-def test_markers_are_added_for_pictures(picture: str) -> None:
+def test_markers_may_be_left_out(picture: str) -> None:
     flags = parse("--prompt", "Compare.", "--image", picture, "--image", picture)
     assert len(check_inputs(flags)) == 2
-    assert flags.prompt == "<image>\n<image>\nCompare."
 
 
 def test_markers_may_be_anywhere(picture: str) -> None:
@@ -59,12 +54,6 @@ def test_bad_input(words: list[str], message: str, picture: str, tmp_path: Path,
     assert message.format(folder=tmp_path) in capsys.readouterr().err
 
 
-def test_unknown_visualizer_names_the_flag() -> None:
-    flags = parse("--prompt", "x", "--visualizer", "nowhere/x")
-    with pytest.raises(FileNotFoundError, match="--visualizer nowhere/x cannot be loaded"):
-        draw(flags, torch.zeros(1, 9, 12), torch.device("cpu"))
-
-
 def test_pictures_are_upright(tmp_path: Path) -> None:
     """A camera held sideways: the pixels lie, and EXIF says how to turn them."""
     image = Image.new("RGB", (16, 8), "white")
@@ -86,13 +75,8 @@ def test_broken_picture_is_named(picture: str, tmp_path: Path, capsys) -> None:
 
 
 def test_several_pictures_get_numbered_names(tmp_path: Path) -> None:
-    projector = VisualizationProjector(input_dim=12, hidden_dim=16, output_dim=CROSS_ATTENTION_DIM, num_heads=2)
-    pipeline = VisualizationPipeline.from_parts(projector.eval(), tiny_unet(), tiny_vae(), tiny_scheduler())
-    pipeline.save_pretrained(tmp_path / "visualizer")
-    words = ["--prompt", "x", "--visualizer", str(tmp_path / "visualizer"), "--steps", "2"]
-    flags = parse(*words, "--output", str(tmp_path / "new" / "a.png"))
-    tokens = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(0))
-    files = draw(flags, tokens, torch.device("cpu"))
+    images = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    files = save_images(images, tmp_path / "new" / "a.png")
     assert [file.name for file in files] == ["a.png", "a-2.png"]
-    assert all(Image.open(file).size == (RESOLUTION, RESOLUTION) for file in files)
-    assert Image.open(files[0]).tobytes() != Image.open(files[1]).tobytes()
+    assert [Image.open(file).getpixel((0, 0)) for file in files] == [(255, 0, 0), (0, 0, 255)]
+    assert save_images([], tmp_path / "b.png") == []

@@ -12,7 +12,7 @@ from metamorph.data.batching import lengths as lengths_module
 from metamorph.data.batching.lengths import measure
 from metamorph.data.dataset import ConversationDataset
 from metamorph.models.sequence.constants import IGNORE_INDEX
-from metamorph.training.arguments.training import MetaMorphTrainingArguments
+from metamorph.training.arguments import MetaMorphTrainingArguments
 from metamorph.training.build import measuring_workers
 
 

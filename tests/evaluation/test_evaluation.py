@@ -9,7 +9,7 @@ from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, 
 from metamorph.evaluation.drawings import Drawing, DrawingTask, summarise
 from metamorph.evaluation.questions import AnsweredQuestion, Question, QuestionResults, fraction
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
-from metamorph.inference.draw import SamplerSettings, draw_tokens
+from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.inference.reply import Prompt, Reply
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector
@@ -82,8 +82,8 @@ def pipeline():
 def test_a_picture_does_not_depend_on_the_batch_it_is_drawn_in(pipeline):
     tokens = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1))
     finished = []
-    together = draw_tokens(pipeline, tokens, SamplerSettings(num_inference_steps=2), finished.append)
-    apart = draw_tokens(pipeline, tokens, SamplerSettings(num_inference_steps=2, batch_size=1), finished.append)
+    together = draw(pipeline, tokens, SamplerSettings(num_inference_steps=2), finished.append)
+    apart = draw(pipeline, tokens, SamplerSettings(num_inference_steps=2, batch_size=1), finished.append)
     for one, other in zip(together, apart, strict=True):
         assert np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= 1
     assert finished == [3, 1, 1, 1]

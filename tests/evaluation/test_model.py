@@ -6,7 +6,7 @@ from PIL import Image
 from training_parts import IMAGE_SIZE, arguments, write_records
 from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae
 
-from metamorph.evaluation.drawings import DrawingTask, draw, encode_pictures, summarise
+from metamorph.evaluation.drawings import DrawingTask, draw_tasks, encode_pictures, summarise
 from metamorph.evaluation.questions import Question, ask
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
 from metamorph.inference.draw import SamplerSettings
@@ -66,7 +66,7 @@ def test_replies_keep_their_order_in_any_batch(learnt):
     ]
     together, apart = reply_to(model, processor, prompts), reply_to(model, processor, prompts, batch_size=1)
     assert [reply.text for reply in together] == [reply.text for reply in apart] == ["", "blue", "", "red"]
-    assert [reply.num_pictures for reply in together] == [1, 0, 1, 0]
+    assert [reply.num_images for reply in together] == [1, 0, 1, 0]
     for one, other in zip(together, apart, strict=True):
         torch.testing.assert_close(one.visual_tokens, other.visual_tokens, atol=1e-4, rtol=1e-4)
 
@@ -96,7 +96,7 @@ def test_drawings_are_judged_with_their_own_target(learnt):
         judged.append((picture.size, target))
         return {"all": target == "third"}
 
-    drawings = draw(model, processor, pipeline, tasks, judge, SamplerSettings(num_inference_steps=2))
+    drawings = draw_tasks(model, processor, pipeline, tasks, judge, SamplerSettings(num_inference_steps=2))
     assert judged == [((32, 32), "first"), ((32, 32), "third")]
     assert [drawing.is_right() for drawing in drawings] == [False, False, True]
     assert summarise(drawings) == {"n": 3, "all": 0.3333}

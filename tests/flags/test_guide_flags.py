@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from metamorph.flags.recipes import RecipeParser, parse_arguments
-from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 
 
 TYPES = (ModelArguments, DataArguments, MetaMorphTrainingArguments)

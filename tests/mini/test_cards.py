@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from tools.miniature.rebuild import rebuild
-from tools.miniature.training_state import TrainingPlan, train
 from torch import nn
 
 from metamorph.mini import ASSETS, asset_path
 from metamorph.mini.cards import AssetCard, AssetError, verify_folder, write_card
+from tools.miniature.rebuild import rebuild
+from tools.miniature.training_state import TrainingPlan, train
 
 
 CARD = AssetCard(

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
-from tools.miniature.build_mini import GATES, _parts_beside, build, missed_gates, summarise_figures
 
 from metamorph.cli import main
 from metamorph.mini import ASSETS, asset_path, shipped_folder, verify_asset
@@ -15,6 +14,7 @@ from metamorph.miniature.quickstart.recipe import FAST, EvaluationSizes
 from metamorph.miniature.world.checker import judge
 from metamorph.miniature.world.dataset import WorldSizes
 from metamorph.miniature.world.scenes import Scene, SceneObject
+from tools.miniature.build_mini import GATES, _parts_beside, build, missed_gates, summarise_figures
 
 
 def test_card_matches_the_folder_and_names_the_gates_it_misses():

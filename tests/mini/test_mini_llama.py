@@ -3,6 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from metamorph.mini import asset_path, verify_asset
+from metamorph.mini.cards import AssetError
+from metamorph.miniature import world
 from tools.miniature.build_llama import (
     GATES,
     LlamaRecipe,
@@ -21,11 +26,6 @@ from tools.miniature.llama_data import (
 )
 from tools.miniature.llama_init import FREE_HEADS, LOOK_BACK
 from tools.miniature.tokenizer import build_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from metamorph.mini import asset_path, verify_asset
-from metamorph.mini.cards import AssetError
-from metamorph.miniature import world
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from tools.miniature.build_sd import GATES, SdRecipe, build, check_gates
-from tools.miniature.sd_unet import UnetRecipe, new_noise_scheduler, sample_pictures
-from tools.miniature.sd_vae import VaeRecipe, to_pictures, to_pixels
 
 from metamorph.mini import asset_path, verify_asset
 from metamorph.mini.cards import AssetError, verify_folder
@@ -16,6 +13,9 @@ from metamorph.miniature.world.checker import judge
 from metamorph.miniature.world.render import render_array
 from metamorph.miniature.world.scenes import Scene, SceneObject, sample_scene
 from metamorph.visualization.projector import pad_condition
+from tools.miniature.build_sd import GATES, SdRecipe, build, check_gates
+from tools.miniature.sd_unet import UnetRecipe, new_noise_scheduler, sample_pictures
+from tools.miniature.sd_vae import VaeRecipe, to_pictures, to_pixels
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from metamorph.evaluation.visualizer import ReconstructionSettings, evaluate_visualizer
-from metamorph.inference.draw import SamplerSettings, draw_tokens
+from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.mini import PARTS, asset_path
 from metamorph.miniature.quickstart.evaluate import judge_scene
 from metamorph.miniature.quickstart.recipe import FULL
@@ -38,7 +38,7 @@ def test_visualizer_learns_to_draw_unseen_scenes(tmp_path):
     records = [json.loads(line) for line in files.evaluation["visualizer"].read_text().splitlines()]
     pictures = [Image.open(files.image_folder / record["image"]).convert("RGB") for record in records]
     tokens = pipeline.vision_tower.encode_pictures(pictures)
-    drawn = draw_tokens(pipeline, tokens, SamplerSettings(recipe.guidance_scale, recipe.sampling_steps))
+    drawn = draw(pipeline, tokens, SamplerSettings(recipe.guidance_scale, recipe.sampling_steps))
     verdicts = [
         judge_scene(picture, Scene.from_dict(record["scene"])) for picture, record in zip(drawn, records, strict=True)
     ]

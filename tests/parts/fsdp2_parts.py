@@ -9,7 +9,7 @@ import torch
 from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.dataset import load_data
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training.arguments.training import ModelArguments
+from metamorph.training.arguments import ModelArguments
 from metamorph.training.build import load_model, make_plan
 from metamorph.training.metrics import count_targets
 from metamorph.training.stages import apply_stage

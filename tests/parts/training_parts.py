@@ -15,7 +15,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 
 
 TOKENIZER = Path(__file__).parent.parent / "golden" / "tokenizer"

@@ -19,7 +19,7 @@ from metamorph.runs.preemption import (
     clear_marker,
     write_marker,
 )
-from metamorph.training.arguments.training import MetaMorphTrainingArguments
+from metamorph.training.arguments import MetaMorphTrainingArguments
 
 
 @pytest.mark.parametrize("number", SIGNALS)

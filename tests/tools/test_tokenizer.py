@@ -1,8 +1,9 @@
 """The miniature's tokenizer: lossless, Llama-3's layout, and closed over the world's words."""
 
 import pytest
-from tools.miniature.tokenizer import SPECIAL_TOKENS, build_tokenizer
 from transformers import AutoTokenizer
+
+from tools.miniature.tokenizer import SPECIAL_TOKENS, build_tokenizer
 
 
 WORDS = ["a small red circle", "What colour is the", "Yes No", "top left", "?.,"]

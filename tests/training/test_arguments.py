@@ -9,13 +9,8 @@ import pytest
 
 from metamorph import cli
 from metamorph.flags.recipes import parse_arguments
-from metamorph.training.arguments.training import (
-    CHANGEABLE,
-    UNSUPPORTED,
-    DataArguments,
-    MetaMorphTrainingArguments,
-    ModelArguments,
-)
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments.training import CHANGEABLE, UNSUPPORTED
 from metamorph.training.checkpoints.resume_flags import ACTING, FIXED
 from metamorph.training.optimizer import scale_learning_rate
 from metamorph.visualizer_training.arguments import VisualizerArguments

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from metamorph.models.embeddings import attach_new_token_rows
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training.arguments import sharding
+from metamorph.training.arguments import MetaMorphTrainingArguments, sharding
 from metamorph.training.arguments.sharding import SHARDINGS, deepspeed_config
-from metamorph.training.arguments.training import MetaMorphTrainingArguments
 from metamorph.training.engines.prepare import layer_classes, prepare_engine
 from metamorph.training.engines.sharded_trainer import FrozenTower
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
-from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.run import TrainResult, run_training
 
 

@@ -20,7 +20,7 @@ from metamorph.data.media.stores import FolderStore, MediaError
 from metamorph.data.records import DataError, RecordError
 from metamorph.data.tasks import ImageRef
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training.arguments.training import DataArguments, ModelArguments
+from metamorph.training.arguments import DataArguments, ModelArguments
 from metamorph.training.build import make_plan
 from metamorph.training.features import FeatureArguments, cache_features, load_frozen_tower
 from metamorph.training.run import TrainResult, run_training

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from metamorph.models.losses import sum_dtype
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training.arguments.training import ModelArguments
+from metamorph.training.arguments import ModelArguments
 from metamorph.training.costs.flops import Cost, Work, count_work, model_flops
 from metamorph.training.stages import apply_stage
 

@@ -10,7 +10,7 @@ import pytest
 
 from metamorph.data.batching.lengths import Lengths
 from metamorph.data.batching.packing import BatchPlanner
-from metamorph.training.arguments.training import MetaMorphTrainingArguments
+from metamorph.training.arguments import MetaMorphTrainingArguments
 from metamorph.training.optimizer import (
     apply_learning_rate_rule,
     learning_rates,

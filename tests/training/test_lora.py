@@ -24,7 +24,7 @@ from metamorph.models.adapters import (
 from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
-from metamorph.training.arguments.training import ModelArguments
+from metamorph.training.arguments import ModelArguments
 from metamorph.training.build import load_model, make_plan
 from metamorph.training.checkpoints.resume import find_checkpoint
 from metamorph.training.lora import attach_lora

@@ -19,7 +19,6 @@ from metamorph import cli
 from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.dataset import load_data
 from metamorph.evaluation.losses import evaluate_losses, total_loss
-from metamorph.inference.draw import open_visualizer
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.costs.flops import Work, count_work, model_flops
 from metamorph.training.reporting.monitor import gradient_norms
@@ -67,9 +66,7 @@ def visualizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stage_2(parts: Path, output_dir: Path, **flags: object) -> TrainResult:
     defaults = {"from_scratch_connector": True, "warmup_ratio": 0, "gradient_accumulation_steps": 2}
-    return run_training(
-        *arguments(parts, output_dir, stage=2, **{**defaults, **flags}), open_visualizer=open_visualizer
-    )
+    return run_training(*arguments(parts, output_dir, stage=2, **{**defaults, **flags}))
 
 
 def lines(result: TrainResult, key: str) -> list[dict[str, float]]:

@@ -5,7 +5,7 @@ import torch
 from model_parts import build_batch, build_tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from metamorph.training.arguments.training import MetaMorphTrainingArguments
+from metamorph.training.arguments import MetaMorphTrainingArguments
 from metamorph.training.engines.speed import compile_layers, prepare_speed, recompute_layers
 
 

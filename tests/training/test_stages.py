@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training.arguments.training import MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.optimizer import format_summary, optimizer_groups
 from metamorph.training.stages import apply_stage, module_of
 

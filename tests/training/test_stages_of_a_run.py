@@ -15,7 +15,7 @@ from metamorph.models.embeddings import NewTokenEmbedding
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.vision_tower import load_vision_encoder
-from metamorph.training.arguments.training import ModelArguments
+from metamorph.training.arguments import ModelArguments
 from metamorph.training.build import load_model, make_plan
 from metamorph.training.run import TrainResult, run_training
 from metamorph.training.trainer import _keep_embeddings_in_32_bits

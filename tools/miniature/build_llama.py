@@ -18,6 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
+
+from metamorph.mini.cards import AssetCard, AssetError, write_card
 from tools.miniature.llama_data import (
     Conversation,
     TextTask,
@@ -31,17 +42,6 @@ from tools.miniature.llama_data import (
 from tools.miniature.llama_init import initialise
 from tools.miniature.tokenizer import END_OF_TEXT_TOKEN, build_tokenizer
 from tools.miniature.training_state import STATE_FILE, TrainingPlan, step_rng, train
-from torch import Tensor
-from torch.nn import functional
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-)
-
-from metamorph.mini.cards import AssetCard, AssetError, write_card
 
 
 logger = logging.getLogger(__name__)
@@ -308,7 +308,7 @@ def _card(seed: int, seconds: float, recipe: LlamaRecipe, figures: dict[str, Any
             "when greedy decoding gives it exactly and stops; scenes are ones that were never trained on, and "
             "the weights are those of this folder, in bf16." + verdict
         ),
-        build_command="metamorph quickstart --rebuild-assets llama",
+        build_command="python -m tools.miniature.rebuild llama",
         seed=seed,
         seconds=seconds,
         recipe=asdict(recipe),

@@ -187,7 +187,7 @@ def _card(seed: int, seconds: float, recipe: Recipe, figures: dict[str, Any]) ->
             "pixel checker finds the right objects with the right colours, shapes, sizes and positions and nothing "
             "else. Scenes are ones that no training saw, and the weights are those of this folder, in bf16." + verdict
         ),
-        build_command="metamorph quickstart --rebuild-assets mini",
+        build_command="python -m tools.miniature.rebuild mini",
         seed=seed,
         seconds=seconds,
         recipe=asdict(recipe),

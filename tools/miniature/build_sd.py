@@ -18,6 +18,9 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
+
+from metamorph.mini.cards import AssetCard, AssetError, library_versions, write_card
+from metamorph.miniature.quickstart.conditions import ENCODER_FILE, AttributeEncoder, load_asset
 from tools.miniature.sd_unet import (
     GUIDANCE_SCALE,
     SAMPLING_STEPS,
@@ -28,9 +31,6 @@ from tools.miniature.sd_unet import (
     train_unet,
 )
 from tools.miniature.sd_vae import VaeRecipe, evaluate_vae, train_vae
-
-from metamorph.mini.cards import AssetCard, AssetError, library_versions, write_card
-from metamorph.miniature.quickstart.conditions import ENCODER_FILE, AttributeEncoder, load_asset
 
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def _card(seed: int, seconds: float, recipe: SdRecipe, figures: dict[str, float]
             "reconstructions, `attributes.*` of pictures drawn from attributes, that the pixel checker reads right "
             "in every attribute (or in the one named), on reserved scenes, with the bf16 weights of this folder."
         ),
-        build_command="metamorph quickstart --rebuild-assets sd",
+        build_command="python -m tools.miniature.rebuild sd",
         seed=seed,
         seconds=seconds,
         recipe={

@@ -21,6 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase, SiglipConfig, SiglipImageProcessor, SiglipModel
+
+from metamorph.mini.cards import AssetCard, AssetError, write_card
+from metamorph.miniature.world.cells import GRID
+from metamorph.miniature.world.render import IMAGE_SIZE
+from metamorph.miniature.world.scenes import SHAPES, Scene, sample_scene
 from tools.miniature.probes import PROBE_NAMES, LinearProbes, probe_scenes, scene_pixels
 from tools.miniature.siglip_data import (
     CELL_ATTRIBUTES,
@@ -33,14 +41,6 @@ from tools.miniature.siglip_data import (
     training_scenes,
 )
 from tools.miniature.training_state import STATE_FILE, TrainingPlan, step_rng, train
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers import PreTrainedTokenizerBase, SiglipConfig, SiglipImageProcessor, SiglipModel
-
-from metamorph.mini.cards import AssetCard, AssetError, write_card
-from metamorph.miniature.world.cells import GRID
-from metamorph.miniature.world.render import IMAGE_SIZE
-from metamorph.miniature.world.scenes import SHAPES, Scene, sample_scene
 
 
 logger = logging.getLogger(__name__)
@@ -276,7 +276,7 @@ def _card(seed: int, seconds: float, recipe: SiglipRecipe, figures: dict[str, An
             "the reduced, normalised tokens of scenes that were never trained on (objects for shape, color, "
             "size and position; whole pictures for all), read with the bf16 weights of this folder."
         ),
-        build_command="metamorph quickstart --rebuild-assets siglip",
+        build_command="python -m tools.miniature.rebuild siglip",
         seed=seed,
         seconds=seconds,
         recipe=asdict(recipe),

@@ -1,14 +1,15 @@
-"""Builds the shipped miniatures from scratch: `python -m tools.miniature.rebuild mini-siglip`."""
+"""`python -m tools.miniature.rebuild [NAME …]`, from the root of a checkout: builds shipped miniatures from scratch."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metamorph.mini import ASSETS, _full_name
+from metamorph.mini import ASSETS, AssetError, asset_path, full_name
 
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ def rebuild(
         ValueError: There is no asset of one of the names.
         AssetError: An asset misses its gate.
     """
-    wanted = {_full_name(name) for name in names}
-    root = output_dir or Path(__file__).parent
+    wanted = {full_name(name) for name in names}
+    root = output_dir or asset_path("mini").parent
     figures = {}
     for name in ASSETS:
         if name in wanted:
@@ -53,3 +54,23 @@ def rebuild(
             builder = importlib.import_module(_BUILDERS[name])
             figures[name] = builder.build(root / name, seed=seed, resume=resume)
     return figures
+
+
+def main() -> None:
+    """Build the assets named on the command line and print their figures."""
+    parser = argparse.ArgumentParser(prog="python -m tools.miniature.rebuild", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"among {', '.join(ASSETS)} (default: all)")
+    parser.add_argument("--output-dir", type=Path, help="gets a folder for each (default: the package's own)")
+    parser.add_argument("--seed", type=int, default=0, help="of every build (default: 0)")
+    flags = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    try:
+        figures = rebuild(flags.names or ASSETS, flags.output_dir, seed=flags.seed)
+    except (AssetError, ValueError) as error:
+        parser.error(str(error))
+    for name, values in figures.items():
+        print(f"{name}: {values}")
+
+
+if __name__ == "__main__":
+    main()

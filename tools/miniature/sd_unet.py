@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tools.miniature.sd_vae import Ema, accuracy, encode_scenes, to_pictures
-from tools.miniature.training_state import TrainingPlan, step_rng, train
 from torch import Tensor, nn
 
 from metamorph.miniature.quickstart.conditions import CONDITION_DIM, AttributeEncoder, background_labels
@@ -26,6 +24,8 @@ from metamorph.miniature.world.checker import judge
 from metamorph.miniature.world.scenes import is_reserved, sample_scene, single_scenes
 from metamorph.visualization.pipeline import from_unet_latents, to_unet_latents
 from metamorph.visualization.projector import pad_condition
+from tools.miniature.sd_vae import Ema, accuracy, encode_scenes, to_pictures
+from tools.miniature.training_state import TrainingPlan, step_rng, train
 
 
 logger = logging.getLogger(__name__)

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from tools.miniature.training_state import TrainingPlan, step_rng, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metamorph.miniature.world.checker import Verdict, judge
 from metamorph.miniature.world.render import IMAGE_SIZE, render_array
 from metamorph.miniature.world.scenes import Scene, sample_scene
+from tools.miniature.training_state import TrainingPlan, step_rng, train
 
 
 logger = logging.getLogger(__name__)

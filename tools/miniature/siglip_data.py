@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tools.miniature.tokenizer import build_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +23,7 @@ from metamorph.miniature.world.scenes import (
     is_reserved,
     sample_scene,
 )
+from tools.miniature.tokenizer import build_tokenizer
 
 
 CELL_ATTRIBUTES: dict[str, tuple[str, ...]] = {

@@ -13,7 +13,7 @@ def main(argv: Sequence[str]) -> None:
     if words and not words[0].startswith("-"):
         words.insert(0, "--data_path")
     from metamorph.flags.recipes import parse_arguments
-    from metamorph.training.arguments.training import DataArguments, ModelArguments
+    from metamorph.training.arguments import DataArguments, ModelArguments
     from metamorph.training.features import FeatureArguments
 
     types = (ModelArguments, DataArguments, FeatureArguments)

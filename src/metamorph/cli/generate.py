@@ -3,14 +3,13 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from metamorph.cli.shared import choose_device, open_pictures, use_shipped
+from metamorph.cli.shared import open_pictures, use_shipped
 from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable
 
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
 
@@ -50,32 +49,36 @@ def main(argv: Sequence[str]) -> None:
     """
     flags = build_parser().parse_args(argv)
     use_shipped(flags)
-    pictures = check_inputs(flags)
+    images = check_inputs(flags)
     if flags.visualizer is not None:
         check_visualizer_folder(flags.visualizer)
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from metamorph.inference import SamplerSettings, load
+
     transformers_logging.disable_progress_bar()  # of loading weights: the output is the answer
-    device = choose_device(flags.device)
+    session = load(flags.model, flags.visualizer, flags.device, dashes="--")
     torch.manual_seed(flags.seed)
-    parts = answer(flags, pictures, device)
-    drawn = [part.visual_tokens for part in parts if hasattr(part, "visual_tokens")]
-    files = draw(flags, torch.stack(drawn), device) if drawn and flags.visualizer else []
-    names = iter(files)
-    for part in parts:
-        print(
-            printable(part.text)
-            if hasattr(part, "text")
-            else f"[picture: {next(names, 'not drawn without --visualizer')}]"
-        )
+    sampling = {"do_sample": True, "temperature": flags.temperature} if flags.temperature else {}
+    reply = session.reply(
+        flags.prompt,
+        images,
+        settings=SamplerSettings(flags.guidance_scale, flags.steps, flags.seed),
+        max_new_tokens=flags.max_new_tokens,
+        **sampling,
+    )
+    names = iter(save_images(reply.images, Path(flags.output)))
+    for part in reply.parts:
+        is_text = hasattr(part, "text")
+        print(printable(part.text) if is_text else f"[picture: {next(names, 'not drawn without --visualizer')}]")
 
 
 def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
     """Check everything that does not need weights, and open the pictures.
 
     Args:
-        flags: The command line. `prompt` gets the missing image markers in front.
+        flags: The command line.
     """
     if flags.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {flags.max_new_tokens} must be at least 1")
@@ -90,9 +93,7 @@ def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
     if missing:
         raise FileNotFoundError(f"--image {missing[0]} does not exist")
     markers = flags.prompt.count(IMAGE_MARKER)
-    if markers == 0 and flags.image:
-        flags.prompt = f"{IMAGE_MARKER}\n" * len(flags.image) + flags.prompt
-    elif markers != len(flags.image):
+    if markers not in (0, len(flags.image)):
         raise ValueError(f"--prompt has {markers} {IMAGE_MARKER}, but there are {len(flags.image)} --image flags")
     return open_pictures(flags.image)
 
@@ -114,62 +115,11 @@ def check_visualizer_folder(name: str) -> None:
         check_visualizer(visualizer_folder(name))
 
 
-def answer(flags: argparse.Namespace, pictures: "list[Image.Image]", device: "torch.device") -> list[Any]:
-    """Generate, and return the answer's text and image parts in order.
-
-    Args:
-        flags: The command line.
-        pictures: One for each image marker of the prompt.
-        device: Where to compute.
-    """
-    from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-    from metamorph.models.processing_metamorph import MetaMorphProcessor
-
-    with names_flag("--model", flags.model):
-        processor = MetaMorphProcessor.from_pretrained(flags.model)
-        model = MetaMorphForConditionalGeneration.from_pretrained(flags.model).to(device).eval()
-    encoded = processor.encode_conversation(
-        [{"role": "user", "content": flags.prompt}], pictures, add_generation_prompt=True
-    )
-    input_ids = encoded.input_ids[None].to(device)
-    sampling = {"do_sample": True, "temperature": flags.temperature} if flags.temperature else {"do_sample": False}
-    output = model.generate(
-        input_ids,
-        attention_mask=input_ids.new_ones(input_ids.shape),
-        pixel_values=None if encoded.pixel_values is None else encoded.pixel_values.to(device),
-        max_new_tokens=flags.max_new_tokens,
-        eos_token_id=processor.end_of_turn_token_ids,
-        pad_token_id=processor.pad_token_id,
-        **sampling,
-    )
-    return processor.decode_interleaved(output.sequences, output.visual_tokens, input_ids.shape[1])[0]
-
-
-def draw(flags: argparse.Namespace, visual_tokens: "torch.Tensor", device: "torch.device") -> list[Path]:
-    """Turn visual tokens into picture files.
-
-    Args:
-        flags: The command line.
-        visual_tokens: [images, tokens, features]
-        device: Where to compute.
-    """
-    import torch
-    from diffusers.utils import logging as diffusers_logging
-
-    from metamorph.visualization.pipeline import VisualizationPipeline
-
-    diffusers_logging.disable_progress_bar()
-    with names_flag("--visualizer", flags.visualizer):
-        pipeline = VisualizationPipeline.from_pretrained(flags.visualizer).to(device)
-    images = pipeline(
-        visual_tokens,
-        guidance_scale=flags.guidance_scale,
-        num_inference_steps=flags.steps,
-        generator=[torch.Generator("cpu").manual_seed(flags.seed + index) for index in range(len(visual_tokens))],
-    ).images
-    first = Path(flags.output)
-    first.parent.mkdir(parents=True, exist_ok=True)
-    files = [first, *(first.with_stem(f"{first.stem}-{number}") for number in range(2, len(images) + 1))]
+def save_images(images: "Sequence[Image.Image]", output: Path) -> list[Path]:
+    """Write the images to `output` and, where there are several, to names with `-2`, `-3`, … before the suffix."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    numbered = (output.with_stem(f"{output.stem}-{number}") for number in range(2, len(images) + 1))
+    files = [output, *numbered][: len(images)]
     for image, file in zip(images, files, strict=True):
         image.save(file)
     return files

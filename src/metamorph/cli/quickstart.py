@@ -17,18 +17,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of data, weights and noise (default: 0)")
     parser.add_argument("--fast", action="store_true", help="a few steps of everything: shows that it runs")
     parser.add_argument("--assets-dir", type=Path, help="folder with mini-siglip, mini-llama and mini-sd")
-    parser.add_argument(
-        "--rebuild-assets",
-        nargs="*",
-        metavar="NAME",
-        help="instead: train the small pretrained models again (siglip, llama, sd, mini; all without a name), "
-        "into --assets-dir or the package",
-    )
     return parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the quickstart, or build its assets.
+    """Run the quickstart.
 
     Args:
         argv: Command line after `quickstart`.
@@ -39,10 +32,7 @@ def main(argv: Sequence[str]) -> None:
 
     require_extras()
     try:
-        if flags.rebuild_assets is None:
-            run(flags)
-        else:
-            rebuild(flags)
+        run(flags)
     except AssetError as error:  # its message says what to do; no traceback is needed
         raise ValueError(str(error)) from error
 
@@ -65,16 +55,3 @@ def run(flags: argparse.Namespace) -> None:
     seconds, memory = result.metrics["seconds"]["total"], result.metrics["peak_rss_mb"]
     print(f"\n{duration(seconds)}, peak memory {memory:.0f} MB")
     print(f"report: {result.report.resolve()}")
-
-
-def rebuild(flags: argparse.Namespace) -> None:
-    """Train the assets again and print their figures.
-
-    Args:
-        flags: The command line.
-    """
-    from metamorph import mini as assets
-
-    figures = assets.rebuild(flags.rebuild_assets or assets.ASSETS, flags.assets_dir, seed=flags.seed)
-    for name, values in figures.items():
-        print(f"{name}: {values}")

@@ -12,10 +12,10 @@ from metamorph.flags.checks import check_model_reference, check_reachable
 
 
 if TYPE_CHECKING:
-    from metamorph.visualization.pipeline import VisualizationPipeline
-if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    from metamorph.visualization.pipeline import VisualizationPipeline
 
 
 def use_shipped(flags: argparse.Namespace) -> None:
@@ -34,7 +34,7 @@ def use_shipped(flags: argparse.Namespace) -> None:
         raise ValueError(f"--model or --visualizer: {error}") from error
 
 
-def open_pictures(paths: Sequence[str]) -> "list[Image.Image]":
+def open_pictures(paths: Sequence[str]) -> list[Image.Image]:
     """Open pictures as training does: upright, RGB, and read to the end.
 
     Args:
@@ -53,23 +53,15 @@ def open_pictures(paths: Sequence[str]) -> "list[Image.Image]":
         raise ValueError(f"--image {error}") from error
 
 
-def choose_device(name: str | None) -> "torch.device":
+def choose_device(name: str | None) -> torch.device:
     """The device of `--device`, or the accelerator, or the CPU.
-
-    Args:
-        name: As PyTorch calls it; None chooses.
 
     Raises:
         ValueError: If there is no such device.
     """
-    import torch
+    from metamorph.inference.session import pick_device
 
-    if name is None:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # the latter: PyTorch was built without CUDA
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return pick_device(name, flag="--device")
 
 
 def print_table(rows: Sequence[dict]) -> None:
@@ -159,7 +151,7 @@ def check_drawing_flags(flags: argparse.Namespace) -> None:
     check_reachable(flags.visualizer, flag="--visualizer", file="model_index.json")
 
 
-def open_pipeline(flags: argparse.Namespace) -> "VisualizationPipeline":
+def open_pipeline(flags: argparse.Namespace) -> VisualizationPipeline:
     """The visualizer with its tower, where and as precise as the flags say.
 
     Args:

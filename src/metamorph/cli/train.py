@@ -17,12 +17,11 @@ def main(argv: Sequence[str]) -> None:
     if dry_run.dry_run:
         _print_plan(model_args, data_args, training_args, dry_run)
         return
-    from metamorph.inference.draw import open_visualizer
     from metamorph.runs.preemption import Preempted, ignore_signals
     from metamorph.training.run import run_training  # after the arguments are known to be good: takes seconds
 
     try:
-        result = run_training(model_args, data_args, training_args, open_visualizer=open_visualizer)
+        result = run_training(model_args, data_args, training_args)
     except Preempted:
         ignore_signals()  # torchrun ends the others with SIGTERM once one is gone: let trackers finish their uploads
         raise

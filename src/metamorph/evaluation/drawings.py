@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metamorph.evaluation.questions import fraction
-from metamorph.inference.draw import SamplerSettings, draw_tokens
-from metamorph.inference.reply import Progress, Prompt, Reply, reply_to
+from metamorph.evaluation.questions import answer_budget, fraction
+from metamorph.inference.draw import Progress, SamplerSettings, draw
+from metamorph.inference.reply import Prompt, Reply, reply_to
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.visualization.pipeline import VisualizationPipeline
@@ -53,7 +53,7 @@ class Drawing:
         return self.verdict.get(name, False)
 
 
-def draw(
+def draw_tasks(
     model: MetaMorphForConditionalGeneration,
     processor: MetaMorphProcessor,
     pipeline: VisualizationPipeline,
@@ -76,12 +76,12 @@ def draw(
     Returns:
         One drawing per task, in order.
     """
-    replies = reply_to(model, processor, [task.prompt for task in tasks])
-    drew = [index for index, reply in enumerate(replies) if reply.num_pictures]
+    replies = reply_to(model, processor, [task.prompt for task in tasks], max_new_tokens=answer_budget(processor))
+    drew = [index for index, reply in enumerate(replies) if reply.num_images]
     pictures: dict[int, Image.Image] = {}
     if drew:
         tokens = torch.stack([replies[index].visual_tokens[0] for index in drew])
-        pictures = dict(zip(drew, draw_tokens(pipeline, tokens, settings, on_progress), strict=True))
+        pictures = dict(zip(drew, draw(pipeline, tokens, settings, on_progress), strict=True))
     drawings = []
     for index, (task, reply) in enumerate(zip(tasks, replies, strict=True)):
         picture = pictures.get(index)

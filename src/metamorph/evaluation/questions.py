@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from metamorph.inference.reply import Progress, Prompt, Reply, reply_to
+from metamorph.inference.draw import Progress
+from metamorph.inference.reply import Prompt, Reply, reply_to
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
+
+
+WORDS = 24
+"""New tokens of an answer for words, beside those of one image."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class AnsweredQuestion:
 
         Capitals, spaces at the ends and a final full stop do not count.
         """
-        return not self.reply.num_pictures and _plain(self.reply.text) == _plain(self.question.answer)
+        return not self.reply.num_images and _plain(self.reply.text) == _plain(self.question.answer)
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,22 @@ def ask(
         on_progress: Called with the number of questions just answered.
     """
     prompts = [question.prompt for question in questions]
-    replies = reply_to(model, processor, prompts, batch_size=batch_size, on_progress=on_progress)
+    replies = reply_to(
+        model,
+        processor,
+        prompts,
+        batch_size=batch_size,
+        max_new_tokens=answer_budget(processor),
+        on_progress=on_progress,
+    )
     return QuestionResults(
         tuple(AnsweredQuestion(question, reply) for question, reply in zip(questions, replies, strict=True))
     )
+
+
+def answer_budget(processor: MetaMorphProcessor) -> int:
+    """New tokens of an answer: one image fits, since whether the model draws when it should not is measured, too."""
+    return processor.num_image_tokens + 2 + WORDS
 
 
 def fraction(verdicts: Sequence[bool]) -> float:

@@ -1,8 +1,8 @@
-"""Batched replies of a model to prompts with pictures: the one place where evaluation calls `generate`."""
+"""Prompts to answers in text and visual tokens: the one place that calls `generate`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,25 +10,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from metamorph.inference.draw import Progress
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.models.processing_metamorph import MetaMorphProcessor, TextPart
+from metamorph.models.processing_metamorph import ImagePart, MetaMorphProcessor, TextPart
 
 
-Progress = Callable[[int], object]
-"""Called with the number of items that have just been finished."""
-
-TEXT_BUDGET = 24
-"""New tokens left for words, beside those of one picture."""
+TEXT_BUDGET = 256
+"""New tokens left for text, beside those of one image."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a user asks: words with an `<image>` marker for each picture."""
+    """What a user asks: text with an `<image>` marker for each image."""
 
     text: str
     """The user's turn."""
     images: tuple[Image.Image, ...] = ()
-    """One picture for each marker."""
+    """One image for each marker."""
+    draw: bool = False
+    """Whether the answer begins with an image, however the model would begin it."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,17 @@ class Reply:
     """What the model wrote and drew."""
 
     text: str
-    """Its words, without control tokens and pictures."""
+    """Its words, without control tokens and images."""
     visual_tokens: Tensor = field(repr=False)
-    """[pictures, N, D] its pictures in order; often none or one."""
+    """[images, N, D] float32 on the CPU: its images in order; often none or one."""
+    parts: tuple[TextPart | ImagePart, ...] = field(default=(), repr=False)
+    """Texts and images in the order in which the model wrote them."""
+    images: list[Image.Image] = field(default_factory=list)
+    """The drawn images; empty if there are none, or no visualizer to draw them."""
 
     @property
-    def num_pictures(self) -> int:
-        """How many pictures it drew, that is how often it emitted `<image_start>`."""
+    def num_images(self) -> int:
+        """How many images the model emitted, drawn or not."""
         return self.visual_tokens.shape[0]
 
 
@@ -55,36 +59,65 @@ def reply_to(
     batch_size: int = 64,
     max_new_tokens: int | None = None,
     on_progress: Progress | None = None,
+    **generate_kwargs: Any,
 ) -> list[Reply]:
-    """Decode greedily, prompts of similar length together.
+    """Answer prompts, those of similar length together; greedily unless told otherwise.
 
     Args:
-        model: In evaluation mode on return.
+        model: Decodes in evaluation mode; its mode is as before on return.
         processor: The model's own.
         prompts: One turn each.
-        batch_size: Prompts per batch, padded on the left.
-        max_new_tokens: By default one picture and `TEXT_BUDGET` tokens, so that every reply may hold a picture:
-            whether the model draws when it should not is part of what is measured.
+        batch_size: Prompts per batch, padded on the left. It does not change the answers.
+        max_new_tokens: By default room for one image and 256 tokens of text.
         on_progress: Called after each batch.
+        **generate_kwargs: For `model.generate`, for example `do_sample=True, temperature=0.7`.
 
     Returns:
-        Replies in the order of the prompts.
+        Replies in the order of the prompts, their images not drawn.
+
+    Raises:
+        ValueError: If a prompt asks for an image that the model cannot draw.
     """
-    model.eval()
+    if any(prompt.draw for prompt in prompts) and not can_draw(model):
+        raise ValueError("the model was trained without use_vision_ar, or without <image_start>: it cannot draw")
     budget = max_new_tokens if max_new_tokens is not None else processor.num_image_tokens + 2 + TEXT_BUDGET
-    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index].images), len(prompts[index].text)))
-    replies: dict[int, Reply] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        answers = _reply_to_batch(model, processor, [prompts[index] for index in chosen], budget)
-        replies.update(zip(chosen, answers, strict=True))
-        if on_progress is not None:
-            on_progress(len(chosen))
+    options = {"max_new_tokens": budget, "do_sample": False, **generate_kwargs}
+    was_training = model.training
+    model.eval()
+    try:
+        replies: dict[int, Reply] = {}
+        for batch in _batches(prompts, batch_size):
+            answers = _reply_to_batch(model, processor, [prompts[index] for index in batch], options)
+            replies.update(zip(batch, answers, strict=True))
+            if on_progress is not None:
+                on_progress(len(batch))
+    finally:
+        model.train(was_training)
     return [replies[index] for index in range(len(prompts))]
 
 
+def can_draw(model: MetaMorphForConditionalGeneration) -> bool:
+    """Whether the model emits images as visual tokens."""
+    return model.config.use_vision_ar and model.config.image_start_token_id is not None
+
+
+def _batches(prompts: Sequence[Prompt], batch_size: int) -> Iterable[list[int]]:
+    """Numbers of prompts that share a batch: little padding, and all or none of them begin with an image."""
+    order = sorted(
+        range(len(prompts)),
+        key=lambda index: (prompts[index].draw, len(prompts[index].images), len(prompts[index].text)),
+    )
+    for draw in (False, True):
+        same = [index for index in order if prompts[index].draw == draw]
+        for start in range(0, len(same), batch_size):
+            yield same[start : start + batch_size]
+
+
 def _reply_to_batch(
-    model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor, prompts: Sequence[Prompt], budget: int
+    model: MetaMorphForConditionalGeneration,
+    processor: MetaMorphProcessor,
+    prompts: Sequence[Prompt],
+    options: dict[str, Any],
 ) -> list[Reply]:
     encoded: Any = processor.apply_chat_template(
         [[{"role": "user", "content": prompt.text}] for prompt in prompts],
@@ -92,18 +125,23 @@ def _reply_to_batch(
         add_generation_prompt=True,
         tokenize=True,
     )
-    inputs = encoded.to(model.device)
+    inputs = dict(encoded.to(model.device))
+    prompt_length = inputs["input_ids"].shape[1]
+    if prompts[0].draw:
+        # The prompt ends where an image begins, so the first token generated is a visual one.
+        for name, value in (("input_ids", model.config.image_start_token_id), ("attention_mask", 1)):
+            tensor = inputs[name]
+            inputs[name] = torch.cat([tensor, tensor.new_full((len(tensor), 1), value)], dim=1)
     output: Any = model.generate(
         **inputs,
-        max_new_tokens=budget,
-        do_sample=False,
         eos_token_id=processor.end_of_turn_token_ids,
         pad_token_id=processor.pad_token_id,
+        **options,
     )
-    images = output.visual_tokens.float().cpu()
-    rows = processor.decode_interleaved(output.sequences, images, prompt_length=inputs["input_ids"].shape[1])
-    per_row = images.split(output.num_images.tolist())
+    visual_tokens = output.visual_tokens.float().cpu()
+    rows = processor.decode_interleaved(output.sequences, visual_tokens, prompt_length=prompt_length)
+    per_row = visual_tokens.split(output.num_images.tolist())
     return [
-        Reply("".join(part.text for part in row if isinstance(part, TextPart)).strip(), tokens)
+        Reply("".join(part.text for part in row if isinstance(part, TextPart)).strip(), tokens, tuple(row))
         for row, tokens in zip(rows, per_row, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""The pretrained miniatures that ship with the package, and how they are checked and built again.
+"""The pretrained miniatures that ship with the package, and how they are checked.
 
 As the real system starts from pretrained SigLIP, Llama and Stable Diffusion, the quickstart starts from three
 small models of the same classes. Each is an ordinary Hugging Face folder of bf16 safetensors with a model card
@@ -7,18 +7,10 @@ that names its recipe, figures and hashes. `mini` is what comes of them: a train
 
 from __future__ import annotations
 
-import importlib
-import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from tools.miniature.rebuild import rebuild
 
 from metamorph.mini.cards import AssetCard, AssetError, verify_folder
 
-
-logger = logging.getLogger(__name__)
 
 PARTS = ("mini-siglip", "mini-llama", "mini-sd")
 """The small pretrained models that the quickstart starts from."""
@@ -26,7 +18,7 @@ ASSETS = (*PARTS, "mini")
 """The shipped assets, in the order in which they are built."""
 
 
-__all__ = ["ASSETS", "PARTS", "AssetCard", "AssetError", "asset_path", "rebuild", "verify_asset"]
+__all__ = ["ASSETS", "PARTS", "AssetCard", "AssetError", "asset_path", "full_name", "shipped_folder", "verify_asset"]
 
 
 def asset_path(name: str) -> Path:
@@ -39,13 +31,9 @@ def asset_path(name: str) -> Path:
         ValueError: There is no asset of this name.
         AssetError: The package was installed without it.
     """
-    full_name = _full_name(name)
-    folder = Path(__file__).parent / full_name
+    folder = Path(__file__).parent / full_name(name)
     if not folder.is_dir():
-        raise AssetError(
-            f"{full_name} is not in {folder.parent}. Install the package again, or build it with "
-            f"`metamorph quickstart --rebuild-assets {full_name.removeprefix('mini-')}`."
-        )
+        raise AssetError(f"{folder.name} is not in {folder.parent}: install the package again")
     return folder
 
 
@@ -80,8 +68,13 @@ def verify_asset(name: str) -> AssetCard:
     return verify_folder(asset_path(name))
 
 
-def _full_name(name: str) -> str:
-    full_name = name if name in ASSETS else f"mini-{name}"
-    if full_name not in ASSETS:
-        raise ValueError(f"There is no asset {name!r}: choose among {', '.join(ASSETS)} (--rebuild-assets).")
-    return full_name
+def full_name(name: str) -> str:
+    """`mini-siglip` for `siglip`, and so on.
+
+    Raises:
+        ValueError: There is no asset of this name.
+    """
+    found = name if name in ASSETS else f"mini-{name}"
+    if found not in ASSETS:
+        raise ValueError(f"there is no asset {name!r}: choose among {', '.join(ASSETS)}")
+    return found

@@ -128,11 +128,11 @@ def read_card(folder: Path) -> AssetCard:
     """
     path = folder / CARD_FILE
     if not path.is_file():
-        raise AssetError(f"{folder} has no model card {CARD_FILE}: it is no finished asset. {_mend(folder)}")
+        raise AssetError(f"{folder} has no model card {CARD_FILE}: it is no finished asset")
     parts = path.read_text(encoding="utf-8").split(_HEAD_MARK, 2)
     facts = yaml.safe_load(parts[1]).get("metamorph_asset") if len(parts) == 3 else None
     if not isinstance(facts, dict):
-        raise AssetError(f"{path} does not begin with a head that has `metamorph_asset`. {_mend(folder)}")
+        raise AssetError(f"{path} does not begin with a head that has `metamorph_asset`")
     return AssetCard(summary=parts[2].strip(), build_command="", **facts)
 
 
@@ -153,14 +153,9 @@ def verify_folder(folder: Path) -> AssetCard:
     if missing or unknown or changed:
         raise AssetError(
             f"{folder} is not what its card describes: missing {missing}, changed {changed}, "
-            f"not on the card {unknown}. {_mend(folder)}"
+            f"not on the card {unknown}: install the package again"
         )
     return card
-
-
-def _mend(folder: Path) -> str:
-    short_name = folder.name.removeprefix("mini-")
-    return f"Install the package again, or run `metamorph quickstart --rebuild-assets {short_name}`."
 
 
 def _figure_rows(card: AssetCard) -> list[tuple[str, ...]]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from metamorph.evaluation.drawings import draw, summarise
+from metamorph.evaluation.drawings import draw_tasks, summarise
 from metamorph.inference.draw import SamplerSettings
 from metamorph.mini import PARTS, asset_path
 from metamorph.miniature.quickstart.evaluate import VERDICTS, compare_tokens, drawing_tasks, judge_scene
@@ -226,7 +226,7 @@ def _judge(plan: StudyPlan, recipe: Recipe, space: Workspace, files: WorldFiles)
     settings = SamplerSettings(recipe.guidance_scale, recipe.sampling_steps, seed=space.seed)
     tasks = drawing_tasks(files, plan.evaluation)
     chosen = {group: tasks[group][: plan.drawings] for group in GROUPS}
-    drawings = {group: draw(model, processor, pipeline, chosen[group], judge_scene, settings) for group in GROUPS}
+    drawings = {group: draw_tasks(model, processor, pipeline, chosen[group], judge_scene, settings) for group in GROUPS}
     tokens = compare_tokens(model, processor, drawings)
     return {group: {**summarise(drawings[group], VERDICTS), **tokens[group]} for group in GROUPS}
 

@@ -1,5 +1,6 @@
 """From the flags to processor, data and model: configurations first, weights only once everything else is right."""
 
+import difflib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from metamorph.data.batching.packing import BatchPlanner
 from metamorph.data.dataset import MixtureDataset, load_data
 from metamorph.data.features.cache import FeatureCache, describe_tower
 from metamorph.data.sources.index import cache_folder
+from metamorph.evaluation.losses import metric_names
 from metamorph.flags.checks import check_reachable, names_flag
 from metamorph.models.adapters import forget_quantisation
 from metamorph.models.configuration_metamorph import MetaMorphConfig
@@ -25,7 +27,7 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.models.pretrained import load_config, load_language_model, load_tokenizer
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.vision_tower import load_vision_config, load_vision_encoder, resolve_vision_tower
-from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.lora import adapter_base, quantization_config
 
 
@@ -272,13 +274,28 @@ def _check_validation(data_args: DataArguments, args: MetaMorphTrainingArguments
         )
 
 
-def _load_validation(
-    data_args: DataArguments, args: MetaMorphTrainingArguments, processor: MetaMorphProcessor
+def load_validation(
+    data_args: DataArguments,
+    args: MetaMorphTrainingArguments,
+    processor: MetaMorphProcessor,
+    visual_loss: bool = True,
 ) -> MixtureDataset | None:
-    """As training data, but from the pictures also where training reads a feature cache, which lacks these."""
+    """As training data, but from the pictures also where training reads a feature cache, which lacks these.
+
+    Args:
+        data_args: `eval_data_path` and how records are read.
+        args: `eval_strategy`, `metric_for_best_model`.
+        processor: Makes the sequences.
+        visual_loss: Whether the model has one, `use_vision_ar`.
+
+    Raises:
+        DataError: If validation data are unusable.
+        ValueError: If flags contradict each other, or the metric is not measured.
+    """
+    _check_validation(data_args, args)
     if data_args.eval_data_path is None:
         return None
-    return load_data(
+    validation = load_data(
         data_args.eval_data_path,
         processor,
         image_folder=data_args.eval_image_folder,
@@ -287,6 +304,22 @@ def _load_validation(
         on_bad_record=data_args.on_bad_record,
         max_bad_fraction=data_args.max_bad_fraction,
     )
+    _check_best_metric(args, validation, visual_loss)
+    return validation
+
+
+def _check_best_metric(args: MetaMorphTrainingArguments, validation: MixtureDataset, visual_loss: bool) -> None:
+    """Trainer would look for it after the first evaluation."""
+    if args.metric_for_best_model is None:
+        return
+    name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    known = metric_names(validation.sources, visual_loss=visual_loss)
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ValueError(
+            f"--metric_for_best_model {args.metric_for_best_model} is not measured: {hint}Use one of {', '.join(known)}"
+        )
 
 
 MAX_MEASURING = 32

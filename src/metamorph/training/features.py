@@ -11,7 +11,7 @@ from metamorph.data.features.cache import DTYPES, describe_tower, write_features
 from metamorph.data.features.images import PictureSet
 from metamorph.flags.checks import check_choice, names_flag
 from metamorph.models.vision_tower import VisionTower, load_tower_of, load_vision_encoder
-from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.build import Plan, make_plan
 
 

@@ -21,8 +21,8 @@ from metamorph.models.vision_tower import resolve_vision_tower
 
 
 if TYPE_CHECKING:
+    from metamorph.training.arguments import MetaMorphTrainingArguments
     from metamorph.training.arguments.model import ModelArguments
-    from metamorph.training.arguments.training import MetaMorphTrainingArguments
 
 
 logger = logging.getLogger(__name__)

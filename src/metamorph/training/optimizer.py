@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from metamorph.training.arguments.training import MetaMorphTrainingArguments
+from metamorph.training.arguments import MetaMorphTrainingArguments
 from metamorph.training.stages import CONNECTOR, MODULES, VISION_HEAD, VISION_TOWER, ModuleSummary, module_of
 
 
 if TYPE_CHECKING:  # `metamorph lr` needs neither, and they take seconds to import
     from metamorph.data.batching.packing import BatchPlanner
-    from metamorph.training.arguments.training import MetaMorphTrainingArguments
+    from metamorph.training.arguments import MetaMorphTrainingArguments
 
 
 logger = logging.getLogger(__name__)

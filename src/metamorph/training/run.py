@@ -17,8 +17,15 @@ from metamorph.runs.checkpoint_files import clean_up, explains_write_errors
 from metamorph.runs.determinism import deterministic_algorithms
 from metamorph.runs.lock import only_run_in
 from metamorph.runs.preemption import Preemption, clear_marker
-from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments, ModelArguments
-from metamorph.training.build import load_model, load_training_data, make_plan, open_features, plan_run
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.build import (
+    load_model,
+    load_training_data,
+    load_validation,
+    make_plan,
+    open_features,
+    plan_run,
+)
 from metamorph.training.callbacks import StopOnBadRecords, StopWhenPreempted
 from metamorph.training.checkpoints.resume import find_checkpoint, plan_resume
 from metamorph.training.checkpoints.resume_flags import check_flags, flags_of_run
@@ -26,9 +33,10 @@ from metamorph.training.engines.attention import check_keeps_samples_apart, choo
 from metamorph.training.engines.prepare import prepare_engine, whole_weights
 from metamorph.training.engines.speed import prepare_speed
 from metamorph.training.lora import check_engine, compute_dtype, store_frozen_matrices
-from metamorph.training.observation import OpenVisualizer, observe
 from metamorph.training.optimizer import apply_learning_rate_rule, format_summary, samples_in_a_step
 from metamorph.training.reporting.model_card import CardFacts
+from metamorph.training.reporting.samples import open_samples
+from metamorph.training.reporting.trackers import set_up_trackers
 from metamorph.training.stages import apply_stage, check_learning_rates, check_optimizer
 from metamorph.training.trainer import MetaMorphTrainer
 
@@ -67,7 +75,6 @@ def run_training(
     data_args: DataArguments,
     training_args: MetaMorphTrainingArguments,
     callbacks: list[Any] | None = None,
-    open_visualizer: OpenVisualizer | None = None,
 ) -> TrainResult:
     """Train stage 1 or stage 2. `metamorph train` is this function with flags.
 
@@ -80,8 +87,6 @@ def run_training(
         data_args: What it learns from.
         training_args: How it learns.
         callbacks: `transformers.TrainerCallback` objects, for example a progress display.
-        open_visualizer: Opens `sample_visualizer`, if that is asked for:
-            `metamorph.inference.draw.open_visualizer`.
 
     Returns:
         The result, also in memory.
@@ -102,7 +107,7 @@ def run_training(
             clear_marker(training_args.output_dir)
         if training_args.should_save:  # with --save_on_each_node one process of each machine
             clean_up(training_args.output_dir)
-        return _train(model_args, data_args, training_args, callbacks, preemption, open_visualizer)
+        return _train(model_args, data_args, training_args, callbacks, preemption)
 
 
 def _train(
@@ -111,7 +116,6 @@ def _train(
     training_args: MetaMorphTrainingArguments,
     callbacks: list[Any] | None,
     preemption: Preemption,
-    open_visualizer: OpenVisualizer | None,
 ) -> TrainResult:
     # 1. Everything that can be checked without weights.
     check_engine(model_args, training_args)
@@ -126,7 +130,8 @@ def _train(
     data_seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     features = open_features(model_args, data_args, plan)
     dataset = load_training_data(data_args, plan.processor, data_seed, features)
-    observation = observe(data_args, training_args, plan.processor, open_visualizer, plan.config.use_vision_ar)
+    validation = load_validation(data_args, training_args, plan.processor, plan.config.use_vision_ar)
+    samples = open_samples(training_args)
     planner = plan_run(dataset, data_args.model_max_length, training_args)
     resume_point = plan_resume(checkpoint, dataset, planner, training_args)
     apply_learning_rate_rule(training_args, samples_in_a_step(planner, training_args.gradient_accumulation_steps))
@@ -159,14 +164,16 @@ def _train(
         model=model,
         args=training_args,
         train_dataset=dataset,
-        eval_dataset=observation.validation,
+        eval_dataset=validation,
         data_collator=collator,
         processing_class=plan.processor,
         callbacks=callbacks,
     )
     trainer.add_callback(StopOnBadRecords(dataset.limit))
     trainer.monitor.skipped_records = lambda: dataset.limit.num_bad
-    observation.attach(trainer, training_args)
+    trackers = set_up_trackers(trainer.callback_handler.callbacks, training_args.output_dir)
+    if samples is not None:
+        samples.attach(trainer, trackers)
     # Transformers' printer stands in for its bar when that is off. It prints on each node, and beside our callbacks.
     if callbacks or not trainer.is_world_process_zero():
         trainer.remove_callback(PrinterCallback)

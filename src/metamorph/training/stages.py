@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.training_args import OptimizerNames
 
 from metamorph.models.embeddings import attach_new_head_rows, attach_new_token_rows
-from metamorph.training.arguments.training import MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.lora import attach_lora, is_lora
 
 

@@ -1,5 +1,13 @@
-"""Visual tokens to pixels: the projector, the pipeline that draws, and the trainer of both.
+"""Visual tokens to pixels: the network and what uses it; `visualizer_training` trains it.
 
+How do visual tokens become a condition?   `projector.py`
+How is an image drawn?                     `pipeline.py`
+Where is classifier-free guidance?         `guidance.py`: drop and combine
+How does an image become visual tokens?    `encoder.py`, `pixels.py`; which tower and how: `token_options.py`
+How is a finished folder opened?           `loading.py`
+How are images laid out for the eye?       `grids.py`
+
+`projector.py` and `encoder.py` are a file format: `model_index.json` of every visualizer names their classes by module.
 Names are imported on first use, so that `import metamorph.visualization` does not need diffusers.
 """
 
@@ -18,14 +26,14 @@ if TYPE_CHECKING:
     from metamorph.visualizer_training.run import VisualizerResult, train_visualizer
 
 _HOMES = {
-    "VisualizationPipeline": "pipeline",
-    "VisualizationProjector": "projector",
-    "VisualizerArguments": "arguments",
-    "VisualizerResult": "train",
-    "VisualTokenEncoder": "encoder",
-    "load_visualizer": "loading",
-    "pad_condition": "projector",
-    "train_visualizer": "train",
+    "VisualizationPipeline": "metamorph.visualization.pipeline",
+    "VisualizationProjector": "metamorph.visualization.projector",
+    "VisualizerArguments": "metamorph.visualizer_training.arguments",
+    "VisualizerResult": "metamorph.visualizer_training.trainer",
+    "VisualTokenEncoder": "metamorph.visualization.encoder",
+    "load_visualizer": "metamorph.visualization.loading",
+    "pad_condition": "metamorph.visualization.projector",
+    "train_visualizer": "metamorph.visualizer_training.run",
 }
 
 __all__ = [
@@ -43,4 +51,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -10,10 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from metamorph.evaluation.drawings import Drawing, DrawingTask, draw, encode_pictures, summarise
+from metamorph.evaluation.drawings import Drawing, DrawingTask, draw_tasks, encode_pictures, summarise
 from metamorph.evaluation.questions import Question, QuestionResults, ask, fraction
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
-from metamorph.inference.draw import SamplerSettings, draw_tokens
+from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.inference.reply import Prompt
 from metamorph.miniature.quickstart.progress import item_bar
 from metamorph.miniature.quickstart.recipe import EvaluationSizes
@@ -88,8 +88,8 @@ class WorldEvaluation:
 
     def _image_start(self) -> dict[str, Any]:
         """Whether exactly one picture came when one was asked for, and none when not."""
-        asked = [item.reply.num_pictures == 1 for items in self.drawings.values() for item in items]
-        not_asked = [item.reply.num_pictures == 0 for item in self.questions.answered]
+        asked = [item.reply.num_images == 1 for items in self.drawings.values() for item in items]
+        not_asked = [item.reply.num_images == 0 for item in self.questions.answered]
         return {
             "asked": {"n": len(asked), "emitted": fraction(asked)},
             "not_asked": {"n": len(not_asked), "emitted": round(1 - fraction(not_asked), 4)},
@@ -129,7 +129,7 @@ def evaluate_world(
     drawings = {}
     with item_bar("drawings", sum(map(len, tasks.values())), "picture") as bar:
         for group in DRAWING_GROUPS:
-            drawings[group] = draw(model, processor, pipeline, tasks[group], judge_scene, settings, bar.update)
+            drawings[group] = draw_tasks(model, processor, pipeline, tasks[group], judge_scene, settings, bar.update)
     return WorldEvaluation(
         questions=answers,
         drawings=drawings,
@@ -175,7 +175,7 @@ def compare_tokens(
     for group, items in drawings.items():
         cosines, right = [], []
         for item in items:
-            if not item.reply.num_pictures:
+            if not item.reply.num_images:
                 right.append(False)
                 continue
             tokens = item.reply.visual_tokens[:1]
@@ -210,7 +210,7 @@ def _redraw(
     originals = [_open(files.image_folder / record["image"]) for record in records]
     tokens = encode_pictures(model, processor, originals)
     with item_bar("visualizer", count, "picture") as bar:
-        pictures = draw_tokens(pipeline, tokens, settings, bar.update)
+        pictures = draw(pipeline, tokens, settings, bar.update)
     return [
         Redrawing(scene, original, picture, judge_scene(picture, scene))
         for scene, original, picture in zip(scenes, originals, pictures, strict=True)

@@ -187,7 +187,7 @@ MINI = Recipe(
     visualizer_steps=300,
     evaluation=EvaluationSizes(vqa=1000, seen=192, held_out=96, knowledge=64, edit=96, next_frame=48, visualizer=128),
 )
-"""What `metamorph quickstart --rebuild-assets mini` runs: the quickstart with more of everything, above all edits."""
+"""What `python -m tools.miniature.rebuild mini` runs: the quickstart with more of everything, above all edits."""
 
 MINI_EVALUATION_SEED = 1000
 """Seed of the records that mini is judged by; no build or tuning uses it."""

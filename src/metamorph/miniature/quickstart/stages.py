@@ -14,7 +14,7 @@ from metamorph.miniature.quickstart.conditions import write_conditions
 from metamorph.miniature.quickstart.progress import ProgressBar
 from metamorph.miniature.quickstart.recipe import Recipe
 from metamorph.miniature.world.dataset import WorldFiles
-from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.run import TrainResult, run_training
 from metamorph.visualizer_training.arguments import VisualizerArguments
 from metamorph.visualizer_training.run import VisualizerResult, train_visualizer

@@ -1,6 +1,6 @@
 """Writes the miniature world to disk: LLaVA JSONL and PNG files for both stages, the visualizer and evaluation.
 
-Training pictures show scenes that are not reserved (:func:`~metamorph.miniature.world.scenes.is_reserved`). What evaluation
+Training pictures show scenes that are not reserved (`is_reserved`). What evaluation
 asks about or wants drawn is a reserved scene, with one exception: a knowledge prompt of evaluation names a thing that
 no training record draws, but the picture that it asks for (one large object in the centre, on white) may be one of
 training. Input pictures are drawn with jitter, answer pictures exactly, because nothing in a prompt tells the jitter.

@@ -19,7 +19,7 @@ from metamorph.data.records import RecordError
 from metamorph.models.adapters import is_adapter_folder
 from metamorph.models.connector import is_full_model
 from metamorph.runs.checkpoint_files import CheckpointError, checkpoints, damage, on_first_process, read_manifest
-from metamorph.training.arguments.training import MetaMorphTrainingArguments
+from metamorph.training.arguments import MetaMorphTrainingArguments
 
 
 logger = logging.getLogger(__name__)

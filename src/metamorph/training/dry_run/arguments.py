@@ -11,7 +11,7 @@ from typing import Any
 from metamorph.data.records import DataError
 from metamorph.flags.checks import RemembersGiven
 from metamorph.flags.recipes import parse_arguments
-from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 
 
 NOT_GIVEN = "(not given)"

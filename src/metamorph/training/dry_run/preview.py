@@ -15,7 +15,8 @@ from metamorph.data.batching.packing import BatchPlanner
 from metamorph.data.records import RecordError
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.pretrained import load_tokenizer
-from metamorph.training.arguments.training import AUTO_LEARNING_RATE, ModelArguments
+from metamorph.training.arguments import ModelArguments
+from metamorph.training.arguments.training import AUTO_LEARNING_RATE
 from metamorph.training.build import Plan, config_overrides, load_training_data, make_plan
 from metamorph.training.costs.memory import (
     ENGINES,

@@ -7,7 +7,8 @@ from dataclasses import MISSING, Field, fields
 from enum import Enum
 from typing import Any
 
-from metamorph.training.arguments.training import AUTO_LEARNING_RATE, MetaMorphTrainingArguments
+from metamorph.training.arguments import MetaMorphTrainingArguments
+from metamorph.training.arguments.training import AUTO_LEARNING_RATE
 from metamorph.training.costs.memory import GIB
 from metamorph.training.dry_run.preview import DryRun, recomputed
 from metamorph.training.optimizer import learning_rates

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training.arguments.training import MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments
 
 
 logger = logging.getLogger(__name__)

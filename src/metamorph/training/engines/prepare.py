@@ -16,8 +16,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from metamorph.training.arguments import MetaMorphTrainingArguments
 from metamorph.training.arguments.sharding import use_fsdp2
-from metamorph.training.arguments.training import MetaMorphTrainingArguments
 from metamorph.training.costs.memory import MicroBatch, estimate_memory
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from metamorph.models.text_head import TextLossOptions
-from metamorph.training.arguments.training import MetaMorphTrainingArguments
+from metamorph.training.arguments import MetaMorphTrainingArguments
 
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerState
 
 from metamorph.runs.cards import CARD_FILE, code, licences, render_card, shown, table, versions
-from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 
 
 MODEL_FLAGS_LEFT_OUT = ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "model_license")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +16,21 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from metamorph.data.media.stores import MediaError, load_image
+from metamorph.inference.draw import draw
+from metamorph.inference.reply import Prompt, Reply, can_draw, reply_to
+from metamorph.inference.session import load_pipeline, pick_device
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor, TextPart
+from metamorph.training.arguments import MetaMorphTrainingArguments
 from metamorph.training.reporting.trackers import MediaTracker
 
 
 if TYPE_CHECKING:
     from metamorph.training.trainer import MetaMorphTrainer
+    from metamorph.visualization.pipeline import VisualizationPipeline
 
 
 logger = logging.getLogger(__name__)
-
-Draw = Callable[[Tensor], list[Image.Image]]
-"""Turns visual tokens `[images, N, D]` into pictures."""
 
 IMAGE_MARKER = "<image>"
 WORDS = 128
@@ -128,60 +130,40 @@ class Sample:
     """[pictures, N, D] float32 on the CPU."""
 
 
-@torch.no_grad()
 def answer(
-    model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor, prompts: Iterable[SamplePrompt]
+    model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor, prompts: Sequence[SamplePrompt]
 ) -> list[Sample]:
     """Answer prompts greedily, so that the same weights give the same answers and no random number is drawn.
 
-    Args:
-        model: Any; its mode is as before when this returns.
-        processor: The model's own.
-        prompts: What to ask, one by one.
+    A model that cannot draw answers as it would without being told to.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        return [_answer(model, processor, prompt) for prompt in prompts]
-    finally:
-        model.train(was_training)
+    may_draw = can_draw(model)
+    asked = [
+        Prompt(prompt.text, tuple(_open(path) for path in prompt.images), prompt.draw and may_draw)
+        for prompt in prompts
+    ]
+    # One by one: memory is short beside a model that is being trained.
+    replies = reply_to(model, processor, asked, batch_size=1, max_new_tokens=WORDS + processor.num_image_tokens + 2)
+    return [Sample(prompt, _text(reply), reply.visual_tokens) for prompt, reply in zip(prompts, replies, strict=True)]
 
 
-def _answer(model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor, prompt: SamplePrompt) -> Sample:
-    encoded = processor.encode_conversation(
-        [{"role": "user", "content": prompt.text}], [_open(path) for path in prompt.images], add_generation_prompt=True
-    )
-    device = model.device
-    ids = encoded.input_ids[None].to(device)
-    asked = ids.shape[1]
-    start = model.config.image_start_token_id
-    if prompt.draw and start is not None and model.config.use_vision_ar:
-        ids = torch.cat([ids, ids.new_tensor([[start]])], dim=1)
-    output: Any = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=None if encoded.pixel_values is None else encoded.pixel_values.to(device),
-        max_new_tokens=WORDS + processor.num_image_tokens + 2,
-        do_sample=False,
-        eos_token_id=processor.end_of_turn_token_ids,
-        pad_token_id=processor.pad_token_id,
-    )
-    pictures = output.visual_tokens.float().cpu()
-    (parts,) = processor.decode_interleaved(output.sequences, pictures, prompt_length=asked)
+def _text(reply: Reply) -> str:
     words, drawn = [], 0
-    for part in parts:
+    for part in reply.parts:
         drawn += not isinstance(part, TextPart)
         words.append(part.text if isinstance(part, TextPart) else f"[picture {drawn}]")
-    return Sample(prompt, "".join(words).strip(), pictures)
+    return "".join(words).strip()
 
 
-def write_samples(samples: Sequence[Sample], folder: Path, draw: Draw | None = None) -> dict[str, Image.Image]:
+def write_samples(
+    samples: Sequence[Sample], folder: Path, pipeline: VisualizationPipeline | None = None
+) -> dict[str, Image.Image]:
     """Write `samples.jsonl`, the visual tokens of all pictures (`pictures.safetensors`) and, if drawn, PNG files.
 
     Args:
         samples: The answers.
         folder: Is made if need be.
-        draw: Draws visual tokens; None leaves them undrawn.
+        pipeline: Draws visual tokens; None leaves them undrawn.
 
     Returns:
         The drawn pictures by name (`001-1` is the first of the first answer).
@@ -199,8 +181,8 @@ def write_samples(samples: Sequence[Sample], folder: Path, draw: Draw | None = N
     images: dict[str, Image.Image] = {}
     if tokens:
         save_file(tokens, folder / "pictures.safetensors")
-        if draw is not None:
-            images = dict(zip(tokens, draw(torch.stack(list(tokens.values()))), strict=True))
+        if pipeline is not None:
+            images = dict(zip(tokens, _draw(pipeline, torch.stack(list(tokens.values()))), strict=True))
     for name, image in images.items():
         image.save(folder / f"{name}.png")
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
@@ -216,6 +198,31 @@ def write_samples(samples: Sequence[Sample], folder: Path, draw: Draw | None = N
     return images
 
 
+def _draw(pipeline: VisualizationPipeline, visual_tokens: Tensor) -> list[Image.Image]:
+    """Draw on the accelerator, and give its memory back: it belongs to training."""
+    pipeline.to(pick_device())
+    try:
+        return draw(pipeline, visual_tokens)
+    finally:
+        pipeline.to("cpu")
+
+
+def open_samples(args: MetaMorphTrainingArguments) -> SampleWriter | None:
+    """What `--sample_steps`, `--sample_prompts` and `--sample_visualizer` ask for, opened before any weights.
+
+    Raises:
+        FileNotFoundError: If the file of the prompts, or an image of one, is missing.
+        ValueError: If a prompt is not valid, or the visualizer cannot be opened.
+    """
+    if args.sample_steps is None:
+        return None
+    prompts = read_prompts(args.sample_prompts) if args.sample_prompts is not None else []
+    pipeline = None
+    if args.sample_visualizer is not None and args.process_index == 0:
+        pipeline = load_pipeline(args.sample_visualizer, flag="--sample_visualizer")
+    return SampleWriter(prompts, args.sample_steps, pipeline)
+
+
 class SampleWriter(TrainerCallback):
     """Answers the prompts every `sample_steps` steps, into `output_dir`/samples/step-N and to the trackers.
 
@@ -223,26 +230,25 @@ class SampleWriter(TrainerCallback):
     main process does, and the others wait for it in the next step.
 
     Args:
-        trainer: Gives model, processor, precision and the clock that is stopped meanwhile.
         prompts: What is asked.
         every: Optimizer steps between two times.
-        trackers: Where else the answers go.
-        draw: Draws visual tokens; without it pictures are counted and their tokens kept.
+        pipeline: Draws visual tokens; without it pictures are counted and their tokens kept.
     """
 
+    trainer: MetaMorphTrainer
+    trackers: Sequence[MediaTracker] = ()
+
     def __init__(
-        self,
-        trainer: MetaMorphTrainer,
-        prompts: Sequence[SamplePrompt],
-        every: int,
-        trackers: Sequence[MediaTracker] = (),
-        draw: Draw | None = None,
+        self, prompts: Sequence[SamplePrompt], every: int, pipeline: VisualizationPipeline | None = None
     ) -> None:
-        self.trainer = trainer
         self.prompts = prompts
         self.every = every
-        self.trackers = trackers
-        self.draw = draw
+        self.pipeline = pipeline
+
+    def attach(self, trainer: MetaMorphTrainer, trackers: Sequence[MediaTracker]) -> None:
+        """Join a trainer, which gives model, processor, precision and the clock that is stopped meanwhile."""
+        self.trainer, self.trackers = trainer, trackers
+        trainer.add_callback(self)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called by the trainer behind each optimizer step."""
@@ -267,9 +273,9 @@ class SampleWriter(TrainerCallback):
             samples = answer(trainer.plain_model, trainer.processing_class, self.prompts)
         if not trainer.is_world_process_zero():
             return
-        images = write_samples(samples, folder, self.draw)
+        images = write_samples(samples, folder, self.pipeline)
         pictures = sum(len(sample.visual_tokens) for sample in samples)
-        form = "drawn" if self.draw else "as visual tokens"
+        form = "drawn" if self.pipeline else "as visual tokens"
         logger.info("step %d: %d answers with %d pictures, %s, in %s", step, len(samples), pictures, form, folder)
         texts = {f"samples/{number:03d}": f"{s.prompt.text}\n\n{s.text}" for number, s in enumerate(samples, 1)}
         for tracker in self.trackers:

@@ -127,8 +127,8 @@ def scan_shards(paths: Sequence[Path]) -> dict[str, np.ndarray]:
         paths: The tars.
 
     Returns:
-        `spans`, `files`, `names` and `name_ends` of the pictures, as `metamorph.data.sources.tars.scan_tars` has them of all
-        members; `counts` uint32 and `states` uint8 `[shards]`, what was found in each.
+        `spans`, `files`, `names` and `name_ends` of the pictures, as `metamorph.data.sources.tars.scan_tars` has
+        them of all members; `counts` uint32 and `states` uint8 `[shards]`, what was found in each.
 
     Raises:
         ValueError: If there is no picture in any of them.

@@ -1,0 +1,159 @@
+"""A model and its visualizer in one object: `metamorph.load("mini", "mini").reply("Draw a red circle").images[0]`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from metamorph.data.media.images import load_image
+from metamorph.flags.checks import check_model_reference, names_flag
+from metamorph.inference.draw import SamplerSettings, draw
+from metamorph.inference.reply import Prompt, Reply, reply_to
+from metamorph.mini import shipped_folder
+from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
+
+
+if TYPE_CHECKING:  # needs diffusers, which is an extra
+    from metamorph.visualization.pipeline import VisualizationPipeline
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """What [`load`] returns: answers prompts and draws the images of the answers."""
+
+    model: MetaMorphForConditionalGeneration
+    """The model, in evaluation mode."""
+    processor: MetaMorphProcessor
+    """Its processor."""
+    pipeline: VisualizationPipeline | None = None
+    """Draws visual tokens; None leaves images undrawn."""
+
+    def reply(
+        self,
+        prompt: str,
+        images: Sequence[Image.Image | str | Path] = (),
+        *,
+        draw: bool = False,
+        settings: SamplerSettings | None = None,
+        **generate_kwargs: Any,
+    ) -> Reply:
+        """Answer one prompt, and draw the images of the answer.
+
+        Args:
+            prompt: The user's turn, with an `<image>` marker where each image belongs. Without markers the images
+                come first.
+            images: PIL images, or files.
+            draw: Begin the answer with an image, however the model would begin it.
+            settings: How to draw.
+            **generate_kwargs: For `model.generate`, for example `max_new_tokens=500, do_sample=True`.
+
+        Raises:
+            ValueError: If markers and images differ in number, or an image cannot be read.
+        """
+        text = place_images(prompt, len(images))
+        opened = tuple(load_image(image) if isinstance(image, (str, Path)) else image for image in images)
+        (reply,) = reply_to(self.model, self.processor, [Prompt(text, opened, draw)], **generate_kwargs)
+        return self.draw(reply, settings)
+
+    def draw(self, reply: Reply, settings: SamplerSettings | None = None) -> Reply:
+        """The reply with its images drawn, if there is a visualizer."""
+        if not reply.num_images:
+            return reply
+        if self.pipeline is None:
+            logger.warning("the reply holds %d image(s), not drawn: load a visualizer, too", reply.num_images)
+            return reply
+        return replace(reply, images=draw(self.pipeline, reply.visual_tokens, settings))
+
+
+def load(
+    model: str | Path,
+    visualizer: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    dashes: str = "",
+) -> Session:
+    """Load a trained model and, to draw its images, a visualizer.
+
+    Args:
+        model: Folder or Hub id of a MetaMorph model or adapter; `mini` is the one that ships with the package.
+        visualizer: Folder or Hub id of its visualizer, or `mini`. Without one, images stay visual tokens.
+        device: By default the accelerator if there is one.
+        dtype: Of the weights; by default as saved.
+        dashes: What errors write in front of the names of arguments; `--` where they are flags.
+
+    Raises:
+        ValueError: If a folder is not what it should be, or there is no such device.
+        FileNotFoundError: If a folder does not exist.
+    """
+    where = pick_device(device, flag=f"{dashes}device")
+    model = shipped_folder(str(model), "model")
+    check_model_reference(model, flag=f"{dashes}model")
+    if visualizer is not None:
+        visualizer = shipped_folder(str(visualizer), "visualizer")
+        check_model_reference(visualizer, flag=f"{dashes}visualizer", file="model_index.json")
+    with names_flag(f"{dashes}model", model):
+        processor = MetaMorphProcessor.from_pretrained(model)
+        options = {} if dtype is None else {"dtype": dtype}
+        network = MetaMorphForConditionalGeneration.from_pretrained(model, **options)
+    pipeline = None if visualizer is None else load_pipeline(visualizer, flag=f"{dashes}visualizer").to(where)
+    return Session(network.to(where).eval(), processor, pipeline)
+
+
+def load_pipeline(visualizer: str, flag: str = "--visualizer") -> VisualizationPipeline:
+    """Load a visualizer without its progress bars, on the CPU.
+
+    Args:
+        visualizer: Folder or Hub id.
+        flag: What errors call it.
+
+    Raises:
+        ValueError: If diffusers is not installed, or the folder is not a visualizer.
+    """
+    try:
+        from metamorph.visualization.pipeline import VisualizationPipeline
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{flag} {visualizer} needs {error.name}: pip install 'metamorph[visualization]'") from error
+    with names_flag(flag, visualizer):
+        pipeline = VisualizationPipeline.from_pretrained(visualizer)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def place_images(prompt: str, num_images: int) -> str:
+    """The prompt with an `<image>` marker for each image: in front, unless it has them.
+
+    Raises:
+        ValueError: If it has another number of markers.
+    """
+    markers = prompt.count(DEFAULT_IMAGE_TOKEN)
+    if markers == 0:
+        return f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + prompt
+    if markers != num_images:
+        raise ValueError(f"the prompt has {markers} {DEFAULT_IMAGE_TOKEN}, but there are {num_images} image(s)")
+    return prompt
+
+
+def pick_device(device: str | torch.device | None = None, flag: str = "device") -> torch.device:
+    """The device of that name; by default the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    if device is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter: PyTorch was built without CUDA
+        raise ValueError(f"{flag} {device} cannot be used here: {str(error).splitlines()[0]}") from error

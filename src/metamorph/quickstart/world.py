@@ -1,0 +1,12 @@
+"""Old import path of `metamorph.miniature.world`, kept for one release."""
+
+import warnings
+
+from metamorph.miniature.world import *  # noqa: F403
+
+
+warnings.warn(
+    "metamorph.quickstart.world has moved to metamorph.miniature.world",
+    DeprecationWarning,
+    stacklevel=2,
+)
