@@ -36,12 +36,12 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def flag_table(module: str, name: str, dashes: str = "--") -> str:
-    """A Markdown table of the flags or options that a dataclass defines itself (inherited ones are left out)."""
+    """A Markdown table of the flags or options that a dataclass of ours defines or inherits from another of ours."""
     cls = getattr(importlib.import_module(module), name)
     documented = attribute_docs(cls)
     rows = [f"| {'Flag' if dashes else 'Option'} | Default | Meaning |", "|---|---|---|"]
     for field in dataclasses.fields(cls):
-        if field.name in cls.__annotations__ and field.init:
+        if (field.name in documented or field.name in cls.__annotations__) and field.init:
             meaning = documented.get(field.name, "")
             if not meaning:
                 logger.warning("%s.%s.%s has no attribute docstring", module, name, field.name)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import io
 import re
 import shlex
+import sys
 from contextlib import redirect_stdout
 from functools import cache
 from itertools import pairwise
@@ -13,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from metamorph import cli
+from tools.file_table import PAGE, page_with_table
 
 
 ROOT = Path(__file__).parents[1]
@@ -80,3 +84,41 @@ def test_package_offers_its_main_classes() -> None:
         assert getattr(metamorph, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'MetaMorph'"):
         _ = metamorph.MetaMorph
+
+
+def test_the_table_of_files_is_up_to_date() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == page_with_table(page), "run python -m tools.file_table"
+
+
+PACKAGES = sorted((ROOT / "src" / "metamorph").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("init", PACKAGES, ids=lambda init: init.parent.name)
+def test_reading_orders_name_every_file(init: Path) -> None:
+    """The docstring of a package says what is answered where, and leaves out no file."""
+    doc = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", doc))
+    assert [name for name in named if not (init.parent / name).exists()] == []
+    if ".py`" in doc and init.parent.name not in {"metamorph", "cli"}:
+        files = {file.name for file in init.parent.glob("*.py")} - {"__init__.py"}
+        old = {file.name for file in init.parent.glob("*.py") if "Old import path" in file.read_text(encoding="utf-8")}
+        assert files - old - {Path(name).name for name in named} == set()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("metamorph.visualization.train", "metamorph.visualizer_training.run", "train_visualizer"),
+        ("metamorph.visualization.arguments", "metamorph.visualizer_training.arguments", "VisualizerArguments"),
+        ("metamorph.quickstart.run", "metamorph.miniature.quickstart.run", "run_quickstart"),
+        ("metamorph.quickstart.world", "metamorph.miniature.world", "judge"),
+        ("metamorph.quickstart.assets", "metamorph.mini", "asset_path"),
+    ],
+)
+def test_old_import_paths_warn(old: str, new: str, name: str) -> None:
+    for module in [module for module in sys.modules if module == old or module == "metamorph.quickstart"]:
+        del sys.modules[module]  # a warning is given once, at the first import
+    with pytest.warns(DeprecationWarning, match=f"{old} has moved to {new}"):
+        moved = importlib.import_module(old)
+    assert getattr(moved, name) is getattr(importlib.import_module(new), name)

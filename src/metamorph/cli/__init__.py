@@ -1,4 +1,8 @@
-"""The `metamorph` command: a table of subcommands, each imported only when it is called."""
+"""The `metamorph` command: a table of subcommands, each imported only when it is called.
+
+One file for each command: flags, checks that need no weights, then one call into the packages below.
+What several commands share is in `shared.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,8 @@
-"""How good a model and a visualizer are: answers, drawings and visual tokens, judged by what the caller passes in."""
+"""How good a model and a visualizer are, judged by what the caller passes in.
+
+Are answers right?                        `questions.py`
+Do drawings show what was asked for?      `drawings.py`
+Are visual tokens near the true ones?     `tokens.py`
+What is the loss on other data?           `losses.py`
+How good is a visualizer alone?           `visualizer.py`; LPIPS and FID `perceptual.py`
+"""

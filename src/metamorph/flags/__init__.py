@@ -1,1 +1,5 @@
-"""Flags."""
+"""What all commands share about flags.
+
+How do errors name a flag?                      `checks.py`
+How do a YAML recipe and flags become values?   `recipes.py`
+"""

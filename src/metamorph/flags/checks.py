@@ -44,18 +44,17 @@ class RemembersGiven:
 
 
 def attribute_docs(kind: type) -> dict[str, str]:
-    """The docstrings below the fields of a class (its own, not inherited ones), by field, each on one line.
-
-    Args:
-        kind: A class whose source can be read.
-    """
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+    """The docstrings below the fields of a class and of our classes it inherits from, by field, each on one line."""
     docs = {}
-    for field, below in pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(field.target, ast.Name):
-            text = getattr(below.value, "value", None)
-            if isinstance(text, str):
-                docs[field.target.id] = " ".join(text.split())
+    for cls in reversed(kind.__mro__):
+        if not cls.__module__.startswith("metamorph."):
+            continue  # the fields of `transformers.TrainingArguments` have help texts of their own
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+        for field, below in pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(field.target, ast.Name):
+                text = getattr(below.value, "value", None)
+                if isinstance(text, str):
+                    docs[field.target.id] = " ".join(text.split())
     return docs
 
 

@@ -1,1 +1,14 @@
-"""The network: configuration, vision tower, connector, vision head, losses, decoding and the processor."""
+"""The network: images become visual tokens, one sequence holds both kinds of token, two heads predict them.
+
+What can be configured?                       `configuration_metamorph.py`
+How does a forward pass go?                   `modeling_metamorph.py`, and `backbone.py` below the heads
+Where is the visual loss?                     `losses.py`; text loss without all logits: `text_head.py`
+Where do I add a vision tower?                `vision_tower.py`: a row of its table
+What are connector and vision head?           `projectors.py`; the connector's file `connector.py`
+How does the model draw?                      `generation.py`
+How do a prompt and images become tensors?    `processing_metamorph.py`, on `sequence/` and `image_processing.py`
+How are rows of new tokens trained?           `embeddings.py`
+What does a forward pass return?              `outputs.py`; where in a batch things are: `batch_indices.py`
+How are adapters stored?                      `adapters.py`
+How are checkpoints of the original read?     `original.py`
+"""

@@ -1,1 +1,5 @@
-"""Runs."""
+"""What every training run does with its folder and its processes, whatever it trains.
+
+How is a checkpoint written whole, or not at all?    `checkpoint_files.py`
+How does a signal stop a run without loss?           `preemption.py`
+"""

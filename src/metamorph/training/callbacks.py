@@ -1,4 +1,4 @@
-"""A preempted run: the trainer saves at the step on which all processes agree, and stops."""
+"""What stops a run early, on all ranks at the same step: a signal, or too many bad records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is counted and summed while training: losses of each kind, without a device sync before they are logged."""
+"""Losses of each kind, summed while training without a device sync before they are logged, and at validation."""
 
 import time
 from typing import Any

@@ -1,4 +1,4 @@
-"""The square-root rule of the training guide: a learning rate for another number of samples in a step."""
+"""Parameter groups, their learning rates, and the square-root rule of the training guide."""
 
 from __future__ import annotations
 

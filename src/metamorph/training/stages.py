@@ -1,4 +1,4 @@
-"""Which parameters each stage trains, and at which learning rate."""
+"""Which parameters each stage trains."""
 
 import copy
 import logging

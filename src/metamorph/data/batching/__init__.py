@@ -1,1 +1,7 @@
-"""Batching."""
+"""From samples to batches, from lengths alone.
+
+How long is each sample?                 `lengths.py`
+Which samples share a row and a batch?   `packing.py`
+How do batches reach the data loader?    `sampler.py`
+How do examples become tensors?          `collation.py`
+"""

@@ -1,1 +1,7 @@
-"""Media."""
+"""Images and videos.
+
+How does a record name an image?      `refs.py`
+Where is the file it names?           `stores.py`
+How is an image file read?            `images.py`
+How are frames of a video read?       `video.py`
+"""

@@ -1,1 +1,7 @@
-"""Sources."""
+"""Files of records, with random access.
+
+Which reader opens a path?            `open.py`
+JSON Lines and JSON arrays            `json_files.py`
+WebDataset tars                       `tars.py`
+Where does each record begin?         `index.py`: found once and kept
+"""

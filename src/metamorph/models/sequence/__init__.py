@@ -1,1 +1,7 @@
-"""Sequence."""
+"""From a conversation to one sequence of ids, labels and visual targets.
+
+How does a template write a conversation?     `chat_templates.py`
+How do ids and labels grow together?          `conversations.py`
+Which tokens stand for images?                `image_tokens.py`
+Which values must all agree on?               `constants.py`
+"""

@@ -1,1 +1,6 @@
-"""Checkpoints."""
+"""Saving and resuming.
+
+How does a resume find its checkpoint and its sample?    `resume.py`
+What does the trainer save, and when?                    `saving.py`
+How are weights read back?                               `weights.py`
+"""

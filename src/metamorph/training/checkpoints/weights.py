@@ -1,4 +1,4 @@
-"""The weights of checkpoints, and which checkpoint a run resumes from."""
+"""The weights of a checkpoint, read back into a model."""
 
 import copy
 import logging
