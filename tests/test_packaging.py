@@ -21,21 +21,21 @@ def settings() -> dict:
 
 
 def test_a_wheel_ships_all_files_of_the_assets_and_nothing_else() -> None:
-    package = Path(assets.__file__).parents[1]
+    package = Path(assets.__file__).parent
     shipped = {
         Path(found)
-        for pattern in settings()["tool"]["setuptools"]["package-data"]["metamorph.miniature"]
+        for pattern in settings()["tool"]["setuptools"]["package-data"]["metamorph.mini"]
         for found in glob.glob(pattern, root_dir=package, recursive=True)
         if (package / found).is_file()
     }
     wanted = {
         path.relative_to(package)
         for folder in assets.ASSETS
-        for path in (package / "assets" / folder).rglob("*")
+        for path in (package / folder).rglob("*")
         if path.is_file()
     }
     assert shipped == wanted
-    assert {path.parts[1] for path in shipped} == set(assets.ASSETS)
+    assert {path.parts[0] for path in shipped} == set(assets.ASSETS)
 
 
 def requirements() -> list[Requirement]:

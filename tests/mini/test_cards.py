@@ -57,7 +57,7 @@ def test_folder_without_card_is_an_error(tmp_path):
 def test_unknown_asset_names_are_errors(tmp_path):
     with pytest.raises(ValueError, match="mini-siglip"):
         asset_path("mini-clip")
-    with pytest.raises(ValueError, match="--rebuild-assets"):
+    with pytest.raises(ValueError, match="choose among mini-siglip"):
         rebuild(["clip"], tmp_path)
 
 

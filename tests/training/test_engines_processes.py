@@ -20,8 +20,8 @@ from training_parts import arguments, make_language_model, make_records, make_vi
 
 from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.training.optimizer import VISION_TOWER, module_of
 from metamorph.training.run import run_training
-from metamorph.training.stages import VISION_TOWER, module_of
 
 
 TESTS = Path(__file__).parent.parent

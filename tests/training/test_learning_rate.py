@@ -12,12 +12,12 @@ from metamorph.data.batching.lengths import Lengths
 from metamorph.data.batching.packing import BatchPlanner
 from metamorph.training.arguments import MetaMorphTrainingArguments
 from metamorph.training.optimizer import (
+    LANGUAGE_MODEL,
     apply_learning_rate_rule,
     learning_rates,
     samples_in_a_step,
     scale_learning_rate,
 )
-from metamorph.training.stages import LANGUAGE_MODEL
 
 
 def planner(*, packing: bool) -> BatchPlanner:

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, SiglipVis
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments
-from metamorph.training.optimizer import format_summary, optimizer_groups
-from metamorph.training.stages import apply_stage, module_of
+from metamorph.training.optimizer import format_summary, module_of, optimizer_groups
+from metamorph.training.stages import apply_stage
 
 
 TOKENIZER = Path(__file__).parent.parent / "golden" / "tokenizer"

@@ -7,18 +7,22 @@ import math
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 
-from metamorph.training.arguments import MetaMorphTrainingArguments
-from metamorph.training.stages import CONNECTOR, MODULES, VISION_HEAD, VISION_TOWER, ModuleSummary, module_of
+if TYPE_CHECKING:  # `metamorph lr` needs none of them, and they take seconds to import
+    from torch import nn
 
-
-if TYPE_CHECKING:  # `metamorph lr` needs neither, and they take seconds to import
     from metamorph.data.batching.packing import BatchPlanner
     from metamorph.training.arguments import MetaMorphTrainingArguments
+    from metamorph.training.stages import ModuleSummary
 
 
 logger = logging.getLogger(__name__)
+
+LANGUAGE_MODEL = "language_model"
+CONNECTOR = "mm_projector"
+VISION_HEAD = "vision_head"
+VISION_TOWER = "vision_tower"
+MODULES = (LANGUAGE_MODEL, CONNECTOR, VISION_HEAD, VISION_TOWER)
 
 
 def scale_learning_rate(base_lr: float, base_batch: float, batch: float) -> float:
@@ -73,6 +77,24 @@ def apply_learning_rate_rule(args: MetaMorphTrainingArguments, samples: float) -
     )
     logger.info("%s", done)
     return done
+
+
+def module_of(parameter_name: str) -> str:
+    """The member of `MODULES` that a parameter belongs to.
+
+    The reduction's weights (`mlpmixer`) and the new tokens' rows count as connector: they are new in stage 1 and are
+    trained and saved with it.
+
+    Args:
+        parameter_name: Name as in `model.named_parameters()`.
+    """
+    if parameter_name.startswith(("model.mm_projector.", "model.vision_tower.reduction.")):
+        return CONNECTOR
+    if parameter_name.endswith(".new_rows"):
+        return CONNECTOR
+    if parameter_name.startswith("model.vision_tower."):
+        return VISION_TOWER
+    return VISION_HEAD if parameter_name.startswith("vision_head.") else LANGUAGE_MODEL
 
 
 def learning_rates(args: MetaMorphTrainingArguments) -> dict[str, float]:

@@ -11,15 +11,10 @@ from transformers.training_args import OptimizerNames
 from metamorph.models.embeddings import attach_new_head_rows, attach_new_token_rows
 from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.lora import attach_lora, is_lora
+from metamorph.training.optimizer import CONNECTOR, LANGUAGE_MODEL, MODULES, VISION_HEAD, VISION_TOWER, module_of
 
 
 logger = logging.getLogger(__name__)
-
-LANGUAGE_MODEL = "language_model"
-CONNECTOR = "mm_projector"
-VISION_HEAD = "vision_head"
-VISION_TOWER = "vision_tower"
-MODULES = (LANGUAGE_MODEL, CONNECTOR, VISION_HEAD, VISION_TOWER)
 
 
 @dataclass(frozen=True)
@@ -32,24 +27,6 @@ class ModuleSummary:
     """Number of trained parameters."""
     frozen: int
     """Number of parameters that stay as they are."""
-
-
-def module_of(parameter_name: str) -> str:
-    """The member of `MODULES` that a parameter belongs to.
-
-    The reduction's weights (`mlpmixer`) and the new tokens' rows count as connector: they are new in stage 1 and are
-    trained and saved with it.
-
-    Args:
-        parameter_name: Name as in `model.named_parameters()`.
-    """
-    if parameter_name.startswith(("model.mm_projector.", "model.vision_tower.reduction.")):
-        return CONNECTOR
-    if parameter_name.endswith(".new_rows"):
-        return CONNECTOR
-    if parameter_name.startswith("model.vision_tower."):
-        return VISION_TOWER
-    return VISION_HEAD if parameter_name.startswith("vision_head.") else LANGUAGE_MODEL
 
 
 def apply_stage(model: PreTrainedModel, args: ModelArguments) -> list[ModuleSummary]:

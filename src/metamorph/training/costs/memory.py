@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from metamorph.flags.checks import check_choice
 from metamorph.models.text_head import MAX_LOGITS
 from metamorph.training.arguments.training import RECOMPUTE
-from metamorph.training.stages import VISION_TOWER, module_of
+from metamorph.training.optimizer import VISION_TOWER, module_of
 
 
 GIB = 2**30

@@ -11,8 +11,8 @@ from metamorph.training.arguments import MetaMorphTrainingArguments
 from metamorph.training.arguments.training import AUTO_LEARNING_RATE
 from metamorph.training.costs.memory import GIB
 from metamorph.training.dry_run.preview import DryRun, recomputed
-from metamorph.training.optimizer import learning_rates
-from metamorph.training.stages import LANGUAGE_MODEL, VISION_TOWER, ModuleSummary
+from metamorph.training.optimizer import LANGUAGE_MODEL, VISION_TOWER, learning_rates
+from metamorph.training.stages import ModuleSummary
 
 
 MEMORY_ROWS = {

@@ -26,7 +26,7 @@ from transformers import IntervalStrategy, TrainerCallback, TrainerControl, Trai
 
 from metamorph.models.losses import sum_dtype
 from metamorph.training.costs.flops import ModelFlops, Work, count_work
-from metamorph.training.stages import module_of
+from metamorph.training.optimizer import module_of
 
 
 logger = logging.getLogger(__name__)
