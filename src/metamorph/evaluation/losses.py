@@ -17,9 +17,8 @@ from tqdm.auto import tqdm
 from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.dataset import MixtureDataset
 from metamorph.models.batch_indices import first_image_starts
-from metamorph.models.losses import sum_dtype
+from metamorph.models.losses import constant_cosine_sum, sum_dtype
 from metamorph.runs.preemption import ignore_signals
-from metamorph.training.metrics import constant_cosine_sum
 
 
 METRICS = (

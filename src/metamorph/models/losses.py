@@ -108,3 +108,12 @@ def sum_dtype(device: torch.device) -> torch.dtype:
         device: Where they are kept.
     """
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def constant_cosine_sum(direction_sums: Tensor) -> Tensor:
+    """Summed cosine of the best constant prediction for each place in the image, a 0-d tensor.
+
+    Args:
+        direction_sums: [N, D] of all visual targets, see `direction_sums`.
+    """
+    return direction_sums.norm(dim=-1).sum()

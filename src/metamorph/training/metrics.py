@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from metamorph.data.dataset import MixtureDataset
 from metamorph.evaluation.losses import evaluate_losses, total_loss
-from metamorph.models.losses import sum_dtype
+from metamorph.models.losses import constant_cosine_sum, sum_dtype
 from metamorph.models.outputs import MetaMorphOutput
 from metamorph.models.sequence.constants import IGNORE_INDEX
 
@@ -80,15 +80,6 @@ class LossWindow:
         if num_tokens:
             logs["aux_loss"] = aux / num_tokens
         return logs | {"num_visual_tokens": num_visual}
-
-
-def constant_cosine_sum(direction_sums: Tensor) -> Tensor:
-    """Summed cosine of the best constant prediction for each place in the image, a 0-d tensor.
-
-    Args:
-        direction_sums: [N, D] of all visual targets, see `metamorph.models.losses.direction_sums`.
-    """
-    return direction_sums.norm(dim=-1).sum()
 
 
 def count_tokens(batch: dict[str, Any]) -> Tensor:

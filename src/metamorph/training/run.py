@@ -187,16 +187,7 @@ def _train(
     # 4. The result.
     statistics = dataset.statistics()
     trainer.card_facts = CardFacts(model_args, data_args, training_args, statistics)
-    with explains_write_errors(training_args.output_dir, "the result"):
-        trainer.save_state()
-        if trainer.is_world_process_zero():
-            save_arguments(training_args.output_dir, model_args, data_args)
-        trainer.create_model_card()
-        trainer.save_model()  # with --push_to_hub also there, and with all of the above
-    trainer.accelerator.wait_for_everyone()
-    trainer.release_tower()
-    if not trainer.is_sharded:
-        merge_new_token_rows(model)
+    _save_result(trainer, model_args, data_args)
     logger.info(
         "data: %d records, of which %d cut to --model_max_length %d (%d images dropped) and %d skipped as bad%s",
         statistics["records"],
@@ -217,6 +208,20 @@ def _train(
         data_statistics=statistics,
         is_main_process=trainer.is_world_process_zero(),
     )
+
+
+def _save_result(trainer: MetaMorphTrainer, model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Write state, flags, card and weights, and leave a plain model in memory where the engine allows it."""
+    with explains_write_errors(trainer.args.output_dir, "the result"):
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            save_arguments(trainer.args.output_dir, model_args, data_args)
+        trainer.create_model_card()
+        trainer.save_model()  # with --push_to_hub also there, and with all of the above
+    trainer.accelerator.wait_for_everyone()
+    trainer.release_tower()
+    if not trainer.is_sharded:
+        merge_new_token_rows(trainer.plain_model)
 
 
 def save_arguments(output_dir: str, model_args: ModelArguments, data_args: DataArguments) -> None:

@@ -4,7 +4,7 @@ How do visual tokens become a condition?   `projector.py`
 How is an image drawn?                     `pipeline.py`
 Where is classifier-free guidance?         `guidance.py`: drop and combine
 How does an image become visual tokens?    `encoder.py`, `pixels.py`; which tower and how: `token_options.py`
-How is a finished folder opened?           `loading.py`
+How is a finished folder opened?           `loading.py`; what it may hold: `folders.py`
 How are images laid out for the eye?       `grids.py`
 
 `projector.py` and `encoder.py` are a file format: `model_index.json` of every visualizer names their classes by module.

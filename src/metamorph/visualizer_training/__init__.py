@@ -7,6 +7,6 @@ Which images, in which order?              `dataset.py`, `pictures/`
 What is the learning rate?                 `schedule.py`
 What is saved, and how is it resumed?      `checkpoints.py`; the result `export.py`
 How do processes share the work?           `processes.py`, `fsdp2.py`
-What is logged?                            `monitor.py`
+What is logged?                            `monitor.py`; the card of the result `model_card.py`
 What may the projector start from?         `alignment.py`
 """

@@ -2,5 +2,6 @@
 
 How does a resume find its checkpoint and its sample?    `resume.py`
 What does the trainer save, and when?                    `saving.py`
+Which flags may differ from the checkpoint's?            `resume_flags.py`
 How are weights read back?                               `weights.py`
 """
