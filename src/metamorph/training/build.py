@@ -50,6 +50,8 @@ LOSS_FIELDS = ("use_vision_ar", "vision_coef")
 """Flags that may change when a finished model is trained further."""
 TOWER_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "image_size", "patch_size")
 """What tells one architecture of vision towers from another."""
+MAX_MEASURING = 32
+"""Most processes that measure lengths where no number of workers is asked for."""
 
 
 @dataclass
@@ -110,17 +112,6 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
     return Plan(config, processor, continues)
 
 
-def _kept_template(checkpoint: str | None) -> dict[str, str]:
-    """`chat_template` of a checkpoint that was trained with `--version auto`, for the processor."""
-    if checkpoint is None:
-        return {}
-    settings = json.loads((Path(checkpoint) / PROCESSOR_NAME).read_text(encoding="utf-8"))
-    file = Path(checkpoint) / CHAT_TEMPLATE_FILE
-    if settings["version"] != "auto" or not file.is_file():
-        return {}
-    return {"chat_template": file.read_text(encoding="utf-8")}
-
-
 def open_features(model_args: ModelArguments, data_args: DataArguments, plan: Plan) -> FeatureCache | None:
     """Open the feature cache, if one is to stand in for the tower.
 
@@ -167,6 +158,82 @@ def load_training_data(
         max_bad_fraction=args.max_bad_fraction,
         features=features,
     )
+
+
+def load_validation(
+    data_args: DataArguments,
+    args: MetaMorphTrainingArguments,
+    processor: MetaMorphProcessor,
+    visual_loss: bool = True,
+) -> MixtureDataset | None:
+    """As training data, but from the pictures also where training reads a feature cache, which lacks these.
+
+    Args:
+        data_args: `eval_data_path` and how records are read.
+        args: `eval_strategy`, `metric_for_best_model`.
+        processor: Makes the sequences.
+        visual_loss: Whether the model has one, `use_vision_ar`.
+
+    Raises:
+        DataError: If validation data are unusable.
+        ValueError: If flags contradict each other, or the metric is not measured.
+    """
+    _check_validation(data_args, args)
+    if data_args.eval_data_path is None:
+        return None
+    validation = load_data(
+        data_args.eval_data_path,
+        processor,
+        image_folder=data_args.eval_image_folder,
+        model_max_length=data_args.model_max_length,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        on_bad_record=data_args.on_bad_record,
+        max_bad_fraction=data_args.max_bad_fraction,
+    )
+    _check_best_metric(args, validation, visual_loss)
+    return validation
+
+
+def plan_run(dataset: Measurable, model_max_length: int, args: MetaMorphTrainingArguments) -> BatchPlanner:
+    """Decide which samples make which batch, from lengths that are measured now if anything depends on them.
+
+    One process of each machine measures, with workers of its own, and the others read what it has kept.
+
+    Args:
+        dataset: The data set.
+        model_max_length: Tokens of a row.
+        args: How the run learns.
+    """
+    group_by_length = args.train_sampling_strategy == "group_by_length"
+    if args.packing or group_by_length:
+        with args.main_process_first(desc="measuring lengths"):
+            lengths = measure(dataset, measuring_workers(args), cache_folder())
+    else:
+        lengths = Lengths.unknown(len(dataset))
+    planner = BatchPlanner(
+        lengths,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        world_size=args.world_size,
+        rows_per_batch=args.per_device_train_batch_size,
+        max_length=model_max_length,
+        packing=args.packing,
+        group_by_length=group_by_length,
+        shuffle=args.train_sampling_strategy != "sequential",
+    )
+    if args.packing:
+        per_row = len(dataset) / planner.num_rows
+        logger.info(
+            "packing: %d samples in %d rows of %d tokens, %.1f %% full; %d steps of micro-batches an epoch, on average "
+            "%.1f samples a row and %.0f in each optimizer step",
+            len(dataset),
+            planner.num_rows,
+            model_max_length,
+            100 * planner.efficiency,
+            planner.steps,
+            per_row,
+            per_row * args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        )
+    return planner
 
 
 def load_model(
@@ -217,6 +284,31 @@ def config_overrides(args: ModelArguments) -> dict[str, Any]:
     values = {name: getattr(args, name) for name in (*STRUCTURE_FIELDS, *LOSS_FIELDS)}
     values["use_vision_ar"] = args.resolved_use_vision_ar
     return {name: value for name, value in values.items() if value is not None}
+
+
+def measuring_workers(args: MetaMorphTrainingArguments) -> int:
+    """Processes that measure lengths: as many as all data loaders of this machine will have, else one for each core.
+
+    One process alone takes hours for ten million samples, and the other ranks wait for `--ddp_timeout` only.
+
+    Args:
+        args: How the run learns.
+    """
+    asked = args.dataloader_num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Of a shared machine the cores that are ours, where the system tells.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return asked or min(cores, MAX_MEASURING)
+
+
+def _kept_template(checkpoint: str | None) -> dict[str, str]:
+    """`chat_template` of a checkpoint that was trained with `--version auto`, for the processor."""
+    if checkpoint is None:
+        return {}
+    settings = json.loads((Path(checkpoint) / PROCESSOR_NAME).read_text(encoding="utf-8"))
+    file = Path(checkpoint) / CHAT_TEMPLATE_FILE
+    if settings["version"] != "auto" or not file.is_file():
+        return {}
+    return {"chat_template": file.read_text(encoding="utf-8")}
 
 
 def _continued_config(config: PreTrainedConfig, args: ModelArguments) -> PreTrainedConfig:
@@ -274,40 +366,6 @@ def _check_validation(data_args: DataArguments, args: MetaMorphTrainingArguments
         )
 
 
-def load_validation(
-    data_args: DataArguments,
-    args: MetaMorphTrainingArguments,
-    processor: MetaMorphProcessor,
-    visual_loss: bool = True,
-) -> MixtureDataset | None:
-    """As training data, but from the pictures also where training reads a feature cache, which lacks these.
-
-    Args:
-        data_args: `eval_data_path` and how records are read.
-        args: `eval_strategy`, `metric_for_best_model`.
-        processor: Makes the sequences.
-        visual_loss: Whether the model has one, `use_vision_ar`.
-
-    Raises:
-        DataError: If validation data are unusable.
-        ValueError: If flags contradict each other, or the metric is not measured.
-    """
-    _check_validation(data_args, args)
-    if data_args.eval_data_path is None:
-        return None
-    validation = load_data(
-        data_args.eval_data_path,
-        processor,
-        image_folder=data_args.eval_image_folder,
-        model_max_length=data_args.model_max_length,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        on_bad_record=data_args.on_bad_record,
-        max_bad_fraction=data_args.max_bad_fraction,
-    )
-    _check_best_metric(args, validation, visual_loss)
-    return validation
-
-
 def _check_best_metric(args: MetaMorphTrainingArguments, validation: MixtureDataset, visual_loss: bool) -> None:
     """Trainer would look for it after the first evaluation."""
     if args.metric_for_best_model is None:
@@ -320,63 +378,3 @@ def _check_best_metric(args: MetaMorphTrainingArguments, validation: MixtureData
         raise ValueError(
             f"--metric_for_best_model {args.metric_for_best_model} is not measured: {hint}Use one of {', '.join(known)}"
         )
-
-
-MAX_MEASURING = 32
-"""Most processes that measure lengths where no number of workers is asked for."""
-
-
-def plan_run(dataset: Measurable, model_max_length: int, args: MetaMorphTrainingArguments) -> BatchPlanner:
-    """Decide which samples make which batch, from lengths that are measured now if anything depends on them.
-
-    One process of each machine measures, with workers of its own, and the others read what it has kept.
-
-    Args:
-        dataset: The data set.
-        model_max_length: Tokens of a row.
-        args: How the run learns.
-    """
-    group_by_length = args.train_sampling_strategy == "group_by_length"
-    if args.packing or group_by_length:
-        with args.main_process_first(desc="measuring lengths"):
-            lengths = measure(dataset, measuring_workers(args), cache_folder())
-    else:
-        lengths = Lengths.unknown(len(dataset))
-    planner = BatchPlanner(
-        lengths,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        world_size=args.world_size,
-        rows_per_batch=args.per_device_train_batch_size,
-        max_length=model_max_length,
-        packing=args.packing,
-        group_by_length=group_by_length,
-        shuffle=args.train_sampling_strategy != "sequential",
-    )
-    if args.packing:
-        per_row = len(dataset) / planner.num_rows
-        logger.info(
-            "packing: %d samples in %d rows of %d tokens, %.1f %% full; %d steps of micro-batches an epoch, on average "
-            "%.1f samples a row and %.0f in each optimizer step",
-            len(dataset),
-            planner.num_rows,
-            model_max_length,
-            100 * planner.efficiency,
-            planner.steps,
-            per_row,
-            per_row * args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
-        )
-    return planner
-
-
-def measuring_workers(args: MetaMorphTrainingArguments) -> int:
-    """Processes that measure lengths: as many as all data loaders of this machine will have, else one for each core.
-
-    One process alone takes hours for ten million samples, and the other ranks wait for `--ddp_timeout` only.
-
-    Args:
-        args: How the run learns.
-    """
-    asked = args.dataloader_num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Of a shared machine the cores that are ours, where the system tells.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return asked or min(cores, MAX_MEASURING)

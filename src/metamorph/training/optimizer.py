@@ -1,4 +1,8 @@
-"""Parameter groups, their learning rates, and the square-root rule of the training guide."""
+"""Parameter groups, their learning rates, and the square-root rule of the training guide.
+
+The shape of the rate over the run is Transformers' own: `lr_scheduler_type`, by default cosine after a warm-up of
+`warmup_ratio` (3 % of the steps).
+"""
 
 from __future__ import annotations
 

@@ -22,6 +22,10 @@ from metamorph.miniature.world.scenes import BACKGROUNDS, Scene
 from metamorph.visualizer_training.pictures.sources import ImageFiles
 
 
+ENCODER_FILE = "condition_encoder.safetensors"
+CONDITION_DIM = 128
+
+
 def write_conditions(pictures: Path, mini_sd: Path, file: Path) -> Path:
     """Write the conditions of all pictures of a folder, in the order in which the visualizer reads them.
 
@@ -53,9 +57,6 @@ def _read_scene(files: ImageFiles, index: int) -> Scene:
     return scene
 
 
-ENCODER_FILE = "condition_encoder.safetensors"
-
-
 def load_asset(folder: Path) -> tuple[AutoencoderKL, UNet2DConditionModel, AttributeEncoder]:
     """Load mini-sd in float32: VAE, UNet, and the encoder of the attributes that the UNet was trained on."""
     encoder = AttributeEncoder()
@@ -63,9 +64,6 @@ def load_asset(folder: Path) -> tuple[AutoencoderKL, UNet2DConditionModel, Attri
     vae = AutoencoderKL.from_pretrained(folder / "vae").float()
     unet = UNet2DConditionModel.from_pretrained(folder / "unet").float()
     return vae.eval(), unet.eval(), encoder.eval()
-
-
-CONDITION_DIM = 128
 
 
 class AttributeEncoder(nn.Module):

@@ -24,7 +24,6 @@ from metamorph.training.arguments.sharding import apply_sharding
 
 
 __all__ = ["DataArguments", "MetaMorphTrainingArguments", "ModelArguments"]
-
 logger = logging.getLogger(__name__)
 
 LOSS_NORMALIZATIONS = ("global", "micro_batch")
@@ -48,7 +47,6 @@ NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 """Schedules of Transformers that ignore `warmup_steps`."""
 OTHER_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
 """Beginnings of the names of optimizers that do not fit the groups of weights, the steps or the checkpoints here."""
-
 _LOSSES_ONLY = "evaluation measures losses and keeps no predictions"
 _PRECISION = "evaluation computes in the precision of training: --bf16 or --fp16"
 _LIGER = "--text_loss liger uses the kernel of liger-kernel that fits this model"
@@ -94,6 +92,11 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_liger_kernel": ((False,), _LIGER),
 }
 """Flags of Transformers that would do nothing here: the values that are accepted, and why no other one is."""
+INSTALL_HINTS = {
+    "tensorboard": "pip install 'metamorph[trackers]'",
+    "wandb": "pip install 'metamorph[trackers]'",
+    "trackio": "pip install trackio",
+}
 
 
 @dataclass
@@ -372,13 +375,6 @@ class MetaMorphTrainingArguments(TrainingArguments):
                     f"--accelerator_config: {name} {value} is not supported, since every process reads the batches "
                     "that are planned for it: leave it out"
                 )
-
-
-INSTALL_HINTS = {
-    "tensorboard": "pip install 'metamorph[trackers]'",
-    "wandb": "pip install 'metamorph[trackers]'",
-    "trackio": "pip install trackio",
-}
 
 
 def check_trackers(names: Iterable[str]) -> None:

@@ -1,4 +1,11 @@
-"""Where in the data a run is, and where a run with the same data, but perhaps other batches, goes on."""
+"""How a run resumes: which checkpoint it finds, and the sample at which it continues.
+
+1. `find_checkpoint`: the newest complete checkpoint of the output folder, or the one asked for.
+2. `resume_flags.check_flags`: flags that may not differ from the checkpoint's.
+3. `plan_resume`: the data are those of the checkpoint, and `Position` counts rows of the epoch's order, which is the
+   same for any number of processes and any batch size; so a run may resume with other batches.
+4. `saving.CheckpointingTrainer` sets the step, and the batch plan leaves out the rows that have been trained on.
+"""
 
 from __future__ import annotations
 
@@ -38,87 +45,27 @@ _FLAGS = {
 """What `describe_data` holds, most telling first, and the flags that decide it."""
 
 
-@dataclass(frozen=True)
-class Position:
-    """A place in the data, between two optimizer steps."""
-
-    epoch: int
-    """Number of the epoch, from 0."""
-    rows: int
-    """Rows of the epoch that have been trained on; a prefix of its order."""
-    rows_per_micro_batch: int
-    """Rows of a micro-batch, over all processes."""
-    rows_per_step: int
-    """Rows of an optimizer step, over all processes and micro-batches."""
-    processes: int
-    """Data-parallel processes."""
-
-    @classmethod
-    def at(cls, step: int, planner: BatchPlanner, accumulation: int) -> Position:
-        """The position after `step` optimizer steps.
-
-        Args:
-            step: Optimizer steps.
-            planner: Plans the batches.
-            accumulation: Micro-batches of an optimizer step.
-        """
-        micro_batch = planner.world_size * planner.rows_per_batch
-        epoch, steps = divmod(step, steps_per_epoch(planner, accumulation))
-        rows = min(steps * accumulation * micro_batch, planner.num_rows)
-        return cls(epoch, rows, micro_batch, micro_batch * accumulation, planner.world_size)
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """Where a run goes on."""
-
-    step: int
-    """Optimizer step, counted in steps of this run: behind so many of them, as much of the data has been trained on."""
-    epoch: int
-    """Number of the epoch."""
-    trained_rows: int
-    """Rows of that epoch that have been trained on. The first step may have fewer rows because of them."""
-    counts_anew: bool
-    """Whether the steps of the checkpoint had another number of rows, so that `step` is not the checkpoint's."""
-
-
-def steps_per_epoch(planner: BatchPlanner, accumulation: int) -> int:
-    """Optimizer steps of an epoch; the last may hold fewer rows than the others."""
-    return math.ceil(planner.steps / accumulation)
-
-
-def describe_data(dataset: MixtureDataset, planner: BatchPlanner) -> dict[str, Any]:
-    """What decides the order of the samples, in short: two runs with the same description train on the same samples.
-
-    Paths and times of files do not count, so that data may be copied to another place between two runs; of the records
-    a few hundred are looked at.
+def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, adapter: bool = False) -> str | None:
+    """The checkpoint to resume from; with several processes, the first looks for it and tells the others.
 
     Args:
-        dataset: The data.
-        planner: Plans its batches.
+        output_dir: Folder of the run.
+        request: None: the checkpoint in `output_dir` that was written last and is complete and undamaged, if any.
+            "True": the same, but there must be one. "False": none. Otherwise the path of a checkpoint.
+        stage: Stage of this run; a checkpoint of the other stage is an error.
+        adapter: Whether this run trains an adapter (`--lora_enable True`); a checkpoint of the other kind is an error.
+
+    Raises:
+        FileNotFoundError: if the checkpoint asked for does not exist, or is not on storage that all machines share.
+        ValueError: if the checkpoint asked for is damaged, or belongs to the other stage.
     """
-    records = hashlib.sha256()
-    for index in np.unique(np.linspace(0, len(dataset) - 1, _LOOKED_AT).astype(np.int64)).tolist():
-        try:
-            records.update(json.dumps(dataset.record(index).fields, default=str).encode())
-        except RecordError as error:
-            records.update(error.kind.encode())
-    planned = planner.rows(0)
-    rows = hashlib.sha256(np.ascontiguousarray(planned.samples, dtype=np.int64).tobytes())
-    rows.update(np.ascontiguousarray(planned.starts, dtype=np.int64).tobytes())
-    if planner.packing:  # their order depends on what is supervised in them
-        rows.update(np.ascontiguousarray(planner.row_order(0), dtype=np.int64).tobytes())
-    sampling = "group_by_length" if planner.group_by_length else "random" if planner.shuffle else "sequential"
-    return {
-        "sources": dataset.sources,
-        "records": records.hexdigest()[:16],
-        "seed": planner.seed,
-        "packing": planner.packing,
-        "packing_version": PACKING_VERSION if planner.packing else None,
-        "row_length": planner.max_length if planner.packing else None,
-        "sampling": sampling,
-        "rows": rows.hexdigest()[:16],
-    }
+    folder = on_first_process(lambda: _find(output_dir, request, stage, adapter))
+    if folder is not None and not Path(folder).is_dir():
+        raise FileNotFoundError(
+            f"{folder} is seen by the first process but not by process {dist.get_rank()} on this machine: put "
+            "--output_dir on storage that all machines share, or write to each with --save_on_each_node True"
+        )
+    return folder
 
 
 def plan_resume(
@@ -182,6 +129,89 @@ def plan_resume(
     return ResumePoint(step, old.epoch, old.rows, counts_anew=True)
 
 
+def describe_data(dataset: MixtureDataset, planner: BatchPlanner) -> dict[str, Any]:
+    """What decides the order of the samples, in short: two runs with the same description train on the same samples.
+
+    Paths and times of files do not count, so that data may be copied to another place between two runs; of the records
+    a few hundred are looked at.
+
+    Args:
+        dataset: The data.
+        planner: Plans its batches.
+    """
+    records = hashlib.sha256()
+    for index in np.unique(np.linspace(0, len(dataset) - 1, _LOOKED_AT).astype(np.int64)).tolist():
+        try:
+            records.update(json.dumps(dataset.record(index).fields, default=str).encode())
+        except RecordError as error:
+            records.update(error.kind.encode())
+    planned = planner.rows(0)
+    rows = hashlib.sha256(np.ascontiguousarray(planned.samples, dtype=np.int64).tobytes())
+    rows.update(np.ascontiguousarray(planned.starts, dtype=np.int64).tobytes())
+    if planner.packing:  # their order depends on what is supervised in them
+        rows.update(np.ascontiguousarray(planner.row_order(0), dtype=np.int64).tobytes())
+    sampling = "group_by_length" if planner.group_by_length else "random" if planner.shuffle else "sequential"
+    return {
+        "sources": dataset.sources,
+        "records": records.hexdigest()[:16],
+        "seed": planner.seed,
+        "packing": planner.packing,
+        "packing_version": PACKING_VERSION if planner.packing else None,
+        "row_length": planner.max_length if planner.packing else None,
+        "sampling": sampling,
+        "rows": rows.hexdigest()[:16],
+    }
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the data, between two optimizer steps."""
+
+    epoch: int
+    """Number of the epoch, from 0."""
+    rows: int
+    """Rows of the epoch that have been trained on; a prefix of its order."""
+    rows_per_micro_batch: int
+    """Rows of a micro-batch, over all processes."""
+    rows_per_step: int
+    """Rows of an optimizer step, over all processes and micro-batches."""
+    processes: int
+    """Data-parallel processes."""
+
+    @classmethod
+    def at(cls, step: int, planner: BatchPlanner, accumulation: int) -> Position:
+        """The position after `step` optimizer steps.
+
+        Args:
+            step: Optimizer steps.
+            planner: Plans the batches.
+            accumulation: Micro-batches of an optimizer step.
+        """
+        micro_batch = planner.world_size * planner.rows_per_batch
+        epoch, steps = divmod(step, steps_per_epoch(planner, accumulation))
+        rows = min(steps * accumulation * micro_batch, planner.num_rows)
+        return cls(epoch, rows, micro_batch, micro_batch * accumulation, planner.world_size)
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run goes on."""
+
+    step: int
+    """Optimizer step, counted in steps of this run: behind so many of them, as much of the data has been trained on."""
+    epoch: int
+    """Number of the epoch."""
+    trained_rows: int
+    """Rows of that epoch that have been trained on. The first step may have fewer rows because of them."""
+    counts_anew: bool
+    """Whether the steps of the checkpoint had another number of rows, so that `step` is not the checkpoint's."""
+
+
+def steps_per_epoch(planner: BatchPlanner, accumulation: int) -> int:
+    """Optimizer steps of an epoch; the last may hold fewer rows than the others."""
+    return math.ceil(planner.steps / accumulation)
+
+
 def _check_data(checkpoint: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     # Before this key there was version 1.
     if old["packing"] and new["packing"] and old.get("packing_version", 1) != new["packing_version"]:
@@ -199,29 +229,6 @@ def _check_data(checkpoint: str, old: dict[str, Any], new: dict[str, Any]) -> No
                 f"{flag}, or add --ignore_data_skip True, which keeps weights, optimizer and step and goes through the "
                 "data of this run from the beginning of an epoch, or start anew with --resume_from_checkpoint False"
             )
-
-
-def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, adapter: bool = False) -> str | None:
-    """The checkpoint to resume from; with several processes, the first looks for it and tells the others.
-
-    Args:
-        output_dir: Folder of the run.
-        request: None: the checkpoint in `output_dir` that was written last and is complete and undamaged, if any.
-            "True": the same, but there must be one. "False": none. Otherwise the path of a checkpoint.
-        stage: Stage of this run; a checkpoint of the other stage is an error.
-        adapter: Whether this run trains an adapter (`--lora_enable True`); a checkpoint of the other kind is an error.
-
-    Raises:
-        FileNotFoundError: if the checkpoint asked for does not exist, or is not on storage that all machines share.
-        ValueError: if the checkpoint asked for is damaged, or belongs to the other stage.
-    """
-    folder = on_first_process(lambda: _find(output_dir, request, stage, adapter))
-    if folder is not None and not Path(folder).is_dir():
-        raise FileNotFoundError(
-            f"{folder} is seen by the first process but not by process {dist.get_rank()} on this machine: put "
-            "--output_dir on storage that all machines share, or write to each with --save_on_each_node True"
-        )
-    return folder
 
 
 def _find(output_dir: str, request: str | bool | None, stage: int, adapter: bool) -> str | None:

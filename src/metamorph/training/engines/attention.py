@@ -1,4 +1,4 @@
-"""Whether a language model can be trained on packed rows: several samples in one row that must not see each other."""
+"""Which attention is used, and whether it keeps the samples of a packed row apart."""
 
 from __future__ import annotations
 
@@ -14,9 +14,26 @@ from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArgume
 
 logger = logging.getLogger(__name__)
 
-
 _SAMPLE = 4
 """Tokens of each of the two samples of the trial."""
+
+
+def choose_attention(model: PreTrainedModel, model_args: ModelArguments, args: MetaMorphTrainingArguments) -> None:
+    """Let the language model use flash attention where it is installed and works: on a GPU, in half precision.
+
+    Without effect if `--attn_implementation` is given.
+
+    Args:
+        model: A MetaMorph model; changed in place.
+        model_args: The model flags.
+        args: How the run learns.
+    """
+    half = args.bf16 or args.fp16
+    if model_args.attn_implementation is not None or args.device.type != "cuda" or not half:
+        return
+    if is_flash_attn_2_available() and model.get_decoder()._supports_flash_attn:
+        model.set_attn_implementation({"text_config": "flash_attention_2"})
+        logger.info("attention: flash_attention_2 (--attn_implementation sdpa for PyTorch's own)")
 
 
 def uses_flash_attention(model: MetaMorphForConditionalGeneration) -> bool:
@@ -68,21 +85,3 @@ def check_keeps_samples_apart(model: MetaMorphForConditionalGeneration) -> None:
             "samples of one row leak into each other, as in layers that carry a state along the row; "
             "add --packing False"
         )
-
-
-def choose_attention(model: PreTrainedModel, model_args: ModelArguments, args: MetaMorphTrainingArguments) -> None:
-    """Let the language model use flash attention where it is installed and works: on a GPU, in half precision.
-
-    Without effect if `--attn_implementation` is given.
-
-    Args:
-        model: A MetaMorph model; changed in place.
-        model_args: The model flags.
-        args: How the run learns.
-    """
-    half = args.bf16 or args.fp16
-    if model_args.attn_implementation is not None or args.device.type != "cuda" or not half:
-        return
-    if is_flash_attn_2_available() and model.get_decoder()._supports_flash_attn:
-        model.set_attn_implementation({"text_config": "flash_attention_2"})
-        logger.info("attention: flash_attention_2 (--attn_implementation sdpa for PyTorch's own)")

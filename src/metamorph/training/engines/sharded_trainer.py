@@ -9,6 +9,10 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
 
 
+TOWER = "model.vision_tower"
+"""Path of the vision tower in a MetaMorph model."""
+
+
 class ShardedTrainer(Trainer):
     """`transformers.Trainer` that writes the same folder whatever the engine.
 
@@ -72,10 +76,6 @@ class ShardedTrainer(Trainer):
         if self.frozen_tower is not None:
             self.frozen_tower.restore()
             self.frozen_tower = None
-
-
-TOWER = "model.vision_tower"
-"""Path of the vision tower in a MetaMorph model."""
 
 
 class FrozenTower:
