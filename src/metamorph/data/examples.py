@@ -6,9 +6,9 @@ A line of a JSONL file becomes ids and labels in these steps (`ConversationDatas
 2. `records.parse_record`: it becomes a typed `Record`, or an error that names its place.
 3. `Task.build`: the source's task makes a `Conversation` of it: messages, and references to images.
 4. `media.stores.load_all`: the references become images.
-5. `MetaMorphProcessor.encode_conversation`: ids, labels and visual targets grow together, segment by segment. Text of an
-   assistant's turn is a label, all other text and every placeholder is -100, and placeholders of an assistant's images
-   are visual targets.
+5. `MetaMorphProcessor.encode_conversation`: ids, labels and visual targets grow together, segment by segment. Text of
+   an assistant's turn is a label, all other text and every placeholder is -100, and placeholders of an assistant's
+   images are visual targets.
 """
 
 from __future__ import annotations
