@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable
 
@@ -303,7 +303,7 @@ def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
     return MetaMorphProcessor(image_processor, tokenizer, **{**PROCESSOR_DEFAULTS, **given})
 
 
-def _as_trained(processor: "MetaMorphProcessor", name: str, given: dict[str, object]) -> "MetaMorphProcessor":
+def _as_trained(processor: "MetaMorphProcessor", name: str, given: dict[str, Any]) -> "MetaMorphProcessor":
     """The processor of a finished model; as in training, only how images become square may still be chosen."""
     processor.image_aspect_ratio = given.pop("image_aspect_ratio", processor.image_aspect_ratio)
     for field, asked in given.items():
