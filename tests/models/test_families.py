@@ -11,10 +11,12 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from metamorph.data.batching.collation import PackedCollator, PaddedCollator
 from metamorph.models import families
+from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training.arguments.training import ModelArguments
+from metamorph.training.arguments import ModelArguments
 from metamorph.training.build import make_plan
 from metamorph.training.metrics import count_tokens
+from metamorph.training.stages import apply_stage
 
 
 SIZES = {
@@ -96,6 +98,7 @@ def test_a_family_is_refused_before_weights_are_read(tmp_path: Path) -> None:
 
 def test_the_weights_tell_where_no_small_copy_can_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "_MOST_WEIGHTS", 0)
+    monkeypatch.setattr(families, "_VERDICTS", {})
     tokenizer, tower = chatml_tokenizer(), SiglipVisionModel(tiny_config().vision_config)
     for family, fields in (("granite", SCALED["granite"]), ("gemma3n_text", REFUSED["gemma3n_text"][0])):
         config = family_config(family, vocab_size=len(tokenizer) + 3, initializer_range=0.21, **fields)
@@ -103,7 +106,7 @@ def test_the_weights_tell_where_no_small_copy_can_be_built(monkeypatch: pytest.M
         with torch.no_grad():
             for parameter in language_model.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
-        assert not MetaMorphForConditionalGeneration.check_language_model(config)
+        assert not MetaMorphForConditionalGeneration.check_language_model(config).is_right
         if family == "granite":
             MetaMorphForConditionalGeneration.from_parts(language_model, tower, tokenizer, num_image_tokens=4)
             continue
@@ -126,9 +129,29 @@ def test_the_copy_is_small_and_random_generators_stay_as_they_are() -> None:
     copy = families._small_copy(LlamaForCausalLM, config)
     assert sum(parameter.numel() for parameter in copy.parameters()) < 10e6
     state = torch.get_rng_state()
-    assert MetaMorphForConditionalGeneration.check_language_model(config)
+    assert MetaMorphForConditionalGeneration.check_language_model(config) == families.Verdict(is_right=True)
     assert torch.equal(state, torch.get_rng_state())
     assert config.num_hidden_layers == 32
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "unused"),
+    [
+        ("ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16}, "e_score_correction_bias"),
+        ("afmoe", {"num_experts": 4, "num_dense_layers": 1, "moe_intermediate_size": 16}, "expert_bias"),
+    ],
+)
+def test_no_weight_of_a_stage_is_without_a_gradient(family: str, fields: dict, unused: str, tmp_path: Path) -> None:
+    """Of some families there are weights that never have one; parallel training would stop at them."""
+    text = {**family_config(family, vocab_size=64, **fields).to_dict(), "model_type": family}
+    model = MetaMorphForConditionalGeneration(MetaMorphConfig(**{**tiny_config().to_dict(), "text_config": text}))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    apply_stage(model, ModelArguments(str(tmp_path), vision_tower=str(tmp_path), from_scratch_connector=True))
+    model.train()(**build_batch(model.config)).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert {
+        name.rpartition(".")[2] for name, p in model.model.language_model.named_parameters() if not p.requires_grad
+    } == {unused}
 
 
 def mixture(family: str, **text: object) -> MetaMorphForConditionalGeneration:

@@ -8,10 +8,13 @@ a random copy of two small layers is composed and compared with itself when a fa
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -51,6 +54,10 @@ _DIVIDED = (
     "word_embed_proj_dim",
 )
 """Sizes that are divided by the same number, so that the size of a head, and what depends on it, stays."""
+_SAME_FAMILY = re.compile(r"vocab_size|_token_id|dtype|_name_or_path|architectures|transformers_version|quantization")
+"""Fields that differ between the configuration that a run begins with, and that of its model."""
+_VERDICTS: dict[str, Verdict] = {}
+"""Of this process."""
 _TOLERANCE = 1e-3
 """Of the largest logit. What is computed twice in the same way differs by rounding only."""
 
@@ -111,18 +118,33 @@ def router_loss(decoder: PreTrainedModel, router_logits: tuple[Tensor, ...]) -> 
     return function(router_logits, router_logits[0].shape[-1], decoder.config.num_experts_per_tok)
 
 
-def check_language_model(config: PreTrainedConfig, compose: Compose) -> bool:
+@dataclass(frozen=True)
+class Verdict:
+    """What a small copy of a language model has shown."""
+
+    is_right: bool
+    """Whether the composite computes what the language model does. False: no small copy could be built."""
+    unused: frozenset[str] = frozenset()
+    """Weights of the decoder that never have a gradient, such as biases that choose experts; `*` stands for a layer."""
+
+    def uses(self, name: str) -> bool:
+        """Whether a weight has a gradient when the decoder is trained.
+
+        Args:
+            name: as in `named_parameters()` of the decoder.
+        """
+        return _any_layer(name) not in self.unused
+
+
+def check_language_model(config: PreTrainedConfig, compose: Compose) -> Verdict:
     """Compare a small random copy of a language model with a composite that is made of it. No weights are needed.
 
-    Two layers, few heads and a small vocabulary: a fraction of a second, whatever the size of the model. Random
-    generators stay as they are.
+    Two layers, few heads and a small vocabulary: about a second, whatever the size of the model, and once in a process.
+    Random generators stay as they are.
 
     Args:
         config: configuration of the language model.
         compose: makes the composite of the copy.
-
-    Returns:
-        Whether there is a verdict: False for a family of which no small copy can be built.
 
     Raises:
         ValueError: if the family cannot be used, see [`compose_and_compare`].
@@ -132,12 +154,16 @@ def check_language_model(config: PreTrainedConfig, compose: Compose) -> bool:
         config = config.get_text_config()  # as `AutoModelForCausalLM.from_pretrained` does
     if mapped is None or config.get_text_config() is not config:
         raise _refusal(config, "it is no decoder-only language model, but a model of several parts or of another kind")
-    with _undisturbed(seed=0):
-        language_model = _small_copy(mapped, config)
-        if language_model is None:
-            return False
-        compose_and_compare(language_model, compose)
-    return True
+    fields = {name: value for name, value in config.to_dict().items() if not _SAME_FAMILY.search(name)}
+    key = json.dumps(fields, sort_keys=True, default=str)
+    if key not in _VERDICTS:
+        with _undisturbed(seed=0):
+            language_model = _small_copy(mapped, config)
+            if language_model is None:
+                _VERDICTS[key] = Verdict(is_right=False)
+            else:
+                _VERDICTS[key] = Verdict(True, _without_gradient(compose_and_compare(language_model, compose)))
+    return _VERDICTS[key]
 
 
 def compose_and_compare(language_model: PreTrainedModel, compose: Compose) -> PreTrainedModel:
@@ -210,6 +236,22 @@ def _try_an_image(model: PreTrainedModel, ids: Tensor) -> None:
     row = torch.cat([ids, torch.full_like(ids[:, :1], config.image_token_id).expand(1, count)], dim=1)
     visual_tokens = embeds.new_full((1, count, config.vision_feature_size), 0.5)
     model(input_ids=row, visual_tokens=visual_tokens, use_cache=False)
+
+
+def _without_gradient(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the decoder's weights that no output depends on differentiably, layers without their numbers."""
+    decoder, table = model.get_decoder().train().requires_grad_(True), model.get_input_embeddings()
+    with torch.enable_grad():
+        outputs = decoder(inputs_embeds=table(torch.arange(_LAYERS * 8)[None]), use_cache=False)
+        outputs.last_hidden_state.square().sum().backward()
+    names: dict[bool, set[str]] = {True: set(), False: set()}
+    for name, weight in decoder.named_parameters():
+        names[weight.grad is not None].add(_any_layer(name))
+    return frozenset(names[False] - names[True])
+
+
+def _any_layer(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _compare(config: PreTrainedConfig, what: str, ours: Tensor, own: Tensor) -> None:

@@ -28,6 +28,7 @@ from .batch_indices import BatchIndices, index_batch
 from .configuration_metamorph import MetaMorphConfig
 from .embeddings import NewTokenEmbedding, add_token_rows
 from .families import (
+    Verdict,
     check_language_model,
     compose_and_compare,
     finish_logits,
@@ -41,10 +42,6 @@ from .outputs import MetaMorphOutput
 from .projectors import build_mm_projector, build_vision_head
 from .text_head import TextHead, TextLossOptions
 from .vision_tower import VisionTower, finish_visual_tokens
-
-
-_CHECKED: dict[str, bool] = {}
-"""Verdicts of `check_language_model` in this process, by the JSON of the configuration."""
 
 
 class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrainedModel, MetaMorphGenerationMixin):
@@ -91,7 +88,7 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         Raises:
             ValueError: the language model is of another family, see [`check_language_model`].
         """
-        checked = cls.check_language_model(language_model.config)
+        verdict = cls.check_language_model(language_model.config)
         config = MetaMorphConfig(
             text_config=language_model.config, vision_config=vision_encoder.config, **config_overrides
         )
@@ -105,27 +102,21 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         new_ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens.new]
         add_token_rows(language_model, len(tokenizer), new_ids)
         compose = partial(cls._join, config, vision_encoder)
-        if checked or language_model.device.type == "meta":
+        if verdict.is_right or language_model.device.type == "meta":
             return compose(language_model)
         return compose_and_compare(language_model, compose)
 
     @classmethod
-    def check_language_model(cls, config: PreTrainedConfig) -> bool:
-        """Whether a model of this family computes what `AutoModelForCausalLM` does; tried once for a configuration.
+    def check_language_model(cls, config: PreTrainedConfig) -> Verdict:
+        """Try whether language models of a family are computed as `AutoModelForCausalLM` does, without their weights.
 
         Args:
             config: configuration of a language model.
 
-        Returns:
-            True; False if only its weights can tell, which `from_parts` then tries.
-
         Raises:
-            ValueError: if it does not; the message says what differs.
+            ValueError: if they are not; the message says what differs.
         """
-        key = config.to_json_string()
-        if key not in _CHECKED:
-            _CHECKED[key] = check_language_model(config, cls._compose_for_a_check)
-        return _CHECKED[key]
+        return check_language_model(config, cls._compose_for_a_check)
 
     @classmethod
     def _compose_for_a_check(cls, language_model: PreTrainedModel) -> "MetaMorphForConditionalGeneration":

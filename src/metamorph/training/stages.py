@@ -10,7 +10,7 @@ from transformers.training_args import OptimizerNames
 
 from metamorph.models.embeddings import attach_new_head_rows, attach_new_token_rows
 from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments
-from metamorph.training.lora import attach_lora, is_lora
+from metamorph.training.lora import LANGUAGE_MODEL_PREFIX, attach_lora, is_lora
 from metamorph.training.optimizer import CONNECTOR, LANGUAGE_MODEL, MODULES, VISION_HEAD, VISION_TOWER, module_of
 
 
@@ -35,7 +35,8 @@ def apply_stage(model: PreTrainedModel, args: ModelArguments) -> list[ModuleSumm
     Stage 1 trains the connector and the embedding rows of the new tokens, which become a parameter of their own.
     Stage 2 trains the language model, the connector and the vision head. The head is trained with `use_vision_ar`
     only: without the visual loss it would never have a gradient. With `lora_enable`, LoRA matrices and the rows of the
-    new tokens are trained in the place of the language model.
+    new tokens are trained in the place of the language model. Weights of a language model that never have a gradient,
+    such as biases that choose experts, are frozen: parallel training stops at them.
 
     Args:
         model: A MetaMorph model; changed in place.
@@ -55,9 +56,11 @@ def apply_stage(model: PreTrainedModel, args: ModelArguments) -> list[ModuleSumm
     }
     if args.lora_enable:
         attach_lora(model, args)
+    verdict = model.check_language_model(model.config.text_config)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():  # weights in 4 bits are not
-            parameter.requires_grad_(trained[module_of(name)] or is_lora(name))
+            learns = trained[module_of(name)] and verdict.uses(name.removeprefix(LANGUAGE_MODEL_PREFIX))
+            parameter.requires_grad_(learns or is_lora(name))
     if args.stage == 1 or args.lora_enable:
         attach_new_token_rows(model)
     if args.lora_enable:
