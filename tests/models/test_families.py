@@ -16,6 +16,7 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.training.arguments import ModelArguments
 from metamorph.training.build import make_plan
 from metamorph.training.metrics import count_tokens
+from metamorph.training.speed import recompute_layers
 from metamorph.training.stages import apply_stage
 
 
@@ -106,7 +107,7 @@ def test_the_weights_tell_where_no_small_copy_can_be_built(monkeypatch: pytest.M
         with torch.no_grad():
             for parameter in language_model.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
-        assert not MetaMorphForConditionalGeneration.check_language_model(config).is_right
+        assert not MetaMorphForConditionalGeneration.check_language_model(config).is_known
         if family == "granite":
             MetaMorphForConditionalGeneration.from_parts(language_model, tower, tokenizer, num_image_tokens=4)
             continue
@@ -129,7 +130,7 @@ def test_the_copy_is_small_and_random_generators_stay_as_they_are() -> None:
     copy = families._small_copy(LlamaForCausalLM, config)
     assert sum(parameter.numel() for parameter in copy.parameters()) < 10e6
     state = torch.get_rng_state()
-    assert MetaMorphForConditionalGeneration.check_language_model(config) == families.Verdict(is_right=True)
+    assert MetaMorphForConditionalGeneration.check_language_model(config) == families.Verdict(is_known=True)
     assert torch.equal(state, torch.get_rng_state())
     assert config.num_hidden_layers == 32
 
@@ -174,6 +175,20 @@ def test_the_loss_of_experts_is_added_as_transformers_computes_it(family: str) -
     output.aux_loss.backward()
     router = next(weight for name, weight in model.named_parameters() if name.endswith("mlp.gate.weight"))
     assert router.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_the_loss_of_experts_has_the_same_gradients_with_recomputation(selective: bool) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = mixture("mixtral").train()
+        if recompute:
+            recompute_layers(model, selective=selective)
+        model(**build_batch(model.config)).aux_loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
 def test_experts_are_balanced_where_they_are_trained_or_the_configuration_says_so() -> None:

@@ -122,8 +122,8 @@ def router_loss(decoder: PreTrainedModel, router_logits: tuple[Tensor, ...]) -> 
 class Verdict:
     """What a small copy of a language model has shown."""
 
-    is_right: bool
-    """Whether the composite computes what the language model does. False: no small copy could be built."""
+    is_known: bool
+    """Whether a small copy could be built; then the composite computes what it does. Else only the weights can tell."""
     unused: frozenset[str] = frozenset()
     """Weights of the decoder that never have a gradient, such as biases that choose experts; `*` stands for a layer."""
 
@@ -160,7 +160,7 @@ def check_language_model(config: PreTrainedConfig, compose: Compose) -> Verdict:
         with _undisturbed(seed=0):
             language_model = _small_copy(mapped, config)
             if language_model is None:
-                _VERDICTS[key] = Verdict(is_right=False)
+                _VERDICTS[key] = Verdict(is_known=False)
             else:
                 _VERDICTS[key] = Verdict(True, _without_gradient(compose_and_compare(language_model, compose)))
     return _VERDICTS[key]
@@ -241,9 +241,13 @@ def _try_an_image(model: PreTrainedModel, ids: Tensor) -> None:
 def _without_gradient(model: PreTrainedModel) -> frozenset[str]:
     """Names of the decoder's weights that no output depends on differentiably, layers without their numbers."""
     decoder, table = model.get_decoder().train().requires_grad_(True), model.get_input_embeddings()
-    with torch.enable_grad():
-        outputs = decoder(inputs_embeds=table(torch.arange(_LAYERS * 8)[None]), use_cache=False)
-        outputs.last_hidden_state.square().sum().backward()
+    try:
+        with torch.enable_grad():
+            outputs = decoder(inputs_embeds=table(torch.arange(_LAYERS * 8)[None]), use_cache=False)
+            outputs.last_hidden_state.square().sum().backward()
+    except _FAILURES as error:  # some kernels have no backward pass on a CPU
+        logger.debug("no backward pass of %s: %s", type(decoder).__name__, error)
+        return frozenset()
     names: dict[bool, set[str]] = {True: set(), False: set()}
     for name, weight in decoder.named_parameters():
         names[weight.grad is not None].add(_any_layer(name))

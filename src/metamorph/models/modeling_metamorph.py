@@ -102,7 +102,7 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         new_ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens.new]
         add_token_rows(language_model, len(tokenizer), new_ids)
         compose = partial(cls._join, config, vision_encoder)
-        if verdict.is_right or language_model.device.type == "meta":
+        if verdict.is_known or language_model.device.type == "meta":
             return compose(language_model)
         return compose_and_compare(language_model, compose)
 
