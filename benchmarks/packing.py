@@ -35,8 +35,8 @@ from metamorph.mini import PARTS, asset_path
 from metamorph.miniature.quickstart.recipe import FULL
 from metamorph.miniature.quickstart.stages import Workspace, train_connector
 from metamorph.miniature.world.dataset import WorldSizes, write_dataset
-from metamorph.training import planning
-from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training import build
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.run import run_training
 
 
@@ -227,7 +227,7 @@ class Experiment:
         }
         types = (ModelArguments, DataArguments, MetaMorphTrainingArguments)
         arguments = parse_arguments(types, ["--config", self.space.write_recipe("stage2", flags)])
-        with patch.object(planning, "BatchPlanner", planner_class):
+        with patch.object(build, "BatchPlanner", planner_class):
             result = run_training(*arguments)
         data = load_data(self.validation, result.processor, self.files.image_folder, TRAINED_ROW_LENGTH)
         loss = total_loss(evaluate_losses(result.model, data, Accelerator(cpu=True), batch_size=32))

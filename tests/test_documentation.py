@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import io
 import re
 import shlex
@@ -14,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from metamorph import cli
 from tools.file_table import PAGE, page_with_table
@@ -100,10 +102,14 @@ def test_reading_orders_name_every_file(init: Path) -> None:
     doc = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
     named = set(re.findall(r"`([\w/]+(?:\.py|/))`", doc))
     assert [name for name in named if not (init.parent / name).exists()] == []
-    if ".py`" in doc and init.parent.name not in {"metamorph", "cli"}:
-        files = {file.name for file in init.parent.glob("*.py")} - {"__init__.py"}
-        old = {file.name for file in init.parent.glob("*.py") if "Old import path" in file.read_text(encoding="utf-8")}
-        assert files - old - {Path(name).name for name in named} == set()
+    if "Old import path" in doc or init.parent.name == "cli":
+        return
+    old = {file.name for file in init.parent.glob("*.py") if "Old import path" in file.read_text(encoding="utf-8")}
+    files = {file.name for file in init.parent.glob("*.py")} - {"__init__.py", "__main__.py"} - old
+    packages = {file.parent.name for file in init.parent.glob("*/__init__.py")} - {"quickstart"} | (
+        {"quickstart"} if init.parent.name == "miniature" else set()
+    )
+    assert (files | packages) - {Path(name).name for name in named} == set()
 
 
 @pytest.mark.parametrize(
@@ -122,3 +128,26 @@ def test_old_import_paths_warn(old: str, new: str, name: str) -> None:
     with pytest.warns(DeprecationWarning, match=f"{old} has moved to {new}"):
         moved = importlib.import_module(old)
     assert getattr(moved, name) is getattr(importlib.import_module(new), name)
+
+
+def test_every_module_that_is_named_exists() -> None:
+    """In imports of scripts that no other test runs, and in the pages of the API."""
+    named: dict[str, list[str]] = {}
+    for folder in ("benchmarks", "examples", "tools", "tests", "docs"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("metamorph"):
+                    named.setdefault(node.module, []).append(str(file.relative_to(ROOT)))
+    for page in (ROOT / "docs").rglob("*.md"):
+        for module in re.findall(r"^::: (metamorph[a-z_.]*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+            named.setdefault(module, []).append(page.name)
+    gone = {module: where for module, where in named.items() if importlib.util.find_spec(module) is None}
+    assert gone == {}
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    with Image.open(tmp_path / "circle.png") as picture:
+        assert picture.size == (64, 64)

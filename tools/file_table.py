@@ -12,7 +12,7 @@ BEGIN, END = "<!-- file table: python -m tools.file_table -->\n", "<!-- end of f
 
 
 def summary(file: Path) -> str:
-    """The first sentence of a file's docstring, on one line."""
+    """The first paragraph of a file's docstring, on one line."""
     doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     return " ".join(doc.split("\n\n")[0].split())
 

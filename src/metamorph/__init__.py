@@ -1,5 +1,18 @@
-"""MetaMorph: one decoder-only language model that reads and draws pictures (Visual-Predictive Instruction Tuning).
+"""MetaMorph: one decoder-only language model that reads and draws images (Visual-Predictive Instruction Tuning).
 
+`metamorph.load(model, visualizer)` answers and draws. Where to look further, from the network upwards:
+
+`models/`                 the network, its losses, decoding, the processor
+`data/`                   records, tasks, images and videos, packing
+`visualization/`          visual tokens to pixels
+`inference/`              answers and drawings of a trained model
+`evaluation/`             how good they are
+`training/`               stages 1 and 2; `visualizer_training/` trains the visualizer
+`miniature/`              the whole system in a small drawn world; `mini/` holds the weights that ship with the package
+`cli/`                    the `metamorph` command
+`flags/`, `files/`, `runs/`   what they share: flags, files of strangers, folders and processes of a run
+
+The docstring of each package says what is answered in which file.
 Names are imported on first use, so that `import metamorph`, and `metamorph --help`, take no time.
 """
 

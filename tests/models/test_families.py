@@ -15,8 +15,8 @@ from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.arguments import ModelArguments
 from metamorph.training.build import make_plan
+from metamorph.training.engines.speed import recompute_layers
 from metamorph.training.metrics import count_tokens
-from metamorph.training.speed import recompute_layers
 from metamorph.training.stages import apply_stage
 
 

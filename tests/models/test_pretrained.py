@@ -21,6 +21,7 @@ from transformers import (
 
 import metamorph
 from metamorph import cli
+from metamorph.mini import asset_path
 from metamorph.models.connector import load_connector, save_connector
 from metamorph.models.image_processing import load_image_processor
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
@@ -239,7 +240,7 @@ def test_loading_draws_no_random_numbers(kind) -> None:
 
 
 def test_the_command_names_flag_and_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mini = Path(metamorph.__file__).parent / "quickstart" / "assets" / "mini" / "model"
+    mini = asset_path("mini") / "model"
     for file in mini.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     change_weights(tmp_path, lambda weights: [weights.pop(name) for name in list(weights)[:68]])

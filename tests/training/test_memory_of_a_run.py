@@ -16,7 +16,11 @@ pytestmark = pytest.mark.integration
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak is read from Linux's /proc")
 def test_estimate_is_near_what_a_run_takes(tmp_path: Path) -> None:
     here = Path(__file__).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent / "parts")]),
+    }
     run = subprocess.run(
         [sys.executable, str(here / "memory_worker.py"), str(tmp_path)],
         env=environment,

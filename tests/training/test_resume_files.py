@@ -89,7 +89,7 @@ def run_folder(whole: TrainResult, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("when", ["writing", "written"])
 def test_killed_while_saving(parts: Path, whole: TrainResult, tmp_path: Path, when: str) -> None:
     folder = Path(__file__).parent
-    paths = os.pathsep.join([str(folder), str(folder.parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(folder), str(folder.parent / "parts"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", DYING, str(parts), str(tmp_path), when],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},

@@ -1,4 +1,4 @@
-"""One process of `test_visualizer_processes.py`: trains with the flags in a JSON file and writes what it has seen."""
+"""One process of `test_processes.py`: trains with the flags in a JSON file and writes what it has seen."""
 
 import json
 import os

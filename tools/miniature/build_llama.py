@@ -8,7 +8,6 @@ lists of up to four things, where guessing among the things that are there pays 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shutil
 from collections import defaultdict
@@ -315,24 +314,3 @@ def _card(seed: int, seconds: float, recipe: LlamaRecipe, figures: dict[str, Any
         figures=figures,
         gates=dict(GATES),
     )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line of the build."""
-    parser = argparse.ArgumentParser(description="Build mini-llama.")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / NAME)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no_resume", action="store_true", help="start over instead of continuing")
-    parser.add_argument("--ignore_gates", action="store_true", help="write it even if it misses a gate")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    build(
-        options.output_dir,
-        seed=options.seed,
-        resume=not options.no_resume,
-        enforce_gates=not options.ignore_gates,
-    )
-
-
-if __name__ == "__main__":
-    main()

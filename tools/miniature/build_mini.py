@@ -6,7 +6,6 @@ is not done again when the build is repeated, and stage 2 goes on from its last 
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import shutil
@@ -195,26 +194,3 @@ def _card(seed: int, seconds: float, recipe: Recipe, figures: dict[str, Any]) ->
         gates=dict(GATES),
         versions={**library_versions(), "diffusers": diffusers.__version__},
     )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line of the build."""
-    parser = argparse.ArgumentParser(description="Build mini.")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "assets" / NAME)
-    parser.add_argument("--work_dir", type=Path, default=None, help="folder of the resumable state")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no_resume", action="store_true", help="start over instead of continuing")
-    parser.add_argument("--ignore_gates", action="store_true", help="write it even if it misses a gate")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    build(
-        options.output_dir,
-        seed=options.seed,
-        resume=not options.no_resume,
-        work_dir=options.work_dir,
-        enforce_gates=not options.ignore_gates,
-    )
-
-
-if __name__ == "__main__":
-    main()

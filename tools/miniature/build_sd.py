@@ -6,7 +6,6 @@ stops a UNet before it replaces the one in the package.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import shutil
@@ -180,19 +179,3 @@ def _card(seed: int, seconds: float, recipe: SdRecipe, figures: dict[str, float]
         gates=GATES,
         versions={**library_versions(), "diffusers": diffusers.__version__},
     )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line of the build."""
-    parser = argparse.ArgumentParser(description="Build mini-sd.")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / NAME)
-    parser.add_argument("--work_dir", type=Path, default=None, help="folder of the resumable state")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no_resume", action="store_true", help="start over instead of continuing")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    build(options.output_dir, seed=options.seed, resume=not options.no_resume, work_dir=options.work_dir)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,6 @@ Tensor suffixes: B pictures, N reduced tokens (16), D hidden width.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import shutil
@@ -283,18 +282,3 @@ def _card(seed: int, seconds: float, recipe: SiglipRecipe, figures: dict[str, An
         figures=figures,
         gates=dict.fromkeys(PROBE_NAMES, GATE),
     )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line of the build."""
-    parser = argparse.ArgumentParser(description="Build mini-siglip.")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / NAME)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no_resume", action="store_true", help="start over instead of continuing")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    build(options.output_dir, seed=options.seed, resume=not options.no_resume)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metamorph.mini import ASSETS, AssetError, asset_path, full_name
+from metamorph import mini
+from metamorph.mini import ASSETS, AssetError, full_name
 
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def rebuild(
         AssetError: An asset misses its gate.
     """
     wanted = {full_name(name) for name in names}
-    root = output_dir or asset_path("mini").parent
+    root = output_dir or Path(mini.__file__).parent
     figures = {}
     for name in ASSETS:
         if name in wanted:

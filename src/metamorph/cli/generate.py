@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metamorph.cli.shared import open_pictures, use_shipped
-from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable
+from metamorph.flags.checks import printable
+from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 
 if TYPE_CHECKING:
     from PIL import Image
-
-
-IMAGE_MARKER = "<image>"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,7 +23,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder or Hub id of a trained MetaMorph model; mini is the one that ships with MetaMorph",
     )
     parser.add_argument("--visualizer", help="folder of the visualizer, or mini; without it pictures are only counted")
-    parser.add_argument("--prompt", required=True, help=f"the question; {IMAGE_MARKER} says where an --image belongs")
+    parser.add_argument(
+        "--prompt", required=True, help=f"the question; {DEFAULT_IMAGE_TOKEN} says where an --image belongs"
+    )
     parser.add_argument("--image", action="append", default=[], help="an input picture; may be given several times")
     parser.add_argument("--output", default="generated.png", help="where pictures go; a second one becomes …-2.png")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="text and visual tokens (default: %(default)s)")
@@ -50,8 +50,6 @@ def main(argv: Sequence[str]) -> None:
     flags = build_parser().parse_args(argv)
     use_shipped(flags)
     images = check_inputs(flags)
-    if flags.visualizer is not None:
-        check_visualizer_folder(flags.visualizer)
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -84,35 +82,15 @@ def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
         raise ValueError(f"--max-new-tokens {flags.max_new_tokens} must be at least 1")
     if flags.temperature < 0:
         raise ValueError(f"--temperature {flags.temperature} must be 0 (greedy) or larger")
-    check_model_reference(flags.model, flag="--model")
-    if flags.visualizer is not None:
-        check_model_reference(flags.visualizer, flag="--visualizer", file="model_index.json")
-        check_reachable(flags.visualizer, flag="--visualizer", file="model_index.json")
-    check_reachable(flags.model, flag="--model")
     missing = [path for path in flags.image if not Path(path).is_file()]
     if missing:
         raise FileNotFoundError(f"--image {missing[0]} does not exist")
-    markers = flags.prompt.count(IMAGE_MARKER)
+    markers = flags.prompt.count(DEFAULT_IMAGE_TOKEN)
     if markers not in (0, len(flags.image)):
-        raise ValueError(f"--prompt has {markers} {IMAGE_MARKER}, but there are {len(flags.image)} --image flags")
+        raise ValueError(
+            f"--prompt has {markers} {DEFAULT_IMAGE_TOKEN}, but there are {len(flags.image)} --image flags"
+        )
     return open_pictures(flags.image)
-
-
-def check_visualizer_folder(name: str) -> None:
-    """Check the visualizer before an answer is computed that it could not draw.
-
-    Args:
-        name: Folder or Hub id.
-
-    Raises:
-        ValueError: if diffusers is not installed, or the folder holds anything but a visualizer.
-    """
-    try:
-        from metamorph.visualization.folders import check_visualizer, visualizer_folder
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--visualizer needs {error.name}: pip install 'metamorph[visualization]'") from error
-    with names_flag("--visualizer", name):
-        check_visualizer(visualizer_folder(name))
 
 
 def save_images(images: "Sequence[Image.Image]", output: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""How good a model and a visualizer are, judged by what the caller passes in.
+"""How good a model and a visualizer are, with a judge that the caller passes in.
 
 Are answers right?                        `questions.py`
 Do drawings show what was asked for?      `drawings.py`

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from metamorph.evaluation.perceptual import FeatureStatistics, PictureFeatures, frechet_distance, lpips_distances
+from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.models.image_processing import to_rgb
 from metamorph.visualization.grids import reconstruction_grid
 from metamorph.visualization.pipeline import VisualizationPipeline
@@ -126,7 +127,10 @@ def evaluate_visualizer(
     kept_originals: list[Image.Image] = []
     kept_drawn: list[Image.Image] = []
     for start, chunk in _chunks(pictures, settings.batch_size):
-        drawn = _draw(pipeline, keys[start : start + len(chunk)], start, settings)
+        sampler = SamplerSettings(
+            settings.guidance_scales, settings.num_inference_steps, settings.seed + start, settings.batch_size
+        )
+        drawn = draw(pipeline, keys[start : start + len(chunk)], sampler)
         originals = [crop_square(to_rgb(picture)).resize(drawn[0].size, Image.Resampling.BICUBIC) for picture in chunk]
         for number, score in enumerate(scores):
             of_scale = drawn[number :: len(scores)]
@@ -156,20 +160,6 @@ def _chunks(pictures: Sequence[Image.Image], size: int) -> Any:
 
 def _tokens(pipeline: VisualizationPipeline, pictures: Sequence[Image.Image]) -> Tensor:
     return pipeline.vision_tower.encode_pictures(pictures).cpu()
-
-
-def _draw(
-    pipeline: VisualizationPipeline, tokens: Tensor, start: int, settings: ReconstructionSettings
-) -> list[Image.Image]:
-    seeds = range(settings.seed + start, settings.seed + start + len(tokens))
-    (drawn,) = pipeline(
-        tokens,
-        guidance_scale=settings.guidance_scales,
-        num_inference_steps=settings.num_inference_steps,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        return_dict=False,
-    )
-    return drawn
 
 
 def _compare_tokens(score: ScaleScores, drawn: Tensor, originals: Tensor, start: int) -> None:

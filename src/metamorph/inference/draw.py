@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ Progress = Callable[[int], object]
 class SamplerSettings:
     """How the visualizer draws."""
 
-    guidance_scale: float = 3.0
-    """Strength of classifier-free guidance; 1 is none."""
+    guidance_scale: float | Sequence[float] = 3.0
+    """Strength of classifier-free guidance; 1 is none. With several scales each image is drawn at each."""
     num_inference_steps: int = 20
     """Steps of the sampler."""
     seed: int = 0
@@ -39,11 +39,12 @@ def draw(
     settings: SamplerSettings | None = None,
     on_progress: Progress | None = None,
 ) -> list[Image.Image]:
-    """Draw one RGB image for each entry of `visual_tokens` `[images, N, D]`.
+    """Draw RGB images of `visual_tokens` `[images, N, D]` (or `[N, D]`): image 1 at each guidance scale, image 2, …
 
     An image does not depend on the batch it is drawn in.
     """
     settings = settings or SamplerSettings()
+    visual_tokens = visual_tokens[None] if visual_tokens.dim() == 2 else visual_tokens
     images: list[Image.Image] = []
     for start in range(0, visual_tokens.shape[0], settings.batch_size):
         chunk = visual_tokens[start : start + settings.batch_size]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from metamorph.data.media.images import load_image
-from metamorph.flags.checks import check_model_reference, names_flag
+from metamorph.flags.checks import check_model_reference, check_reachable, names_flag
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.inference.reply import Prompt, Reply, reply_to
 from metamorph.mini import shipped_folder
@@ -42,7 +42,7 @@ class Session:
     def reply(
         self,
         prompt: str,
-        images: Sequence[Image.Image | str | Path] = (),
+        images: Image.Image | str | Path | Sequence[Image.Image | str | Path] = (),
         *,
         draw: bool = False,
         settings: SamplerSettings | None = None,
@@ -53,7 +53,7 @@ class Session:
         Args:
             prompt: The user's turn, with an `<image>` marker where each image belongs. Without markers the images
                 come first.
-            images: PIL images, or files.
+            images: PIL images or files; one, or several.
             draw: Begin the answer with an image, however the model would begin it.
             settings: How to draw.
             **generate_kwargs: For `model.generate`, for example `max_new_tokens=500, do_sample=True`.
@@ -61,6 +61,8 @@ class Session:
         Raises:
             ValueError: If markers and images differ in number, or an image cannot be read.
         """
+        if isinstance(images, (Image.Image, str, Path)):
+            images = [images]
         text = place_images(prompt, len(images))
         opened = tuple(load_image(image) if isinstance(image, (str, Path)) else image for image in images)
         (reply,) = reply_to(self.model, self.processor, [Prompt(text, opened, draw)], **generate_kwargs)
@@ -90,7 +92,7 @@ def load(
         model: Folder or Hub id of a MetaMorph model or adapter; `mini` is the one that ships with the package.
         visualizer: Folder or Hub id of its visualizer, or `mini`. Without one, images stay visual tokens.
         device: By default the accelerator if there is one.
-        dtype: Of the weights; by default as saved.
+        dtype: Of the weights of both; by default as saved.
         dashes: What errors write in front of the names of arguments; `--` where they are flags.
 
     Raises:
@@ -100,35 +102,63 @@ def load(
     where = pick_device(device, flag=f"{dashes}device")
     model = shipped_folder(str(model), "model")
     check_model_reference(model, flag=f"{dashes}model")
-    if visualizer is not None:
-        visualizer = shipped_folder(str(visualizer), "visualizer")
-        check_model_reference(visualizer, flag=f"{dashes}visualizer", file="model_index.json")
+    check_reachable(model, flag=f"{dashes}model")
+    if visualizer is not None:  # before the weights of the model, which take longer
+        visualizer = check_visualizer_folder(shipped_folder(str(visualizer), "visualizer"), flag=f"{dashes}visualizer")
+    options = {} if dtype is None else {"dtype": dtype}
     with names_flag(f"{dashes}model", model):
         processor = MetaMorphProcessor.from_pretrained(model)
-        options = {} if dtype is None else {"dtype": dtype}
         network = MetaMorphForConditionalGeneration.from_pretrained(model, **options)
-    pipeline = None if visualizer is None else load_pipeline(visualizer, flag=f"{dashes}visualizer").to(where)
+    pipeline = None
+    if visualizer is not None:
+        pipeline = load_pipeline(visualizer, flag=f"{dashes}visualizer", dtype=dtype).to(where)
     return Session(network.to(where).eval(), processor, pipeline)
 
 
-def load_pipeline(visualizer: str, flag: str = "--visualizer") -> VisualizationPipeline:
+def load_pipeline(
+    visualizer: str, flag: str = "--visualizer", dtype: torch.dtype | None = None
+) -> VisualizationPipeline:
     """Load a visualizer without its progress bars, on the CPU.
+
+    Args:
+        visualizer: Folder or Hub id.
+        flag: What errors call it.
+        dtype: Of its weights; float32 by default.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        ValueError: If diffusers is not installed, or the folder is not a visualizer.
+    """
+    visualizer = check_visualizer_folder(visualizer, flag)
+    from metamorph.visualization.pipeline import VisualizationPipeline
+
+    precision = {} if dtype in (None, torch.float32) else {"torch_dtype": dtype}
+    with names_flag(flag, visualizer):
+        pipeline = VisualizationPipeline.from_pretrained(visualizer, **precision)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def check_visualizer_folder(visualizer: str, flag: str = "--visualizer") -> str:
+    """Check a visualizer without loading its weights; returns its folder or Hub id.
 
     Args:
         visualizer: Folder or Hub id.
         flag: What errors call it.
 
     Raises:
+        FileNotFoundError: If it does not exist.
         ValueError: If diffusers is not installed, or the folder is not a visualizer.
     """
+    check_model_reference(visualizer, flag=flag, file="model_index.json")
+    check_reachable(visualizer, flag=flag, file="model_index.json")
     try:
-        from metamorph.visualization.pipeline import VisualizationPipeline
+        from metamorph.visualization.folders import check_visualizer, visualizer_folder
     except ModuleNotFoundError as error:
         raise ValueError(f"{flag} {visualizer} needs {error.name}: pip install 'metamorph[visualization]'") from error
     with names_flag(flag, visualizer):
-        pipeline = VisualizationPipeline.from_pretrained(visualizer)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+        check_visualizer(visualizer_folder(visualizer))
+    return visualizer
 
 
 def place_images(prompt: str, num_images: int) -> str:

@@ -1,6 +1,6 @@
 """The whole system in miniature: a small drawn world, and one command that trains and judges everything in it.
 
-What is there to see and to say?          `world/`
+Scenes, pictures and texts                `world/`
 What does `metamorph quickstart` do?      `quickstart/`
 Does joint training help drawing?         `study.py`
 """

@@ -4,8 +4,8 @@ What can be configured?                       `configuration_metamorph.py`
 How does a forward pass go?                   `modeling_metamorph.py`, and `backbone.py` below the heads
 Where is the visual loss?                     `losses.py`; text loss without all logits: `text_head.py`
 Where do I add a vision tower?                `vision_tower.py`: a row of its table
-Which language models are right?              `families.py`: each is compared with its own logits
-How are models of others loaded?              `pretrained.py`: nothing missing, nothing run
+Which language models are supported?          `families.py`: each is compared with its own logits
+How are models of others loaded?              `pretrained.py`: weights complete, no remote code
 What are connector and vision head?           `projectors.py`; the connector's file `connector.py`
 How does the model draw?                      `generation.py`
 How do a prompt and images become tensors?    `processing_metamorph.py`, on `sequence/` and `image_processing.py`

@@ -2,10 +2,10 @@
 
 import warnings
 
-from metamorph.mini import asset_path, shipped_folder, verify_asset
+from metamorph.mini import ASSETS, PARTS, AssetCard, AssetError, asset_path, shipped_folder, verify_asset
 
 
-__all__ = ["asset_path", "shipped_folder", "verify_asset"]
+__all__ = ["ASSETS", "PARTS", "AssetCard", "AssetError", "asset_path", "shipped_folder", "verify_asset"]
 
 warnings.warn(
     "metamorph.quickstart.assets has moved to metamorph.mini",

@@ -1,7 +1,7 @@
 """How the model learns: `run.py` is the narrative, from flags to the result.
 
 What is frozen in which stage?                `stages.py`
-Where are learning rates and groups?          `optimizer.py`
+Where are rates, schedule and groups?         `optimizer.py`
 How is a step normalised?                     `trainer.py`; what is logged of it: `metrics.py`
 How do flags become model and data?           `build.py`; LoRA and 4 bits: `lora.py`
 Which flags are there?                        `arguments/`

@@ -1,11 +1,12 @@
 """Parameter groups, their learning rates, and the square-root rule of the training guide.
 
-The shape of the rate over the run is Transformers' own: `lr_scheduler_type`, by default cosine after a warm-up of
-`warmup_ratio` (3 % of the steps).
+The schedule is Transformers' own: `lr_scheduler_type`, by default cosine, after a warm-up of `warmup_ratio` (3 %) of
+the steps. Its defaults are set in `arguments/training.py`; `checkpoints/saving.py` restores it at a resume.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Collection, Iterator
@@ -139,6 +140,33 @@ def optimizer_groups(
                     }
                 )
     return groups
+
+
+def check_optimizer(args: MetaMorphTrainingArguments) -> None:
+    """Find out before the weights are loaded whether the optimizer is installed and reads its arguments.
+
+    Args:
+        args: `optim` and `optim_args`.
+
+    Raises:
+        ModuleNotFoundError: if the package of the optimizer is missing.
+        ValueError: if `optim_args` are not `name=value,…`, or change nothing.
+    """
+    from transformers import Trainer  # takes seconds, which a dry run does not need
+    from transformers.training_args import OptimizerNames
+
+    name = OptimizerNames(args.optim).value
+    plain = copy.copy(args)
+    plain.optim_args = None
+    try:
+        optimizer = Trainer.get_optimizer_cls_and_kwargs(args)
+        if args.optim_args and optimizer == Trainer.get_optimizer_cls_and_kwargs(plain):
+            raise ValueError(f"it changes nothing with --optim {name}: leave it out")
+    except ImportError as error:
+        raise ModuleNotFoundError(f"--optim {name}: {error}") from error
+    except ValueError as error:
+        flag = f"--optim_args {args.optim_args}" if args.optim_args else f"--optim {name}"
+        raise ValueError(f"{flag} cannot be used: {error}") from error
 
 
 def format_summary(summary: list[ModuleSummary], args: MetaMorphTrainingArguments) -> str:

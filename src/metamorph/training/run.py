@@ -33,11 +33,16 @@ from metamorph.training.engines.attention import check_keeps_samples_apart, choo
 from metamorph.training.engines.prepare import prepare_engine, whole_weights
 from metamorph.training.engines.speed import prepare_speed
 from metamorph.training.lora import check_engine, compute_dtype, store_frozen_matrices
-from metamorph.training.optimizer import apply_learning_rate_rule, format_summary, samples_in_a_step
+from metamorph.training.optimizer import (
+    apply_learning_rate_rule,
+    check_optimizer,
+    format_summary,
+    samples_in_a_step,
+)
 from metamorph.training.reporting.model_card import CardFacts
 from metamorph.training.reporting.samples import open_samples
 from metamorph.training.reporting.trackers import set_up_trackers
-from metamorph.training.stages import apply_stage, check_learning_rates, check_optimizer
+from metamorph.training.stages import apply_stage, check_learning_rates
 from metamorph.training.trainer import MetaMorphTrainer
 
 

@@ -1,12 +1,10 @@
 """Which parameters each stage trains."""
 
-import copy
 import logging
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.training_args import OptimizerNames
 
 from metamorph.models.embeddings import attach_new_head_rows, attach_new_token_rows
 from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments
@@ -33,10 +31,10 @@ def apply_stage(model: PreTrainedModel, args: ModelArguments) -> list[ModuleSumm
     """Freeze everything that the stage does not train.
 
     Stage 1 trains the connector and the embedding rows of the new tokens, which become a parameter of their own.
-    Stage 2 trains the language model, the connector and the vision head. The head is trained with `use_vision_ar`
-    only: without the visual loss it would never have a gradient. With `lora_enable`, LoRA matrices and the rows of the
-    new tokens are trained in the place of the language model. Weights of a language model that never have a gradient,
-    such as biases that choose experts, are frozen: parallel training stops at them.
+    Stage 2 trains the language model and the connector. In both stages the vision head is trained if there is a visual
+    loss (`use_vision_ar`, by default in stage 2 only): without one it would never have a gradient. With `lora_enable`,
+    LoRA matrices and the rows of the new tokens are trained in the place of the language model. Weights of a language
+    model that never have a gradient, such as biases that choose experts, are frozen: parallel training stops at them.
 
     Args:
         model: A MetaMorph model; changed in place.
@@ -108,29 +106,3 @@ def check_learning_rates(model_args: ModelArguments, args: MetaMorphTrainingArgu
                 f"--{name} {getattr(args, name)} has no effect: that module is not trained. Add {flag}, or leave the "
                 "rate out"
             )
-
-
-def check_optimizer(args: MetaMorphTrainingArguments) -> None:
-    """Find out before the weights are loaded whether the optimizer is installed and reads its arguments.
-
-    Args:
-        args: `optim` and `optim_args`.
-
-    Raises:
-        ModuleNotFoundError: if the package of the optimizer is missing.
-        ValueError: if `optim_args` are not `name=value,…`, or change nothing.
-    """
-    from transformers import Trainer  # takes seconds, which a dry run does not need
-
-    name = OptimizerNames(args.optim).value
-    plain = copy.copy(args)
-    plain.optim_args = None
-    try:
-        optimizer = Trainer.get_optimizer_cls_and_kwargs(args)
-        if args.optim_args and optimizer == Trainer.get_optimizer_cls_and_kwargs(plain):
-            raise ValueError(f"it changes nothing with --optim {name}: leave it out")
-    except ImportError as error:
-        raise ModuleNotFoundError(f"--optim {name}: {error}") from error
-    except ValueError as error:
-        flag = f"--optim_args {args.optim_args}" if args.optim_args else f"--optim {name}"
-        raise ValueError(f"{flag} cannot be used: {error}") from error

@@ -1,8 +1,22 @@
-"""Classifier-free guidance at several scales in one batch of the UNet, without predictions that nobody needs."""
+"""Classifier-free guidance: training drops whole conditions, drawing combines predictions with and without one.
+
+`drop` is called by the denoiser in training, `GuidedBatch` by the pipeline. Both take zeros for "no condition".
+"""
 
 from __future__ import annotations
 
 import torch
+
+
+def drop(condition: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Replace the whole condition of an image by zeros where `keep` is False.
+
+    Args:
+        condition: `[images, tokens, features]`.
+        keep: `[images]` bool, False for a share of `cfg_prob` of the images.
+    """
+    # Out of place: the projector's output belongs to the graph of its backward pass.
+    return torch.where(keep[:, None, None], condition, torch.zeros_like(condition))
 
 
 class GuidedBatch:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from metamorph.models.vision_tower import VisionTower
+from metamorph.visualization.guidance import drop
 from metamorph.visualization.pipeline import to_unet_latents
 from metamorph.visualization.projector import VisualizationProjector, pad_condition
 
@@ -48,9 +49,7 @@ class ConditionedUNet(nn.Module):
         Returns:
             `[images, channels, height, width]`.
         """
-        condition = pad_condition(self.projector(visual_tokens))
-        # Out of place: the projector's output belongs to the graph of its backward pass.
-        condition = torch.where(keep_condition[:, None, None], condition, torch.zeros_like(condition))
+        condition = drop(pad_condition(self.projector(visual_tokens)), keep_condition)
         return self.unet(noisy_latents, timesteps, encoder_hidden_states=condition).sample
 
 

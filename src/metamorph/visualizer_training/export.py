@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.runs.cards import CARD_FILE
 from metamorph.visualization.folders import ARGUMENTS_FILE, INDEX_FILE
 from metamorph.visualization.grids import reconstruction_grid
@@ -84,15 +85,10 @@ def draw_validation_grid(
     tokens = encoders.tower(pixels).float()
     training = projector.training
     pipeline = VisualizationPipeline.from_parts(projector.eval(), parts.unet, parts.vae, parts.noise_scheduler)
-    generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(images))]
-    (drawn,) = pipeline(
-        tokens,
-        guidance_scale=args.validation_guidance_scales,
-        num_inference_steps=_VALIDATION_STEPS,
-        generator=generators,
-        return_dict=False,
-    )
-    projector.train(training)
+    try:
+        drawn = draw(pipeline, tokens, SamplerSettings(args.validation_guidance_scales, _VALIDATION_STEPS, args.seed))
+    finally:
+        projector.train(training)
 
     originals = [square.resize((parts.resolution,) * 2, Image.Resampling.BICUBIC) for square in squares]
     return reconstruction_grid(originals, drawn, args.validation_guidance_scales, side=parts.resolution)

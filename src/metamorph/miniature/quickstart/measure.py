@@ -9,15 +9,12 @@ from typing import Any
 
 import torch
 
-from metamorph.inference.draw import SamplerSettings
+from metamorph.inference import SamplerSettings, load
 from metamorph.miniature.quickstart.evaluate import WorldEvaluation, evaluate_world
 from metamorph.miniature.quickstart.figures import drawing_cell, save_accuracies, save_grid
 from metamorph.miniature.quickstart.recipe import MINI, MINI_EVALUATION_SEED, EvaluationSizes
 from metamorph.miniature.quickstart.report import CARDS_PER_SECTION, make_sections
 from metamorph.miniature.world.dataset import WorldSizes, write_dataset
-from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.models.processing_metamorph import MetaMorphProcessor
-from metamorph.visualization.pipeline import VisualizationPipeline
 
 
 GRID = {"seen": 24, "pairs": 24, "held_out": 8, "knowledge": 8}
@@ -52,11 +49,9 @@ def measure_world(
         sizes: How many records of each kind.
     """
     files = write_dataset(output_dir / "data", seed=seed, sizes=WorldSizes.only_evaluation(sizes.largest))
-    metamorph = MetaMorphForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
-    processor = MetaMorphProcessor.from_pretrained(model)
-    pipeline = VisualizationPipeline.from_pretrained(visualizer)
+    session = load(model, visualizer, device="cpu", dtype=torch.float32)
     settings = SamplerSettings(MINI.guidance_scale, MINI.sampling_steps, seed=seed)
-    evaluation = evaluate_world(metamorph, processor, pipeline, files, sizes, settings)
+    evaluation = evaluate_world(session.model, session.processor, session.pipeline, files, sizes, settings)
     metrics = {**evaluation.metrics(), "seed": seed}
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     write_grids(output_dir / "pictures", evaluation, metrics)

@@ -12,7 +12,7 @@ import diffusers
 import torch
 import transformers
 
-from metamorph.inference.draw import SamplerSettings
+from metamorph.inference import SamplerSettings, load
 from metamorph.mini.cards import library_versions
 from metamorph.miniature.quickstart.evaluate import WorldEvaluation, evaluate_world, seen_color
 from metamorph.miniature.quickstart.options import METRICS_FILE, QuickstartOptions, clear_output, thread_count
@@ -21,9 +21,6 @@ from metamorph.miniature.quickstart.recipe import FAST, FULL, Recipe
 from metamorph.miniature.quickstart.report import LossCurves, write_report
 from metamorph.miniature.quickstart.stages import Workspace, fit_visualizer, train_connector, train_model
 from metamorph.miniature.world.dataset import WorldFiles, write_dataset
-from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.models.processing_metamorph import MetaMorphProcessor
-from metamorph.visualization.pipeline import VisualizationPipeline
 
 
 logger = logging.getLogger(__name__)
@@ -74,11 +71,9 @@ def run_quickstart(options: QuickstartOptions) -> QuickstartResult:
 
 def evaluate_folders(space: Workspace, files: WorldFiles, recipe: Recipe) -> WorldEvaluation:
     """Evaluate the folders that training left, loaded as a user would load them."""
-    model = MetaMorphForConditionalGeneration.from_pretrained(space.model, dtype=torch.float32)
-    processor = MetaMorphProcessor.from_pretrained(space.model)
-    pipeline = VisualizationPipeline.from_pretrained(space.visualizer)
+    session = load(space.model, space.visualizer, device="cpu", dtype=torch.float32)
     settings = SamplerSettings(recipe.guidance_scale, recipe.sampling_steps, seed=space.seed)
-    return evaluate_world(model, processor, pipeline, files, recipe.evaluation, settings)
+    return evaluate_world(session.model, session.processor, session.pipeline, files, recipe.evaluation, settings)
 
 
 def collect_metrics(

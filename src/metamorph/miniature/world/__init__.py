@@ -1,4 +1,11 @@
-"""The miniature world in one import: scenes, drawings, the checker, and everything that is said about them."""
+"""The miniature world in one import: scenes, drawings, the checker, and everything that is said about them.
+
+What can a scene contain?             `scenes.py`; how it changes: `changes.py`
+How does it look?                     `render.py`; cell by cell of the token grid: `cells.py`
+What is said about it?                `language.py`; facts beyond pictures: `knowledge.py`
+Does a picture show what it should?   `checker.py`
+What do the data sets hold?           `dataset.py`
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 How does a template write a conversation?     `chat_templates.py`
 How do ids and labels grow together?          `conversations.py`
-How does text become ids, and never control?  `text_encoding.py`
+How does text become ids, not control tokens? `text_encoding.py`
 Which tokens stand for images?                `image_tokens.py`
-Which values must all agree on?               `constants.py`
+Which values are shared?                      `constants.py`
 """

@@ -1,10 +1,10 @@
 """How a run resumes: which checkpoint it finds, and the sample at which it continues.
 
 1. `find_checkpoint`: the newest complete checkpoint of the output folder, or the one asked for.
-2. `resume_flags.check_flags`: flags that may not differ from the checkpoint's.
-3. `plan_resume`: the data are those of the checkpoint, and `Position` counts rows of the epoch's order, which is the
+2. `plan_resume`: the data are those of the checkpoint, and `Position` counts rows of the epoch's order, which is the
    same for any number of processes and any batch size; so a run may resume with other batches.
-4. `saving.CheckpointingTrainer` sets the step, and the batch plan leaves out the rows that have been trained on.
+3. `resume_flags.check_flags`: flags that may not differ from the checkpoint's.
+4. `CheckpointingTrainer.go_on_from` sets the step, `PlannedBatches.leave_out` the rows that have been trained on.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -375,8 +374,3 @@ def _is_table(name: str) -> bool:
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def available_memory() -> int | None:
-    """Bytes of the first GPU, or None without one."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None

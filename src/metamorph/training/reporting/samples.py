@@ -18,9 +18,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from metamorph.data.media.stores import MediaError, load_image
 from metamorph.inference.draw import draw
 from metamorph.inference.reply import Prompt, Reply, can_draw, reply_to
-from metamorph.inference.session import load_pipeline, pick_device
+from metamorph.inference.session import load_pipeline, pick_device, place_images
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor, TextPart
+from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 from metamorph.training.arguments import MetaMorphTrainingArguments
 from metamorph.training.reporting.trackers import MediaTracker
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-IMAGE_MARKER = "<image>"
 WORDS = 128
 """New tokens of an answer, beside those of one picture."""
 _FIELDS = ("prompt", "images", "draw")
@@ -95,16 +95,15 @@ def _parse(line: str, where: str, folder: Path) -> SamplePrompt:
     if not all(isinstance(image, str) for image in images):
         raise ValueError(f"{where}: images must be paths, not {images!r:.80}")
     text = entry["prompt"]
-    if images and IMAGE_MARKER not in text:
-        text = f"{IMAGE_MARKER}\n" * len(images) + text
+    if DEFAULT_IMAGE_TOKEN not in text:
+        text = place_images(text, len(images))
     return SamplePrompt(text, tuple(folder / image for image in images), draw)
 
 
 def _check(prompt: SamplePrompt, where: str) -> None:
-    if prompt.text.count(IMAGE_MARKER) != len(prompt.images):
-        raise ValueError(
-            f"{where} has {prompt.text.count(IMAGE_MARKER)} {IMAGE_MARKER}, but names {len(prompt.images)} images"
-        )
+    markers = prompt.text.count(DEFAULT_IMAGE_TOKEN)
+    if markers != len(prompt.images):
+        raise ValueError(f"{where} has {markers} {DEFAULT_IMAGE_TOKEN}, but names {len(prompt.images)} images")
     for image in prompt.images:
         if not image.is_file():
             raise FileNotFoundError(f"{where}: there is no image {image}")
