@@ -1,6 +1,6 @@
 """Kinds of training data: each task turns a record into a conversation. A source's task is declared, never guessed.
 
-To add one: write `NAME.py` with a frozen dataclass of options and a function `build(record, rng, options, video)` to a
+To add one: write a module with a frozen dataclass of options and a function `build(record, rng, options, video)` to a
 `Conversation` (`instruction.py` is the shortest), name both in a `Task`, and add that to `_ALL` below. Wordings belong
 in `wording.py`; what all tasks share is in `base.py`. The present ones: `instruction.py`, `pictures.py` (drawing and
 editing), `regions.py` (a detail first), `video_qa.py`, `frame_prediction.py`.
