@@ -109,7 +109,7 @@ def test_reading_orders_name_every_file(init: Path) -> None:
     packages = {file.parent.name for file in init.parent.glob("*/__init__.py")} - {"quickstart"} | (
         {"quickstart"} if init.parent.name == "miniature" else set()
     )
-    assert (files | packages) - {Path(name).name for name in named} == set()
+    assert (files | packages) - {part for name in named for part in Path(name).parts} == set()
 
 
 @pytest.mark.parametrize(
