@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
     from transformers.utils import logging as transformers_logging
 
     from metamorph.inference import SamplerSettings, load
+    from metamorph.models.sequence.conversations import TextPart
 
     transformers_logging.disable_progress_bar()  # of loading weights: the output is the answer
     session = load(flags.model, flags.visualizer, flags.device, dashes="--")
@@ -68,8 +69,11 @@ def main(argv: Sequence[str]) -> None:
     )
     names = iter(save_images(reply.images, Path(flags.output)))
     for part in reply.parts:
-        is_text = hasattr(part, "text")
-        print(printable(part.text) if is_text else f"[picture: {next(names, 'not drawn without --visualizer')}]")
+        print(
+            printable(part.text)
+            if isinstance(part, TextPart)
+            else f"[picture: {next(names, 'not drawn without --visualizer')}]"
+        )
 
 
 def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":

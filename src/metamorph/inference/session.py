@@ -39,6 +39,17 @@ class Session:
     pipeline: VisualizationPipeline | None = None
     """Draws visual tokens; None leaves images undrawn."""
 
+    @property
+    def visualizer(self) -> VisualizationPipeline:
+        """The pipeline.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if self.pipeline is None:
+            raise ValueError("there is no visualizer: give one to metamorph.load")
+        return self.pipeline
+
     def reply(
         self,
         prompt: str,

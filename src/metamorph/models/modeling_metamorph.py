@@ -313,7 +313,7 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         result.loss = result.text_loss
         if "image_starts" in indices:
             logits = self.compute_logits(hidden.index_select(0, indices["image_starts"]))
-            result.num_image_starts = logits.argmax(dim=-1).eq(self.config.image_start_token_id).sum()
+            result.num_image_starts = (logits.argmax(dim=-1) == self.config.image_start_token_id).sum()
         if not self.config.use_vision_ar:
             return
         predictions = self.vision_head(hidden.index_select(0, indices["visual"]))

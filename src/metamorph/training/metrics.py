@@ -45,12 +45,12 @@ class LossWindow:
             )
         )
         by_text, by_visual, by_token = normalizers or (num_text.clamp(min=1), num_visual.clamp(min=1), num_tokens)
-        values = (text * by_text, visual * by_visual, cosine * num_visual, aux * by_token)
-        values = (*values, num_text, num_visual, num_tokens)
-        sums = torch.stack([value.float() for value in values])
-        self._sums = sums if self._sums is None else self._sums + sums
+        sums = (text * by_text, visual * by_visual, cosine * num_visual, aux * by_token)
+        values = (*sums, num_text, num_visual, num_tokens)
+        window = torch.stack([value.float() for value in values])
+        self._sums = window if self._sums is None else self._sums + window
         if outputs.visual_direction_sums is not None:
-            directions = outputs.visual_direction_sums.to(dtype=sum_dtype(sums.device))
+            directions = outputs.visual_direction_sums.to(dtype=sum_dtype(window.device))
             self._direction_sums = directions if self._direction_sums is None else self._direction_sums + directions
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:

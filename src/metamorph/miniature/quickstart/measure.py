@@ -51,7 +51,7 @@ def measure_world(
     files = write_dataset(output_dir / "data", seed=seed, sizes=WorldSizes.only_evaluation(sizes.largest))
     session = load(model, visualizer, device="cpu", dtype=torch.float32)
     settings = SamplerSettings(MINI.guidance_scale, MINI.sampling_steps, seed=seed)
-    evaluation = evaluate_world(session.model, session.processor, session.pipeline, files, sizes, settings)
+    evaluation = evaluate_world(session.model, session.processor, session.visualizer, files, sizes, settings)
     metrics = {**evaluation.metrics(), "seed": seed}
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     write_grids(output_dir / "pictures", evaluation, metrics)

@@ -73,7 +73,7 @@ def evaluate_folders(space: Workspace, files: WorldFiles, recipe: Recipe) -> Wor
     """Evaluate the folders that training left, loaded as a user would load them."""
     session = load(space.model, space.visualizer, device="cpu", dtype=torch.float32)
     settings = SamplerSettings(recipe.guidance_scale, recipe.sampling_steps, seed=space.seed)
-    return evaluate_world(session.model, session.processor, session.pipeline, files, recipe.evaluation, settings)
+    return evaluate_world(session.model, session.processor, session.visualizer, files, recipe.evaluation, settings)
 
 
 def collect_metrics(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -60,7 +61,8 @@ def check_keeps_samples_apart(model: MetaMorphForConditionalGeneration) -> None:
     Raises:
         ValueError: If samples of one row would leak into each other.
     """
-    decoder, table = model.get_decoder(), model.get_input_embeddings().weight
+    decoder: Any = model.get_decoder()
+    table: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
     first, other, second = torch.randn(3, 1, _SAMPLE, model.config.text_config.hidden_size, generator=generator)
     scale = table.detach().float().std().cpu()
