@@ -107,6 +107,7 @@ def load(
         processor = MetaMorphProcessor.from_pretrained(model)
         options = {} if dtype is None else {"dtype": dtype}
         network = MetaMorphForConditionalGeneration.from_pretrained(model, **options)
+        processor.check_fits(network.config)
     pipeline = None if visualizer is None else load_pipeline(visualizer, flag=f"{dashes}visualizer").to(where)
     return Session(network.to(where).eval(), processor, pipeline)
 
