@@ -132,7 +132,8 @@ def test_pickled_tensors(tmp_path: Path) -> None:
     table = torch.arange(12.0).view(3, 4)
     torch.save({"a": table, "b": table[1:].T}, file)
     loaded = load_pickled_tensors(file)
-    assert torch.equal(loaded["a"], table) and torch.equal(loaded["b"], table[1:].T)
+    assert torch.equal(loaded["a"], table)
+    assert torch.equal(loaded["b"], table[1:].T)
     for hostile, message in (
         ({"a": torch.zeros(1).expand(100_000, 100_000)}, r"a of shape \[100000, 100000\] is larger than"),
         ({"a": torch.empty(10**6, device="meta")}, "a of shape"),

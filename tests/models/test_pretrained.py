@@ -20,6 +20,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+import metamorph
 from metamorph import cli
 from metamorph.mini import asset_path
 from metamorph.models.connector import load_connector, save_connector

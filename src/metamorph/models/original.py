@@ -277,4 +277,4 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}): copy it again") from error
+        raise ValueError(f"{file} cannot be read as plain tensors ({error}): it is damaged, copy it again") from error
