@@ -209,3 +209,8 @@ def test_patterns_of_files(tmp_path):
     for pattern in ("a-{0..9999999999}.tar", "a-" + "{0..9}" * 40 + ".tar"):
         with pytest.raises(DataError, match="the braces name more than 1000000 files; check their numbers"):
             names(pattern)
+    with pytest.raises(DataError, match=r"it has \d+ characters, more than 4096") as error:
+        names("{a}" * 8000 + ".tar")
+    assert len(str(error.value)) < 400
+    with pytest.raises(DataError, match=r"it names .*c\.tar twice"):
+        names("c{,}{,}.tar")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from metamorph.files.model_files import (
     check_implementations,
     check_layer_counts,
     check_weights,
+    load_pickled_tensors,
     read_json_object,
     weight_shapes,
 )
@@ -117,3 +120,42 @@ def test_values_that_are_not_finite(value: float, dtype: torch.dtype) -> None:
     weights["a"][2] = value
     with pytest.raises(ValueError, match="x: a holds NaN or infinite values"):
         check_finite(weights.items(), "x")
+
+
+def test_a_weight_without_values_is_missing() -> None:
+    with pytest.raises(ValueError, match="x: a has no values: the weight is missing"):
+        check_finite([("a", torch.empty(3, device="meta"))], "x")
+
+
+def test_pickled_tensors(tmp_path: Path) -> None:
+    file = tmp_path / "x.bin"
+    table = torch.arange(12.0).view(3, 4)
+    torch.save({"a": table, "b": table[1:].T}, file)
+    loaded = load_pickled_tensors(file)
+    assert torch.equal(loaded["a"], table)
+    assert torch.equal(loaded["b"], table[1:].T)
+    for hostile, message in (
+        ({"a": torch.zeros(1).expand(100_000, 100_000)}, r"a of shape \[100000, 100000\] is larger than"),
+        ({"a": torch.empty(10**6, device="meta")}, "a of shape"),
+        ({"a": torch.sparse_coo_tensor(size=(10**6, 10**6))}, "a of shape"),
+        ({5: table}, "is not a dictionary of tensors"),
+        ([table], "is not a dictionary of tensors"),
+        ({"a": pytest.raises}, "is refused, because loading other objects can run code"),
+    ):
+        torch.save(hostile, file)
+        with pytest.raises(ValueError, match=rf"x\.bin.*{message}"):
+            load_pickled_tensors(file)
+
+
+def test_damaged_and_compressed_pickles(tmp_path: Path) -> None:
+    whole, file = tmp_path / "whole.bin", tmp_path / "x.bin"
+    torch.save({"a": torch.zeros(10**6)}, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as target:
+        for member in source.infolist():
+            target.writestr(member.filename, source.read(member))
+    with pytest.raises(ValueError, match=r"x\.bin.*compressed, which torch\.save never does"):
+        load_pickled_tensors(file)
+    for content in (b"", whole.read_bytes()[:5000], b"\x80\x02" + b"\xff" * 9, pickle.dumps({"a": 1}), b"PK\x03\x04"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.bin (cannot be read|is not a dictionary)"):
+            load_pickled_tensors(file)

@@ -1,5 +1,7 @@
 """Conversation templates: the right text, the right supervision, the same ids in training and in use."""
 
+import resource
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import pytest
@@ -13,6 +15,7 @@ from processing_parts import (
     supervised_text,
     tokenizer_with,
 )
+from tokenizers import AddedToken, normalizers
 from transformers import AutoTokenizer
 
 from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -269,6 +272,102 @@ def test_contents_are_no_template():
     assert all(message["content"] in text for message in messages)
     assert processor.tokenizer.decode(processor.encode_conversation(messages).input_ids) == text
     assert processor(text=text)["input_ids"] == [processor.encode_conversation(messages).input_ids.tolist()]
+
+
+@pytest.mark.parametrize("version", ["llama3", "chatml", "plain"])
+def test_contents_give_no_control_tokens_that_overlap_are_short_or_are_written_otherwise(version):
+    tokenizer = tokenizer_with()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.add_tokens(
+        [
+            AddedToken("<<", special=True, normalized=False),
+            AddedToken("§", special=True, normalized=False),
+            AddedToken("<|bad|>", special=True, normalized=True),
+            AddedToken("<plain>", normalized=False),
+        ]
+    )
+    processor = build_processor(tokenizer, version=version)
+    names = {*tokenizer.all_special_tokens, *processor.template.control_tokens}
+    controls = set(tokenizer.convert_tokens_to_ids(sorted(names)))
+    ordinary = tokenizer.convert_tokens_to_ids("<plain>")
+
+    def found(*contents):
+        ids = processor.encode_conversation(chat(*contents)).input_ids.tolist()
+        return [token for token in ids if token in controls], ids.count(ordinary)
+
+    neutral, _ = found("x", "y")
+    for content in (
+        *(
+            "hi <<|eot_id|>",
+            "<<<",
+            "<|eot_id|><|eot_id|>",
+            "§",
+            "a§§b",
+            "§<|eot_id|>§",
+            "\ue002§",
+            "\ue002\ue003§\ue002",
+        ),
+        *(
+            "<|BAD|>",
+            "<|BAD|> <plain> x",
+            "<plain><|Bad|><plain><|bAd|>§",
+            "<<plain>",
+            "\ue003<|BAD|>\ue002 <plain>\ue003",
+        ),
+    ):
+        assert found(content, content) == (neutral, 2 * content.count("<plain>")), content
+        text = processor.apply_chat_template(chat(content, "y"))
+        assert content in text
+
+
+_MANY = "{% for a in range(9999) %}"
+_DOUBLED = "{% set n = namespace(x='xxxxxxxxxx', l=[1]) %}{% for _ in range(99) %}"
+ENDLESS = {
+    "nested loops": _MANY * 3 + "x" + "{% endfor %}" * 3,
+    "doubled by +": _DOUBLED + "{% set n.x = n.x + n.x %}{% endfor %}",
+    "doubled by ~": _DOUBLED + "{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "doubled by a list": _DOUBLED + "{% set n.l = [n.l, n.l] %}{% endfor %}{{ n.l }}",
+    "doubled by replace": _DOUBLED + "{% set n.x = n.x.replace('x', n.x) %}{% endfor %}",
+    "doubled by a filter": _DOUBLED + "{% set n.x = n.x | replace('x', n.x) %}{% endfor %}",
+    "doubled by join": _DOUBLED + "{% set n.x = [n.x, n.x] | join %}{% endfor %}",
+    "doubled by a block": _DOUBLED + "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
+    "namespaces": _DOUBLED + "{% set n.l = namespace(a=n.l, b=n.l) %}{% endfor %}{{ n.l }}{{ 'x' * 10**9 }}",
+    "times": "{{ 'x' * 10**10 }}",
+    "times, of a list": "{% set x = [0] * 10**10 %}",
+    "power": "{% set x = 10 ** 10 ** 9 %}",
+    "width": "{{ '%9999999999d' % 1 }}",
+    "format": "{{ '{:9999999999}'.format(1) }}",
+    "format filter": "{{ '%9999999999d' | format(1) }}",
+    "centred": "{{ 'x' | center(10**10) }}",
+    "constant": "{{ 'x' | center(9999999999) }}",
+    "justified": "{{ 'x'.ljust(10**10) }}",
+    "indent": "{{ messages | tojson(indent=10**10) }}",
+    "slices": "{{ [1] | slice(10**10) | list }}",
+    "map": "{{ range(99999) | map('center', 9999) | join }}",
+    "macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "recursive loop": "{% for a in [1] recursive %}{{ loop(range(9999)) if loop.depth < 9 }}{% endfor %}",
+    "long text": _MANY + "x" * 10_000 + "{% endfor %}",
+    "lipsum": "{{ lipsum(10**9) }}",
+}
+
+
+@pytest.mark.parametrize("hostile", ENDLESS.values(), ids=list(ENDLESS))
+def test_a_template_cannot_take_endless_time_or_memory(hostile):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    source = tokenizer_with("qwen").chat_template
+    for condition in ("true", "messages[0]['content'] == 'Hi'"):  # also where only some contents make it endless
+        tokenizer = tokenizer_with(f"{{% if {condition} %}}{hostile}{{% endif %}}{source}")
+        with pytest.raises(ValueError, match=r"the chat template of .* cannot render the roles"):
+            build_processor(tokenizer, version="auto").apply_chat_template(chat("Hi", "Yes."))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
+def test_the_budget_of_a_template_is_that_of_one_rendering():
+    processor = build_processor(tokenizer_with("thinking"), version="auto")
+    long = chat(*["word " * 2000] * 100)
+    with ThreadPoolExecutor(4) as threads:
+        texts = list(threads.map(processor.apply_chat_template, [long] * 8))
+    assert len(set(texts)) == 1
 
 
 def test_an_unknown_version_names_the_allowed_ones():

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -230,6 +231,54 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
         load_language_model(tmp_path)
 
 
+def test_an_adapter_beside_a_model_is_refused(kind) -> None:
+    """Transformers hands its settings to PEFT: regular expressions that never end, modules to import, any rank."""
+    folder, load = kind
+    settings = {"peft_type": "LORA", "target_modules": "([a-z0-9_.]+)+X"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"holds adapter_config\.json beside a model: move the adapter"):
+        load(folder)
+
+
+def test_a_processor_loads_no_other_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in (asset_path("mini") / "model").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    file = tmp_path / "processor_config.json"
+    fields = json.loads(file.read_text())
+    named = {"audio_tokenizer_class": "LlamaForCausalLM", "audio_tokenizer_name_or_path": str(tmp_path)}
+    for extra in ({"audio_tokenizer": named}, {"feature_extractor": {}}):
+        file.write_text(json.dumps({**fields, **extra}))
+        with pytest.raises(ValueError, match=rf"processor_config\.json: {min(extra)} is no field"):
+            MetaMorphProcessor.from_pretrained(tmp_path)
+    file.write_text(json.dumps(fields))
+    assert MetaMorphProcessor.from_pretrained(tmp_path).num_image_tokens == fields["num_image_tokens"]
+    (tmp_path / "audio_tokenizer_config.json").write_text(json.dumps(named))
+    with pytest.raises(ValueError, match=r"holds audio_tokenizer_config\.json"):
+        MetaMorphProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_image_tokens": 10**9}, "must be at least 1 and at most 16384, not 1000000000"),
+        ({"num_image_tokens": 25}, r"num_image_tokens of processor_config\.json is 25, but that of config\.json 16"),
+        ({"size": {"height": 10**5, "width": 10**5}}, "images of 100000 pixels a side must have 1 to 4096"),
+        ({"size": {"height": 32, "width": 32}}, r"size of images of processor_config\.json is \(32, 32\)"),
+    ],
+    ids=["tokens", "other tokens", "size", "other size"],
+)
+def test_sizes_of_a_processor(change: dict, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in (asset_path("mini") / "model").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    file = tmp_path / "processor_config.json"
+    fields = json.loads(file.read_text())
+    (fields["image_processor"] if "size" in change else fields).update(change)
+    file.write_text(json.dumps(fields))
+    assert cli.main(["generate", "--model", str(tmp_path), "--prompt", "hello"]) == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
 def test_loading_draws_no_random_numbers(kind) -> None:
     """New parts are initialised from PyTorch's generator: what is loaded before must not move it."""
     folder, load = kind
@@ -240,8 +289,7 @@ def test_loading_draws_no_random_numbers(kind) -> None:
 
 
 def test_the_command_names_flag_and_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mini = asset_path("mini") / "model"
-    for file in mini.iterdir():
+    for file in (asset_path("mini") / "model").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     change_weights(tmp_path, lambda weights: [weights.pop(name) for name in list(weights)[:68]])
     assert cli.main(["generate", "--model", str(tmp_path), "--prompt", "hello"]) == 2

@@ -167,6 +167,10 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
         "safetensors files only",
     ),
     "damaged": (lambda path: (path / "vae" / WEIGHTS).write_bytes(b"\xff" * 64), "is damaged"),
+    "single file and index": (
+        lambda path: (path / f"unet/{WEIGHTS}.index.json").write_text('{"weight_map": {"a": "other.safetensors"}}'),
+        "unet holds weights twice, diffusion_pytorch_model.safetensors and",
+    ),
     "index of shards": (
         lambda path: (
             (path / "vae" / WEIGHTS).rename(path / "vae/x.safetensors")

@@ -294,8 +294,11 @@ def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
     if name is None:
         name = str(asset_path("mini-llama"))
     with names_flag("--model_name_or_path", name):
-        if load_config(name).model_type == MetaMorphConfig.model_type:
-            return _as_trained(MetaMorphProcessor.from_pretrained(name), name, given)
+        config = load_config(name)
+        if config.model_type == MetaMorphConfig.model_type:
+            processor = MetaMorphProcessor.from_pretrained(name)
+            processor.check_fits(config)
+            return _as_trained(processor, name, given)
         tokenizer = load_tokenizer(name)
     image_processor = SiglipImageProcessorPil(
         size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,21 @@ from safetensors import SafetensorError, safe_open
 
 JSON_LIMIT = 32 * 2**20
 """Bytes; the longest known index of a sharded checkpoint has a third of it."""
+
+_PICKLE_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+"""What PyTorch raises for damaged or forbidden pickles."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -56,7 +73,7 @@ def weight_shapes(folder: Path, stem: str = "model", variant: str | None = None)
     if single.is_file() or not index.is_file():
         return file_shapes(single)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in sorted(_shards(index)):
+    for name in shard_names(index):
         shapes |= file_shapes(folder / name)
     return shapes
 
@@ -75,6 +92,38 @@ def file_shapes(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}): copy it again") from error
+
+
+def load_pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Read a `.bin` or `.pt` file of tensors; no code in it is run, and they take no more memory than the file.
+
+    Args:
+        file: Written by `torch.save` of a dictionary from names to tensors.
+
+    Raises:
+        ValueError: if it is damaged, is not such a dictionary, holds other objects, or is compressed.
+    """
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if any(member.file_size > member.compress_size for member in archive.infolist()):
+                    raise ValueError("it is compressed, which torch.save never does")
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except _PICKLE_ERRORS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{file} cannot be read as plain tensors and is refused, because loading other objects can run code "
+            f"({reason}): convert it to safetensors where you trust it"
+        ) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
+    ):
+        raise ValueError(f"{file} is not a dictionary of tensors: give one that torch.save wrote of a state dict")
+    for name, value in tensors.items():
+        # A few bytes can describe a tensor of any size: expanded, sparse, or without values.
+        if value.layout != torch.strided or value.is_meta or value.nbytes > value.untyped_storage().nbytes():
+            raise ValueError(f"{file}: {name} of shape {list(value.shape)} is larger than what the file holds of it")
+    return tensors
 
 
 def check_weights(found: Shapes, expected: Shapes, where: object) -> None:
@@ -157,6 +206,8 @@ def check_finite(weights: Iterable[tuple[str, torch.Tensor]], where: object) -> 
         ValueError: naming the first weight with a value that is not finite.
     """
     for name, value in weights:
+        if value.is_meta:
+            raise ValueError(f"{where}: {name} has no values: the weight is missing in the files")
         if value.is_floating_point() and value.numel():
             lowest, highest = torch.aminmax(value.detach())  # both are NaN if any is; no copy of the weight is made
             if not (math.isfinite(lowest.item()) and math.isfinite(highest.item())):
@@ -165,14 +216,20 @@ def check_finite(weights: Iterable[tuple[str, torch.Tensor]], where: object) -> 
                 )
 
 
-def _shards(index: Path) -> set[str]:
+def shard_names(index: Path) -> list[str]:
+    """The files that the index of a sharded checkpoint names, sorted.
+
+    Raises:
+        FileNotFoundError: if there is no such index.
+        ValueError: if it is damaged, or names files outside of its folder.
+    """
     names = read_json_object(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index} has no weight_map from weights to files: copy it again")
     for name in names.values():
         if Path(name).name != name:
             raise ValueError(f"{index} names {name!r}, which is not a file of its own folder: copy it again")
-    return set(names.values())
+    return sorted(set(names.values()))
 
 
 def _fields(value: Any) -> Iterator[tuple[str, Any]]:

@@ -120,6 +120,7 @@ def load(
     with names_flag(f"{dashes}model", model):
         processor = MetaMorphProcessor.from_pretrained(model)
         network = MetaMorphForConditionalGeneration.from_pretrained(model, **options)
+        processor.check_fits(network.config)
     pipeline = None
     if visualizer is not None:
         pipeline = load_pipeline(visualizer, flag=f"{dashes}visualizer", dtype=dtype).to(where)

@@ -10,6 +10,10 @@ from transformers import AutoConfig, PreTrainedConfig
 TOKEN_REDUCTIONS = ("interpolation", "concat_interpolation", "mlpmixer", "none")
 VISION_HEAD_TYPES = ("linear", "mlp", "mlp2x_gelu")
 PROJECTOR_TYPES = ("linear", "mlp{N}x_gelu", "mlpsoftmax", "identity")
+MAX_IMAGE_TOKENS = 128**2
+"""Most visual tokens of an image. No weight depends on their number, so that files alone would not limit it."""
+MAX_IMAGE_SIDE = 4096
+"""Longest side in pixels of the images that a tower sees, for the same reason."""
 CONCAT_BLOCK = 4
 """`concat_interpolation` joins blocks of 2×2 tokens along the feature axis."""
 
@@ -39,8 +43,8 @@ def check_options(options: Any) -> None:
     coef = options.vision_coef
     if coef is not None and not (math.isfinite(coef) and coef >= 0):
         raise ValueError(f"vision_coef={coef} must be a finite number, 0 or larger")
-    if count < 1:
-        raise ValueError(f"num_image_tokens={count} must be at least 1")
+    if not 1 <= count <= MAX_IMAGE_TOKENS:
+        raise ValueError(f"num_image_tokens={count} must be from 1 to {MAX_IMAGE_TOKENS}")
     side = math.isqrt(count)
     if reduction in ("interpolation", "concat_interpolation") and side**2 != count:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from metamorph.files.model_files import check_finite
+from metamorph.files.model_files import check_finite, load_pickled_tensors
 from metamorph.models.sequence.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 
 from .embeddings import NewTokenEmbedding, NewTokenHead
@@ -206,7 +205,7 @@ def read_connector(file: Path) -> Connector:
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}): copy it again or rerun stage 1") from error
     else:
-        tensors = _read_bin(file)
+        tensors = load_pickled_tensors(file)
     check_finite(tensors.items(), file)
     tokens = _read_metadata(metadata, "new_tokens", [], file)
     parts: dict[str, dict[str, Tensor]] = {"mm_projector": {}, "reduction": {}, "vision_head": {}}
@@ -330,19 +329,6 @@ def _load_part(module: nn.Module, tensors: dict[str, Tensor], source: str) -> No
             "--mm_projector_type and --vision_head_type of stage 1"
         )
     module.load_state_dict(tensors)
-
-
-def _read_bin(file: Path) -> dict[str, Tensor]:
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"{file} cannot be read as plain tensors and is refused, because loading other objects can run code: "
-            f"convert it to {CONNECTOR_FILE} where you trust it"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{file} is not a dictionary of tensors: give the mm_projector.bin of stage 1")
-    return tensors
 
 
 def _without_prefixes(key: str) -> str:

@@ -18,6 +18,8 @@ from transformers import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from metamorph.models.configuration_metamorph import MAX_IMAGE_SIDE
+
 
 _BAND_PIXELS = 2**20
 """Pixels that are converted at a time."""
@@ -46,7 +48,7 @@ def square_image_processor(image_processor: BaseImageProcessor, image_size: int 
         image_size: Side of the square in pixels; by default the processor's own size.
 
     Raises:
-        ValueError: If the size is neither given nor square in `image_processor`.
+        ValueError: If the size is neither given nor square in `image_processor`, or larger than `MAX_IMAGE_SIDE`.
     """
     result = copy.deepcopy(image_processor)
     if hasattr(result, "max_num_patches"):  # SigLIP 2 NaFlex: makes patches; the tower wants pixels
@@ -55,6 +57,8 @@ def square_image_processor(image_processor: BaseImageProcessor, image_size: int 
             resample=result.resample, image_mean=result.image_mean, image_std=result.image_std
         )
     side = image_size or _own_size(result)
+    if not (isinstance(side, int) and 0 < side <= MAX_IMAGE_SIDE):
+        raise ValueError(f"{type(result).__name__}: images of {side!r} pixels a side must have 1 to {MAX_IMAGE_SIDE}")
     result.size = {"height": side, "width": side}
     result.do_resize = True
     if getattr(result, "do_center_crop", None):

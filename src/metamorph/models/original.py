@@ -5,9 +5,7 @@ of the tower (absent where it was not saved), `model.mm_projector.*`, `vision_he
 nothing uses. The configuration is Llama's with fields of LLaVA in it.
 """
 
-import json
 import logging
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from metamorph.files.model_files import check_finite
+from metamorph.files.model_files import check_finite, load_pickled_tensors, read_json_object, shard_names
 from metamorph.models.sequence.image_tokens import image_token_names
 
 from .configuration_metamorph import MetaMorphConfig
@@ -131,10 +129,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: give the folder of an original checkpoint")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): the checkpoint is damaged") from error
+    fields = read_json_object(file)
     if fields.get("model_type") not in MODEL_TYPES:
         raise ValueError(
             f"{file} has model_type {fields.get('model_type')!r}, which is no checkpoint of the original layout; those "
@@ -154,8 +149,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{folder} has no weights: one of {', '.join(WEIGHT_FILES)} is needed")
     files = [folder / name]
     if name.endswith(".index.json"):
-        index = json.loads((folder / name).read_text(encoding="utf-8"))
-        files = [folder / shard for shard in sorted(set(index["weight_map"].values()))]
+        files = [folder / shard for shard in shard_names(folder / name)]
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors.update(_read_file(file))
@@ -276,12 +270,11 @@ def _check_fit(module: torch.nn.Module, weights: dict[str, Tensor], source: str)
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: copy the checkpoint again")
+    if file.suffix != ".safetensors":
+        return load_pickled_tensors(file)
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"{file} cannot be read as plain tensors ({str(error).strip().splitlines()[0]}): it is damaged, or holds "
-            "objects that could run code, which are refused"
-        ) from error
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read as plain tensors ({error}): it is damaged, copy it again") from error

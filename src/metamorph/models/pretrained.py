@@ -32,6 +32,7 @@ from metamorph.files.model_files import check_finite, check_implementations, rea
 
 
 CONFIG_FILE = "config.json"
+PEFT_FILE = "adapter_config.json"
 WEIGHT_PATTERNS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "token")
 OTHER_SOURCES = ("gguf_file", "state_dict", "subfolder", "variant")
@@ -126,6 +127,7 @@ def load_checked(
     """
     if kwargs.pop("trust_remote_code", None):
         raise ValueError("trust_remote_code is not supported: code that comes with a model is never run")
+    _refuse_peft(name_or_path, kwargs)
     _check_sizes(name_or_path, config, build, kwargs)
     if all(kwargs.get(name) is None for name in OTHER_SOURCES):
         kwargs["use_safetensors"] = True
@@ -149,6 +151,22 @@ def load_checked(
     values = ((name, value) for name, value in model.state_dict().items() if value.device.type != "meta")
     check_finite(((name, value) for name, value in values if value.element_size() > 1), name_or_path)
     return model, info
+
+
+def find_file(name_or_path: str | Path, file: str, **hub_kwargs: Any) -> Path | None:
+    """A file of a folder or of the Hub, which is downloaded; None if there is none, or the Hub cannot be reached.
+
+    Args:
+        name_or_path: Folder or Hub id.
+        file: Name of the file.
+        **hub_kwargs: `revision`, `token`, …, and `subfolder`.
+    """
+    options = {name: hub_kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if hub_kwargs.get(name) is not None}
+    absent_is_none = {
+        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
+    }
+    found = cached_file(name_or_path, file, **options, **absent_is_none)
+    return None if found is None else Path(found)
 
 
 def check_layers(config: PreTrainedConfig, weights: int, where: object) -> None:
@@ -192,6 +210,15 @@ def _check_sizes(
             f"{folder} holds less than its {CONFIG_FILE} asks for: {name} must have shape {list(wrong[name])}, but "
             + (f"has {list(found[name])}" if name in found else "is not there")
             + f" ({len(wrong)} such weights)"
+        )
+
+
+def _refuse_peft(name_or_path: str | Path, kwargs: dict[str, Any]) -> None:
+    """Transformers would attach an adapter that lies in the folder of a model, and PEFT read its settings unchecked."""
+    if find_file(name_or_path, PEFT_FILE, **kwargs) is not None:
+        raise ValueError(
+            f"{name_or_path} holds {PEFT_FILE} beside a model: move the adapter to a folder of its own, with the "
+            "metamorph_adapter.json that `metamorph train --lora_enable True` writes"
         )
 
 

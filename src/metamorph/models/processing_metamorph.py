@@ -9,13 +9,15 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from metamorph.models.configuration_metamorph import MetaMorphConfig
+from metamorph.files.model_files import read_json_object
+from metamorph.models.configuration_metamorph import MAX_IMAGE_TOKENS, MetaMorphConfig
 from metamorph.models.image_processing import (
     flatten_images,
     pixel_table,
     preprocess_images,
     square_image_processor,
 )
+from metamorph.models.pretrained import find_file
 from metamorph.models.sequence.chat_templates import ChatTemplate, Segment, get_chat_template
 from metamorph.models.sequence.constants import ASPECT_RATIOS, DEFAULT_IM_PATCH_TOKEN, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from metamorph.models.sequence.conversations import (
@@ -34,6 +36,21 @@ from metamorph.models.sequence.conversations import (
 )
 from metamorph.models.sequence.image_tokens import ImageTokens, add_image_tokens
 from metamorph.models.sequence.text_encoding import TextEncoder
+
+
+_CONFIG_FILE = "processor_config.json"
+_AUDIO_FILE = "audio_tokenizer_config.json"
+_CONFIG_FIELDS = (
+    "chat_template",
+    "image_aspect_ratio",
+    "image_processor",
+    "mm_use_im_patch_token",
+    "mm_use_im_start_end",
+    "num_image_tokens",
+    "processor_class",
+    "version",
+)
+"""What `processor_config.json` may hold."""
 
 
 class MetaMorphProcessor(ProcessorMixin):
@@ -65,8 +82,10 @@ class MetaMorphProcessor(ProcessorMixin):
         mm_use_im_patch_token: bool = False,
         image_aspect_ratio: str = "square",
     ) -> None:
-        if num_image_tokens < 1:
-            raise ValueError(f"--num_image_tokens must be at least 1, not {num_image_tokens}")
+        if not (isinstance(num_image_tokens, int) and 1 <= num_image_tokens <= MAX_IMAGE_TOKENS):
+            raise ValueError(
+                f"--num_image_tokens must be at least 1 and at most {MAX_IMAGE_TOKENS}, not {num_image_tokens!r}"
+            )
         if image_aspect_ratio not in ASPECT_RATIOS:
             raise ValueError(
                 f"--image_aspect_ratio {image_aspect_ratio!r} is unknown; use one of {', '.join(ASPECT_RATIOS)}"
@@ -96,9 +115,13 @@ class MetaMorphProcessor(ProcessorMixin):
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
             **kwargs: As in Transformers, without `trust_remote_code`.
+
+        Raises:
+            ValueError: If the processor has parts or settings that are not ours.
         """
         if kwargs.pop("trust_remote_code", None):
             raise ValueError("trust_remote_code is not supported: code that comes with a model is never run")
+        _check_fields(pretrained_model_name_or_path, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **kwargs)
 
     @classmethod
@@ -125,6 +148,25 @@ class MetaMorphProcessor(ProcessorMixin):
         }
         squared = square_image_processor(image_processor, config.vision_image_size)
         return cls(squared, tokenizer, **{**fields, **overrides})
+
+    def check_fits(self, config: MetaMorphConfig) -> None:
+        """Check that the sequences and pixels are those that a model takes.
+
+        Args:
+            config: Configuration of the model.
+
+        Raises:
+            ValueError: If the number of visual tokens or the size of images differs.
+        """
+        size = self.image_processor.size
+        for name, own, needed in (
+            ("num_image_tokens", self.num_image_tokens, config.num_image_tokens),
+            ("size of images", (size["height"], size["width"]), (config.vision_image_size,) * 2),
+        ):
+            if own != needed:
+                raise ValueError(
+                    f"the {name} of {_CONFIG_FILE} is {own}, but that of config.json {needed}: copy the model again"
+                )
 
     @property
     def pad_token_id(self) -> int:
@@ -390,6 +432,16 @@ class MetaMorphProcessor(ProcessorMixin):
         if not images:
             return None
         return preprocess_images(images, self.image_processor, self.image_aspect_ratio, self._pixel_table)
+
+
+def _check_fields(name_or_path: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse what makes Transformers load more than a tokenizer and an image processor: any model, unchecked."""
+    if find_file(name_or_path, _AUDIO_FILE, **kwargs) is not None:
+        raise ValueError(f"{name_or_path} holds {_AUDIO_FILE}, which names a model to load: remove it")
+    file = find_file(name_or_path, _CONFIG_FILE, **kwargs)
+    unknown = set() if file is None else read_json_object(file).keys() - set(_CONFIG_FIELDS)
+    if unknown:
+        raise ValueError(f"{file}: {min(unknown)} is no field of a {MetaMorphProcessor.__name__}: remove it")
 
 
 AutoProcessor.register(MetaMorphConfig, MetaMorphProcessor)

@@ -91,6 +91,7 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
     if continues:
         with names_flag("--model_name_or_path", args.model_name_or_path):
             processor = MetaMorphProcessor.from_pretrained(args.model_name_or_path, **_kept_template(checkpoint))
+            processor.check_fits(text_config)
             MetaMorphForConditionalGeneration.check_language_model(text_config.text_config)
         if image_aspect_ratio is not None:
             processor.image_aspect_ratio = image_aspect_ratio

@@ -146,6 +146,7 @@ def check_model(kind: type[ModelMixin], folder: Path, variant: str | None = None
     check_implementations(config, file)
     if kind in LIMITS:
         _check_size(config, *LIMITS[kind], file)
+    _check_one_kind_of_weights(folder, variant)
     found = weight_shapes(folder, WEIGHTS_STEM, variant)
     check_layer_counts(config, len(found), file)
     try:
@@ -216,6 +217,15 @@ def _hint(component: str) -> str:
         library, kind = MODELS[component]
         return f"it must be {kind.__name__} of {library}: code that a folder names or brings along is never run"
     return f"a visualizer consists of {', '.join((*MODELS, 'scheduler'))} only"
+
+
+def _check_one_kind_of_weights(folder: Path, variant: str | None) -> None:
+    """Diffusers would read an index rather than the single file that `weight_shapes` reads, also one of an old name."""
+    infix = f".{variant}" if variant else ""
+    names = (f"{infix}.safetensors", f".safetensors.index{infix}.json", f".safetensors{infix}.index.json")
+    files = [file for name in dict.fromkeys(names) if (file := folder / f"{WEIGHTS_STEM}{name}").is_file()]
+    if len(files) > 1:
+        raise ValueError(f"{folder} holds weights twice, {files[0].name} and {files[1].name}: remove one of them")
 
 
 def _check_size(config: dict[str, Any], name: str, limit: int, file: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,8 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
 MAX_FILES = 1_000_000
 """Most files that the braces of a pattern may name."""
+MAX_PATTERN = 4096
+"""Most characters of a pattern: as many as a path may have."""
 
 
 class Source(Protocol):
@@ -87,22 +88,31 @@ def expand_pattern(pattern: str | os.PathLike[str]) -> list[Path]:
             name is the pattern itself comes before all that.
 
     Raises:
-        DataError: If a file that the braces name is missing, nothing matches, or they name more than `MAX_FILES`.
+        DataError: If a file that the braces name is missing, nothing matches, a file is named twice, or the pattern is
+            longer than `MAX_PATTERN` or names more than `MAX_FILES`.
     """
     pattern = os.path.expanduser(pattern)
+    if len(pattern) > MAX_PATTERN:
+        raise DataError(
+            f"--data_path {pattern[:80]}…: it has {len(pattern)} characters, more than {MAX_PATTERN}; split it into "
+            "several sources of a mixture"
+        )
     if os.path.exists(pattern):
         return [Path(pattern)]
-    paths: list[Path] = []
-    missing = []
+    paths: dict[Path, None] = {}
+    missing, num_missing = "", 0
     for name in _expand_braces(pattern):
         found = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * os.path.exists(name)
-        paths += map(Path, found)
+        for path in map(Path, found):
+            if path in paths:
+                raise DataError(f"--data_path {pattern}: it names {path} twice; correct its braces")
+            paths[path] = None
         if not found:
-            missing.append(name)
+            missing, num_missing = missing or name, num_missing + 1
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise DataError(f"--data_path {pattern}: {missing[0]}{more} does not exist; check the pattern and its numbers")
-    return paths
+        more = f" and {num_missing - 1} more" if num_missing > 1 else ""
+        raise DataError(f"--data_path {pattern}: {missing}{more} does not exist; check the pattern and its numbers")
+    return list(paths)
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:
@@ -113,9 +123,11 @@ def _expand_braces(pattern: str) -> Iterator[str]:
     """
     pieces = _BRACES.split(pattern)  # texts and, between them, insides of braces
     choices: list[Sequence[str]] = []
+    num_files = 1
     for number, piece in enumerate(pieces):
         choices.append(_choices(piece) if number % 2 else [piece])
-        if math.prod(map(len, choices)) > MAX_FILES:
+        num_files *= len(choices[-1])
+        if num_files > MAX_FILES:
             raise DataError(
                 f"--data_path {pattern}: the braces name more than {MAX_FILES} files; check their numbers, or split "
                 "the pattern into several sources of a mixture"

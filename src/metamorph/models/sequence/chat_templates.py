@@ -10,8 +10,8 @@ from datetime import datetime
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from metamorph.models.sequence.bounded_jinja import render
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 
@@ -56,7 +56,16 @@ _LAST_TOKEN = "{{ %r if not add_generation_prompt and messages and messages[-1][
 
 _DATE = re.compile(r"""strftime_now\(\s*(['"])(.+?)\1\s*\)""")
 
-_RENDERING_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_RENDERING_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 """What a faulty template raises: Jinja's own errors and those of the expressions in it."""
 
 
@@ -325,9 +334,11 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         try:
-            (text,), _ = render_jinja_template(
-                conversations=[list(messages)],
-                chat_template=self.source,
+            return render(
+                self.source,
+                messages=list(messages),
+                tools=None,
+                documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._tokenizer.special_tokens_map,
             )
@@ -337,7 +348,6 @@ class ChatTemplate:
                 f"{[message['role'] for message in messages]}: {error}; correct the order of the turns, or choose "
                 "--version llama3 or chatml"
             ) from error
-        return text
 
     def _check_marks(self, text: str, roles: Sequence[str]) -> None:
         if [int(match[1]) for match in _MARK.finditer(text)] != list(range(len(roles))):

@@ -11,8 +11,11 @@ from metamorph.models.sequence.chat_templates import ChatTemplate, any_of
 
 
 _BREAK = "\ue002"
-"""Private-use character that breaks the name of a control token in a content; twice, it is itself."""
-_BREAKS = re.compile(f"{_BREAK}({_BREAK}?)")
+"""Private-use character in a content that says: here is no control token. It breaks a name, or precedes one of a single
+character, which cannot be broken."""
+_ITSELF, _NOTHING = "\ue003", "\ue004"
+"""After `_BREAK`: a content happens to hold that character; and what it precedes is nothing."""
+_BREAKS = re.compile(f"{_BREAK}([{_ITSELF}{_NOTHING}]?)")
 _CONTEXT = 64
 """Characters at the end of a text in which a control token is looked for; no name is longer."""
 
@@ -34,9 +37,12 @@ class TextEncoder:
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)  # None: the tokenizer is written in Python
         controls = template.control_tokens
         self._controls = frozenset(tokenizer.convert_tokens_to_ids(sorted(controls))) - {tokenizer.unk_token_id}
-        self._forbidden = {False: any_of(controls), True: any_of(controls - template.thought_tokens)}
+        self._forbidden = {False: _starts(controls), True: _starts(controls - template.thought_tokens)}
         added = {token.content for token in tokenizer.added_tokens_decoder.values()} | controls
-        self._added = re.compile(f"({any_of(added).pattern})")
+        short = any_of({name for name in added if len(name) == 1}).pattern
+        self._added = re.compile(
+            f"({any_of({name for name in added if len(name) > 1}).pattern}|(?<!{_BREAK})(?:{short}))"
+        )
         self._context_ids: dict[str, list[int]] = {}
         # The tokenizer finds these in normalised text only: <|user|> in "<|USER|>", say.
         late = {token.content for token in tokenizer.added_tokens_decoder.values() if token.normalized} & controls
@@ -49,21 +55,23 @@ class TextEncoder:
             content: Text of a message between two images.
             is_answer: Whether it is the assistant's, which may give the tokens of its thoughts.
         """
-        escaped = self.escape(content)
-        hidden = self._forbidden[is_answer].sub(lambda name: name[0][:1] + _BREAK + name[0][1:], escaped)
+        hidden = self._forbidden[is_answer].sub(_break, self.escape(content))
         if self._late is not None and self._late.search(self._normalized(hidden)):
-            hidden += _BREAK
+            # Of each piece the tokenizer would look at, so each is spelt.
+            pieces = self._added.split(hidden)
+            pieces[::2] = [piece and piece + _BREAK + _NOTHING for piece in pieces[::2]]
+            hidden = "".join(pieces)
         return hidden
 
     @staticmethod
     def escape(text: str) -> str:
         """Keep a character that happens to be the one which breaks names. Control tokens in the text count."""
-        return text.replace(_BREAK, _BREAK * 2)
+        return text.replace(_BREAK, _BREAK + _ITSELF)
 
     @staticmethod
     def reveal(text: str) -> str:
         """Undo `hide` or `escape`."""
-        return _BREAKS.sub(r"\1", text) if _BREAK in text else text
+        return _BREAKS.sub(lambda found: _BREAK if found[1] == _ITSELF else "", text) if _BREAK in text else text
 
     def encode(self, text: str, before: str = "") -> list[int]:
         """Ids of text with hidden contents.
@@ -86,7 +94,7 @@ class TextEncoder:
     def _context(self, before: str) -> str:
         """The control token with which a text ends, else its last character."""
         end = before[-_CONTEXT:]
-        if not end or end.endswith(_BREAK):
+        if not end or end.endswith((_BREAK, _ITSELF, _NOTHING)):
             return ""
         match = next((match for match in self._added.finditer(end) if match.end() == len(end)), None)
         return end[-1] if match is None else match[0]
@@ -131,3 +139,13 @@ class TextEncoder:
     def _normalized(self, text: str) -> str:
         normalizer = None if self._backend is None else self._backend.normalizer
         return text if normalizer is None else normalizer.normalize_str(text)
+
+
+def _starts(names: frozenset[str]) -> re.Pattern[str]:
+    """Matches the first character of each name in a text, also of names that overlap; its group is a name of one."""
+    single = any_of({name for name in names if len(name) == 1}).pattern
+    return re.compile(f"({single})|(?={any_of({name for name in names if len(name) > 1}).pattern}).", re.DOTALL)
+
+
+def _break(start: re.Match[str]) -> str:
+    return _BREAK + start[0] if start[1] else start[0] + _BREAK
