@@ -5,7 +5,6 @@ import json
 import logging
 import os
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,6 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
         FileNotFoundError: if a model, tokenizer or image processor does not exist.
         ValueError: if the parts do not go together; the message names the flag.
     """
-    now = on_first_process(datetime.now)  # one date for all: they may start around midnight, in several time zones
     check_reachable(args.model_name_or_path, "--model_name_or_path")
     with names_flag("--model_name_or_path", args.model_name_or_path):
         text_config = load_config(args.model_name_or_path)
@@ -95,7 +93,7 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
             check_connector(args.pretrain_mm_mlp_adapter)
     if continues:
         with names_flag("--model_name_or_path", args.model_name_or_path):
-            template = _template_of_run(text_config.version, tokenizer, checkpoint, now)
+            template = _template_of_run(text_config.version, tokenizer, checkpoint)
             processor = MetaMorphProcessor.from_pretrained(args.model_name_or_path, **template)
             MetaMorphForConditionalGeneration.check_language_model(text_config.text_config)
         if image_aspect_ratio is not None:
@@ -109,7 +107,7 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
         image_processor = load_image_processor(resolve_vision_tower(args.vision_tower))
     config = MetaMorphConfig(text_config=text_config, vision_config=vision_config, **config_overrides(args))
     with names_flag("--model_name_or_path", args.model_name_or_path):
-        template = _template_of_run(config.version, tokenizer, checkpoint, now)
+        template = _template_of_run(config.version, tokenizer, checkpoint)
     processor = MetaMorphProcessor.from_parts(
         tokenizer, image_processor, config, image_aspect_ratio=image_aspect_ratio or "square", **template
     )
@@ -304,10 +302,11 @@ def measuring_workers(args: MetaMorphTrainingArguments) -> int:
     return asked or min(cores, MAX_MEASURING)
 
 
-def _template_of_run(
-    version: str, tokenizer: PreTrainedTokenizerBase, checkpoint: str | None, now: datetime
-) -> dict[str, str]:
-    """`chat_template` for a processor with `--version auto`: the checkpoint's, else the tokenizer's with a date."""
+def _template_of_run(version: str, tokenizer: PreTrainedTokenizerBase, checkpoint: str | None) -> dict[str, str]:
+    """`chat_template` for a processor with `--version auto`: the checkpoint's, else the tokenizer's with a date.
+
+    Every process must call it. They may start around midnight, or in several time zones.
+    """
     if checkpoint is not None:
         settings = json.loads((Path(checkpoint) / PROCESSOR_NAME).read_text(encoding="utf-8"))
         file = Path(checkpoint) / CHAT_TEMPLATE_FILE
@@ -315,7 +314,7 @@ def _template_of_run(
             return {"chat_template": file.read_text(encoding="utf-8")}
     if version != "auto" or tokenizer.chat_template is None:
         return {}
-    return {"chat_template": with_fixed_date(tokenizer.get_chat_template(), tokenizer, now)}
+    return {"chat_template": on_first_process(lambda: with_fixed_date(tokenizer.get_chat_template(), tokenizer))}
 
 
 def _continued_config(config: PreTrainedConfig, args: ModelArguments) -> PreTrainedConfig:

@@ -56,8 +56,7 @@ _LAST_TOKEN = "{{ %r if not add_generation_prompt and messages and messages[-1][
 """Goes after a template that ends an answer with nothing."""
 
 _SHORT_PROMPT = (
-    "{%% set rendered %%}{{ '' }}%s{{ '' }}{%% endset %%}"
-    "{{ rendered.rstrip() if add_generation_prompt else rendered }}"
+    "{%% set rendered %%}{{ '' }}%s{{ '' }}{%% endset %%}{{ rendered.rstrip() if add_generation_prompt else rendered }}"
 )
 """Around a template whose prompts end in white space that belongs to the answer's first token."""
 
@@ -161,7 +160,7 @@ class ChatTemplate:
         # Some tokenizers have white space as added tokens: that is ordinary text.
         added = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
         self._control = any_of({*added, *controls})
-        self.source: str = with_fixed_date(source, tokenizer, datetime.now())
+        self.source: str = with_fixed_date(source, tokenizer)
         """The Jinja template, with what was changed in it."""
         self._place_system()
         self._gap, self._tail, self._last_tail = self._find_ends()
@@ -340,7 +339,9 @@ class ChatTemplate:
     def _first_words(self, last_token: str) -> list[str]:
         """Beginnings of answers, above all those of tokens that begin as the last token of a prompt ends."""
         vocabulary = self._tokenizer.get_vocab()
-        longer = sorted((token for token in vocabulary if token[1:] and token[0] == last_token[-1]), key=vocabulary.get)
+        longer = sorted(
+            (token for token in vocabulary if token[1:] and token[0] == last_token[-1]), key=vocabulary.__getitem__
+        )
         words = (self._tokenizer.convert_tokens_to_string([token]).strip() for token in longer)
         return ["a", *islice(filter(None, words), self._MAX_WORDS)]
 
@@ -427,17 +428,17 @@ def _is_sought(name: str, source: str) -> bool:
     return re.search(rf"{quoted}\s+in\b|\.\w+\(\s*{quoted}", source) is not None
 
 
-def with_fixed_date(source: str, tokenizer: PreTrainedTokenizerBase, now: datetime) -> str:
-    """A template with a date in place of the calls that ask for today's.
+def with_fixed_date(source: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A template with today's date in place of the calls that ask for it.
 
     Args:
         source: The Jinja template.
         tokenizer: Has its name in the message of an error.
-        now: The date and time to write.
 
     Raises:
         ValueError: If there is a call whose format is not written out.
     """
+    now = datetime.now()
     fixed = _DATE.sub(lambda call: repr(now.strftime(call[2])), source)
     if "strftime_now(" in fixed:
         raise ValueError(
