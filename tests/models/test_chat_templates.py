@@ -6,6 +6,7 @@ from datetime import datetime
 
 import pytest
 from processing_parts import (
+    CHAT_TEMPLATES,
     build_processor,
     chat,
     golden_image,
@@ -25,7 +26,7 @@ from metamorph.models.sequence.chat_templates import VERSIONS, get_chat_template
 
 # Every version, and `auto` with each family of templates.
 FORMATS = ["llama3", "llama3_original", "chatml", "plain", "auto-llama3", "auto-qwen", "auto-thinking", "auto-mistral"]
-FORMATS += ["auto-two_ends", "auto-no_end", "auto-alpaca", "auto-reasoning"]
+FORMATS += ["auto-two_ends", "auto-no_end", "auto-alpaca", "auto-reasoning", "auto-space"]
 
 
 def processor_for(name: str, tokenizer_of=tokenizer_with):
@@ -127,10 +128,11 @@ def test_a_prompt_has_the_ids_with_which_the_answer_was_trained(processor, conve
 
 
 @pytest.mark.parametrize("tokenizer_of", [tokenizer_with, merging_tokenizer])
-@pytest.mark.parametrize("family", ["llama3", "qwen", "mistral", "thinking", "two_ends", "alpaca", "reasoning"])
+@pytest.mark.parametrize("family", sorted({*CHAT_TEMPLATES} - {"no_end", "date"}))
 def test_auto_gives_the_ids_of_the_tokenizers_own_template(family, tokenizer_of):
     processor = build_processor(tokenizer_of(family), version="auto")
     tokenizer = tokenizer_of(family)
+    tokenizer.chat_template = tokenizer.chat_template.replace("'assistant: '", "'assistant:'")  # see the next test
     messages = chat("What is the capital of France?", "Paris.", "And 2 + 2?", "<think>\nEasy.\n</think>\n\n2 + 2 = 4.")
     for part, prompt in ((messages, False), (messages[:-1], True)):
         own = tokenizer.apply_chat_template(part, add_generation_prompt=prompt, tokenize=True, return_dict=False)
@@ -138,7 +140,7 @@ def test_auto_gives_the_ids_of_the_tokenizers_own_template(family, tokenizer_of)
 
 
 @pytest.mark.parametrize("tokenizer_of", [tokenizer_with, merging_tokenizer])
-@pytest.mark.parametrize("name", ["llama3", "chatml", "plain", "auto-alpaca", "auto-qwen", "auto-no_end"])
+@pytest.mark.parametrize("name", ["llama3", "chatml", "plain", "auto-alpaca", "auto-qwen", "auto-no_end", "auto-space"])
 def test_text_and_conversation_give_the_same_ids(name, tokenizer_of):
     processor = processor_for(name, tokenizer_of)
     messages = chat("<image>\nwhy?", "a cat.", "a mat.", "<image> red.\n", system="be nice.")
@@ -149,6 +151,50 @@ def test_text_and_conversation_give_the_same_ids(name, tokenizer_of):
         assert processor(text=text, images=images[:count])["input_ids"] == [trained]
         batch = processor.apply_chat_template(part, add_generation_prompt=prompt, tokenize=True, images=images[:count])
         assert batch["input_ids"].tolist() == [trained]
+
+
+@pytest.mark.parametrize("tokenizer_of", [tokenizer_with, merging_tokenizer, sentencepiece_tokenizer])
+def test_a_prompt_does_not_end_in_a_space_that_belongs_to_the_answer(tokenizer_of):
+    """The template's own prompt ends in the token of a space; the answer it was trained with begins with " the"."""
+    own = tokenizer_with("space").chat_template
+    tokenizer = tokenizer_of()
+    tokenizer.chat_template = own
+    processor = build_processor(tokenizer, version="auto")
+    messages = chat("what is this?", "the cat", "and this?", "cat. a mat")
+    encoded = processor.encode_conversation(messages)
+    ids = encoded.input_ids.tolist()
+    assert ids == tokenizer.apply_chat_template(messages, chat_template=own, tokenize=True, return_dict=False)
+    assert processor(text=processor.apply_chat_template(messages))["input_ids"] == [ids]
+    for place in (1, 3):
+        prompt = processor.apply_chat_template(messages[:place], add_generation_prompt=True)
+        assert prompt.endswith("\nassistant:")
+        (of_text,) = processor(text=prompt)["input_ids"]
+        assert of_text == ids[: len(of_text)]
+        assert encoded.labels[len(of_text) - 1] == -100
+        assert encoded.labels[len(of_text)] == ids[len(of_text)]
+    assert (encoded.labels == tokenizer.eos_token_id).sum() == 2
+    # A template is changed once only, and where nothing is joined it is not changed.
+    assert build_processor(tokenizer, version="auto").chat_template == processor.chat_template
+    unchanged = own.replace("': '", "':\n'").replace("'assistant: '", "'assistant:\n'")
+    assert build_processor(merging_tokenizer(unchanged), version="auto").chat_template == unchanged
+
+
+def test_a_token_that_begins_in_the_prompt_and_ends_in_the_answer_is_not_learnt():
+    """ "assistant:" and "**cat**" have the token ":**": the ids are those of the text, and the rest is learnt."""
+    own = tokenizer_with("space").chat_template.replace(": '", ":'")
+    tokenizer = merging_tokenizer(own)
+    processor = build_processor(tokenizer, version="auto")
+    assert processor.chat_template == own
+    messages = chat("what is this?", "**cat", "and this?", "cat")
+    encoded = processor.encode_conversation(messages)
+    ids = encoded.input_ids.tolist()
+    assert tokenizer.convert_tokens_to_ids(":**") in ids
+    assert ids == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert processor(text=processor.apply_chat_template(messages))["input_ids"] == [ids]
+    assert supervised_text(processor, encoded) == "cat</s>cat</s>"
+    for limit in range(1, len(ids)):
+        cut = processor.encode_conversation(messages, model_max_length=limit)
+        assert len(cut.labels) == len(cut.visual_target_mask) == limit
 
 
 def test_sentencepiece_does_not_begin_a_text_in_its_middle():

@@ -68,6 +68,12 @@ REASONING_JINJA = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 DATE_JINJA = "{{ bos_token + '[' + strftime_now('%d %B %Y') + ']' }}" + QWEN_JINJA
+# Roles in plain words; a prompt ends in a space, which many tokenizers join with the first word of the answer.
+SPACE_JINJA = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 CHAT_TEMPLATES = {
     "llama3": LLAMA3_JINJA,
     "qwen": QWEN_JINJA,
@@ -76,6 +82,7 @@ CHAT_TEMPLATES = {
     "two_ends": TWO_ENDS_JINJA,
     "no_end": NO_END_JINJA,
     "alpaca": ALPACA_JINJA,
+    "space": SPACE_JINJA,
     "reasoning": REASONING_JINJA,
     "date": DATE_JINJA,
 }
@@ -112,7 +119,7 @@ def merging_tokenizer(chat_template: str | None = None):
     trainer = trainers.BpeTrainer(
         vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    backend.train_from_iterator(["a cat.\n", "a mat.\n\n", "### Response:\n", "why?\n\n"] * 9, trainer)
+    backend.train_from_iterator(["a cat.\n", "a mat.\n\n", "### Response:\n", "why?\n\n", ":**"] * 9, trainer)
     special = ("<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>")
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     backend.add_tokens([AddedToken(token, normalized=True) for token in PLAIN_ADDED])

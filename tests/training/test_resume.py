@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from training_parts import arguments, make_language_model
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
 from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.models.sequence import chat_templates
 from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError
+from metamorph.training.build import make_plan
 from metamorph.training.checkpoints.resume import find_checkpoint
 from metamorph.training.run import TrainResult, run_training
 
@@ -102,8 +104,26 @@ def test_a_run_keeps_the_day_on_which_it_began(parts: Path, tmp_path: Path, monk
             "<|begin_of_text|>May 01<|start_header_id|>"
         )
     assert result.global_step == 2
-    other = run_training(*arguments(parts, tmp_path / "other", max_steps=1, **flags))
-    assert "May 02" in other.processor.chat_template
+    other = arguments(parts, tmp_path / "other", max_steps=1, **flags)
+    assert "May 02" in run_training(*other).processor.chat_template
+
+    # A run has one date: that of its first process.
+    shared: list[object] = []
+
+    def broadcast(values: list[object]) -> None:
+        if shared:
+            values[:] = shared
+        shared[:] = values
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    templates = []
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        Clock.day = 3 + rank
+        templates.append(make_plan(other[0]).processor.chat_template)
+    assert templates[0] == templates[1]
+    assert "May 03" in templates[0]
 
 
 def test_bf16_resumes_with_float32_weights(parts: Path, tmp_path: Path) -> None:

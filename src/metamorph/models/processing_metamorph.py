@@ -200,7 +200,8 @@ class MetaMorphProcessor(ProcessorMixin):
 
         Every token of an assistant turn is supervised, its end of turn and the `<image_start>` and `<image_end>`
         of its images included; placeholders never are. Contents are stripped and never give control tokens: a
-        literal `<|eot_id|>` in them is spelt as text.
+        literal `<|eot_id|>` in them is spelt as text. The ids are those of the whole text: a token that begins in the
+        prompt and ends in the answer, as `:**` may, is not supervised, because in use the prompt has its beginning.
 
         Args:
             messages: `{"role": "system" | "user" | "assistant", "content": ...}`. A content is a string with
@@ -416,10 +417,13 @@ class MetaMorphProcessor(ProcessorMixin):
         builder = SequenceBuilder(self.image_tokens, self.num_image_tokens, limit)
         before = ""
         for segment in self._write(parsed, add_generation_prompt):
-            builder.add(self._encoder.encode(segment.text, before), segment.supervised)
+            encoded = self._encoder.encode_after(before, segment.text)
+            builder.remove(encoded.replaced)
+            builder.add(encoded.ids[: encoded.shared], supervised=False)
+            builder.add(encoded.ids[encoded.shared :], segment.supervised)
             if builder.truncated:
                 return builder
-            before = segment.text
+            before += segment.text
         num_images = sum(isinstance(part, ImageMarker) for message in parsed for part in message.parts)
         if builder.num_images != num_images:
             raise ValueError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import IntervalStrategy, PreTrainedConfig
+from transformers import IntervalStrategy, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
 from metamorph.data.batching.lengths import Lengths, Measurable, measure
@@ -26,7 +26,9 @@ from metamorph.models.image_processing import load_image_processor
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.pretrained import load_config, load_language_model, load_tokenizer
 from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.models.sequence.chat_templates import with_fixed_date
 from metamorph.models.vision_tower import load_vision_config, load_vision_encoder, resolve_vision_tower
+from metamorph.runs.checkpoint_files import on_first_process
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.lora import adapter_base, quantization_config
 
@@ -73,7 +75,8 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
         args: The model flags.
         image_aspect_ratio: How images become square, see `DataArguments`. None: as in the finished model that is
             trained further, else `square`.
-        checkpoint: Checkpoint that the run resumes from: a chat template with a date in it keeps the date.
+        checkpoint: Checkpoint that the run resumes from: a chat template with a date in it keeps the date. A new run
+            has the date of its first process.
 
     Raises:
         FileNotFoundError: if a model, tokenizer or image processor does not exist.
@@ -83,14 +86,15 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
     with names_flag("--model_name_or_path", args.model_name_or_path):
         text_config = load_config(args.model_name_or_path)
         continues = text_config.model_type == MetaMorphConfig.model_type
-        tokenizer = None if continues else load_tokenizer(args.model_name_or_path)
+        tokenizer = load_tokenizer(args.model_name_or_path)
     args.require_connector(continues)
     if args.pretrain_mm_mlp_adapter is not None:
         with names_flag("--pretrain_mm_mlp_adapter", args.pretrain_mm_mlp_adapter):
             check_connector(args.pretrain_mm_mlp_adapter)
     if continues:
         with names_flag("--model_name_or_path", args.model_name_or_path):
-            processor = MetaMorphProcessor.from_pretrained(args.model_name_or_path, **_kept_template(checkpoint))
+            template = _template_of_run(text_config.version, tokenizer, checkpoint)
+            processor = MetaMorphProcessor.from_pretrained(args.model_name_or_path, **template)
             processor.check_fits(text_config)
             MetaMorphForConditionalGeneration.check_language_model(text_config.text_config)
         if image_aspect_ratio is not None:
@@ -103,12 +107,10 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
         vision_config = load_vision_config(args.vision_tower)
         image_processor = load_image_processor(resolve_vision_tower(args.vision_tower))
     config = MetaMorphConfig(text_config=text_config, vision_config=vision_config, **config_overrides(args))
+    with names_flag("--model_name_or_path", args.model_name_or_path):
+        template = _template_of_run(config.version, tokenizer, checkpoint)
     processor = MetaMorphProcessor.from_parts(
-        tokenizer,
-        image_processor,
-        config,
-        image_aspect_ratio=image_aspect_ratio or "square",
-        **_kept_template(checkpoint),
+        tokenizer, image_processor, config, image_aspect_ratio=image_aspect_ratio or "square", **template
     )
     return Plan(config, processor, continues)
 
@@ -301,15 +303,19 @@ def measuring_workers(args: MetaMorphTrainingArguments) -> int:
     return asked or min(cores, MAX_MEASURING)
 
 
-def _kept_template(checkpoint: str | None) -> dict[str, str]:
-    """`chat_template` of a checkpoint that was trained with `--version auto`, for the processor."""
-    if checkpoint is None:
+def _template_of_run(version: str, tokenizer: PreTrainedTokenizerBase, checkpoint: str | None) -> dict[str, str]:
+    """`chat_template` for a processor with `--version auto`: the checkpoint's, else the tokenizer's with a date.
+
+    Every process must call it. They may start around midnight, or in several time zones.
+    """
+    if checkpoint is not None:
+        settings = json.loads((Path(checkpoint) / PROCESSOR_NAME).read_text(encoding="utf-8"))
+        file = Path(checkpoint) / CHAT_TEMPLATE_FILE
+        if settings["version"] == "auto" and file.is_file():
+            return {"chat_template": file.read_text(encoding="utf-8")}
+    if version != "auto" or tokenizer.chat_template is None:
         return {}
-    settings = json.loads((Path(checkpoint) / PROCESSOR_NAME).read_text(encoding="utf-8"))
-    file = Path(checkpoint) / CHAT_TEMPLATE_FILE
-    if settings["version"] != "auto" or not file.is_file():
-        return {}
-    return {"chat_template": file.read_text(encoding="utf-8")}
+    return {"chat_template": on_first_process(lambda: with_fixed_date(tokenizer.get_chat_template(), tokenizer))}
 
 
 def _continued_config(config: PreTrainedConfig, args: ModelArguments) -> PreTrainedConfig:

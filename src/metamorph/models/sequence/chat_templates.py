@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -53,6 +54,11 @@ _SYSTEM_IN_FIRST_TURN = (
 
 _LAST_TOKEN = "{{ %r if not add_generation_prompt and messages and messages[-1]['role'] == 'assistant' else '' }}"
 """Goes after a template that ends an answer with nothing."""
+
+_SHORT_PROMPT = (
+    "{%% set rendered %%}{{ '' }}%s{{ '' }}{%% endset %%}{{ rendered.rstrip() if add_generation_prompt else rendered }}"
+)
+"""Around a template whose prompts end in white space that belongs to the answer's first token."""
 
 _DATE = re.compile(r"""strftime_now\(\s*(['"])(.+?)\1\s*\)""")
 
@@ -129,10 +135,11 @@ class ChatTemplate:
     Where the template's text depends on the roles alone, all this is done once for each order of roles, with marks in
     place of the contents. A template that looks at contents (it moves thoughts, say) gets them.
 
-    Three things are changed in the source, so that the folder of a trained model holds what it was trained on: a
+    Four things are changed in the source, so that the folder of a trained model holds what it was trained on: a
     system message that the template refuses, drops or puts after a later turn goes to the start of the first user
-    message; an answer that nothing ends gets a token that ends it; and a date is that of the day on which this object
-    was made.
+    message; an answer that nothing ends gets a token that ends it; a prompt does not end in white space that the
+    tokenizer joins with the first word of an answer, which is learnt with the answer then; and a date is that of the
+    day on which this object was made.
 
     Args:
         tokenizer: Has the tokens that the template writes.
@@ -146,6 +153,8 @@ class ChatTemplate:
 
     _MAX_CACHED = 1024
     """Conversations of a data set have few different orders of roles."""
+    _MAX_WORDS = 64
+    """Tokens that are tried as the beginning of an answer; the most frequent ones come first in a vocabulary."""
 
     def __init__(
         self,
@@ -160,18 +169,18 @@ class ChatTemplate:
         # Some tokenizers have white space as added tokens: that is ordinary text.
         added = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
         self._control = any_of({*added, *controls})
-        self.source: str = _with_fixed_date(source, tokenizer)
+        self.source: str = with_fixed_date(source, tokenizer)
         """The Jinja template, with what was changed in it."""
         self._place_system()
         self._gap, self._tail, self._last_tail = self._find_ends()
+        self._shorten_prompts()
         ends = [self._control.findall(tail)[-1] for tail in (self._last_tail, self._tail) if tail]
         self.end_tokens: tuple[str, ...] = tuple(dict.fromkeys(ends))
         """The tokens with which an answer ends: the last one of a conversation, and earlier ones if they differ."""
-        answer = next(layout for layout in self._layout(("user", "assistant"), False) if layout.supervised)
         prompt = self._render(_marked(("system", "user")), True)
         self.writes_bos: bool = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
         """Whether a conversation starts with the BOS token."""
-        lead = answer.pieces[0] if isinstance(answer.pieces[0], str) else ""
+        lead = self._before_answer()
         text = prompt + lead + self._gap + self._last_tail
         written = {name for name in added if name in self.source} | set(self._control.findall(text))
         plain = {name for name, token in added.items() if not token.special}
@@ -306,6 +315,45 @@ class ChatTemplate:
         last = list(self._control.finditer(alone))[-1].end()
         return gap, self._end_of_turn(gap, alone), alone[:last]
 
+    def _before_answer(self) -> str:
+        """What the template writes between the prompt and the content of an answer."""
+        answer = next(layout for layout in self._layout(("user", "assistant"), False) if layout.supervised)
+        return answer.pieces[0] if isinstance(answer.pieces[0], str) else ""
+
+    def _shorten_prompts(self) -> None:
+        """Let prompts end before white space if the tokenizer joins it with what follows.
+
+        The last token of "assistant: " is a space, but the first one of the answer in "assistant: the" may be " the":
+        a prompt must have the ids with which the answer was trained.
+        """
+        prompt = self._render(_marked(("user",)), True)
+        if not prompt[-1:].isspace():
+            return
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False)
+        if not ids:
+            return
+        lead = self._before_answer()
+        for start in [lead] if lead else self._first_words(self._tokenizer.convert_ids_to_tokens(ids[-1])):
+            if self._tokenizer.encode(prompt + start, add_special_tokens=False)[: len(ids)] != ids:
+                logger.info(
+                    "the chat template of %s ends a prompt in %r, which the tokenizer joins with the answer: prompts "
+                    "will end before it",
+                    _name(self._tokenizer),
+                    prompt[len(prompt.rstrip()) :],
+                )
+                self.source = _SHORT_PROMPT % self.source.removesuffix("\n")
+                self._layouts.clear()
+                return
+
+    def _first_words(self, last_token: str) -> list[str]:
+        """Beginnings of answers, above all those of tokens that begin as the last token of a prompt ends."""
+        vocabulary = self._tokenizer.get_vocab()
+        longer = sorted(
+            (token for token in vocabulary if token[1:] and token[0] == last_token[-1]), key=vocabulary.__getitem__
+        )
+        words = (self._tokenizer.convert_tokens_to_string([token]).strip() for token in longer)
+        return ["a", *islice(filter(None, words), self._MAX_WORDS)]
+
     def _end_of_turn(self, following: str, alone: str) -> str:
         """How much of the text between an answer and the next question the assistant writes.
 
@@ -390,8 +438,12 @@ def _is_sought(name: str, source: str) -> bool:
     return re.search(rf"{quoted}\s+in\b|\.\w+\(\s*{quoted}", source) is not None
 
 
-def _with_fixed_date(source: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A source with today's date in place of the calls that ask for it.
+def with_fixed_date(source: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A template with today's date in place of the calls that ask for it.
+
+    Args:
+        source: The Jinja template.
+        tokenizer: Has its name in the message of an error.
 
     Raises:
         ValueError: If there is a call whose format is not written out.

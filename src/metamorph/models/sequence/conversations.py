@@ -121,6 +121,11 @@ class SequenceBuilder:
         )
         self.num_images += 1
 
+    def remove(self, count: int) -> None:
+        """Take the last ids away; they must be text."""
+        for values in (self.ids, self.labels, self.targets):
+            del values[len(values) - count :]
+
     def add(self, ids: list[int], supervised: bool) -> None:
         """Append ids, and a whole image for each placeholder among them."""
         start = 0

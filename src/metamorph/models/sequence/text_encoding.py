@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,17 @@ _ITSELF, _NOTHING = "\ue003", "\ue004"
 _BREAKS = re.compile(f"{_BREAK}([{_ITSELF}{_NOTHING}]?)")
 _CONTEXT = 64
 """Characters at the end of a text in which a control token is looked for; no name is longer."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Ids of text that follows other text."""
+
+    ids: list[int]
+    replaced: int = 0
+    """How many of the last ids of the other text they stand in place of."""
+    shared: int = 0
+    """How many of them begin in the other text."""
 
 
 class TextEncoder:
@@ -73,23 +85,36 @@ class TextEncoder:
         """Undo `hide` or `escape`."""
         return _BREAKS.sub(lambda found: _BREAK if found[1] == _ITSELF else "", text) if _BREAK in text else text
 
-    def encode(self, text: str, before: str = "") -> list[int]:
-        """Ids of text with hidden contents.
+    def encode_after(self, before: str, text: str) -> Continuation:
+        """Ids of text with hidden contents after other text: together they are those of the whole.
 
         Args:
+            before: Everything that precedes the text. Some tokenizers put a space before the first word of a text,
+                and some tokens take the white space after them.
             text: The text.
-            before: What precedes it. Some tokenizers put a space before the first word of a text, and some tokens
-                take the white space after them.
         """
         context = self._context(before)
         if not context:
-            return self._encode(text)
+            return Continuation(self.encode(text))
         known = self._context_ids.get(context)
         if known is None:
-            known = self._context_ids[context] = self._encode(context)
-        ids = self._encode(context + text)
-        # Otherwise the two would become one token, and a prompt would not have the ids that it was trained with.
-        return ids[len(known) :] if ids[: len(known)] == known else self._encode(text)
+            known = self._context_ids[context] = self.encode(context)
+        ids = self.encode(context + text)
+        return Continuation(ids[len(known) :]) if ids[: len(known)] == known else self._joined(before, text)
+
+    def _joined(self, before: str, text: str) -> Continuation:
+        """The tokenizer joins the end of one text and the beginning of the next in a token."""
+        last = next(reversed(list(self._added.finditer(before))), None)
+        before = before if last is None else before[last.start() :]
+        old, new = self.encode(before), self.encode(before + text)
+        pairs = zip(old, new, strict=False)
+        common = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(old), len(new)))
+        length = len(self._decode(old))
+        stop = next((stop for stop in range(common, len(new)) if len(self._decode(new[:stop])) >= length), len(new))
+        return Continuation(new[common:], replaced=len(old) - common, shared=stop - common)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _context(self, before: str) -> str:
         """The control token with which a text ends, else its last character."""
@@ -99,7 +124,8 @@ class TextEncoder:
         match = next((match for match in self._added.finditer(end) if match.end() == len(end)), None)
         return end[-1] if match is None else match[0]
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Ids of text with hidden contents."""
         if _BREAK not in text:
             return self._tokenize(text)
         ids: list[int] = []
