@@ -71,8 +71,8 @@ def check_deepspeed(config: dict[str, Any]) -> None:
     for section, flags in replaced.items():
         if section in config:
             raise ValueError(
-                f"--deepspeed: the section {section!r} is not supported: it would replace {flags}, …, have one learning "
-                "rate for all modules, and keep it when a run resumes with another. Remove it and use the flags"
+                f"--deepspeed: the section {section!r} is not supported: it would replace {flags} and set one learning "
+                "rate for all modules, also when a run resumes with another one. Remove it and use the flags"
             )
 
 
