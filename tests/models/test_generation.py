@@ -213,6 +213,8 @@ def test_prompt_that_ends_in_image_start_begins_with_an_image(model):
     output = generate(model, ids, max_new_tokens=N + 1)
     assert output.sequences[0, 3:].tolist() == [*[PLACEHOLDER] * N, END]
     assert output.visual_tokens.shape == (1, N, 24)
+    with pytest.raises(ValueError, match=f"needs {N + 1} more tokens, but the answer may have {N}: .* max_new_tokens"):
+        generate(model, ids, max_new_tokens=N)
 
 
 def test_images_can_be_forbidden(model):

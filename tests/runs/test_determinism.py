@@ -70,6 +70,7 @@ class Settings(TrainerCallback):
     def on_train_begin(self, *args: object, **kwargs: object) -> None:
         self.deterministic = torch.are_deterministic_algorithms_enabled()
         self.is_an_error = not torch.is_deterministic_algorithms_warn_only_enabled()
+        self.fills_memory = torch.utils.deterministic.fill_uninitialized_memory
         self.workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
 
 
@@ -80,6 +81,8 @@ def test_settings_are_restored(full: bool, parts: Path, tmp_path: Path, monkeypa
     settings = Settings()
     run_training(*arguments(parts, tmp_path, stage=1, max_steps=1, full_determinism=full), callbacks=[settings])
     assert (settings.deterministic, settings.is_an_error) == (True, full)
+    assert settings.fills_memory == full
+    assert torch.utils.deterministic.fill_uninitialized_memory
     assert settings.workspace == (":16:8" if full else ":4096:8")
     assert not torch.are_deterministic_algorithms_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from metamorph.runs import lock as run_lock
 from metamorph.runs.checkpoint_files import CheckpointError
-from metamorph.runs.lock import LOCK_FILE, only_run_in
+from metamorph.runs.lock import LOCK_FILE, check_lock, only_run_in
 
 
 HOLD = """
@@ -32,7 +33,6 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "BEAT", 0.05)
     monkeypatch.setattr(run_lock, "SILENCE", 1.0)
     monkeypatch.setattr(run_lock, "POLL", 0.05)
-    monkeypatch.setattr(run_lock, "SETTLE", 0.05)
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -160,12 +160,46 @@ def test_an_earlier_start_of_the_same_slurm_job_is_gone(
 
 
 @pytest.mark.usefixtures("soon")
-@pytest.mark.parametrize("text", ["", "[]", "{}"])
-def test_a_damaged_lock_is_taken_over_once_it_is_old(text: str, tmp_path: Path) -> None:
-    (tmp_path / LOCK_FILE).write_text(text)
-    with only_run_in(tmp_path):
+@pytest.mark.parametrize("damage", ["", "[]", "{}", {"process": "abc"}, {"process": ["1"]}, {"id": "../x"}])
+def test_a_damaged_lock_is_taken_over_once_it_is_old(damage: str | dict[str, Any], left: Path) -> None:
+    if isinstance(damage, str):
+        (left / LOCK_FILE).write_text(damage)
+    else:
+        change(left, **damage)
+    with only_run_in(left):
         pass
-    assert not (tmp_path / LOCK_FILE).exists()
+    assert not (left / LOCK_FILE).exists()
+
+
+@pytest.mark.usefixtures("soon")
+def test_only_one_of_several_runs_takes_a_lock_over(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them is late: between its look at the lock that is left and its take-over, another has begun and works."""
+    change(left, started="12")
+    lives, late = run_lock._lives, []
+
+    def look(path: Path) -> bool:
+        answer = lives(path)
+        if not late:
+            late.append(only_run_in(left))
+            late[0].__enter__()
+        return answer
+
+    monkeypatch.setattr(run_lock, "_lives", look)
+    with pytest.raises(CheckpointError, match=f"used by another run: host .* process {os.getpid()}"), only_run_in(left):
+        pass
+    check_lock(left)
+    late[0].__exit__(None, None, None)
+    assert not any(left.iterdir())
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_run_that_stopped_amid_a_take_over_is_in_the_way_once(left: Path) -> None:
+    dead = change(left, started="12")
+    (left / f"_run-after-{dead['id']}.json").write_text(json.dumps(dead))
+    with pytest.raises(CheckpointError, match="used by another run"), only_run_in(left):
+        pass
+    with only_run_in(left):
+        pass
 
 
 @pytest.mark.usefixtures("soon")
@@ -177,6 +211,8 @@ def test_the_run_that_lost_its_lock_says_so(
     with only_run_in(tmp_path):
         change(tmp_path, id="other", host="elsewhere")
         assert said.wait(30)
+        with pytest.raises(CheckpointError, match=r"host elsewhere.* This run stops and writes nothing"):
+            check_lock(tmp_path)
     assert "another run has taken over" in caplog.text
     assert "host elsewhere" in caplog.text
 
@@ -184,7 +220,9 @@ def test_the_run_that_lost_its_lock_says_so(
 @pytest.mark.usefixtures("soon")
 def test_a_lock_that_is_deleted_meanwhile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with only_run_in(tmp_path):
+        check_lock(tmp_path)
         (tmp_path / LOCK_FILE).unlink()
+        check_lock(tmp_path)
         while "has been deleted" not in caplog.text:
             time.sleep(0.01)
 
@@ -195,3 +233,28 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     message = rf"--output_dir {folder} cannot be written to \(Not a directory\)"
     with pytest.raises(CheckpointError, match=message), only_run_in(folder):
         pass
+
+
+FAIL = """
+import sys
+import torch.distributed as dist
+from metamorph.runs.checkpoint_files import on_first_process
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
+try:
+    on_first_process(lambda: {}["no such key"])
+except (KeyError, RuntimeError) as error:
+    print(repr(error))
+assert on_first_process(lambda: 7) == 7
+"""
+
+
+@pytest.mark.distributed
+def test_any_error_of_the_first_process_ends_all(tmp_path: Path) -> None:
+    """None waits for an answer that does not come."""
+    command = [sys.executable, "-c", FAIL, str(tmp_path / "store")]
+    processes = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
+    first, second = (process.communicate(timeout=300)[0] for process in processes)
+    assert first.startswith("KeyError('no such key')")
+    assert second.startswith("RuntimeError(\"the first process has failed: KeyError('no such key')\")")
+    assert [process.returncode for process in processes] == [0, 0]

@@ -208,6 +208,7 @@ def test_unknown_flag_suggests_the_nearest(paths: dict[str, str]) -> None:
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be 1 or more"),
         ({"adam_beta2": 1}, r"--adam_beta2 1.0 must lie in \[0, 1\)"),
         ({"weight_decay": -1}, "--weight_decay -1.0 must be 0 or more"),
+        ({"data_seed": -1}, "--data_seed -1 must be 0 or more"),
         ({"neftune_noise_alpha": 0}, "--neftune_noise_alpha 0.0 must be larger than 0"),
         ({"fp16": True, "bf16": False, "use_cpu": True}, "--fp16 True needs a GPU"),
         ({"do_eval": True}, "--do_eval True has no effect with --eval_strategy no"),

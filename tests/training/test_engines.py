@@ -66,6 +66,15 @@ def test_two_engines_at_once_are_refused(tmp_path: Path) -> None:
         training_arguments(tmp_path, sharding="zero2", deepspeed=deepspeed_config("zero3"))
 
 
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_optimizer_and_schedule_of_deepspeed_are_refused(section: str, tmp_path: Path) -> None:
+    """It would bypass the groups of the modules and their rates, and a resumed run would keep its old ones."""
+    pytest.importorskip("deepspeed")
+    config = deepspeed_config("zero2") | {section: {"type": "AdamW", "params": {"lr": "auto"}}}
+    with pytest.raises(ValueError, match=f"--deepspeed: the section '{section}' is not supported.* use the flags"):
+        training_arguments(tmp_path, deepspeed=config)
+
+
 def test_missing_deepspeed_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: False)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'metamorph\[deepspeed\]'"):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from training_parts import arguments, make_language_model
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
@@ -180,7 +181,7 @@ def stage_2(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "checkpoint-2"
 
 
-def resume(parts: Path, checkpoint: Path, folder: Path, **flags: object) -> tuple[TrainResult, Groups]:
+def resume(parts: Path, checkpoint: Path | None, folder: Path, **flags: object) -> tuple[TrainResult, Groups]:
     groups = Groups()
     values = {**flags_of(2), "warmup_steps": 4, "resume_from_checkpoint": str(checkpoint), **flags}
     return run_training(*arguments(parts, folder, stage=2, **values), callbacks=[groups]), groups
@@ -231,6 +232,23 @@ def test_other_changes_are_refused(
         flags = {**flags, **evaluation, "eval_strategy": "steps", "warmup_steps": 0}
     with pytest.raises(CheckpointError, match=message):
         resume(parts, stage_2, tmp_path, **flags)
+
+
+def test_another_base_of_the_same_name_is_refused(
+    parts: Path, stage_2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Results of stages are often called the same; frozen weights are not in the checkpoint."""
+    flags = {"model_name_or_path": str(tmp_path / "llm"), "max_steps": 2, "packing": False}
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    shutil.copytree(parts / "llm", tmp_path / "llm")
+    resume(parts, None, tmp_path / "run", **flags)
+    resume(parts, checkpoint, tmp_path / "again", **flags | {"model_name_or_path": str(parts / "llm")})
+    resume(parts, checkpoint, tmp_path / "again", **flags, model_max_length=100)
+    assert "--model_max_length 4096 there, 100 here" in caplog.text
+    weights = load_file(tmp_path / "llm" / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, tmp_path / "llm" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"--model_name_or_path llm crc32:.* there, llm crc32:.* here"):
+        resume(parts, checkpoint, tmp_path / "again", **flags)
 
 
 def test_confirmed_changes_act(parts: Path, stage_2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

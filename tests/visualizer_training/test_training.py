@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
 
-from metamorph.runs.checkpoint_files import CheckpointError, checkpoints
+from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError, checkpoints, file_stamp
 from metamorph.runs.lock import only_run_in
 from metamorph.runs.preemption import MARKER_FILE, PREEMPTED, Preempted
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
@@ -368,11 +368,47 @@ def test_resuming_with_other_options_is_refused(arguments, pictures, tmp_path):
         train_visualizer(arguments(ema_decay=0.0, **elsewhere), pictures)
     with pytest.raises(ValueError, match="not a checkpoint"):
         train_visualizer(arguments(resume_from_checkpoint=str(tmp_path)), pictures)
+    with pytest.raises(CheckpointError, match=r"--normalize_vision True there, .*; --snr_gamma None there, 5\.0"):
+        train_visualizer(arguments(normalize_vision=False, snr_gamma=5.0, **elsewhere), pictures)
+    with pytest.raises(CheckpointError, match=f"--resolution {RESOLUTION} there, {2 * RESOLUTION} here"):
+        train_visualizer(arguments(resolution=2 * RESOLUTION, **elsewhere), pictures)
+
+
+def test_another_model_of_the_same_name_is_refused_at_resume(arguments, pictures, parts, tmp_path):
+    train_visualizer(arguments(training_steps=1, save_step=1), pictures)
+    for flag, file in (
+        ("vision_tower", "model.safetensors"),
+        ("pretrained_model_name_or_path", "unet/diffusion_pytorch_model.safetensors"),
+    ):
+        moved = tmp_path / "moved" / Path(parts[flag]).name
+        shutil.copytree(parts[flag], moved)
+        again = arguments(training_steps=1, save_step=1, **{flag: str(moved)})
+        assert train_visualizer(again, pictures).first_step == 1  # where it lies does not matter
+        weights = load_file(moved / file)
+        save_file({name: value + 1 for name, value in weights.items()}, moved / file)
+        with pytest.raises(CheckpointError, match=f"--{flag} {moved.name} crc32:.* there, {moved.name} crc32:"):
+            train_visualizer(again, pictures)
+
+
+def test_checkpoints_that_do_not_tell_the_flags(arguments, pictures, tmp_path, caplog):
+    """Those of earlier versions, whose pictures had 512 pixels unless they were told otherwise."""
+    train_visualizer(arguments(training_steps=1, save_step=1), pictures)
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    known = json.loads((checkpoint / "state.json").read_text())
+    del known["flags"]
+    (checkpoint / "state.json").write_text(json.dumps(known))
+    manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
+    manifest["files"]["state.json"] = file_stamp(checkpoint / "state.json")
+    (checkpoint / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"does not tell its --resolution: give .*--resolution 512"):
+        train_visualizer(arguments(training_steps=1, resolution=None), pictures)
+    assert train_visualizer(arguments(training_steps=1), pictures).first_step == 1
+    assert "does not tell the value of --vision_tower, --mm_vision_select_layer" in caplog.text
 
 
 def test_another_run_in_the_folder_is_refused(arguments, pictures, tmp_path):
     with only_run_in(tmp_path / "out"), pytest.raises(CheckpointError, match=f"process {os.getpid()}"):
-        train_visualizer(arguments(), pictures)
+        train_visualizer(arguments(report_to="tensorboard"), pictures)
     assert not (tmp_path / "out").exists()
 
 

@@ -85,7 +85,7 @@ class SourceLoss:
         return round(self.sums[6].item())
 
     def loss(self, vision_coef: float) -> float:
-        """What training minimises: text loss + `vision_coef` · visual loss."""
+        """Text loss + `vision_coef` · visual loss, without the `aux_loss` that a mixture of experts is trained with."""
         return self.text_loss + vision_coef * (self.visual_loss or 0.0)
 
     def as_metrics(self, prefix: str, vision_coef: float) -> dict[str, float]:

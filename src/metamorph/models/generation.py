@@ -99,6 +99,22 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
         only_forced = torch.full_like(scores, -torch.inf).scatter_(1, forced.unsqueeze(-1), 0.0)
         return torch.where(inside, only_forced, scores)
 
+    def check_prompt(self, input_ids: Tensor) -> None:
+        """Refuse a prompt that begins an image that does not fit.
+
+        Args:
+            input_ids: [batch, length] the prompt.
+
+        Raises:
+            ValueError: naming the limit.
+        """
+        needed = input_ids.shape[1] + self.num_image_tokens + 1
+        if self.can_draw and needed > self.max_length and input_ids[:, -1].eq(self.start).any():
+            raise ValueError(
+                f"the prompt begins an image, which needs {self.num_image_tokens + 1} more tokens, but the answer may "
+                f"have {max(self.max_length - input_ids.shape[1], 0)}: give a larger max_new_tokens"
+            )
+
     def _tokens_since_start(self, input_ids: Tensor) -> Tensor:
         """Placeholders since an open `<image_start>` at the end of each row; -1 if no image is open."""
         window = input_ids[:, -(self.num_image_tokens + 1) :]
@@ -189,7 +205,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: a mode is asked for that does not decode one row and one step at a time (beam search, assisted
-                decoding, …), or the prompt's placeholders and images disagree.
+                decoding, …), the prompt's placeholders and images disagree, or it begins an image that does not fit.
         """
         inputs = kwargs.pop("input_ids", inputs)
         if inputs is None:
@@ -244,6 +260,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         self,
         generation_config: GenerationConfig,
         *args: Any,
+        encoder_input_ids: Tensor | None = None,
         logits_processor: LogitsProcessorList | None = None,
         model_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -254,9 +271,16 @@ class MetaMorphGenerationMixin(GenerationMixin):
             # A forced end of sequence takes the last place.
             length = generation_config.max_length - (generation_config.forced_eos_token_id is not None)
             grammar = ImageGrammarLogitsProcessor(self.config, length, allow_images=state.allow_images)
+            if encoder_input_ids is not None:
+                grammar.check_prompt(encoder_input_ids)
             logits_processor = LogitsProcessorList([*(logits_processor or []), grammar])
         return super()._get_logits_processor(
-            generation_config, *args, logits_processor=logits_processor, model_kwargs=model_kwargs, **kwargs
+            generation_config,
+            *args,
+            encoder_input_ids=encoder_input_ids,
+            logits_processor=logits_processor,
+            model_kwargs=model_kwargs,
+            **kwargs,
         )
 
     def prepare_inputs_for_generation(

@@ -165,16 +165,22 @@ def on_first_process(function: Callable[[], Result]) -> Result:
     """Call a function on the first process, and give its result, or its error, to all. Every process must call it.
 
     Args:
-        function: What looks at, or changes, the folder of the run; fails with an `OSError` or `ValueError`.
+        function: What looks at, or changes, the folder of the run. An `OSError` or `ValueError` is raised on all
+            processes; for any other error, the others raise a `RuntimeError` that quotes it.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return function()
-    answer: list[Any] = [None, None]
+    answer: list[Any] = [None, RuntimeError("the first process has stopped")]
     if dist.get_rank() == 0:
         try:
-            answer[0] = function()
-        except (OSError, ValueError) as error:
-            answer[1] = error  # for all: the others would wait
+            answer = [function(), None]
+        except Exception as error:
+            is_plain = isinstance(error, (OSError, ValueError))
+            answer[1] = error if is_plain else RuntimeError(f"the first process has failed: {error!r}")
+            raise
+        finally:  # the others wait for it
+            dist.broadcast_object_list(answer)
+        return answer[0]
     dist.broadcast_object_list(answer)
     result, problem = answer
     if problem is not None:

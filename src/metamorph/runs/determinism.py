@@ -10,7 +10,7 @@ from transformers import enable_full_determinism
 
 @contextmanager
 def deterministic_algorithms(device: torch.device, *, full: bool = False, seed: int = 0) -> Iterator[None]:
-    """Within, PyTorch takes deterministic algorithms: always on a CPU, where they cost nothing, elsewhere with `full`.
+    """Within, PyTorch takes deterministic algorithms: always on a CPU, elsewhere with `full`.
 
     Otherwise some sums depend on which thread is faster. Another number of threads or processes, another machine or
     version may still round differently. Everything that is changed is restored afterwards.
@@ -22,6 +22,7 @@ def deterministic_algorithms(device: torch.device, *, full: bool = False, seed: 
         seed: Seeds all generators with `full`, as Transformers' Trainer does.
     """
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     environment = dict(os.environ)
     changed: set[str] = set()
@@ -31,9 +32,12 @@ def deterministic_algorithms(device: torch.device, *, full: bool = False, seed: 
             changed = {name for name, value in os.environ.items() if environment.get(name) != value}
         elif device.type == "cpu" and not algorithms[0]:
             torch.use_deterministic_algorithms(True, warn_only=True)
+            # By default every `torch.empty` is written to. That finds code that reads what nobody wrote; ours does not.
+            torch.utils.deterministic.fill_uninitialized_memory = False
         yield
     finally:
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fills
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         for name in changed:
             if name in environment:

@@ -31,11 +31,12 @@ SILENCE = 180.0
 many gigabytes without letting other threads of the process run."""
 POLL = 1.0
 """Seconds between two looks for a sign of life."""
-SETTLE = 0.5
-"""Seconds in which another run may take over the same lock."""
 
 Lock = dict[str, str | None]
 """What the file says of its run, as JSON."""
+
+_held: dict[Path, Lock] = {}
+"""The locks of this process, by their files."""
 
 
 @contextmanager
@@ -58,6 +59,7 @@ def only_run_in(output_dir: str | os.PathLike[str]) -> Iterator[None]:
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         yield
         return
+    _held[(folder / LOCK_FILE).resolve()] = lock
     stop = threading.Event()
     beats = threading.Thread(target=_give_signs_of_life, args=(folder / LOCK_FILE, lock, stop), daemon=True)
     beats.start()
@@ -66,10 +68,29 @@ def only_run_in(output_dir: str | os.PathLike[str]) -> Iterator[None]:
     finally:
         stop.set()
         beats.join()
+        del _held[(folder / LOCK_FILE).resolve()]
         if _read(folder / LOCK_FILE) == lock:
             (folder / LOCK_FILE).unlink(missing_ok=True)
         if is_new and folder.is_dir() and not any(folder.iterdir()):  # the run has failed before it wrote anything
             folder.rmdir()
+
+
+def check_lock(output_dir: str | os.PathLike[str]) -> None:
+    """Refuse to write where another run has taken over the lock of this one. For the process that holds it.
+
+    Args:
+        output_dir: Folder of the run.
+
+    Raises:
+        CheckpointError: If the lock is another run's.
+    """
+    path = Path(output_dir, LOCK_FILE)
+    held, found = _held.get(path.resolve()), _read(path)
+    if held is not None and found is not None and found != held:
+        raise CheckpointError(
+            f"another run has taken over --output_dir {output_dir}, since this one seemed to be gone: "
+            f"{_describe(found)}. This run stops and writes nothing"
+        )
 
 
 def _acquire(path: Path) -> Lock:
@@ -91,12 +112,12 @@ def _acquire(path: Path) -> Lock:
             return lock
         except FileExistsError:
             previous = _read(path)
-        if not _lives(path):
-            _replace(path, lock)
-            time.sleep(SETTLE)
-            if _read(path) == lock:
-                logger.warning("the run that used --output_dir %s is gone: %s", path.parent, _describe(previous))
-                return lock
+        is_gone = not _lives(path)
+        if not path.exists():  # it has ended meanwhile
+            return _acquire(path)
+        if is_gone and _take_over(path, previous, lock):
+            logger.warning("the run that used --output_dir %s is gone: %s", path.parent, _describe(previous))
+            return lock
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise CheckpointError(
@@ -145,7 +166,8 @@ def _is_alive(lock: Lock | None) -> bool | None:
         return False  # Slurm ends all processes of a job before it starts the job again
     if lock["machine"] is None or lock["machine"] != _machine():
         return None
-    return _start_time(int(lock["process"] or 0)) == lock["started"]  # the number may be that of a later process
+    assert lock["process"] is not None
+    return _start_time(int(lock["process"])) == lock["started"]  # the number may be that of a later process
 
 
 def _machine() -> str | None:
@@ -179,14 +201,36 @@ def _read(path: Path) -> Lock | None:
         lock = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    needed = ("id", "host", "process", "started", "machine", "slurm_job", "slurm_restart", "since")
-    return lock if isinstance(lock, dict) and all(name in lock for name in needed) else None
+    texts, optional = ("id", "host", "process", "since"), ("started", "machine", "slurm_job", "slurm_restart")
+    usable = (
+        isinstance(lock, dict)
+        and all(isinstance(lock.get(name), str) for name in texts)
+        and all(name in lock and isinstance(lock[name], str | None) for name in optional)
+        and lock["id"].isalnum()
+        and lock["process"].isdecimal()
+    )
+    return lock if usable else None
 
 
-def _replace(path: Path, lock: Lock) -> None:
-    new = path.with_name(f"{path.stem}-{lock['id']}.json")
-    new.write_text(json.dumps(lock), encoding="utf-8")
-    new.replace(path)
+def _take_over(path: Path, previous: Lock | None, lock: Lock) -> bool:
+    """Put a lock into the place of that of a run that is gone, unless another run does so at the same time."""
+    # Only who has created this file may replace that lock: of several runs one, and none that is late.
+    claim = path.with_name(f"{path.stem}-after-{'unreadable' if previous is None else previous['id']}.json")
+    try:
+        with claim.open("x", encoding="utf-8") as file:
+            json.dump(lock, file)
+    except FileExistsError:
+        if _lives(claim):
+            return False
+        claim.unlink(missing_ok=True)  # of a run that has stopped amid this; the next try finds none
+        return False
+    try:
+        if _read(path) != previous:
+            return False
+        claim.replace(path)
+        return True
+    finally:
+        claim.unlink(missing_ok=True)
 
 
 def _give_signs_of_life(path: Path, lock: Lock, stop: threading.Event) -> None:

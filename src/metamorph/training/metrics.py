@@ -20,7 +20,7 @@ class LossWindow:
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
-        # Of the whole run, not of the window: of a few images the best constant is too close to each.
+        # Since this process began, not of the window: of a few images the best constant is too close to each.
         self._direction_sums: Tensor | None = None
         self._targets_seen = 0.0
 
@@ -47,7 +47,7 @@ class LossWindow:
         by_text, by_visual, by_token = normalizers or (num_text.clamp(min=1), num_visual.clamp(min=1), num_tokens)
         sums = (text * by_text, visual * by_visual, cosine * num_visual, aux * by_token)
         values = (*sums, num_text, num_visual, num_tokens)
-        window = torch.stack([value.float() for value in values])
+        window = torch.stack([value.to(dtype=sum_dtype(text.device)) for value in values])
         self._sums = window if self._sums is None else self._sums + window
         if outputs.visual_direction_sums is not None:
             directions = outputs.visual_direction_sums.to(dtype=sum_dtype(window.device))
@@ -57,7 +57,7 @@ class LossWindow:
         """The means over all tokens of all ranks since the last call. Every rank must call it.
 
         `visual_cosine_baseline` is that of the best constant prediction for each place in the image, over all visual
-        targets since the run began.
+        targets since this process began: a resumed run starts to count again.
 
         Args:
             accelerator: Sums over the ranks.

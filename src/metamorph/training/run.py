@@ -15,7 +15,7 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.runs.checkpoint_files import clean_up, explains_write_errors
 from metamorph.runs.determinism import deterministic_algorithms
-from metamorph.runs.lock import only_run_in
+from metamorph.runs.lock import check_lock, only_run_in
 from metamorph.runs.preemption import Preemption, clear_marker
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.build import (
@@ -140,7 +140,7 @@ def _train(
     planner = plan_run(dataset, data_args.model_max_length, training_args)
     resume_point = plan_resume(checkpoint, dataset, planner, training_args)
     apply_learning_rate_rule(training_args, samples_in_a_step(planner, training_args.gradient_accumulation_steps))
-    flags = flags_of_run(model_args, training_args, plan)
+    flags = flags_of_run(model_args, data_args, training_args, plan)
     check_flags(checkpoint, flags, training_args.allow_changes)
 
     # 2. The model, and the part of it that this stage trains.
@@ -217,6 +217,7 @@ def _train(
 
 def _save_result(trainer: MetaMorphTrainer, model_args: ModelArguments, data_args: DataArguments) -> None:
     """Write state, flags, card and weights, and leave a plain model in memory where the engine allows it."""
+    check_lock(trainer.args.output_dir)
     with explains_write_errors(trainer.args.output_dir, "the result"):
         trainer.save_state()
         if trainer.is_world_process_zero():

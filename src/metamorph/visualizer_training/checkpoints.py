@@ -28,13 +28,16 @@ from metamorph.runs.checkpoint_files import (
     flush,
     on_first_process,
 )
+from metamorph.runs.lock import check_lock
 from metamorph.visualizer_training.arguments import LATEST
 from metamorph.visualizer_training.fsdp2 import divided_like, whole
 
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS, _OPTIMIZER, _STATE = "trained_weights.safetensors", "optimizer.pt", "state.json"
+STATE_FILE = "state.json"
+"""Step, place in the data, what decides the data, and flags."""
+_WEIGHTS, _OPTIMIZER = "trained_weights.safetensors", "optimizer.pt"
 _FLAGS = {"pictures": "--image_folder, --image_jsons", "digest": "--image_folder, --image_jsons", "seed": "--seed"}
 """What describes the data, and the flags that decide it."""
 
@@ -57,6 +60,8 @@ class TrainingState:
     """Samples, over all processes, that these steps have consumed."""
     data: dict[str, Any] = field(default_factory=dict)
     """What decides which picture comes when: `pictures`, `digest` and `seed`."""
+    flags: dict[str, Any] = field(default_factory=dict)
+    """Result of `flags_of_run`."""
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -87,13 +92,14 @@ def save_checkpoint(output_dir: Path, state: TrainingState, keep: int | None, wr
         tensors["ema"] = whole(state.ema.state_dict(), keep=writes)
     if not writes:
         return output_dir / name
+    check_lock(output_dir)
     with explains_write_errors(output_dir, name):
         partial = begin_checkpoint(output_dir) / name
         partial.mkdir()
         save_file({key: value.contiguous() for key, value in weights.items()}, partial / _WEIGHTS)
         torch.save(tensors, partial / _OPTIMIZER)
-        numbers = {"step": state.step, "samples_seen": state.samples_seen, "data": state.data}
-        (partial / _STATE).write_text(json.dumps(numbers), encoding="utf-8")
+        known = {"step": state.step, "samples_seen": state.samples_seen, "data": state.data, "flags": state.flags}
+        (partial / STATE_FILE).write_text(json.dumps(known), encoding="utf-8")
         flush(output_dir)
         folder = commit_checkpoint(output_dir, name, {"step": state.step})
     delete_old(output_dir, keep)
@@ -107,7 +113,7 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
         ValueError: if the folder was written by a run that trains other parameters.
         CheckpointError: if it was written by a run with other data, or holds more than tensors and numbers.
     """
-    numbers = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    numbers = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     _check_data(folder, numbers["data"], state.data)
     weights = load_file(folder / _WEIGHTS)
     check_finite(weights.items(), folder / _WEIGHTS)
@@ -194,8 +200,8 @@ def resolve_resume(request: str | None, output_dir: Path) -> Path | None:
     if choice.lower() not in (LATEST, "true"):
         folder = Path(choice).expanduser()
         problem = damage(folder)
-        if problem is None and not (folder / _STATE).is_file():
-            problem = f"it is not one of the visualizer ({_STATE})"
+        if problem is None and not (folder / STATE_FILE).is_file():
+            problem = f"it is not one of the visualizer ({STATE_FILE})"
         if problem is not None:
             raise ValueError(f"--resume_from_checkpoint {folder} is not a checkpoint that can be used: {problem}")
         return folder

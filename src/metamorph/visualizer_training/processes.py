@@ -22,7 +22,7 @@ _ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_M
 
 
 def start_accelerate(args: VisualizerArguments) -> Accelerator:
-    """Device, precision and trackers of this run.
+    """Devices, processes and precision of this run; writes nothing.
 
     Raises:
         ValueError: if the tracker is not installed, or `accelerate launch` asks for an engine of its own.
@@ -36,23 +36,31 @@ def start_accelerate(args: VisualizerArguments) -> Accelerator:
     tracker = None if args.report_to == "none" else args.report_to
     if tracker is not None and importlib.util.find_spec(tracker) is None:
         raise ValueError(f"--report_to {tracker}: {tracker} is not installed; pip install 'metamorph[trackers]'")
-    # Where `metamorph train` has it. Accelerate joins folder and name of the project.
-    tensorboard = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", Path(args.output_dir, "tensorboard"))).expanduser()
     if is_initialized() and AcceleratorState().mixed_precision != args.mixed_precision:
         # Left by another trainer of this process. Accelerate refuses to change it, and has no public way to start anew
         # that keeps the process group; Transformers' Trainer does the same.
         AcceleratorState._reset_state()
-    accelerator = Accelerator(
+    return Accelerator(
         # Unless told, Accelerate takes several processes without a GPU for several unrelated single ones.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
         # The loop divides by the number of batches itself; unless told, Accelerate takes another one from the launcher.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=tracker,
-        project_dir=str(tensorboard.parent),
+        project_dir=str(_tensorboard_folder(args).parent),
     )
-    if tracker is not None:
-        plain = {name: value for name, value in args.to_dict().items() if isinstance(value, (int, float, str))}
-        project = tensorboard.name if tracker == "tensorboard" else "metamorph-visualizer"
-        accelerator.init_trackers(project, config=plain)
-    return accelerator
+
+
+def start_trackers(accelerator: Accelerator, args: VisualizerArguments) -> None:
+    """Start the tracker of `report_to`, which may write to the output folder: once the run holds its lock."""
+    if args.report_to == "none":
+        return
+    plain = {name: value for name, value in args.to_dict().items() if isinstance(value, (int, float, str))}
+    # Accelerate joins folder and name of the project.
+    project = _tensorboard_folder(args).name if args.report_to == "tensorboard" else "metamorph-visualizer"
+    accelerator.init_trackers(project, config=plain)
+
+
+def _tensorboard_folder(args: VisualizerArguments) -> Path:
+    """Where `metamorph train` has it."""
+    return Path(os.environ.get("TENSORBOARD_LOGGING_DIR", Path(args.output_dir, "tensorboard"))).expanduser()

@@ -18,7 +18,8 @@ from metamorph.visualizer_training.checkpoints import find_checkpoint, load_chec
 from metamorph.visualizer_training.pictures.bad_pictures import BadPictures
 from metamorph.visualizer_training.pictures.shards import report_shards
 from metamorph.visualizer_training.pictures.sources import ImageList, ImageSource, open_pictures, shards_of
-from metamorph.visualizer_training.processes import start_accelerate
+from metamorph.visualizer_training.processes import start_accelerate, start_trackers
+from metamorph.visualizer_training.resume_flags import check_flags, flags_of_run
 from metamorph.visualizer_training.trainer import StepCallback, VisualizerResult, VisualizerTrainer
 
 
@@ -56,6 +57,7 @@ def _train(
     preemption: Preemption,
 ) -> VisualizerResult:
     check_folders(args)
+    resolution_is_given = args.resolution is not None
     args = adopt_resolution(adopt_token_options(args))
     source = open_source(args, images)
     shards = shards_of(source)
@@ -71,8 +73,11 @@ def _train(
                 report_shards(shards.shards)
         # After the cleaning, which may put a checkpoint back.
         checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
+        if checkpoint is not None:
+            check_flags(checkpoint, flags_of_run(args), resolution_is_given=resolution_is_given)
         if shards is not None:
             bad_pictures.add_lost(shards)
+        start_trackers(accelerator, args)
         trainer = VisualizerTrainer(args, source, bad_pictures, accelerator, preemption, on_log)
         if checkpoint is not None:
             load_checkpoint(checkpoint, trainer.state)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from metamorph.runs.checkpoint_files import explains_write_errors
+from metamorph.runs.lock import check_lock
 from metamorph.runs.preemption import Preemption, ignore_signals, leave_preempted
 from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualization.projector import VisualizationProjector
@@ -41,6 +42,7 @@ from metamorph.visualizer_training.model_card import render_visualizer_card
 from metamorph.visualizer_training.monitor import RunMonitor
 from metamorph.visualizer_training.pictures.bad_pictures import BadPictures
 from metamorph.visualizer_training.pictures.sources import ImageFiles, ImageSource
+from metamorph.visualizer_training.resume_flags import flags_of_run
 from metamorph.visualizer_training.schedule import build_lr_scheduler
 
 
@@ -111,6 +113,7 @@ class VisualizerTrainer:
             self.dataset = self._encode_all()
         self.state = self._build_state()
         self.state.data = {"pictures": len(source), "digest": source.digest(), "seed": args.seed}
+        self.state.flags = flags_of_run(args)
 
     def _build_state(self) -> TrainingState:
         """Freeze what is not trained, build the optimizer, wrap for the processes."""
@@ -353,6 +356,7 @@ class VisualizerTrainer:
         with self._finished_parts() as (projector, parts):
             if self.accelerator.is_main_process:
                 card = render_visualizer_card(self.args, self.num_images, self.accelerator.num_processes, self._logged)
+                check_lock(self.output_dir)
                 with explains_write_errors(self.output_dir, "the visualizer"):
                     save_pipeline(self.output_dir, projector, parts, self.args, card)
                 logger.info("Wrote the visualizer to %s", self.output_dir)

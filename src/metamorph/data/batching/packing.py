@@ -218,6 +218,7 @@ class BatchPlanner:
         grouped = np.concatenate(by_length)
         whole = len(grouped) // step
         steps = grouped[: whole * step].reshape(whole, step)
+        # The stream of `_pack`, which no run with groups uses. Another would change the order of resumed runs.
         steps = np.random.default_rng([self.seed, epoch]).permutation(steps)
         if whole:
             longest = int(self._tokens[steps].max(axis=1).argmax())

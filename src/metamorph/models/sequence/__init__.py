@@ -1,6 +1,7 @@
 """From a conversation to one sequence of ids, labels and visual targets.
 
 How does a template write a conversation?     `chat_templates.py`
+How long may a template compute?              `bounded_jinja.py`
 How do ids and labels grow together?          `conversations.py`
 How does text become ids, not control tokens? `text_encoding.py`
 Which tokens stand for images?                `image_tokens.py`

@@ -58,6 +58,24 @@ def deepspeed_config(sharding: str) -> dict[str, Any]:
     }
 
 
+def check_deepspeed(config: dict[str, Any]) -> None:
+    """Refuse an optimizer or a schedule in a DeepSpeed configuration, which would replace those of the flags.
+
+    Args:
+        config: Of `--deepspeed` or `accelerate launch`.
+
+    Raises:
+        ValueError: naming the section.
+    """
+    replaced = {"optimizer": "--optim, --learning_rate, --weight_decay", "scheduler": "--lr_scheduler_type"}
+    for section, flags in replaced.items():
+        if section in config:
+            raise ValueError(
+                f"--deepspeed: the section {section!r} is not supported: it would replace {flags} and set one learning "
+                "rate for all modules, also when a run resumes with another one. Remove it and use the flags"
+            )
+
+
 def apply_sharding(args: TrainingArguments, sharding: str) -> None:
     """Turn `sharding` into the flags of Transformers; to be called before `TrainingArguments.__post_init__`.
 

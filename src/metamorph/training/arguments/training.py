@@ -20,7 +20,7 @@ from metamorph.flags.checks import check_choice, check_model_reference
 from metamorph.models.text_head import check_text_loss
 from metamorph.training.arguments.data import DataArguments
 from metamorph.training.arguments.model import ModelArguments
-from metamorph.training.arguments.sharding import apply_sharding
+from metamorph.training.arguments.sharding import apply_sharding, check_deepspeed
 
 
 __all__ = ["DataArguments", "MetaMorphTrainingArguments", "ModelArguments"]
@@ -289,6 +289,8 @@ class MetaMorphTrainingArguments(TrainingArguments):
             "adam_epsilon": 0,
             "weight_decay": 0,
             "max_grad_norm": 0,
+            "seed": 0,
+            "data_seed": 0,
         }
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -362,6 +364,8 @@ class MetaMorphTrainingArguments(TrainingArguments):
             ) from error
 
     def _check_accelerator(self) -> None:
+        if self.deepspeed_plugin is not None:
+            check_deepspeed(self.deepspeed_plugin.deepspeed_config)
         config = self.accelerator_config
         for name, accepted in (
             ("split_batches", False),

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from metamorph.runs.checkpoint_files import CheckpointError, read_manifest
+from metamorph.runs.flag_changes import changed_flags, describe_model
+from metamorph.training.arguments.data import DataArguments
 from metamorph.training.arguments.training import CHANGEABLE, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.build import LOSS_FIELDS, STRUCTURE_FIELDS, Plan
 
@@ -28,6 +30,7 @@ ACTING = (
     "num_train_epochs",
     "bf16",
     "fp16",
+    "model_max_length",
 )
 """Flags that act from the next step on; the log names those that have changed."""
 FIXED = (
@@ -52,11 +55,14 @@ _STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 """They lower the rate step by step; what it was lowered from is not known."""
 
 
-def flags_of_run(model_args: ModelArguments, args: MetaMorphTrainingArguments, plan: Plan) -> dict[str, Any]:
+def flags_of_run(
+    model_args: ModelArguments, data_args: DataArguments, args: MetaMorphTrainingArguments, plan: Plan
+) -> dict[str, Any]:
     """The flags that are compared, as they are written into a checkpoint: values of JSON.
 
     Args:
         model_args: The model flags.
+        data_args: The data flags.
         args: How the run learns, once `learning_rate` is a number.
         plan: Result of `make_plan`.
     """
@@ -69,10 +75,10 @@ def flags_of_run(model_args: ModelArguments, args: MetaMorphTrainingArguments, p
     names += lora if model_args.lora_enable else []
     flags |= {name: getattr(model_args, name) for name in names}
     flags["image_aspect_ratio"] = plan.processor.image_aspect_ratio
-    # Where the models lie does not matter.
-    flags["model_name_or_path"] = Path(model_args.model_name_or_path).name
+    flags["model_max_length"] = data_args.model_max_length  # with packing, a part of the data's description
+    flags["model_name_or_path"] = describe_model(model_args.model_name_or_path)
     if not plan.continues:
-        flags["vision_tower"] = Path(model_args.vision_tower).name
+        flags["vision_tower"] = describe_model(model_args.vision_tower)
     return flags
 
 
@@ -90,24 +96,23 @@ def check_flags(checkpoint: str | None, flags: dict[str, Any], allowed: list[str
     if checkpoint is None:
         return
     old = _flags_of(Path(checkpoint), flags)
-    changed = [name for name in flags if name in old and old[name] != flags[name]]
-    described = {name: f"--{name} {old[name]} there, {flags[name]} here" for name in changed}
+    changed = changed_flags(old, flags)
     fixed = [name for name in changed if name in FIXED or _is_fixed(name, old, flags)]
     if fixed:
         raise CheckpointError(
             f"{checkpoint} was trained with other flags, which decide what its weights and its optimizer are: "
-            f"{'; '.join(described[name] for name in fixed)}. Restore them, or start a new run in its own --output_dir "
+            f"{'; '.join(changed[name] for name in fixed)}. Restore them, or start a new run in its own --output_dir "
             "(--resume_from_checkpoint False starts one here)"
         )
     unconfirmed = [name for name in changed if name in CHANGEABLE and name not in (allowed or ())]
     if unconfirmed:
         raise CheckpointError(
-            f"{checkpoint} was trained with other flags: {'; '.join(described[name] for name in unconfirmed)}. Restore "
+            f"{checkpoint} was trained with other flags: {'; '.join(changed[name] for name in unconfirmed)}. Restore "
             f"them, confirm the change by --allow_changes {' '.join(unconfirmed)}, or start a new run in its own "
             "--output_dir (--resume_from_checkpoint False starts one here)"
         )
     if changed:
-        logger.warning("flags that differ from those of %s: %s", checkpoint, "; ".join(described.values()))
+        logger.warning("flags that differ from those of %s: %s", checkpoint, "; ".join(changed.values()))
     if {"max_steps", "num_train_epochs"} & set(changed):
         logger.warning("the schedule of the learning rate now ends with this run: %s", flags["lr_scheduler_type"])
 

@@ -28,6 +28,7 @@ from metamorph.runs.checkpoint_files import (
     explains_write_errors,
     flush,
 )
+from metamorph.runs.lock import check_lock
 from metamorph.training.checkpoints.resume import Position, ResumePoint, describe_data
 from metamorph.training.checkpoints.weights import TRAINER_STATE_FILE, load_weights
 from metamorph.training.engines.prepare import whole_weights
@@ -180,6 +181,7 @@ class CheckpointingTrainer(ShardedTrainer):
         output_dir, name = self._get_output_dir(trial), f"{PREFIX}{self.state.global_step}"
         with explains_write_errors(output_dir, name):
             if self.args.should_save:
+                check_lock(output_dir)
                 begin_checkpoint(output_dir)
             self.accelerator.wait_for_everyone()
             self._saving = True

@@ -12,6 +12,7 @@ from metamorph.data.records import DataError
 from metamorph.flags.checks import RemembersGiven
 from metamorph.flags.recipes import parse_arguments
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments.sharding import check_deepspeed
 
 
 NOT_GIVEN = "(not given)"
@@ -141,6 +142,7 @@ def _engine_of(deepspeed: dict[str, Any] | str) -> str:
         except json.JSONDecodeError as error:
             raise ValueError(f"--deepspeed {deepspeed} is not valid JSON: {error}") from error
     assert isinstance(deepspeed, dict)
+    check_deepspeed(deepspeed)
     zero = deepspeed.get("zero_optimization", {})
     if zero.get("stage", 0) < 2:
         return "ddp"

@@ -1,0 +1,55 @@
+"""What a checkpoint notes of the flags of its run, and in which of them a run that resumes it differs."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+from metamorph.runs.checkpoint_files import file_stamp
+
+
+MODELS = ("model_name_or_path", "pretrained_model_name_or_path", "vision_tower")
+"""Flags whose value is that of `describe_model`."""
+_CHECKSUM = " crc32:"
+
+
+def describe_model(name: str) -> str:
+    """A folder or Hub id as it is noted: the last part of its path, and for a folder a checksum of its weights.
+
+    Where a model lies does not matter; many folders have the same name (`final`), so that it does not suffice. Of large
+    files the checksum sees the ends only.
+
+    Args:
+        name: Value of one of `MODELS`.
+    """
+    folder = Path(name).expanduser()
+    checksum, found = 0, False
+    for part in ("", "unet", "vae"):
+        for file in sorted((folder / part).glob("*.safetensors")):
+            found = True
+            stamp = file_stamp(file)
+            checksum = zlib.crc32(f"{part}/{file.name} {stamp['size']} {stamp['crc32']}".encode(), checksum)
+    return f"{folder.name}{_CHECKSUM}{checksum:08x}" if found else folder.name
+
+
+def changed_flags(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """Text with both values of each flag that differs, by its name; what only one of them tells is left out.
+
+    Args:
+        old: Flags that a checkpoint was trained with.
+        new: Flags of the run that resumes it.
+    """
+    return {
+        name: f"--{name} {old[name]} there, {value} here"
+        for name, value in new.items()
+        if name in old and not _equal(name, old[name], value)
+    }
+
+
+def _equal(name: str, old: Any, new: Any) -> bool:
+    if name not in MODELS or not (isinstance(old, str) and isinstance(new, str)):
+        return old == new
+    # Models of the Hub and checkpoints of earlier versions have no checksum.
+    (old_name, _, old_sum), (new_name, _, new_sum) = old.partition(_CHECKSUM), new.partition(_CHECKSUM)
+    return old_name == new_name and (old_sum == new_sum or not (old_sum and new_sum))
