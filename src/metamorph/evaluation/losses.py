@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -201,8 +201,9 @@ def metric_names(sources: Iterable[str], *, visual_loss: bool, prefix: str = "ev
         visual_loss: Whether the model has a visual loss.
         prefix: As there.
     """
-    values = {field.name: 1 if visual_loss or "visual" not in field.name else None for field in fields(SourceLoss)}
-    every = SourceLoss(**values)  # type: ignore[arg-type]  # only the names count
+    sums = torch.ones(_NUM_SUMS, dtype=torch.float64)  # only the names count
+    sums[4] = float(visual_loss)
+    every = SourceLoss(sums, torch.ones(1, 1, dtype=torch.float64))
     prefixes = [f"{prefix}_", *(f"{prefix}_{source}_" for source in sources)]
     return [name for each in prefixes for name in every.as_metrics(each, 1.0)]
 
