@@ -16,6 +16,7 @@ import tarfile
 import time
 from contextlib import suppress
 from random import Random
+from threading import Timer
 
 import pytest
 import yaml
@@ -53,11 +54,16 @@ def fuzz(name, check):
     start, number = time.monotonic(), FIRST
     while number == FIRST or time.monotonic() < start + SECONDS:
         began = time.monotonic()
+        hang = Timer(MAX_SECONDS, logger.error, ("METAMORPH_FUZZ_SEED=%d METAMORPH_FUZZ_FIRST=%d hangs", SEED, number))
+        hang.daemon = True
+        hang.start()
         try:
             check(Random(f"{name} {SEED} {number}"))
         except BaseException:
             logger.error("METAMORPH_FUZZ_SEED=%d METAMORPH_FUZZ_FIRST=%d", SEED, number)
             raise
+        finally:
+            hang.cancel()
         assert time.monotonic() - began < MAX_SECONDS, f"input {number} of seed {SEED} took too long"
         number += 1
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -327,6 +333,9 @@ TEMPLATE_PIECES = [
         "{% if loop.last %}",
         "{{ m.content | length }}",
         "{{ m.content * 9 }}",
+        "{% for a in range(9999) %}",
+        "{% set x = m.content + m.content %}",
+        "{{ 'x' * 999999999 }}",
     ),
 ]
 

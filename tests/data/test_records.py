@@ -139,3 +139,12 @@ def test_errors_can_be_printed():
 def test_errors_travel_between_processes():
     error = pickle.loads(pickle.dumps(RecordError.at("f:1", "bad_field", "detail", "a")))  # noqa: S301
     assert (str(error), error.kind, error.record_id) == ("f:1 (id 'a'): detail", "bad_field", "a")
+
+
+def test_messages_are_short_whatever_the_record_holds():
+    long = "x" * 10**6
+    error = RecordError.at(long, "other", f"begin {long} and mend it", record_id=long)
+    assert len(str(error)) < 1500
+    assert str(error).endswith("and mend it")
+    assert len(error.where) <= 200
+    assert len(str(DataError(long))) <= 4000

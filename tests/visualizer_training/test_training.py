@@ -24,6 +24,7 @@ from metamorph.visualization import VisualizationPipeline, VisualizerArguments, 
 from metamorph.visualization.pixels import crop_square
 from metamorph.visualization.projector import PROJECTOR_MODES
 from metamorph.visualization.token_options import load_tower
+from metamorph.visualizer_training.build import adopt_resolution, load_diffusion_parts
 from metamorph.visualizer_training.processes import start_accelerate
 
 
@@ -279,6 +280,28 @@ def test_diffusion_model_without_a_resolution_asks_for_the_flag(arguments, parts
     (folder / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": None}))
     with pytest.raises(ValueError, match=r"sample_size None of its UNet\): give --resolution"):
         train_visualizer(arguments(pretrained_model_name_or_path=str(folder), resolution=None), pictures)
+
+
+@pytest.mark.parametrize(
+    ("part", "text", "message"),
+    [
+        ("unet", {"block_out_channels": 5}, r"unet/config\.json: block_out_channels 5 must be a list"),
+        ("vae", {"block_out_channels": [8] * 10_000}, r"vae/config\.json: block_out_channels"),
+        ("vae", "[" * 100_000, r"vae/config\.json is not valid JSON"),
+        ("unet", {"block_out_channels": [2**20] * 4, "norm_num_groups": 1}, "parameters, more than 5000000000"),
+        ("unet", {"layers_per_block": 10**6}, "asks for 1000000 layers"),
+        ("unet", {"sample_size": 10**6}, "sample_size 1000000 must be"),
+    ],
+    ids=["number", "long", "nested", "large", "deep", "wide"],
+)
+def test_configurations_are_checked_before_anything_is_built(arguments, parts, tmp_path, part, text, message):
+    folder = tmp_path / "diffusion"
+    shutil.copytree(parts["pretrained_model_name_or_path"], folder)
+    file = folder / part / "config.json"
+    file.write_text(text if isinstance(text, str) else json.dumps(json.loads(file.read_text()) | text))
+    args = arguments(pretrained_model_name_or_path=str(folder), unet_from_scratch=True, unfreeze_unet=True)
+    with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path .*{message}"):
+        load_diffusion_parts(adopt_resolution(args))
 
 
 def test_result_has_a_model_card(arguments, parts, pictures, tmp_path):

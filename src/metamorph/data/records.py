@@ -27,6 +27,9 @@ MAX_RECORD_BYTES = 32 * 2**20
 """Longest text of a record: parsed, it takes up to twenty times as much memory. What is longer lacks an end of line or
 a quotation mark, or holds what belongs into files."""
 
+MAX_NAME, MAX_DETAIL, MAX_MESSAGE = 200, 1000, 4000
+"""Most characters of a place or id, of what is wrong, and of the message of a source, which may repeat the data."""
+
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp")
 """How the names of video files end."""
 
@@ -79,7 +82,8 @@ class RecordError(ValueError):
     @classmethod
     def at(cls, where: str, kind: str, detail: str, record_id: str | None = None) -> RecordError:
         """Make the error of the record at `where`; `detail` tells what is wrong and how to mend it."""
-        where = printable(where)
+        where, detail = _shortened(printable(where)), _shortened(detail, MAX_DETAIL)
+        record_id = None if record_id is None else _shortened(str(record_id))
         error = cls(f"{where if record_id is None else f'{where} (id {record_id!r})'}: {detail}")
         error.kind, error.where, error.record_id = kind, where, record_id
         return error
@@ -93,7 +97,15 @@ class DataError(ValueError):
     """A source of data that cannot be used as a whole."""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(printable(message))
+        super().__init__(_shortened(printable(message), MAX_MESSAGE))
+
+
+def _shortened(text: str, limit: int = MAX_NAME) -> str:
+    """The beginning and the end of a text that is longer than `limit`: messages end with what is to be done."""
+    if len(text) <= limit:
+        return text
+    half = (limit - 1) // 2
+    return f"{text[:half]}…{text[-half:]}"
 
 
 @dataclass(frozen=True)

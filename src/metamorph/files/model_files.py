@@ -151,13 +151,13 @@ def check_weights(found: Shapes, expected: Shapes, where: object) -> None:
         )
 
 
-def check_layer_counts(config: Mapping[str, Any], weights: int, where: object) -> None:
-    """Check that no number of layers exceeds the number of weights, before a model of so many layers is built.
+def check_layer_counts(config: Mapping[str, Any], limit: int, where: object) -> None:
+    """Check that no number of layers exceeds a limit, before a model of so many layers is built.
 
     Args:
         config: JSON of a configuration. What counts are its fields named `…layers…` and its lists of `…block…`; the
             layers of a block and those of each of its transformers multiply.
-        weights: Number of tensors in the weight files.
+        limit: Number of tensors in the weight files, of which a layer has at least one; or any other.
         where: File that the error message names.
 
     Raises:
@@ -173,8 +173,10 @@ def check_layer_counts(config: Mapping[str, Any], weights: int, where: object) -
             continue
         if name.endswith("layers_per_block"):
             count = in_a_block = in_a_block * max(count, 1)
-        if count > weights:
-            raise ValueError(f"{where}: {name} asks for {count} layers or blocks, but there are only {weights} weights")
+        if count > limit:
+            raise ValueError(
+                f"{where}: {name} asks for {count} layers or blocks, but at most {limit} are possible here"
+            )
 
 
 def check_implementations(config: Mapping[str, Any], where: object) -> None:

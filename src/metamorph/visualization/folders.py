@@ -49,6 +49,9 @@ LIMITS: dict[type[ModelMixin], tuple[str, int]] = {
     VisualTokenEncoder: ("num_image_tokens", 128**2),
 }
 """Sizes that no weight depends on: latents along a side of a picture, and visual tokens per picture."""
+MAX_NEW_LAYERS = 256
+MAX_NEW_PARAMETERS = 5_000_000_000
+"""Of a model that is built without weight files: twice as many parameters as the UNet of Stable Diffusion XL has."""
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -140,22 +143,55 @@ def check_model(kind: type[ModelMixin], folder: Path, variant: str | None = None
         ValueError: if they do not belong together, or the configuration asks for what is not supported.
     """
     file = folder / "config.json"
+    config = read_model_config(kind, folder)
+    _check_one_kind_of_weights(folder, variant)
+    found = weight_shapes(folder, WEIGHTS_STEM, variant)
+    check_layer_counts(config, len(found), file)
+    model = _build(kind, config, file, "meta")
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    check_weights({_present_name(name, expected): shape for name, shape in found.items()}, expected, folder)
+
+
+def read_model_config(kind: type[ModelMixin], folder: Path) -> dict[str, Any]:
+    """The JSON of a component's configuration; its sizes that no weight depends on have limits.
+
+    Args:
+        kind: Class of the component.
+        folder: Its subfolder, with `config.json`.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is damaged, or asks for what is not supported.
+    """
+    file = folder / "config.json"
     config = read_json_object(file)
     if config.get("quantization_config") is not None:
         raise ValueError(f"{file} has a quantization_config: give a folder whose weights are not quantised")
     check_implementations(config, file)
     if kind in LIMITS:
         _check_size(config, *LIMITS[kind], file)
-    _check_one_kind_of_weights(folder, variant)
-    found = weight_shapes(folder, WEIGHTS_STEM, variant)
-    check_layer_counts(config, len(found), file)
-    try:
-        with torch.device("meta"):
-            model = kind.from_config(config)
-    except _BUILD_ERRORS as error:
-        raise ValueError(f"{file} is not the configuration of a {kind.__name__}: {_reason(error)}") from error
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    check_weights({_present_name(name, expected): shape for name, shape in found.items()}, expected, folder)
+    return config
+
+
+def build_model(kind: type[Model], folder: Path) -> Model:
+    """Build a component with random weights from its configuration alone.
+
+    Args:
+        kind: Class of the component.
+        folder: Its subfolder, with `config.json`.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is not the configuration of a `kind`, or of one with more layers or parameters than
+            `MAX_NEW_LAYERS` and `MAX_NEW_PARAMETERS`.
+    """
+    file = folder / "config.json"
+    config = read_model_config(kind, folder)
+    check_layer_counts(config, MAX_NEW_LAYERS, file)
+    parameters = sum(value.numel() for value in _build(kind, config, file, "meta").parameters())
+    if parameters > MAX_NEW_PARAMETERS:
+        raise ValueError(f"{file} asks for {parameters} parameters, more than {MAX_NEW_PARAMETERS}")
+    return _build(kind, config, file, "cpu")
 
 
 def check_scheduler(kind: type[SchedulerMixin], folder: Path) -> None:
@@ -197,6 +233,14 @@ def load_model(kind: type[Model], folder: Path, variant: str | None = None, **op
     model = kind.from_pretrained(folder, variant=variant, use_safetensors=True, **options)
     check_finite(model.state_dict().items(), folder)
     return model
+
+
+def _build(kind: type[Model], config: dict[str, Any], file: Path, device: str) -> Model:
+    try:
+        with torch.device(device):
+            return kind.from_config(config)
+    except _BUILD_ERRORS as error:
+        raise ValueError(f"{file} is not the configuration of a {kind.__name__}: {_reason(error)}") from error
 
 
 def _allowed(component: str) -> list[list[str | None]]:

@@ -15,6 +15,7 @@ from metamorph.models.image_processing import load_image_processor
 from metamorph.models.vision_tower import (
     MetaMorphConfig,
     VisionTower,
+    load_config,
     load_tower_of,
     load_vision_config,
     load_vision_encoder,
@@ -54,7 +55,7 @@ def adopt_token_options(options: Options) -> Options:
     """The options of the MetaMorph model, if `vision_tower` is the folder of one; else `options` as they are."""
     if not _is_metamorph(options.vision_tower):
         return options
-    config = MetaMorphConfig.from_pretrained(expand_home(options.vision_tower))
+    config = load_config(expand_home(options.vision_tower), MetaMorphConfig)
     logger.info(
         "Visual tokens as in the MetaMorph model %s: %d per image", options.vision_tower, config.num_image_tokens
     )
@@ -87,7 +88,7 @@ def load_encoder(options: TokenOptions) -> VisualTokenEncoder:
     path = expand_home(resolve_vision_tower(options.vision_tower))
     try:
         if _is_metamorph(path):
-            config = MetaMorphConfig.from_pretrained(path)
+            config = load_config(path, MetaMorphConfig)
             tower = load_tower_of(path)
         else:
             config = _token_config(options, load_vision_config(path))

@@ -5,27 +5,27 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-from metamorph.files.model_files import read_json_object
 from metamorph.flags.checks import check_reachable, names_flag
 from metamorph.models.vision_tower import (
     VisionTower,
     resolve_vision_tower,
 )
-from metamorph.visualization.folders import check_scheduler, load_model, local_folder
+from metamorph.visualization.folders import build_model, check_scheduler, load_model, local_folder, read_model_config
 from metamorph.visualization.pipeline import vae_scale_factor
 from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualization.projector import VisualizationProjector
-from metamorph.visualization.token_options import expand_home
 from metamorph.visualizer_training.arguments import VisualizerArguments
 
 
 logger = logging.getLogger(__name__)
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+_MAX_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def load_diffusion_parts(args: VisualizerArguments, vae_dtype: torch.dtype = tor
         check_scheduler(DDPMScheduler, folder / "scheduler")
         noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
         if args.unet_from_scratch:
-            unet = UNet2DConditionModel.from_config(read_json_object(folder / "unet" / "config.json"))
+            unet = build_model(UNet2DConditionModel, folder / "unet")
         else:
             unet = load_model(UNet2DConditionModel, folder / "unet", args.variant, torch_dtype=torch.float32)
         parts = DiffusionParts(unet, load_vae(args, vae_dtype), noise_scheduler)
@@ -114,11 +114,13 @@ def adopt_resolution(args: VisualizerArguments) -> VisualizerArguments:
     """
     name = args.pretrained_model_name_or_path
     try:
-        hub = {"pretrained_model_name_or_path": expand_home(name), "revision": args.revision}
-        unet = UNet2DConditionModel.load_config(subfolder="unet", **hub)
-        factor = vae_scale_factor(AutoencoderKL.load_config(subfolder="vae", **hub))
-    except OSError as error:
+        folder = _diffusion_folder(args)
+        unet = read_model_config(UNet2DConditionModel, folder / "unet")
+        vae = read_model_config(AutoencoderKL, folder / "vae")
+        blocks = [_blocks(config, folder / part / "config.json") for part, config in (("unet", unet), ("vae", vae))]
+    except (OSError, ValueError) as error:
         raise ValueError(f"--pretrained_model_name_or_path {name} cannot be loaded: {error}") from error
+    factor = 2 ** (blocks[1] - 1)
     sample_size = unet.get("sample_size")
     native = sample_size * factor if isinstance(sample_size, int) else None
     resolution = native if args.resolution is None else args.resolution
@@ -127,7 +129,7 @@ def adopt_resolution(args: VisualizerArguments) -> VisualizerArguments:
             f"--pretrained_model_name_or_path {name} does not state one resolution (sample_size {sample_size} of its "
             "UNet): give --resolution"
         )
-    multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    multiple = factor * 2 ** (blocks[0] - 1)
     if resolution % multiple:
         raise ValueError(f"--resolution {resolution} must be a multiple of {multiple} for this VAE and UNet")
     if args.resolution is None:
@@ -184,6 +186,14 @@ def token_shape(tower: VisionTower, pixel_format: PixelFormat) -> tuple[int, int
     """Number N and size D of the tower's visual tokens of one image."""
     tokens = tower(torch.zeros(1, 3, pixel_format.size, pixel_format.size))
     return tokens.shape[1], tokens.shape[2]
+
+
+def _blocks(config: dict[str, Any], file: Path) -> int:
+    """Number of blocks of a UNet or VAE; each but the last halves the sides."""
+    channels = config.get("block_out_channels")
+    if not isinstance(channels, list) or not 0 < len(channels) <= _MAX_BLOCKS:
+        raise ValueError(f"{file}: block_out_channels {channels!r} must be a list of 1 to {_MAX_BLOCKS} numbers")
+    return len(channels)
 
 
 def _diffusion_folder(args: VisualizerArguments) -> Path:

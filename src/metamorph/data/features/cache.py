@@ -24,6 +24,7 @@ from metamorph.data.media.refs import ImageRef
 from metamorph.data.media.stores import MediaError, MediaStore
 from metamorph.data.records import DataError
 from metamorph.data.sources.tars import TarSample
+from metamorph.files.model_files import file_shapes, read_json_object
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 
@@ -103,8 +104,7 @@ class FeatureCache:
         self.folder = Path(folder)
         self.manifest = _read_manifest(self.folder)
         self._refuse_other_tower(tower)
-        self._keys = np.load(self.folder / _KEYS_FILE, mmap_mode="r", allow_pickle=False)
-        self._rows = np.load(self.folder / _ROWS_FILE, mmap_mode="r", allow_pickle=False)
+        self._keys, self._rows = _read_index(self.folder, self.manifest)
         self._shards: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -315,9 +315,40 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             "`metamorph data cache-features`"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not valid JSON ({error}): make the cache again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        manifest = read_json_object(path)
+    except ValueError as error:
+        raise DataError(f"{error} Or make the cache again") from error
+    if manifest.get("format") != _FORMAT:
         raise DataError(f"{path} has not format {_FORMAT}: make the cache again with this version")
+    kinds = {"images": int, "images_per_shard": int, "tower": dict, _WEIGHTS: str}
+    for name, kind in kinds.items():
+        value = manifest.get(name)
+        if type(value) is not kind or (kind is int and value < (name == "images_per_shard")):
+            raise DataError(f"{path} is damaged: {name} cannot be {value!r}; make the cache again")
     return manifest
+
+
+def _read_index(folder: Path, manifest: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and rows of all images, once they and the headers of the shards are known to belong together.
+
+    Raises:
+        DataError: If a file is missing, damaged, or of another cache.
+    """
+    count, size = manifest["images"], manifest["images_per_shard"]
+    try:
+        keys = np.load(folder / _KEYS_FILE, mmap_mode="r", allow_pickle=False)
+        rows = np.load(folder / _ROWS_FILE, mmap_mode="r", allow_pickle=False)
+        shards = [file_shapes(folder / _shard_name(number)) for number in range(-(-count // size))]
+    except (OSError, ValueError) as error:
+        raise DataError(f"--feature_cache {folder} is damaged ({error}); make it again") from error
+    shapes = [shard.get(_TENSOR, ()) for shard in shards]
+    lengths = [shape[0] if len(shape) == 3 else -1 for shape in shapes]
+    if (
+        (keys.shape, keys.dtype) != ((2, count), np.uint64)
+        or (rows.shape, rows.dtype) != ((count,), np.int64)
+        or (count and not 0 <= rows.min() <= rows.max() < count)
+        or lengths != [min(size, count - start) for start in range(0, count, size)]
+        or len({shape[1:] for shape in shapes}) > 1
+    ):
+        raise DataError(f"--feature_cache {folder} is damaged: its files do not belong together; make it again")
+    return keys, rows

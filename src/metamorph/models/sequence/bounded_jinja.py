@@ -231,7 +231,7 @@ def _take(amount: int) -> None:
 
 
 def _size(value: Any) -> int:
-    """Characters and elements in a value, and in the values in it; counting stops at what is left to pay with."""
+    """Characters and elements in a value, and in the values in it, up to what is left to pay with."""
     if isinstance(value, str):
         return 1 + len(value)
     total, waiting = 0, [value]

@@ -1,10 +1,10 @@
 """The flags of `metamorph train` that say what the network is and which part of it is trained."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from metamorph.files.model_files import read_json_object
 from metamorph.flags.checks import RemembersGiven, check_choice, check_model_reference
 from metamorph.models.adapters import is_adapter_folder
 from metamorph.models.configuration_metamorph import check_options
@@ -195,7 +195,4 @@ def local_model_type(name: str) -> str | None:
     config = Path(name) / "config.json"
     if not config.is_file():
         return None
-    try:
-        return json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config} is not valid JSON ({error}): the model folder is damaged") from error
+    return read_json_object(config).get("model_type")
