@@ -3,7 +3,7 @@
 Input number n of a test is a function of the seed and n alone, and a failure names both:
 
     METAMORPH_FUZZ_SECONDS=120 METAMORPH_FUZZ_SEED=1 pytest tests/test_fuzz.py         # two minutes of other input
-    METAMORPH_FUZZ_SEED=1 METAMORPH_FUZZ_FIRST=4321 pytest tests/test_fuzz.py -k tars  # begins with the input that failed
+    METAMORPH_FUZZ_SEED=1 METAMORPH_FUZZ_FIRST=4321 pytest tests/test_fuzz.py -k tars # begins with that which failed
 """
 
 import io
