@@ -17,6 +17,8 @@ character, which cannot be broken."""
 _ITSELF, _NOTHING = "\ue003", "\ue004"
 """After `_BREAK`: a content happens to hold that character; and what it precedes is nothing."""
 _BREAKS = re.compile(f"{_BREAK}([{_ITSELF}{_NOTHING}]?)")
+_WORDS = re.compile(r"\A.*\S", re.DOTALL)
+"""A text without the white space at its end, which templates take off."""
 _CONTEXT = 64
 """Characters at the end of a text in which a control token is looked for; no name is longer."""
 
@@ -55,10 +57,17 @@ class TextEncoder:
         self._added = re.compile(
             f"({any_of({name for name in added if len(name) > 1}).pattern}|(?<!{_BREAK})(?:{short}))"
         )
+        beginnings = {name[:length] for name in controls for length in range(1, len(name))}
+        self._begun = {
+            last: tuple(begun for begun in beginnings if begun[-1] == last) for last in {b[-1] for b in beginnings}
+        }
         self._context_ids: dict[str, list[int]] = {}
         # The tokenizer finds these in normalised text only: <|user|> in "<|USER|>", say.
         late = {token.content for token in tokenizer.added_tokens_decoder.values() if token.normalized} & controls
-        self._late = any_of({self._normalized(name) for name in late}) if late else None
+        self._late = {
+            is_answer: any_of({self._normalized(name) for name in names}) if names else None
+            for is_answer, names in ((False, late), (True, late - template.thought_tokens))
+        }
 
     def hide(self, content: str, is_answer: bool) -> str:
         """Break the names of control tokens in a content.
@@ -68,11 +77,14 @@ class TextEncoder:
             is_answer: Whether it is the assistant's, which may give the tokens of its thoughts.
         """
         hidden = self._forbidden[is_answer].sub(_break, self.escape(content))
-        if self._late is not None and self._late.search(self._normalized(hidden)):
+        late = self._late[is_answer]
+        if late is not None and late.search(self._normalized(hidden)):
             # Of each piece the tokenizer would look at, so each is spelt.
             pieces = self._added.split(hidden)
-            pieces[::2] = [piece and piece + _BREAK + _NOTHING for piece in pieces[::2]]
+            pieces[::2] = [_WORDS.sub(rf"\g<0>{_BREAK}{_NOTHING}", piece) for piece in pieces[::2]]
             hidden = "".join(pieces)
+        if hidden.endswith(self._begun.get(hidden[-1:], ())):
+            hidden += _BREAK + _NOTHING  # what follows in the template must not complete the name of a control token
         return hidden
 
     @staticmethod
