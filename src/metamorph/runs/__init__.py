@@ -2,6 +2,7 @@
 
 How is a checkpoint written whole, or not at all?    `checkpoint_files.py`
 How does a signal stop a run without loss?           `preemption.py`
+Which flags differ from those of a checkpoint?       `flag_changes.py`
 How is one run kept out of the folder of another?    `lock.py`
 Which flags may differ when a run resumes?           `flag_changes.py`
 How does one seed give one result?                   `determinism.py`

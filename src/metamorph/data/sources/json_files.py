@@ -217,7 +217,7 @@ class _Window:
 
     def skip_space(self, position: int) -> int:
         """The next position that is not white space."""
-        while self.at(position):
+        while (character := self.at(position)) and character in " \t\r\n":
             found = _NO_SPACE.search(self._text, position - self._start)
             if found:
                 return self._start + found.start()
