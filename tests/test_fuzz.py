@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import resource
 import string
 import tarfile
 import time
@@ -31,10 +32,6 @@ from metamorph.data.sources.json_files import JsonArraySource, JsonlSource
 from metamorph.data.sources.tars import TarSource
 from metamorph.data.tasks import TASKS
 from metamorph.models.processing_metamorph import MetaMorphProcessor
-<<<<<<< HEAD:tests/test_fuzz.py
-=======
-from processing_parts import CHAT_TEMPLATES, peak_memory, sentencepiece_tokenizer, tokenizer_with
->>>>>>> tars:tests/fuzz/test_fuzz.py
 
 
 logger = logging.getLogger(__name__)
@@ -53,8 +50,8 @@ pytestmark = [pytest.mark.fuzz, pytest.mark.timeout(SECONDS + 300)]
 
 def fuzz(name, check):
     """Call `check` with generators of random numbers until the time is over; tell which one it failed with."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start, number = time.monotonic(), FIRST
-<<<<<<< HEAD:tests/test_fuzz.py
     while number == FIRST or time.monotonic() < start + SECONDS:
         began = time.monotonic()
         hang = Timer(MAX_SECONDS, logger.error, ("METAMORPH_FUZZ_SEED=%d METAMORPH_FUZZ_FIRST=%d hangs", SEED, number))
@@ -70,22 +67,6 @@ def fuzz(name, check):
         assert time.monotonic() - began < MAX_SECONDS, f"input {number} of seed {SEED} took too long"
         number += 1
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-=======
-
-    def run():
-        nonlocal number
-        while number == FIRST or time.monotonic() < start + SECONDS:
-            began = time.monotonic()
-            try:
-                check(Random(f"{name} {SEED} {number}"))
-            except BaseException:
-                logger.error("METAMORPH_FUZZ_SEED=%d METAMORPH_FUZZ_FIRST=%d", SEED, number)
-                raise
-            assert time.monotonic() - began < MAX_SECONDS, f"input {number} of seed {SEED} took too long"
-            number += 1
-
-    grown = peak_memory(run)
->>>>>>> tars:tests/fuzz/test_fuzz.py
     assert grown < MAX_MEMORY, f"inputs {FIRST} to {number} of seed {SEED} took {grown >> 20} MiB"
 
 

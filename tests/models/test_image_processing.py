@@ -4,15 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processing_parts import golden_image
+from processing_parts import golden_image, peak_memory
 from transformers import BitImageProcessor, CLIPImageProcessor, Siglip2ImageProcessor, SiglipImageProcessor
 
 from metamorph.models import image_processing
 from metamorph.models.image_processing import load_image_processor, preprocess_images, square_image_processor, to_rgb
-<<<<<<< HEAD:tests/models/test_image_processing.py
-=======
-from processing_parts import golden_image, peak_memory
->>>>>>> tars:tests/unit/test_processing_images.py
 
 
 PROCESSORS = [SiglipImageProcessor, CLIPImageProcessor, BitImageProcessor, Siglip2ImageProcessor]
