@@ -11,7 +11,8 @@ from metamorph.models.configuration_metamorph import MetaMorphConfig
     ("overrides", "message"),
     [
         ({"num_image_tokens": 5}, "num_image_tokens=5 is not a square number.*4 and 9"),
-        ({"num_image_tokens": 0}, "at least 1"),
+        ({"num_image_tokens": 0}, "from 1 to 16384"),
+        ({"num_image_tokens": 10**9}, "from 1 to 16384"),
         ({"num_image_tokens": 9, "image_token_reduction": "none"}, "num_image_tokens=16"),
         ({"image_token_reduction": "pool"}, "image_token_reduction='pool'.*interpolation"),
         ({"mm_projector_type": "mlp0x_gelu"}, "mm_projector_type='mlp0x_gelu'.*mlp{N}x_gelu"),

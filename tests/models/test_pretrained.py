@@ -261,7 +261,7 @@ def test_a_processor_loads_no_other_model(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_image_tokens": 10**9}, "must be at least 1 and at most 16384, not 1000000000"),
+        ({"num_image_tokens": 10**9}, "must be from 1 to 16384, not 1000000000"),
         ({"num_image_tokens": 25}, r"num_image_tokens of processor_config\.json is 25, but that of config\.json 16"),
         ({"size": {"height": 10**5, "width": 10**5}}, "images of 100000 pixels a side must have 1 to 4096"),
         ({"size": {"height": 32, "width": 32}}, r"size of images of processor_config\.json is \(32, 32\)"),

@@ -330,7 +330,7 @@ def test_from_parts_follows_the_configuration():
 
 
 def test_bad_settings_name_their_flag():
-    with pytest.raises(ValueError, match="--num_image_tokens must be at least 1 and at most 16384, not 0"):
+    with pytest.raises(ValueError, match="--num_image_tokens must be from 1 to 16384, not 0"):
         build_processor(num_image_tokens=0)
     with pytest.raises(ValueError, match="--image_aspect_ratio 'crop' is unknown; use one of square, pad"):
         build_processor(image_aspect_ratio="crop")

@@ -6,7 +6,9 @@ import pickle
 import shutil
 import tarfile
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from training_parts import NUM_IMAGE_TOKENS, arguments, write_records
@@ -173,6 +175,32 @@ def test_an_unfinished_cache_is_refused(parts: Path, cache: Path, tmp_path: Path
     (tmp_path / "half" / "feature_cache.json").unlink()
     with pytest.raises(DataError, match="is no feature cache, or an unfinished one"):
         train(parts, tmp_path, feature_cache=str(tmp_path / "half"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("feature_cache.json", '{"format": 1}'),
+        ("feature_cache.json", "[" * 100_000),
+        ("feature_cache.json", {"images_per_shard": 0}),
+        ("feature_cache.json", {"images": 10**9}),
+        ("keys.npy", np.zeros((2, 5), np.uint64)),
+        ("rows.npy", np.zeros(12, np.int32)),
+        ("rows.npy", np.full(12, -1)),
+        ("rows.npy", "cut"),
+        ("features-00000.safetensors", "cut"),
+    ],
+)
+def test_a_damaged_cache_is_refused_when_it_is_opened(cache: Path, tmp_path: Path, file: str, content: object) -> None:
+    folder = shutil.copytree(cache, tmp_path / "damaged")
+    manifest = json.loads((folder / "feature_cache.json").read_text())
+    if isinstance(content, np.ndarray):
+        np.save(folder / file, content)
+    else:
+        text = content if isinstance(content, str) else json.dumps({**manifest, **cast("dict", content)})
+        (folder / file).write_text(text)
+    with pytest.raises(DataError, match=r"make (the cache|it) again"):
+        FeatureCache(folder, manifest["tower"])
 
 
 def test_a_picture_that_changed_since_is_an_error_of_its_record(parts: Path, tmp_path: Path) -> None:

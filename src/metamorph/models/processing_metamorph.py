@@ -83,9 +83,7 @@ class MetaMorphProcessor(ProcessorMixin):
         image_aspect_ratio: str = "square",
     ) -> None:
         if not (isinstance(num_image_tokens, int) and 1 <= num_image_tokens <= MAX_IMAGE_TOKENS):
-            raise ValueError(
-                f"--num_image_tokens must be at least 1 and at most {MAX_IMAGE_TOKENS}, not {num_image_tokens!r}"
-            )
+            raise ValueError(f"--num_image_tokens must be from 1 to {MAX_IMAGE_TOKENS}, not {num_image_tokens!r}")
         if image_aspect_ratio not in ASPECT_RATIOS:
             raise ValueError(
                 f"--image_aspect_ratio {image_aspect_ratio!r} is unknown; use one of {', '.join(ASPECT_RATIOS)}"

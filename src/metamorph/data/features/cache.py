@@ -317,13 +317,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_json_object(path)
     except ValueError as error:
-        raise DataError(f"{error} Or make the cache again") from error
+        raise DataError(f"{error}; or make the cache again") from error
     if manifest.get("format") != _FORMAT:
         raise DataError(f"{path} has not format {_FORMAT}: make the cache again with this version")
-    kinds = {"images": int, "images_per_shard": int, "tower": dict, _WEIGHTS: str}
-    for name, kind in kinds.items():
+    for name, kind in {"images": int, "images_per_shard": int, "tower": dict, _WEIGHTS: str}.items():
         value = manifest.get(name)
-        if type(value) is not kind or (kind is int and value < (name == "images_per_shard")):
+        if type(value) is not kind or (name == "images" and value < 0) or (name == "images_per_shard" and value < 1):
             raise DataError(f"{path} is damaged: {name} cannot be {value!r}; make the cache again")
     return manifest
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextvars import ContextVar
 from functools import lru_cache, wraps
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import Template, nodes, pass_context
 from jinja2.exceptions import SecurityError
@@ -103,7 +103,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
             raise SecurityError("a power is too large")
         return _pay(super().call_binop(context, operator, left, right))
 
-    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         if isinstance(obj, LoopContext) and args:
             args = (_steps(args[0], _CALL), *args[1:])
         elif isinstance(owner := getattr(obj, "__self__", None), (str, bytes, int)):
@@ -148,8 +148,8 @@ class _Meters(NodeTransformer):
         return self._meter(node, nodes.Const(0)) if isinstance(node.arg, nodes.Slice) else node
 
     @staticmethod
-    def _meter(node: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
-        return nodes.Filter(node, _METER, list(args), [], None, None, lineno=node.lineno)
+    def _meter(node: nodes.Node, *args: nodes.Expr) -> nodes.Filter:
+        return nodes.Filter(cast("nodes.Expr", node), _METER, list(args), [], None, None, lineno=node.lineno)
 
 
 @pass_context  # so that it is not computed when a template is compiled
