@@ -311,9 +311,10 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         text = self._text_loss(hidden.index_select(0, indices["text"]), indices["text_labels"])
         result.text_loss, result.num_text_tokens = average(text, text_normalizer), text.count
         result.loss = result.text_loss
-        if "image_starts" in indices:
+        start = self.config.image_start_token_id
+        if "image_starts" in indices and start is not None:
             logits = self.compute_logits(hidden.index_select(0, indices["image_starts"]))
-            result.num_image_starts = (logits.argmax(dim=-1) == self.config.image_start_token_id).sum()
+            result.num_image_starts = logits.argmax(dim=-1).eq(start).sum()
         if not self.config.use_vision_ar:
             return
         predictions = self.vision_head(hidden.index_select(0, indices["visual"]))

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import enable_full_determinism
@@ -22,7 +23,8 @@ def deterministic_algorithms(device: torch.device, *, full: bool = False, seed: 
         seed: Seeds all generators with `full`, as Transformers' Trainer does.
     """
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    options: Any = torch.utils.deterministic  # a property of the module, which type checkers do not see
+    fills = options.fill_uninitialized_memory
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     environment = dict(os.environ)
     changed: set[str] = set()
@@ -33,11 +35,11 @@ def deterministic_algorithms(device: torch.device, *, full: bool = False, seed: 
         elif device.type == "cpu" and not algorithms[0]:
             torch.use_deterministic_algorithms(True, warn_only=True)
             # By default every `torch.empty` is written to. That finds code that reads what nobody wrote; ours does not.
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            options.fill_uninitialized_memory = False
         yield
     finally:
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        options.fill_uninitialized_memory = fills
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         for name in changed:
             if name in environment:

@@ -321,7 +321,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != _FORMAT:
         raise DataError(f"{path} has not format {_FORMAT}: make the cache again with this version")
     for name, kind in {"images": int, "images_per_shard": int, "tower": dict, _WEIGHTS: str}.items():
-        value = manifest.get(name)
+        value: Any = manifest.get(name)
         if type(value) is not kind or (name == "images" and value < 0) or (name == "images_per_shard" and value < 1):
             raise DataError(f"{path} is damaged: {name} cannot be {value!r}; make the cache again")
     return manifest
