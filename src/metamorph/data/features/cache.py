@@ -321,8 +321,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != _FORMAT:
         raise DataError(f"{path} has not format {_FORMAT}: make the cache again with this version")
     for name, kind in {"images": int, "images_per_shard": int, "tower": dict, _WEIGHTS: str}.items():
-        value: Any = manifest.get(name)
-        if type(value) is not kind or (name == "images" and value < 0) or (name == "images_per_shard" and value < 1):
+        value = manifest.get(name)
+        least = 1 if name == "images_per_shard" else 0
+        if type(value) is not kind or (isinstance(value, int) and value < least):
             raise DataError(f"{path} is damaged: {name} cannot be {value!r}; make the cache again")
     return manifest
 
