@@ -214,7 +214,7 @@ def steps_per_epoch(planner: BatchPlanner, accumulation: int) -> int:
 
 def _check_data(checkpoint: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     # Before this key there was version 1.
-    if old["packing"] and new["packing"] and old.get("packing_version", 1) != new["packing_version"]:
+    if old.get("packing") and new["packing"] and old.get("packing_version", 1) != new["packing_version"]:
         raise CheckpointError(
             f"{checkpoint} was written by a release of MetaMorph that packs other samples into a row (packing version "
             f"{old.get('packing_version', 1)}, here {new['packing_version']}), so that its place in the epoch cannot "
