@@ -104,6 +104,7 @@ def test_killed_while_saving(parts: Path, whole: TrainResult, tmp_path: Path, wh
     assert losses(again) == losses(whole)
     assert [line["step"] for line in again.log_history if "text_loss" in line] == [1, 2, 3, 4, 5, 6]
     assert {path.name for path in tmp_path.glob("*_*")} <= {"model_and_data_args.json", "mm_projector.safetensors"} | {
+        "chat_template.jinja",
         "processor_config.json",
         "tokenizer_config.json",
         "trainer_state.json",
@@ -158,7 +159,7 @@ def test_code_in_a_checkpoint_never_runs(
     torch.save(Planted(), folder / file)
     manifest = read_manifest(folder)
     assert manifest is not None
-    manifest["files"][file] = checkpoint_files._stamp(folder / file)
+    manifest["files"][file] = checkpoint_files.file_stamp(folder / file)
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="hold more than tensors and numbers"):
         run_training(*arguments(parts, run_folder, **FLAGS, resume_from_checkpoint=str(folder)))
