@@ -1,6 +1,7 @@
 """`metamorph generate --model DIR [--visualizer DIR] --prompt TEXT [--image FILE]…`: an answer in text and pictures."""
 
 import argparse
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +58,10 @@ def main(argv: Sequence[str]) -> None:
     from metamorph.models.sequence.conversations import TextPart
 
     transformers_logging.disable_progress_bar()  # of loading weights: the output is the answer
+    if flags.visualizer is not None and importlib.util.find_spec("diffusers"):
+        from diffusers.utils import logging as diffusers_logging
+
+        diffusers_logging.disable_progress_bar()
     session = load(flags.model, flags.visualizer, flags.device, dashes="--")
     torch.manual_seed(flags.seed)
     sampling = {"do_sample": True, "temperature": flags.temperature} if flags.temperature else {}
