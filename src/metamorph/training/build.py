@@ -86,6 +86,9 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
     with names_flag("--model_name_or_path", args.model_name_or_path):
         text_config = load_config(args.model_name_or_path)
         continues = text_config.model_type == MetaMorphConfig.model_type
+    if not continues:
+        check_reachable(resolve_vision_tower(args.vision_tower), "--vision_tower")
+    with names_flag("--model_name_or_path", args.model_name_or_path):
         tokenizer = load_tokenizer(args.model_name_or_path)
     args.require_connector(continues)
     if args.pretrain_mm_mlp_adapter is not None:
@@ -102,7 +105,6 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
         return Plan(_continued_config(text_config, args), processor, continues)
     with names_flag("--model_name_or_path", args.model_name_or_path):
         MetaMorphForConditionalGeneration.check_language_model(text_config)
-    check_reachable(resolve_vision_tower(args.vision_tower), "--vision_tower")
     with names_flag("--vision_tower", args.vision_tower):
         vision_config = load_vision_config(args.vision_tower)
         image_processor = load_image_processor(resolve_vision_tower(args.vision_tower))
