@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from training_parts import arguments
 
-from metamorph.training.engines.prepare import configure_fsdp2
-from metamorph.training.engines.sharded_trainer import FrozenTower, gather_weights
+from metamorph.training.engines.prepare import configure_fsdp2, layer_classes
+from metamorph.training.engines.weights import FrozenTower, gather_weights
 
 
 def main(parts: Path, output_dir: Path, stage: int) -> None:
@@ -28,7 +28,7 @@ def main(parts: Path, output_dir: Path, stage: int) -> None:
     model_args, _, args = arguments(parts, output_dir, stage=stage, from_scratch_connector=stage == 2)
     accelerator, is_main = Accelerator(cpu=True), os.environ["RANK"] == "0"
     model = build(model_args)
-    configure_fsdp2(args, model)
+    configure_fsdp2(args, layer_classes(model))
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
     tower = FrozenTower(model, dtype=None, device=torch.device("cpu"), outside=True, keep=is_main)
     model = fsdp2_prepare_model(accelerator, model)

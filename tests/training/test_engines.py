@@ -16,7 +16,7 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.training.arguments import MetaMorphTrainingArguments, sharding
 from metamorph.training.arguments.sharding import SHARDINGS, deepspeed_config
 from metamorph.training.engines.prepare import layer_classes, prepare_engine
-from metamorph.training.engines.sharded_trainer import FrozenTower
+from metamorph.training.engines.weights import FrozenTower
 
 
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"

@@ -21,6 +21,7 @@ from metamorph.data.dataset import load_data
 from metamorph.evaluation.losses import evaluate_losses, total_loss
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.costs.flops import Work, count_work, model_flops
+from metamorph.training.optimizer import module_of
 from metamorph.training.reporting.monitor import gradient_norms
 from metamorph.training.run import TrainResult, run_training
 from metamorph.visualization.pipeline import VisualizationPipeline
@@ -167,7 +168,7 @@ def test_gradient_norms_are_those_of_the_step_before_clipping(
     result.model.zero_grad()
     result.model(**PaddedCollator(0)([data[index] for index in range(4)])).loss.backward()
     line = lines(result, "text_loss")[0]
-    direct = gradient_norms(result.model)
+    direct = gradient_norms(result.model, module_of)
     assert set(direct) == {"language_model", "mm_projector", "vision_head"}
     for module, norm in direct.items():
         assert line[f"grad_norm_{module}"] == pytest.approx(norm.item(), rel=1e-4), module

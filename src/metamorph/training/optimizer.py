@@ -1,7 +1,7 @@
 """Parameter groups, their learning rates, and the square-root rule of the training guide.
 
 The schedule is Transformers' own: `lr_scheduler_type`, by default cosine, after a warm-up of `warmup_ratio` (3 %) of
-the steps. Its defaults are set in `arguments/training.py`; `checkpoints/saving.py` restores it at a resume.
+the steps. Its defaults are set in `arguments/training.py`; `base_trainer.py` restores it at a resume.
 """
 
 from __future__ import annotations
@@ -167,6 +167,25 @@ def check_optimizer(args: MetaMorphTrainingArguments) -> None:
     except ValueError as error:
         flag = f"--optim_args {args.optim_args}" if args.optim_args else f"--optim {name}"
         raise ValueError(f"{flag} cannot be used: {error}") from error
+
+
+def keep_embeddings_in_32_bits(model: nn.Module) -> None:
+    """Exempt embedding tables from the 8-bit state of bitsandbytes' optimizers, as Trainer does; and rows of them.
+
+    Args:
+        model: What is trained, before the first step.
+    """
+    from bitsandbytes.optim import GlobalOptimManager
+    from torch import nn
+
+    from metamorph.models.embeddings import NewTokenEmbedding, NewTokenHead
+
+    manager = GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+        elif isinstance(module, (NewTokenEmbedding, NewTokenHead)):
+            manager.register_module_override(module, "new_rows", {"optim_bits": 32})
 
 
 def format_summary(summary: list[ModuleSummary], args: MetaMorphTrainingArguments) -> str:

@@ -13,11 +13,11 @@ from metamorph.data.batching.collation import PackedCollator, PaddedCollator
 from metamorph.models.embeddings import merge_new_token_rows
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
-from metamorph.runs.checkpoint_files import clean_up, explains_write_errors
-from metamorph.runs.determinism import deterministic_algorithms
-from metamorph.runs.lock import check_lock, only_run_in
-from metamorph.runs.preemption import Preemption, clear_marker
+from metamorph.runs.checkpoint_files import explains_write_errors
+from metamorph.runs.lock import check_lock
+from metamorph.runs.preemption import Preemption
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.base_trainer import open_run
 from metamorph.training.build import (
     load_model,
     load_training_data,
@@ -26,7 +26,6 @@ from metamorph.training.build import (
     open_features,
     plan_run,
 )
-from metamorph.training.callbacks import StopOnBadRecords, StopWhenPreempted
 from metamorph.training.checkpoints.resume import find_checkpoint, plan_resume
 from metamorph.training.checkpoints.resume_flags import check_flags, flags_of_run
 from metamorph.training.engines.attention import check_keeps_samples_apart, choose_attention, uses_flash_attention
@@ -41,7 +40,6 @@ from metamorph.training.optimizer import (
 )
 from metamorph.training.reporting.model_card import CardFacts
 from metamorph.training.reporting.samples import open_samples
-from metamorph.training.reporting.trackers import set_up_trackers
 from metamorph.training.stages import apply_stage, check_learning_rates
 from metamorph.training.trainer import MetaMorphTrainer
 
@@ -100,18 +98,7 @@ def run_training(
         CheckpointError: If another run uses the output folder.
         Preempted: If a signal has stopped it.
     """
-    deterministic = deterministic_algorithms(
-        training_args.device, full=training_args.full_determinism, seed=training_args.seed
-    )
-    with (
-        Preemption(training_args.ddp_timeout_delta) as preemption,
-        only_run_in(training_args.output_dir),
-        deterministic,
-    ):
-        if training_args.process_index == 0:
-            clear_marker(training_args.output_dir)
-        if training_args.should_save:  # with --save_on_each_node one process of each machine
-            clean_up(training_args.output_dir)
+    with open_run(training_args) as preemption:
         return _train(model_args, data_args, training_args, callbacks, preemption)
 
 
@@ -174,20 +161,13 @@ def _train(
         processing_class=plan.processor,
         callbacks=callbacks,
     )
-    trainer.add_callback(StopOnBadRecords(dataset.limit))
-    trainer.monitor.skipped_records = lambda: dataset.limit.num_bad
-    trackers = set_up_trackers(trainer.callback_handler.callbacks, training_args.output_dir)
     if samples is not None:
-        samples.attach(trainer, trackers)
+        samples.attach(trainer, trainer.trackers)
     # Transformers' printer stands in for its bar when that is off. It prints on each node, and beside our callbacks.
     if callbacks or not trainer.is_world_process_zero():
         trainer.remove_callback(PrinterCallback)
     trainer.flags = flags
-    trainer.go_on_from(resume_point)
-    stop = StopWhenPreempted(preemption, checkpoint)
-    trainer.add_callback(stop)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    stop.leave_if_stopped(trainer)
+    result = trainer.run(checkpoint, resume_point, dataset.limit, preemption)
 
     # 4. The result.
     statistics = dataset.statistics()

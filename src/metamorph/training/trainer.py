@@ -1,35 +1,37 @@
 """`transformers.Trainer` with the two losses of VPiT, normalised over the whole optimizer step."""
 
-import logging
 import math
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import seed_worker
+from transformers.trainer_utils import TrainOutput
 
 from metamorph.data.batching.packing import BatchPlanner
 from metamorph.data.batching.sampler import PackedExamples, PlannedBatches
 from metamorph.data.dataset import MixtureDataset
-from metamorph.models.embeddings import NewTokenEmbedding, NewTokenHead
+from metamorph.models.adapters import has_adapter, load_adapter_weights, save_adapter
+from metamorph.models.connector import load_connector, save_connector
 from metamorph.models.outputs import MetaMorphOutput
-from metamorph.runs.preemption import ignore_signals
-from metamorph.training.checkpoints.saving import CheckpointingTrainer
+from metamorph.training.base_trainer import RunTrainer
+from metamorph.training.checkpoints.resume import Position, ResumePoint, describe_data
+from metamorph.training.checkpoints.weights import load_weights
 from metamorph.training.costs.flops import model_flops
+from metamorph.training.engines.prepare import whole_weights
+from metamorph.training.engines.weights import FrozenTower
 from metamorph.training.metrics import LossWindow, count_targets, count_tokens, validation_metrics
 from metamorph.training.optimizer import optimizer_groups
-from metamorph.training.reporting.monitor import RunMonitor, find_peak_tflops
+from metamorph.training.reporting.model_card import CardFacts, write_model_card
+from metamorph.training.reporting.throughput import ThroughputMonitor, find_peak_tflops
 
 
-logger = logging.getLogger(__name__)
-
-
-class MetaMorphTrainer(CheckpointingTrainer):
+class MetaMorphTrainer(RunTrainer):
     """Trains a MetaMorph model after `apply_stage`.
 
     With `loss_normalization="global"` the sums of both losses are divided by their numbers of tokens over the whole
@@ -43,58 +45,65 @@ class MetaMorphTrainer(CheckpointingTrainer):
         **kwargs: As for `transformers.Trainer`.
     """
 
-    optimizer: torch.optim.Optimizer | None
-    control: TrainerControl
+    batches: PlannedBatches
+    card_facts: CardFacts | None = None
+    """What the model card is made of; without them there is none."""
+    _knows_its_place = True
+    """Whether the number of the step tells the place in the data."""
 
     def __init__(self, *, stage: int, planner: BatchPlanner, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(batches=PlannedBatches(planner, kwargs["args"].process_index), **kwargs)
         self.stage = stage
-        self.batches = PlannedBatches(planner, self.accelerator.process_index)
+        self.frozen_tower: FrozenTower | None = None
         self.add_callback(_EpochOfPlan(self.batches))
         # Trainer divides the loss by the number of micro-batches unless the model is said to normalise by a count
         # over the step. Ours does so (by `get_batch_samples`); with `micro_batch` there is no count, and it divides.
         self.model_accepts_loss_kwargs = True
         if "use_cache" in vars(self.model.config):
             del self.model.config.use_cache  # set by Trainer; it would be saved and slow down generation
-        self.monitor = self._create_monitor()
-        self.add_callback(self.monitor)
         self._normalizers: tuple[Tensor, Tensor, Tensor] | None = None
         self._window = LossWindow()
-        self._rates: dict[str, float] = {}
 
-    def _create_monitor(self) -> RunMonitor:
+    def create_monitor(self) -> ThroughputMonitor:
+        """What measures tokens and FLOPs, too."""
         config = self.model.config
         half = self.args.bf16 or self.args.fp16
         peak = find_peak_tflops(self.args.peak_tflops, half_precision=half, device=self.args.device)
-        return RunMonitor(self.accelerator, model_flops(self.model), config.num_image_tokens, peak)
+        return ThroughputMonitor(self.accelerator, model_flops(self.model), config.num_image_tokens, peak)
 
-    def get_train_dataloader(self) -> DataLoader:
-        """A loader of this rank's batches in the order of the plan, which workers and interruptions do not change."""
+    def examples(self) -> Dataset[Any]:
+        """Rows of examples with packing, else examples."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
-        loader = DataLoader(
-            PackedExamples(self.train_dataset) if self.batches.planner.packing else self.train_dataset,
-            batch_sampler=self.batches,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            # Transformers 5.12 has no such flag yet.
-            multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
-            worker_init_fn=partial(
-                _start_worker, num_workers=self.args.dataloader_num_workers, rank=self.args.process_index
-            ),
-        )
-        # As Accelerator.prepare does, but the batches are this rank's already.
-        return prepare_data_loader(
-            loader,
-            device=self.accelerator.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=self.accelerator.device_placement,
-            non_blocking=self.accelerator.non_blocking,
-        )
+        return PackedExamples(self.train_dataset) if self.batches.planner.packing else self.train_dataset
+
+    def go_on_from(self, point: ResumePoint | None) -> None:
+        """See [`RunTrainer`]; the rows that have been trained on are left out."""
+        super().go_on_from(point)
+        if point is not None:
+            self.batches.leave_out(point.epoch, point.trained_rows)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        """Train, with the frozen vision tower in its place; see [`RunTrainer`]."""
+        if self.frozen_tower is None:
+            self.frozen_tower = FrozenTower(
+                self.plain_model,
+                dtype=torch.bfloat16 if self.args.bf16 else None,
+                device=self.args.device,
+                outside=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+                keep=self.args.should_save,
+            )
+        self._knows_its_place = resume_from_checkpoint is None or not self.args.ignore_data_skip
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def release_tower(self) -> None:
+        """Leave a plain model behind, its tower in the tree with the weights that it was loaded with.
+
+        To be called when nothing is trained any more.
+        """
+        if self.frozen_tower is not None:
+            self.frozen_tower.restore()
+            self.frozen_tower = None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -109,7 +118,7 @@ class MetaMorphTrainer(CheckpointingTrainer):
         Returns:
             The micro-batches, and the number of supervised text tokens of the step (None with `micro_batch`).
         """
-        batches = self.monitor.fetch(epoch_iterator, num_batches)
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.loss_normalization == "micro_batch" or not batches:
             self._normalizers = None
             return batches, None
@@ -142,20 +151,9 @@ class MetaMorphTrainer(CheckpointingTrainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the losses of each kind and the learning rates of the modules to a training log line.
-
-        Args:
-            logs: Values to log.
-            start_time: Start of the run.
-        """
+        """Add the losses of each kind to a training log line, see [`RunTrainer`]."""
         if "loss" in logs:
             logs.update(self._window.drain(self.accelerator))
-            logs.update(self._rates)
-            logs.update(self.monitor.drain(self.state, logs.get("grad_norm")))
-        if "train_runtime" in logs:  # the last line of a run; Trainer would count rows as samples
-            self.monitor.settle(self.state)
-            logs["total_flos"] = self.state.total_flos
-            logs["train_samples_per_second"] = round(self.monitor.total_samples / logs["train_runtime"], 3)
         super().log(logs, start_time)
 
     def evaluate(
@@ -187,61 +185,63 @@ class MetaMorphTrainer(CheckpointingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Nothing: Transformers' estimate counts frozen parameters and padding; the monitor counts `total_flos`.
+    def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """One group for each module, and one of those of its parameters that do not decay."""
+        return optimizer_groups(model, self.args, set(self.get_decay_parameter_names(model)))
 
-        Args:
-            inputs: A batch.
+    def record(self) -> dict[str, Any]:
+        """Stage, place in the data, and what the data are."""
+        position = Position.at(self.state.global_step, self.batches.planner, self.args.gradient_accumulation_steps)
+        return {
+            "stage": self.stage,
+            "position": asdict(position) if self._knows_its_place else None,
+            "data": self._data_description,
+        }
+
+    @cached_property
+    def _data_description(self) -> dict[str, Any]:
+        return describe_data(self.train_dataset, self.batches.planner)
+
+    def whole_state_dict(self) -> dict[str, Tensor]:
+        """See [`RunTrainer`]; with the frozen tower as it was loaded."""
+        state = super().whole_state_dict()
+        return state if self.frozen_tower is None else state | self.frozen_tower.state_dict()
+
+    def write_weights(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        """Write connector (stage 1) or model (stage 2), configuration and processor."""
+        if self.stage == 1:
+            save_connector(self.model, folder, state_dict)
+            self.model.config.save_pretrained(folder)
+        elif has_adapter(self.model):
+            self.model.generation_config.eos_token_id = self.processing_class.end_of_turn_token_ids
+            save_adapter(self.model, folder, self.model.adapter_base, state_dict)
+        else:
+            # Base language models name one end token; ours also end their turns.
+            self.model.generation_config.eos_token_id = self.processing_class.end_of_turn_token_ids
+            self.model.save_pretrained(folder, state_dict=state_dict)
+            # It notes the precision that the first weight computes in; those in the files are float32 with any engine.
+            self.model.config.dtype = torch.float32
+            self.model.config.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def read_weights(self, folder: str) -> None:
+        """Read what `write_weights` has written."""
+        if self.stage == 1:
+            load_connector(self.model, folder)
+        elif has_adapter(self.model):
+            load_adapter_weights(self.model, folder)
+        else:
+            with whole_weights(self.args):
+                load_weights(self.model, folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write `README.md` into `output_dir`, which says what was trained, and on what.
+
+        Trainer calls it before it pushes to the Hub.
         """
-        return 0
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer does, with counters up to date and the clock of the speed stopped: no hook comes before it."""
-        self.monitor.settle(self.state)
-        with self.monitor.pause():
-            super()._save_checkpoint(*args, **kwargs)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the optimizer with one group for each module.
-
-        Args:
-            model: Defaults to the trainer's model.
-        """
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            groups = optimizer_groups(model, self.args, set(self.get_decay_parameter_names(model)))
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(groups, **kwargs)
-            if kwargs.get("optim_bits") == 8:
-                _keep_embeddings_in_32_bits(model)
-        return self.optimizer
-
-    def _get_learning_rate(self) -> float:
-        """Trainer asks once in every step, before the scheduler moves on: note the rates of all modules with it."""
-        groups = [group for group in self.create_optimizer().param_groups if "no_decay" not in group["name"]]
-        self._rates = {f"lr_{group['name']}": group["lr"] for group in groups}
-        return super()._get_learning_rate()
-
-
-def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
-    """Exempt embedding tables from the 8-bit state of bitsandbytes' optimizers, as Trainer does; and rows of them.
-
-    Args:
-        model: What is trained, before the first step.
-    """
-    from bitsandbytes.optim import GlobalOptimManager
-
-    manager = GlobalOptimManager.get_instance()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            manager.register_module_override(module, "weight", {"optim_bits": 32})
-        elif isinstance(module, (NewTokenEmbedding, NewTokenHead)):
-            manager.register_module_override(module, "new_rows", {"optim_bits": 32})
-
-
-def _start_worker(worker: int, num_workers: int, rank: int) -> None:
-    ignore_signals()
-    seed_worker(worker, num_workers=num_workers, rank=rank)
+        if self.card_facts is not None and self.is_world_process_zero():
+            write_model_card(str(self.args.output_dir), self.card_facts, self.state)
 
 
 class _EpochOfPlan(TrainerCallback):

@@ -98,16 +98,25 @@ def apply_sharding(args: TrainingArguments, sharding: str) -> None:
         if getattr(args, flag):
             raise ValueError(f"--sharding {sharding} and --{flag} {getattr(args, flag)} both name an engine: drop one")
     if sharding == "fsdp2":
-        if args.use_cpu or not torch.accelerator.is_available():
-            raise ValueError(
-                "--sharding fsdp2 needs GPUs: on a CPU Accelerate would silently train without sharding; use "
-                "--sharding ddp"
-            )
+        check_has_gpus(args)
         use_fsdp2(args)
     elif sharding.startswith("zero"):
         if not is_deepspeed_available():
             raise ModuleNotFoundError(f"--sharding {sharding} needs DeepSpeed: pip install 'metamorph[deepspeed]'")
         args.deepspeed = deepspeed_config(sharding)
+
+
+def check_has_gpus(args: TrainingArguments) -> None:
+    """Refuse FSDP2 on a CPU.
+
+    Raises:
+        ValueError: if there is no GPU.
+    """
+    if args.use_cpu or not torch.accelerator.is_available():
+        raise ValueError(
+            "--sharding fsdp2 needs GPUs: on a CPU Accelerate would silently train without sharding; use "
+            "--sharding ddp"
+        )
 
 
 def use_fsdp2(args: TrainingArguments) -> None:

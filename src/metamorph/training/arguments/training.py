@@ -1,30 +1,22 @@
 """The flags of `metamorph train`: the names and defaults of the training guide, checked before anything is loaded."""
 
-import logging
 import math
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import SchedulerType, TrainingArguments, get_scheduler
-from transformers.integrations import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
+from transformers import SchedulerType, get_scheduler
 
 from metamorph.data.batching.packing import check_grouping
 from metamorph.flags.checks import check_choice, check_model_reference
 from metamorph.models.text_head import check_text_loss
 from metamorph.training.arguments.data import DataArguments
 from metamorph.training.arguments.model import ModelArguments
-from metamorph.training.arguments.sharding import apply_sharding, check_deepspeed
+from metamorph.training.arguments.shared import RunTrainingArguments
 
 
 __all__ = ["DataArguments", "MetaMorphTrainingArguments", "ModelArguments"]
-logger = logging.getLogger(__name__)
 
 LOSS_NORMALIZATIONS = ("global", "micro_batch")
 RECOMPUTE = ("none", "full", "selective")
@@ -45,8 +37,6 @@ CHANGEABLE = (
 """What `allow_changes` may name: flags that change what a run minimises, or how."""
 NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 """Schedules of Transformers that ignore `warmup_steps`."""
-OTHER_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
-"""Beginnings of the names of optimizers that do not fit the groups of weights, the steps or the checkpoints here."""
 _LOSSES_ONLY = "evaluation measures losses and keeps no predictions"
 _PRECISION = "evaluation computes in the precision of training: --bf16 or --fp16"
 _LIGER = "--text_loss liger uses the kernel of liger-kernel that fits this model"
@@ -92,15 +82,10 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_liger_kernel": ((False,), _LIGER),
 }
 """Flags of Transformers that would do nothing here: the values that are accepted, and why no other one is."""
-INSTALL_HINTS = {
-    "tensorboard": "pip install 'metamorph[trackers]'",
-    "wandb": "pip install 'metamorph[trackers]'",
-    "trackio": "pip install trackio",
-}
 
 
 @dataclass
-class MetaMorphTrainingArguments(TrainingArguments):
+class MetaMorphTrainingArguments(RunTrainingArguments):
     """How it learns: every flag of `transformers.TrainingArguments`, with the guide's defaults, and our own.
 
     Weights are kept in float32; `bf16` and `fp16` choose the precision of the computation (autocast). Without a
@@ -128,9 +113,6 @@ class MetaMorphTrainingArguments(TrainingArguments):
     """Compute in bfloat16, with float32 weights."""
     fp16: bool = False
     """Compute in float16, with float32 weights; needs `bf16=False`."""
-    sharding: str = "auto"
-    """How the state of training is divided among GPUs: ddp (each has all of it), fsdp2, zero2, zero3 (DeepSpeed),
-    zero2_offload, zero3_offload (in main memory), or auto: fsdp2 where one GPU cannot hold it, else ddp."""
     loss_normalization: str = "global"
     """`global` divides each loss by its tokens over all micro-batches and ranks of the optimizer step;
     `micro_batch` averages every micro-batch by itself, as the original system did."""
@@ -151,20 +133,8 @@ class MetaMorphTrainingArguments(TrainingArguments):
     """Learning rate of the vision tower (with `freeze_vision=False`); by default `learning_rate`."""
     vision_head_lr: float | None = None
     """Learning rate of the vision head; by default `learning_rate`."""
-    logging_steps: float = 10
-    """Optimizer steps between two log lines."""
-    logging_nan_inf_filter: bool = False
-    """Off: the filter reads the loss back from the device at every step, and it hides what should be seen."""
-    remove_unused_columns: bool = False
-    """Our dataset yields exactly what the collator needs."""
-    prediction_loss_only: bool = True
-    """Evaluation returns losses only."""
     label_names: list[str] | None = None
     """Inputs that are labels; by default `labels`."""
-    disable_tqdm: bool | None = None
-    """Log lines instead of a progress bar; by default when there is no terminal."""
-    ddp_find_unused_parameters: bool | None = False
-    """Off: text-only batches keep the connector and the vision head in the graph."""
     hub_strategy: str = "end"
     """When `push_to_hub` uploads: end, when the result is whole; every_save, checkpoint and all_checkpoints as in
     Transformers, which then uploads the parts of a checkpoint that it knows."""
@@ -175,9 +145,6 @@ class MetaMorphTrainingArguments(TrainingArguments):
     recompute: str = "none"
     """What is computed again for the backward pass instead of kept: `none`; `full`, all but the input of each layer;
     or `selective`, what lies between matrix products and attention. Saves memory, costs time."""
-    resume_from_checkpoint: str | None = None
-    """A checkpoint folder. By default the newest complete one in `output_dir`, if any; True: there must be one;
-    False: start anew."""
     allow_changes: list[str] | None = None
     """Flags that may have other values than in the checkpoint that the run resumes, such as `vision_coef
     lr_scheduler_type`; without it such a change is an error."""
@@ -194,23 +161,13 @@ class MetaMorphTrainingArguments(TrainingArguments):
     """Peak of one device in 10¹² FLOP/s, for `mfu` in the log; by default that of the GPU's data sheet."""
 
     def __post_init__(self) -> None:
-        if self.output_dir is None:
-            raise ValueError("--output_dir is required: the folder for checkpoints and the trained model")
-        for name, (accepted, reason) in UNSUPPORTED.items():
-            value = getattr(self, name, accepted[0])  # older versions of Transformers lack some of them
-            if value not in accepted:
-                raise ValueError(f"--{name} {value} is not supported: {reason}")
+        self.refuse_unsupported(UNSUPPORTED)
         self._check_observation()
         for name in self.allow_changes or ():
             check_choice("--allow_changes", name, CHANGEABLE)
         check_choice("--loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)
         check_choice("--recompute", self.recompute, RECOMPUTE)
         check_choice("--lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
-        if self.optim.startswith(OTHER_OPTIMIZERS):
-            raise ValueError(
-                f"--optim {self.optim} is not supported: it groups the weights itself, updates them in the backward "
-                "pass, or swaps them for evaluation; use adamw_torch_fused, adafactor, adamw_8bit, …"
-            )
         check_text_loss(self.text_loss, half_precision=self.bf16 or self.fp16)
         self._check_batches()
         if self.bf16 and self.fp16:
@@ -220,26 +177,13 @@ class MetaMorphTrainingArguments(TrainingArguments):
         self._check_warmup()
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
         self._check_combinations()
-        self._check_device()
-        apply_sharding(self, self.sharding)
-        if self.disable_tqdm is None:
-            self.disable_tqdm = not sys.stderr.isatty()
         if self.label_names is None:
             self.label_names = ["labels"]
         super().__post_init__()
         self._check_schedule()
-        self._check_accelerator()
-        if self.n_gpu > 1:
-            logger.warning("using 1 of %d GPUs: start with torchrun to use them all", self.n_gpu)
-            self._n_gpu = 1  # nn.DataParallel would split pixel_values as if every sample had one image
 
     def _check_observation(self) -> None:
-        trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
-        if set(trackers) - {"none"}:
-            check_trackers(trackers)
         if (self.sample_steps is None) != (self.sample_prompts is None):
             raise ValueError(
                 f"--sample_steps {self.sample_steps} and --sample_prompts {self.sample_prompts} go together: give both"
@@ -278,27 +222,8 @@ class MetaMorphTrainingArguments(TrainingArguments):
             self.train_sampling_strategy = "group_by_length"
         check_choice("--train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES)
         check_grouping(self.packing, self.train_sampling_strategy == "group_by_length")
-        if self.per_device_train_batch_size < 1:
-            raise ValueError(f"--per_device_train_batch_size {self.per_device_train_batch_size} must be at least 1")
 
     def _check_ranges(self) -> None:
-        at_least = {
-            "gradient_accumulation_steps": 1,
-            "per_device_eval_batch_size": 1,
-            "dataloader_num_workers": 0,
-            "adam_epsilon": 0,
-            "weight_decay": 0,
-            "max_grad_norm": 0,
-            "seed": 0,
-            "data_seed": 0,
-        }
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"--{name} {value} must be {least} or more")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must lie in [0, 1)")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(
                 f"--max_steps {self.max_steps} must be at least 1, or -1 for --num_train_epochs; --dry-run shows what "
@@ -306,8 +231,6 @@ class MetaMorphTrainingArguments(TrainingArguments):
             )
         if self.max_steps == -1 and not self.num_train_epochs > 0:
             raise ValueError(f"--num_train_epochs {self.num_train_epochs} must be larger than 0")
-        if self.save_strategy == "steps" and not self.save_steps > 0:
-            raise ValueError(f"--save_steps {self.save_steps} must be larger than 0, or --save_strategy no")
         if self.neftune_noise_alpha is not None and not self.neftune_noise_alpha > 0:
             raise ValueError(f"--neftune_noise_alpha {self.neftune_noise_alpha} must be larger than 0")
 
@@ -331,20 +254,6 @@ class MetaMorphTrainingArguments(TrainingArguments):
                 f"--metric_for_best_model {self.metric_for_best_model} is never measured with --eval_strategy no: add "
                 "--eval_strategy steps or epoch, and --eval_data_path"
             )
-        if self.fsdp_config and not self.fsdp:
-            raise ValueError("--fsdp_config has no effect without --fsdp True; --sharding fsdp2 needs no configuration")
-        if self.dataloader_num_workers == 0:
-            for name in (
-                "dataloader_persistent_workers",
-                "dataloader_prefetch_factor",
-                "dataloader_multiprocessing_context",
-            ):
-                if value := getattr(self, name, None):
-                    raise ValueError(f"--{name} {value} has no effect without --dataloader_num_workers: give both")
-
-    def _check_device(self) -> None:
-        if self.fp16 and self.use_cpu:
-            raise ValueError("--fp16 True needs a GPU: a CPU would compute in float32; use --bf16 True, or neither")
 
     def _check_schedule(self) -> None:
         """Build the schedule once, for nothing: wrong `lr_scheduler_kwargs` are found before the weights are loaded."""
@@ -362,44 +271,3 @@ class MetaMorphTrainingArguments(TrainingArguments):
                 f"--lr_scheduler_type {SchedulerType(self.lr_scheduler_type).value} and --lr_scheduler_kwargs "
                 f"{self.lr_scheduler_kwargs} do not go together: {error}"
             ) from error
-
-    def _check_accelerator(self) -> None:
-        if self.deepspeed_plugin is not None:
-            check_deepspeed(self.deepspeed_plugin.deepspeed_config)
-        config = self.accelerator_config
-        for name, accepted in (
-            ("split_batches", False),
-            ("dispatch_batches", None),
-            ("even_batches", True),
-            ("use_seedable_sampler", True),
-        ):
-            value = getattr(config, name)
-            if value != accepted and not (name == "dispatch_batches" and value is False):
-                raise ValueError(
-                    f"--accelerator_config: {name} {value} is not supported, since every process reads the batches "
-                    "that are planned for it: leave it out"
-                )
-
-
-def check_trackers(names: Iterable[str]) -> None:
-    """Refuse a tracker that is unknown or not installed, before anything is loaded.
-
-    Args:
-        names: Values of `--report_to`.
-
-    Raises:
-        ValueError: Naming the tracker, and how to install it.
-    """
-    names = [name for name in names if name not in ("none", "all")]
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            usual = ", ".join(["none", *INSTALL_HINTS])
-            raise ValueError(
-                f"--report_to {name} is unknown: use one of {usual} (or another of Transformers' integrations: "
-                f"{', '.join(sorted(set(INTEGRATION_TO_CALLBACK) - set(INSTALL_HINTS)))})"
-            )
-    available = get_available_reporting_integrations() if names else []
-    for name in names:
-        if name not in available:
-            hint = INSTALL_HINTS.get(name, f"install what Transformers' documentation names for {name}")
-            raise ValueError(f"--report_to {name}: {name} is not installed; {hint}, or report to none")

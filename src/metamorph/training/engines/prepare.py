@@ -8,7 +8,7 @@ vision tower out of what they shard, and puts the whole weights together for sav
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,7 @@ from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspee
 
 from metamorph.training.arguments import MetaMorphTrainingArguments
 from metamorph.training.arguments.sharding import use_fsdp2
+from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.training.costs.memory import MicroBatch, estimate_memory
 
 
@@ -54,12 +55,12 @@ def prepare_engine(args: MetaMorphTrainingArguments, model: PreTrainedModel) -> 
             use_fsdp2(args)
             args.fsdp_plugin_args = {}
     if args.fsdp:
-        configure_fsdp2(args, model)
+        configure_fsdp2(args, layer_classes(model))
         return "fsdp2"
     return "single" if args.world_size == 1 else "ddp"
 
 
-def configure_fsdp2(args: MetaMorphTrainingArguments, model: PreTrainedModel) -> None:
+def configure_fsdp2(args: RunTrainingArguments, layers: Iterable[str]) -> None:
     """Name the layers that FSDP2 shards one by one, and the precisions.
 
     Inputs and outputs are not cast, as Accelerate's own policy would: the loss and what it is divided by are float32.
@@ -67,10 +68,7 @@ def configure_fsdp2(args: MetaMorphTrainingArguments, model: PreTrainedModel) ->
 
     Args:
         args: Its `fsdp_plugin_args` are completed.
-        model: A MetaMorph model after `apply_stage`.
-
-    Raises:
-        ValueError: see [`layer_classes`].
+        layers: Names of the classes whose modules are sharded one by one.
     """
     given = {
         "fsdp_version": 2,
@@ -78,7 +76,7 @@ def configure_fsdp2(args: MetaMorphTrainingArguments, model: PreTrainedModel) ->
         "state_dict_type": "SHARDED_STATE_DICT",
         "reshard_after_forward": True,
         "cpu_ram_efficient_loading": False,
-        "transformer_cls_names_to_wrap": ",".join(layer_classes(model)),
+        "transformer_cls_names_to_wrap": ",".join(layers),
     } | (args.fsdp_plugin_args or {})
     if given["fsdp_version"] == 2:
         given["mixed_precision_policy"] = MixedPrecisionPolicy(

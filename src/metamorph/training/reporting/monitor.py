@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -25,37 +23,16 @@ from torch.nn.utils import get_total_norm
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from metamorph.models.losses import sum_dtype
-from metamorph.training.costs.flops import ModelFlops, Work, count_work
-from metamorph.training.optimizer import module_of
 
 
 logger = logging.getLogger(__name__)
-
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "GH200": 989.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "A40": 150.0,
-    "A10": 125.0,
-    "MI300X": 1307.0,
-}
-"""Dense bfloat16 peak of one device in 10¹² FLOP/s, from its data sheet, without sparsity; of the names that are words
-of the device's own the first counts. float16 has the same peaks."""
-
 
 @dataclass
 class Window:
     """What happened since the last log line, over all ranks."""
 
     work: Tensor
-    """float64 [6] on the CPU: the sums of the fields of `Work`."""
+    """float64 [quantities] on the CPU: sums of what `RunMonitor.work_of` counts."""
     samples: float
     """Samples of all ranks."""
     seconds: float
@@ -69,23 +46,17 @@ class Window:
 class RunMonitor(TrainerCallback):
     """Measures a run between log lines.
 
-    The trainer fetches its batches through `fetch`, asks `drain` for the values of a log line, and wraps in `pause`
-    what is no training.
+    The trainer waits for its batches within `wait` and counts them by `count`, asks `drain` for the values of a log
+    line, and wraps in `pause` what is no training. A subclass may count more than samples.
 
     Args:
         accelerator: Gathers over the ranks.
-        flops: FLOPs of each unit of work of the model.
-        num_image_tokens: Visual tokens of one image.
-        peak_tflops: Peak of one device in 10¹² FLOP/s; None leaves `mfu` out.
+        module_of: The part of the model that a parameter belongs to, by its name.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, flops: ModelFlops, num_image_tokens: int, peak_tflops: float | None
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, module_of: Callable[[str], str]) -> None:
         self.accelerator = accelerator
-        self.flops = flops
-        self.num_image_tokens = num_image_tokens
-        self.peak_tflops = peak_tflops
+        self.module_of = module_of
         self.skipped_records: Callable[[], int] = lambda: 0
         self.total_samples = 0.0
         """Samples of all ranks since this process began, without those before a resume."""
@@ -101,25 +72,43 @@ class RunMonitor(TrainerCallback):
         self._samples = 0
         self._waited = self._paused = 0.0
 
-    def fetch(self, batches: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-        """Take the micro-batches of one optimizer step, and count what is in them.
+    def work_of(self, batch: dict[str, Any]) -> Tensor:
+        """What a subclass counts in a batch, `[quantities]` on the batch's device; here nothing."""
+        return torch.zeros(0, device=self.accelerator.device)
+
+    def samples_of(self, batch: dict[str, Any]) -> int:
+        """Number of samples in a batch."""
+        return len(next(iter(batch.values())))
+
+    def report(self, work: Tensor, seconds: float) -> dict[str, float]:
+        """What a log line says of the work of its window.
 
         Args:
-            batches: Yields micro-batches.
-            count: How many to take; fewer if there are no more.
+            work: float64 `[quantities]`, over all ranks.
+            seconds: Duration of the window.
         """
+        return {}
+
+    def advance(self, state: TrainerState, work: Tensor) -> None:
+        """Advance the counters in `state`, which a checkpoint keeps, by `work` `[quantities]` of all ranks."""
+
+    @contextmanager
+    def wait(self) -> Iterator[None]:
+        """What happens within is waiting for data."""
         began = time.perf_counter()
         if self._started is None:
             self._started = began
-        taken = list(islice(batches, count))
+        yield
         self._waited += time.perf_counter() - began
-        if taken:
+
+    def count(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Count what is in the micro-batches of one optimizer step."""
+        if batches:
             self._steps += 1
-        for batch in taken:
-            work = count_work(batch, self.num_image_tokens)
+        for batch in batches:
+            work = self.work_of(batch)
             self._work = work if self._work is None else self._work + work
-            self._samples += num_samples(batch)
-        return taken
+            self._samples += self.samples_of(batch)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -137,7 +126,7 @@ class RunMonitor(TrainerCallback):
         """The values of a log line, over all ranks. Every rank must call it.
 
         Args:
-            state: `num_input_tokens_seen` is advanced.
+            state: Its counters are advanced.
             grad_norm: Norm of all gradients of the last step before clipping, as Trainer logs it.
 
         Returns:
@@ -149,23 +138,15 @@ class RunMonitor(TrainerCallback):
         self._window, self._steps = None, 0
         if window is None:
             return logs
-        work, seconds = Work(*window.work.tolist()), window.seconds
-        flops = self.flops.total(work)
-        devices = self.accelerator.num_processes
-        logs |= {
-            "step_seconds": seconds / steps,
-            "data_wait_share": window.waited / seconds,
-            "tokens_per_second": work.tokens / seconds,
-            "samples_per_second": window.samples / seconds,
-            "images_per_second": work.visual_tokens / self.num_image_tokens / seconds,
-            "model_tflops_per_device": flops / seconds / devices / 1e12,
+        return {
+            **logs,
+            "step_seconds": window.seconds / steps,
+            "data_wait_share": window.waited / window.seconds,
+            "samples_per_second": window.samples / window.seconds,
             "peak_memory_gib": window.peak / 2**30,
             "skipped_records": self.skipped_records(),
-            "tokens_seen": state.num_input_tokens_seen,
+            **self.report(window.work, window.seconds),
         }
-        if self.peak_tflops is not None:
-            logs["mfu"] = logs["model_tflops_per_device"] / self.peak_tflops
-        return logs
 
     def on_pre_optimizer_step(
         self,
@@ -177,7 +158,7 @@ class RunMonitor(TrainerCallback):
     ) -> None:
         """Take the gradient norm of each module, on the device, where this step's log line will want it."""
         if model is not None and _will_log(args, state, state.global_step + 1):
-            self._norms = gradient_norms(model)
+            self._norms = gradient_norms(model, self.module_of)
 
     def _module_norms(self, grad_norm: float | None) -> dict[str, float]:
         """`grad_norm_MODULE` before clipping.
@@ -200,7 +181,7 @@ class RunMonitor(TrainerCallback):
         A checkpoint needs it, too: `tokens_seen` shall go on from there.
 
         Args:
-            state: `num_input_tokens_seen` and `total_flos` are advanced.
+            state: Its counters are advanced.
         """
         if self._work is None or self._started is None:
             return
@@ -209,14 +190,13 @@ class RunMonitor(TrainerCallback):
         seconds = max(now - self._started - self._paused, 1e-9)
         counted = self._work.to(sum_dtype(self._work.device))
         own = counted.new_tensor([self._samples, seconds, self._waited, peak_memory(self.accelerator.device)])
-        ranks = self.accelerator.gather(torch.cat([counted, own]).unsqueeze(0)).cpu().double()  # [ranks, 6 + 4]
-        work, samples = ranks[:, :6].sum(dim=0), ranks[:, 6].sum().item()
-        seconds, waited, peak = ranks[:, 7:].max(dim=0).values.tolist()
+        ranks = self.accelerator.gather(torch.cat([counted, own]).unsqueeze(0)).cpu().double()
+        work, samples = ranks[:, :-4].sum(dim=0), ranks[:, -4].sum().item()  # [ranks, quantities + 4]
+        seconds, waited, peak = ranks[:, -3:].max(dim=0).values.tolist()
         self._clear()
         self._started = now
         self.total_samples += samples
-        state.num_input_tokens_seen += round(work[0].item())
-        state.total_flos += self.flops.total(Work(*work.tolist()))
+        self.advance(state, work)
         before = self._window
         if before is not None:
             work, samples = work + before.work, samples + before.samples
@@ -228,23 +208,14 @@ class RunMonitor(TrainerCallback):
             torch.accelerator.synchronize(self.accelerator.device)
 
 
-def num_samples(batch: dict[str, Any]) -> int:
-    """Samples in a batch of one of our collators; rows, if it does not say how long its samples are.
-
-    Args:
-        batch: The batch.
-    """
-    lengths = batch.get("indices", {}).get("sample_lengths")
-    return len(batch["input_ids"] if lengths is None else lengths)
-
-
-def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
+def gradient_norms(model: nn.Module, module_of: Callable[[str], str]) -> dict[str, Tensor]:
     """The 2-norm of the gradients of each module, 0-d tensors on the device; sharded gradients are joined.
 
     Empty under DeepSpeed, which keeps gradients to itself.
 
     Args:
         model: With gradients.
+        module_of: The module of a parameter, by its name.
     """
     gradients: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -252,26 +223,6 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
             gradients.setdefault(module_of(name.replace("_orig_mod.", "")), []).append(parameter.grad)
     norms = {module: get_total_norm(tensors) for module, tensors in gradients.items()}
     return {module: norm.full_tensor() if hasattr(norm, "full_tensor") else norm for module, norm in norms.items()}
-
-
-def find_peak_tflops(given: float | None, *, half_precision: bool, device: torch.device) -> float | None:
-    """Peak of one device in 10¹² FLOP/s, for MFU.
-
-    Args:
-        given: `--peak_tflops`, which counts before the table.
-        half_precision: Whether the run computes in bfloat16 or float16; the table has no other peaks.
-        device: Of this process.
-
-    Returns:
-        None where it is not known: `mfu` is then not logged.
-    """
-    if given is not None or device.type != "cuda" or not half_precision:
-        return given
-    name = torch.cuda.get_device_name(device)
-    peak = next((peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None)
-    if peak is None:
-        logger.warning("the peak of %s is not known, so mfu is not logged: give it by --peak_tflops", name)
-    return peak
 
 
 def peak_memory(device: torch.device) -> float:

@@ -1,0 +1,168 @@
+"""What the flags of both trainers share: Transformers' own, and their checks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from metamorph.training.arguments.sharding import apply_sharding, check_deepspeed
+
+
+logger = logging.getLogger(__name__)
+
+OTHER_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
+"""Beginnings of the names of optimizers that do not fit the groups of weights, the steps or the checkpoints here."""
+INSTALL_HINTS = {
+    "tensorboard": "pip install 'metamorph[trackers]'",
+    "wandb": "pip install 'metamorph[trackers]'",
+    "trackio": "pip install trackio",
+}
+_AT_LEAST = {
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "dataloader_num_workers": 0,
+    "adam_epsilon": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "seed": 0,
+    "data_seed": 0,
+}
+
+
+@dataclass
+class RunTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` for a [`RunTrainer`]; wrong values are found before anything is loaded.
+
+    Without a GPU the run falls back to the CPU.
+    """
+
+    sharding: str = "auto"
+    """How the state of training is divided among GPUs: ddp (each has all of it), fsdp2, zero2, zero3 (DeepSpeed),
+    zero2_offload, zero3_offload (in main memory), or auto: fsdp2 where one GPU cannot hold it, else ddp."""
+    logging_steps: float = 10
+    """Optimizer steps between two log lines."""
+    logging_nan_inf_filter: bool = False
+    """Off: the filter reads the loss back from the device at every step, and it hides what should be seen."""
+    remove_unused_columns: bool = False
+    """Our dataset yields exactly what the collator needs."""
+    prediction_loss_only: bool = True
+    """Evaluation returns losses only."""
+    disable_tqdm: bool | None = None
+    """Log lines instead of a progress bar; by default when there is no terminal."""
+    ddp_find_unused_parameters: bool | None = False
+    """Off: every batch reaches every weight that is trained."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint folder. By default (or `latest`) the newest complete one in `output_dir`, if any; True: there must
+    be one; False: start anew."""
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise ValueError("--output_dir is required: the folder for checkpoints and the trained model")
+        self._check_shared_ranges()
+        trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        if set(trackers) - {"none"}:
+            check_trackers(trackers)
+        if self.optim.startswith(OTHER_OPTIMIZERS):
+            raise ValueError(
+                f"--optim {self.optim} is not supported: it groups the weights itself, updates them in the backward "
+                "pass, or swaps them for evaluation; use adamw_torch_fused, adafactor, adamw_8bit, …"
+            )
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.fsdp_config and not self.fsdp:
+            raise ValueError("--fsdp_config has no effect without --fsdp True; --sharding fsdp2 needs no configuration")
+        if self.dataloader_num_workers == 0:
+            for name in (
+                "dataloader_persistent_workers",
+                "dataloader_prefetch_factor",
+                "dataloader_multiprocessing_context",
+            ):
+                if value := getattr(self, name, None):
+                    raise ValueError(f"--{name} {value} has no effect without --dataloader_num_workers: give both")
+        self._check_device()
+        apply_sharding(self, self.sharding)
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
+        super().__post_init__()
+        self._check_accelerator()
+        if self.n_gpu > 1:
+            logger.warning("using 1 of %d GPUs: start with torchrun to use them all", self.n_gpu)
+            self._n_gpu = 1  # nn.DataParallel would split pixel_values as if every sample had one image
+
+    def refuse_unsupported(self, flags: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
+        """Refuse flags of Transformers that would do nothing.
+
+        Args:
+            flags: By name the values that are accepted, the default first, and why no other one is.
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        for name, (accepted, reason) in flags.items():
+            value = getattr(self, name, accepted[0])  # older versions of Transformers lack some of them
+            if value not in accepted:
+                raise ValueError(f"--{name} {value} is not supported: {reason}")
+
+    def _check_shared_ranges(self) -> None:
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"--{name} {value} must be {least} or more")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must lie in [0, 1)")
+        if self.save_strategy == "steps" and not self.save_steps > 0:
+            raise ValueError(f"--save_steps {self.save_steps} must be larger than 0, or --save_strategy no")
+
+    def _check_device(self) -> None:
+        if self.fp16 and self.use_cpu:
+            raise ValueError("--fp16 True needs a GPU: a CPU would compute in float32; use --bf16 True, or neither")
+
+    def _check_accelerator(self) -> None:
+        if self.deepspeed_plugin is not None:
+            check_deepspeed(self.deepspeed_plugin.deepspeed_config)
+        config = self.accelerator_config
+        for name, accepted in (
+            ("split_batches", False),
+            ("dispatch_batches", None),
+            ("even_batches", True),
+            ("use_seedable_sampler", True),
+        ):
+            value = getattr(config, name)
+            if value != accepted and not (name == "dispatch_batches" and value is False):
+                raise ValueError(
+                    f"--accelerator_config: {name} {value} is not supported, since every process reads the batches "
+                    "that are planned for it: leave it out"
+                )
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Refuse a tracker that is unknown or not installed, before anything is loaded.
+
+    Args:
+        names: Values of `--report_to`.
+
+    Raises:
+        ValueError: Naming the tracker, and how to install it.
+    """
+    names = [name for name in names if name not in ("none", "all")]
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            usual = ", ".join(["none", *INSTALL_HINTS])
+            raise ValueError(
+                f"--report_to {name} is unknown: use one of {usual} (or another of Transformers' integrations: "
+                f"{', '.join(sorted(set(INTEGRATION_TO_CALLBACK) - set(INSTALL_HINTS)))})"
+            )
+    available = get_available_reporting_integrations() if names else []
+    for name in names:
+        if name not in available:
+            hint = INSTALL_HINTS.get(name, f"install what Transformers' documentation names for {name}")
+            raise ValueError(f"--report_to {name}: {name} is not installed; {hint}, or report to none")

@@ -1,0 +1,440 @@
+"""`transformers.Trainer` as every run uses it: whole checkpoints, exact resumes, any engine, preemption, log lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.state import AcceleratorState, is_initialized
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer, TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput, seed_worker
+
+from metamorph.data.bad_records import BadRecordLimit
+from metamorph.runs.checkpoint_files import (
+    PARTIAL_FOLDER,
+    PREFIX,
+    CheckpointError,
+    begin_checkpoint,
+    clean_up,
+    commit_checkpoint,
+    delete_old,
+    explains_write_errors,
+    flush,
+)
+from metamorph.runs.determinism import deterministic_algorithms
+from metamorph.runs.lock import check_lock, only_run_in
+from metamorph.runs.preemption import Preemption, clear_marker, ignore_signals
+from metamorph.training.arguments.shared import RunTrainingArguments
+from metamorph.training.callbacks import StopOnBadRecords, StopWhenPreempted
+from metamorph.training.checkpoints.resume import ResumePoint
+from metamorph.training.checkpoints.weights import TRAINER_STATE_FILE
+from metamorph.training.engines.weights import gather_weights
+from metamorph.training.optimizer import keep_embeddings_in_32_bits
+from metamorph.training.reporting.monitor import RunMonitor
+from metamorph.training.reporting.trackers import set_up_trackers
+
+
+logger = logging.getLogger(__name__)
+
+_GIVEN_BY_FLAGS = ("initial_lr", "weight_decay", "betas", "eps")
+"""Values of an optimizer's groups that a checkpoint does not decide; of the rates, the scheduler takes care."""
+
+
+@contextmanager
+def open_run(args: RunTrainingArguments) -> Iterator[Preemption]:
+    """The output folder for this run alone, signals caught, and deterministic algorithms where they belong.
+
+    Raises:
+        CheckpointError: If another run uses the output folder.
+    """
+    deterministic = deterministic_algorithms(args.device, full=args.full_determinism, seed=args.seed)
+    with Preemption(args.ddp_timeout_delta) as preemption, only_run_in(args.output_dir), deterministic:
+        if args.process_index == 0:
+            clear_marker(args.output_dir)
+        if args.should_save:  # with --save_on_each_node one process of each machine
+            clean_up(args.output_dir)
+        yield preemption
+
+
+class RunTrainer(Trainer):
+    """The base of the trainers of the model and of the visualizer.
+
+    Checkpoints are written to a folder beside and renamed when they are complete. Some methods of Trainer that are
+    overridden here are private; they are the same in all versions that we support, and there is no public hook in
+    their place. A subclass says what is trained on (`batches`, `examples`), what is saved (`write_weights`,
+    `read_weights`, `record`) and which parameters share a rate (`optimizer_groups`).
+
+    Args:
+        batches: Batch sampler of this process; its order does not depend on workers or interruptions.
+        **kwargs: As for `transformers.Trainer`.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
+    resume_point: ResumePoint | None = None
+    flags: dict[str, Any] | None = None
+    """What checkpoints say of the flags of their run."""
+    _given: list[dict[str, Any]]
+    _saving = False
+
+    def __init__(self, *, batches: Sampler[Any], **kwargs: Any) -> None:
+        if is_initialized() and AcceleratorState().mixed_precision != kwargs["args"].mixed_precision:
+            # Left by another trainer of this process; Accelerate would refuse to change it.
+            AcceleratorState._reset_state()
+        super().__init__(**kwargs)
+        self.plain_model = self.model  # FSDP2 and torch.compile may put others in its place
+        self.batches = batches
+        self.trackers = set_up_trackers(self.callback_handler.callbacks, str(self.args.output_dir))
+        self.monitor = self.create_monitor()
+        self.add_callback(self.monitor)
+        self._rates: dict[str, float] = {}
+
+    # What a subclass says.
+
+    def create_monitor(self) -> RunMonitor:
+        """What measures the run between log lines."""
+        raise NotImplementedError
+
+    def examples(self) -> Dataset[Any]:
+        """What the indices of `batches` belong to."""
+        assert isinstance(self.train_dataset, Dataset)
+        return self.train_dataset
+
+    def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups with `params`, `lr`, `weight_decay` and a `name`, by which the log tells their rates."""
+        raise NotImplementedError
+
+    def record(self) -> dict[str, Any]:
+        """What resuming has to know beside the step and the flags, as JSON."""
+        raise NotImplementedError
+
+    def write_weights(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        """Write what is trained; for processes that save.
+
+        Args:
+            folder: Exists already.
+            state_dict: Result of `whole_state_dict`; None takes the model's own.
+        """
+        raise NotImplementedError
+
+    def read_weights(self, folder: str) -> None:
+        """Read into the model, which no engine has sharded yet, what `write_weights` has written."""
+        raise NotImplementedError
+
+    # Running.
+
+    def run(
+        self, checkpoint: str | None, point: ResumePoint | None, limit: BadRecordLimit, preemption: Preemption
+    ) -> TrainOutput:
+        """Train to the end, or until a signal or too many bad records stop the run, on all processes at the same step.
+
+        Args:
+            checkpoint: Folder to resume from.
+            point: Where in the data; None: as Trainer finds from the number of the step.
+            limit: Counts the bad records of the training data.
+            preemption: Has caught the signals since the run began.
+
+        Raises:
+            Preempted: If a signal has stopped the run; a checkpoint and the marker have been written.
+            TooManyBadRecordsError: If there are too many.
+        """
+        self.add_callback(StopOnBadRecords(limit))
+        self.monitor.skipped_records = lambda: limit.num_bad
+        self.go_on_from(point)
+        stop = StopWhenPreempted(preemption, checkpoint)
+        self.add_callback(stop)
+        result = self.train(resume_from_checkpoint=checkpoint)
+        stop.leave_if_stopped(self)
+        return result
+
+    def go_on_from(self, point: ResumePoint | None) -> None:
+        """Choose where in the data `train` resumes. To be called on all processes."""
+        self.resume_point = point
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        """Train, or only load the weights of the run's result, if the checkpoint is already at the last step.
+
+        `transformers.Trainer` would do one step too many there (seen in 5.23, when the last step is not the last of
+        an epoch), so that restarting a finished run would change its result.
+
+        Args:
+            resume_from_checkpoint: Folder of a checkpoint.
+            **kwargs: As for `transformers.Trainer.train`.
+
+        Raises:
+            CheckpointError: if a file of the checkpoint holds more than tensors and numbers.
+        """
+        try:
+            if resume_from_checkpoint is not None:
+                state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_FILE))
+                if self.resume_point is not None:
+                    state.global_step = self.resume_point.step
+                if self._is_finished(state):
+                    logger.info("%s is at the last step: there is nothing left to train", resume_from_checkpoint)
+                    best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                    self.load_finished(resume_from_checkpoint if best is None else best)
+                    self.state = state
+                    return TrainOutput(state.global_step, math.nan, {})
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except pickle.UnpicklingError as error:  # all of its files are read with weights_only=True
+            raise CheckpointError(
+                f"optimizer, scheduler or rng_state of {resume_from_checkpoint} hold more than tensors and numbers; "
+                "that is refused because loading it can run code: resume from another checkpoint"
+            ) from error
+
+    def load_finished(self, checkpoint: str) -> None:
+        """Load what the result is made of from the checkpoint of the last step."""
+        self._load_from_checkpoint(checkpoint)
+
+    def _is_finished(self, state: TrainerState) -> bool:
+        if self.args.max_steps > 0:
+            return state.global_step >= self.args.max_steps
+        return (state.epoch or 0) >= self.args.num_train_epochs
+
+    def _init_training_state(self, max_steps: int, steps_in_epoch: int, *args: Any) -> tuple[int, int]:
+        """Trainer derives its place from the step of the checkpoint; ours may count in steps of another size."""
+        place = super()._init_training_state(max_steps, steps_in_epoch, *args)
+        self.state.compute_steps(self.args, max_steps)  # Trainer keeps the checkpoint's save_steps and logging_steps
+        if self.resume_point is None:
+            return place
+        self.state.global_step = self.resume_point.step
+        epoch, steps = divmod(self.resume_point.step, steps_in_epoch)
+        return epoch, steps * self.args.gradient_accumulation_steps
+
+    # Data.
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A loader of this process's batches."""
+        loader = DataLoader(
+            self.examples(),
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            # Transformers 5.12 has no such flag yet.
+            multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
+            worker_init_fn=partial(
+                _start_worker, num_workers=self.args.dataloader_num_workers, rank=self.args.process_index
+            ),
+        )
+        # As Accelerator.prepare does, but the batches are this process's already.
+        return prepare_data_loader(
+            loader,
+            device=self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=self.accelerator.device_placement,
+            non_blocking=self.accelerator.non_blocking,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | None]:
+        """Fetch the micro-batches of one optimizer step, and count them.
+
+        Args:
+            epoch_iterator: Yields micro-batches.
+            num_batches: Micro-batches of the step; there may be fewer.
+            device: Ignored.
+        """
+        with self.monitor.wait():
+            batches = list(islice(epoch_iterator, num_batches))
+        self.monitor.count(batches)
+        return batches, None
+
+    # Log lines.
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add learning rates and what the monitor has measured to a training log line."""
+        if "loss" in logs:
+            logs.update(self._rates)
+            logs.update(self.monitor.drain(self.state, logs.get("grad_norm")))
+        if "train_runtime" in logs:  # the last line of a run; Trainer would count rows as samples
+            self.monitor.settle(self.state)
+            logs["total_flos"] = self.state.total_flos
+            logs["train_samples_per_second"] = round(self.monitor.total_samples / logs["train_runtime"], 3)
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Nothing: Transformers' estimate counts frozen parameters and padding; a monitor may count `total_flos`."""
+        return 0
+
+    def _get_learning_rate(self) -> float:
+        """Trainer asks once in every step, before the scheduler moves on: note the rates of all modules with it."""
+        groups = [group for group in self.create_optimizer().param_groups if "no_decay" not in group["name"]]
+        self._rates = {f"lr_{group['name']}": group["lr"] for group in groups}
+        return super()._get_learning_rate()
+
+    # Optimizer and schedule.
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer with one group for each module.
+
+        Args:
+            model: Defaults to the trainer's model.
+        """
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(self.optimizer_groups(model), **kwargs)
+            if kwargs.get("optim_bits") == 8:
+                keep_embeddings_in_32_bits(model)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LRScheduler:
+        """As Trainer does; what the flags say of the optimizer is noted, before a checkpoint is loaded over it."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        assert optimizer is not None
+        groups = optimizer.param_groups
+        self._given = [{name: group[name] for name in _GIVEN_BY_FLAGS if name in group} for group in groups]
+        return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer does, but learning rates and weight decay stay those of this run, not those of the checkpoint."""
+        scheduler = self.lr_scheduler
+        rates = list(getattr(scheduler, "base_lrs", []))
+        self.load_optimizer(checkpoint)
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None
+        for group, given in zip(self.optimizer.param_groups, self._given, strict=True):
+            group.update(given)
+        counts_anew = self.resume_point is not None and self.resume_point.counts_anew
+        if not isinstance(scheduler, LambdaLR):  # it keeps the rates themselves
+            if counts_anew:
+                logger.warning("%s keeps its own count of steps", type(scheduler).__name__)
+            return
+        step = self.resume_point.step if counts_anew and self.resume_point is not None else scheduler.last_epoch
+        # With --learning_rate auto, steps of another size have another peak rate, too.
+        scheduler.load_state_dict({**scheduler.state_dict(), "base_lrs": rates, "last_epoch": step - 1})
+        scheduler.step()  # sets the rates of this step
+
+    def load_optimizer(self, checkpoint: str | None) -> None:
+        """Load optimizer and scheduler as they are in the checkpoint."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    # Weights on any engine.
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights of the model are now those of an engine: divided among processes, or DeepSpeed's."""
+        if self.is_deepspeed_enabled:
+            return self.model_wrapped is not self.plain_model
+        return isinstance(self.plain_model, FSDPModule)
+
+    def whole_state_dict(self) -> dict[str, Tensor]:
+        """The weights as one process would have them. Every process must call it; only those that save get them."""
+        if self.is_sharded:
+            return gather_weights(self.plain_model, keep=self.args.should_save)
+        return self.plain_model.state_dict()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained as a plain folder. Every process must call it.
+
+        Trainer has a way of its own for each engine, some of which write shards only, or weights in bfloat16.
+
+        Args:
+            output_dir: By default the folder of the run.
+            _internal_call: Set by Trainer for checkpoints, which it pushes to the Hub itself.
+        """
+        self._save(output_dir or self.args.output_dir, state_dict=self.whole_state_dict())
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write weights and flags; the main process only."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write_weights(folder, state_dict)
+        arguments = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
+        (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.read_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Trainer knows whole models and PEFT's adapters only: no connectors, and nothing beside an adapter."""
+        if self.is_sharded:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    # Checkpoints.
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """While a checkpoint is being written, the folder in which it takes shape."""
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / PARTIAL_FOLDER) if self._saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as Trainer does, but so that there is a checkpoint at no time that is not complete.
+
+        Counters are brought up to date before, and the clock of the speed is stopped: no hook comes before it.
+
+        Raises:
+            CheckpointError: If it cannot be written; the last good one is still there.
+        """
+        self.monitor.settle(self.state)
+        output_dir, name = self._get_output_dir(trial), f"{PREFIX}{self.state.global_step}"
+        with self.monitor.pause(), explains_write_errors(output_dir, name):
+            if self.args.should_save:
+                check_lock(output_dir)
+                begin_checkpoint(output_dir)
+            self.accelerator.wait_for_everyone()
+            self._saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving = False
+            self._name_best(Path(output_dir) / PARTIAL_FOLDER / name, Path(output_dir) / name)
+            if self.args.local_process_index == 0:
+                flush(output_dir)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                record = {"step": self.state.global_step, **self.record(), "flags": self.flags}
+                commit_checkpoint(output_dir, name, record)
+                delete_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(Path(output_dir) / name))
+
+    def _name_best(self, partial: Path, final: Path) -> None:
+        """If this is the best checkpoint so far, Trainer has noted, on all processes, where it took shape."""
+        if self.state.best_model_checkpoint == str(partial):
+            self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(partial / TRAINER_STATE_FILE))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer pushes in the middle of saving: not before the checkpoint is in its place."""
+        if not self._saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _start_worker(worker: int, num_workers: int, rank: int) -> None:
+    ignore_signals()
+    seed_worker(worker, num_workers=num_workers, rank=rank)
