@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import get_worker_info
 
-from metamorph.data.records import BAD_RECORD_KINDS, ON_BAD_RECORD, DataError, RecordError
+from metamorph.data.records import BAD_RECORD_KINDS, ON_BAD_RECORD, DataError
 
 
 _KINDS = tuple(BAD_RECORD_KINDS)
@@ -129,7 +128,7 @@ class BadRecordLimit:
         """Number of bad records met so far, for each kind that occurred."""
         return dict(sum((Counter(log.bad_by_kind()) for log in self._logs), Counter()))
 
-    def check(self, last: RecordError | None = None) -> None:
+    def check(self, last: ValueError | None = None) -> None:
         """Stop when too many records are bad.
 
         Args:
@@ -147,18 +146,7 @@ class BadRecordLimit:
             ) from last
 
 
-class Mergeable(Protocol):
-    """A count of bad records, such as [`RecordLog`] and [`BadRecordLimit`]."""
-
-    @property
-    def num_bad(self) -> int:
-        """Number of bad records."""
-
-    def merge(self, reduce_max: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Take over what other ranks have met."""
-
-
-def merge_ranks(counted: Mergeable, merged: int, device: torch.device) -> int:
+def merge_ranks(counted: BadRecordLimit, merged: int, device: torch.device) -> int:
     """Join the counts of all ranks, if any of them has met another bad record. All must call it at the same point.
 
     Args:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from metamorph.runs.checkpoint_files import file_stamp
+from metamorph.runs.checkpoint_files import CheckpointError, file_stamp
 
+
+logger = logging.getLogger(__name__)
 
 MODELS = ("model_name_or_path", "pretrained_model_name_or_path", "vision_tower")
 """Flags whose value is that of `describe_model`."""
@@ -45,6 +49,48 @@ def changed_flags(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
         for name, value in new.items()
         if name in old and not _equal(name, old[name], value)
     }
+
+
+def compare_flags(
+    checkpoint: str,
+    old: dict[str, Any],
+    new: dict[str, Any],
+    fixed: Collection[str],
+    confirmable: Collection[str] = (),
+    confirmed: Collection[str] = (),
+) -> set[str]:
+    """Compare the flags of a run with those of the checkpoint that it resumes; what differs and acts is logged.
+
+    Args:
+        checkpoint: Its folder.
+        old: Flags that it was trained with.
+        new: Flags of the run.
+        fixed: Those that must not differ.
+        confirmable: Those that may differ if they are `confirmed`, by `--allow_changes`.
+        confirmed: The value of that flag.
+
+    Returns:
+        Names of the flags that differ.
+
+    Raises:
+        CheckpointError: naming each flag that must not differ, with both values.
+    """
+    changed = changed_flags(old, new)
+    if refused := [text for name, text in changed.items() if name in fixed]:
+        raise CheckpointError(
+            f"{checkpoint} was trained with other flags, which decide what its weights and its optimizer are: "
+            f"{'; '.join(refused)}. Restore them, or start a new run in its own --output_dir "
+            "(--resume_from_checkpoint False starts one here)"
+        )
+    if unconfirmed := [name for name in changed if name in confirmable and name not in confirmed]:
+        raise CheckpointError(
+            f"{checkpoint} was trained with other flags: {'; '.join(changed[name] for name in unconfirmed)}. Restore "
+            f"them, confirm the change by --allow_changes {' '.join(unconfirmed)}, or start a new run in its own "
+            "--output_dir (--resume_from_checkpoint False starts one here)"
+        )
+    if changed:
+        logger.warning("flags that differ from those of %s: %s", checkpoint, "; ".join(changed.values()))
+    return set(changed)
 
 
 def _equal(name: str, old: Any, new: Any) -> bool:

@@ -297,9 +297,7 @@ class RunTrainer(Trainer):
                 keep_embeddings_in_32_bits(model)
         return self.optimizer
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> LRScheduler:
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """As Trainer does; what the flags say of the optimizer is noted, before a checkpoint is loaded over it."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         optimizer = self.optimizer if optimizer is None else optimizer

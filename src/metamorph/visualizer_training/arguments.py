@@ -3,35 +3,87 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from metamorph.flags.checks import check_choice
+from metamorph.flags.checks import RemembersGiven, check_choice
+from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.visualization.projector import CONDITION_LENGTH, PROJECTOR_MODES
 from metamorph.visualization.token_options import TokenOptions
 from metamorph.visualizer_training.schedule import DEFAULT_LR_SCHEDULER, LR_SCHEDULERS
 
 
 MIXED_PRECISIONS = ("no", "bf16")
-TRACKERS = ("none", "tensorboard", "wandb")
 SHARDINGS = ("ddp", "fsdp2")
 ON_BAD_IMAGE = ("raise", "skip")
-LATEST = "latest"
-"""Value of `resume_from_checkpoint` that means the newest checkpoint of `output_dir`; so does no value."""
+NAMES_IN_TRANSFORMERS = {
+    "training_steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "save_step": "save_steps",
+}
+"""Flags that Transformers' Trainer knows by another name, which is understood, too."""
+_ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+"""Variables by which `accelerate launch` asks for an engine."""
+
+
+def _refused(names: str, accepted: tuple[Any, ...], reason: str) -> dict[str, tuple[tuple[Any, ...], str]]:
+    return dict.fromkeys(names.split(), (accepted, reason))
+
+
+_EVALUATION = "training draws --validation_images at its checkpoints; `metamorph evaluate visualizer` measures"
+_LANGUAGE = "it is for language models"
+_ORDER = "each image comes once in an epoch, in an order that --seed decides"
+_UPLOAD = "upload the result by `hf upload`"
+UNSUPPORTED = {
+    **_refused("batch_eval_metrics bf16_full_eval do_eval do_predict eval_on_start", (False,), _EVALUATION),
+    **_refused("eval_use_gather_object fp16_full_eval load_best_model_at_end", (False,), _EVALUATION),
+    **_refused("eval_accumulation_steps eval_steps greater_is_better metric_for_best_model", (None,), _EVALUATION),
+    **_refused("eval_strategy", ("no",), _EVALUATION),
+    **_refused("eval_delay", (0,), _EVALUATION),
+    **_refused("eval_do_concat_batches prediction_loss_only", (True,), _EVALUATION),
+    **_refused("include_for_metrics", ([], None), _EVALUATION),
+    **_refused("per_device_eval_batch_size", (8,), _EVALUATION),
+    **_refused("use_cache use_liger_kernel", (False,), _LANGUAGE),
+    **_refused("label_names liger_kernel_config neftune_noise_alpha", (None,), _LANGUAGE),
+    **_refused("average_tokens_across_devices", (True,), _LANGUAGE),
+    **_refused("include_num_input_tokens_seen", ("no", False), _LANGUAGE),
+    **_refused("label_smoothing_factor", (0,), _LANGUAGE),
+    **_refused("length_column_name", ("length",), _LANGUAGE),
+    **_refused("auto_find_batch_size dataloader_drop_last ignore_data_skip remove_unused_columns", (False,), _ORDER),
+    **_refused("data_seed", (None,), _ORDER),
+    **_refused("dataloader_in_order", (True,), _ORDER),
+    **_refused("train_sampling_strategy", ("random",), _ORDER),
+    **_refused("num_train_epochs", (3,), "--training_steps is the length of a run"),
+    **_refused("push_to_hub hub_always_push", (False,), _UPLOAD),
+    **_refused("hub_model_id hub_private_repo hub_revision hub_token", (None,), _UPLOAD),
+    **_refused("hub_strategy", ("every_save",), _UPLOAD),
+    **_refused("save_only_model", (False,), "a run resumes from its checkpoints"),
+    **_refused("save_on_each_node", (False,), "all machines share --output_dir"),
+    **_refused("enable_jit_checkpoint", (False,), "a signal makes all processes save after the same step, anyway"),
+    **_refused("fp16", (False,), "use --mixed_precision bf16"),
+    **_refused("deepspeed parallelism_config", (None,), "use --sharding fsdp2"),
+    **_refused("optim_target_modules", (None,), "only GaLore and APOLLO read it, which are not supported"),
+    **_refused("gradient_checkpointing_kwargs activation_checkpointing_kwargs", (None,), "diffusers takes none"),
+    **_refused("lr_scheduler_kwargs", (None,), "the schedules of --lr_scheduler take none"),
+}
+"""Flags of Transformers that would do nothing here: the values that are accepted, and why no other one is."""
 
 
 @dataclass
-class VisualizerArguments(TokenOptions):
+class VisualizerArguments(RemembersGiven, TokenOptions, RunTrainingArguments):
     """What the visualizer is made of, what it sees and how it is trained.
+
+    The flags of `transformers.TrainingArguments` that act here are understood, too; where one of them has a shorter
+    name here (`NAMES_IN_TRANSFORMERS`), that counts if both are given.
 
     Raises:
         ValueError: for a value outside its domain; the message names the flag and the mend.
         FileNotFoundError: for files and folders of data that do not exist.
     """
-
-    output_dir: str
-    """Folder of the result, a diffusers pipeline, and of the checkpoints."""
 
     pretrained_model_name_or_path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Stable Diffusion model, a folder or Hub id with the subfolders unet, vae and scheduler."""
@@ -48,7 +100,7 @@ class VisualizerArguments(TokenOptions):
     among them."""
     torch_compile: bool = False
     """Compile the projector and the blocks of the UNet: the first steps take minutes, the others less time."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # type: ignore[assignment]  # of Transformers 5.23: or None
     """Recompute the UNet's activations in the backward pass: less memory, more time."""
 
     mode: str = "mlp"
@@ -115,6 +167,8 @@ class VisualizerArguments(TokenOptions):
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """Largest norm of the gradient; longer ones are scaled down. 0 switches clipping off."""
+    optim: str = "adamw_torch"  # type: ignore[assignment]
+    """Optimizer, by its name in Transformers."""
     ema_decay: float = 0.9999
     """Decay of the moving average of the weights, which is what is saved; 0 switches it off."""
     mixed_precision: str = "no"
@@ -137,9 +191,6 @@ class VisualizerArguments(TokenOptions):
     """Optimizer steps between checkpoints; 0 saves the final result only."""
     save_total_limit: int | None = 2
     """Checkpoints to keep; the oldest are removed. None keeps all."""
-    resume_from_checkpoint: str | None = None
-    """Checkpoint folder to go on from. By default (or `latest`) the newest undamaged one in output_dir, if there is
-    one; with `True` there must be one; `False` starts anew."""
     model_license: str | None = None
     """Licence that the model card of the result names; without it the card calls the licence unknown."""
     data_license: str | None = None
@@ -149,46 +200,75 @@ class VisualizerArguments(TokenOptions):
     folder as much larger."""
     logging_steps: int = 10
     """Optimizer steps between entries of the log."""
-    report_to: str = "none"
-    """Tracker: none, tensorboard or wandb."""
     validation_images: list[str] = field(default_factory=list)
     """Pictures that are drawn again from their own tokens at every checkpoint."""
     validation_guidance_scales: list[float] = field(default_factory=lambda: [1.0, 3.0])
     """Guidance scales of these drawings, one column each."""
 
     def __post_init__(self) -> None:
+        self.refuse_unsupported(UNSUPPORTED)
+        self._read_names_of_transformers()
         self._check_choices()
         self._check_ranges()
         self._check_combinations()
         self._check_paths()
+        self._set_names_of_transformers()
+        super().__post_init__()
 
-    @property
-    def warmup_steps(self) -> int:
-        """Optimizer steps of warm-up."""
-        return self.training_steps // 4 if self.lr_warmup_steps is None else self.lr_warmup_steps
+    def _read_names_of_transformers(self) -> None:
+        """Take over what is given by a name of Transformers only."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """All values by name, ready for JSON."""
-        return asdict(self)
+        def only(theirs: str, ours: str) -> bool:
+            return self.is_given(theirs) and not self.is_given(ours)
+
+        for ours, theirs in NAMES_IN_TRANSFORMERS.items():
+            if only(theirs, ours):
+                setattr(self, ours, getattr(self, theirs))
+        if only("bf16", "mixed_precision"):
+            self.mixed_precision = "bf16" if self.bf16 else "no"
+        if only("warmup_steps", "lr_warmup_steps"):
+            self.lr_warmup_steps = int(self.warmup_steps)
+        if only("activation_checkpointing", "gradient_checkpointing"):
+            self.gradient_checkpointing = bool(self.activation_checkpointing)
+        check_choice("--save_strategy", self.save_strategy, ("steps", "no"))
+        if only("save_strategy", "save_step") and self.save_strategy == "no":
+            self.save_step = 0
+
+    def _set_names_of_transformers(self) -> None:
+        self.max_steps, self.per_device_train_batch_size = self.training_steps, self.batch_size
+        self.learning_rate, self.bf16 = self.lr, self.mixed_precision == "bf16"
+        self.warmup_steps = self.training_steps // 4 if self.lr_warmup_steps is None else self.lr_warmup_steps
+        if self.lr_scheduler != DEFAULT_LR_SCHEDULER:  # which is not one of Transformers'
+            self.lr_scheduler_type = self.lr_scheduler  # type: ignore[assignment]
+        self.save_strategy, self.save_steps = ("steps", self.save_step) if self.save_step else ("no", 1)  # type: ignore
+        if hasattr(self, "activation_checkpointing"):  # from Transformers 5.23 on the other name is deprecated
+            self.activation_checkpointing = self.gradient_checkpointing
+        if self.sharding == "fsdp2":  # set anew, also for a changed copy
+            self.fsdp = self.fsdp_config = None
 
     def _check_choices(self) -> None:
         for name, allowed in (
             ("mode", PROJECTOR_MODES),
             ("lr_scheduler", LR_SCHEDULERS),
             ("mixed_precision", MIXED_PRECISIONS),
-            ("report_to", TRACKERS),
             ("on_bad_image", ON_BAD_IMAGE),
             ("sharding", SHARDINGS),
         ):
             check_choice(f"--{name}", getattr(self, name), allowed)
+        for variable in _ENGINES if self.sharding == "ddp" else ():
+            if os.environ.get(variable, "false").lower() == "true":
+                raise ValueError(
+                    f"accelerate launch has set {variable}: start the visualizer with torchrun, or with a "
+                    "configuration without it; --sharding fsdp2 divides the model"
+                )
 
     def _check_ranges(self) -> None:
         at_least = {
             1: (
                 "num_tokens num_query_tokens hidden_dim num_layers num_heads resolution training_steps batch_size "
-                "gradient_accumulation_steps logging_steps alignment_steps"
+                "logging_steps alignment_steps"
             ),
-            0: "save_step dataloader_num_workers max_grad_norm weight_decay noise_offset seed",
+            0: "save_step noise_offset lr_warmup_steps",
         }
         for least, names in at_least.items():
             for name in names.split():
@@ -205,9 +285,9 @@ class VisualizerArguments(TokenOptions):
                 raise ValueError(f"--{name} {value} must be at least 0 and less than 1")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"--max_bad_fraction {self.max_bad_fraction} must lie between 0 and 1")
-        if not 0 <= self.warmup_steps <= self.training_steps:
+        if (self.lr_warmup_steps or 0) > self.training_steps:
             raise ValueError(
-                f"--lr_warmup_steps {self.warmup_steps} must lie between 0 and --training_steps {self.training_steps}"
+                f"--lr_warmup_steps {self.lr_warmup_steps} must be at most --training_steps {self.training_steps}"
             )
 
     def _check_combinations(self) -> None:

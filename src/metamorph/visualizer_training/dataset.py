@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from tqdm.auto import tqdm
 
 from metamorph.data.media.images import MediaError
+from metamorph.runs.preemption import ignore_signals
 from metamorph.visualization.pixels import PixelFormat, crop_square
+from metamorph.visualizer_training.denoising import Draws, FrozenEncoders
 from metamorph.visualizer_training.pictures.bad_pictures import BadPictures
 from metamorph.visualizer_training.pictures.sources import ImageSource
 
@@ -98,8 +102,47 @@ class TensorDataset(Dataset):
         return {name: tensor[sample.index] for name, tensor in self.tensors.items()} | {"position": sample.position}
 
 
+def encode_all(
+    dataset: VisualizerDataset, encoders: FrozenEncoders, batch_size: int, num_workers: int, device: torch.device
+) -> TensorDataset:
+    """Tokens and moments of every picture, on the CPU.
+
+    Args:
+        dataset: The pictures.
+        encoders: Tower and VAE.
+        batch_size: Pictures that are encoded together.
+        num_workers: Processes that load pictures.
+        device: Where the encoders are.
+    """
+    every = [Sample(index, index) for index in range(len(dataset))]
+    order = [every[at : at + batch_size] for at in range(0, len(every), batch_size)]
+    loader = DataLoader(dataset, batch_sampler=order, num_workers=num_workers, worker_init_fn=ignore_signals)
+    chunks = []
+    for batch in tqdm(loader, desc="encoding pictures", unit="batch", disable=None):
+        pixels = {name: batch[name].to(device) for name in ("tower_pixels", "vae_pixels")}
+        encoded = {name: value.cpu() for name, value in encoders(**pixels).items()}
+        chunks.append({**encoded, "weight": batch["weight"]})
+    return TensorDataset({name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]})
+
+
+@dataclass(frozen=True)
+class DrawingCollator:
+    """Makes a batch of samples, and draws what is random about them: in the workers, if there are any."""
+
+    latent_shape: tuple[int, ...]
+    """`(channels, height, width)`."""
+    options: Mapping[str, Any]
+    """Keyword arguments of [`Draws.at`]."""
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The samples' tensors, and the fields of [`Draws`] in the place of their positions."""
+        batch = default_collate(samples)
+        draws = Draws.at(batch.pop("position"), self.latent_shape, **self.options)
+        return batch | vars(draws)
+
+
 class StreamBatches(Sampler[list[Sample]]):
-    """Endless batches of one process: all pictures in a new order each epoch, each once per epoch.
+    """Batches of one process: all pictures in a new order each epoch, each once per epoch.
 
     The order is a function of the seed alone, so a run resumes at any sample, with any number of processes.
 
@@ -107,30 +150,54 @@ class StreamBatches(Sampler[list[Sample]]):
         num_images: Pictures per epoch.
         batch_size: Samples per batch of this process.
         seed: Seed of the orders.
-        start: Samples, over all processes, that training has seen already.
         rank: This process, from 0.
         world_size: Number of processes.
+        num_batches: Batches of the whole run; without it they do not end.
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_batches: int | None = None,
     ) -> None:
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
-        self.start = start
         self.rank = rank
         self.world_size = world_size
+        self.num_batches = num_batches
+        self._done, self._samples = 0, 0
+
+    def resume(self, batches: int, samples: int) -> StreamBatches:
+        """Go on after `batches` batches, in which training has seen `samples` samples, over all processes.
+
+        These batches come first, and are empty: Trainer skips as many as it has counted.
+        """
+        self._done, self._samples = batches, samples
+        return self
+
+    def samples_after(self, batches: int) -> int:
+        """Samples, over all processes, of the first `batches` batches of the run."""
+        return self._samples + (batches - self._done) * self.batch_size * self.world_size
+
+    def __len__(self) -> int:
+        if self.num_batches is None:
+            raise TypeError("the batches do not end")
+        return self.num_batches
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        position = self.start + self.rank * self.batch_size
         epoch, order = -1, np.empty(0, dtype=np.int64)
-        while True:
-            batch = []
-            for offset in range(position, position + self.batch_size):
-                if offset // self.num_images != epoch:
-                    epoch = offset // self.num_images
-                    order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
-                batch.append(Sample(index=int(order[offset % self.num_images]), position=offset))
+        for number in count() if self.num_batches is None else range(self.num_batches):
+            batch: list[Sample] = []
+            if number >= self._done:
+                first = self.samples_after(number) + self.rank * self.batch_size
+                for position in range(first, first + self.batch_size):
+                    if position // self.num_images != epoch:
+                        epoch = position // self.num_images
+                        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
+                    batch.append(Sample(index=int(order[position % self.num_images]), position=position))
             yield batch
-            position += self.batch_size * self.world_size

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,12 +137,6 @@ class Draws:
             keep.append(torch.rand((), generator=generator) >= cfg_prob)
         return cls(torch.stack(noise), torch.stack(latent_noise), torch.stack(timesteps), torch.stack(keep))
 
-    def to(self, device: torch.device) -> Draws:
-        """The same on another device."""
-        return Draws(
-            *(value.to(device) for value in (self.noise, self.latent_noise, self.timesteps, self.keep_condition))
-        )
-
 
 def sample_latents(vae: AutoencoderKL, moments: torch.Tensor, latent_noise: torch.Tensor) -> torch.Tensor:
     """Latents at the UNet's scale, `[images, channels, height, width]`, drawn from `moments` with given noise."""
@@ -149,7 +145,7 @@ def sample_latents(vae: AutoencoderKL, moments: torch.Tensor, latent_noise: torc
 
 
 def diffusion_loss(
-    model: nn.Module,
+    model: Callable[..., torch.Tensor],
     noise_scheduler: DDPMScheduler,
     latents: torch.Tensor,
     visual_tokens: torch.Tensor,
@@ -178,3 +174,39 @@ def diffusion_loss(
         snr = compute_snr(noise_scheduler, draws.timesteps)
         losses = losses * snr.clamp(max=snr_gamma) / (snr + 1 if predicts_velocity else snr)
     return (losses if weights is None else losses * weights).mean()
+
+
+class Denoiser(ConditionedUNet):
+    """A `ConditionedUNet` whose forward pass gives the loss, as Trainer wants it.
+
+    Args:
+        projector: Visual tokens to condition tokens.
+        unet: Noise predictor.
+        noise_scheduler: Schedule and prediction type.
+        snr_gamma: See [`diffusion_loss`].
+    """
+
+    def __init__(
+        self,
+        projector: VisualizationProjector,
+        unet: UNet2DConditionModel,
+        noise_scheduler: DDPMScheduler,
+        snr_gamma: float | None = None,
+    ) -> None:
+        super().__init__(projector, unet)
+        self.noise_scheduler = noise_scheduler
+        self.snr_gamma = snr_gamma
+
+    def forward(  # type: ignore[override]
+        self, latents: torch.Tensor, visual_tokens: torch.Tensor, draws: Draws, weights: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """`{"loss": []}`, see [`diffusion_loss`]."""
+        predict = super().forward
+        loss = diffusion_loss(predict, self.noise_scheduler, latents, visual_tokens, draws, self.snr_gamma, weights)
+        return {"loss": loss}
+
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Recompute the UNet's activations; Trainer calls it with `--gradient_checkpointing`."""
+        self.unet.enable_gradient_checkpointing()
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # its name from Transformers 5.23 on

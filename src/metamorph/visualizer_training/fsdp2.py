@@ -1,6 +1,6 @@
 """FSDP2 for the visualizer: which modules are sharded, and the way from sharded tensors to whole ones and back.
 
-Checkpoints hold whole tensors whatever the engine, so a run may go on with the other one or with other processes.
+Checkpoints hold whole tensors whatever the engine, so a run may resume with the other one or with other processes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from metamorph.visualization.projector import VisualizationProjector
@@ -25,23 +24,6 @@ def layers(model: ConditionedUNet) -> Iterator[nn.Module]:
     if model.unet.mid_block is not None:
         yield model.unet.mid_block
     yield from model.unet.up_blocks
-
-
-def shard(model: ConditionedUNet, bf16: bool) -> None:
-    """Divide the weights among all processes, in place; what is computed is that of one process.
-
-    Masters and averages of gradients stay float32; with `bf16`, weights travel in bfloat16.
-
-    Args:
-        model: On its device, with `requires_grad` as in training. The optimizer is to be built afterwards.
-        bf16: Whether the run computes in bfloat16 (under autocast, which casts what enters a layer).
-    """
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    for layer in layers(model):
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
 
 
 def whole(values: Any, keep: bool = True) -> Any:

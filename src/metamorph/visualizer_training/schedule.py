@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 
-from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import get_scheduler
 
 
 DEFAULT_LR_SCHEDULER = "log_warmup_linear_decay"
@@ -33,7 +33,7 @@ def build_lr_scheduler(name: str, optimizer: Optimizer, *, warmup_steps: int, tr
     """The schedule `name` for `optimizer`, in optimizer steps.
 
     Args:
-        name: One of `LR_SCHEDULERS`; all but the first are those of diffusers.
+        name: One of `LR_SCHEDULERS`; all but the first are those of Transformers.
         optimizer: Its learning rate is the peak.
         warmup_steps: Length of the warm-up.
         training_steps: Horizon of the decay.

@@ -1,55 +1,47 @@
-"""The loop of the visualizer's trainer: parts, optimizer, steps, checkpoints and the result."""
+"""The visualizer's trainer: what it adds to `RunTrainer`: frozen encoders, losses, moving average, drawings, result."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from metamorph.files.model_files import check_finite
 from metamorph.runs.checkpoint_files import explains_write_errors
 from metamorph.runs.lock import check_lock
-from metamorph.runs.preemption import Preemption, ignore_signals, leave_preempted
+from metamorph.training.base_trainer import RunTrainer
+from metamorph.training.checkpoints.resume import ResumePoint
+from metamorph.training.reporting.monitor import RunMonitor
 from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualization.projector import VisualizationProjector
-from metamorph.visualization.token_options import load_tower
-from metamorph.visualizer_training.alignment import align_projector, load_conditions
 from metamorph.visualizer_training.arguments import VisualizerArguments
-from metamorph.visualizer_training.build import DiffusionParts, build_projector, load_diffusion_parts, token_shape
-from metamorph.visualizer_training.checkpoints import TrainingState, save_checkpoint, trainable_parameters
-from metamorph.visualizer_training.dataset import Sample, StreamBatches, TensorDataset, VisualizerDataset
-from metamorph.visualizer_training.denoising import (
-    ConditionedUNet,
-    Draws,
-    FrozenEncoders,
-    diffusion_loss,
-    sample_latents,
-)
+from metamorph.visualizer_training.average import MovingAverage, trainable_parameters
+from metamorph.visualizer_training.build import DiffusionParts
+from metamorph.visualizer_training.dataset import StreamBatches
+from metamorph.visualizer_training.denoising import Denoiser, Draws, FrozenEncoders, sample_latents
 from metamorph.visualizer_training.export import draw_validation_grid, save_pipeline
-from metamorph.visualizer_training.fsdp2 import layers, shard, whole, whole_copy
+from metamorph.visualizer_training.fsdp2 import divided_like, whole, whole_copy
 from metamorph.visualizer_training.model_card import render_visualizer_card
-from metamorph.visualizer_training.monitor import RunMonitor
-from metamorph.visualizer_training.pictures.bad_pictures import BadPictures
-from metamorph.visualizer_training.pictures.sources import ImageFiles, ImageSource
-from metamorph.visualizer_training.resume_flags import flags_of_run
-from metamorph.visualizer_training.schedule import build_lr_scheduler
+from metamorph.visualizer_training.resume import WEIGHTS_FILE
+from metamorph.visualizer_training.schedule import DEFAULT_LR_SCHEDULER, build_lr_scheduler
 
 
 logger = logging.getLogger(__name__)
 
 StepCallback = Callable[[int, dict[str, float]], None]
 """Called at each log entry with the number of steps done and the logged values."""
+_DRAWS = ("noise", "latent_noise", "timesteps", "keep_condition")
 
 
 @dataclass(frozen=True)
@@ -68,319 +60,282 @@ class VisualizerResult:
     """Whether this process is the one that writes and reports."""
 
 
-class VisualizerTrainer:
-    """The parts of a run and its loop.
+class VisualizerTrainer(RunTrainer):
+    """Trains a [`Denoiser`] on pictures, or on what the frozen encoders have made of them.
 
     Args:
-        args: The flags.
-        source: Pictures.
-        bad_pictures: Counts those that cannot be read.
-        accelerator: Device, precision and processes.
-        preemption: Catches the signals.
-        on_log: See `train_visualizer`.
+        parts: The parts of the diffusion model; the model holds its UNet.
+        encoders: Tower and VAE, which are never trained.
+        tower_format: What the tower takes.
+        validation: Pictures that are drawn again at every checkpoint.
+        data: What decides which picture comes when, for checkpoints.
+        **kwargs: As for [`RunTrainer`].
     """
+
+    args: VisualizerArguments
+    batches: StreamBatches
 
     def __init__(
         self,
-        args: VisualizerArguments,
-        source: ImageSource,
-        bad_pictures: BadPictures,
-        accelerator: Accelerator,
-        preemption: Preemption,
-        on_log: StepCallback | None = None,
+        *,
+        parts: DiffusionParts,
+        encoders: FrozenEncoders,
+        tower_format: PixelFormat,
+        validation: Sequence[Image.Image],
+        data: dict[str, Any],
+        **kwargs: Any,
     ) -> None:
-        self.args, self.accelerator, self.on_log = args, accelerator, on_log
-        self.preemption, self.bad_pictures = preemption, bad_pictures
-        self.output_dir = Path(args.output_dir).expanduser()
-        files = ImageFiles(tuple(Path(name).expanduser() for name in args.validation_images))
-        self.validation = [files.load(index) for index in range(len(files))]  # now: an unreadable one ends no long run
-        self.num_images = len(source)
-        self._logged: dict[str, float] = {}
+        super().__init__(**kwargs)
+        self.parts, self.encoders, self.tower_format = parts, encoders, tower_format
+        self.validation, self.data = validation, data
+        self.losses: list[Tensor] = []
+        """`[2]` of each optimizer step: losses and number of good pictures, both divided by the number of pictures."""
+        self._sums: Tensor | None = None
+        self._micro_batches = self._logged = 0
+        self.average = MovingAverage(self.plain_model, self.args.ema_decay) if self.args.ema_decay else None
+        if self.average is not None:
+            self.add_callback(self.average)
+        self.remove_callback(PrinterCallback)
 
-        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        tower, self.tower_format = load_tower(args)
-        set_seed(args.seed)
-        self.parts = load_diffusion_parts(args, vae_dtype=dtype)
-        self.projector = build_projector(
-            args, token_shape(tower, self.tower_format), self.parts.unet.config.cross_attention_dim
-        )
-        device = accelerator.device
-        self.encoders = FrozenEncoders(tower.to(device, dtype), self.parts.vae.to(device))
-        self.dataset: Dataset = VisualizerDataset(
-            source, self.tower_format, PixelFormat(self.parts.resolution), args.random_crop, args.seed, bad_pictures
-        )
-        if args.cache_latents:
-            self.dataset = self._encode_all()
-        self.state = self._build_state()
-        self.state.data = {"pictures": len(source), "digest": source.digest(), "seed": args.seed}
-        self.state.flags = flags_of_run(args)
+    def create_monitor(self) -> RunMonitor:
+        """What measures samples."""
+        return RunMonitor(self.accelerator, lambda name: name.partition(".")[0])
 
-    def _build_state(self) -> TrainingState:
-        """Freeze what is not trained, build the optimizer, wrap for the processes."""
-        args, unet = self.args, self.parts.unet
-        unet.requires_grad_(args.unfreeze_unet)
-        if args.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        model = self.model = ConditionedUNet(self.projector, unet).train().to(self.accelerator.device)
-        if args.torch_compile:
-            for layer in layers(model):
-                layer.compile()
-        is_divided = args.sharding == "fsdp2" and self.accelerator.num_processes > 1
-        if is_divided:
-            shard(model, bf16=self.accelerator.mixed_precision == "bf16")
-        elif args.sharding == "fsdp2":
-            logger.warning("--sharding fsdp2 has nothing to divide in a single process")
-        groups = [{"params": list(self.projector.parameters()), "lr": args.lr}]
-        if args.unfreeze_unet:
-            groups.append({"params": list(unet.parameters()), "lr": args.unet_lr or args.lr})
-        optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
-        # Not prepared by Accelerate, which would advance it once per process.
-        lr_scheduler = build_lr_scheduler(
-            args.lr_scheduler, optimizer, warmup_steps=args.warmup_steps, training_steps=args.training_steps
-        )
-        optimizer = self.accelerator.prepare(optimizer)
-        self.wrapped_model = model if is_divided else self.accelerator.prepare(model)
-        self.parameters = list(trainable_parameters(model).values())
-        ema = EMAModel(self.parameters, decay=args.ema_decay) if args.ema_decay else None
-        logger.info(
-            "Training %.2f of %.2f million parameters on %d pictures",
-            sum(value.numel() for value in self.parameters) / 1e6,
-            sum(value.numel() for value in model.parameters()) / 1e6,
-            self.num_images,
-        )
-        return TrainingState(model, optimizer, lr_scheduler, ema)
+    def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The projector, and the UNet if it is trained."""
+        rates = {"projector": self.args.lr, "unet": self.args.unet_lr or self.args.lr}
+        groups = []
+        for name, lr in rates.items():
+            parameters = [value for value in getattr(model, name).parameters() if value.requires_grad]
+            if parameters:
+                groups.append({"name": name, "params": parameters, "lr": lr, "weight_decay": self.args.weight_decay})
+        return groups
 
-    def align(self, file: str) -> None:
-        """Fit the projector to the known conditions in `file`; every process does the same."""
-        conditions = load_conditions(file, self.num_images)
-        assert isinstance(self.dataset, TensorDataset)  # the flags demand cache_latents
-        tokens = self.dataset.tensors["visual_tokens"]
-        steps, lr = self.args.alignment_steps, self.args.alignment_lr
-        align_projector(self.projector, tokens, conditions, steps=steps, lr=lr, seed=self.args.seed)
-        if self.state.ema is not None:  # the average starts from here
-            self.state.ema = EMAModel(self.parameters, decay=self.args.ema_decay)
-
-    def train(self) -> VisualizerResult:
-        """Run the loop to `training_steps` and write the result.
-
-        Raises:
-            Preempted: on all processes, if one of them got a signal; a checkpoint and the marker have been written.
-        """
-        args, state = self.args, self.state
-        first_step = state.step
-        monitor = self.monitor = RunMonitor(self.accelerator, self._samples_per_step)
-        batches = iter(self._loader(state.samples_seen))
-        progress = tqdm(
-            total=args.training_steps,
-            initial=first_step,
-            desc="visualizer",
-            unit="step",
-            disable=None if self.accelerator.is_main_process else True,
-        )
-        with progress:
-            while state.step < args.training_steps:
-                self._optimizer_step(batches)
-                progress.update()
-                if state.step % args.logging_steps == 0 or state.step == args.training_steps:
-                    self._log(progress)
-                if state.step < args.training_steps and self.preemption.agreed():
-                    folder = self._save_checkpoint(validate=False)  # time is short
-                    leave_preempted(self.accelerator, self.preemption, folder, state.step)
-                if args.save_step and state.step % args.save_step == 0:
-                    with monitor.pause():
-                        self._save_checkpoint()
-        seconds = monitor.seconds
-        losses = monitor.losses()
-        self._save_result()
-        # Not Accelerate's `end_training`, which destroys the process group as well: gloo's threads need the interpreter
-        # lock to let go of a reduced tensor, and destroying the group waits for them while holding it. The group goes
-        # with the process, as Transformers' Trainer leaves it too.
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        return VisualizerResult(self.output_dir, losses, first_step, seconds, self.accelerator.is_main_process)
-
-    def _optimizer_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
-        """Forward and backward over the accumulated batches, then one update."""
-        args, state = self.args, self.state
-        sums = torch.zeros(2, device=self.accelerator.device)
-        for index in range(args.gradient_accumulation_steps):
-            is_last = index == args.gradient_accumulation_steps - 1
-            with nullcontext() if is_last else self._no_sync():
-                batch = self.monitor.fetch(batches)
-                share = batch["weight"].mean()
-                loss = self._loss(batch) / args.gradient_accumulation_steps
-                self.accelerator.backward(loss)
-            sums += torch.stack([loss.detach(), share.to(loss.device) / args.gradient_accumulation_steps])
-        norm = None
-        if args.max_grad_norm:
-            norm = self.accelerator.clip_grad_norm_(self.parameters, args.max_grad_norm)
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        state.optimizer.step()
-        state.lr_scheduler.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        if state.ema is not None:
-            state.ema.step(self.parameters)
-        state.step += 1
-        state.samples_seen += self._samples_per_step
-        self.monitor.add(sums, norm)
-
-    def _loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Mean loss of one batch of pixels, or of tokens and moments with `cache_latents`."""
-        args, device = self.args, self.accelerator.device
-        positions, weights = batch.pop("position"), batch.pop("weight").to(device)
-        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        encoded = batch if args.cache_latents else self.encoders(**batch)
-        moments = encoded["moments"]
-        draws = Draws.at(
-            positions,
-            (moments.shape[1] // 2, *moments.shape[2:]),
-            seed=args.seed,
-            num_timesteps=self.parts.noise_scheduler.config.num_train_timesteps,
-            timestep_power=args.timestep_power,
-            cfg_prob=args.cfg_prob,
-            noise_offset=args.noise_offset,
-        ).to(device)
-        latents = sample_latents(self.encoders.vae, moments, draws.latent_noise)
-        with self.accelerator.autocast():
-            return diffusion_loss(
-                self.wrapped_model,
-                self.parts.noise_scheduler,
-                latents,
-                encoded["visual_tokens"],
-                draws,
-                args.snr_gamma,
-                weights,
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """The schedule of `--lr_scheduler`."""
+        if self.lr_scheduler is None and self.args.lr_scheduler == DEFAULT_LR_SCHEDULER:
+            self.lr_scheduler = build_lr_scheduler(
+                self.args.lr_scheduler,
+                self.create_optimizer() if optimizer is None else optimizer,
+                warmup_steps=int(self.args.warmup_steps),
+                training_steps=num_training_steps,
             )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # A step.
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean loss of one batch of pixels, or of tokens and moments with `cache_latents`."""
+        encoded = inputs if self.args.cache_latents else self.encoders(inputs["tower_pixels"], inputs["vae_pixels"])
+        draws = Draws(**{name: inputs[name] for name in _DRAWS})
+        latents = sample_latents(self.encoders.vae, encoded["moments"], draws.latent_noise)
+        outputs = model(latents=latents, visual_tokens=encoded["visual_tokens"], draws=draws, weights=inputs["weight"])
+        self._note(outputs["loss"].detach(), inputs["weight"].mean())
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _note(self, loss: Tensor, share: Tensor) -> None:
+        """Sum what the log and the result tell of a micro-batch, on the device."""
+        sums = torch.stack([loss, share]) / self.args.gradient_accumulation_steps
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._micro_batches += 1
+        if self._micro_batches % self.args.gradient_accumulation_steps == 0:
+            self.losses.append(self._sums)
+            self._sums = None
+
+    def step_losses(self, first: int = 0) -> list[float]:
+        """Mean loss of each step of this run from `first` on, over all processes, which must all call it."""
+        if not self.losses[first:]:
+            return []
+        sums = self.accelerator.reduce(torch.stack(self.losses[first:]), "mean").tolist()
+        return [_ratio(*values) for values in sums]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The loss of a training log line is the mean over good pictures."""
+        self.state.epoch = self.samples_seen / self.data["pictures"]
+        if "loss" in logs:
+            window = torch.stack(self.losses[self._logged :]).mean(dim=0)
+            logs["loss"] = _ratio(*self.accelerator.reduce(window, "mean").tolist())
+            self._logged = len(self.losses)
+        super().log(logs, start_time)
+
+    # Checkpoints.
 
     @property
-    def _samples_per_step(self) -> int:
-        return self.args.batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+    def samples_seen(self) -> int:
+        """Samples, over all processes, that the steps so far have consumed."""
+        return self.batches.samples_after(self.state.global_step * self.args.gradient_accumulation_steps)
 
-    def _loader(self, start: int) -> DataLoader:
-        batches = StreamBatches(
-            self.num_images,
-            self.args.batch_size,
-            self.args.seed,
-            start,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
+    def go_on_from(self, point: ResumePoint | None) -> None:
+        """See [`RunTrainer`]; `trained_rows` are samples."""
+        super().go_on_from(point)
+        if point is not None:
+            self.batches.resume(point.step * self.args.gradient_accumulation_steps, point.trained_rows)
+
+    def record(self) -> dict[str, Any]:
+        """The place in the data, and what the data are."""
+        return {"samples": self.samples_seen, "data": self.data}
+
+    def whole_state_dict(self) -> dict[str, Tensor]:
+        """See [`RunTrainer`]; of the trained weights."""
+        return whole(
+            {name: value.detach() for name, value in trainable_parameters(self.plain_model).items()},
+            keep=self.args.should_save,
         )
-        workers = self.args.dataloader_num_workers
-        return DataLoader(
-            self.dataset,
-            batch_sampler=batches,
-            num_workers=workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-            persistent_workers=workers > 0,
-            worker_init_fn=ignore_signals,
-        )
 
-    def _encode_all(self) -> TensorDataset:
-        """Tokens and latents of every picture, on the CPU."""
-        size, count, chunks = self.args.batch_size, self.num_images, []
-        order = [[Sample(i, i) for i in range(at, min(at + size, count))] for at in range(0, count, size)]
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=order,
-            num_workers=self.args.dataloader_num_workers,
-            worker_init_fn=ignore_signals,
-        )
-        for batch in tqdm(loader, desc="encoding pictures", unit="batch", disable=None):
-            pixels = {name: batch[name].to(self.accelerator.device) for name in ("tower_pixels", "vae_pixels")}
-            encoded = {name: value.cpu() for name, value in self.encoders(**pixels).items()}
-            chunks.append({**encoded, "weight": batch["weight"]})
-        return TensorDataset({name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]})
+    def write_weights(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        """Write the trained weights."""
+        weights = self.whole_state_dict() if state_dict is None else state_dict
+        save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS_FILE)
 
-    def _log(self, progress: tqdm) -> None:
-        """Report what happened since the last entry; the only place in the loop that waits for the device."""
-        values = self.monitor.entry(self.state.lr_scheduler.get_last_lr()[0])
-        self.bad_pictures.merge(self.accelerator.device)
-        if self.bad_pictures.num_bad:
-            values["bad_pictures"] = self.bad_pictures.num_bad
-        self._logged = values
-        progress.set_postfix(loss=f"{values['loss']:.4f}")
-        self.accelerator.log(values, step=self.state.step)
-        if not self.accelerator.is_main_process:
-            return
-        if self.on_log is not None:
-            self.on_log(self.state.step, values)
-        elif progress.disable:  # no terminal: the log of a job is all that there is to see
-            told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            logger.info("step %d of %d: %s", self.state.step, self.args.training_steps, told)
+    def read_weights(self, folder: str) -> None:
+        """Read what `write_weights` has written, into a model that may be sharded.
 
-    @contextmanager
-    def _no_sync(self) -> Iterator[None]:
-        """Within, gradients stay on their processes."""
-        model = self.model
-        if not isinstance(model, FSDPModule):
-            with self.accelerator.no_sync(self.wrapped_model):
-                yield
-            return
-        model.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            model.set_requires_gradient_sync(True)
+        Raises:
+            ValueError: if the folder was written by a run that trains other weights, or they are not finite.
+        """
+        weights = load_file(Path(folder) / WEIGHTS_FILE)
+        check_finite(weights.items(), Path(folder) / WEIGHTS_FILE)
+        parameters = trainable_parameters(self.plain_model)
+        if differing := sorted(weights.keys() ^ parameters.keys()):
+            raise ValueError(
+                f"--resume_from_checkpoint {folder} was written by a run that trains other weights "
+                f"({len(differing)} differ, for example {differing[0]}); use the same --mode and --unfreeze_unet, or "
+                "start a new run in another --output_dir"
+            )
+        with torch.no_grad():
+            for name, value in weights.items():
+                if parameters[name].shape != value.shape:
+                    raise ValueError(
+                        f"--resume_from_checkpoint {folder}: {name} has shape {list(value.shape)} there but "
+                        f"{list(parameters[name].shape)} here; use the options it was trained with"
+                    )
+                parameters[name].copy_(divided_like(value, parameters[name]))
 
-    def _save_checkpoint(self, validate: bool = True) -> Path:
-        is_main = self.accelerator.is_main_process
-        folder = save_checkpoint(self.output_dir, self.state, self.args.save_total_limit, writes=is_main)
-        if is_main:
-            logger.info("Wrote %s", folder)
-        if validate and self.validation:
-            with self._finished_parts() as finished:
-                if is_main:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.read_weights(resume_from_checkpoint)
+
+    def load_finished(self, checkpoint: str) -> None:
+        """See [`RunTrainer`]; with the moving average."""
+        super().load_finished(checkpoint)
+        if self.average is not None:
+            self.average.load(Path(checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As Trainer does on one process, whatever the engine; and the moving average."""
+        keep = self.args.should_save
+        if self.is_sharded:
+            optimizer = whole(self.optimizer.state_dict(), keep=keep)
+            if keep:
+                torch.save(optimizer, Path(output_dir, OPTIMIZER_NAME))
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None:
+            self.average.save(Path(output_dir), keep=keep)
+
+    def load_optimizer(self, checkpoint: str | None) -> None:
+        """See [`RunTrainer`]; and the moving average."""
+        if checkpoint is None or not self.is_sharded:
+            super().load_optimizer(checkpoint)
+        else:
+            optimizer = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
+            parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
+            for index, values in optimizer["state"].items():
+                optimizer["state"][index] = {
+                    name: divided_like(value, parameters[index]) for name, value in values.items()
+                }
+            self.optimizer.load_state_dict(optimizer)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+        if checkpoint is not None and self.average is not None:
+            self.average.load(Path(checkpoint))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """See [`RunTrainer`]; then draw the validation pictures, unless a signal has left little time."""
+        super()._save_checkpoint(model, trial)
+        is_preempted = self.control.should_training_stop and self.state.global_step < self.state.max_steps
+        if self.validation and not is_preempted:
+            with self.monitor.pause(), self._finished_parts() as finished:
+                if self.is_world_process_zero():
                     self._validate(*finished)
-        self.accelerator.wait_for_everyone()
-        return folder
 
     def _validate(self, projector: VisualizationProjector, parts: DiffusionParts) -> None:
         """Draw the validation pictures from their tokens, to a file and to the trackers."""
-        grid = draw_validation_grid(
-            projector,
-            parts,
-            self.encoders,
-            self.validation,
-            self.tower_format,
-            self.args,
-        )
-        path = self.output_dir / "validation" / f"step-{self.state.step:06d}.png"
+        grid = draw_validation_grid(projector, parts, self.encoders, self.validation, self.tower_format, self.args)
+        path = Path(str(self.args.output_dir), "validation", f"step-{self.state.global_step:06d}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         grid.save(path)
-        for tracker in self.accelerator.trackers:
-            # TensorBoard takes channels to come first unless it is told; wandb has no such option.
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"validation": np.asarray(grid)[None]}, step=self.state.step, **options)
+        for tracker in self.trackers:
+            tracker.log_media({}, {"validation": grid}, self.state.global_step)
 
-    def _save_result(self) -> None:
+    # The result.
+
+    def save_result(self) -> None:
+        """Write the pipeline folder. For all processes."""
+        lines = [line for line in self.state.log_history if "loss" in line]
+        logged = {name: value for name, value in lines[-1].items() if name != "step"} if lines else {}
         with self._finished_parts() as (projector, parts):
-            if self.accelerator.is_main_process:
-                card = render_visualizer_card(self.args, self.num_images, self.accelerator.num_processes, self._logged)
-                check_lock(self.output_dir)
-                with explains_write_errors(self.output_dir, "the visualizer"):
-                    save_pipeline(self.output_dir, projector, parts, self.args, card)
-                logger.info("Wrote the visualizer to %s", self.output_dir)
+            if self.is_world_process_zero():
+                folder = Path(str(self.args.output_dir))
+                card = render_visualizer_card(self.args, self.data["pictures"], self.accelerator.num_processes, logged)
+                check_lock(folder)
+                with explains_write_errors(folder, "the visualizer"):
+                    save_pipeline(folder, projector, parts, self.args, card)
+                logger.info("Wrote the visualizer to %s", folder)
         self.accelerator.wait_for_everyone()
 
     @contextmanager
     def _finished_parts(self) -> Iterator[tuple[VisualizationProjector, DiffusionParts]]:
         """Projector and parts with the moving average of the weights, whole in the main process. For all processes."""
-        model, ema = self.model, self.state.ema
-        if isinstance(model, FSDPModule):
-            is_main = self.accelerator.is_main_process
-            state = whole(model.state_dict(), keep=is_main)
-            if ema is not None:
-                names = trainable_parameters(model)
-                state |= zip(names, whole(ema.shadow_params, keep=is_main), strict=True)
-            if is_main:
-                model = whole_copy(self.model, state, self.accelerator.device)
-            yield model.projector, replace(self.parts, unet=model.unet)
+        model = self.plain_model
+        assert isinstance(model, Denoiser)
+        keep = self.args.should_save
+        if self.is_sharded:
+            state = super().whole_state_dict()
+            if self.average is not None:
+                state |= self.average.whole_weights(keep=keep)
+            copy = whole_copy(model, state, self.accelerator.device) if keep else model
+            yield copy.projector, replace(self.parts, unet=copy.unet)
+        elif self.average is not None:
+            with self.average.in_place():
+                yield model.projector, self.parts
+        else:
+            yield model.projector, self.parts
+
+
+class LogLines(TrainerCallback):
+    """Passes on each training log line, or writes it to the log where there is no terminal to show progress.
+
+    Args:
+        on_log: See `train_visualizer`.
+    """
+
+    def __init__(self, on_log: StepCallback | None) -> None:
+        self.on_log_line = on_log
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Called by the trainer."""
+        if logs is None or "loss" not in logs or not state.is_world_process_zero:
             return
-        if ema is not None:
-            ema.store(self.parameters)
-            ema.copy_to(self.parameters)
-        try:
-            yield self.projector, self.parts
-        finally:
-            if ema is not None:
-                ema.restore(self.parameters)
+        if self.on_log_line is not None:
+            self.on_log_line(state.global_step, dict(logs))
+        elif args.disable_tqdm:  # the log of a job is all that there is to see
+            told = ", ".join(f"{name} {value:.4g}" for name, value in logs.items())
+            logger.info("step %d of %d: %s", state.global_step, state.max_steps, told)
+
+
+def _ratio(loss: float, share: float) -> float:
+    return loss / share if share else 0.0

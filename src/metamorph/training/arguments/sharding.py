@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers.integrations import is_deepspeed_available
 
 from metamorph.flags.checks import check_choice
 
+
+logger = logging.getLogger(__name__)
 
 SHARDINGS = ("auto", "ddp", "fsdp2", "zero2", "zero3", "zero2_offload", "zero3_offload")
 """What `--sharding` may be."""
@@ -99,7 +102,10 @@ def apply_sharding(args: TrainingArguments, sharding: str) -> None:
             raise ValueError(f"--sharding {sharding} and --{flag} {getattr(args, flag)} both name an engine: drop one")
     if sharding == "fsdp2":
         check_has_gpus(args)
-        use_fsdp2(args)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            use_fsdp2(args)
+        else:
+            logger.warning("--sharding fsdp2 has nothing to divide in a single process")
     elif sharding.startswith("zero"):
         if not is_deepspeed_available():
             raise ModuleNotFoundError(f"--sharding {sharding} needs DeepSpeed: pip install 'metamorph[deepspeed]'")
@@ -114,8 +120,7 @@ def check_has_gpus(args: TrainingArguments) -> None:
     """
     if args.use_cpu or not torch.accelerator.is_available():
         raise ValueError(
-            "--sharding fsdp2 needs GPUs: on a CPU Accelerate would silently train without sharding; use "
-            "--sharding ddp"
+            "--sharding fsdp2 needs GPUs: on a CPU Accelerate would silently train without sharding; use --sharding ddp"
         )
 
 

@@ -4,7 +4,7 @@
 2. `plan_resume`: the data are those of the checkpoint, and `Position` counts rows of the epoch's order, which is the
    same for any number of processes and any batch size; so a run may resume with other batches.
 3. `resume_flags.check_flags`: flags that may not differ from the checkpoint's.
-4. `CheckpointingTrainer.go_on_from` sets the step, `PlannedBatches.leave_out` the rows that have been trained on.
+4. `MetaMorphTrainer.go_on_from` sets the step, `PlannedBatches.leave_out` the rows that have been trained on.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import json
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from metamorph.data.batching.packing import PACKING_VERSION, BatchPlanner
 from metamorph.data.dataset import MixtureDataset
 from metamorph.data.records import RecordError
 from metamorph.models.adapters import is_adapter_folder
 from metamorph.models.connector import is_full_model
-from metamorph.runs.checkpoint_files import CheckpointError, checkpoints, damage, on_first_process, read_manifest
+from metamorph.runs.checkpoint_files import CheckpointError, read_manifest
+from metamorph.runs.find_checkpoint import find_checkpoint as find_in_folder
 from metamorph.training.arguments import MetaMorphTrainingArguments
 
 
@@ -46,12 +47,11 @@ _FLAGS = {
 
 
 def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, adapter: bool = False) -> str | None:
-    """The checkpoint to resume from; with several processes, the first looks for it and tells the others.
+    """The checkpoint to resume from, see [`metamorph.runs.find_checkpoint.find_checkpoint`].
 
     Args:
         output_dir: Folder of the run.
-        request: None: the checkpoint in `output_dir` that was written last and is complete and undamaged, if any.
-            "True": the same, but there must be one. "False": none. Otherwise the path of a checkpoint.
+        request: Value of `--resume_from_checkpoint`.
         stage: Stage of this run; a checkpoint of the other stage is an error.
         adapter: Whether this run trains an adapter (`--lora_enable True`); a checkpoint of the other kind is an error.
 
@@ -59,13 +59,7 @@ def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, ada
         FileNotFoundError: if the checkpoint asked for does not exist, or is not on storage that all machines share.
         ValueError: if the checkpoint asked for is damaged, or belongs to the other stage.
     """
-    folder = on_first_process(lambda: _find(output_dir, request, stage, adapter))
-    if folder is not None and not Path(folder).is_dir():
-        raise FileNotFoundError(
-            f"{folder} is seen by the first process but not by process {dist.get_rank()} on this machine: put "
-            "--output_dir on storage that all machines share, or write to each with --save_on_each_node True"
-        )
-    return folder
+    return find_in_folder(output_dir, request, partial(_check_kind, stage=stage, adapter=adapter))
 
 
 def plan_resume(
@@ -231,36 +225,7 @@ def _check_data(checkpoint: str, old: dict[str, Any], new: dict[str, Any]) -> No
             )
 
 
-def _find(output_dir: str, request: str | bool | None, stage: int, adapter: bool) -> str | None:
-    choice = str(request)
-    folders = checkpoints(output_dir)
-    if choice.lower() == "false":
-        if folders:
-            logger.warning("starting anew beside old checkpoints: a later resume would take %s", folders[-1])
-        return None
-    if choice.lower() not in ("none", "true"):
-        problem = damage(choice)
-        if problem is not None:
-            kind = ValueError if Path(choice).is_dir() else FileNotFoundError
-            raise kind(
-                f"--resume_from_checkpoint {choice} is not a complete checkpoint: {problem}. Give a checkpoint-… "
-                "folder of this command, or True for the newest undamaged one in --output_dir"
-            )
-        return _of_run(choice, stage, adapter)
-    for folder in reversed(folders):
-        problem = damage(folder)
-        if problem is None:
-            logger.info("resuming from %s (--resume_from_checkpoint False starts anew)", folder)
-            return _of_run(str(folder), stage, adapter)
-        logger.warning("skipping the checkpoint %s: %s", folder, problem)
-    if choice.lower() == "true":
-        raise FileNotFoundError(f"--resume_from_checkpoint True: there is no checkpoint in --output_dir {output_dir}")
-    if folders:
-        logger.warning("no checkpoint in %s is usable: starting anew", output_dir)
-    return None
-
-
-def _of_run(folder: str, stage: int, adapter: bool) -> str:
+def _check_kind(folder: str, stage: int, adapter: bool) -> None:
     found_adapter = is_adapter_folder(folder)
     found = 2 if found_adapter or is_full_model(folder) else 1
     if found != stage:
@@ -273,4 +238,3 @@ def _of_run(folder: str, stage: int, adapter: bool) -> str:
             f"{folder} is a checkpoint with --lora_enable {found_adapter}, but this run has --lora_enable {adapter}: "
             "give each its own --output_dir, or start anew with --resume_from_checkpoint False"
         )
-    return folder

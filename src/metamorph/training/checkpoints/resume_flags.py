@@ -7,8 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from metamorph.runs.checkpoint_files import CheckpointError, read_manifest
-from metamorph.runs.flag_changes import changed_flags, describe_model
+from metamorph.runs.checkpoint_files import read_manifest
+from metamorph.runs.flag_changes import compare_flags, describe_model
 from metamorph.training.arguments.data import DataArguments
 from metamorph.training.arguments.training import CHANGEABLE, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.build import LOSS_FIELDS, STRUCTURE_FIELDS, Plan
@@ -96,24 +96,9 @@ def check_flags(checkpoint: str | None, flags: dict[str, Any], allowed: list[str
     if checkpoint is None:
         return
     old = _flags_of(Path(checkpoint), flags)
-    changed = changed_flags(old, flags)
-    fixed = [name for name in changed if name in FIXED or _is_fixed(name, old, flags)]
-    if fixed:
-        raise CheckpointError(
-            f"{checkpoint} was trained with other flags, which decide what its weights and its optimizer are: "
-            f"{'; '.join(changed[name] for name in fixed)}. Restore them, or start a new run in its own --output_dir "
-            "(--resume_from_checkpoint False starts one here)"
-        )
-    unconfirmed = [name for name in changed if name in CHANGEABLE and name not in (allowed or ())]
-    if unconfirmed:
-        raise CheckpointError(
-            f"{checkpoint} was trained with other flags: {'; '.join(changed[name] for name in unconfirmed)}. Restore "
-            f"them, confirm the change by --allow_changes {' '.join(unconfirmed)}, or start a new run in its own "
-            "--output_dir (--resume_from_checkpoint False starts one here)"
-        )
-    if changed:
-        logger.warning("flags that differ from those of %s: %s", checkpoint, "; ".join(changed.values()))
-    if {"max_steps", "num_train_epochs"} & set(changed):
+    fixed = [name for name in flags if name in FIXED or _is_fixed(name, old, flags)]
+    changed = compare_flags(checkpoint, old, flags, fixed, CHANGEABLE, allowed or ())
+    if {"max_steps", "num_train_epochs"} & changed:
         logger.warning("the schedule of the learning rate now ends with this run: %s", flags["lr_scheduler_type"])
 
 

@@ -27,6 +27,7 @@ from metamorph.models.losses import sum_dtype
 
 logger = logging.getLogger(__name__)
 
+
 @dataclass
 class Window:
     """What happened since the last log line, over all ranks."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 
-import torch
-
-from metamorph.data.bad_records import RecordLog, TooManyBadRecordsError, merge_ranks
+from metamorph.data.bad_records import BadRecordLimit, RecordLog, TooManyBadRecordsError
 from metamorph.data.media.images import MediaError
 from metamorph.visualizer_training.pictures.shards import ShardedImages
 
@@ -14,7 +12,7 @@ from metamorph.visualizer_training.pictures.shards import ShardedImages
 logger = logging.getLogger(__name__)
 
 
-class BadPictures:
+class BadPictures(BadRecordLimit):
     """Counts bad pictures over all workers, processes and epochs.
 
     Args:
@@ -24,18 +22,16 @@ class BadPictures:
     """
 
     def __init__(self, num_pictures: int, on_bad_image: str = "raise", max_bad_fraction: float = 0.01) -> None:
-        self.num_pictures = num_pictures
-        self.on_bad_image = on_bad_image
-        self.max_bad_fraction = max_bad_fraction
+        super().__init__(on_bad_image, max_bad_fraction)
         self.num_lost = 0
         """Pictures that damaged shards have cost."""
         self._log = RecordLog(num_pictures)
-        self._merged = 0
+        self.add(self._log, num_pictures)
 
     @property
     def num_bad(self) -> int:
-        """Bad pictures met so far, by other processes until the last `merge`, and those lost with damaged shards."""
-        return self.num_lost + self._log.num_bad
+        """Bad pictures met so far, by other processes until they are merged, and those lost with damaged shards."""
+        return self.num_lost + super().num_bad
 
     def add_lost(self, shards: ShardedImages) -> None:
         """Count what damaged shards have cost.
@@ -45,7 +41,7 @@ class BadPictures:
             TooManyBadRecordsError: If it is too much.
         """
         damaged = [shard for shard in shards.shards if shard.is_damaged]
-        if damaged and self.on_bad_image == "raise":
+        if damaged and self.on_bad_record == "raise":
             raise ValueError(
                 f"{len(damaged)} of {len(shards.shards)} shards are damaged: {'; '.join(map(str, damaged[:3]))}. Or go "
                 "on with the pictures that can be read: --on_bad_image skip"
@@ -60,36 +56,22 @@ class BadPictures:
             ValueError: If bad pictures are not to be skipped.
             TooManyBadRecordsError: If this is one too many.
         """
-        if self.on_bad_image == "raise":
+        if self.on_bad_record == "raise":
             raise ValueError(f"{error}. Or leave such pictures out: --on_bad_image skip") from error
         if self._log.note_bad(index, error.kind):
             logger.warning("left out: %s", error)
             self.check(error)
 
-    def check(self, last: MediaError | None = None) -> None:
+    def check(self, last: ValueError | None = None) -> None:
         """Stop when too many pictures are bad.
 
         Raises:
             TooManyBadRecordsError: If they are more than `max_bad_fraction` of all.
         """
-        everything = self.num_pictures + self.num_lost
+        everything = self.num_records + self.num_lost
         if self.num_bad > self.max_bad_fraction * everything:
             example = "" if last is None else f". The last one: {last}"
             raise TooManyBadRecordsError(
                 f"{self.num_bad} of {everything} pictures are bad ({self.num_lost} of them lost with damaged shards), "
                 f"more than --max_bad_fraction {self.max_bad_fraction} allows{example}"
             )
-
-    def merge(self, device: torch.device) -> None:
-        """Take over what other processes have met. All must call it at the same point of the run.
-
-        Args:
-            device: Where the process group communicates.
-
-        Raises:
-            TooManyBadRecordsError: On all processes, if too many pictures are bad.
-        """
-        merged = merge_ranks(self._log, self._merged, device)
-        if merged != self._merged:
-            self._merged = merged
-            self.check()

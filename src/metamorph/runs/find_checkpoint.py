@@ -1,0 +1,67 @@
+"""Which checkpoint a run resumes from: the one that is asked for, or the newest undamaged one of its folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from metamorph.runs.checkpoint_files import checkpoints, damage, on_first_process
+
+
+logger = logging.getLogger(__name__)
+
+
+def find_checkpoint(output_dir: str, request: str | bool | None, check: Callable[[str], None]) -> str | None:
+    """The checkpoint to resume from; with several processes, the first looks for it and tells the others.
+
+    Args:
+        output_dir: Folder of the run.
+        request: None or "latest": the checkpoint in `output_dir` that was written last and is complete and undamaged,
+            if any. "True": the same, but there must be one. "False": none. Otherwise the path of a checkpoint.
+        check: Raises a `ValueError` for an undamaged checkpoint of another kind of run.
+
+    Raises:
+        FileNotFoundError: if the checkpoint asked for does not exist, or is not on storage that all machines share.
+        ValueError: if the checkpoint asked for is damaged, or as `check` does.
+    """
+    folder = on_first_process(lambda: _find(output_dir, str(request), check))
+    if folder is not None and not Path(folder).is_dir():
+        raise FileNotFoundError(
+            f"{folder} is seen by the first process but not by process {dist.get_rank()} on this machine: put "
+            "--output_dir on storage that all machines share, or write to each with --save_on_each_node True"
+        )
+    return folder
+
+
+def _find(output_dir: str, request: str, check: Callable[[str], None]) -> str | None:
+    folders = checkpoints(output_dir)
+    if request.lower() == "false":
+        if folders:
+            logger.warning("starting anew beside old checkpoints: a later resume would take %s", folders[-1])
+        return None
+    if request.lower() not in ("none", "latest", "true"):
+        folder = Path(request).expanduser()
+        problem = damage(folder)
+        if problem is not None:
+            kind = ValueError if folder.is_dir() else FileNotFoundError
+            raise kind(
+                f"--resume_from_checkpoint {request} is not a complete checkpoint: {problem}. Give a checkpoint-… "
+                "folder of this command, or True for the newest undamaged one in --output_dir"
+            )
+        check(str(folder))
+        return str(folder)
+    for folder in reversed(folders):
+        problem = damage(folder)
+        if problem is None:
+            logger.info("resuming from %s (--resume_from_checkpoint False starts anew)", folder)
+            check(str(folder))
+            return str(folder)
+        logger.warning("skipping the checkpoint %s: %s", folder, problem)
+    if request.lower() == "true":
+        raise FileNotFoundError(f"--resume_from_checkpoint True: there is no checkpoint in --output_dir {output_dir}")
+    if folders:
+        logger.warning("no checkpoint in %s is usable: starting anew", output_dir)
+    return None

@@ -1,0 +1,94 @@
+"""The moving average of the weights, which is what a visualizer is saved with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from metamorph.visualizer_training.fsdp2 import divided_like, whole
+
+
+AVERAGE_FILE = "moving_average.pt"
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+class MovingAverage(TrainerCallback):
+    """diffusers' `EMAModel` of the trained weights, which may be sharded once training has begun.
+
+    Args:
+        model: What is trained.
+        decay: Of the average.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = model
+        self.decay = decay
+        self._average: EMAModel | None = None
+
+    @property
+    def average(self) -> EMAModel:
+        """The average; it starts from the weights that the model has when it is first asked for."""
+        if self._average is None:
+            self._average = EMAModel(self.parameters, decay=self.decay)
+        return self._average
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is averaged."""
+        return list(trainable_parameters(self.model).values())
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start from the weights before the first step."""
+        self.average.to(device=self.parameters[0].device)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take in the weights of a step."""
+        self.average.step(self.parameters)
+
+    def save(self, folder: Path, *, keep: bool) -> None:
+        """Write the whole average. For all processes, of which those that `keep` write."""
+        values = whole(self.average.state_dict(), keep=keep)
+        if keep:
+            torch.save(values, folder / AVERAGE_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` has written; the decay stays that of this run.
+
+        Raises:
+            ValueError: if the checkpoint has no average.
+        """
+        values = torch.load(folder / AVERAGE_FILE, map_location="cpu", weights_only=True)
+        shadows = zip(values["shadow_params"], self.parameters, strict=True)
+        values["shadow_params"] = [divided_like(*pair) for pair in shadows]
+        self.average.load_state_dict(values)
+        self.average.to(device=self.parameters[0].device)
+        self.average.decay = self.decay
+
+    def whole_weights(self, *, keep: bool) -> dict[str, torch.Tensor]:
+        """The averages by the names of their weights. For all processes; those that `keep` get them whole."""
+        return dict(zip(trainable_parameters(self.model), whole(self.average.shadow_params, keep=keep), strict=True))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within, the model has the averages in place of its weights."""
+        self.average.store(self.parameters)
+        self.average.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(self.parameters)
