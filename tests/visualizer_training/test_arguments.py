@@ -2,17 +2,74 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
 from metamorph.flags.checks import attribute_docs
-from metamorph.visualizer_training.arguments import VisualizerArguments
+from metamorph.training.arguments.shared import RunTrainingArguments
+from metamorph.visualization.token_options import TokenOptions
+from metamorph.visualizer_training.arguments import NAMES_IN_TRANSFORMERS, UNSUPPORTED, VisualizerArguments
+
+
+ALSO_ACTING = """
+output_dir bf16 warmup_steps save_strategy activation_checkpointing optim_args adam_beta1 adam_beta2 adam_epsilon
+accelerator_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
+ddp_timeout fsdp fsdp_config local_rank use_cpu tf32 torch_compile_backend torch_compile_mode torch_empty_cache_steps
+restore_callback_states_from_checkpoint resume_from_checkpoint debug do_train
+dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+dataloader_multiprocessing_context logging_strategy logging_first_step logging_nan_inf_filter logging_dir log_level
+log_level_replica log_on_each_node disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
+trackio_static_space_id skip_memory_metrics
+"""
+"""Flags of Transformers that do for the visualizer what they do elsewhere."""
 
 
 def test_every_flag_has_a_help_text():
-    for item in fields(VisualizerArguments):
-        assert attribute_docs(VisualizerArguments)[item.name], item.name
+    ours = set(VisualizerArguments.__annotations__) | set(TokenOptions.__annotations__)
+    assert ours <= set(attribute_docs(VisualizerArguments))
+
+
+def test_every_flag_of_transformers_acts_or_is_refused():
+    """A flag that a later Transformers adds has to be put into one of the groups: does it do anything here?"""
+    known = {item.name for item in fields(RunTrainingArguments)} - set(VisualizerArguments.__annotations__)
+    groups = [set(UNSUPPORTED), set(NAMES_IN_TRANSFORMERS.values()), set(ALSO_ACTING.split())]
+    assert known - set.union(*groups) == set()
+    assert sum(len(group & known) for group in groups) == len(known)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_flag_that_would_do_nothing_is_refused(name):
+    if name not in {item.name for item in fields(VisualizerArguments)}:
+        pytest.skip("not in this version of Transformers")
+    accepted, reason = UNSUPPORTED[name]
+    value = not accepted[0] if isinstance(accepted[0], bool) else 0.25
+    with pytest.raises(ValueError, match=f"--{name} {value} is not supported: {reason}"):
+        VisualizerArguments("out", **{name: value})
+    VisualizerArguments("out", **{name: accepted[0]})
+
+
+def test_names_of_transformers_and_changed_copies():
+    args = VisualizerArguments(
+        "out",
+        max_steps=8,
+        learning_rate=1e-3,
+        bf16=True,
+        warmup_steps=2,
+        save_strategy="no",
+        lr_scheduler_type="cosine",
+    )
+    assert (args.training_steps, args.lr, args.mixed_precision, args.save_step) == (8, 1e-3, "bf16", 0)
+    assert (args.lr_warmup_steps, args.lr_scheduler) == (2, "cosine")
+    changed = replace(args, training_steps=100, mixed_precision="no", lr_warmup_steps=None, save_step=7)
+    assert (changed.max_steps, changed.bf16, changed.warmup_steps, changed.save_steps) == (100, False, 25, 7)
+    assert changed.save_strategy == "steps"
+
+
+def test_engines_of_accelerate_launch_are_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"accelerate launch has set ACCELERATE_USE_FSDP.*--sharding fsdp2"):
+        VisualizerArguments("out")
 
 
 def test_warmup_is_a_quarter_by_default():

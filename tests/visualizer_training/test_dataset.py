@@ -70,12 +70,12 @@ def test_every_picture_once_per_epoch_in_a_new_order(count, world_size):
 
 def test_r42_order_goes_on_where_it_stopped():
     whole = list(islice(StreamBatches(7, 3, seed=0), 10))
-    assert list(islice(StreamBatches(7, 3, seed=0, start=12), 6)) == whole[4:]
+    assert list(islice(StreamBatches(7, 3, seed=0).resume(0, 12), 6)) == whole[4:]
 
 
 def test_r42_order_goes_on_with_another_number_of_processes():
     whole = [s for batch in islice(StreamBatches(7, 3, seed=0), 8) for s in batch]
-    ranks = [islice(StreamBatches(7, 2, seed=0, start=12, rank=rank, world_size=2), 3) for rank in range(2)]
+    ranks = [islice(StreamBatches(7, 2, seed=0, rank=rank, world_size=2).resume(0, 12), 3) for rank in range(2)]
     resumed = sorted((s for rank in ranks for batch in rank for s in batch), key=lambda s: s.position)
     assert resumed == whole[12:24]
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
 
@@ -25,7 +24,6 @@ from metamorph.visualization.pixels import crop_square
 from metamorph.visualization.projector import PROJECTOR_MODES
 from metamorph.visualization.token_options import load_tower
 from metamorph.visualizer_training.build import adopt_resolution, load_diffusion_parts
-from metamorph.visualizer_training.processes import start_accelerate
 
 
 pytestmark = pytest.mark.integration
@@ -111,7 +109,7 @@ def test_r42_resume_equals_uninterrupted(options, arguments, pictures, tmp_path)
     options = {"training_steps": 5, "save_step": 3, "gradient_accumulation_steps": 2} | options
     whole = arguments(output_dir=str(tmp_path / "whole"), **options)
     unbroken = train_visualizer(whole, pictures)
-    (checkpoint,) = checkpoints(tmp_path / "whole")
+    checkpoint, _ = checkpoints(tmp_path / "whole")  # the last step is saved, too
     assert checkpoint.name == "checkpoint-3"
     rest = replace(whole, output_dir=str(tmp_path / "rest"), resume_from_checkpoint=str(checkpoint))
     resumed = train_visualizer(rest, pictures)
@@ -140,9 +138,10 @@ def test_signal_saves_and_the_same_command_goes_on(arguments, pictures, tmp_path
         train_visualizer(args, pictures, on_log=lambda step, values: os.kill(os.getpid(), signal.SIGUSR1))
     assert stopped.value.code == PREEMPTED
     marker = json.loads((tmp_path / "out" / MARKER_FILE).read_text())
-    assert (marker["step"], marker["checkpoint"], marker["signal"]) == (2, "checkpoint-2", "SIGUSR1")
+    # The signal comes behind the second step: the third is the next to end.
+    assert (marker["step"], marker["checkpoint"], marker["signal"]) == (3, "checkpoint-3", "SIGUSR1")
     resumed = train_visualizer(args, pictures)
-    assert (resumed.first_step, resumed.losses) == (2, unbroken.losses[2:])
+    assert (resumed.first_step, resumed.losses) == (3, unbroken.losses[3:])
     assert not (tmp_path / "out" / MARKER_FILE).exists()
 
 
@@ -234,8 +233,9 @@ def test_folder_of_pictures_validation_grids_and_log(arguments, tmp_path):
         args, on_log=lambda step, values: (logged.append((step, values["loss"])), seen.append(values))
     )
     assert [step for step, _ in logged] == [2, 3]
-    assert seen[1].keys() == {"loss", "lr", "samples_per_second", "data_wait", "grad_norm"}
-    assert seen[1]["samples_per_second"] > 0 <= seen[1]["data_wait"] < 1
+    assert {"loss", "learning_rate", "lr_projector", "grad_norm", "grad_norm_projector", "epoch"} <= seen[1].keys()
+    assert seen[1]["samples_per_second"] > 0 <= seen[1]["data_wait_share"] < 1
+    assert (seen[1]["epoch"], seen[1]["skipped_records"]) == (2, 0)
     assert seen[1]["grad_norm"] > 0
     assert logged[0][1] == pytest.approx(sum(result.losses[:2]) / 2)
     assert logged[1][1] == pytest.approx(result.losses[2])
@@ -250,14 +250,14 @@ def test_validation_grid_and_loss_reach_tensorboard_and_the_log(arguments, pictu
     args = arguments(validation_images=[str(tmp_path / "picture.png")], save_step=3, report_to="tensorboard")
     with caplog.at_level("INFO", logger="metamorph.visualizer_training.trainer"):
         result = train_visualizer(args, pictures)
-    assert f"step 3 of 3: loss {sum(result.losses) / 3:.4g}, lr" in caplog.text  # there is no terminal
+    assert f"step 3 of 3: loss {sum(result.losses) / 3:.4g}, grad_norm" in caplog.text  # there is no terminal
     # The run's own file, and one for its flags in a folder below.
     folder = Path(args.output_dir) / "tensorboard"
     files = [accumulator.EventAccumulator(str(file)).Reload() for file in folder.rglob("events.out.*")]
     (found,) = (file for file in files if file.Tags()["images"])
     (image,) = found.Images("validation")
     assert (image.width, image.height) == (3 * RESOLUTION, RESOLUTION)
-    assert found.Scalars("loss")[0].step == 3
+    assert found.Scalars("train/loss")[0].step == 3
 
 
 def test_resolution_is_that_of_the_diffusion_model_unless_given(arguments, pictures, tmp_path, caplog):
@@ -332,8 +332,8 @@ def test_checkpoint_that_was_about_to_be_replaced_is_put_back_and_used(arguments
     first = train_visualizer(arguments(save_step=2), pictures)
     replaced = first.output_dir / "_partial" / "replaced"
     replaced.mkdir(parents=True)
-    (first.output_dir / "checkpoint-2").rename(replaced / "checkpoint-2")
-    assert train_visualizer(arguments(save_step=2), pictures).first_step == 2
+    (first.output_dir / "checkpoint-3").rename(replaced / "checkpoint-3")
+    assert train_visualizer(arguments(save_step=2), pictures).first_step == 3
 
 
 def test_projector_goes_on_from_a_finished_visualizer(arguments, pictures, tmp_path):
@@ -389,7 +389,7 @@ def test_resuming_with_other_options_is_refused(arguments, pictures, tmp_path):
         train_visualizer(arguments(hidden_dim=32, **elsewhere), pictures)
     with pytest.raises(ValueError, match="--ema_decay"):
         train_visualizer(arguments(ema_decay=0.0, **elsewhere), pictures)
-    with pytest.raises(ValueError, match="not a checkpoint"):
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
         train_visualizer(arguments(resume_from_checkpoint=str(tmp_path)), pictures)
     with pytest.raises(CheckpointError, match=r"--normalize_vision True there, .*; --snr_gamma None there, 5\.0"):
         train_visualizer(arguments(normalize_vision=False, snr_gamma=5.0, **elsewhere), pictures)
@@ -413,20 +413,18 @@ def test_another_model_of_the_same_name_is_refused_at_resume(arguments, pictures
             train_visualizer(again, pictures)
 
 
-def test_checkpoints_that_do_not_tell_the_flags(arguments, pictures, tmp_path, caplog):
-    """Those of earlier versions, whose pictures had 512 pixels unless they were told otherwise."""
+def test_checkpoints_of_earlier_versions_and_of_other_runs_are_refused(arguments, pictures, tmp_path):
     train_visualizer(arguments(training_steps=1, save_step=1), pictures)
     checkpoint = tmp_path / "out" / "checkpoint-1"
-    known = json.loads((checkpoint / "state.json").read_text())
-    del known["flags"]
-    (checkpoint / "state.json").write_text(json.dumps(known))
     manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
-    manifest["files"]["state.json"] = file_stamp(checkpoint / "state.json")
+    del manifest["files"]["trained_weights.safetensors"]
     (checkpoint / MANIFEST_FILE).write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"does not tell its --resolution: give .*--resolution 512"):
-        train_visualizer(arguments(training_steps=1, resolution=None), pictures)
-    assert train_visualizer(arguments(training_steps=1), pictures).first_step == 1
-    assert "does not tell the value of --vision_tower, --mm_vision_select_layer" in caplog.text
+    (checkpoint / "trained_weights.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="not one of the visualizer: it has no trained_weights"):
+        train_visualizer(arguments(training_steps=1), pictures)
+    (checkpoint / "state.json").touch()
+    with pytest.raises(CheckpointError, match=r"earlier version.*--resume_from_checkpoint False"):
+        train_visualizer(arguments(training_steps=1), pictures)
 
 
 def test_another_run_in_the_folder_is_refused(arguments, pictures, tmp_path):
@@ -452,19 +450,63 @@ def test_folders_that_do_not_fit_are_refused(arguments, pictures, parts, tmp_pat
         train_visualizer(arguments())
 
 
-def test_what_accelerate_launch_asks_for_changes_no_gradient(arguments, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    assert start_accelerate(arguments()).gradient_accumulation_steps == 1
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"accelerate launch has set ACCELERATE_USE_FSDP.*--sharding fsdp2"):
-        start_accelerate(arguments())
+def test_names_of_transformers_are_understood(arguments, pictures, tmp_path):
+    names = {"max_steps": 4, "per_device_train_batch_size": 3, "learning_rate": 5e-3, "save_steps": 2, "bf16": True}
+    ours = {"training_steps": 4, "batch_size": 3, "lr": 5e-3, "save_step": 2, "mixed_precision": "bf16"}
+    paths = {name: getattr(arguments(), name) for name in ("vision_tower", "pretrained_model_name_or_path")}
+    shared = {"num_tokens": 4, "hidden_dim": 16, "resolution": RESOLUTION, "lr_scheduler_type": "cosine"}
+    theirs = VisualizerArguments(output_dir=str(tmp_path / "theirs"), **paths, **shared, **names)
+    shared |= {"lr_scheduler": shared.pop("lr_scheduler_type")}
+    expected = train_visualizer(
+        VisualizerArguments(output_dir=str(tmp_path / "ours"), **paths, **shared, **ours), pictures
+    )
+    assert train_visualizer(theirs, pictures).losses == expected.losses
+    assert [path.name for path in checkpoints(tmp_path / "theirs")] == ["checkpoint-2", "checkpoint-4"]
+    assert replace(theirs, training_steps=8).max_steps == 8
 
 
-def test_precision_of_another_trainer_in_the_process_is_replaced_only_if_it_differs(arguments):
-    Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no").state.left_by_another_trainer = True
-    accelerator = start_accelerate(arguments(mixed_precision="no"))
-    assert hasattr(accelerator.state, "left_by_another_trainer")
-    accelerator = start_accelerate(arguments(mixed_precision="bf16"))
-    assert accelerator.mixed_precision == "bf16"
-    assert not hasattr(accelerator.state, "left_by_another_trainer")
-    assert start_accelerate(arguments(mixed_precision="no")).mixed_precision == "no"
+def test_precision_of_another_trainer_in_the_process_is_replaced(arguments, pictures, tmp_path):
+    plain = arguments(training_steps=1, lr_warmup_steps=0)
+    half = arguments(training_steps=1, lr_warmup_steps=0, mixed_precision="bf16", output_dir=str(tmp_path / "half"))
+    losses = [train_visualizer(args, pictures).losses for args in (plain, half)]
+    assert losses[0] != losses[1]
+    again = train_visualizer(replace(plain, resume_from_checkpoint="False"), pictures)
+    assert again.losses == losses[0]
+
+
+def test_other_data_rates_and_pickles_at_resume(arguments, pictures, tmp_path, monkeypatch):
+    train_visualizer(arguments(training_steps=2, save_step=1), pictures)
+    more = arguments(training_steps=3, save_step=1, lr=2e-3, weight_decay=0.25)
+    with pytest.raises(CheckpointError, match=r"other data .*--image_folder, --image_jsons that it had"):
+        train_visualizer(more, pictures[:5])
+    with pytest.raises(CheckpointError, match="seed 0, now 1"):
+        train_visualizer(replace(more, seed=1), pictures)
+    seen = []
+    train_visualizer(more, pictures, on_log=lambda step, values: seen.append((step, values["lr_projector"])))
+    assert seen == [(3, pytest.approx(2e-3 * 0.5))]  # one step of warm-up, two of decay
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    torch.save({"average": Planted()}, checkpoint / "moving_average.pt")
+    stamp(checkpoint, "moving_average.pt")
+    with pytest.raises(CheckpointError, match="hold more than tensors and numbers"):
+        train_visualizer(replace(more, training_steps=4), pictures)
+    assert not (tmp_path / "ran").exists()
+    file = checkpoint / "trained_weights.safetensors"
+    save_file({name: value.fill_(torch.nan) for name, value in load_file(file).items()}, file)
+    stamp(checkpoint, file.name)
+    with pytest.raises(ValueError, match=r"trained_weights\.safetensors: .* holds NaN"):
+        train_visualizer(replace(more, training_steps=4), pictures)
+
+
+class Planted:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("ran",)
+
+
+def stamp(checkpoint: Path, name: str) -> None:
+    """Write down a changed file as it is now."""
+    manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
+    manifest["files"][name] = file_stamp(checkpoint / name)
+    (checkpoint / MANIFEST_FILE).write_text(json.dumps(manifest))

@@ -86,7 +86,7 @@ def test_damaged_shards_are_reported_and_left_out_within_the_cap(flags, tmp_path
             on_log=lambda step, values: logged.append(values),
         )
     assert len(result.losses) == 6
-    assert logged[-1]["bad_pictures"] == 2
+    assert logged[-1]["skipped_records"] == 2
     assert "4 shards with 8 pictures, 0 to 4 each" in caplog.text
     assert f"{paths[1]} (1 pictures) is cut off" in caplog.text
     assert f"{paths[2]} (0 pictures) is empty" in caplog.text
@@ -95,7 +95,7 @@ def test_damaged_shards_are_reported_and_left_out_within_the_cap(flags, tmp_path
     workers = replace(args, on_bad_image="skip", max_bad_fraction=0.3, dataloader_num_workers=2, training_steps=4)
     workers = replace(workers, output_dir=str(tmp_path / "workers"))
     assert train_visualizer(workers, on_log=lambda step, values: logged.append(values)).losses
-    assert logged[-1]["bad_pictures"] == 2
+    assert logged[-1]["skipped_records"] == 2
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_latents": True}, {"gradient_accumulation_steps": 2, "batch_size": 1}])

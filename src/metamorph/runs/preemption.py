@@ -10,11 +10,10 @@ import threading
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 
 
 logger = logging.getLogger(__name__)
@@ -133,25 +132,3 @@ def ignore_signals(*_: Any) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def leave_preempted(accelerator: Accelerator, preemption: Preemption, checkpoint: Path, step: int) -> NoReturn:
-    """Tell the script that started the run to start it again, and stop. For all processes, behind a checkpoint.
-
-    Args:
-        accelerator: Of the run.
-        preemption: What has caught the signal.
-        checkpoint: Folder that the run goes on from, in the output folder.
-        step: Optimizer steps done.
-
-    Raises:
-        Preempted: always.
-    """
-    if accelerator.is_main_process:
-        reason = None if preemption.signal is None else preemption.signal.name
-        write_marker(checkpoint.parent, step, checkpoint.name, reason)
-        logger.warning("preempted at step %d: the same command goes on from there", step)
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    preemption.agreed()  # torchrun ends all processes when the first is gone: not before the marker is there
-    raise Preempted(step)

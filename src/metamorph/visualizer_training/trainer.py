@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -34,7 +34,7 @@ from metamorph.visualizer_training.export import draw_validation_grid, save_pipe
 from metamorph.visualizer_training.fsdp2 import divided_like, whole, whole_copy
 from metamorph.visualizer_training.model_card import render_visualizer_card
 from metamorph.visualizer_training.resume import WEIGHTS_FILE
-from metamorph.visualizer_training.schedule import DEFAULT_LR_SCHEDULER, build_lr_scheduler
+from metamorph.visualizer_training.schedule import DEFAULT_LR_SCHEDULER, log_warmup_linear_decay
 
 
 logger = logging.getLogger(__name__)
@@ -114,11 +114,10 @@ class VisualizerTrainer(RunTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """The schedule of `--lr_scheduler`."""
         if self.lr_scheduler is None and self.args.lr_scheduler == DEFAULT_LR_SCHEDULER:
-            self.lr_scheduler = build_lr_scheduler(
-                self.args.lr_scheduler,
+            warmup_steps = int(self.args.warmup_steps)
+            self.lr_scheduler = LambdaLR(
                 self.create_optimizer() if optimizer is None else optimizer,
-                warmup_steps=int(self.args.warmup_steps),
-                training_steps=num_training_steps,
+                lambda step: log_warmup_linear_decay(step, warmup_steps, num_training_steps),
             )
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)

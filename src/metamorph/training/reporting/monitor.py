@@ -161,6 +161,11 @@ class RunMonitor(TrainerCallback):
         if model is not None and _will_log(args, state, state.global_step + 1):
             self._norms = gradient_norms(model, self.module_of)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The last step has a log line, too."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
     def _module_norms(self, grad_norm: float | None) -> dict[str, float]:
         """`grad_norm_MODULE` before clipping.
 
@@ -246,7 +251,7 @@ def peak_memory(device: torch.device) -> float:
 
 def _will_log(args: TrainingArguments, state: TrainerState, step: int) -> bool:
     """Whether Trainer's own callback will ask for a log line after this step (or may, at the end of an epoch)."""
-    if args.logging_first_step and step == 1:
+    if step >= state.max_steps or (args.logging_first_step and step == 1):
         return True
     if args.logging_strategy == IntervalStrategy.STEPS:
         return step % state.logging_steps == 0
