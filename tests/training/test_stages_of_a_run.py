@@ -17,8 +17,8 @@ from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.vision_tower import load_vision_encoder
 from metamorph.training.arguments import ModelArguments
 from metamorph.training.build import load_model, make_plan
+from metamorph.training.optimizer import keep_embeddings_in_32_bits
 from metamorph.training.run import TrainResult, run_training
-from metamorph.training.trainer import _keep_embeddings_in_32_bits
 
 
 pytestmark = pytest.mark.integration
@@ -83,7 +83,7 @@ def test_8_bit_optimizer_keeps_the_state_of_new_rows_in_32_bits() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs metamorph[lora]")
     rows = NewTokenEmbedding(torch.nn.Embedding(8, 4096), [6, 7])
     optimizer = bitsandbytes.optim.AdamW8bit([rows.new_rows])
-    _keep_embeddings_in_32_bits(rows)
+    keep_embeddings_in_32_bits(rows)
     rows(torch.tensor([[6, 7]])).sum().backward()
     optimizer.step()
     assert optimizer.state[rows.new_rows]["state1"].dtype == torch.float32

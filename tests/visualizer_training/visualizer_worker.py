@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 
+from metamorph.training.arguments import sharding
 from metamorph.visualization import VisualizerArguments, train_visualizer
 from metamorph.visualizer_training.pictures.sources import ImageFiles, ShardedImages
 
@@ -38,8 +41,23 @@ def die_in_checkpoint(number: int) -> None:
     torch.save = save
 
 
+def shard_on_cpu() -> None:
+    """Let FSDP2 run without GPUs: Accelerate, which would silently use DDP, is told that the processes have some."""
+    original = AcceleratorState.__init__
+
+    def init(self, *args, **kwargs):
+        if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        original(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = init
+    sharding.check_has_gpus = lambda args: None
+
+
 if __name__ == "__main__":
     file = Path(sys.argv[1])
+    if json.loads(file.read_text()).get("sharding") == "fsdp2":
+        shard_on_cpu()
     note_pictures(file.parent)
     if len(sys.argv) > 2:
         die_in_checkpoint(int(sys.argv[2]))
