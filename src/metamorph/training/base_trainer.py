@@ -123,12 +123,7 @@ class RunTrainer(Trainer):
         raise NotImplementedError
 
     def write_weights(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
-        """Write what is trained; for processes that save.
-
-        Args:
-            folder: Exists already.
-            state_dict: Result of `whole_state_dict`; None takes the model's own.
-        """
+        """Write what is trained; for processes that save."""
         raise NotImplementedError
 
     def read_weights(self, folder: str) -> None:
@@ -170,10 +165,6 @@ class RunTrainer(Trainer):
 
         `transformers.Trainer` would do one step too many there (seen in 5.23, when the last step is not the last of
         an epoch), so that restarting a finished run would change its result.
-
-        Args:
-            resume_from_checkpoint: Folder of a checkpoint.
-            **kwargs: As for `transformers.Trainer.train`.
 
         Raises:
             CheckpointError: if a file of the checkpoint holds more than tensors and numbers.
@@ -246,13 +237,7 @@ class RunTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
-        """Fetch the micro-batches of one optimizer step, and count them.
-
-        Args:
-            epoch_iterator: Yields micro-batches.
-            num_batches: Micro-batches of the step; there may be fewer.
-            device: Ignored.
-        """
+        """Fetch the micro-batches of one optimizer step, and count them."""
         with self.monitor.wait():
             batches = list(islice(epoch_iterator, num_batches))
         self.monitor.count(batches)
@@ -284,11 +269,7 @@ class RunTrainer(Trainer):
     # Optimizer and schedule.
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the optimizer with one group for each module.
-
-        Args:
-            model: Defaults to the trainer's model.
-        """
+        """Build the optimizer with one group for each module."""
         if self.optimizer is None:
             model = self.model if model is None else model
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -349,10 +330,6 @@ class RunTrainer(Trainer):
         """Write what is trained as a plain folder. Every process must call it.
 
         Trainer has a way of its own for each engine, some of which write shards only, or weights in bfloat16.
-
-        Args:
-            output_dir: By default the folder of the run.
-            _internal_call: Set by Trainer for checkpoints, which it pushes to the Hub itself.
         """
         self._save(output_dir or self.args.output_dir, state_dict=self.whole_state_dict())
         if self.args.push_to_hub and not _internal_call:

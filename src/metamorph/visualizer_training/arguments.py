@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from metamorph.flags.checks import RemembersGiven, check_choice
 from metamorph.training.arguments.shared import RunTrainingArguments
@@ -30,47 +29,41 @@ _ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_M
 """Variables by which `accelerate launch` asks for an engine."""
 
 
-def _refused(names: str, accepted: tuple[Any, ...], reason: str) -> dict[str, tuple[tuple[Any, ...], str]]:
-    return dict.fromkeys(names.split(), (accepted, reason))
-
-
-_EVALUATION = "training draws --validation_images at its checkpoints; `metamorph evaluate visualizer` measures"
-_LANGUAGE = "it is for language models"
-_ORDER = "each image comes once in an epoch, in an order that --seed decides"
-_UPLOAD = "upload the result by `hf upload`"
-UNSUPPORTED = {
-    **_refused("batch_eval_metrics bf16_full_eval do_eval do_predict eval_on_start", (False,), _EVALUATION),
-    **_refused("eval_use_gather_object fp16_full_eval load_best_model_at_end", (False,), _EVALUATION),
-    **_refused("eval_accumulation_steps eval_steps greater_is_better metric_for_best_model", (None,), _EVALUATION),
-    **_refused("eval_strategy", ("no",), _EVALUATION),
-    **_refused("eval_delay", (0,), _EVALUATION),
-    **_refused("eval_do_concat_batches prediction_loss_only", (True,), _EVALUATION),
-    **_refused("include_for_metrics", ([], None), _EVALUATION),
-    **_refused("per_device_eval_batch_size", (8,), _EVALUATION),
-    **_refused("use_cache use_liger_kernel", (False,), _LANGUAGE),
-    **_refused("label_names liger_kernel_config neftune_noise_alpha", (None,), _LANGUAGE),
-    **_refused("average_tokens_across_devices", (True,), _LANGUAGE),
-    **_refused("include_num_input_tokens_seen", ("no", False), _LANGUAGE),
-    **_refused("label_smoothing_factor", (0,), _LANGUAGE),
-    **_refused("length_column_name", ("length",), _LANGUAGE),
-    **_refused("auto_find_batch_size dataloader_drop_last ignore_data_skip remove_unused_columns", (False,), _ORDER),
-    **_refused("data_seed", (None,), _ORDER),
-    **_refused("dataloader_in_order", (True,), _ORDER),
-    **_refused("train_sampling_strategy", ("random",), _ORDER),
-    **_refused("num_train_epochs", (3,), "--training_steps is the length of a run"),
-    **_refused("push_to_hub hub_always_push", (False,), _UPLOAD),
-    **_refused("hub_model_id hub_private_repo hub_revision hub_token", (None,), _UPLOAD),
-    **_refused("hub_strategy", ("every_save",), _UPLOAD),
-    **_refused("save_only_model", (False,), "a run resumes from its checkpoints"),
-    **_refused("save_on_each_node", (False,), "all machines share --output_dir"),
-    **_refused("enable_jit_checkpoint", (False,), "a signal makes all processes save after the same step, anyway"),
-    **_refused("fp16", (False,), "use --mixed_precision bf16"),
-    **_refused("deepspeed parallelism_config", (None,), "use --sharding fsdp2"),
-    **_refused("optim_target_modules", (None,), "only GaLore and APOLLO read it, which are not supported"),
-    **_refused("gradient_checkpointing_kwargs activation_checkpointing_kwargs", (None,), "diffusers takes none"),
-    **_refused("lr_scheduler_kwargs", (None,), "the schedules of --lr_scheduler take none"),
+_REFUSED = {
+    "training draws --validation_images at its checkpoints; `metamorph evaluate visualizer` measures": (
+        "batch_eval_metrics bf16_full_eval do_eval do_predict eval_accumulation_steps eval_delay eval_on_start "
+        "eval_do_concat_batches eval_steps eval_strategy eval_use_gather_object fp16_full_eval greater_is_better "
+        "include_for_metrics load_best_model_at_end metric_for_best_model per_device_eval_batch_size "
+        "prediction_loss_only"
+    ),
+    "it is for language models": (
+        "average_tokens_across_devices include_num_input_tokens_seen label_names label_smoothing_factor "
+        "length_column_name liger_kernel_config neftune_noise_alpha use_cache use_liger_kernel"
+    ),
+    "each image comes once in an epoch, in an order that --seed decides": (
+        "auto_find_batch_size data_seed dataloader_drop_last dataloader_in_order ignore_data_skip "
+        "remove_unused_columns train_sampling_strategy"
+    ),
+    "upload the result by `hf upload`": (
+        "push_to_hub hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token"
+    ),
+    "a signal makes all processes save after the same step, without a flag": "enable_jit_checkpoint",
+    "all machines share --output_dir": "save_on_each_node",
+    "a run resumes from its checkpoints": "save_only_model",
+    "diffusers takes none": "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
+    "only GaLore and APOLLO read it, which are not supported": "optim_target_modules",
+    "the schedules of --lr_scheduler take none": "lr_scheduler_kwargs",
+    "--training_steps is the length of a run": "num_train_epochs",
+    "use --mixed_precision bf16": "fp16",
+    "use --sharding fsdp2": "deepspeed parallelism_config",
 }
-"""Flags of Transformers that would do nothing here: the values that are accepted, and why no other one is."""
+UNSUPPORTED = {
+    item.name: ((item.default_factory() if callable(item.default_factory) else item.default,), reason)
+    for reason, names in _REFUSED.items()
+    for item in fields(RunTrainingArguments)
+    if item.name in names.split()
+}
+"""Flags of Transformers that would do nothing here: the value that is accepted, and why no other one is."""
 
 
 @dataclass
@@ -263,18 +256,9 @@ class VisualizerArguments(RemembersGiven, TokenOptions, RunTrainingArguments):
                 )
 
     def _check_ranges(self) -> None:
-        at_least = {
-            1: (
-                "num_tokens num_query_tokens hidden_dim num_layers num_heads resolution training_steps batch_size "
-                "logging_steps alignment_steps"
-            ),
-            0: "save_step noise_offset lr_warmup_steps",
-        }
-        for least, names in at_least.items():
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not (math.isfinite(value) and value >= least):
-                    raise ValueError(f"--{name} {value} must be {least} or more")
+        sizes = "num_tokens num_query_tokens hidden_dim num_layers num_heads resolution training_steps batch_size"
+        self.check_at_least(1, f"{sizes} logging_steps alignment_steps")
+        self.check_at_least(0, "save_step noise_offset lr_warmup_steps")
         for name in ("lr", "unet_lr", "alignment_lr", "timestep_power", "snr_gamma", "save_total_limit"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

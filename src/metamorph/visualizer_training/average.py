@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,11 @@ class MovingAverage(TrainerCallback):
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = model
         self.decay = decay
-        self._average: EMAModel | None = None
 
-    @property
+    @cached_property
     def average(self) -> EMAModel:
         """The average; it starts from the weights that the model has when it is first asked for."""
-        if self._average is None:
-            self._average = EMAModel(self.parameters, decay=self.decay)
-        return self._average
+        return EMAModel(self.parameters, decay=self.decay)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -52,7 +50,7 @@ class MovingAverage(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start from the weights before the first step."""
-        self.average.to(device=self.parameters[0].device)
+        _ = self.average
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,11 +65,7 @@ class MovingAverage(TrainerCallback):
             torch.save(values, folder / AVERAGE_FILE)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` has written; the decay stays that of this run.
-
-        Raises:
-            ValueError: if the checkpoint has no average.
-        """
+        """Read what `save` has written; the decay stays that of this run."""
         values = torch.load(folder / AVERAGE_FILE, map_location="cpu", weights_only=True)
         shadows = zip(values["shadow_params"], self.parameters, strict=True)
         values["shadow_params"] = [divided_like(*pair) for pair in shadows]

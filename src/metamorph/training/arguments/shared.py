@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,17 +24,6 @@ INSTALL_HINTS = {
     "tensorboard": "pip install 'metamorph[trackers]'",
     "wandb": "pip install 'metamorph[trackers]'",
     "trackio": "pip install trackio",
-}
-_AT_LEAST = {
-    "gradient_accumulation_steps": 1,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "dataloader_num_workers": 0,
-    "adam_epsilon": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "seed": 0,
-    "data_seed": 0,
 }
 
 
@@ -111,11 +101,20 @@ class RunTrainingArguments(TrainingArguments):
             if value not in accepted:
                 raise ValueError(f"--{name} {value} is not supported: {reason}")
 
-    def _check_shared_ranges(self) -> None:
-        for name, least in _AT_LEAST.items():
+    def check_at_least(self, least: float, names: str) -> None:
+        """Refuse values below `least`, or that are no numbers, of the flags in `names`, which blanks separate.
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        for name in names.split():
             value = getattr(self, name)
-            if value is not None and not value >= least:
+            if value is not None and not (math.isfinite(value) and value >= least):
                 raise ValueError(f"--{name} {value} must be {least} or more")
+
+    def _check_shared_ranges(self) -> None:
+        self.check_at_least(1, "gradient_accumulation_steps per_device_train_batch_size per_device_eval_batch_size")
+        self.check_at_least(0, "dataloader_num_workers adam_epsilon weight_decay max_grad_norm seed data_seed")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must lie in [0, 1)")
