@@ -1,9 +1,10 @@
-"""Which checkpoint a run resumes from: the one that is asked for, or the newest undamaged one of its folder."""
+"""Where a run resumes: at the checkpoint that is asked for, or the newest undamaged one of its folder."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,6 +13,20 @@ from metamorph.runs.checkpoint_files import checkpoints, damage, on_first_proces
 
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run goes on."""
+
+    step: int
+    """Optimizer step, counted in steps of this run: behind so many of them, as much of the data has been trained on."""
+    epoch: int
+    """Number of the epoch."""
+    trained_rows: int
+    """Rows (or samples) of that epoch that have been trained on. The first step may have fewer rows because of them."""
+    counts_anew: bool
+    """Whether the steps of the checkpoint had another number of rows, so that `step` is not the checkpoint's."""
 
 
 def find_checkpoint(output_dir: str, request: str | bool | None, check: Callable[[str], None]) -> str | None:

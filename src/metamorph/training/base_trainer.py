@@ -36,11 +36,11 @@ from metamorph.runs.checkpoint_files import (
     flush,
 )
 from metamorph.runs.determinism import deterministic_algorithms
+from metamorph.runs.find_checkpoint import ResumePoint
 from metamorph.runs.lock import check_lock, only_run_in
 from metamorph.runs.preemption import Preemption, clear_marker, ignore_signals
 from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.training.callbacks import StopOnBadRecords, StopWhenPreempted
-from metamorph.training.checkpoints.resume import ResumePoint
 from metamorph.training.checkpoints.weights import TRAINER_STATE_FILE
 from metamorph.training.engines.weights import gather_weights
 from metamorph.training.optimizer import keep_embeddings_in_32_bits
@@ -84,6 +84,7 @@ class RunTrainer(Trainer):
     """
 
     optimizer: torch.optim.Optimizer | None
+    lr_scheduler: Any
     control: TrainerControl
     resume_point: ResumePoint | None = None
     flags: dict[str, Any] | None = None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # `metamorph lr` needs none of them, and they take seconds to
 
     from metamorph.data.batching.packing import BatchPlanner
     from metamorph.training.arguments import MetaMorphTrainingArguments
+    from metamorph.training.arguments.shared import RunTrainingArguments
     from metamorph.training.stages import ModuleSummary
 
 
@@ -142,7 +143,7 @@ def optimizer_groups(
     return groups
 
 
-def check_optimizer(args: MetaMorphTrainingArguments) -> None:
+def check_optimizer(args: RunTrainingArguments) -> None:
     """Find out before the weights are loaded whether the optimizer is installed and reads its arguments.
 
     Args:

@@ -19,8 +19,9 @@ from metamorph.data.dataset import MixtureDataset
 from metamorph.models.adapters import has_adapter, load_adapter_weights, save_adapter
 from metamorph.models.connector import load_connector, save_connector
 from metamorph.models.outputs import MetaMorphOutput
+from metamorph.runs.find_checkpoint import ResumePoint
 from metamorph.training.base_trainer import RunTrainer
-from metamorph.training.checkpoints.resume import Position, ResumePoint, describe_data
+from metamorph.training.checkpoints.resume import Position, describe_data
 from metamorph.training.checkpoints.weights import load_weights
 from metamorph.training.costs.flops import model_flops
 from metamorph.training.engines.prepare import whole_weights

@@ -93,7 +93,7 @@ class VisualizerArguments(RemembersGiven, TokenOptions, RunTrainingArguments):
     among them."""
     torch_compile: bool = False
     """Compile the projector and the blocks of the UNet: the first steps take minutes, the others less time."""
-    gradient_checkpointing: bool = False  # type: ignore[assignment]  # of Transformers 5.23: or None
+    gradient_checkpointing: bool = False
     """Recompute the UNet's activations in the backward pass: less memory, more time."""
 
     mode: str = "mlp"
@@ -160,7 +160,7 @@ class VisualizerArguments(RemembersGiven, TokenOptions, RunTrainingArguments):
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """Largest norm of the gradient; longer ones are scaled down. 0 switches clipping off."""
-    optim: str = "adamw_torch"  # type: ignore[assignment]
+    optim: str = "adamw_torch"
     """Optimizer, by its name in Transformers."""
     ema_decay: float = 0.9999
     """Decay of the moving average of the weights, which is what is saved; 0 switches it off."""
@@ -232,8 +232,8 @@ class VisualizerArguments(RemembersGiven, TokenOptions, RunTrainingArguments):
         self.learning_rate, self.bf16 = self.lr, self.mixed_precision == "bf16"
         self.warmup_steps = self.training_steps // 4 if self.lr_warmup_steps is None else self.lr_warmup_steps
         if self.lr_scheduler != DEFAULT_LR_SCHEDULER:  # which is not one of Transformers'
-            self.lr_scheduler_type = self.lr_scheduler  # type: ignore[assignment]
-        self.save_strategy, self.save_steps = ("steps", self.save_step) if self.save_step else ("no", 1)  # type: ignore
+            self.lr_scheduler_type = self.lr_scheduler
+        self.save_strategy, self.save_steps = ("steps", self.save_step) if self.save_step else ("no", 1)
         if hasattr(self, "activation_checkpointing"):  # from Transformers 5.23 on the other name is deprecated
             self.activation_checkpointing = self.gradient_checkpointing
         if self.sharding == "fsdp2":  # set anew, also for a changed copy

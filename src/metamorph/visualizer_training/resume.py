@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from metamorph.runs.checkpoint_files import CheckpointError, read_manifest
-from metamorph.runs.find_checkpoint import find_checkpoint
+from metamorph.runs.find_checkpoint import ResumePoint, find_checkpoint
 from metamorph.runs.flag_changes import MODELS, compare_flags, describe_model
-from metamorph.training.checkpoints.resume import ResumePoint
 from metamorph.visualization.token_options import TokenOptions
 from metamorph.visualizer_training.arguments import VisualizerArguments
 from metamorph.visualizer_training.average import AVERAGE_FILE

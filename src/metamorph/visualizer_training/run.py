@@ -15,6 +15,7 @@ from transformers import set_seed
 from metamorph.runs.preemption import Preemption
 from metamorph.training.base_trainer import open_run
 from metamorph.training.engines.prepare import configure_fsdp2
+from metamorph.training.optimizer import check_optimizer
 from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualization.token_options import adopt_token_options, load_tower
 from metamorph.visualizer_training.alignment import align_projector, load_conditions
@@ -85,6 +86,7 @@ def _train(
     args: VisualizerArguments, source: ImageSource, on_log: StepCallback | None, preemption: Preemption
 ) -> VisualizerResult:
     # 1. Everything that can be checked without weights.
+    check_optimizer(args)
     bad_pictures = BadPictures(len(source), args.on_bad_image, args.max_bad_fraction)
     shards = shards_of(source)
     if shards is not None:
@@ -110,11 +112,12 @@ def _train(
     _prepare_engine(args, model)
 
     # 3. The data.
-    dataset: Dataset = VisualizerDataset(
+    pictures = VisualizerDataset(
         source, tower_format, PixelFormat(parts.resolution), args.random_crop, args.seed, bad_pictures
     )
+    dataset: Dataset = pictures
     if args.cache_latents:
-        dataset = encode_all(dataset, encoders, args.batch_size, args.dataloader_num_workers, args.device)
+        dataset = encode_all(pictures, encoders, args.batch_size, args.dataloader_num_workers, args.device)
 
     # 4. Training.
     trainer = VisualizerTrainer(

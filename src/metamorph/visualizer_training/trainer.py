@@ -19,9 +19,9 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from metamorph.files.model_files import check_finite
 from metamorph.runs.checkpoint_files import explains_write_errors
+from metamorph.runs.find_checkpoint import ResumePoint
 from metamorph.runs.lock import check_lock
 from metamorph.training.base_trainer import RunTrainer
-from metamorph.training.checkpoints.resume import ResumePoint
 from metamorph.training.reporting.monitor import RunMonitor
 from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualization.projector import VisualizationProjector
@@ -230,7 +230,7 @@ class VisualizerTrainer(RunTrainer):
         """As Trainer does on one process, whatever the engine; and the moving average."""
         keep = self.args.should_save
         if self.is_sharded:
-            optimizer = whole(self.optimizer.state_dict(), keep=keep)
+            optimizer = whole(self.create_optimizer().state_dict(), keep=keep)
             if keep:
                 torch.save(optimizer, Path(output_dir, OPTIMIZER_NAME))
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
@@ -244,13 +244,12 @@ class VisualizerTrainer(RunTrainer):
         if checkpoint is None or not self.is_sharded:
             super().load_optimizer(checkpoint)
         else:
-            optimizer = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
-            parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
-            for index, values in optimizer["state"].items():
-                optimizer["state"][index] = {
-                    name: divided_like(value, parameters[index]) for name, value in values.items()
-                }
-            self.optimizer.load_state_dict(optimizer)
+            optimizer = self.create_optimizer()
+            state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
+            parameters = [value for group in optimizer.param_groups for value in group["params"]]
+            for index, values in state["state"].items():
+                state["state"][index] = {name: divided_like(value, parameters[index]) for name, value in values.items()}
+            optimizer.load_state_dict(state)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
         if checkpoint is not None and self.average is not None:
             self.average.load(Path(checkpoint))

@@ -26,6 +26,7 @@ from metamorph.data.records import RecordError
 from metamorph.models.adapters import is_adapter_folder
 from metamorph.models.connector import is_full_model
 from metamorph.runs.checkpoint_files import CheckpointError, read_manifest
+from metamorph.runs.find_checkpoint import ResumePoint
 from metamorph.runs.find_checkpoint import find_checkpoint as find_in_folder
 from metamorph.training.arguments import MetaMorphTrainingArguments
 
@@ -185,20 +186,6 @@ class Position:
         epoch, steps = divmod(step, steps_per_epoch(planner, accumulation))
         rows = min(steps * accumulation * micro_batch, planner.num_rows)
         return cls(epoch, rows, micro_batch, micro_batch * accumulation, planner.world_size)
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """Where a run goes on."""
-
-    step: int
-    """Optimizer step, counted in steps of this run: behind so many of them, as much of the data has been trained on."""
-    epoch: int
-    """Number of the epoch."""
-    trained_rows: int
-    """Rows of that epoch that have been trained on. The first step may have fewer rows because of them."""
-    counts_anew: bool
-    """Whether the steps of the checkpoint had another number of rows, so that `step` is not the checkpoint's."""
 
 
 def steps_per_epoch(planner: BatchPlanner, accumulation: int) -> int:
