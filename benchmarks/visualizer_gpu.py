@@ -132,7 +132,8 @@ def training_case(batch: int, compiled: bool, flops: float, peak: float) -> dict
     def step(number: int) -> None:
         encoded = encoders(**pixels)
         positions = torch.arange(number * batch, (number + 1) * batch)
-        draws = Draws.at(positions, (4, 64, 64), seed=0, num_timesteps=1000, cfg_prob=0.1).to(torch.device("cuda"))
+        draws = Draws.at(positions, (4, 64, 64), seed=0, num_timesteps=1000, cfg_prob=0.1)
+        draws = Draws(**{name: value.cuda() for name, value in vars(draws).items()})
         latents = sample_latents(encoders.vae, encoded["moments"], draws.latent_noise)
         with torch.autocast("cuda", torch.bfloat16):
             loss = diffusion_loss(model, scheduler, latents, encoded["visual_tokens"], draws)

@@ -103,6 +103,7 @@ def test_fsdp2_trains_as_one_process_does_and_exchanges_checkpoints_with_it(flag
     resume = {"resume_from_checkpoint": str(folder / "checkpoint-4"), "save_step": 1}
     assert start(two, flags | options | resume, processes=2).returncode == 0
     assert json.loads((two / "losses.json").read_text()) == pytest.approx(expected[4:], abs=1e-4)
+    assert (two / "is_sharded.json").read_text() == "true"
     assert len(list((two / "validation").iterdir())) == 2
     rest = VisualizerArguments(
         output_dir=str(tmp_path / "rest"), resume_from_checkpoint=str(two / "checkpoint-5"), **flags

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from metamorph.training.arguments import sharding
 from metamorph.visualization import VisualizerArguments, train_visualizer
 from metamorph.visualizer_training.pictures.sources import ImageFiles, ShardedImages
+from metamorph.visualizer_training.trainer import VisualizerTrainer
 
 
 def note_pictures(folder: Path) -> None:
@@ -61,6 +62,13 @@ if __name__ == "__main__":
     note_pictures(file.parent)
     if len(sys.argv) > 2:
         die_in_checkpoint(int(sys.argv[2]))
+    save_result = VisualizerTrainer.save_result
+
+    def note_engine(self) -> None:
+        file.with_name("is_sharded.json").write_text(json.dumps(self.is_sharded))
+        save_result(self)
+
+    VisualizerTrainer.save_result = note_engine
     result = train_visualizer(VisualizerArguments(**json.loads(file.read_text())))
     if result.is_main_process:
         (result.output_dir / "losses.json").write_text(json.dumps(result.losses))

@@ -1,6 +1,7 @@
 """What every training run does with its folder and its processes, whatever it trains.
 
 How is a checkpoint written whole, or not at all?    `checkpoint_files.py`
+Which one does a run resume from?                    `find_checkpoint.py`
 How does a signal stop a run without loss?           `preemption.py`
 Which flags differ from those of a checkpoint?       `flag_changes.py`
 How is one run kept out of the folder of another?    `lock.py`

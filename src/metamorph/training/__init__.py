@@ -2,6 +2,7 @@
 
 What is frozen in which stage?                `stages.py`
 Where are rates, schedule and groups?         `optimizer.py`
+What do both trainers share?                  `base_trainer.py`
 How is a step normalised?                     `trainer.py`; what is logged of it: `metrics.py`
 How do flags become model and data?           `build.py`; LoRA and 4 bits: `lora.py`
 Which flags are there?                        `arguments/`

@@ -34,7 +34,7 @@ def render_visualizer_card(
     listed = "\n".join(f"- {part}: {code(shown(name))}" for part, name in parts.items())
     named = [code(shown(name)) for name in (*args.image_jsons, args.image_folder) if name is not None]
     source = f" from {', '.join(named)}" if named else ""
-    bad = f", of which {logged['bad_pictures']:g} could not be read" if "bad_pictures" in logged else ""
+    bad = f", of which {logged['skipped_records']:g} could not be read" if logged.get("skipped_records") else ""
     sections = [
         "A visualizer for MetaMorph: it turns the visual tokens that a model writes into pixels. Trained from\n\n"
         f"{listed}\n\n```bash\nmetamorph generate --model MODEL --visualizer FOLDER --prompt 'Draw a red circle.' "
