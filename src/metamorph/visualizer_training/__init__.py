@@ -2,7 +2,7 @@
 
 Which flags are there?                     `arguments.py`
 What is it made of?                        `build.py`
-What happens in a step?                    `denoising.py`; the trainer around it `trainer.py`, on `training/base_trainer.py`
+What happens in a step?                    `denoising.py`; the trainer around it `trainer.py`
 Which images, in which order?              `dataset.py`, `pictures/`
 What is the learning rate?                 `schedule.py`
 What is averaged and saved?                `average.py`; the result `export.py`, its card `model_card.py`

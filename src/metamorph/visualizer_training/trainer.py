@@ -89,7 +89,7 @@ class VisualizerTrainer(RunTrainer):
         self.parts, self.encoders, self.tower_format = parts, encoders, tower_format
         self.validation, self.data = validation, data
         self.losses: list[Tensor] = []
-        """`[2]` of each optimizer step: losses and number of good pictures, both divided by the number of pictures."""
+        """`[2]` of each step of this run: losses and number of good pictures, both divided by that of all pictures."""
         self._sums: Tensor | None = None
         self._micro_batches = self._logged = 0
         self.average = MovingAverage(self.plain_model, self.args.ema_decay) if self.args.ema_decay else None
@@ -148,12 +148,10 @@ class VisualizerTrainer(RunTrainer):
             self.losses.append(self._sums)
             self._sums = None
 
-    def step_losses(self, first: int = 0) -> list[float]:
-        """Mean loss of each step of this run from `first` on, over all processes, which must all call it."""
-        if not self.losses[first:]:
-            return []
-        sums = self.accelerator.reduce(torch.stack(self.losses[first:]), "mean").tolist()
-        return [_ratio(*values) for values in sums]
+    def step_losses(self) -> list[float]:
+        """Mean loss of each step of this run, over all processes, which must all call it."""
+        sums = torch.stack([torch.zeros(2, device=self.args.device), *self.losses])  # there may be no step at all
+        return [_ratio(*values) for values in self.accelerator.reduce(sums, "mean").tolist()[1:]]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The loss of a training log line is the mean over good pictures."""
@@ -229,29 +227,25 @@ class VisualizerTrainer(RunTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As Trainer does on one process, whatever the engine; and the moving average."""
         keep = self.args.should_save
-        if self.is_sharded:
-            optimizer = whole(self.create_optimizer().state_dict(), keep=keep)
-            if keep:
-                torch.save(optimizer, Path(output_dir, OPTIMIZER_NAME))
-                torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
+        optimizer = whole(self.create_optimizer().state_dict(), keep=keep)
+        if keep:
+            torch.save(optimizer, Path(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
         if self.average is not None:
             self.average.save(Path(output_dir), keep=keep)
 
     def load_optimizer(self, checkpoint: str | None) -> None:
-        """See [`RunTrainer`]; and the moving average."""
-        if checkpoint is None or not self.is_sharded:
-            super().load_optimizer(checkpoint)
-        else:
-            optimizer = self.create_optimizer()
-            state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
-            parameters = [value for group in optimizer.param_groups for value in group["params"]]
-            for index, values in state["state"].items():
-                state["state"][index] = {name: divided_like(value, parameters[index]) for name, value in values.items()}
-            optimizer.load_state_dict(state)
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
-        if checkpoint is not None and self.average is not None:
+        """Load what `_save_optimizer_and_scheduler` has written, into whole or sharded tensors."""
+        if checkpoint is None:
+            return
+        optimizer = self.create_optimizer()
+        state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
+        parameters = [value for group in optimizer.param_groups for value in group["params"]]
+        for index, values in state["state"].items():
+            state["state"][index] = {name: divided_like(value, parameters[index]) for name, value in values.items()}
+        optimizer.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+        if self.average is not None:
             self.average.load(Path(checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -262,6 +256,7 @@ class VisualizerTrainer(RunTrainer):
             with self.monitor.pause(), self._finished_parts() as finished:
                 if self.is_world_process_zero():
                     self._validate(*finished)
+                self.accelerator.wait_for_everyone()
 
     def _validate(self, projector: VisualizationProjector, parts: DiffusionParts) -> None:
         """Draw the validation pictures from their tokens, to a file and to the trackers."""
