@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, SiglipVis
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments
-from metamorph.training.optimizer import format_summary, module_of, optimizer_groups
+from metamorph.training.optimizer import format_summary, learning_rates, module_of, optimizer_groups
 from metamorph.training.stages import apply_stage
 
 
@@ -110,8 +110,9 @@ def test_r24_every_module_has_its_own_rate_at_once(model_args, tmp_path: Path) -
         weight_decay=0.1,
         use_cpu=True,
     )
-    decay = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
-    groups = {group["name"]: group for group in optimizer_groups(model, args, decay)}
+    vectors = {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
+    found = optimizer_groups(model, module_of, learning_rates(args), args.weight_decay, vectors)
+    groups = {group["name"]: group for group in found}
     assert {name: group["lr"] for name, group in groups.items()} == {
         "language_model": 1e-3,
         "language_model_no_decay": 1e-3,

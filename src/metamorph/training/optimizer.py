@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 
@@ -111,36 +111,33 @@ def learning_rates(args: MetaMorphTrainingArguments) -> dict[str, float]:
 
 
 def optimizer_groups(
-    model: nn.Module, args: MetaMorphTrainingArguments, decay_names: Collection[str]
+    model: nn.Module,
+    module_of: Callable[[str], str],
+    rates: Mapping[str, float],
+    weight_decay: float,
+    no_decay: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Parameter groups by module, each with and without weight decay; empty ones are left out.
 
     Args:
-        model: The model after `apply_stage`.
-        args: Learning rates and weight decay.
-        decay_names: Names of the parameters that weight decay applies to (no norms, no biases).
+        model: What is trained requires a gradient.
+        module_of: The module of a parameter, by its name.
+        rates: Peak learning rate of each module.
+        weight_decay: Of the parameters that decay.
+        no_decay: Names of the parameters that do not.
 
     Returns:
         Groups for a PyTorch optimizer, each with a `name`.
     """
-    rates, groups = learning_rates(args), []
-    for module in MODULES:
-        for decays in (True, False):
-            parameters = [
-                parameter
-                for name, parameter in _trained_parameters(model)
-                if module_of(name) == module and (name in decay_names) == decays
-            ]
-            if parameters:
-                groups.append(
-                    {
-                        "name": module if decays else f"{module}_no_decay",
-                        "params": parameters,
-                        "lr": rates[module],
-                        "weight_decay": args.weight_decay if decays else 0.0,
-                    }
-                )
-    return groups
+    groups: dict[str, dict[str, Any]] = {
+        name: {"name": name, "params": [], "lr": rate, "weight_decay": decay}
+        for module, rate in rates.items()
+        for name, decay in ((module, weight_decay), (f"{module}_no_decay", 0.0))
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[module_of(name) + "_no_decay" * (name in no_decay)]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
 
 
 def check_optimizer(args: RunTrainingArguments) -> None:
@@ -197,9 +194,3 @@ def format_summary(summary: list[ModuleSummary], args: MetaMorphTrainingArgument
         rate = f"{rates[line.module]:.3g}" if line.trainable else "-"
         lines.append(f"{line.module:<16}{line.trainable:>16,}{line.frozen:>16,}{rate:>16}")
     return "\n".join(lines)
-
-
-def _trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield name, parameter

@@ -27,7 +27,7 @@ from metamorph.training.costs.flops import model_flops
 from metamorph.training.engines.prepare import whole_weights
 from metamorph.training.engines.weights import FrozenTower
 from metamorph.training.metrics import LossWindow, count_targets, count_tokens, validation_metrics
-from metamorph.training.optimizer import optimizer_groups
+from metamorph.training.optimizer import learning_rates, module_of, optimizer_groups
 from metamorph.training.reporting.model_card import CardFacts, write_model_card
 from metamorph.training.reporting.throughput import ThroughputMonitor, find_peak_tflops
 
@@ -188,7 +188,8 @@ class MetaMorphTrainer(RunTrainer):
 
     def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """One group for each module, and one of those of its parameters that do not decay."""
-        return optimizer_groups(model, self.args, set(self.get_decay_parameter_names(model)))
+        no_decay = dict(model.named_parameters()).keys() - set(self.get_decay_parameter_names(model))
+        return optimizer_groups(model, module_of, learning_rates(self.args), self.args.weight_decay, no_decay)
 
     def record(self) -> dict[str, Any]:
         """Stage, place in the data, and what the data are."""

@@ -22,6 +22,7 @@ from metamorph.runs.checkpoint_files import explains_write_errors
 from metamorph.runs.find_checkpoint import ResumePoint
 from metamorph.runs.lock import check_lock
 from metamorph.training.base_trainer import RunTrainer
+from metamorph.training.optimizer import optimizer_groups
 from metamorph.training.reporting.monitor import RunMonitor
 from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualization.projector import VisualizationProjector
@@ -99,17 +100,12 @@ class VisualizerTrainer(RunTrainer):
 
     def create_monitor(self) -> RunMonitor:
         """What measures samples."""
-        return RunMonitor(self.accelerator, lambda name: name.partition(".")[0])
+        return RunMonitor(self.accelerator, _module_of)
 
     def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The projector, and the UNet if it is trained."""
         rates = {"projector": self.args.lr, "unet": self.args.unet_lr or self.args.lr}
-        groups = []
-        for name, lr in rates.items():
-            parameters = [value for value in getattr(model, name).parameters() if value.requires_grad]
-            if parameters:
-                groups.append({"name": name, "params": parameters, "lr": lr, "weight_decay": self.args.weight_decay})
-        return groups
+        return optimizer_groups(model, _module_of, rates, self.args.weight_decay)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """The schedule of `--lr_scheduler`."""
@@ -328,6 +324,10 @@ class LogLines(TrainerCallback):
         elif args.disable_tqdm:  # the log of a job is all that there is to see
             told = ", ".join(f"{name} {value:.4g}" for name, value in logs.items())
             logger.info("step %d of %d: %s", state.global_step, state.max_steps, told)
+
+
+def _module_of(parameter_name: str) -> str:
+    return parameter_name.partition(".")[0]
 
 
 def _ratio(loss: float, share: float) -> float:
