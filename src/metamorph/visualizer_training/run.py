@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from metamorph.runs.preemption import Preemption
 from metamorph.training.base_trainer import open_run
@@ -59,6 +59,7 @@ def train_visualizer(
     args: VisualizerArguments,
     images: Sequence[Image.Image] | None = None,
     on_log: StepCallback | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> VisualizerResult:
     """Train a visualizer and write it as a diffusers pipeline to `args.output_dir`.
 
@@ -68,7 +69,8 @@ def train_visualizer(
     Args:
         args: The flags.
         images: Pictures in memory, in place of `image_folder` and `image_jsons`.
-        on_log: Called in the main process every `logging_steps` steps.
+        on_log: Called in the main process every `logging_steps` steps and after the last one.
+        callbacks: Of Transformers' Trainer, for example a progress display.
 
     Raises:
         ValueError: for parts, data or checkpoints that do not fit, or another run in the output folder, before training
@@ -78,12 +80,13 @@ def train_visualizer(
     check_folders(args)
     args = adopt_resolution(adopt_token_options(args))
     source = open_source(args, images)
+    displays = [*callbacks, LogLines(on_log)] if on_log is not None or not callbacks else list(callbacks)
     with open_run(args) as preemption:
-        return _train(args, source, on_log, preemption)
+        return _train(args, source, displays, preemption)
 
 
 def _train(
-    args: VisualizerArguments, source: ImageSource, on_log: StepCallback | None, preemption: Preemption
+    args: VisualizerArguments, source: ImageSource, callbacks: list[TrainerCallback], preemption: Preemption
 ) -> VisualizerResult:
     # 1. Everything that can be checked without weights.
     check_optimizer(args)
@@ -138,7 +141,7 @@ def _train(
         args=args,
         train_dataset=dataset,
         data_collator=_collator(args, parts),
-        callbacks=[LogLines(on_log)],
+        callbacks=callbacks,
     )
     trainer.flags = flags
     if conditions is not None and point is None:

@@ -68,7 +68,7 @@ class ProgressBar(TrainerCallback):
         title: What stands before the bar.
     """
 
-    SHOWN = {"text_loss": "text", "visual_loss": "visual", "visual_cosine": "cosine"}
+    SHOWN = {"loss": "loss", "text_loss": "text", "visual_loss": "visual", "visual_cosine": "cosine"}
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -92,7 +92,7 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the losses of each kind."""
+        """Show the losses."""
         shown = {label: f"{logs[name]:.3f}" for name, label in self.SHOWN.items() if logs and name in logs}
         if shown:
             self._bar.set_postfix(shown)

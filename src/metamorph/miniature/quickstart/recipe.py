@@ -120,6 +120,7 @@ class Recipe:
             "timestep_power": 0.6,
             "ema_decay": 0.95,
             "save_step": 0,
+            "disable_tqdm": True,
         }
 
     def _checkpoint_flags(self) -> dict[str, Any]:

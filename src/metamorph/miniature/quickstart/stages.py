@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,9 +86,7 @@ def train_model(space: Workspace, files: WorldFiles, recipe: Recipe) -> TrainRes
     return _train(space.write_recipe("stage2", {**flags, **recipe.stage2_flags()}), "stage 2")
 
 
-def fit_visualizer(
-    space: Workspace, files: WorldFiles, recipe: Recipe, on_log: Callable[[int, dict[str, float]], None] | None = None
-) -> VisualizerResult:
+def fit_visualizer(space: Workspace, files: WorldFiles, recipe: Recipe) -> VisualizerResult:
     """The visualizer: `metamorph train-visualizer --config recipes/visualizer.yaml`.
 
     The recipe first aligns the projector with the conditions that mini-sd itself has for the pictures.
@@ -107,7 +104,7 @@ def fit_visualizer(
     }
     path = space.write_recipe("visualizer", flags)
     (args,) = parse_arguments((VisualizerArguments,), ["--config", path], prog="metamorph train-visualizer")
-    return train_visualizer(args, on_log=on_log)
+    return train_visualizer(args, callbacks=[ProgressBar("visualizer")])
 
 
 def _model_flags(space: Workspace, files: WorldFiles) -> dict[str, Any]:
