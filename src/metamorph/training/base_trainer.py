@@ -138,11 +138,7 @@ class RunTrainer(Trainer):
     ) -> TrainOutput:
         """Train to the end, or until a signal or too many bad records stop the run, on all processes at the same step.
 
-        Args:
-            checkpoint: Folder to resume from.
-            point: Where in the data; None: as Trainer finds from the number of the step.
-            limit: Counts the bad records of the training data.
-            preemption: Has caught the signals since the run began.
+        Without a `point`, Trainer finds its place in the data from the number of the checkpoint's step.
 
         Raises:
             Preempted: If a signal has stopped the run; a checkpoint and the marker have been written.

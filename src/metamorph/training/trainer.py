@@ -111,11 +111,6 @@ class MetaMorphTrainer(RunTrainer):
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """Fetch the micro-batches of one optimizer step and count their supervised tokens over all ranks.
 
-        Args:
-            epoch_iterator: Yields micro-batches.
-            num_batches: Micro-batches of the step.
-            device: Where the counts are kept.
-
         Returns:
             The micro-batches, and the number of supervised text tokens of the step (None with `micro_batch`).
         """
@@ -137,14 +132,7 @@ class MetaMorphTrainer(RunTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, MetaMorphOutput]:
-        """Loss of one micro-batch, see the class.
-
-        Args:
-            model: The (wrapped) model.
-            inputs: A batch of the collator.
-            return_outputs: Also return the model's output.
-            num_items_in_batch: Ignored: it counts text only.
-        """
+        """Loss of one micro-batch, see the class; `num_items_in_batch` counts text only."""
         normalizers = self._normalizers if model.training else None
         outputs = model(**inputs, loss_normalizers=normalizers)
         if model.training:
@@ -164,11 +152,6 @@ class MetaMorphTrainer(RunTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Measure the losses on data that is not trained on, of all sources together and of each.
-
-        Args:
-            eval_dataset: Defaults to the trainer's.
-            ignore_keys: Ignored: only losses are measured.
-            metric_key_prefix: What the names of the values begin with.
 
         Returns:
             `eval_loss`, `eval_text_loss`, `eval_visual_loss`, …, and `eval_SOURCE_text_loss`, … for each source.

@@ -105,15 +105,7 @@ class TensorDataset(Dataset):
 def encode_all(
     dataset: VisualizerDataset, encoders: FrozenEncoders, batch_size: int, num_workers: int, device: torch.device
 ) -> TensorDataset:
-    """Tokens and moments of every picture, on the CPU.
-
-    Args:
-        dataset: The pictures.
-        encoders: Tower and VAE.
-        batch_size: Pictures that are encoded together.
-        num_workers: Processes that load pictures.
-        device: Where the encoders are.
-    """
+    """Tokens and moments of every picture, on the CPU."""
     every = [Sample(index, index) for index in range(len(dataset))]
     order = [every[at : at + batch_size] for at in range(0, len(every), batch_size)]
     loader = DataLoader(dataset, batch_sampler=order, num_workers=num_workers, worker_init_fn=ignore_signals)

@@ -56,13 +56,7 @@ def divided_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def whole_copy(model: ConditionedUNet, state: dict[str, torch.Tensor], device: torch.device) -> ConditionedUNet:
-    """The model as one process has it.
-
-    Args:
-        model: The sharded one.
-        state: Its whole weights.
-        device: Where the copy goes.
-    """
+    """A sharded model as one process has it, of its whole weights."""
     projector = VisualizationProjector.from_config(model.projector.config)
     copy = ConditionedUNet(projector, UNet2DConditionModel.from_config(model.unet.config))
     copy.load_state_dict(state)

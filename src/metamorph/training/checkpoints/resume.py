@@ -50,15 +50,8 @@ _FLAGS = {
 def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, adapter: bool = False) -> str | None:
     """The checkpoint to resume from, see [`metamorph.runs.find_checkpoint.find_checkpoint`].
 
-    Args:
-        output_dir: Folder of the run.
-        request: Value of `--resume_from_checkpoint`.
-        stage: Stage of this run; a checkpoint of the other stage is an error.
-        adapter: Whether this run trains an adapter (`--lora_enable True`); a checkpoint of the other kind is an error.
-
     Raises:
-        FileNotFoundError: if the checkpoint asked for does not exist, or is not on storage that all machines share.
-        ValueError: if the checkpoint asked for is damaged, or belongs to the other stage.
+        ValueError: also if the checkpoint is of the other stage, or with an adapter where this run has none.
     """
     return find_in_folder(output_dir, request, partial(_check_kind, stage=stage, adapter=adapter))
 

@@ -86,7 +86,7 @@ class RunMonitor(TrainerCallback):
 
         Args:
             work: float64 `[quantities]`, over all ranks.
-            seconds: Duration of the window.
+            seconds: Its duration.
         """
         return {}
 
@@ -184,10 +184,7 @@ class RunMonitor(TrainerCallback):
     def settle(self, state: TrainerState) -> None:
         """Sum over the ranks what each has counted by itself. Every rank must call it.
 
-        A checkpoint needs it, too: `tokens_seen` shall go on from there.
-
-        Args:
-            state: Its counters are advanced.
+        A checkpoint needs it, too: the counters in `state` shall go on from there.
         """
         if self._work is None or self._started is None:
             return

@@ -41,7 +41,6 @@ class ThroughputMonitor(RunMonitor):
     """Measures a run of MetaMorph, see [`RunMonitor`].
 
     Args:
-        accelerator: Gathers over the ranks.
         flops: FLOPs of each unit of work of the model.
         num_image_tokens: Visual tokens of one image.
         peak_tflops: Peak of one device in 10¹² FLOP/s; None leaves `mfu` out.
