@@ -47,7 +47,7 @@ def test_documented_flags_exist(page: str, words: tuple[str, ...]) -> None:
     known = flags_of(command)
     for word in rest:
         if word.startswith("--"):
-            assert word.split("=")[0] in known, f"{page}: metamorph {command} has no flag {word}"
+            assert word.split("=")[0].replace("_", "-") in known, f"{page}: metamorph {command} has no flag {word}"
 
 
 @pytest.mark.parametrize(("page", "words"), documented_commands(), ids=str)
@@ -65,12 +65,12 @@ def test_training_pages_and_scripts_leave_the_quickstarts_folder_alone() -> None
 
 @cache
 def flags_of(command: str) -> frozenset[str]:
-    """The flags that `metamorph COMMAND --help` lists."""
+    """The flags that `metamorph COMMAND --help` lists, with dashes: underscores are the same."""
     printed = io.StringIO()
     with redirect_stdout(printed), pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
     assert stop.value.code == 0
-    return frozenset(re.findall(r"--[\w-]+", printed.getvalue()))
+    return frozenset(flag.replace("_", "-") for flag in re.findall(r"--[\w-]+", printed.getvalue()))
 
 
 def test_readme_links_to_pages_that_exist() -> None:

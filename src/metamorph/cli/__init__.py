@@ -6,7 +6,6 @@ What several commands share is in `shared.py`.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 import logging
@@ -67,8 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"metamorph {importlib.metadata.version('metamorph')}")
         return 0
     if words[0] not in COMMANDS:
-        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
-        hint = f": did you mean {near[0]!r}?" if near else ""
+        from metamorph.flags.parser import nearest
+
+        near = nearest(words[0], COMMANDS)
+        hint = f": did you mean {near!r}?" if near else ""
         print(f"metamorph: unknown command {words[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     _set_up_logging(debug)

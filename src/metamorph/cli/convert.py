@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from metamorph.flags.checks import names_flag
+from metamorph.flags.parser import FlagParser
 
 
 logger = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ CONNECTOR_NAMES = ("mm_projector.bin", "mm_projector.safetensors")
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="metamorph convert",
         description="Write a model, adapter or connector as a plain folder of ours. Exactly one of --merge-adapter and "
         "--from is needed.",
@@ -29,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         help="with --from: folder of a checkpoint, or an mm_projector.bin (of LLaVA, too), whose result is stage 1's",
     )
-    parser.add_argument("--output", required=True, help="folder to write; it must be empty or not exist")
+    parser.add_argument(
+        "--output-dir", "--output", required=True, help="folder to write; it must be empty or not exist"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
     parser.add_argument("--tokenizer", help="with --from: folder or Hub id of the tokenizer, if not in --model")
     parser.add_argument("--vision-tower", help="with --from: folder or Hub id of the tower, if not what --model names")
@@ -44,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     """
     flags = build_parser().parse_args(argv)
     check_flags(flags)
-    output = Path(flags.output)
+    output = Path(flags.output_dir)
     if flags.merge_adapter is not None:
         merge_adapter(flags.merge_adapter, output, flags.dtype)
     elif is_connector(Path(flags.model)):
@@ -60,9 +63,9 @@ def check_flags(flags: argparse.Namespace) -> None:
     Args:
         flags: The command line.
     """
-    output = Path(flags.output)
+    output = Path(flags.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output {output} is not an empty folder: name a new one")
+        raise ValueError(f"--output-dir {output} is not an empty folder: name a new one")
     for flag, value in (("--model", flags.model), ("--merge-adapter", flags.merge_adapter)):
         if value is not None and not Path(value).exists():
             raise FileNotFoundError(f"{flag} {value} does not exist: give a local folder")

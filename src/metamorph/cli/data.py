@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable
+from metamorph.flags.parser import FlagParser
 
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ CACHE_USAGE = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the three commands."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="metamorph data",
         description="Look at training data before it is trained on.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -80,9 +81,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="RECIPE.yaml", help="recipe of a training: its values are the defaults of the flags below"
     )
-    parser.add_argument(
-        "--image-folder", "--image_folder", help="folder of relative image paths (default: the file's own)"
-    )
+    parser.add_argument("--image-folder", help="folder of relative image paths (default: the file's own)")
 
 
 def add_processor_flags(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +92,6 @@ def add_processor_flags(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument(
         "--model_name_or_path",
-        "--model-name-or-path",
         help="the language model, or a finished MetaMorph model (mini is the one that ships with MetaMorph): its "
         "tokenizer counts (default: a small stand-in)",
     )
@@ -106,9 +104,8 @@ def add_processor_flags(parser: argparse.ArgumentParser) -> None:
         ("image_aspect_ratio", str, None, "square or pad"),
         ("seed", int, 42, "seed of what tasks draw at random"),
     ):
-        spellings = {f"--{name}": None, f"--{name.replace('_', '-')}": None}
         shown = f"that of a finished model, else {PROCESSOR_DEFAULTS[name]}" if default is None else default
-        parser.add_argument(*spellings, type=kind, default=default, help=f"{text} (default: {shown})")
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {shown})")
 
 
 def boolean(text: str) -> bool:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from metamorph.cli import evaluate_loss, evaluate_visualizer
 from metamorph.flags.checks import check_model_reference
+from metamorph.flags.parser import FlagParser
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="metamorph evaluate",
         description="Measure a finished model.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

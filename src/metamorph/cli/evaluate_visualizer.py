@@ -24,29 +24,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_drawing_flags(parser)
     parser.add_argument("--images", type=Path, required=True, help="folder of pictures, searched with its subfolders")
     parser.add_argument(
-        "--max_images",
         "--max-images",
         type=int,
         default=1000,
         help="pictures to use, evenly spaced in the order of names; 0: all (default: %(default)s)",
     )
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures drawn at once (default: %(default)s)")
+    parser.add_argument("--lpips-weights", help="TorchScript file of LPIPS's VGG16; without it no LPIPS")
+    parser.add_argument("--inception-weights", help="TorchScript file of FID's network; without it no FID")
     parser.add_argument(
-        "--batch_size", "--batch-size", type=int, default=16, help="pictures drawn at once (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--lpips_weights", "--lpips-weights", help="TorchScript file of LPIPS's VGG16; without it no LPIPS"
-    )
-    parser.add_argument(
-        "--inception_weights", "--inception-weights", help="TorchScript file of FID's network; without it no FID"
-    )
-    parser.add_argument(
-        "--output_dir",
         "--output-dir",
         type=Path,
         default=Path("evaluation"),
         help="gets visualizer.json and visualizer.png (default: %(default)s)",
     )
-    parser.add_argument("--grid_rows", "--grid-rows", type=int, default=8, help="pictures shown (default: %(default)s)")
+    parser.add_argument("--grid-rows", type=int, default=8, help="pictures shown (default: %(default)s)")
 
 
 def run(flags: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from metamorph.cli.shared import open_pictures, use_shipped
 from metamorph.flags.checks import printable
+from metamorph.flags.parser import FlagParser
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(prog="metamorph generate", description="Answer a prompt with text and pictures.")
+    parser = FlagParser(prog="metamorph generate", description="Answer a prompt with text and pictures.")
     parser.add_argument(
         "--model",
         required=True,

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metamorph.cli.shared import print_table
+from metamorph.flags.parser import FlagParser
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="metamorph quickstart",
         description="Train the whole system in miniature on this machine, evaluate it and write a report.",
     )

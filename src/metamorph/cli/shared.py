@@ -85,23 +85,19 @@ def print_table(rows: Sequence[dict]) -> None:
 
 
 def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
-    """Define the flags that say what draws, and how. Names of two words may be written with - or _.
+    """Define the flags that say what draws, and how.
 
     Args:
         parser: Of the command.
     """
     parser.add_argument("--visualizer", required=True, help="folder or Hub id of the visualizer, or mini")
     parser.add_argument(
-        "--vision_tower",
         "--vision-tower",
         help="folder or Hub id of the tower, folder of the MetaMorph model, or mini (default: the one in the "
         "visualizer's folder, else the one it was trained with)",
     )
+    parser.add_argument("--num-tokens", type=int, help="visual tokens per picture (default: as in training)")
     parser.add_argument(
-        "--num_tokens", "--num-tokens", type=int, help="visual tokens per picture (default: as in training)"
-    )
-    parser.add_argument(
-        "--guidance_scale",
         "--guidance-scale",
         type=float,
         nargs="+",
@@ -112,9 +108,7 @@ def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, …; by default the accelerator if there is one")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument(
-        "--torch_compile", "--torch-compile", action="store_true", help="compile UNet, VAE decoder and projector"
-    )
+    parser.add_argument("--torch-compile", action="store_true", help="compile UNet, VAE decoder and projector")
 
 
 def check_drawing_flags(flags: argparse.Namespace) -> None:

@@ -4,13 +4,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from metamorph.flags.parser import FlagParser
+
 
 STUDIES = ("joint-vs-generation-only",)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="metamorph study", description="Train and compare miniatures on this machine, and plot what comes out."
     )
     parser.add_argument("name", choices=STUDIES, help="which study")

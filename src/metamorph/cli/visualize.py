@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metamorph.cli.shared import add_drawing_flags, check_drawing_flags, open_pictures, open_pipeline
+from metamorph.flags.parser import FlagParser
 
 
 OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -13,7 +14,7 @@ OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="metamorph visualize",
         description="Encode pictures with the vision tower and draw them again from their visual tokens: how good the "
         "visualizer is alone.",
@@ -23,9 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", default="visualized.png", help="picture file, with a row per picture (default: %(default)s)"
     )
-    parser.add_argument(
-        "--drawings_only", "--drawings-only", action="store_true", help="leave the originals out of the output"
-    )
+    parser.add_argument("--drawings-only", action="store_true", help="leave the originals out of the output")
     return parser
 
 

@@ -1,5 +1,6 @@
 """What all commands share about flags.
 
+How is a command line read?                     `parser.py`
 How do errors name a flag?                      `checks.py`
 How do a YAML recipe and flags become values?   `recipes.py`
 """

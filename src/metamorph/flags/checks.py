@@ -17,6 +17,8 @@ from urllib.request import Request, urlopen
 
 from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
 
+from metamorph.flags.parser import unknown_choice
+
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 HUB_TIMEOUT = 10
@@ -74,7 +76,7 @@ def check_choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
         ValueError: naming flag, value and what is allowed.
     """
     if value not in allowed:
-        raise ValueError(f"{flag} {value!r} is unknown: use one of {', '.join(allowed)}")
+        raise ValueError(f"{flag} {unknown_choice(value, allowed)}")
 
 
 def check_model_reference(name: str, flag: str, file: str = "config.json") -> None:

@@ -136,7 +136,8 @@ class ModelArguments(RemembersGiven):
         if is_adapter_folder(folder):
             raise ValueError(
                 f"--model_name_or_path {self.model_name_or_path} is an adapter, which cannot be trained further by "
-                f"itself: merge it first (metamorph convert --merge-adapter {self.model_name_or_path} --output FOLDER)"
+                "itself: merge it first "
+                f"(metamorph convert --merge-adapter {self.model_name_or_path} --output-dir FOLDER)"
             )
         if self.continues_metamorph and not any(folder.glob("model*.safetensors*")):
             raise FileNotFoundError(

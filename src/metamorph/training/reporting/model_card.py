@@ -98,7 +98,7 @@ def _what(kind: str, base: Mapping[str, str], name: str) -> str:
     usage = {
         "connector": f"metamorph train --pretrain_mm_mlp_adapter {folder} …",
         "adapter": f"metamorph generate --model {folder} --prompt 'What is in this picture?' --image photo.jpg\n"
-        f"metamorph convert --merge-adapter {folder} --output merged",
+        f"metamorph convert --merge-adapter {folder} --output-dir merged",
         "model": f"metamorph generate --model {folder} --prompt 'What is in this picture?' --image photo.jpg",
     }[kind]
     what = {
