@@ -205,11 +205,11 @@ def test_visualize_command_writes_originals_and_drawings(tmp_path, capsys):
     [
         (["--image", "none.png"], "--image none.png does not exist"),
         (["--steps", "0"], "--steps 0 must be at least 1"),
-        (["--guidance_scale", "1", "nan"], "--guidance_scale nan must be a finite number"),
+        (["--guidance_scale", "1", "nan"], "--guidance-scale nan must be a finite number"),
         (["--device", "none"], "--device none cannot be used here"),
         (["--output", "out/grid"], "--output out/grid is no name of a picture file: let it end in .png"),
         (["--visualizer", "none/none"], "--visualizer none/none"),
-        (["--vision_tower", "/none"], "--vision_tower /none"),
+        (["--vision_tower", "/none"], "--vision-tower /none"),
     ],
 )
 def test_bad_input_is_one_line(words, message, tmp_path, capsys):

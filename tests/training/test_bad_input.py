@@ -62,7 +62,7 @@ def test_missing_model_folder(bare: Path, capsys) -> None:
 def test_unknown_hub_id(bare: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = train(bare, capsys, model_name_or_path="metamorph-tests/does-not-exist")
-    assert "--model_name_or_path metamorph-tests/does-not-exist cannot be loaded" in message
+    assert "--model_name_or_path metamorph-tests/does-not-exist is neither a local folder" in message
 
 
 def test_language_model_without_chat_template(bare: Path, capsys) -> None:

@@ -11,6 +11,7 @@ import importlib.metadata
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         from metamorph.flags.checks import printable  # not for --help: it imports more
 
-        hint = f"(metamorph --debug {words[0]} … shows where)"
-        print(f"metamorph {words[0]}: error: {printable(str(error))} {hint}", file=sys.stderr)
+        hint = f" (metamorph --debug {words[0]} … shows where)" if _is_from_elsewhere(error) else ""
+        print(f"metamorph {words[0]}: error: {printable(str(error))}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if debug:
@@ -89,6 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"metamorph {words[0]}: interrupted", file=sys.stderr)
         return INTERRUPTED
     return status or 0
+
+
+def _is_from_elsewhere(error: BaseException) -> bool:
+    """Whether another package has raised it: our own checks say what is wrong and how to mend it."""
+    # Below an OSError that we have explained lies the system's or the Hub's, which adds nothing.
+    while error.__cause__ is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return not str(frame.f_globals.get("__name__", "")).startswith("metamorph.")
 
 
 def usage() -> str:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metamorph.flags.checks import names_flag
-from metamorph.flags.parser import FlagParser
+from metamorph.cli.shared import check_tower_reference
+from metamorph.flags.checks import check_model_reference, check_reachable, names_flag
+from metamorph.flags.parser import FlagParser, output_folder
 
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --from: folder of a checkpoint, or an mm_projector.bin (of LLaVA, too), whose result is stage 1's",
     )
     parser.add_argument(
-        "--output-dir", "--output", required=True, help="folder to write; it must be empty or not exist"
+        "--output-dir",
+        "--output",
+        type=output_folder,
+        required=True,
+        help="folder to write; it must be empty or not exist",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
     parser.add_argument("--tokenizer", help="with --from: folder or Hub id of the tokenizer, if not in --model")
@@ -47,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     """
     flags = build_parser().parse_args(argv)
     check_flags(flags)
-    output = Path(flags.output_dir)
+    output = flags.output_dir
     if flags.merge_adapter is not None:
         merge_adapter(flags.merge_adapter, output, flags.dtype)
     elif is_connector(Path(flags.model)):
@@ -63,8 +68,8 @@ def check_flags(flags: argparse.Namespace) -> None:
     Args:
         flags: The command line.
     """
-    output = Path(flags.output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    output = flags.output_dir
+    if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output-dir {output} is not an empty folder: name a new one")
     for flag, value in (("--model", flags.model), ("--merge-adapter", flags.merge_adapter)):
         if value is not None and not Path(value).exists():
@@ -74,6 +79,11 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise ValueError(f"--{given[0].replace('_', '-')} belongs to --from, not to --merge-adapter: drop it")
     if flags.layout is not None and flags.model is None:
         raise ValueError("--from original needs --model: the folder of the checkpoint, or an mm_projector.bin")
+    if flags.tokenizer is not None and not Path(flags.tokenizer).is_dir():
+        check_model_reference(flags.tokenizer, "--tokenizer")
+        check_reachable(flags.tokenizer, "--tokenizer", "tokenizer_config.json")
+    if flags.vision_tower is not None:
+        check_tower_reference(flags.vision_tower, "--vision-tower")
 
 
 def merge_adapter(folder: str, output: Path, dtype: str) -> None:
@@ -95,7 +105,8 @@ def merge_adapter(folder: str, output: Path, dtype: str) -> None:
             f"--merge-adapter {folder} has no {ADAPTER_FILE}: give the folder of a run with --lora_enable True"
         )
     # Merged in float32, rounded once.
-    model = MetaMorphForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, dequantize=True)
+    with names_flag("--merge-adapter", folder):
+        model = MetaMorphForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, dequantize=True)
     save(model, MetaMorphProcessor.from_pretrained(folder), output, dtype)
 
 

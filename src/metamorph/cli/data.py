@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable
-from metamorph.flags.parser import FlagParser
+from metamorph.flags.parser import FlagParser, at_least, output_folder
 
 
 if TYPE_CHECKING:
@@ -49,19 +49,27 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_flags(check)
     add_processor_flags(check)
     check.add_argument(
-        "--output-dir", type=Path, default=Path("data-check"), help="folder of the report (default: %(default)s)"
+        "--output-dir",
+        type=output_folder,
+        default=Path("data-check"),
+        help="folder of the report (default: %(default)s)",
     )
     check.add_argument(
-        "--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes (default: %(default)s)"
+        "--workers", type=at_least(0), default=min(os.cpu_count() or 1, 8), help="processes (default: %(default)s)"
     )
-    check.add_argument("--limit", type=int, help="check only so many records, evenly spread")
+    check.add_argument("--limit", type=at_least(1), help="check only so many records, evenly spread")
     check.set_defaults(run=run_check)
     show = commands.add_parser("show", help="print one training example and write its images")
     add_data_flags(show)
     add_processor_flags(show)
-    show.add_argument("--index", type=int, default=0, help="which record, counted from 0 (default: %(default)s)")
     show.add_argument(
-        "--output-dir", type=Path, default=Path("data-show"), help="folder of the images (default: %(default)s)"
+        "--index", type=at_least(0), default=0, help="which record, counted from 0 (default: %(default)s)"
+    )
+    show.add_argument(
+        "--output-dir",
+        type=output_folder,
+        default=Path("data-show"),
+        help="folder of the images (default: %(default)s)",
     )
     show.set_defaults(run=run_show)
     commands.add_parser(
@@ -96,13 +104,13 @@ def add_processor_flags(parser: argparse.ArgumentParser) -> None:
         "tokenizer counts (default: a small stand-in)",
     )
     for name, kind, default, text in (
-        ("model_max_length", int, 4096, "longest sequence; not judged without a model"),
+        ("model_max_length", at_least(2), 4096, "longest sequence; not judged without a model"),
         ("version", str, None, "conversation template"),
-        ("num_image_tokens", int, None, "visual tokens per image"),
+        ("num_image_tokens", at_least(1), None, "visual tokens per image"),
         ("mm_use_im_start_end", boolean, None, "whether images stand between <image_start> and <image_end>"),
         ("mm_use_im_patch_token", boolean, None, "whether the placeholder is <im_patch>"),
         ("image_aspect_ratio", str, None, "square or pad"),
-        ("seed", int, 42, "seed of what tasks draw at random"),
+        ("seed", at_least(0), 42, "seed of what tasks draw at random"),
     ):
         shown = f"that of a finished model, else {PROCESSOR_DEFAULTS[name]}" if default is None else default
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {shown})")
@@ -173,8 +181,6 @@ def run_check(flags: argparse.Namespace) -> int:
     Returns:
         0 if all is well, 1 if there are problems.
     """
-    if flags.workers < 0:
-        raise ValueError(f"--workers {flags.workers} must be 0 or larger")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are parallel already
     data = open_data(flags)
     from metamorph.data.doctor.check import check_dataset
@@ -211,7 +217,7 @@ def run_show(flags: argparse.Namespace) -> int:
     from rich.text import Text
 
     data = open_data(flags)
-    if not 0 <= flags.index < len(data):
+    if flags.index >= len(data):
         raise ValueError(f"--index {flags.index} does not exist: {flags.path} has the records 0 to {len(data) - 1}")
     from metamorph.data.doctor.samples import pictures_of, split_example, token_rows
 

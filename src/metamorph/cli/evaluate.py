@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metamorph.cli import evaluate_loss, evaluate_visualizer
-from metamorph.flags.checks import check_model_reference
-from metamorph.flags.parser import FlagParser
+from metamorph.flags.checks import check_metamorph_model, check_model_reference, check_reachable
+from metamorph.flags.parser import FlagParser, at_least, output_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,8 +20,10 @@ def build_parser() -> argparse.ArgumentParser:
     world = kinds.add_parser("world", help="questions and drawings of the miniature world, judged by its pixel checker")
     world.add_argument("--model", default="mini", help="folder of the model (default: mini, the shipped one)")
     world.add_argument("--visualizer", default="mini", help="folder of the visualizer (default: mini)")
-    world.add_argument("--output-dir", type=Path, default=Path("evaluation"), help="gets metrics.json and grids")
-    world.add_argument("--seed", type=int, help="of scenes, words and noise (default: the one of mini's card)")
+    world.add_argument(
+        "--output-dir", type=output_folder, default=Path("evaluation"), help="gets metrics.json and grids"
+    )
+    world.add_argument("--seed", type=at_least(0), help="of scenes, words and noise (default: the one of mini's card)")
     evaluate_loss.add_flags(kinds.add_parser("loss", help="text and visual loss on data, for each source"))
     evaluate_visualizer.add_flags(
         kinds.add_parser("visualizer", help="pictures drawn again from their own visual tokens, compared with them")
@@ -47,14 +49,13 @@ def main(argv: Sequence[str]) -> None:
     from metamorph.miniature.quickstart.options import require_extras
 
     require_extras()
-    if flags.seed is not None and flags.seed < 0:
-        raise ValueError(f"--seed {flags.seed} must be 0 or more")
     try:
         model, visualizer = shipped_folder(flags.model, "model"), shipped_folder(flags.visualizer, "visualizer")
     except AssetError as error:
         raise ValueError(f"--model or --visualizer: {error}") from error
-    check_model_reference(model, flag="--model")
+    check_metamorph_model(model, flag="--model")
     check_model_reference(visualizer, flag="--visualizer", file="model_index.json")
+    check_reachable(visualizer, flag="--visualizer", file="model_index.json")
     from metamorph.cli.shared import print_table
     from metamorph.miniature.quickstart.measure import measure_world
     from metamorph.miniature.quickstart.recipe import MINI_EVALUATION_SEED

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metamorph.cli.shared import add_drawing_flags, check_drawing_flags, choose_device, open_pipeline
+from metamorph.flags.parser import at_least, output_folder
 
 
 if TYPE_CHECKING:
@@ -25,20 +26,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of pictures, searched with its subfolders")
     parser.add_argument(
         "--max-images",
-        type=int,
+        type=at_least(0),
         default=1000,
         help="pictures to use, evenly spaced in the order of names; 0: all (default: %(default)s)",
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures drawn at once (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=16, help="pictures drawn at once (default: %(default)s)"
+    )
     parser.add_argument("--lpips-weights", help="TorchScript file of LPIPS's VGG16; without it no LPIPS")
     parser.add_argument("--inception-weights", help="TorchScript file of FID's network; without it no FID")
     parser.add_argument(
         "--output-dir",
-        type=Path,
+        type=output_folder,
         default=Path("evaluation"),
         help="gets visualizer.json and visualizer.png (default: %(default)s)",
     )
-    parser.add_argument("--grid-rows", type=int, default=8, help="pictures shown (default: %(default)s)")
+    parser.add_argument("--grid-rows", type=at_least(1), default=8, help="pictures shown (default: %(default)s)")
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -52,9 +55,6 @@ def run(flags: argparse.Namespace) -> None:
         ValueError: For a value that is not allowed, or a file that is no picture.
     """
     check_drawing_flags(flags)
-    for name, least in (("batch_size", 1), ("max_images", 0), ("grid_rows", 1)):
-        if getattr(flags, name) < least:
-            raise ValueError(f"--{name} {getattr(flags, name)} must be at least {least}")
     files = list_pictures(flags.images, flags.max_images)
     from tqdm.auto import tqdm
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from metamorph.flags.parser import FlagParser
+from metamorph.flags.parser import FlagParser, at_least
 from metamorph.training.optimizer import scale_learning_rate
 
 
@@ -14,7 +14,11 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = FlagParser(prog="metamorph lr", description="Square-root learning-rate rule.")
     parser.add_argument("--base-lr", type=float, default=6.93e-5, help="known learning rate (default: %(default)s)")
-    parser.add_argument("--base-batch", type=int, default=1536, help="its global batch size (default: %(default)s)")
-    parser.add_argument("--batch", type=int, required=True, help="batch per device x accumulation x GPUs x nodes")
+    parser.add_argument(
+        "--base-batch", type=at_least(1), default=1536, help="its global batch size (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=at_least(1), required=True, help="batch per device x accumulation x GPUs x nodes"
+    )
     flags = parser.parse_args(argv)
     print(f"{scale_learning_rate(flags.base_lr, flags.base_batch, flags.batch):.3g}")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metamorph.cli.shared import print_table
-from metamorph.flags.parser import FlagParser
+from metamorph.flags.parser import FlagParser, at_least, output_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -14,8 +14,10 @@ def build_parser() -> argparse.ArgumentParser:
         prog="metamorph quickstart",
         description="Train the whole system in miniature on this machine, evaluate it and write a report.",
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("out"), help="folder of the result (default: out)")
-    parser.add_argument("--seed", type=int, default=0, help="of data, weights and noise (default: 0)")
+    parser.add_argument(
+        "--output-dir", type=output_folder, default=Path("out"), help="folder of the result (default: out)"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of data, weights and noise (default: 0)")
     parser.add_argument("--fast", action="store_true", help="a few steps of everything: shows that it runs")
     parser.add_argument("--assets-dir", type=Path, help="folder with mini-siglip, mini-llama and mini-sd")
     return parser

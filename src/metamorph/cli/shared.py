@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metamorph.flags.checks import check_model_reference, check_reachable
+from metamorph.flags.parser import at_least, finite_number
 
 
 if TYPE_CHECKING:
@@ -96,16 +96,16 @@ def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
         help="folder or Hub id of the tower, folder of the MetaMorph model, or mini (default: the one in the "
         "visualizer's folder, else the one it was trained with)",
     )
-    parser.add_argument("--num-tokens", type=int, help="visual tokens per picture (default: as in training)")
+    parser.add_argument("--num-tokens", type=at_least(1), help="visual tokens per picture (default: as in training)")
     parser.add_argument(
         "--guidance-scale",
-        type=float,
+        type=at_least(0, finite_number),
         nargs="+",
         default=[1.0, 3.0],
         help="one or more, a column each (default: 1 3)",
     )
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument("--steps", type=at_least(1), default=20, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, …; by default the accelerator if there is one")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--torch-compile", action="store_true", help="compile UNet, VAE decoder and projector")
@@ -118,7 +118,7 @@ def check_drawing_flags(flags: argparse.Namespace) -> None:
         flags: The command line; `visualizer` and `vision_tower` are changed.
 
     Raises:
-        ValueError: For a number that is not allowed, or if diffusers is not installed.
+        ValueError: If diffusers is not installed.
         FileNotFoundError: If the visualizer does not exist.
     """
     import importlib.util
@@ -127,13 +127,6 @@ def check_drawing_flags(flags: argparse.Namespace) -> None:
 
     if importlib.util.find_spec("diffusers") is None:
         raise ValueError("--visualizer needs diffusers: pip install 'metamorph[visualization]'")
-    for name, least in (("steps", 1), ("seed", 0), ("num_tokens", 1)):
-        value = getattr(flags, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} {value} must be at least {least}")
-    for scale in flags.guidance_scale:
-        if not math.isfinite(scale):
-            raise ValueError(f"--guidance_scale {scale} must be a finite number")
     try:
         is_shipped = flags.visualizer == "mini" and not Path("mini").exists()
         if flags.vision_tower is not None or is_shipped:
@@ -143,6 +136,25 @@ def check_drawing_flags(flags: argparse.Namespace) -> None:
         raise ValueError(f"--visualizer or --vision_tower: {error}") from error
     check_model_reference(flags.visualizer, flag="--visualizer", file="model_index.json")
     check_reachable(flags.visualizer, flag="--visualizer", file="model_index.json")
+    if flags.vision_tower is not None:
+        check_tower_reference(flags.vision_tower, flag="--vision-tower")
+
+
+def check_tower_reference(name: str, flag: str) -> None:
+    """Check that a vision tower, or a model that contains one, is there; nothing is loaded.
+
+    Args:
+        name: Folder, Hub id, or a name of the training guide.
+        flag: Flag that the error message names.
+
+    Raises:
+        FileNotFoundError: If it is not.
+    """
+    check_model_reference(name, flag)
+    if not Path(name).is_dir():
+        from metamorph.models.vision_tower import resolve_vision_tower  # imports PyTorch
+
+        check_reachable(resolve_vision_tower(name), flag)
 
 
 def open_pipeline(flags: argparse.Namespace) -> VisualizationPipeline:

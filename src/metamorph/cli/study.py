@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from metamorph.flags.parser import FlagParser
+from metamorph.flags.parser import FlagParser, at_least, output_folder
 
 
 STUDIES = ("joint-vs-generation-only",)
@@ -16,20 +16,26 @@ def build_parser() -> argparse.ArgumentParser:
         prog="metamorph study", description="Train and compare miniatures on this machine, and plot what comes out."
     )
     parser.add_argument("name", choices=STUDIES, help="which study")
-    parser.add_argument("--seeds", type=int, default=3, help="repetitions (default: %(default)s)")
-    parser.add_argument("--output-dir", type=Path, default=Path("study"), help="folder of the result (default: study)")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="repetitions (default: %(default)s)")
+    parser.add_argument(
+        "--output-dir", type=output_folder, default=Path("study"), help="folder of the result (default: study)"
+    )
     parser.add_argument(
         "--budgets",
-        type=int,
+        type=at_least(1),
         nargs="+",
         default=[1000, 2000, 4000],
         help="numbers of drawing records (default: 1000 2000 4000)",
     )
-    parser.add_argument("--passes", type=int, default=1, help="how often a record is seen (default: %(default)s)")
     parser.add_argument(
-        "--generation-per-step", type=int, default=16, help="drawing records of a batch (default: %(default)s)"
+        "--passes", type=at_least(1), default=1, help="how often a record is seen (default: %(default)s)"
     )
-    parser.add_argument("--drawings", type=int, default=64, help="judged per model and group (default: %(default)s)")
+    parser.add_argument(
+        "--generation-per-step", type=at_least(1), default=16, help="drawing records of a batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--drawings", type=at_least(1), default=64, help="judged per model and group (default: %(default)s)"
+    )
     return parser
 
 

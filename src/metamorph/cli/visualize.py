@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metamorph.cli.shared import add_drawing_flags, check_drawing_flags, open_pictures, open_pipeline
-from metamorph.flags.parser import FlagParser
+from metamorph.flags.parser import FlagParser, image_file, output_file
 
 
 OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -19,10 +19,15 @@ def build_parser() -> argparse.ArgumentParser:
         description="Encode pictures with the vision tower and draw them again from their visual tokens: how good the "
         "visualizer is alone.",
     )
-    parser.add_argument("--image", required=True, nargs="+", action="extend", help="one or more picture files")
+    parser.add_argument(
+        "--image", required=True, type=image_file, nargs="+", action="extend", help="one or more picture files"
+    )
     add_drawing_flags(parser)
     parser.add_argument(
-        "--output", default="visualized.png", help="picture file, with a row per picture (default: %(default)s)"
+        "--output",
+        type=output_file,
+        default=Path("visualized.png"),
+        help="picture file, with a row per picture (default: %(default)s)",
     )
     parser.add_argument("--drawings-only", action="store_true", help="leave the originals out of the output")
     return parser
@@ -37,9 +42,6 @@ def main(argv: Sequence[str]) -> None:
     flags = build_parser().parse_args(argv)
     check_drawing_flags(flags)
     _check_output(flags.output)
-    missing = [path for path in flags.image if not Path(path).is_file()]
-    if missing:
-        raise FileNotFoundError(f"--image {missing[0]} does not exist")
     pictures = open_pictures(flags.image)
     pipeline = open_pipeline(flags)
     from metamorph.evaluation.visualizer import ReconstructionSettings, evaluate_visualizer
@@ -48,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     scales = tuple(flags.guidance_scale)
     settings = ReconstructionSettings(scales, flags.steps, flags.seed, keep=len(pictures))
     found = evaluate_visualizer(pipeline, pictures, settings)
-    output = Path(flags.output)
+    output = flags.output
     output.parent.mkdir(parents=True, exist_ok=True)
     if flags.drawings_only:
         rows = [found.drawn[start : start + len(scales)] for start in range(0, len(found.drawn), len(scales))]
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"drawn: {output}")
 
 
-def _check_output(output: str) -> None:
+def _check_output(output: Path) -> None:
     """Refuse a name that no picture can be written to, before one is drawn."""
-    if Path(output).suffix.lower() not in OUTPUT_SUFFIXES or Path(output).is_dir():
+    if output.suffix.lower() not in OUTPUT_SUFFIXES:
         raise ValueError(f"--output {output} is no name of a picture file: let it end in {', '.join(OUTPUT_SUFFIXES)}")

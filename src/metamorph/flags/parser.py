@@ -1,11 +1,12 @@
-"""The argument parser of all commands: dashes or underscores, no abbreviations, the nearest name for a wrong one."""
+"""The argument parser of all commands, which knows the nearest name for a wrong one, and the types of its values."""
 
 import argparse
 import difflib
 import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -24,6 +25,7 @@ class FlagParser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
         self._negative_number_matcher = re.compile(f"(?:{NEGATIVE_NUMBER.pattern})$", re.IGNORECASE)
         self.register("type", float, finite_number)
+        self.register("type", int, whole_number)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse's, with the flags in the spelling they were defined with.
@@ -64,7 +66,8 @@ class FlagParser(argparse.ArgumentParser):
         Args:
             message: What argparse found wrong.
         """
-        message = re.sub(r"(--[\w-]+)(/--[\w-]+)+", r"\1", message.removeprefix("argument "))  # one spelling of each
+        message = re.sub(r"(--[\w-]+)(/--[\w-]+)+", r"\1", message)  # one spelling of each
+        message = re.sub(r"^argument (\S+): ", r"\1 ", message)
         raise ValueError(f"{message} (all flags: {self.prog} --help)")
 
 
@@ -93,8 +96,83 @@ def finite_number(text: str) -> float:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
     if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number")
     return number
+
+
+def whole_number(text: str) -> int:
+    """Read a whole number.
+
+    Raises:
+        argparse.ArgumentTypeError: naming the text.
+    """
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
+
+
+def at_least(least: float, kind: Callable[[str], Any] = whole_number) -> Callable[[str], Any]:
+    """The type of a flag whose numbers must not be smaller.
+
+    Args:
+        least: Smallest value that is allowed.
+        kind: Reads the number: `whole_number` or `finite_number`.
+    """
+
+    def read(text: str) -> Any:
+        number = kind(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
+        return number
+
+    return read
+
+
+def image_file(text: str) -> str:
+    """Path of an image, which must exist.
+
+    Raises:
+        argparse.ArgumentTypeError: naming the path.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: give an image file")
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return text
+
+
+def output_folder(text: str) -> Path:
+    """Path of a folder to write, which need not exist.
+
+    Raises:
+        argparse.ArgumentTypeError: if it or a folder above it is a file.
+    """
+    path = Path(text).expanduser()
+    if (file := file_in_the_way(path)) is not None:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written to: {file} is a file; give a folder")
+    return path
+
+
+def output_file(text: str) -> Path:
+    """Path of a file to write, which need not exist.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is a folder, or a folder above it is a file.
+    """
+    path = Path(text).expanduser()
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: give a file")
+    if (file := file_in_the_way(path.parent)) is not None:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written to: {file} is a file; give another folder")
+    return path
+
+
+def file_in_the_way(folder: Path) -> Path | None:
+    """What keeps a folder from being made: itself or the next existing path above it, if that is not a folder."""
+    found = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    return None if found is None or found.is_dir() else found
 
 
 def _plain(flag: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from metamorph.flags.checks import check_choice
+from metamorph.flags.checks import check_choice, check_output_folder
 from metamorph.visualization.projector import CONDITION_LENGTH, PROJECTOR_MODES
 from metamorph.visualization.token_options import TokenOptions
 from metamorph.visualizer_training.schedule import DEFAULT_LR_SCHEDULER, LR_SCHEDULERS
@@ -227,6 +227,7 @@ class VisualizerArguments(TokenOptions):
             raise ValueError("--validation_guidance_scales is empty; give at least one number")
 
     def _check_paths(self) -> None:
+        check_output_folder(self.output_dir, "--output_dir")
         if self.image_folder is not None and not Path(self.image_folder).expanduser().is_dir():
             raise FileNotFoundError(f"--image_folder {self.image_folder} is not a folder")
         conditions = [] if self.alignment_conditions is None else [self.alignment_conditions]

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from metamorph.flags.checks import check_output_folder
 from metamorph.mini import PARTS, asset_path
 
 
@@ -62,8 +63,7 @@ class QuickstartOptions:
 
     def _check_output_dir(self) -> None:
         folder = self.output_dir
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"--output-dir {folder} is a file; give a folder")
+        check_output_folder(str(folder), "--output-dir")
         found = sorted(path.name for path in folder.glob("*"))
         is_own = (folder / MARKER_FILE).is_file()
         strangers = [name for name in found if name not in (*OWN_FOLDERS, METRICS_FILE, REPORT_FILE, MARKER_FILE)]

@@ -16,7 +16,7 @@ from transformers.integrations import (
 )
 
 from metamorph.data.batching.packing import check_grouping
-from metamorph.flags.checks import check_choice, check_model_reference
+from metamorph.flags.checks import check_choice, check_model_reference, check_output_folder
 from metamorph.models.text_head import check_text_loss
 from metamorph.training.arguments.data import DataArguments
 from metamorph.training.arguments.model import ModelArguments
@@ -196,6 +196,7 @@ class MetaMorphTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             raise ValueError("--output_dir is required: the folder for checkpoints and the trained model")
+        check_output_folder(self.output_dir, "--output_dir")
         for name, (accepted, reason) in UNSUPPORTED.items():
             value = getattr(self, name, accepted[0])  # older versions of Transformers lack some of them
             if value not in accepted:
