@@ -43,6 +43,15 @@ def test_a_missing_package_is_one_line(
     assert capsys.readouterr().err.startswith(message)
 
 
+def test_debug_is_recommended_for_errors_of_other_packages_only(fail, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["lr", "--batch", "0"]) == 2
+    own = capsys.readouterr().err
+    assert own == "metamorph lr: error: --batch 0 must be at least 1 (all flags: metamorph lr --help)\n"
+    fail(ValueError("raised in a test"))
+    assert cli.main(["lr"]) == 2
+    assert capsys.readouterr().err.endswith("error: raised in a test (metamorph --debug lr … shows where)\n")
+
+
 def test_ctrl_c_is_one_line(fail, capsys: pytest.CaptureFixture[str]) -> None:
     fail(KeyboardInterrupt())
     assert cli.main(["lr"]) == 130

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable
+from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable, refuse_tower
 from metamorph.flags.parser import FlagParser, at_least, output_folder
 
 
@@ -298,6 +298,7 @@ def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
         name = str(asset_path("mini-llama"))
     with names_flag("--model_name_or_path", name):
         config = load_config(name)
+        refuse_tower(config.to_dict(), name, "--model_name_or_path")
         if config.model_type == MetaMorphConfig.model_type:
             processor = MetaMorphProcessor.from_pretrained(name)
             processor.check_fits(config)

@@ -25,6 +25,8 @@ from metamorph.flags.parser import file_in_the_way, unknown_choice
 
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+TOWER_TYPES = ("siglip", "clip", "dinov2")
+"""Beginnings of the model types of vision towers."""
 HUB_TIMEOUT = 10
 """Seconds to wait for the Hub's answer whether a model exists."""
 
@@ -159,6 +161,21 @@ def check_metamorph_model(name: str, flag: str) -> None:
         )
 
 
+def refuse_tower(config: dict[str, Any], name: str, flag: str) -> None:
+    """Refuse a vision tower where a language model is meant.
+
+    Args:
+        config: Its configuration.
+        name: Folder or Hub id.
+        flag: Flag that the error message names.
+
+    Raises:
+        ValueError: if it is one.
+    """
+    if (kind := _kind_of(config)).startswith("a vision tower"):
+        raise ValueError(f"{flag} {name} is {kind}: give it as --vision_tower, and a language model as {flag}")
+
+
 def check_output_folder(folder: str, flag: str) -> None:
     """Check that a folder exists or can be made.
 
@@ -199,7 +216,8 @@ def _kind_of(config: dict[str, Any]) -> str:
     name = str(architectures[0] if isinstance(architectures, list) and architectures else model_type)
     if name.endswith("ForCausalLM"):
         return f"a plain language model ({name})"
-    return f"a vision tower ({name})" if "vision" in name.lower() else f"another model ({name})"
+    is_tower = "vision" in name.lower() or str(model_type).startswith(TOWER_TYPES)
+    return f"a vision tower ({name})" if is_tower else f"another model ({name})"
 
 
 def _hub_reason(error: BaseException, name: str, file: str) -> str | None:

@@ -18,7 +18,7 @@ from metamorph.data.dataset import MixtureDataset, load_data
 from metamorph.data.features.cache import FeatureCache, describe_tower
 from metamorph.data.sources.index import cache_folder
 from metamorph.evaluation.losses import metric_names
-from metamorph.flags.checks import check_reachable, names_flag
+from metamorph.flags.checks import check_reachable, names_flag, refuse_tower
 from metamorph.models.adapters import forget_quantisation
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.connector import check_connector, load_connector
@@ -85,6 +85,7 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
     check_reachable(args.model_name_or_path, "--model_name_or_path")
     with names_flag("--model_name_or_path", args.model_name_or_path):
         text_config = load_config(args.model_name_or_path)
+        refuse_tower(text_config.to_dict(), args.model_name_or_path, "--model_name_or_path")
         continues = text_config.model_type == MetaMorphConfig.model_type
     if not continues:
         check_reachable(resolve_vision_tower(args.vision_tower), "--vision_tower")
