@@ -13,6 +13,7 @@ import pytest
 from metamorph.runs.preemption import (
     MARKER_FILE,
     PREEMPTED,
+    SAME_KEY_PRESS,
     SIGNALS,
     Preempted,
     Preemption,
@@ -33,6 +34,23 @@ def test_a_signal_is_noted_and_nothing_else_happens(number: signal.Signals) -> N
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.signal == number  # the first one counts
     assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_ctrl_c_is_noted_once_there_is_something_to_save_and_a_second_one_leaves() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Preemption() as preemption:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not preemption.agreed()
+        preemption.catch_interrupt()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same key press, passed on by a launcher
+        assert preemption.agreed()
+        assert preemption.is_interrupt
+        preemption._interrupted_at -= 2 * SAME_KEY_PRESS
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_handlers_are_restored_after_an_error() -> None:

@@ -19,7 +19,7 @@ from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion,
 
 from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError, checkpoints, file_stamp
 from metamorph.runs.lock import only_run_in
-from metamorph.runs.preemption import MARKER_FILE, PREEMPTED, Preempted
+from metamorph.runs.preemption import MARKER_FILE, PREEMPTED, Interrupted, Preempted
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
 from metamorph.visualization.pixels import crop_square
 from metamorph.visualization.projector import PROJECTOR_MODES
@@ -144,6 +144,16 @@ def test_signal_saves_and_the_same_command_goes_on(arguments, pictures, tmp_path
     resumed = train_visualizer(args, pictures)
     assert (resumed.first_step, resumed.losses) == (2, unbroken.losses[2:])
     assert not (tmp_path / "out" / MARKER_FILE).exists()
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(arguments, pictures, tmp_path):
+    args = arguments(training_steps=5, logging_steps=2)
+    with pytest.raises(
+        Interrupted, match=r"after step 2; to go on: the same command, or --resume_from_checkpoint .*-2"
+    ):
+        train_visualizer(args, pictures, on_log=lambda step, values: os.kill(os.getpid(), signal.SIGINT))
+    assert not (tmp_path / "out" / MARKER_FILE).exists()  # which asks scripts to start the run again
+    assert train_visualizer(args, pictures).first_step == 2
 
 
 def test_accumulated_equals_large_batch(arguments, pictures, tmp_path):

@@ -84,10 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" (metamorph --debug {words[0]} … shows where)" if _is_from_elsewhere(error) else ""
         print(f"metamorph {words[0]}: error: {printable(str(error))}{hint}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if debug:
             raise
-        print(f"metamorph {words[0]}: interrupted", file=sys.stderr)
+        if is_first_process():
+            print(f"metamorph {words[0]}: interrupted {error}".rstrip(), file=sys.stderr)
         return INTERRUPTED
     return status or 0
 
@@ -99,6 +100,11 @@ def _is_from_elsewhere(error: BaseException) -> bool:
         error = error.__cause__
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return not str(frame.f_globals.get("__name__", "")).startswith("metamorph.")
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks, of those that torchrun has started."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def usage() -> str:
@@ -113,7 +119,7 @@ def usage() -> str:
 
 def _set_up_logging(debug: bool) -> None:
     """Log to stderr: our own records from the first process only, unless `debug`. Hush some of libraries."""
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    is_main = is_first_process()
     level = logging.DEBUG if debug else logging.INFO if is_main else logging.WARNING
     handler = logging.StreamHandler()
     handler.setFormatter(_PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"))

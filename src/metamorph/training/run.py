@@ -83,9 +83,9 @@ def run_training(
 ) -> TrainResult:
     """Train stage 1 or stage 2. `metamorph train` is this function with flags.
 
-    What can be wrong with the input is found before the weights are loaded. While it runs in the main thread, SIGUSR1
-    and SIGTERM let it save and stop at the next step. On a CPU, and elsewhere with `full_determinism`, PyTorch computes
-    with deterministic algorithms; its settings are restored at the end.
+    What can be wrong with the input is found before the weights are loaded. While it runs in the main thread, SIGUSR1,
+    SIGTERM and Ctrl-C let it save and stop at the next step. On a CPU, and elsewhere with `full_determinism`, PyTorch
+    computes with deterministic algorithms; its settings are restored at the end.
 
     Args:
         model_args: What the network is, and the stage.
@@ -99,6 +99,7 @@ def run_training(
     Raises:
         CheckpointError: If another run uses the output folder.
         Preempted: If a signal has stopped it.
+        Interrupted: If Ctrl-C has; a checkpoint was saved.
     """
     deterministic = deterministic_algorithms(
         training_args.device, full=training_args.full_determinism, seed=training_args.seed

@@ -33,8 +33,9 @@ def train_visualizer(
 ) -> VisualizerResult:
     """Train a visualizer and write it as a diffusers pipeline to `args.output_dir`.
 
-    While it runs in the main thread, SIGUSR1 and SIGTERM let it save and stop at the next step. On a CPU, and elsewhere
-    with `full_determinism`, PyTorch computes with deterministic algorithms; its settings are restored at the end.
+    While it runs in the main thread, SIGUSR1, SIGTERM and Ctrl-C let it save and stop at the next step. On a CPU, and
+    elsewhere with `full_determinism`, PyTorch computes with deterministic algorithms; its settings are restored at the
+    end.
 
     Args:
         args: The flags.
@@ -45,6 +46,7 @@ def train_visualizer(
         ValueError: for parts, data or checkpoints that do not fit, or another run in the output folder, before training
             starts.
         Preempted: if a signal has stopped it.
+        Interrupted: if Ctrl-C has; a checkpoint was saved.
     """
     with Preemption() as preemption:
         return _train(args, images, on_log, preemption)

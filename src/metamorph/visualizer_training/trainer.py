@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from metamorph.runs.checkpoint_files import explains_write_errors
 from metamorph.runs.lock import check_lock
-from metamorph.runs.preemption import Preemption, ignore_signals, leave_preempted
+from metamorph.runs.preemption import Preemption, ignore_signals, leave
 from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualization.projector import VisualizationProjector
 from metamorph.visualization.token_options import load_tower
@@ -165,6 +165,7 @@ class VisualizerTrainer:
 
         Raises:
             Preempted: on all processes, if one of them got a signal; a checkpoint and the marker have been written.
+            Interrupted: on all processes after Ctrl-C; a checkpoint has been written.
         """
         args, state = self.args, self.state
         first_step = state.step
@@ -177,6 +178,7 @@ class VisualizerTrainer:
             unit="step",
             disable=None if self.accelerator.is_main_process else True,
         )
+        self.preemption.catch_interrupt()
         with progress:
             while state.step < args.training_steps:
                 self._optimizer_step(batches)
@@ -185,7 +187,14 @@ class VisualizerTrainer:
                     self._log(progress)
                 if state.step < args.training_steps and self.preemption.agreed():
                     folder = self._save_checkpoint(validate=False)  # time is short
-                    leave_preempted(self.accelerator, self.preemption, folder, state.step)
+                    leave(
+                        self.preemption,
+                        state.step,
+                        folder,
+                        self.output_dir,
+                        is_main=self.accelerator.is_main_process,
+                        trackers=self.accelerator.trackers,
+                    )
                 if args.save_step and state.step % args.save_step == 0:
                     with monitor.pause():
                         self._save_checkpoint()
