@@ -58,6 +58,13 @@ def test_no_documented_training_writes_into_the_quickstarts_folder(page: str, wo
             assert not value.startswith("out/"), f"{page}: metamorph {command} would write into {value}"
 
 
+@pytest.mark.parametrize(("page", "words"), documented_commands(), ids=str)
+def test_documented_trainings_have_a_learning_rate(page: str, words: tuple[str, ...]) -> None:
+    """Transformers' default suits no stage: a recipe has a better one."""
+    if words[0] == "train":
+        assert {"--config", "--learning_rate"} & set(words), f"{page}: {' '.join(words)}"
+
+
 def test_training_pages_and_scripts_leave_the_quickstarts_folder_alone() -> None:
     for path in (ROOT / "visualization/train_1node.sh", ROOT / "visualization/Train_Visualization.md"):
         assert not re.search(r"\bout/", path.read_text(encoding="utf-8")), path

@@ -196,6 +196,8 @@ def evaluate_losses(
 def metric_names(sources: Iterable[str], *, visual_loss: bool, prefix: str = "eval") -> list[str]:
     """Names of the losses that [`validation_metrics`] may have: a source without visual targets lacks some of them.
 
+    A single source has no names of its own.
+
     Args:
         sources: Names of the sources.
         visual_loss: Whether the model has a visual loss.
@@ -204,7 +206,8 @@ def metric_names(sources: Iterable[str], *, visual_loss: bool, prefix: str = "ev
     sums = torch.ones(_NUM_SUMS, dtype=torch.float64)  # only the names count
     sums[4] = float(visual_loss)
     every = SourceLoss(sums, torch.ones(1, 1, dtype=torch.float64))
-    prefixes = [f"{prefix}_", *(f"{prefix}_{source}_" for source in sources)]
+    names = list(sources)
+    prefixes = [f"{prefix}_", *(f"{prefix}_{name}_" for name in names if len(names) > 1)]
     return [name for each in prefixes for name in every.as_metrics(each, 1.0)]
 
 

@@ -172,7 +172,8 @@ class MetaMorphTrainer(CheckpointingTrainer):
             metric_key_prefix: What the names of the values begin with.
 
         Returns:
-            `eval_loss`, `eval_text_loss`, `eval_visual_loss`, …, and `eval_SOURCE_text_loss`, … for each source.
+            `eval_loss`, `eval_text_loss`, `eval_visual_loss`, …, and `eval_SOURCE_text_loss`, … for each source of
+            several.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         with self.monitor.pause():

@@ -16,7 +16,7 @@ from transformers.integrations import (
 )
 
 from metamorph.data.batching.packing import check_grouping
-from metamorph.flags.checks import check_choice, check_model_reference, check_output_folder
+from metamorph.flags.checks import RemembersGiven, check_choice, check_model_reference, check_output_folder
 from metamorph.models.text_head import check_text_loss
 from metamorph.training.arguments.data import DataArguments
 from metamorph.training.arguments.model import ModelArguments
@@ -100,7 +100,7 @@ INSTALL_HINTS = {
 
 
 @dataclass
-class MetaMorphTrainingArguments(TrainingArguments):
+class MetaMorphTrainingArguments(RemembersGiven, TrainingArguments):
     """How it learns: every flag of `transformers.TrainingArguments`, with the guide's defaults, and our own.
 
     Weights are kept in float32; `bf16` and `fp16` choose the precision of the computation (autocast). Without a
@@ -108,8 +108,8 @@ class MetaMorphTrainingArguments(TrainingArguments):
     """
 
     learning_rate: float | str = 5e-5
-    """Peak learning rate. `auto` takes `base_learning_rate` × √(samples in a step / `base_batch_size`), the rule of the
-    training guide."""
+    """Peak learning rate; the default is Transformers', and a stage that runs with it is warned about. `auto` takes
+    `base_learning_rate` × √(samples in a step / `base_batch_size`), the rule of the training guide."""
     base_learning_rate: float | None = None
     """For `learning_rate="auto"`: a learning rate that is known to be good for `base_batch_size`."""
     base_batch_size: int | None = None
@@ -175,6 +175,8 @@ class MetaMorphTrainingArguments(TrainingArguments):
     recompute: str = "none"
     """What is computed again for the backward pass instead of kept: `none`; `full`, all but the input of each layer;
     or `selective`, what lies between matrix products and attention. Saves memory, costs time."""
+    save_total_limit: int | None = 2
+    """Checkpoints to keep: the newest ones, and the best with `load_best_model_at_end`. 0 keeps all."""
     resume_from_checkpoint: str | None = None
     """A checkpoint folder. By default the newest complete one in `output_dir`, if any; True: there must be one;
     False: start anew."""

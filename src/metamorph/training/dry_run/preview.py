@@ -247,7 +247,7 @@ def _learning_rate(args: PreviewTrainingArguments, data: DataPreview | None, pro
     """Apply the rule if it can be applied, and say how."""
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     if args.learning_rate != AUTO_LEARNING_RATE:
-        return f"{args.learning_rate:.3g}, as given"
+        return f"{args.learning_rate:.3g}, {'as given' if args.is_given('learning_rate') else 'the default'}"
     if data is None and args.packing:
         base, base_batch = args.base_learning_rate, args.base_batch_size
         assert base is not None  # checked with the flags
