@@ -22,6 +22,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from metamorph.inference import draw, load, reply_to
     from metamorph.models.configuration_metamorph import MetaMorphConfig

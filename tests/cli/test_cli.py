@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 
 from metamorph import cli
+from metamorph.flags.extras import install_command
 
 
 def subcommand(error: BaseException) -> ModuleType:
@@ -39,7 +40,7 @@ def test_a_missing_package_is_one_line(
     words = ["train", "--model_name_or_path", "owner/llm", "--data_path", str(tmp_path / "data.jsonl")]
     flags = ["--tune_mm_mlp_adapter", "True", "--output_dir", str(tmp_path), "--bf16", "False", "--sharding", "zero2"]
     assert cli.main([*words, *flags]) == 2
-    message = "metamorph train: error: --sharding zero2 needs DeepSpeed: pip install 'metamorph[deepspeed]'"
+    message = "metamorph train: error: --sharding zero2 needs DeepSpeed: " + install_command("deepspeed")
     assert capsys.readouterr().err.startswith(message)
 
 

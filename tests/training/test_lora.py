@@ -35,7 +35,7 @@ from metamorph.training.stages import apply_stage
 pytestmark = pytest.mark.integration
 
 
-pytest.importorskip("peft", reason="needs metamorph[lora]")
+pytest.importorskip("peft", reason="needs the extra lora")
 
 LORA = {"lora_enable": True, "lora_r": 4, "from_scratch_connector": True}
 EXACT = ("loss", "text_loss", "visual_loss", "grad_norm", "learning_rate")
@@ -61,7 +61,7 @@ def lora(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
 @pytest.fixture(scope="module")
 def qlora(wide_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """QLoRA, without dropout, so that it can be compared in training mode."""
-    pytest.importorskip("bitsandbytes", reason="needs metamorph[lora]")
+    pytest.importorskip("bitsandbytes", reason="needs the extra lora")
     folder = tmp_path_factory.mktemp("qlora")
     return run_training(*arguments(wide_parts, folder, stage=2, **LORA, bits=4, lora_dropout=0.0))
 
@@ -257,7 +257,7 @@ def test_qlora_folder_opens_in_4_bits(qlora: TrainResult) -> None:
 
 
 def test_stage_1_with_a_4_bit_language_model(wide_parts: Path, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="needs metamorph[lora]")
+    pytest.importorskip("bitsandbytes", reason="needs the extra lora")
     run_training(*arguments(wide_parts, tmp_path, stage=1, bits=4))
     assert "quantization" not in (tmp_path / "config.json").read_text()
     assert (tmp_path / CONNECTOR_FILE).is_file()

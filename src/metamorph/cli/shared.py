@@ -129,10 +129,11 @@ def check_drawing_flags(flags: argparse.Namespace) -> None:
     """
     import importlib.util
 
+    from metamorph.flags.extras import install_command
     from metamorph.mini import AssetError, shipped_folder
 
     if importlib.util.find_spec("diffusers") is None:
-        raise ValueError("--visualizer needs diffusers: pip install 'metamorph[visualization]'")
+        raise ValueError(f"--visualizer needs diffusers: {install_command('visualization')}")
     for name, least in (("steps", 1), ("seed", 0), ("num_tokens", 1)):
         value = getattr(flags, name)
         if value is not None and value < least:
