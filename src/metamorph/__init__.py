@@ -9,7 +9,7 @@
 `evaluation/`             how good they are
 `training/`               stages 1 and 2; `visualizer_training/` trains the visualizer
 `miniature/`              the whole system in a small drawn world; `mini/` holds the weights that ship with the package
-`cli/`                    the `metamorph` command
+`cli/`                    the `metamorph` command; `recipes/` holds settings for each stage and model size
 `flags/`, `files/`, `runs/`   what they share: flags, files of strangers, folders and processes of a run
 
 The docstring of each package says what is answered in which file.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from file_parts import other_permissions
 from safetensors.torch import load_file, save_file
 from training_parts import arguments, make_language_model, make_records, make_vision_tower
 from transformers import AutoModelForCausalLM
@@ -144,6 +145,7 @@ def test_the_folder_holds_everything_that_was_trained_and_no_base(lora: TrainRes
     assert {name.partition(".")[0] for name in beside} == {"mm_projector", "vision_head", "new_rows", "new_head_rows"}
     assert beside["new_rows"].shape == beside["new_head_rows"].shape == (2, 32)
     assert "quantization_config" not in (folder / "config.json").read_text()
+    assert other_permissions(folder) == {}
 
 
 def test_from_pretrained_gives_the_trained_model(lora: TrainResult) -> None:
@@ -185,6 +187,7 @@ def test_merged_by_the_command(lora: TrainResult, tmp_path: Path) -> None:
     assert main(["convert", "--merge-adapter", lora.output_dir, "--output", str(merged)]) == 0
     assert (merged / "model.safetensors").is_file()
     assert not (merged / ADAPTER_FILE).exists()
+    assert other_permissions(merged) == {}
     model, info = MetaMorphForConditionalGeneration.from_pretrained(merged, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

@@ -2,4 +2,5 @@
 
 How do errors name a flag?                      `checks.py`
 How do a YAML recipe and flags become values?   `recipes.py`
+How do errors say what to install?              `extras.py`
 """

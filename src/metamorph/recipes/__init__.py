@@ -15,7 +15,7 @@ def shipped_recipes() -> dict[str, str]:
     return {file.stem: file.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ") for file in files}
 
 
-def recipe_path(recipe: str) -> Path:
+def find_recipe(recipe: str) -> Path:
     """The file that `--config` means: that of this path if there is one, else the shipped recipe of this name.
 
     Args:
