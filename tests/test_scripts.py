@@ -109,7 +109,7 @@ def test_r25_a_signal_to_the_script_saves_and_the_same_command_finishes(
     parts: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     env = environment(
-        RECIPE=ROOT / "recipes/tiny-cpu-stage1.yaml",
+        RECIPE="tiny-cpu-stage1",
         MODEL_NAME_OR_PATH=parts / "llm",
         VISION_TOWER=parts / "tower",
         DATA_PATH=parts / "data.jsonl",

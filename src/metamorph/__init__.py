@@ -9,7 +9,7 @@
 `evaluation/`             how good they are
 `training/`               stages 1 and 2; `visualizer_training/` trains the visualizer
 `miniature/`              the whole system in a small drawn world; `mini/` holds the weights that ship with the package
-`cli/`                    the `metamorph` command
+`cli/`                    the `metamorph` command; `recipes/` holds settings for each stage and model size
 `flags/`, `files/`, `runs/`   what they share: flags, files of strangers, folders and processes of a run
 
 The docstring of each package says what is answered in which file.
@@ -21,6 +21,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from metamorph.inference import draw, load, reply_to

@@ -13,6 +13,7 @@ from video_parts import av, colour, index_of, write_video
 from metamorph.data.media.stores import FolderStore, MediaError, load, load_all, load_image, probe
 from metamorph.data.media.video import probe_video, read_frames
 from metamorph.data.tasks import Box, ImageRef
+from metamorph.flags.extras import install_command
 
 
 TENTHS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
@@ -231,4 +232,4 @@ def test_r29_pyav_is_needed_for_videos_only():
         "except ModuleNotFoundError as error: print(error)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "metamorph[video]" in run.stdout
+    assert install_command("video") in run.stdout

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from file_parts import other_permissions
 from PIL import Image
 
 from metamorph.cli import main
@@ -71,6 +72,11 @@ def test_the_report_holds_its_pictures_and_needs_no_other_file(out, metrics):
 
 def test_only_known_folders_are_left_so_that_a_second_run_may_clear_them(out):
     assert {path.name for path in out.iterdir()} == {*OWN_FOLDERS, MARKER_FILE, "metrics.json", "report.html"}
+
+
+def test_what_is_left_has_the_permissions_of_the_umask(out):
+    assert len(list(out.rglob("*.safetensors"))) >= 5
+    assert other_permissions(out) == {}
 
 
 def test_generate_answers_with_the_folders_that_are_left(out, tmp_path, capsys):

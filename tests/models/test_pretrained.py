@@ -165,7 +165,7 @@ def test_values_that_are_not_finite_are_refused(kind, value: float, dtype: torch
 
 @pytest.mark.parametrize("load", [MetaMorphForConditionalGeneration.from_pretrained, load_language_model])
 def test_four_bit_weights_must_be_finite_too(load, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="needs metamorph[lora]")
+    pytest.importorskip("bitsandbytes", reason="needs the extra lora")
     from transformers import BitsAndBytesConfig
 
     (write_language_model if load is load_language_model else write_metamorph)(tmp_path)

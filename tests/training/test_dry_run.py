@@ -13,7 +13,7 @@ from metamorph import cli
 pytestmark = pytest.mark.integration
 
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_stage_1_of_the_8b_recipe(
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a dry run of folders needs no network"))
     report = dry_run(
         capsys,
-        config=RECIPES / "llama3.1-8b-stage1.yaml",
+        config="llama3.1-8b-stage1",
         model_name_or_path=large / "llm",
         vision_tower=large / "tower",
         num_gpus=8,
@@ -72,7 +72,7 @@ def test_stage_1_of_the_8b_recipe(
 
 def test_stage_2_of_the_8b_recipe(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = {
-        "config": RECIPES / "llama3.1-8b-stage2.yaml",
+        "config": "llama3.1-8b-stage2",
         "model_name_or_path": large / "llm",
         "vision_tower": large / "tower",
         "pretrain_mm_mlp_adapter": large / "stage1",
@@ -93,12 +93,12 @@ def test_stage_2_of_the_8b_recipe(large: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_memory_table_of_the_documentation(stage: int, large: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = (RECIPES.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    page = (DOCS / "training.md").read_text(encoding="utf-8")
     engines = re.findall(r"`(\w+)`", re.search(r"^\| Stage, `--recompute` .*$", page, re.MULTILINE)[0])
     numbers = re.search(rf"^\| {stage}, `full` \| (.*) \|$", page, re.MULTILINE)[1].split(" | ")
     report = dry_run(
         capsys,
-        config=RECIPES / f"llama3.1-8b-stage{stage}.yaml",
+        config=f"llama3.1-8b-stage{stage}",
         model_name_or_path=large / "llm",
         vision_tower=large / "tower",
         num_gpus=8,

@@ -11,6 +11,7 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from file_parts import other_permissions
 from training_parts import NUM_IMAGE_TOKENS, arguments, write_records
 from transformers import SiglipVisionModel
 
@@ -132,6 +133,7 @@ def test_tokens_are_those_of_the_tower_whatever_the_shards(parts: Path, cache: P
         assert ("visual_tokens" in ours) == ("pixel_values" in theirs)
         if "visual_tokens" in ours:
             torch.testing.assert_close(ours["visual_tokens"], tower(theirs["pixel_values"]), atol=1e-6, rtol=0)
+    assert other_permissions(cache) == {}
 
 
 @pytest.mark.parametrize(

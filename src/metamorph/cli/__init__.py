@@ -7,7 +7,6 @@ What several commands share is in `shared.py`.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import logging
 import os
 import sys
@@ -15,6 +14,8 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from metamorph import __version__
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ COMMANDS = {
     "evaluate": Command("metamorph.cli.evaluate", "how good a finished model is, with pictures"),
     "study": Command("metamorph.cli.study", "experiments on the miniature world, with error bars"),
     "convert": Command("metamorph.cli.convert", "merge an adapter, or import a checkpoint of the original system"),
+    "recipes": Command("metamorph.cli.recipes", "list the recipes for `--config`, or print one"),
     "lr": Command("metamorph.cli.lr", "scale a learning rate to another batch size"),
 }
 
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if words else 2
     if words[0] == "--version":
-        print(f"metamorph {importlib.metadata.version('metamorph')}")
+        print(f"metamorph {__version__}")
         return 0
     if words[0] not in COMMANDS:
         from metamorph.flags.parser import nearest
@@ -74,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"metamorph: unknown command {words[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     _set_up_logging(debug)
+    _warn_of_namesake()
     try:
         status = importlib.import_module(COMMANDS[words[0]].module).main(words[1:])
     except USER_ERRORS as error:
@@ -115,6 +118,20 @@ def usage() -> str:
         + "\n".join(lines)
         + "\n\n`metamorph COMMAND --help` lists the flags; `metamorph --debug COMMAND` shows where an error was raised."
     )
+
+
+def _warn_of_namesake() -> None:
+    """Warn where the `metamorph` of PyPI is installed, too: it owns the same folder and the same command."""
+    import importlib.metadata  # not for --help
+
+    # An installation of ours from before its distribution was called metamorph-vpit has our command.
+    for distribution in importlib.metadata.distributions(name="metamorph"):
+        if all(point.value != "metamorph.cli:main" for point in distribution.entry_points):
+            logging.getLogger(__name__).warning(
+                "another project called metamorph (%s) is installed in this environment and owns the same files: "
+                "`pip uninstall metamorph metamorph-vpit`, then install MetaMorph again",
+                distribution.metadata["Summary"],
+            )
 
 
 def _set_up_logging(debug: bool) -> None:

@@ -168,6 +168,9 @@ def save(model: Any, processor: Any, output: Path, dtype: str) -> None:
     """
     import torch
 
+    from metamorph.files.permissions import apply_umask
+
     model.to(getattr(torch, dtype)).save_pretrained(output)
+    apply_umask(*output.glob("*.safetensors"))
     processor.save_pretrained(output)
     logger.info("%s parameters in %s", f"{model.num_parameters():,}", dtype)

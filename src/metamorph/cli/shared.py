@@ -123,10 +123,11 @@ def check_drawing_flags(flags: argparse.Namespace) -> None:
     """
     import importlib.util
 
+    from metamorph.flags.extras import install_command
     from metamorph.mini import AssetError, shipped_folder
 
     if importlib.util.find_spec("diffusers") is None:
-        raise ValueError("--visualizer needs diffusers: pip install 'metamorph[visualization]'")
+        raise ValueError(f"--visualizer needs diffusers: {install_command('visualization')}")
     try:
         is_shipped = flags.visualizer == "mini" and not Path("mini").exists()
         if flags.vision_tower is not None or is_shipped:

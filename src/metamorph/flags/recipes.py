@@ -3,7 +3,6 @@
 from argparse import SUPPRESS, Action, ArgumentError, ArgumentTypeError
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from transformers import HfArgumentParser
@@ -11,6 +10,7 @@ from transformers import HfArgumentParser
 from metamorph.files.yaml_files import read_yaml
 from metamorph.flags.checks import attribute_docs
 from metamorph.flags.parser import FlagParser, finite_number, nearest
+from metamorph.recipes import find_recipe
 
 
 class RecipeParser(FlagParser, HfArgumentParser):
@@ -18,7 +18,8 @@ class RecipeParser(FlagParser, HfArgumentParser):
 
     def __init__(self, dataclass_types: Iterable[type], **kwargs: Any) -> None:
         super().__init__(dataclass_types, **kwargs)
-        self.add_argument("--config", metavar="RECIPE.yaml", help="YAML file of flags; command-line flags override it")
+        help_text = "YAML file of flags, or a name that `metamorph recipes` lists; command-line flags override it"
+        self.add_argument("--config", metavar="RECIPE", help=help_text)
         # `float | str` is a number or `auto`; HfArgumentParser takes it for a number alone.
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         number_or_auto = {name for name, hint in hints.items() if hint == float | str}
@@ -102,10 +103,11 @@ def parse_arguments(
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """Read the YAML file at `path`: one mapping from flag names to values."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f"--config {path} does not exist or is not a file: give a YAML file of flags")
+    """Read one mapping from flag names to values: the YAML file at `path`, or the shipped recipe of that name."""
+    try:
+        file = find_recipe(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--config {error}") from error
     try:
         values = read_yaml(file)
     except ValueError as error:
@@ -130,7 +132,7 @@ def _recipe_path(argv: Sequence[str]) -> str | None:
     for position, text in enumerate(argv):
         if text == "--config":
             if position + 1 == len(argv):
-                raise ValueError("--config needs the path of a YAML file")
+                raise ValueError("--config needs the path of a YAML file or the name of a recipe (`metamorph recipes`)")
             path = argv[position + 1]
         elif text.startswith("--config="):
             path = text.removeprefix("--config=")

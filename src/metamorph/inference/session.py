@@ -13,6 +13,7 @@ from PIL import Image
 
 from metamorph.data.media.images import load_image
 from metamorph.flags.checks import check_model_reference, check_reachable, names_flag
+from metamorph.flags.extras import install_command
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.inference.reply import Prompt, Reply, reply_to
 from metamorph.mini import shipped_folder
@@ -167,7 +168,7 @@ def check_visualizer_folder(visualizer: str, flag: str = "--visualizer") -> str:
     try:
         from metamorph.visualization.folders import check_visualizer, visualizer_folder
     except ModuleNotFoundError as error:
-        raise ValueError(f"{flag} {visualizer} needs {error.name}: pip install 'metamorph[visualization]'") from error
+        raise ValueError(f"{flag} {visualizer} needs {error.name}: {install_command('visualization')}") from error
     with names_flag(flag, visualizer):
         check_visualizer(visualizer_folder(visualizer))
     return visualizer

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from metamorph.files.model_files import check_finite
+from metamorph.files.permissions import save_file
 from metamorph.runs.checkpoint_files import (
     PREFIX,
     CheckpointError,

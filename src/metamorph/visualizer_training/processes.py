@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import GradientAccumulationPlugin
 
+from metamorph.flags.extras import install_command
 from metamorph.visualizer_training.arguments import VisualizerArguments
 
 
@@ -35,7 +36,7 @@ def start_accelerate(args: VisualizerArguments) -> Accelerator:
             )
     tracker = None if args.report_to == "none" else args.report_to
     if tracker is not None and importlib.util.find_spec(tracker) is None:
-        raise ValueError(f"--report_to {tracker}: {tracker} is not installed; pip install 'metamorph[trackers]'")
+        raise ValueError(f"--report_to {tracker}: {tracker} is not installed: {install_command('trackers')}")
     if is_initialized() and AcceleratorState().mixed_precision != args.mixed_precision:
         # Left by another trainer of this process. Accelerate refuses to change it, and has no public way to start anew
         # that keeps the process group; Transformers' Trainer does the same.

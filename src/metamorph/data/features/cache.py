@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from metamorph.data.media.refs import ImageRef
@@ -25,6 +24,7 @@ from metamorph.data.media.stores import MediaError, MediaStore
 from metamorph.data.records import DataError
 from metamorph.data.sources.tars import TarSample
 from metamorph.files.model_files import file_shapes, read_json_object
+from metamorph.files.permissions import save_file
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 

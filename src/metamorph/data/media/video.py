@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from metamorph.data.media.images import MAX_IMAGE_PIXELS, MediaError, check_regular
+from metamorph.flags.extras import install_command
 
 
 VideoFile = str | os.PathLike[str] | BinaryIO
@@ -153,7 +154,7 @@ def _decoding(file: VideoFile, name: str | None, max_pixels: int) -> Iterator[tu
         import av
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "reading videos needs PyAV, which is not installed: pip install 'metamorph[video]'"
+            f"reading videos needs PyAV, which is not installed: {install_command('video')}"
         ) from error
     name = str(file) if name is None else name
     if isinstance(file, (str, os.PathLike)):

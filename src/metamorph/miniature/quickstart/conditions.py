@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metamorph.files.permissions import save_file
 from metamorph.miniature.world.cells import ATTRIBUTES, GRID, cell_labels
 from metamorph.miniature.world.checker import read_image
 from metamorph.miniature.world.scenes import BACKGROUNDS, Scene

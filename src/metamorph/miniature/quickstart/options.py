@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metamorph.flags.checks import check_output_folder
+from metamorph.flags.extras import install_command
 from metamorph.mini import PARTS, asset_path
 
 
@@ -19,7 +20,7 @@ MARKER_FILE = ".metamorph-quickstart"
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
 EXTRAS = ("diffusers", "matplotlib")
-"""Libraries that only `pip install 'metamorph[quickstart]'` installs."""
+"""Libraries that only the extra `quickstart` installs."""
 MAX_THREADS = 4
 """Models as small as these do not gain from more."""
 
@@ -82,7 +83,7 @@ def require_extras() -> None:
     """
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"the quickstart needs {' and '.join(missing)}: pip install 'metamorph[quickstart]'")
+        raise ValueError(f"the quickstart needs {' and '.join(missing)}: {install_command('quickstart')}")
 
 
 def clear_output(folder: Path) -> None:

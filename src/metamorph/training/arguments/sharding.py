@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_available
 
 from metamorph.flags.checks import check_choice
+from metamorph.flags.extras import install_command
 
 
 SHARDINGS = ("auto", "ddp", "fsdp2", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -106,7 +107,7 @@ def apply_sharding(args: TrainingArguments, sharding: str) -> None:
         use_fsdp2(args)
     elif sharding.startswith("zero"):
         if not is_deepspeed_available():
-            raise ModuleNotFoundError(f"--sharding {sharding} needs DeepSpeed: pip install 'metamorph[deepspeed]'")
+            raise ModuleNotFoundError(f"--sharding {sharding} needs DeepSpeed: {install_command('deepspeed')}")
         args.deepspeed = deepspeed_config(sharding)
 
 

@@ -17,6 +17,7 @@ from transformers.integrations import (
 
 from metamorph.data.batching.packing import check_grouping
 from metamorph.flags.checks import RemembersGiven, check_choice, check_model_reference, check_output_folder
+from metamorph.flags.extras import install_command
 from metamorph.models.text_head import check_text_loss
 from metamorph.training.arguments.data import DataArguments
 from metamorph.training.arguments.model import ModelArguments
@@ -93,8 +94,8 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Flags of Transformers that would do nothing here: the values that are accepted, and why no other one is."""
 INSTALL_HINTS = {
-    "tensorboard": "pip install 'metamorph[trackers]'",
-    "wandb": "pip install 'metamorph[trackers]'",
+    "tensorboard": install_command("trackers"),
+    "wandb": install_command("trackers"),
     "trackio": "pip install trackio",
 }
 

@@ -16,6 +16,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from metamorph.data.batching.sampler import PlannedBatches
+from metamorph.files.permissions import apply_umask
 from metamorph.models.adapters import has_adapter, load_adapter_weights, save_adapter
 from metamorph.models.connector import load_connector, save_connector
 from metamorph.runs.checkpoint_files import (
@@ -246,6 +247,7 @@ class CheckpointingTrainer(ShardedTrainer):
             # Base language models name one end token; ours also end their turns.
             self.model.generation_config.eos_token_id = self.processing_class.end_of_turn_token_ids
             self.model.save_pretrained(folder, state_dict=state_dict)
+            apply_umask(*folder.glob("*.safetensors"))
             # It notes the precision that the first weight computes in; those in the files are float32 with any engine.
             self.model.config.dtype = torch.float32
             self.model.config.save_pretrained(folder)

@@ -37,7 +37,7 @@ TRAINING_FLAGS = (
 )
 METRICS = ("loss", "text_loss", "visual_loss", "visual_cosine", "visual_cosine_baseline")
 """Of training; all that begins with `eval_` is added."""
-LIBRARIES = ("metamorph", "torch", "transformers", "accelerate")
+LIBRARIES = ("torch", "transformers", "accelerate")
 
 
 @dataclasses.dataclass(frozen=True)
