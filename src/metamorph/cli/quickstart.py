@@ -47,8 +47,9 @@ def run(flags: argparse.Namespace) -> None:
 
     options = QuickstartOptions(flags.output_dir, flags.seed, flags.fast, flags.assets_dir)
     # Takes seconds to import, so only after the flags are known to be good.
-    from metamorph.miniature.quickstart.report import duration, headline
+    from metamorph.miniature.quickstart.report import headline
     from metamorph.miniature.quickstart.run import run_quickstart
+    from metamorph.runs.progress import duration
 
     result = run_quickstart(options)
     print_table(headline(result.metrics))
