@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f": did you mean {near[0]!r}?" if near else ""
         print(f"metamorph: unknown command {words[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
+    _let_idle_threads_sleep()
     _set_up_logging(debug)
     try:
         status = importlib.import_module(COMMANDS[words[0]].module).main(words[1:])
@@ -100,12 +102,22 @@ def usage() -> str:
     )
 
 
+def _let_idle_threads_sleep() -> None:
+    """Set OpenMP's wait policy, which it reads when PyTorch is imported; processes that are started inherit it.
+
+    By default OpenMP's threads spin while they wait for one another, which beside other programs takes several times
+    as long as the work.
+    """
+    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
 def _set_up_logging(debug: bool) -> None:
     """Log to stderr: our own records from the first process only, unless `debug`. Hush some of libraries."""
     is_main = int(os.environ.get("RANK", "0")) == 0
     level = logging.DEBUG if debug else logging.INFO if is_main else logging.WARNING
     handler = logging.StreamHandler()
-    handler.setFormatter(_PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_LineFormatter(debug))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("metamorph").setLevel(level)
     # PEFT imports bitsandbytes, which then recommends a package for 4-bit products on a CPU to every command.
@@ -113,19 +125,35 @@ def _set_up_logging(debug: bool) -> None:
     # Accelerate imports DeepSpeed where it is installed, also for a run without it. DeepSpeed sets the level of its
     # logger itself; a filter stays.
     logging.getLogger("DeepSpeed").addFilter(_is_not_about_the_accelerator)
+    logging.getLogger("transformers.configuration_utils").addFilter(_is_not_about_siglips_text)
     if not (is_main and sys.stderr.isatty()):  # in a log file each bar is several lines
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # PEFT asks Transformers by a name that is about to go.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
-class _PrintableFormatter(logging.Formatter):
-    """Escapes the control characters of a line: names and paths in it may be a stranger's."""
+class _LineFormatter(logging.Formatter):
+    """`22:35:10 message`; the level where it is a warning or worse, the logger where it is a library's, or `debug`.
+
+    Control characters are escaped: names and paths in a line may be a stranger's.
+    """
+
+    def __init__(self, debug: bool) -> None:
+        super().__init__("%(asctime)s %(origin)s%(message)s", datefmt="%H:%M:%S")
+        self.debug = debug
 
     def format(self, record: logging.LogRecord) -> str:
         from metamorph.flags.checks import printable
 
+        is_own = record.name.partition(".")[0] == "metamorph"
+        level = f"{record.levelname} " if self.debug or record.levelno != logging.INFO else ""
+        record.origin = level if is_own and not self.debug else f"{level}{record.name}: "
         return printable(super().format(record))
+
+
+def _is_not_about_siglips_text(record: logging.LogRecord) -> bool:
+    """False for Transformers' remark on the text half of every SigLIP, whose defaults lie outside its vocabulary."""
+    return re.match(r"Model config: [be]os_token_id .* 31999\), got 4940[67]\.", record.getMessage()) is None
 
 
 def _is_not_about_the_accelerator(record: logging.LogRecord) -> bool:
