@@ -45,6 +45,16 @@ USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionErro
 """What bad input raises, and the lack of an optional package. It is printed as one line; anything else is a fault of
 ours and keeps its traceback."""
 
+HARMLESS = {
+    # Accelerate imports DeepSpeed where it is installed, also for a run without it.
+    "DeepSpeed": r"Setting accelerator to CPU",
+    # The text half of every SigLIP, which is not used, has defaults outside its vocabulary.
+    "transformers.configuration_utils": r"Model config: [be]os_token_id .* 31999\), got 4940[67]\.",
+    # A language model's configuration often names another end than its chat template writes.
+    "transformers.trainer_utils": r"The tokenizer has new PAD/BOS/EOS tokens that differ from the model config",
+}
+"""Loggers of libraries -> messages that frighten, and are right as they are in every run."""
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
 
@@ -122,10 +132,8 @@ def _set_up_logging(debug: bool) -> None:
     logging.getLogger("metamorph").setLevel(level)
     # PEFT imports bitsandbytes, which then recommends a package for 4-bit products on a CPU to every command.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # Accelerate imports DeepSpeed where it is installed, also for a run without it. DeepSpeed sets the level of its
-    # logger itself; a filter stays.
-    logging.getLogger("DeepSpeed").addFilter(_is_not_about_the_accelerator)
-    logging.getLogger("transformers.configuration_utils").addFilter(_is_not_about_siglips_text)
+    for name in HARMLESS:  # filters, as libraries set the levels of their loggers themselves
+        logging.getLogger(name).addFilter(_is_worth_reading)
     if not (is_main and sys.stderr.isatty()):  # in a log file each bar is several lines
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # PEFT asks Transformers by a name that is about to go.
@@ -151,11 +159,6 @@ class _LineFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
-def _is_not_about_siglips_text(record: logging.LogRecord) -> bool:
-    """False for Transformers' remark on the text half of every SigLIP, whose defaults lie outside its vocabulary."""
-    return re.match(r"Model config: [be]os_token_id .* 31999\), got 4940[67]\.", record.getMessage()) is None
-
-
-def _is_not_about_the_accelerator(record: logging.LogRecord) -> bool:
-    """False for DeepSpeed's remark on a machine without a GPU, which a CPU run does not need to hear."""
-    return not record.getMessage().startswith("Setting accelerator to CPU")
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    """False for what `HARMLESS` lists."""
+    return re.match(HARMLESS[record.name], record.getMessage()) is None

@@ -53,6 +53,10 @@ def run(flags: argparse.Namespace) -> None:
 
     result = run_quickstart(options)
     print_table(headline(result.metrics))
+    if flags.fast:
+        print(
+            "\n--fast only shows that every part runs: nothing is learnt in so few steps, so the figures mean nothing."
+        )
     seconds, memory = result.metrics["seconds"]["total"], result.metrics["peak_rss_mb"]
     print(f"\n{duration(seconds)}, peak memory {memory:.0f} MB")
     print(f"report: {result.report.resolve()}")

@@ -23,6 +23,7 @@ class Progress(tqdm):
         stage 2 · step 120/700 · loss 1.90 · 3 min left
 
     Lines come by the clock, also while a single step takes minutes. What ends before the first is due logs nothing.
+    The logger is this module's, at level INFO.
     Only the main process of a run shows anything.
 
     Args:
@@ -57,6 +58,7 @@ class Progress(tqdm):
         super().__init__(iterable, desc, total, unit=unit, disable=not is_main, **kwargs)
         self._has_logged = False
         self._closed = threading.Event()
+        self._log_lock = threading.Lock()
         self._due = time.monotonic() + self.first_seconds
         if is_main and not self.has_bar:
             threading.Thread(target=_log_by_the_clock, args=(weakref.ref(self), self._closed), daemon=True).start()
@@ -78,18 +80,21 @@ class Progress(tqdm):
             return None
         return max(self.total - self.n, 0) * (self._time() - self.start_t) / done
 
-    def line(self) -> str:
-        """The state of the work in one line."""
+    def line(self, *, is_over: bool = False) -> str:
+        """The state of the work in one line, with the time that is left, or that it took."""
         if self.total is None:
             count = f"{self.n:,} {self.unit}s"
         elif self.unit_scale:
             count = f"{self.n / self.total:.0%}"
         else:
             count = f"{self.unit} {self.n:,}/{self.total:,}"
-        left = self.seconds_left()
         values = (self.postfix or "").replace("=", " ").replace(", ", " · ")
-        parts = [self.desc.removesuffix(": "), count, values, "" if left is None else f"{duration(left)} left"]
-        return " · ".join(filter(None, parts))
+        left = self.seconds_left()
+        if is_over:
+            time_left = f"took {duration(self._time() - self.start_t)}"
+        else:
+            time_left = "" if left is None else f"{duration(left)} left"
+        return " · ".join(filter(None, [self.desc.removesuffix(": "), count, values, time_left]))
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
         """Draw the bar, if there is one."""
@@ -98,17 +103,18 @@ class Progress(tqdm):
     def close(self) -> None:
         """Remove the bar, or log how it ended if lines were logged."""
         if not self.disable:
-            self._closed.set()
-            if self._has_logged and self.n:
-                logger.info("%s", self.line().replace("0 s left", f"took {duration(self._time() - self.start_t)}"))
-                self._has_logged = False
+            with self._log_lock:  # no line of the clock comes after the last one
+                self._closed.set()
+                if not self.has_bar and (self._has_logged or time.monotonic() >= self._due):
+                    logger.info("%s", self.line(is_over=True))
         super().close()
 
     def _log_if_due(self) -> float:
         """Log the state if it is time, and return the seconds until it will be."""
-        if time.monotonic() >= self._due:
-            self._has_logged = True
-            self.say(self.line())
+        with self._log_lock:
+            if time.monotonic() >= self._due and not self._closed.is_set():
+                self._has_logged = True
+                self.say(self.line())
         return max(self._due - time.monotonic(), 0.0)
 
 
@@ -120,7 +126,7 @@ def log_line(progress: Progress, epoch: float, loss: float, learning_rate: float
         f"epoch {epoch:6.2f}",
         f"loss {loss:8.4f}",
         f"lr {learning_rate:.2e}",
-        f"{per_second:>9,.1f} {unit}/s",
+        f"{per_second:>8,.{0 if per_second >= 100 else 1}f} {unit}/s",
         f"{'?' if left is None else duration(left)} left",
     )
     return " · ".join(fields)

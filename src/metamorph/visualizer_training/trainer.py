@@ -291,7 +291,7 @@ class VisualizerTrainer:
         if self.bad_pictures.num_bad:
             values["bad_pictures"] = self.bad_pictures.num_bad
         self._logged = values
-        progress.set_postfix(loss=f"{values['loss']:.4f}")
+        progress.set_postfix(loss=f"{values['loss']:.3f}")
         self.accelerator.log(values, step=self.state.step)
         if not self.accelerator.is_main_process:
             return

@@ -64,7 +64,7 @@ class ShowProgress(TrainerCallback):
             return
         if "loss" in logs:
             shown = self.shown if progress.has_bar else {"loss": "loss"}
-            progress.set_postfix({label: f"{logs[name]:.3g}" for name, label in shown.items() if name in logs})
+            progress.set_postfix({label: f"{logs[name]:.3f}" for name, label in shown.items() if name in logs})
         if not self.log_entries:
             return
         if "loss" in logs:
