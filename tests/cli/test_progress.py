@@ -20,7 +20,7 @@ from metamorph.runs.progress import Progress
 pytestmark = pytest.mark.integration
 
 SIX_FIELDS = re.compile(
-    r"step +(\d+)/\d+ · epoch +[\d.]+ · loss +[\d.]+ · lr \d\.\d\de-\d\d · +[\d,.]+ (?:tokens|samples)/s · .+ left"
+    r"step +(\d+)/\d+ · epoch +[\d.]+ · loss +[\d.]+ · lr \d\.\d\de[+-]\d\d · +[\d,.]+ (?:tokens|samples)/s · .+ left"
 )
 Run = Callable[..., list[str]]
 
