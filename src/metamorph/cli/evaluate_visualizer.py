@@ -56,10 +56,9 @@ def run(flags: argparse.Namespace) -> None:
     """
     check_drawing_flags(flags)
     files = list_pictures(flags.images, flags.max_images)
-    from tqdm.auto import tqdm
-
     from metamorph.evaluation.perceptual import PictureFeatures
     from metamorph.evaluation.visualizer import ReconstructionSettings, evaluate_visualizer
+    from metamorph.runs.progress import Progress
 
     device = choose_device(flags.device)
     lpips = PictureFeatures.lpips(flags.lpips_weights, device) if flags.lpips_weights else None
@@ -68,7 +67,7 @@ def run(flags: argparse.Namespace) -> None:
     settings = ReconstructionSettings(
         tuple(flags.guidance_scale), flags.steps, flags.seed, flags.batch_size, flags.grid_rows
     )
-    with tqdm(total=len(files), desc="drawing", unit="picture", disable=None) as progress:
+    with Progress(desc="drawing", total=len(files), unit="picture") as progress:
         found = evaluate_visualizer(
             pipeline,
             PictureFiles(files),

@@ -2,18 +2,32 @@
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+import itertools
+import logging
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metamorph.cli.shared import open_pictures, use_shipped
-from metamorph.flags.checks import printable
+from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable
 from metamorph.flags.parser import FlagParser
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_OUTPUT = Path("generated.png")
+OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PREVIEW_SIDE = 384
+"""Width of the enlarged copy of a picture, in pixels."""
+SMALL_SIDE = 256
+"""Pictures narrower than this get an enlarged copy."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,8 +43,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompt", required=True, help=f"the question; {DEFAULT_IMAGE_TOKEN} says where an --image belongs"
     )
     parser.add_argument("--image", action="append", default=[], help="an input picture; may be given several times")
-    parser.add_argument("--output", default="generated.png", help="where pictures go; a second one becomes …-2.png")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="text and visual tokens (default: %(default)s)")
+    parser.add_argument("--draw", action="store_true", help="begin the answer with a picture, whatever the prompt")
+    parser.add_argument(
+        "--output",
+        help=f"file of the picture; further ones get -2, -3, … (default: {DEFAULT_OUTPUT}, or the next free name)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace pictures that exist")
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="text and visual tokens (default: 256, and those of one picture)"
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0: greedy, else sampling (default: %(default)s)"
     )
@@ -63,23 +84,33 @@ def main(argv: Sequence[str]) -> None:
         from diffusers.utils import logging as diffusers_logging
 
         diffusers_logging.disable_progress_bar()
+    if flags.draw or flags.max_new_tokens is not None:
+        check_budget(flags)
     session = load(flags.model, flags.visualizer, flags.device, dashes="--")
     torch.manual_seed(flags.seed)
     sampling = {"do_sample": True, "temperature": flags.temperature} if flags.temperature else {}
     reply = session.reply(
         flags.prompt,
         images,
+        draw=flags.draw,
         settings=SamplerSettings(flags.guidance_scale, flags.steps, flags.seed),
         max_new_tokens=flags.max_new_tokens,
         **sampling,
     )
-    names = iter(save_images(reply.images, Path(flags.output)))
+    output = DEFAULT_OUTPUT if flags.output is None else Path(flags.output)
+    written = []
+    for image, file in zip(reply.images, save_images(reply.images, output, overwrite=flags.overwrite), strict=True):
+        preview = save_preview(image, file, flags.prompt)
+        written.append(str(file) if preview is None else f"{file}, enlarged: {preview}")
+    names = iter(written)
     for part in reply.parts:
         print(
             printable(part.text)
             if isinstance(part, TextPart)
             else f"[picture: {next(names, 'not drawn without --visualizer')}]"
         )
+    if not reply.num_images and (flags.visualizer is not None or flags.output is not None):
+        logger.info("the answer has no picture, so none was drawn; --draw makes it begin with one")
 
 
 def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
@@ -88,13 +119,22 @@ def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
     Args:
         flags: The command line.
     """
-    if flags.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {flags.max_new_tokens} must be at least 1")
-    if flags.temperature < 0:
-        raise ValueError(f"--temperature {flags.temperature} must be 0 (greedy) or larger")
-    missing = [path for path in flags.image if not Path(path).is_file()]
-    if missing:
-        raise FileNotFoundError(f"--image {missing[0]} does not exist")
+    if not flags.prompt.strip():
+        raise ValueError("--prompt is empty: say what the model should answer or draw")
+    for name, least in (("max_new_tokens", 1), ("steps", 1), ("seed", 0)):
+        value = getattr(flags, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    for name, what in (("temperature", "0 (greedy) or larger"), ("guidance_scale", "0 or larger; 1 is no guidance")):
+        value = getattr(flags, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be {what}")
+    check_output(flags.output, overwrite=flags.overwrite)
+    for path in map(Path, flags.image):
+        if path.is_dir():
+            raise ValueError(f"--image {path} is a folder: name a picture in it")
+        if not path.is_file():
+            raise FileNotFoundError(f"--image {path} does not exist")
     markers = flags.prompt.count(DEFAULT_IMAGE_TOKEN)
     if markers not in (0, len(flags.image)):
         raise ValueError(
@@ -103,11 +143,97 @@ def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
     return open_pictures(flags.image)
 
 
-def save_images(images: "Sequence[Image.Image]", output: Path) -> list[Path]:
-    """Write the images to `output` and, where there are several, to names with `-2`, `-3`, … before the suffix."""
+def check_output(output: str | None, *, overwrite: bool) -> None:
+    """Refuse a name that no picture can be written to, or that is taken.
+
+    Raises:
+        ValueError: If it is no name of a picture, or a file that exists, without `overwrite`.
+        NotADirectoryError: If a file stands where its folder should be.
+    """
+    if output is None:
+        return
+    path = Path(output)
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder: name a file in it, for example {path / DEFAULT_OUTPUT}")
+    if path.suffix.lower() not in OUTPUT_SUFFIXES:
+        raise ValueError(f"--output {path} is no name of a picture: let it end in {', '.join(OUTPUT_SUFFIXES)}")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"--output {path}: {nearest} is a file, not a folder")
+    if path.exists() and not overwrite:
+        raise ValueError(f"--output {path} exists: give another name, or --overwrite")
+
+
+def check_budget(flags: argparse.Namespace) -> None:
+    """Compare `--max-new-tokens` with what a picture of the model takes, before its weights are loaded.
+
+    Raises:
+        ValueError: With `--draw`, if the model cannot draw or a picture does not fit.
+    """
+    from metamorph.models.configuration_metamorph import MetaMorphConfig
+    from metamorph.models.pretrained import load_config
+
+    check_model_reference(flags.model, flag="--model")
+    check_reachable(flags.model, flag="--model")
+    with names_flag("--model", flags.model):
+        config = load_config(flags.model)
+    if not isinstance(config, MetaMorphConfig):
+        return  # refused with its reason where it is loaded
+    can_draw = config.use_vision_ar and config.image_start_token_id is not None
+    if flags.draw and not can_draw:
+        raise ValueError(f"--draw: {flags.model} was trained without visual prediction, so it cannot draw")
+    needed = config.num_image_tokens + 2
+    if flags.max_new_tokens is None or flags.max_new_tokens >= needed or not can_draw:
+        return
+    message = (
+        f"--max-new-tokens {flags.max_new_tokens} has no room for a picture, which takes {needed} "
+        f"({config.num_image_tokens} visual tokens, <image_start> and <image_end>)"
+    )
+    if flags.draw:
+        raise ValueError(f"{message}; --draw needs it: give {needed} or more, or leave it out")
+    logger.warning("%s: the answer will be text only", message)
+
+
+def save_images(images: "Sequence[Image.Image]", output: Path, *, overwrite: bool = False) -> list[Path]:
+    """Write the images to `output` and, where there are several, to names with `-2`, `-3`, … before the suffix.
+
+    Args:
+        images: Any number.
+        output: File of the first.
+        overwrite: Replace files that exist. Otherwise their names are passed over.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
-    numbered = (output.with_stem(f"{output.stem}-{number}") for number in range(2, len(images) + 1))
-    files = [output, *numbered][: len(images)]
+    files = list(itertools.islice(_names(output, overwrite=overwrite), len(images)))
     for image, file in zip(images, files, strict=True):
         image.save(file)
     return files
+
+
+def save_preview(image: "Image.Image", file: Path, caption: str) -> Path | None:
+    """Write an enlarged copy of a small image, with a caption above it; None if the image is large enough.
+
+    Args:
+        image: The image.
+        file: Where it has been written; the copy gets `-preview` before the suffix.
+        caption: Cut where it is long.
+    """
+    if image.width >= SMALL_SIDE:
+        return None
+    from metamorph.visualization.grids import picture_grid
+
+    label = textwrap.shorten(caption, width=60, placeholder=" …")
+    preview = _preview_of(file)
+    picture_grid([[image]], side=PREVIEW_SIDE, labels=[label]).save(preview)
+    return preview
+
+
+def _names(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """`output`, then numbered ones; without `overwrite` only names that are free, with those of their copies."""
+    for number in itertools.count(1):
+        file = output if number == 1 else output.with_stem(f"{output.stem}-{number}")
+        if overwrite or not (file.exists() or _preview_of(file).exists()):
+            yield file
+
+
+def _preview_of(file: Path) -> Path:
+    return file.with_stem(f"{file.stem}-preview")

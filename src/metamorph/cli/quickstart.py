@@ -50,11 +50,16 @@ def run(flags: argparse.Namespace) -> None:
 
     options = QuickstartOptions(flags.output_dir, flags.seed, flags.fast, flags.assets_dir)
     # Takes seconds to import, so only after the flags are known to be good.
-    from metamorph.miniature.quickstart.report import duration, headline
+    from metamorph.miniature.quickstart.report import headline
     from metamorph.miniature.quickstart.run import run_quickstart
+    from metamorph.runs.progress import duration
 
     result = run_quickstart(options)
     print_table(headline(result.metrics))
+    if flags.fast:
+        print(
+            "\n--fast only shows that every part runs: nothing is learnt in so few steps, so the figures mean nothing."
+        )
     seconds, memory = result.metrics["seconds"]["total"], result.metrics["peak_rss_mb"]
     print(f"\n{duration(seconds)}, peak memory {memory:.0f} MB")
     print(f"report: {result.report.resolve()}")

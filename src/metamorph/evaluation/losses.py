@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from tqdm.auto import tqdm
 
 from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.dataset import MixtureDataset
 from metamorph.models.batch_indices import first_image_starts
 from metamorph.models.losses import constant_cosine_sum, sum_dtype
 from metamorph.runs.preemption import ignore_signals
+from metamorph.runs.progress import Progress
 
 
 METRICS = (
@@ -170,9 +170,8 @@ def evaluate_losses(
     was_training = model.training
     model.eval()
     try:
-        show = None if accelerator.is_main_process else True
-        bar = tqdm(zip(batches.sources, loader, strict=True), "Evaluating", len(batches), disable=show, delay=2)
-        for source, batch in bar:
+        steps = zip(batches.sources, loader, strict=True)
+        for source, batch in Progress(steps, "evaluation", len(batches), unit="batch", delay=2):
             if config.image_start_token_id is not None:
                 batch["indices"]["image_starts"] = first_image_starts(
                     batch["labels"], batch["visual_target_mask"], config.image_start_token_id

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from metamorph.data.batching.collation import PackedCollator, PaddedCollator
 from metamorph.models.embeddings import merge_new_token_rows
@@ -40,6 +40,7 @@ from metamorph.training.optimizer import (
     samples_in_a_step,
 )
 from metamorph.training.reporting.model_card import CardFacts
+from metamorph.training.reporting.progress import ShowProgress
 from metamorph.training.reporting.samples import open_samples
 from metamorph.training.reporting.trackers import set_up_trackers
 from metamorph.training.stages import apply_stage, check_learning_rates
@@ -180,9 +181,10 @@ def _train(
     trackers = set_up_trackers(trainer.callback_handler.callbacks, training_args.output_dir)
     if samples is not None:
         samples.attach(trainer, trackers)
-    # Transformers' printer stands in for its bar when that is off. It prints on each node, and beside our callbacks.
-    if callbacks or not trainer.is_world_process_zero():
-        trainer.remove_callback(PrinterCallback)
+    for display in (ProgressCallback, PrinterCallback):  # Transformers': the latter stands in where there is no bar
+        trainer.remove_callback(display)
+    if not any(isinstance(callback, ShowProgress) for callback in callbacks or ()):
+        trainer.add_callback(ShowProgress(f"stage {model_args.stage}"))
     trainer.flags = flags
     trainer.go_on_from(resume_point)
     stop = StopWhenPreempted(preemption, checkpoint)

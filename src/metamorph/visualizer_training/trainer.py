@@ -16,11 +16,11 @@ from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from metamorph.runs.checkpoint_files import explains_write_errors
 from metamorph.runs.lock import check_lock
 from metamorph.runs.preemption import Preemption, ignore_signals, leave
+from metamorph.runs.progress import Progress, log_line
 from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualization.projector import VisualizationProjector
 from metamorph.visualization.token_options import load_tower
@@ -171,15 +171,8 @@ class VisualizerTrainer:
         first_step = state.step
         monitor = self.monitor = RunMonitor(self.accelerator, self._samples_per_step)
         batches = iter(self._loader(state.samples_seen))
-        progress = tqdm(
-            total=args.training_steps,
-            initial=first_step,
-            desc="visualizer",
-            unit="step",
-            disable=None if self.accelerator.is_main_process else True,
-        )
         self.preemption.catch_interrupt()
-        with progress:
+        with Progress(desc="visualizer", total=args.training_steps, unit="step", initial=first_step) as progress:
             while state.step < args.training_steps:
                 self._optimizer_step(batches)
                 progress.update()
@@ -294,28 +287,29 @@ class VisualizerTrainer:
             num_workers=self.args.dataloader_num_workers,
             worker_init_fn=ignore_signals,
         )
-        for batch in tqdm(loader, desc="encoding pictures", unit="batch", disable=None):
+        for batch in Progress(loader, "encoding pictures", unit="batch"):
             pixels = {name: batch[name].to(self.accelerator.device) for name in ("tower_pixels", "vae_pixels")}
             encoded = {name: value.cpu() for name, value in self.encoders(**pixels).items()}
             chunks.append({**encoded, "weight": batch["weight"]})
         return TensorDataset({name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]})
 
-    def _log(self, progress: tqdm) -> None:
+    def _log(self, progress: Progress) -> None:
         """Report what happened since the last entry; the only place in the loop that waits for the device."""
         values = self.monitor.entry(self.state.lr_scheduler.get_last_lr()[0])
         self.bad_pictures.merge(self.accelerator.device)
         if self.bad_pictures.num_bad:
             values["bad_pictures"] = self.bad_pictures.num_bad
         self._logged = values
-        progress.set_postfix(loss=f"{values['loss']:.4f}")
+        progress.set_postfix(loss=f"{values['loss']:.3f}")
         self.accelerator.log(values, step=self.state.step)
         if not self.accelerator.is_main_process:
             return
         if self.on_log is not None:
             self.on_log(self.state.step, values)
-        elif progress.disable:  # no terminal: the log of a job is all that there is to see
-            told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            logger.info("step %d of %d: %s", self.state.step, self.args.training_steps, told)
+        else:
+            epoch = self.state.samples_seen / self.num_images
+            rate = values["samples_per_second"]
+            progress.say(log_line(progress, epoch, values["loss"], values["lr"], rate, "samples"))
 
     @contextmanager
     def _no_sync(self) -> Iterator[None]:

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from metamorph.data.records import DataError, Record, RecordError, Turn, UnsupervisedRecordError
 from metamorph.data.tasks import Conversation
@@ -20,6 +19,7 @@ from metamorph.flags.checks import printable
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.sequence.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, IGNORE_INDEX
 from metamorph.models.sequence.conversations import split_at_images
+from metamorph.runs.progress import Progress
 
 
 WARNINGS = {
@@ -279,7 +279,7 @@ def _probes(dataset: CheckedDataset, indices: Sequence[int], num_workers: int) -
         num_workers=num_workers,
         collate_fn=list,
     )
-    with tqdm(total=len(indices), desc="Checking records", unit="record", delay=2, disable=None) as bar:
+    with Progress(desc="checking records", total=len(indices), unit="record", delay=2) as bar:
         for batch in loader:
             yield from batch
             bar.update(len(batch))

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from metamorph.data.media.stores import MediaError, MediaStore
 from metamorph.data.records import DataError, Record, RecordError
 from metamorph.data.tasks import Conversation, Task
+from metamorph.runs.progress import Progress
 
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def find_problems(dataset: Checkable, indices: Sequence[int] | np.ndarray) -> tu
     problems: dict[int, RecordError] = {}
     num_paths = num_missing = 0
     chosen = _spread(indices, dataset.place)
-    for index in tqdm(chosen, desc=f"Checking {dataset.place}", unit="record", delay=2, disable=None):
+    for index in Progress(chosen, f"checking {dataset.place}", unit="record", delay=2):
         try:
             record, paths = _media_paths(dataset, index)
             missing = _missing(record, paths, dataset.store(index))

@@ -8,13 +8,13 @@ from typing import Protocol
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from metamorph.data.features.cache import image_key
 from metamorph.data.media.stores import MediaError, MediaStore, load_all
 from metamorph.data.records import ON_BAD_RECORD, Record, RecordError
 from metamorph.data.tasks import Conversation
 from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.runs.progress import Progress
 
 
 logger = logging.getLogger(__name__)
@@ -83,14 +83,14 @@ class PictureSet(Dataset[Keyed]):
             num_workers: Processes that read pictures beside this one.
         """
         loader = DataLoader(self, batch_size=None, num_workers=num_workers)
-        with tqdm(total=self.num_images, desc="Encoding images", unit="image", delay=2, disable=None) as bar:
+        with Progress(desc="encoding images", total=self.num_images, unit="image", delay=2) as bar:
             for items in loader:
                 yield from items
                 bar.update(len(items))
 
     def _find_new(self) -> None:
         seen: set[tuple[int, int]] = set()
-        for index in tqdm(range(len(self.dataset)), desc="Finding images", unit="record", delay=2, disable=None):
+        for index in Progress(range(len(self.dataset)), "finding images", unit="record", delay=2):
             try:
                 keys = self._keys(index)
             except RecordError as error:

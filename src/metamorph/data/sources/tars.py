@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from metamorph.data.records import DataError, RawRecord, RecordError, check_length, is_video, parse_json
 from metamorph.data.sources.index import Index, index_files
+from metamorph.runs.progress import Progress
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -162,7 +162,7 @@ def scan_tars(paths: Sequence[Path]) -> dict[str, np.ndarray]:
         DataError: If a tar is missing, damaged or compressed, or none holds a file.
     """
     table, samples = MemberTable(), array("Q")
-    for number, path in enumerate(tqdm(paths, desc="Indexing tars", unit="tar", delay=2, disable=None)):
+    for number, path in enumerate(Progress(paths, "indexing tars", unit="tar", delay=2)):
         key = None
         for member in read_members(path):
             new_key, _ = split_name(member.name)

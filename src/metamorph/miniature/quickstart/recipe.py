@@ -138,8 +138,6 @@ class Recipe:
             "logging_steps": 5,
             "save_strategy": "no",
             "report_to": "none",
-            # The quickstart has its own progress display.
-            "disable_tqdm": True,
             "dataloader_pin_memory": False,
             "bf16": False,
         }

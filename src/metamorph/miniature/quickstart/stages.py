@@ -11,13 +11,16 @@ import yaml
 
 from metamorph.flags.recipes import parse_arguments
 from metamorph.miniature.quickstart.conditions import write_conditions
-from metamorph.miniature.quickstart.progress import ProgressBar
 from metamorph.miniature.quickstart.recipe import Recipe
 from metamorph.miniature.world.dataset import WorldFiles
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.reporting.progress import ShowProgress
 from metamorph.training.run import TrainResult, run_training
 from metamorph.visualizer_training.arguments import VisualizerArguments
 from metamorph.visualizer_training.run import VisualizerResult, train_visualizer
+
+
+BESIDE_BAR = {"text_loss": "text", "visual_loss": "visual", "visual_cosine": "cosine"}
 
 
 @dataclass(frozen=True)
@@ -122,4 +125,4 @@ def _model_flags(space: Workspace, files: WorldFiles) -> dict[str, Any]:
 def _train(path: str, title: str) -> TrainResult:
     types = (ModelArguments, DataArguments, MetaMorphTrainingArguments)
     model, data, training = parse_arguments(types, ["--config", path])
-    return run_training(model, data, training, callbacks=[ProgressBar(title)])
+    return run_training(model, data, training, callbacks=[ShowProgress(title, log_entries=False, shown=BESIDE_BAR)])
