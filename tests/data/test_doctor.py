@@ -85,7 +85,7 @@ def broken_records() -> dict[str, tuple[object, str, str]]:
         "half": (llava("half", *ask, image="half.jpg"), "unreadable_image", "half.jpg cannot be read"),
         "empty": (llava("empty", *ask, image="empty.png"), "unreadable_image", "empty.png cannot be read"),
         "bomb": (llava("bomb", *ask, image="bomb.png"), "image_too_large", "10000x9000 pixels"),
-        "outside": (llava("outside", *ask, image="../good.png"), "outside_folder", "leaves --image"),
+        "outside": (llava("outside", *ask, image="../good.png"), "outside_folder", "leaves the image"),
         "silent": (llava("silent", "Anybody there?"), "unsupervised", "no gpt turn"),
         "too-late": (llava("too-late", "long " * 200, "Yes."), "unsupervised", "nothing of the answer is left"),
         "long": (llava("long", "Tell me.", "bla " * 200), "over_long", "tokens would be cut off"),

@@ -87,7 +87,7 @@ def test_large_images_are_refused_before_they_are_unpacked(tmp_path):
 
 
 def test_missing_and_broken_files_are_named(tmp_path):
-    with pytest.raises(MediaError, match=r"no image file .*none.png; is --image_folder right") as error:
+    with pytest.raises(MediaError, match=r"no image file .*none.png; is the image folder right") as error:
         load_image(tmp_path / "none.png")
     assert error.value.kind == "missing_image"
     (tmp_path / "text.png").write_text("not a picture")
@@ -104,7 +104,7 @@ def test_relative_paths_stay_in_the_image_folder(tmp_path):
     assert resolve_image_path("..a/b.png", tmp_path) == tmp_path / "..a" / "b.png"
     assert str(resolve_image_path("/data/b.png", tmp_path)) == "/data/b.png"
     for path in ("../b.png", "a/../../b.png", ".."):
-        with pytest.raises(MediaError, match="leaves --image_folder") as error:
+        with pytest.raises(MediaError, match="leaves the image folder") as error:
             resolve_image_path(path, tmp_path)
         assert error.value.kind == "outside_folder"
 

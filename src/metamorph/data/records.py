@@ -33,6 +33,16 @@ MAX_NAME, MAX_DETAIL, MAX_MESSAGE = 200, 1000, 4000
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp")
 """How the names of video files end."""
 
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".jpx", ".j2k", ".avif"),
+    *(".heic", ".heif", ".jxl", ".svg", ".ico", ".tga"),
+)
+"""How the names of image files end; those of the last line are recognised, and refused when they are opened."""
+
+VIDEO_MARKER = "<video>"
+"""Where the video belongs in the text, for the task `video_qa`."""
+
 ON_BAD_RECORD = ("raise", "skip")
 """The values of `--on_bad_record`."""
 
@@ -46,6 +56,8 @@ BAD_RECORD_KINDS = {
     "bad_video_field": '"video" is not one path, or stands beside images',
     "bad_field": "a field that the task reads is missing or wrong",
     "bad_box": "a box is not four numbers that enclose an area",
+    "box_units": "the numbers of a box are of another unit than box_units says",
+    "unread_media": "no image or video is read, but a field that is not read looks like one",
     "role_order": "turns do not alternate, or the template cannot express their order",
     "image_count": "markers and images differ in number",
     "outside_folder": "a relative path leaves the image folder",

@@ -194,6 +194,7 @@ def load_validation(
         seed=args.seed if args.data_seed is None else args.data_seed,
         on_bad_record=data_args.on_bad_record,
         max_bad_fraction=data_args.max_bad_fraction,
+        folder_flag="--eval_image_folder",
     )
     _check_best_metric(args, validation, visual_loss)
     return validation
