@@ -225,7 +225,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     @property
     def media_place(self) -> str:
         """Where media are looked for, for messages."""
-        return "the sample in the tar" if isinstance(self.source, TarSource) else f"{self.folder_flag} {self.image_folder}"
+        return (
+            "the sample in the tar" if isinstance(self.source, TarSource) else f"{self.folder_flag} {self.image_folder}"
+        )
 
     def _converse(self, index: int, record: Record) -> Conversation:
         video = None

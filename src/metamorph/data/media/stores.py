@@ -23,7 +23,17 @@ from metamorph.data.media.refs import Box, ImageRef
 from metamorph.data.media.video import VideoInfo, probe_video, read_frames
 
 
-__all__ = ["MAX_IMAGE_PIXELS", "FolderStore", "MediaError", "MediaStore", "image_size", "load", "load_all", "load_image", "probe"]
+__all__ = [
+    "MAX_IMAGE_PIXELS",
+    "FolderStore",
+    "MediaError",
+    "MediaStore",
+    "image_size",
+    "load",
+    "load_all",
+    "load_image",
+    "probe",
+]
 
 
 class MediaStore(Protocol):

@@ -17,13 +17,12 @@ _KINDS = (
     (rb"version https://git-lfs", "it is a pointer of Git LFS, not the file itself", "run git lfs pull"),
     (rb"(?i)\s*<(!doctype html|html)", "it is a web page", "download it again"),
     (rb"(?is).*<svg[\s>]", "it is an SVG drawing, which has no pixels", "render it to PNG"),
-    (rb"....ftypavi[fs]", "this Pillow is built without AVIF", "install Pillow 11.3 or later, or convert it to PNG"),
     (
         rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)",
         "it is a HEIC photograph, for which Pillow has no decoder",
         "convert it to JPEG, with the package pillow-heif for example",
     ),
-    (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", "it is a video", 'name it in the field "video"'),
+    (rb"....ftyp(?!avi[fs])|\x1aE\xdf\xa3|RIFF....AVI ", "it is a video", 'name it in the field "video"'),
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "it is a JPEG XL image, for which Pillow has no decoder", "convert it to PNG"),
     (rb"%PDF", "it is a PDF document", "render its pages to PNG"),
     (rb"PK\x03\x04|\x1f\x8b", "it is a compressed archive", "unpack it"),
@@ -50,6 +49,8 @@ def identify(file: str | os.PathLike[str] | BinaryIO, readable: Collection[str])
     for begin, reason, mend in _KINDS:
         if re.match(begin, start, re.DOTALL):
             return reason, mend
+    if start[4:12] in (b"ftypavif", b"ftypavis") and "AVIF" not in readable:
+        return "this Pillow is built without AVIF", "install Pillow 11.3 or later, or convert it to PNG"
     Image.init()
     # The test of a format reads these bytes alone; a format is never opened to find out whether it is that of a file.
     for name, (_, accepts) in Image.OPEN.items():

@@ -141,7 +141,9 @@ def parse_box(record: Record, values: Any, where: str, *, relative: bool, width_
     Raises:
         RecordError: If they are not four numbers that enclose an area, or evidently of the other unit.
     """
-    form = "[x, y, width, height], width and height above 0" if width_and_height else "[x1, y1, x2, y2], x1 < x2, y1 < y2"
+    form = (
+        "[x, y, width, height], width and height above 0" if width_and_height else "[x1, y1, x2, y2], x1 < x2, y1 < y2"
+    )
     if (
         not isinstance(values, Sequence)
         or len(values) != 4
