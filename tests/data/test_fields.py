@@ -9,8 +9,8 @@ import tarfile
 import pytest
 import torch
 import yaml
-from processing_parts import build_processor, llava, write_jsonl
 from PIL import Image
+from processing_parts import build_processor, llava, write_jsonl
 
 from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.batching.lengths import measure

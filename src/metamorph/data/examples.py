@@ -3,7 +3,8 @@
 A line of a JSONL file becomes ids and labels in these steps (`ConversationDataset.__getitem__`):
 
 1. `sources`: the line is found by its offset and read as JSON.
-2. `fields` renames what the source calls otherwise, and `records.parse_record` makes a typed `Record` of it, or an error that names its place.
+2. `fields` renames what the source calls otherwise, and `records.parse_record` makes a typed `Record` of it, or an
+   error that names its place.
 3. `Task.build`: the source's task makes a `Conversation` of it: messages, and references to images.
 4. `media.stores.load_all`: the references become images.
 5. `MetaMorphProcessor.encode_conversation`: ids, labels and visual targets grow together, segment by segment. Text of

@@ -103,7 +103,8 @@ def remarks(record: Record, turns: Sequence[Turn], paths: Collection[str]) -> It
             yield (
                 "unread_field",
                 f'"{name}": {_short(value)} looks like a system prompt, but is not read; declare the source in a '
-                f"mixture with fields: {{system: {name}}}, or leave it out on purpose with fields: {{ignore: [{name}]}}",
+                f"mixture with fields: {{system: {name}}}, or leave it out on purpose with fields: "
+                f"{{ignore: [{name}]}}",
             )
     for number, turn in enumerate(turns, 1):
         if found := _MARKER.search(turn.text):
