@@ -170,7 +170,7 @@ class VisionTower(nn.Module):
             them.
 
         Raises:
-            ValueError: the images have another size than the tower was trained with.
+            ValueError: the images have another size than the tower was trained with, or are on another device.
         """
         if pixel_values.shape[-2:] != (self.image_size, self.image_size):
             height, width = pixel_values.shape[-2:]
@@ -182,6 +182,12 @@ class VisionTower(nn.Module):
         sharded = any(
             hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") for weight in self.encoder.parameters()
         )
+        here, there = pixel_values.device, next(self.encoder.parameters()).device
+        if not sharded and here != there:
+            raise ValueError(
+                f"pixel_values are on {here}, but the vision tower is on {there}: move them to one device. A run with "
+                "--feature_cache keeps the tower in main memory, because its images are encoded already"
+            )
         if self.is_trained or sharded:
             with nullcontext() if self.is_trained else torch.no_grad():
                 patches = self._encode(pixel_values)

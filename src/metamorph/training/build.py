@@ -142,6 +142,16 @@ def open_features(model_args: ModelArguments, data_args: DataArguments, plan: Pl
     return FeatureCache(data_args.feature_cache, describe_tower(plan.config, plan.processor))
 
 
+def runs_tower(data_args: DataArguments, args: MetaMorphTrainingArguments) -> bool:
+    """Whether anything in a run encodes images: training without a feature cache, validation, or sample prompts.
+
+    Args:
+        data_args: The data flags.
+        args: How the run learns.
+    """
+    return data_args.feature_cache is None or data_args.eval_data_path is not None or args.sample_steps is not None
+
+
 def load_training_data(
     args: DataArguments, processor: MetaMorphProcessor, seed: int, features: FeatureCache | None = None
 ) -> MixtureDataset:
