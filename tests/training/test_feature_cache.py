@@ -265,6 +265,20 @@ def test_a_name_that_no_file_can_have_is_a_missing_image(tmp_path: Path) -> None
     assert error.value.kind == "missing_image"
 
 
+def test_a_cache_that_holds_all_images_is_left_as_it_is(
+    parts: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(cache, tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        without_tower_runs(patch)
+        assert make_cache(parts, folder) == 12
+        write_records(tmp_path / "few.jsonl", [json.loads(line) for line in (parts / "data.jsonl").open()][:2])
+        make_cache(parts, folder, data_path=str(tmp_path / "few.jsonl"))
+        with pytest.raises(AssertionError, match="the tower was run"):
+            make_cache(parts, folder, num_image_tokens=16)
+    assert make_cache(parts, folder, num_image_tokens=16) == 12  # another reduction is another cache
+
+
 @pytest.mark.slow
 def test_a_finished_model_brings_its_own_tower(parts: Path, tmp_path: Path) -> None:
     first = train(parts, tmp_path / "first", max_steps=1)

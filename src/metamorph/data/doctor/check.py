@@ -8,7 +8,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -220,11 +220,6 @@ def check_dataset(dataset: CheckedDataset, *, num_workers: int = 0, limit: int |
         box_shares=np.array(box_shares, dtype=np.float32),
         model_max_length=dataset.model_max_length,
     )
-
-
-def as_json(problem: Problem) -> dict[str, Any]:
-    """A problem as it stands in report.json."""
-    return asdict(problem)
 
 
 class _DryRun(Dataset[Probe]):

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from jinja2 import Environment
 from PIL import Image
 
 from metamorph.data.batching.packing import pack_rows
-from metamorph.data.doctor.check import WARNINGS, CheckedDataset, Diagnosis, as_json, line_of
+from metamorph.data.doctor.check import WARNINGS, CheckedDataset, Diagnosis, line_of
 from metamorph.data.doctor.page import PAGE
 from metamorph.data.doctor.samples import pictures_of, split_example, text_of
 from metamorph.data.records import BAD_RECORD_KINDS
@@ -96,7 +96,7 @@ def make_report(diagnosis: Diagnosis) -> dict[str, Any]:
     return {
         "records": len(diagnosis.probes),
         "ok": diagnosis.num_ok,
-        "problems": [as_json(problem) for problem in diagnosis.problems],
+        "problems": [asdict(problem) for problem in diagnosis.problems],
         "by_kind": diagnosis.by_kind(),
         "statistics": make_statistics(diagnosis),
     }

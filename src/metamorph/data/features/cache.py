@@ -119,6 +119,16 @@ class FeatureCache:
         self._keys = np.load(self.folder / _KEYS_FILE, mmap_mode="r", allow_pickle=False)
         self._rows = np.load(self.folder / _ROWS_FILE, mmap_mode="r", allow_pickle=False)
 
+    def holds(self, keys: Iterable[tuple[int, int]], dtype: str) -> bool:
+        """Whether the cache has the visual tokens of all these images.
+
+        Args:
+            keys: Results of [`image_key`].
+            dtype: How the tokens must be kept, a key of `DTYPES`.
+        """
+        own = set(zip(self._keys[0].tolist(), self._keys[1].tolist(), strict=True))
+        return self.manifest.get("dtype") == dtype and own.issuperset(keys)
+
     def check_weights(self, tower: nn.Module) -> None:
         """Make sure that the tokens came from this very tower.
 
