@@ -304,8 +304,12 @@ def test_video_records_say_what_the_video_is_called(folder, processor):
         data.conversation(0)
 
 
-def test_every_key_of_fields_is_documented(request):
+def test_the_documented_layouts_are_valid_and_have_every_key(request):
     page = (request.config.rootpath / "docs" / "data.md").read_text(encoding="utf-8")
-    table = page.split("## Other layouts")[1].split("| Key |")[1].split("\n\n")[0]
+    section = page.split("## Other layouts")[1].split("\n## ")[0]
+    entries = [yaml.safe_load(block)[0] for block in re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)]
+    tasks = ["text_to_image", "image_edit", "instruction", "instruction"]
+    assert [SourceSpec(**entry).task for entry in entries] == tasks
+    table = section.split("| Key |")[1].split("\n\n")[0]
     for name in NAMES:
         assert f"`{name}`" in table
