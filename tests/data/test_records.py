@@ -58,6 +58,16 @@ BAD = {
         "unknown_speaker",
         "turn 1 has \"from\": 'robot'; use one of system, human",
     ),
+    "OpenAI's messages": (
+        {"id": "x", "messages": [{"role": "user", "content": "Hi"}]},
+        "no_conversations",
+        r"fields: \{conversations: messages, from: role, value: content\}",
+    ),
+    "OpenAI's turns": (
+        {"id": "x", "conversations": [{"role": "user", "content": "Hi"}]},
+        "unknown_speaker",
+        r"fields: \{from: role, value: content\}",
+    ),
     "no text": ({"id": "x", "conversations": [{"from": "human"}]}, "bad_turn", '"value": None; it must be a string'),
     "half a character": (
         llava("x", "Hi", "Yes \ud83d"),

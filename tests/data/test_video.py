@@ -125,7 +125,7 @@ def test_frames_far_apart_are_the_same_as_when_all_are_decoded(tmp_path):
 
 
 def test_what_is_no_video_is_named(tmp_path):
-    with pytest.raises(MediaError, match=r"no video file .*none.mp4; is --image_folder right") as error:
+    with pytest.raises(MediaError, match=r"no video file .*none.mp4; is the image folder right") as error:
         probe_video(tmp_path / "none.mp4")
     assert error.value.kind == "missing_video"
     (tmp_path / "text.mp4").write_text("not a video")

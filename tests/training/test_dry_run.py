@@ -68,6 +68,10 @@ def test_stage_1_of_the_8b_recipe(
     assert gib(report, "optimizer") <= 0.2  # of a connector
     assert gib(report, "total") < 80
     assert "--data_path is not given" in report
+    assert gib(report, "frozen vision tower") > 0.7
+    flags = {"config": "llama3.1-8b-stage1", "model_name_or_path": large / "llm", "num_gpus": 8}
+    cached = dry_run(capsys, **flags, vision_tower=large / "tower", feature_cache="features")
+    assert not re.search(r"^  frozen vision tower.*[1-9]", cached, re.MULTILINE)  # it stays in main memory
 
 
 def test_stage_2_of_the_8b_recipe(large: Path, capsys: pytest.CaptureFixture[str]) -> None:

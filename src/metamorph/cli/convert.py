@@ -119,13 +119,14 @@ def convert_original(flags: argparse.Namespace, output: Path) -> None:
     """
     import torch
 
+    from metamorph.mini import shipped_folder
     from metamorph.models.original import load_original
 
     with names_flag("--model", flags.model):
         model, processor = load_original(
             flags.model,
-            tokenizer=flags.tokenizer,
-            vision_tower=flags.vision_tower,
+            tokenizer=flags.tokenizer and shipped_folder(flags.tokenizer, "model"),
+            vision_tower=flags.vision_tower and shipped_folder(flags.vision_tower, "tower"),
             dtype=getattr(torch, flags.dtype),
         )
     save(model, processor, output, flags.dtype)

@@ -11,6 +11,8 @@ from metamorph.flags.parser import FlagParser, at_least, output_folder
 
 
 if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
     from metamorph.data.dataset import MixtureDataset
     from metamorph.data.doctor.check import Diagnosis
     from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -102,6 +104,12 @@ def add_processor_flags(parser: argparse.ArgumentParser) -> None:
         "--model_name_or_path",
         help="the language model, or a finished MetaMorph model (mini is the one that ships with MetaMorph): its "
         "tokenizer counts (default: a small stand-in)",
+    )
+    parser.add_argument(
+        "--vision_tower",
+        "--vision-tower",
+        help="the vision tower: its image processor makes the images (default: that of a finished model, else 384 "
+        "pixels a side, as SigLIP-SO400M has)",
     )
     for name, kind, default, text in (
         ("model_max_length", at_least(2), 4096, "longest sequence; not judged without a model"),
@@ -272,27 +280,32 @@ def open_data(flags: argparse.Namespace) -> "MixtureDataset":
 def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
     """The processor of a finished model, or one made from a language model's tokenizer.
 
-    The images get the size of the default vision tower (384 pixels) where no finished model says otherwise: that
-    changes no length, because every image becomes `num_image_tokens` tokens.
+    Without `--vision_tower`, the images get the size of the default one (384 pixels) where no finished model says
+    otherwise: that changes no length, because every image becomes `num_image_tokens` tokens.
 
     Args:
         flags: The command line.
+
+    Raises:
+        FileNotFoundError: if the model or the tower does not exist.
+        ValueError: if a flag contradicts a finished model, or the tower is of an unknown kind.
     """
     name = flags.model_name_or_path
     given = {field: getattr(flags, field) for field in PROCESSOR_DEFAULTS if getattr(flags, field) is not None}
-    from metamorph.mini import AssetError, asset_path, shipped_folder
+    from metamorph.mini import asset_path, shipped_folder
 
+    tower = flags.vision_tower
+    if tower is not None:
+        tower = shipped_folder(tower, "tower")
+        check_model_reference(tower, flag="--vision_tower")
     if name is not None:
-        try:
-            name = shipped_folder(name, "model")
-        except AssetError as error:
-            raise ValueError(f"--model_name_or_path: {error}") from error
+        name = shipped_folder(name, "model")
         check_model_reference(name, flag="--model_name_or_path")
         check_reachable(name, flag="--model_name_or_path")
     from metamorph.models.configuration_metamorph import MetaMorphConfig
-    from metamorph.models.image_processing import SiglipImageProcessorPil
     from metamorph.models.pretrained import load_config, load_tokenizer
     from metamorph.models.processing_metamorph import MetaMorphProcessor
+    from metamorph.models.vision_tower import check_same_tower
 
     if name is None:
         name = str(asset_path("mini-llama"))
@@ -302,12 +315,32 @@ def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
         if config.model_type == MetaMorphConfig.model_type:
             processor = MetaMorphProcessor.from_pretrained(name)
             processor.check_fits(config)
-            return _as_trained(processor, name, given)
-        tokenizer = load_tokenizer(name)
-    image_processor = SiglipImageProcessorPil(
-        size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        else:
+            tokenizer = load_tokenizer(name)
+    if config.model_type != MetaMorphConfig.model_type:
+        return MetaMorphProcessor(_image_processor(tower), tokenizer, **{**PROCESSOR_DEFAULTS, **given})
+    if tower is not None:
+        check_same_tower(config.vision_config, tower, name)
+    return _as_trained(processor, name, given)
+
+
+def _image_processor(vision_tower: str | None) -> "BaseImageProcessor":
+    """What makes the pixel values of a tower; for the default tower it is known without a download."""
+    from metamorph.models.image_processing import (
+        SiglipImageProcessorPil,
+        load_image_processor,
+        square_image_processor,
     )
-    return MetaMorphProcessor(image_processor, tokenizer, **{**PROCESSOR_DEFAULTS, **given})
+    from metamorph.models.vision_tower import VISION_TOWER_ALIASES, load_vision_config
+
+    if vision_tower is None or vision_tower in VISION_TOWER_ALIASES:
+        return SiglipImageProcessorPil(size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    check_reachable(vision_tower, flag="--vision_tower")
+    with names_flag("--vision_tower", vision_tower):
+        config = load_vision_config(vision_tower)
+        processor = load_image_processor(vision_tower)
+        # A NaFlex tower of SigLIP 2 has no size of its own: its processor has.
+        return square_image_processor(processor, None if hasattr(processor, "max_num_patches") else config.image_size)
 
 
 def _as_trained(processor: "MetaMorphProcessor", name: str, given: dict[str, Any]) -> "MetaMorphProcessor":

@@ -25,6 +25,7 @@ from metamorph.training.build import (
     make_plan,
     open_features,
     plan_run,
+    runs_tower,
 )
 from metamorph.training.callbacks import StopOnBadRecords, StopWhenPreempted
 from metamorph.training.checkpoints.resume import find_checkpoint, plan_resume
@@ -175,6 +176,7 @@ def _train(
         data_collator=collator,
         processing_class=plan.processor,
         callbacks=callbacks,
+        tower_on_device=runs_tower(data_args, training_args),
     )
     trainer.add_callback(StopOnBadRecords(dataset.limit))
     trainer.monitor.skipped_records = lambda: dataset.limit.num_bad

@@ -40,7 +40,7 @@ class MetaMorphTrainer(CheckpointingTrainer):
     Args:
         stage: 1: checkpoints hold the connector only, 2: the whole model. Both hold all that resuming needs.
         planner: Plans the batches of each epoch.
-        **kwargs: As for `transformers.Trainer`.
+        **kwargs: As for [`ShardedTrainer`].
     """
 
     optimizer: torch.optim.Optimizer | None

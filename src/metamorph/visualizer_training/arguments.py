@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metamorph.flags.checks import check_choice, check_output_folder
+from metamorph.mini import shipped_folder
 from metamorph.visualization.projector import CONDITION_LENGTH, PROJECTOR_MODES
 from metamorph.visualization.token_options import TokenOptions
 from metamorph.visualizer_training.schedule import DEFAULT_LR_SCHEDULER, LR_SCHEDULERS
@@ -157,6 +158,10 @@ class VisualizerArguments(TokenOptions):
     """Guidance scales of these drawings, one column each."""
 
     def __post_init__(self) -> None:
+        self.vision_tower = shipped_folder(self.vision_tower, "model")
+        self.pretrained_model_name_or_path = shipped_folder(self.pretrained_model_name_or_path, "visualizer")
+        if self.pretrained_projector is not None:
+            self.pretrained_projector = shipped_folder(self.pretrained_projector, "visualizer")
         self._check_choices()
         self._check_ranges()
         self._check_combinations()

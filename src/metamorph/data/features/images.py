@@ -58,10 +58,15 @@ class PictureSet(Dataset[Keyed]):
             raise ValueError(f"--on_bad_record {on_bad_record!r} is unknown; use one of {', '.join(ON_BAD_RECORD)}")
         self.dataset = dataset
         self.on_bad_record = on_bad_record
-        self.num_images = 0
         self.num_bad = 0
+        self.keys: set[tuple[int, int]] = set()
         self._new: list[tuple[int, list[int]]] = []
         self._find_new()
+
+    @property
+    def num_images(self) -> int:
+        """Number of different pictures."""
+        return len(self.keys)
 
     def __len__(self) -> int:
         return len(self._new)
@@ -89,7 +94,6 @@ class PictureSet(Dataset[Keyed]):
                 bar.update(len(items))
 
     def _find_new(self) -> None:
-        seen: set[tuple[int, int]] = set()
         for index in Progress(range(len(self.dataset)), "finding images", unit="record", delay=2):
             try:
                 keys = self._keys(index)
@@ -101,12 +105,11 @@ class PictureSet(Dataset[Keyed]):
                 continue
             numbers = []
             for number, key in enumerate(keys):
-                if key not in seen:
-                    seen.add(key)
+                if key not in self.keys:
+                    self.keys.add(key)
                     numbers.append(number)
             if numbers:
                 self._new.append((index, numbers))
-        self.num_images = len(seen)
 
     def _keys(self, index: int) -> list[tuple[int, int]]:
         store = self.dataset.store(index)

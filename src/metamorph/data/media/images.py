@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from metamorph.data.media.unreadable import identify
 from metamorph.flags.checks import printable
 from metamorph.models.image_processing import to_rgb
 
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Largest picture in pixels (Pillow's own limit, 256 MiB as RGB): a small file may unpack to many gigabytes."""
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"),
+    *(["AVIF"] if find_spec("PIL._avif") is not None else []),  # since Pillow 11.3, unless it is built without
+)
 """What is read. Pillow knows more, some of which it hands to other programs (EPS to Ghostscript): not for data from
 strangers."""
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _MAX_PATH = 4096
 """Bytes of the longest path that Linux opens."""
+_QUARTER_TURNS = (5, 6, 7, 8)
+"""Orientations of EXIF data that exchange width and height."""
 BOX_COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan")
 """Colours of drawn boxes, in their order."""
 
@@ -50,6 +61,34 @@ def load_image(
     Raises:
         MediaError: If there is no such file, it is no image in one of `FORMATS`, or it has more than `max_pixels`.
     """
+    with _opened(file, name, max_pixels) as image:
+        image.load()
+        with suppress(*_DECODING_ERRORS):  # EXIF data may be damaged in good images
+            ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
+
+
+def read_size(file: str | os.PathLike[str] | BinaryIO, *, name: str | None = None) -> tuple[int, int]:
+    """Width and height of an image when it is upright; only its header is read.
+
+    Args:
+        file: As for [`load_image`].
+        name: As for [`load_image`].
+
+    Raises:
+        MediaError: As [`load_image`].
+    """
+    with _opened(file, name, MAX_IMAGE_PIXELS) as image:
+        turned = False
+        if image.format != "TIFF":  # whose size is that of the upright image already
+            with suppress(*_DECODING_ERRORS):
+                turned = image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
+        return (image.height, image.width) if turned else image.size
+
+
+@contextmanager
+def _opened(file: str | os.PathLike[str] | BinaryIO, name: str | None, max_pixels: int) -> Iterator[Image.Image]:
+    """An image whose header is read; whatever is wrong with it becomes a [`MediaError`]."""
     name = str(file) if name is None else name
     if isinstance(file, (str, os.PathLike)):
         check_regular(file, "unreadable_image", f"{name} cannot be read as an image")
@@ -60,21 +99,19 @@ def load_image(
                     "image_too_large",
                     f"{name} has {image.width}x{image.height} pixels, more than the limit of {max_pixels}; resize it",
                 )
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
+            yield image
     except MediaError:
         raise
     except FileNotFoundError as error:
-        raise MediaError("missing_image", f"there is no image file {name}; is --image_folder right?") from error
+        raise MediaError("missing_image", f"there is no image file {name}; is the image folder right?") from error
     except Image.DecompressionBombError as error:
         raise MediaError(
             "image_too_large", f"{name} has more pixels than Pillow allows ({error}); resize it"
         ) from error
     except _DECODING_ERRORS as error:
         # Pillow names the object that it reads from, which for an open file says nothing to a user.
-        reason = "its content is that of no image" if isinstance(error, UnidentifiedImageError) else error
-        raise MediaError("unreadable_image", f"{name} cannot be read as an image ({reason}); replace it") from error
+        reason, mend = identify(file, FORMATS) if isinstance(error, UnidentifiedImageError) else (error, "replace it")
+        raise MediaError("unreadable_image", f"{name} cannot be read as an image ({reason}); {mend}") from error
 
 
 def resolve_image_path(path: str, image_folder: str | os.PathLike[str]) -> Path:
@@ -89,11 +126,15 @@ def resolve_image_path(path: str, image_folder: str | os.PathLike[str]) -> Path:
             f"{path[:40]!r}… ({len(path)} characters) is not the path of a file; content cannot stand in a record: "
             "save it as a file and name that",
         )
+    if _ADDRESS.match(path):
+        raise MediaError(
+            "missing_image", f"{path!r:.80} is an address, and nothing is downloaded: save the file and name its path"
+        )
     if os.path.isabs(path):
         return Path(path)
     normal = os.path.normpath(path)
     if normal == os.pardir or normal.startswith(os.pardir + os.sep):
-        raise MediaError("outside_folder", f"the path {path!r} leaves --image_folder {image_folder}; remove the '..'")
+        raise MediaError("outside_folder", f"the path {path!r} leaves the image folder {image_folder}; remove the '..'")
     return Path(image_folder) / normal
 
 

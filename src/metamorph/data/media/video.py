@@ -184,7 +184,7 @@ def _decoding(file: VideoFile, name: str | None, max_pixels: int) -> Iterator[tu
     except MediaError:
         raise
     except FileNotFoundError as error:
-        raise MediaError("missing_video", f"there is no video file {name}; is --image_folder right?") from error
+        raise MediaError("missing_video", f"there is no video file {name}; is the image folder right?") from error
     except (av.FFmpegError, OSError, ValueError) as error:
         reason: Any = error
         if isinstance(error, av.ArgumentError):  # all that FFmpeg says of what the options forbid

@@ -13,13 +13,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from metamorph.data.records import DataError, RawRecord, RecordError, check_length, is_video, parse_json
+from metamorph.data.records import (
+    IMAGE_SUFFIXES,
+    DataError,
+    RawRecord,
+    RecordError,
+    check_length,
+    is_video,
+    parse_json,
+)
 from metamorph.data.sources.index import Index, index_files
 from metamorph.runs.progress import Progress
 
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""How the names of images in tars end."""
 
 MAX_ATTRIBUTE_BYTES = 2**20
 """Most bytes that may stand before one member to give it a long name and the like."""

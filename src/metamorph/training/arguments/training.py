@@ -18,6 +18,7 @@ from transformers.integrations import (
 from metamorph.data.batching.packing import check_grouping
 from metamorph.flags.checks import RemembersGiven, check_choice, check_model_reference, check_output_folder
 from metamorph.flags.extras import install_command
+from metamorph.mini import shipped_folder
 from metamorph.models.text_head import check_text_loss
 from metamorph.training.arguments.data import DataArguments
 from metamorph.training.arguments.model import ModelArguments
@@ -253,6 +254,7 @@ class MetaMorphTrainingArguments(RemembersGiven, TrainingArguments):
         if self.sample_visualizer is not None:
             if self.sample_steps is None:
                 raise ValueError(f"--sample_visualizer {self.sample_visualizer} needs --sample_steps")
+            self.sample_visualizer = shipped_folder(self.sample_visualizer, "visualizer")
             check_model_reference(self.sample_visualizer, flag="--sample_visualizer", file="model_index.json")
         if self.peak_tflops is not None and not (math.isfinite(self.peak_tflops) and self.peak_tflops > 0):
             raise ValueError(f"--peak_tflops {self.peak_tflops} must be a number above 0")

@@ -17,13 +17,19 @@ class ShardedTrainer(Trainer):
     """`transformers.Trainer` that writes the same folder whatever the engine.
 
     Args:
+        tower_on_device: Whether the frozen vision tower computes. Else it stays in main memory, out of the tree of
+            modules, so that nothing moves it.
         **kwargs: As for `transformers.Trainer`.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, tower_on_device: bool = True, **kwargs: Any) -> None:
+        self.frozen_tower: FrozenTower | None = None
+        if not tower_on_device:  # before Trainer moves the model
+            self.frozen_tower = FrozenTower(
+                kwargs["model"], dtype=None, device=torch.device("cpu"), outside=True, keep=False
+            )
         super().__init__(**kwargs)
         self.plain_model = self.model  # FSDP2 and torch.compile may put others in its place
-        self.frozen_tower: FrozenTower | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -76,6 +82,8 @@ class ShardedTrainer(Trainer):
         if self.frozen_tower is not None:
             self.frozen_tower.restore()
             self.frozen_tower = None
+            if not self.is_sharded:
+                self.plain_model.model.vision_tower.to(self.args.device)
 
 
 class FrozenTower:
