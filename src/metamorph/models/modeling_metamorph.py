@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -380,3 +381,4 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
 
 AutoModel.register(MetaMorphConfig, MetaMorphModel, exist_ok=True)
 AutoModelForImageTextToText.register(MetaMorphConfig, MetaMorphForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(MetaMorphConfig, MetaMorphForConditionalGeneration, exist_ok=True)

@@ -446,4 +446,4 @@ def _check_fields(name_or_path: Any, kwargs: Mapping[str, Any]) -> None:
         raise ValueError(f"{file}: {min(unknown)} is no field of a {MetaMorphProcessor.__name__}: remove it")
 
 
-AutoProcessor.register(MetaMorphConfig, MetaMorphProcessor)
+AutoProcessor.register(MetaMorphConfig, MetaMorphProcessor, exist_ok=True)
