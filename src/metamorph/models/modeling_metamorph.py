@@ -284,7 +284,7 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
             result.logits = self.compute_logits(hidden if keep is None else hidden[:, keep])
         if predict_visual_token:
             result.visual_prediction = self._finish(self.vision_head(hidden[:, -1:]))
-        return result
+        return MetaMorphOutput(**result)  # in the order of its fields, which is that of a tuple
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., V], including the logit scaling of families that have one (Gemma, Cohere, Granite)."""
