@@ -13,7 +13,8 @@
 `flags/`, `files/`, `runs/`   what they share: flags, files of strangers, folders and processes of a run
 
 The docstring of each package says what is answered in which file.
-Names are imported on first use, so that `import metamorph`, and `metamorph --help`, take no time.
+Names are imported on first use, so that `import metamorph`, and `metamorph --help`, take no time. Transformers' Auto
+classes know the model from then on (`auto_classes.py`).
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from metamorph.auto_classes import register_lazily
+
+
+__version__ = "0.1.0"
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from metamorph.inference import draw, load, reply_to
+    from metamorph.models.backbone import MetaMorphModel
     from metamorph.models.configuration_metamorph import MetaMorphConfig
     from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
     from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MetaMorphConfig",
     "MetaMorphForConditionalGeneration",
+    "MetaMorphModel",
     "MetaMorphProcessor",
     "VisualizationPipeline",
     "draw",
@@ -44,6 +51,7 @@ __all__ = [
 _HOMES = {
     "MetaMorphConfig": "metamorph.models.configuration_metamorph",
     "MetaMorphForConditionalGeneration": "metamorph.models.modeling_metamorph",
+    "MetaMorphModel": "metamorph.models.backbone",
     "MetaMorphProcessor": "metamorph.models.processing_metamorph",
     "VisualizationPipeline": "metamorph.visualization.pipeline",
     "draw": "metamorph.inference",
@@ -56,3 +64,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+register_lazily()
