@@ -136,6 +136,8 @@ def _warn_of_namesake() -> None:
     """Warn where the `metamorph` of PyPI is installed, too: it owns the same folder and the same command."""
     import importlib.metadata  # not for --help
 
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
     # An installation of ours from before its distribution was called metamorph-vpit has our command.
     for distribution in importlib.metadata.distributions(name="metamorph"):
         if all(point.value != "metamorph.cli:main" for point in distribution.entry_points):

@@ -34,7 +34,7 @@ OWN_FLAGS = ("command", "run", "path", "config", "output_dir", "workers", "limit
 """Flags that a recipe of training does not set."""
 CACHE_FEATURES = "cache-features"
 CACHE_USAGE = (
-    "cache-features [PATH] --feature_cache DIR [--config RECIPE.yaml] [--feature_dtype bfloat16|float32]\n"
+    "cache-features [PATH] --feature_cache DIR [--config RECIPE] [--feature_dtype bfloat16|float32]\n"
     "       and the flags of `metamorph train`, of which it needs those of the model and of the data"
 )
 
@@ -89,7 +89,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("path", nargs="?", metavar="PATH", help="what training takes as --data_path")
     parser.add_argument(
-        "--config", metavar="RECIPE.yaml", help="recipe of a training: its values are the defaults of the flags below"
+        "--config", metavar="RECIPE", help="recipe of a training: its values are the defaults of the flags below"
     )
     parser.add_argument("--image-folder", help="folder of relative image paths (default: the file's own)")
 
