@@ -40,7 +40,15 @@ COMMANDS = {
     "lr": Command("metamorph.cli.lr", "scale a learning rate to another batch size"),
 }
 
-USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ModuleNotFoundError)
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+    ModuleNotFoundError,
+)
 """What bad input raises, and the lack of an optional package. It is printed as one line; anything else is a fault of
 ours and keeps its traceback."""
 
