@@ -103,9 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_from_elsewhere(error: BaseException) -> bool:
     """Whether another package has raised it: our own checks say what is wrong and how to mend it."""
-    # Below an OSError that we have explained lies the system's or the Hub's, which adds nothing.
-    while error.__cause__ is not None and not isinstance(error, OSError):
-        error = error.__cause__
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return not str(frame.f_globals.get("__name__", "")).startswith("metamorph.")
 
