@@ -51,7 +51,7 @@ def test_a_missing_package_is_one_line(
 def test_debug_is_recommended_for_errors_of_other_packages_only(fail, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["lr", "--batch", "0"]) == 2
     own = capsys.readouterr().err
-    assert own == "metamorph lr: error: --batch 0 must be at least 1 (all flags: metamorph lr --help)\n"
+    assert own == "metamorph lr: error: --batch 0 must be at least 1\n"
     fail(ValueError("raised in a test"))
     assert cli.main(["lr"]) == 2
     assert capsys.readouterr().err.endswith("error: raised in a test (metamorph --debug lr … shows where)\n")

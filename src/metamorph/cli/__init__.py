@@ -43,7 +43,15 @@ COMMANDS = {
     "lr": Command("metamorph.cli.lr", "scale a learning rate to another batch size"),
 }
 
-USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ModuleNotFoundError)
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+    ModuleNotFoundError,
+)
 """What bad input raises, and the lack of an optional package. It is printed as one line; anything else is a fault of
 ours and keeps its traceback."""
 
@@ -110,9 +118,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_from_elsewhere(error: BaseException) -> bool:
     """Whether another package has raised it: our own checks say what is wrong and how to mend it."""
-    # Below an OSError that we have explained lies the system's or the Hub's, which adds nothing.
-    while error.__cause__ is not None and not isinstance(error, OSError):
-        error = error.__cause__
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return not str(frame.f_globals.get("__name__", "")).startswith("metamorph.")
 

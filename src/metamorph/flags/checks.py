@@ -99,9 +99,10 @@ def check_model_reference(name: str, flag: str, file: str = "config.json") -> No
     folder = Path(name)
     if os.path.isdir(name):
         if not (folder / file).is_file():
-            raise FileNotFoundError(
-                f"{flag} {name} is a folder without {file}: give a folder written by save_pretrained"
+            expected = (
+                "the result of `metamorph train-visualizer`" if file == "model_index.json" else "a folder of a model"
             )
+            raise FileNotFoundError(f"{flag} {name} is a folder without {file}: give {expected}")
         return
     # `out/model` is a mistyped path rather than a Hub id when there is a local folder `out`.
     is_path = HUB_ID.fullmatch(name) is None or (folder.parent != Path(".") and os.path.isdir(folder.parent))

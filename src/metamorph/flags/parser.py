@@ -27,7 +27,9 @@ class FlagParser(argparse.ArgumentParser):
         self.register("type", float, finite_number)
         self.register("type", int, whole_number)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override]  # overloaded there
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """As argparse's, with the flags in the spelling they were defined with.
 
         Raises:
@@ -67,7 +69,8 @@ class FlagParser(argparse.ArgumentParser):
             message: What argparse found wrong.
         """
         message = re.sub(r"(--[\w-]+)(/--[\w-]+)+", r"\1", message)  # one spelling of each
-        message = re.sub(r"^argument (\S+): ", r"\1 ", message)
+        if message.startswith("argument "):  # a bad value, which the message explains
+            raise ValueError(re.sub(r"^argument (\S+): ", r"\1 ", message))
         raise ValueError(f"{message} (all flags: {self.prog} --help)")
 
 

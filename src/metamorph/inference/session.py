@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from metamorph.data.media.images import load_image
-from metamorph.flags.checks import check_model_reference, check_reachable, names_flag
+from metamorph.flags.checks import check_metamorph_model, check_model_reference, check_reachable, names_flag
 from metamorph.flags.extras import install_command
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.inference.reply import Prompt, Reply, reply_to
@@ -113,8 +113,7 @@ def load(
     """
     where = pick_device(device, flag=f"{dashes}device")
     model = shipped_folder(str(model), "model")
-    check_model_reference(model, flag=f"{dashes}model")
-    check_reachable(model, flag=f"{dashes}model")
+    check_metamorph_model(model, flag=f"{dashes}model")
     if visualizer is not None:  # before the weights of the model, which take longer
         visualizer = check_visualizer_folder(shipped_folder(str(visualizer), "visualizer"), flag=f"{dashes}visualizer")
     options = {} if dtype is None else {"dtype": dtype}

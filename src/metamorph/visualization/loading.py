@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from metamorph.files.model_files import read_json_object
-from metamorph.flags.checks import check_model_reference, names_flag
+from metamorph.flags.checks import check_model_reference, check_reachable, names_flag
 from metamorph.mini import shipped_folder
+from metamorph.models.vision_tower import resolve_vision_tower
 from metamorph.visualization.encoder import VisualTokenEncoder
 from metamorph.visualization.folders import ARGUMENTS_FILE, INDEX_FILE, visualizer_folder
 from metamorph.visualization.pipeline import VisualizationPipeline
@@ -79,6 +80,9 @@ def _load_tower(folder: str | Path, vision_tower: str | None, num_tokens: int | 
             f"--visualizer {folder} has neither a vision tower nor {ARGUMENTS_FILE}, which would name it: give "
             "--vision_tower, the tower it was trained with or the folder of the MetaMorph model"
         )
+    name = resolve_vision_tower(str(options["vision_tower"]))
+    check_model_reference(name, "--vision_tower")
+    check_reachable(name, "--vision_tower")
     with names_flag("--vision_tower", str(options["vision_tower"])):
         return load_encoder(adopt_token_options(TokenOptions(**options)))  # type: ignore[arg-type]
 

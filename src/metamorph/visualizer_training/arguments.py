@@ -230,6 +230,8 @@ class VisualizerArguments(TokenOptions):
             raise ValueError("--cache_latents keeps one crop of each picture; drop it or --random_crop")
         if not self.validation_guidance_scales:
             raise ValueError("--validation_guidance_scales is empty; give at least one number")
+        if (least := min(self.validation_guidance_scales)) < 0:
+            raise ValueError(f"--validation_guidance_scales {least} must be 0 or more")
 
     def _check_paths(self) -> None:
         check_output_folder(self.output_dir, "--output_dir")

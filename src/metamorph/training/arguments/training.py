@@ -295,6 +295,7 @@ class MetaMorphTrainingArguments(RemembersGiven, TrainingArguments):
             "adam_epsilon": 0,
             "weight_decay": 0,
             "max_grad_norm": 0,
+            "save_total_limit": 0,
             "seed": 0,
             "data_seed": 0,
         }
