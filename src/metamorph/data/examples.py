@@ -93,7 +93,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         max_bad_fraction: float = 0.01,
         check: bool = True,
         features: FeatureCache | None = None,
-        fields: Mapping[str, str] | None = None,
+        fields: Mapping[str, Any] | None = None,
         folder_flag: str = "--image_folder",
     ) -> None:
         limit = BadRecordLimit(on_bad_record, max_bad_fraction)

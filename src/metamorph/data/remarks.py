@@ -1,4 +1,4 @@
-"""What a record holds that is not read, or not learnt: media under other names, questions without an answer."""
+"""What a record holds that is not read or teaches nothing: media under other names, questions without an answer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from metamorph.data.records import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Record, Recor
 
 REMARKS = {
     "unread_field": "a field that looks like media or a system prompt is not read",
-    "unread_marker": "a marker of a medium that is not read would be learnt as text",
-    "no_answer": "the last human turn has no answer, so it is read for nothing",
+    "unread_marker": "a marker of a video or of audio that is not read is plain text",
+    "no_answer": "the last human turn has no answer, so nothing is learnt from it",
 }
 """Kinds of remarks: training accepts the record."""
 
@@ -21,7 +21,6 @@ AUDIO_NAMES = frozenset(("audio", "audios", "audio_path"))
 MEDIA_NAMES = VIDEO_NAMES | AUDIO_NAMES
 MEDIA_NAMES |= {"images", "image_path", "image_paths", "image_file", "image_files", "image_name", "image_url"}
 MEDIA_NAMES |= {"image_urls", "img", "imgs", "img_path", "img_paths", "picture", "pictures", "photo", "photos"}
-MEDIA_NAMES |= {"file_name", "filename"}
 """Fields in which other layouts keep media; whatever else holds the name of an image or video counts as well."""
 SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 """Fields in which other layouts keep the system turn."""
@@ -89,7 +88,7 @@ def mend(name: str, value: Any) -> str:
 
 
 def remarks(record: Record, turns: Sequence[Turn], paths: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Kind and detail of what is in a record and is not read or not learnt.
+    """Kind and detail of what a record holds that is not read, or that nothing is learnt from.
 
     Args:
         record: The record.
@@ -110,12 +109,13 @@ def remarks(record: Record, turns: Sequence[Turn], paths: Collection[str]) -> It
         if found := _MARKER.search(turn.text):
             yield (
                 "unread_marker",
-                f"turn {number} has {found[0].strip()}, which would be learnt as text; declare the source with task: "
-                "video_qa and name the video, or remove the marker",
+                f"turn {number} has {found[0].strip()}, which is plain text to the task; remove it, or declare the "
+                "source with task: video_qa if it stands for a video",
             )
     roles = [turn.role for turn in turns]
     if "assistant" in roles and roles[-1] == "user":
-        yield "no_answer", f"turn {len(turns)} (user) has no answer: it is read, and nothing is learnt of it; remove it"
+        detail = f"turn {len(turns)} (user) has no answer, so nothing is learnt from it; remove it or add the answer"
+        yield "no_answer", detail
 
 
 def _name_of(value: Any) -> str:

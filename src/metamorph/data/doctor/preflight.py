@@ -112,7 +112,7 @@ def summary(place: str, problems: Sequence[RecordError], remark: str) -> str:
 def _media_paths(dataset: Checkable, index: int, found: dict[str, list[str]]) -> tuple[Record, list[str]]:
     """A record and the files that its conversation needs. Videos are not opened, so theirs is not made.
 
-    What is remarkable about it goes to `found`, by kind.
+    Remarks on the record are added to `found`, by kind.
     """
     record = dataset.record(index)
     if record.video is not None:
