@@ -62,7 +62,8 @@ def test_only_the_main_process_shows_anything(
     for bar in (True, False):
         with Progress(desc="stage 2", total=2, bar=bar) as progress:
             progress.update(1)
-            progress.say("step 1")
+            progress.set_postfix({"loss": "1.90"})
+            progress.say(log_line(progress, 0.5, 1.9, 1e-3, 100.0, "tokens"))
     assert not at_once.messages
     assert capfd.readouterr() == ("", "")
 

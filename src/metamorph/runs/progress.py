@@ -74,29 +74,29 @@ class Progress(tqdm):
         self._due = time.monotonic() + self.interval_seconds
 
     def seconds_left(self) -> float | None:
-        """Estimate from the mean speed so far; None before the first item, or where the total is not known."""
-        done = self.n - self.initial
-        if self.total is None or done <= 0:
+        """Estimate from the mean speed so far; None before the first item, without a total, or if nothing is shown."""
+        if self.disable or self.total is None or self.n <= self.initial:  # a disabled tqdm knows nothing of itself
             return None
-        return max(self.total - self.n, 0) * (self._time() - self.start_t) / done
+        done = self.n - self.initial
+        return max(self.total - self.n, 0) * self.format_dict["elapsed"] / done
 
     def line(self, *, is_over: bool = False) -> str:
         """The state of the work in one line, with the time that is left, or that it took."""
         if self.total is None:
             count = f"{self.n:,} {self.unit}s"
         elif self.unit_scale:
-            count = f"{self.n / self.total:.0%}"
+            count = f"{self.n / max(self.total, 1):.0%}"
         else:
             count = f"{self.unit} {self.n:,}/{self.total:,}"
-        values = (self.postfix or "").replace("=", " ").replace(", ", " · ")
+        values = str(self.postfix or "").replace("=", " ").replace(", ", " · ")
         left = self.seconds_left()
         if is_over:
-            time_left = f"took {duration(self._time() - self.start_t)}"
+            time_left = f"took {duration(self.format_dict['elapsed'])}"
         else:
             time_left = "" if left is None else f"{duration(left)} left"
         return " · ".join(filter(None, [self.desc.removesuffix(": "), count, values, time_left]))
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:  # type: ignore[override]
         """Draw the bar, if there is one."""
         return super().display(msg, pos) if self.has_bar else None
 
