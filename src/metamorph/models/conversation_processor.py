@@ -222,7 +222,7 @@ class ConversationProcessor(ProcessorMixin):
 
     def _image_inputs(
         self, images: Sequence[Any], options: ProcessorOptions = _DEFAULT_OPTIONS
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Any]:
         """Pixels of pictures, and the visual tokens of images that the model wrote."""
         written = [place for place, image in enumerate(images) if isinstance(image, ImagePart)]
         pictures = [
@@ -230,7 +230,7 @@ class ConversationProcessor(ProcessorMixin):
             for image in images
             if not isinstance(image, ImagePart)
         ]
-        data = {}
+        data: dict[str, Any] = {}
         if pictures:
             data["pixel_values"] = preprocess_images(
                 pictures, self.image_processor, self.image_aspect_ratio, self._pixel_table

@@ -10,14 +10,14 @@ from transformers import ProcessorMixin
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs
 
 
-class MetaMorphImagesKwargs(ImagesKwargs, total=False):
+class MetaMorphImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Keyword arguments for images."""
 
     allow_urls: bool
     """Whether images may be http(s) addresses, which are fetched; False by default."""
 
 
-class MetaMorphProcessingKwargs(ProcessingKwargs, total=False):
+class MetaMorphProcessingKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Keyword arguments of [`MetaMorphProcessor`], flat or in their groups."""
 
     images_kwargs: MetaMorphImagesKwargs
