@@ -4,15 +4,14 @@ import argparse
 import importlib.util
 import itertools
 import logging
-import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metamorph.cli.shared import open_pictures, use_shipped
-from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable
-from metamorph.flags.parser import FlagParser
+from metamorph.flags.checks import check_metamorph_model, names_flag, printable
+from metamorph.flags.parser import FlagParser, at_least, finite_number, image_file, output_file
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 
@@ -42,24 +41,35 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt", required=True, help=f"the question; {DEFAULT_IMAGE_TOKEN} says where an --image belongs"
     )
-    parser.add_argument("--image", action="append", default=[], help="an input picture; may be given several times")
+    parser.add_argument(
+        "--image", type=image_file, action="append", default=[], help="an input picture; may be given several times"
+    )
     parser.add_argument("--draw", action="store_true", help="begin the answer with a picture, whatever the prompt")
     parser.add_argument(
         "--output",
+        type=output_file,
         help=f"file of the picture; further ones get -2, -3, … (default: {DEFAULT_OUTPUT}, or the next free name)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that exist")
     parser.add_argument(
-        "--max-new-tokens", type=int, help="text and visual tokens (default: 256, and those of one picture)"
+        "--max-new-tokens", type=at_least(1), help="text and visual tokens (default: 256, and those of one picture)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0: greedy, else sampling (default: %(default)s)"
+        "--temperature",
+        type=at_least(0, finite_number),
+        default=0.0,
+        help="0: greedy, else sampling (default: %(default)s)",
     )
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="of the visualizer (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=20, help="denoising steps of the visualizer (default: %(default)s)"
+        "--guidance-scale",
+        type=at_least(0, finite_number),
+        default=3.0,
+        help="of the visualizer; 1 is no guidance (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of sampling and of the visualizer's noise")
+    parser.add_argument(
+        "--steps", type=at_least(1), default=20, help="denoising steps of the visualizer (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of sampling and of the visualizer's noise")
     parser.add_argument("--device", help="cpu, cuda, …; by default the accelerator if there is one")
     return parser
 
@@ -97,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
         max_new_tokens=flags.max_new_tokens,
         **sampling,
     )
-    output = DEFAULT_OUTPUT if flags.output is None else Path(flags.output)
+    output = DEFAULT_OUTPUT if flags.output is None else flags.output
     written = []
     for image, file in zip(reply.images, save_images(reply.images, output, overwrite=flags.overwrite), strict=True):
         preview = save_preview(image, file, flags.prompt)
@@ -121,20 +131,8 @@ def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
     """
     if not flags.prompt.strip():
         raise ValueError("--prompt is empty: say what the model should answer or draw")
-    for name, least in (("max_new_tokens", 1), ("steps", 1), ("seed", 0)):
-        value = getattr(flags, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-    for name, what in (("temperature", "0 (greedy) or larger"), ("guidance_scale", "0 or larger; 1 is no guidance")):
-        value = getattr(flags, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be {what}")
-    check_output(flags.output, overwrite=flags.overwrite)
-    for path in map(Path, flags.image):
-        if path.is_dir():
-            raise ValueError(f"--image {path} is a folder: name a picture in it")
-        if not path.is_file():
-            raise FileNotFoundError(f"--image {path} does not exist")
+    if flags.output is not None:
+        check_output(flags.output, overwrite=flags.overwrite)
     markers = flags.prompt.count(DEFAULT_IMAGE_TOKEN)
     if markers not in (0, len(flags.image)):
         raise ValueError(
@@ -143,25 +141,16 @@ def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
     return open_pictures(flags.image)
 
 
-def check_output(output: str | None, *, overwrite: bool) -> None:
-    """Refuse a name that no picture can be written to, or that is taken.
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse a name that is not that of a picture, or that is taken.
 
     Raises:
-        ValueError: If it is no name of a picture, or a file that exists, without `overwrite`.
-        NotADirectoryError: If a file stands where its folder should be.
+        ValueError: If it has another suffix, or is a file that exists, without `overwrite`.
     """
-    if output is None:
-        return
-    path = Path(output)
-    if path.is_dir():
-        raise ValueError(f"--output {path} is a folder: name a file in it, for example {path / DEFAULT_OUTPUT}")
-    if path.suffix.lower() not in OUTPUT_SUFFIXES:
-        raise ValueError(f"--output {path} is no name of a picture: let it end in {', '.join(OUTPUT_SUFFIXES)}")
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())
-    if not nearest.is_dir():
-        raise NotADirectoryError(f"--output {path}: {nearest} is a file, not a folder")
-    if path.exists() and not overwrite:
-        raise ValueError(f"--output {path} exists: give another name, or --overwrite")
+    if output.suffix.lower() not in OUTPUT_SUFFIXES:
+        raise ValueError(f"--output {output} is not the name of a picture: end it in {', '.join(OUTPUT_SUFFIXES)}")
+    if output.exists() and not overwrite:
+        raise ValueError(f"--output {output} exists: give another name, or --overwrite")
 
 
 def check_budget(flags: argparse.Namespace) -> None:
@@ -170,15 +159,11 @@ def check_budget(flags: argparse.Namespace) -> None:
     Raises:
         ValueError: With `--draw`, if the model cannot draw or a picture does not fit.
     """
-    from metamorph.models.configuration_metamorph import MetaMorphConfig
     from metamorph.models.pretrained import load_config
 
-    check_model_reference(flags.model, flag="--model")
-    check_reachable(flags.model, flag="--model")
+    check_metamorph_model(flags.model, flag="--model")
     with names_flag("--model", flags.model):
-        config = load_config(flags.model)
-    if not isinstance(config, MetaMorphConfig):
-        return  # refused with its reason where it is loaded
+        config: Any = load_config(flags.model)
     can_draw = config.use_vision_ar and config.image_start_token_id is not None
     if flags.draw and not can_draw:
         raise ValueError(f"--draw: {flags.model} was trained without visual prediction, so it cannot draw")
