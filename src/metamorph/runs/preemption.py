@@ -27,7 +27,7 @@ MARKER_FILE = "preempted.json"
 """File in the output folder of such a run; the next run removes it when it starts."""
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGTERM") if hasattr(signal, name))
 """What asks for a stop. Clusters send SIGUSR1 where told to (`sbatch --signal`), and SIGTERM before they kill."""
-SAME_KEY_PRESS = 1.0
+SAME_KEY_PRESS = 0.3
 """Seconds within which a second SIGINT is the first one again: launchers pass on what a terminal sends to all."""
 LEAVING = "\nCtrl-C: saving a checkpoint, then stopping. Press Ctrl-C again to leave at once.\n"
 
