@@ -258,9 +258,10 @@ def test_validation_grid_and_loss_reach_tensorboard_and_the_log(arguments, pictu
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     pictures[0].save(tmp_path / "picture.png")
     args = arguments(validation_images=[str(tmp_path / "picture.png")], save_step=3, report_to="tensorboard")
-    with caplog.at_level("INFO", logger="metamorph.visualizer_training.trainer"):
+    with caplog.at_level("DEBUG", logger="metamorph"):
         result = train_visualizer(args, pictures)
-    assert f"step 3 of 3: loss {sum(result.losses) / 3:.4g}, lr" in caplog.text  # there is no terminal
+    assert f"step 3/3 · epoch   1.00 · loss {sum(result.losses) / 3:8.4f} · lr " in caplog.text  # there is no terminal
+    assert "step 3, all values: loss" in caplog.text
     # The run's own file, and one for its flags in a folder below.
     folder = Path(args.output_dir) / "tensorboard"
     files = [accumulator.EventAccumulator(str(file)).Reload() for file in folder.rglob("events.out.*")]
@@ -268,6 +269,7 @@ def test_validation_grid_and_loss_reach_tensorboard_and_the_log(arguments, pictu
     (image,) = found.Images("validation")
     assert (image.width, image.height) == (3 * RESOLUTION, RESOLUTION)
     assert found.Scalars("loss")[0].step == 3
+    assert {"lr", "samples_per_second", "data_wait", "grad_norm"} <= set(found.Tags()["scalars"])
 
 
 def test_resolution_is_that_of_the_diffusion_model_unless_given(arguments, pictures, tmp_path, caplog):

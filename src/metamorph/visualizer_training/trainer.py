@@ -304,6 +304,8 @@ class VisualizerTrainer:
         self.accelerator.log(values, step=self.state.step)
         if not self.accelerator.is_main_process:
             return
+        told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        logger.debug("step %d, all values: %s", self.state.step, told)
         if self.on_log is not None:
             self.on_log(self.state.step, values)
         else:
