@@ -220,9 +220,7 @@ class ConversationProcessor(ProcessorMixin):
     def _encoder_of(self, template: ChatTemplate) -> ConversationEncoder:
         return ConversationEncoder(self.tokenizer, template, self.image_tokens, self.image_token, self.num_image_tokens)
 
-    def _image_inputs(
-        self, images: Sequence[Any], options: ProcessorOptions = _DEFAULT_OPTIONS
-    ) -> dict[str, Any]:
+    def _image_inputs(self, images: Sequence[Any], options: ProcessorOptions = _DEFAULT_OPTIONS) -> dict[str, Any]:
         """Pixels of pictures, and the visual tokens of images that the model wrote."""
         written = [place for place, image in enumerate(images) if isinstance(image, ImagePart)]
         pictures = [
