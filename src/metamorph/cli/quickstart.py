@@ -1,11 +1,15 @@
 """`metamorph quickstart [--output-dir out] [--seed 0] [--fast]`: the whole system in miniature, with a report."""
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from metamorph.cli.shared import print_table
 from metamorph.flags.parser import FlagParser, at_least, output_folder
+
+
+logger = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,6 +53,7 @@ def run(flags: argparse.Namespace) -> None:
     from metamorph.miniature.quickstart.options import QuickstartOptions
 
     options = QuickstartOptions(flags.output_dir, flags.seed, flags.fast, flags.assets_dir)
+    logger.info("loading libraries …")
     # Takes seconds to import, so only after the flags are known to be good.
     from metamorph.miniature.quickstart.report import headline
     from metamorph.miniature.quickstart.run import run_quickstart
