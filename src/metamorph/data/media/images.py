@@ -195,5 +195,6 @@ _DECODING_ERRORS = (
     OverflowError,
     struct.error,
     zlib.error,
+    RuntimeError,  # of libavif
 )
 """What Pillow's many decoders raise for broken files."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 from collections.abc import Collection
+from contextlib import suppress
 from typing import BinaryIO
 
 from PIL import Image
@@ -54,7 +56,10 @@ def identify(file: str | os.PathLike[str] | BinaryIO, readable: Collection[str])
     Image.init()
     # The test of a format reads these bytes alone; a format is never opened to find out whether it is that of a file.
     for name, (_, accepts) in Image.OPEN.items():
-        if accepts is not None and accepts(start) is True:
+        is_of_format = False
+        with suppress(IndexError, TypeError, ValueError, struct.error):  # of a start that is too short
+            is_of_format = accepts is not None and accepts(start) is True
+        if is_of_format:
             if name in readable:
                 return f"its {name} header is damaged", "replace it"
             return f"the format {_SAME_START.get(name, name)} is not read", "save it as PNG or JPEG"
