@@ -26,12 +26,12 @@ from transformers import SiglipImageProcessor
 
 from metamorph.data.examples import ConversationDataset
 from metamorph.data.fields import NAMES
-from metamorph.data.media.images import FORMATS, MediaError, load_image
 from metamorph.data.mixture import read_specs
 from metamorph.data.records import DataError, RecordError
 from metamorph.data.sources.json_files import JsonArraySource, JsonlSource
 from metamorph.data.sources.tars import TarSource
 from metamorph.data.tasks import TASKS
+from metamorph.models.image_files import FORMATS, MediaError, load_image
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 

@@ -5,7 +5,6 @@ import pickle
 import pytest
 from processing_parts import llava
 
-from metamorph.data.media.images import MediaError
 from metamorph.data.records import (
     BAD_RECORD_KINDS,
     DataError,
@@ -14,6 +13,7 @@ from metamorph.data.records import (
     check_conversation,
     parse_record,
 )
+from metamorph.models.image_files import MediaError
 
 
 GOOD = llava("a", "<image> What?", "A cat.", image="a.png")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from metamorph.data.bad_records import TooManyBadRecordsError
-from metamorph.data.media.images import MediaError
+from metamorph.models.image_files import MediaError
 from metamorph.visualizer_training.pictures.bad_pictures import BadPictures
 
 

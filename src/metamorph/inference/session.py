@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from metamorph.data.media.images import load_image
 from metamorph.flags.checks import check_metamorph_model, check_model_reference, check_reachable, names_flag
 from metamorph.flags.extras import install_command
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.inference.reply import Prompt, Reply, reply_to
 from metamorph.mini import shipped_folder
+from metamorph.models.image_files import load_image
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN

@@ -6,31 +6,27 @@ import base64
 import binascii
 import io
 import os
-import struct
-import zlib
 from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers.image_utils import infer_channel_dimension_format
 
+from metamorph.models import image_files
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-"""What files may be. Pillow knows more, some of which it hands to other programs (EPS to Ghostscript)."""
+
 _MAX_BYTES = 2**28
 """Longest file that is fetched from an address."""
 _TIMEOUT = 30
 """Seconds to wait for an address."""
 _SHOWN = 60
 """Characters of a string that messages show."""
-_DECODING_ERRORS = (OSError, ValueError, SyntaxError, IndexError, KeyError, TypeError, struct.error, zlib.error)
-"""What Pillow's many decoders raise for broken files."""
 
 
 def load_image(image: Any, *, allow_urls: bool = False, input_data_format: str | None = None) -> Image.Image:
-    """Open an image. Files are turned as their EXIF data say; the mode stays.
+    """Open an image. Files are read as training reads them: upright and RGB.
 
     Args:
         image: A Pillow image; a path; the bytes of a file, or the same in base64, also as a `data:` URL; an http(s)
@@ -59,16 +55,7 @@ def load_image(image: Any, *, allow_urls: bool = False, input_data_format: str |
         raise ValueError(
             f"{type(image).__name__} is no image: give a Pillow image, a path, bytes, base64, an array or a tensor"
         )
-    if isinstance(source, (str, os.PathLike)) and not os.path.isfile(source):  # a pipe might wait for ever
-        raise ValueError(f"there is no image file {name}")
-    try:
-        with Image.open(source, formats=FORMATS) as opened:
-            opened.load()
-            return ImageOps.exif_transpose(opened)
-    except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
-        # Pillow names the object that it reads from.
-        reason = "its content is that of no image" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{name} cannot be read as an image ({reason})") from error
+    return image_files.load_image(source, name=name)
 
 
 def _source_of(text: str, allow_urls: bool) -> str | io.BytesIO:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from metamorph.data.media.images import MediaError
+from metamorph.models.image_files import MediaError
 from metamorph.visualization.pixels import PixelFormat, crop_square
 from metamorph.visualizer_training.pictures.bad_pictures import BadPictures
 from metamorph.visualizer_training.pictures.sources import ImageSource

@@ -10,17 +10,10 @@ from typing import BinaryIO, Protocol
 
 from PIL import Image
 
-from metamorph.data.media.images import (
-    BOX_COLOURS,
-    MAX_IMAGE_PIXELS,
-    MediaError,
-    draw_box,
-    load_image,
-    read_size,
-    resolve_image_path,
-)
+from metamorph.data.media.images import BOX_COLOURS, draw_box, resolve_image_path
 from metamorph.data.media.refs import Box, ImageRef
 from metamorph.data.media.video import VideoInfo, probe_video, read_frames
+from metamorph.models.image_files import MAX_IMAGE_PIXELS, MediaError, load_image, read_size
 
 
 __all__ = [

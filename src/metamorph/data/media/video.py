@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from metamorph.data.media.images import MAX_IMAGE_PIXELS, MediaError, check_regular
 from metamorph.flags.extras import install_command
+from metamorph.models.image_files import MAX_IMAGE_PIXELS, MediaError, check_regular
 
 
 VideoFile = str | os.PathLike[str] | BinaryIO

@@ -7,7 +7,7 @@ import logging
 import torch
 
 from metamorph.data.bad_records import RecordLog, TooManyBadRecordsError, merge_ranks
-from metamorph.data.media.images import MediaError
+from metamorph.models.image_files import MediaError
 from metamorph.visualizer_training.pictures.shards import ShardedImages
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from metamorph.data.media.images import load_image
 from metamorph.data.records import DataError
 from metamorph.data.sources.index import Index, index_files
 from metamorph.data.sources.tars import MemberTable, read_members
+from metamorph.models.image_files import load_image
 from metamorph.runs.progress import Progress
 
 
