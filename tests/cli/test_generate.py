@@ -20,7 +20,7 @@ def picture(tmp_path: Path) -> str:
 
 
 def parse(*words: str):
-    return build_parser().parse_args(["--model", "owner/model", *words])
+    return build_parser().parse_args(["--model", "mini", *words])
 
 
 def test_markers_may_be_left_out(picture: str) -> None:
@@ -68,7 +68,7 @@ def test_markers_may_be_anywhere(picture: str) -> None:
 )
 def test_bad_input(words: list[str], message: str, picture: str, tmp_path: Path, capsys) -> None:
     words = [word.format(picture=picture, folder=tmp_path) for word in words]
-    assert cli.main(["generate", "--model", "owner/model", *words]) == 2
+    assert cli.main(["generate", "--model", "mini", *words]) == 2
     assert message.format(folder=tmp_path, picture=picture) in capsys.readouterr().err
 
 

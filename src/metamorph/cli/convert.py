@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from metamorph.cli.shared import check_tower_reference
-from metamorph.flags.checks import check_model_reference, check_reachable, names_flag
+from metamorph.flags.checks import check_reachable, names_flag
 from metamorph.flags.parser import FlagParser, output_folder
 
 
@@ -79,10 +79,14 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise ValueError(f"--{given[0].replace('_', '-')} belongs to --from, not to --merge-adapter: drop it")
     if flags.layout is not None and flags.model is None:
         raise ValueError("--from original needs --model: the folder of the checkpoint, or an mm_projector.bin")
-    if flags.tokenizer is not None and not Path(flags.tokenizer).is_dir():
-        check_model_reference(flags.tokenizer, "--tokenizer")
-        check_reachable(flags.tokenizer, "--tokenizer", "tokenizer_config.json")
+    from metamorph.mini import shipped_folder
+
+    if flags.tokenizer is not None:
+        flags.tokenizer = shipped_folder(flags.tokenizer, "model")
+        if not Path(flags.tokenizer).is_dir():
+            check_reachable(flags.tokenizer, "--tokenizer", "tokenizer_config.json")
     if flags.vision_tower is not None:
+        flags.vision_tower = shipped_folder(flags.vision_tower, "tower")
         check_tower_reference(flags.vision_tower, "--vision-tower")
 
 
@@ -119,14 +123,13 @@ def convert_original(flags: argparse.Namespace, output: Path) -> None:
     """
     import torch
 
-    from metamorph.mini import shipped_folder
     from metamorph.models.original import load_original
 
     with names_flag("--model", flags.model):
         model, processor = load_original(
             flags.model,
-            tokenizer=flags.tokenizer and shipped_folder(flags.tokenizer, "model"),
-            vision_tower=flags.vision_tower and shipped_folder(flags.vision_tower, "tower"),
+            tokenizer=flags.tokenizer,
+            vision_tower=flags.vision_tower,
             dtype=getattr(torch, flags.dtype),
         )
     save(model, processor, output, flags.dtype)

@@ -300,7 +300,6 @@ def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
         check_model_reference(tower, flag="--vision_tower")
     if name is not None:
         name = shipped_folder(name, "model")
-        check_model_reference(name, flag="--model_name_or_path")
         check_reachable(name, flag="--model_name_or_path")
     from metamorph.models.configuration_metamorph import MetaMorphConfig
     from metamorph.models.pretrained import load_config, load_tokenizer

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metamorph.cli import evaluate_loss, evaluate_visualizer
-from metamorph.flags.checks import check_metamorph_model, check_model_reference, check_reachable
+from metamorph.flags.checks import check_metamorph_model, check_reachable
 from metamorph.flags.parser import FlagParser, at_least, output_folder
 
 
@@ -45,23 +45,19 @@ def main(argv: Sequence[str]) -> None:
     if flags.kind == "visualizer":
         evaluate_visualizer.run(flags)
         return
-    from metamorph.mini import AssetError, shipped_folder
+    from metamorph.cli.shared import use_shipped
     from metamorph.miniature.quickstart.options import require_extras
 
     require_extras()
-    try:
-        model, visualizer = shipped_folder(flags.model, "model"), shipped_folder(flags.visualizer, "visualizer")
-    except AssetError as error:
-        raise ValueError(f"--model or --visualizer: {error}") from error
-    check_metamorph_model(model, flag="--model")
-    check_model_reference(visualizer, flag="--visualizer", file="model_index.json")
-    check_reachable(visualizer, flag="--visualizer", file="model_index.json")
+    use_shipped(flags)
+    check_metamorph_model(flags.model, flag="--model")
+    check_reachable(flags.visualizer, flag="--visualizer", file="model_index.json")
     from metamorph.cli.shared import print_table
     from metamorph.miniature.quickstart.measure import measure_world
     from metamorph.miniature.quickstart.recipe import MINI_EVALUATION_SEED
     from metamorph.miniature.quickstart.report import headline
 
     seed = MINI_EVALUATION_SEED if flags.seed is None else flags.seed
-    measured = measure_world(model, visualizer, flags.output_dir, seed=seed)
+    measured = measure_world(flags.model, flags.visualizer, flags.output_dir, seed=seed)
     print_table(headline({**measured.metrics, "floors": {}}))
     print(f"\npictures and metrics.json: {flags.output_dir.resolve()}")

@@ -38,12 +38,9 @@ def run(flags: argparse.Namespace) -> None:
         FileNotFoundError: If the model or the data do not exist.
         ValueError: For a value that is not allowed.
     """
-    from metamorph.mini import AssetError, shipped_folder
+    from metamorph.mini import shipped_folder
 
-    try:
-        folder = shipped_folder(flags.model, "model")
-    except AssetError as error:
-        raise ValueError(f"--model: {error}") from error
+    folder = shipped_folder(flags.model, "model")
     check_metamorph_model(folder, flag="--model")
 
     import torch

@@ -34,14 +34,10 @@ def main(argv: Sequence[str]) -> None:
         argv: Command line after `quickstart`.
     """
     flags = build_parser().parse_args(argv)
-    from metamorph.mini import AssetError
     from metamorph.miniature.quickstart.options import require_extras
 
     require_extras()
-    try:
-        run(flags)
-    except AssetError as error:  # its message says what to do; no traceback is needed
-        raise ValueError(str(error)) from error
+    run(flags)
 
 
 def run(flags: argparse.Namespace) -> None:

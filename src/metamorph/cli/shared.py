@@ -24,14 +24,11 @@ def use_shipped(flags: argparse.Namespace) -> None:
     Args:
         flags: The command line; `model` and `visualizer` are changed.
     """
-    from metamorph.mini import AssetError, shipped_folder
+    from metamorph.mini import shipped_folder
 
-    try:
-        flags.model = shipped_folder(flags.model, "model")
-        if flags.visualizer is not None:
-            flags.visualizer = shipped_folder(flags.visualizer, "visualizer")
-    except AssetError as error:
-        raise ValueError(f"--model or --visualizer: {error}") from error
+    flags.model = shipped_folder(flags.model, "model")
+    if flags.visualizer is not None:
+        flags.visualizer = shipped_folder(flags.visualizer, "visualizer")
 
 
 def open_pictures(paths: Sequence[str]) -> list[Image.Image]:
@@ -124,18 +121,14 @@ def check_drawing_flags(flags: argparse.Namespace) -> None:
     import importlib.util
 
     from metamorph.flags.extras import install_command
-    from metamorph.mini import AssetError, shipped_folder
+    from metamorph.mini import shipped_folder
 
     if importlib.util.find_spec("diffusers") is None:
         raise ValueError(f"--visualizer needs diffusers: {install_command('visualization')}")
-    try:
-        is_shipped = flags.visualizer == "mini" and not Path("mini").exists()
-        if flags.vision_tower is not None or is_shipped:
-            flags.vision_tower = shipped_folder(flags.vision_tower or "mini", "model")
-        flags.visualizer = shipped_folder(flags.visualizer, "visualizer")
-    except AssetError as error:
-        raise ValueError(f"--visualizer or --vision_tower: {error}") from error
-    check_model_reference(flags.visualizer, flag="--visualizer", file="model_index.json")
+    is_shipped = flags.visualizer == "mini" and not Path("mini").exists()
+    if flags.vision_tower is not None or is_shipped:
+        flags.vision_tower = shipped_folder(flags.vision_tower or "mini", "model")
+    flags.visualizer = shipped_folder(flags.visualizer, "visualizer")
     check_reachable(flags.visualizer, flag="--visualizer", file="model_index.json")
     if flags.vision_tower is not None:
         check_tower_reference(flags.vision_tower, flag="--vision-tower")

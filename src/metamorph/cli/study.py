@@ -46,7 +46,6 @@ def main(argv: Sequence[str]) -> None:
         argv: Command line after `study`.
     """
     flags = build_parser().parse_args(argv)
-    from metamorph.mini import AssetError
     from metamorph.miniature.quickstart.options import require_extras
 
     require_extras()
@@ -55,10 +54,7 @@ def main(argv: Sequence[str]) -> None:
     plan = StudyPlan(
         flags.output_dir, flags.seeds, tuple(flags.budgets), flags.passes, flags.generation_per_step, flags.drawings
     )
-    try:
-        result = run_study(plan)
-    except AssetError as error:  # its message says what to do; no traceback is needed
-        raise ValueError(str(error)) from error
+    result = run_study(plan)
     print_summary(result["summary"])
     print(f"\nplot: {(flags.output_dir / PLOT_FILE).resolve()}")
 

@@ -111,7 +111,7 @@ def check_model_reference(name: str, flag: str, file: str = "config.json") -> No
 
 
 def check_reachable(name: str, flag: str, file: str = "config.json") -> None:
-    """Ask the Hub once, without the minutes of retries of a download, whether a model that is no folder may be read.
+    """Check that a model is a folder with `file`, or can be read from the Hub, which is asked once.
 
     Args:
         name: Folder or Hub id.
@@ -119,9 +119,10 @@ def check_reachable(name: str, flag: str, file: str = "config.json") -> None:
         file: File that such a model must hold.
 
     Raises:
-        FileNotFoundError: if the model is neither a folder, nor in the Hub's cache, nor on the Hub; if it may not be
-            read; or if the Hub cannot be reached. The message says how to mend it.
+        FileNotFoundError: if the model is neither a folder with this file, nor in the Hub's cache, nor on the Hub; if
+            it may not be read; or if the Hub cannot be reached. The message says how to mend it.
     """
+    check_model_reference(name, flag, file)
     if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, file), str):
         return
     try:
@@ -143,7 +144,6 @@ def check_metamorph_model(name: str, flag: str) -> None:
     """
     from metamorph.files.model_files import read_json_object  # imports PyTorch
 
-    check_model_reference(name, flag)
     check_reachable(name, flag)
     folder = Path(name)
     with names_flag(flag, name):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from metamorph.flags.checks import check_metamorph_model, check_model_reference, check_reachable, names_flag
+from metamorph.flags.checks import check_metamorph_model, check_reachable, names_flag
 from metamorph.flags.extras import install_command
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.inference.reply import Prompt, Reply, reply_to
@@ -162,7 +162,6 @@ def check_visualizer_folder(visualizer: str, flag: str = "--visualizer") -> str:
         FileNotFoundError: If it does not exist.
         ValueError: If diffusers is not installed, or the folder is not a visualizer.
     """
-    check_model_reference(visualizer, flag=flag, file="model_index.json")
     check_reachable(visualizer, flag=flag, file="model_index.json")
     try:
         from metamorph.visualization.folders import check_visualizer, visualizer_folder

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from metamorph.files.model_files import read_json_object
-from metamorph.flags.checks import check_model_reference, check_reachable, names_flag
+from metamorph.flags.checks import check_reachable, names_flag
 from metamorph.mini import shipped_folder
 from metamorph.models.vision_tower import resolve_vision_tower
 from metamorph.visualization.encoder import VisualTokenEncoder
@@ -38,7 +38,7 @@ def load_visualizer(
         ValueError: If no tower is known, or it gives other tokens than the projector takes.
     """
     folder = shipped_folder(str(folder), "visualizer")
-    check_model_reference(folder, flag="--visualizer", file=INDEX_FILE)
+    check_reachable(folder, flag="--visualizer", file=INDEX_FILE)
     # float32 is what diffusers loads anyway, without its warning that the option has a new name.
     precision = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     with names_flag("--visualizer", str(folder)):
@@ -81,7 +81,6 @@ def _load_tower(folder: str | Path, vision_tower: str | None, num_tokens: int | 
             "--vision_tower, the tower it was trained with or the folder of the MetaMorph model"
         )
     name = resolve_vision_tower(str(options["vision_tower"]))
-    check_model_reference(name, "--vision_tower")
     check_reachable(name, "--vision_tower")
     with names_flag("--vision_tower", str(options["vision_tower"])):
         return load_encoder(adopt_token_options(TokenOptions(**options)))  # type: ignore[arg-type]
