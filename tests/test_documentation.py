@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from metamorph import cli
+from metamorph.recipes import find_recipe
 from tools.file_table import PAGE, page_with_table
 
 
@@ -63,6 +64,10 @@ def test_documented_trainings_have_a_learning_rate(page: str, words: tuple[str, 
     """Transformers' default suits no stage: a recipe has a better one."""
     if words[0] == "train":
         assert {"--config", "--learning_rate"} & set(words), f"{page}: {' '.join(words)}"
+    for flag, value in pairwise(words):
+        if flag == "--config" and "/" not in value and not value.endswith((".yaml", ".yml")):
+            assert find_recipe(value).is_file(), f"{page}: {value} is not a recipe"
+        assert "recipes/llama" not in value, f"{page}: the clone has no folder {value}"
 
 
 def test_training_pages_and_scripts_leave_the_quickstarts_folder_alone() -> None:

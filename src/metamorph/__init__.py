@@ -27,8 +27,6 @@ from metamorph.auto_classes import register_lazily
 
 __version__ = "0.1.0"
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
     from metamorph.inference import draw, load, reply_to
     from metamorph.models.backbone import MetaMorphModel

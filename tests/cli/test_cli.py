@@ -79,9 +79,11 @@ def test_errors_and_log_lines_do_not_command_the_terminal(
 
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
-    assert capsys.readouterr().err.startswith("metamorph: unknown command 'trian': did you mean 'train'?\n")
+    assert capsys.readouterr().err.startswith(
+        "metamorph: unknown command 'trian': did you mean 'train'? (all commands: metamorph --help)\n"
+    )
     assert cli.main(["zzz"]) == 2
-    assert capsys.readouterr().err.startswith("metamorph: unknown command 'zzz'\n")
+    assert capsys.readouterr().err.startswith("metamorph: unknown command 'zzz' (all commands: metamorph --help)\n")
 
 
 @pytest.mark.parametrize(("entry_point", "warns"), [("metamorph.main:__main__", True), ("metamorph.cli:main", False)])

@@ -46,11 +46,25 @@ def test_markers_may_be_anywhere(picture: str) -> None:
         (["--prompt", "x", "--guidance-scale", "-2"], "--guidance-scale -2 must be at least 0"),
         (["--prompt", "x", "--guidance-scale", "inf"], "--guidance-scale inf must be a finite number"),
         (["--prompt", "x", "--steps", "0"], "--steps 0 must be at least 1"),
+        (["--prompt", "x", "--output", "a.png"], "--output a.png needs --visualizer"),
+        (["--prompt", "x", "--image", "https://a.org/b.png"], "is an address, and nothing is downloaded"),
         (["--prompt", "x", "--seed", "-1"], "--seed -1 must be at least 0"),
-        (["--prompt", "x", "--output", "{folder}"], "--output {folder} is a folder: give a file"),
-        (["--prompt", "x", "--output", "{folder}/a.pdf"], "a.pdf is not the name of a picture: end it in .png"),
-        (["--prompt", "x", "--output", "{picture}/a.png"], "{picture} is a file; give another folder"),
-        (["--prompt", "x", "--output", "{picture}"], "--output {picture} exists: give another name, or --overwrite"),
+        (
+            ["--prompt", "x", "--visualizer", "mini", "--output", "{folder}"],
+            "--output {folder} is a folder: give a file",
+        ),
+        (
+            ["--prompt", "x", "--visualizer", "mini", "--output", "{folder}/a.pdf"],
+            "a.pdf is not the name of a picture: end it in .png",
+        ),
+        (
+            ["--prompt", "x", "--visualizer", "mini", "--output", "{picture}/a.png"],
+            "{picture} is a file; give another folder",
+        ),
+        (
+            ["--prompt", "x", "--visualizer", "mini", "--output", "{picture}"],
+            "--output {picture} exists: give another name, or --overwrite",
+        ),
         (
             ["--prompt", "x", "--model", "mini", "--draw", "--max-new-tokens", "17"],
             "has no room for a picture, which takes 18 (16 visual tokens, <image_start> and <image_end>)",

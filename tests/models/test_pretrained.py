@@ -249,7 +249,7 @@ def test_a_processor_loads_no_other_model(tmp_path: Path, monkeypatch: pytest.Mo
     named = {"audio_tokenizer_class": "LlamaForCausalLM", "audio_tokenizer_name_or_path": str(tmp_path)}
     for extra in ({"audio_tokenizer": named}, {"feature_extractor": {}}):
         file.write_text(json.dumps({**fields, **extra}))
-        with pytest.raises(ValueError, match=rf"processor_config\.json: {min(extra)} is no field"):
+        with pytest.raises(ValueError, match=rf"processor_config\.json: {min(extra)} is not a field"):
             MetaMorphProcessor.from_pretrained(tmp_path)
     file.write_text(json.dumps(fields))
     assert MetaMorphProcessor.from_pretrained(tmp_path).num_image_tokens == fields["num_image_tokens"]

@@ -44,6 +44,7 @@ def png(image: Image.Image) -> bytes:
 FORMS = {
     "bytes": png,
     "base64": lambda image: base64.b64encode(png(image)).decode(),
+    "base64 in lines": lambda image: base64.encodebytes(png(image)).decode(),
     "data URL": lambda image: f"data:image/png;base64,{base64.b64encode(png(image)).decode()}",
     "array": np.asarray,
     "channels first": lambda image: np.moveaxis(np.asarray(image), -1, 0),
@@ -76,6 +77,7 @@ def test_files_are_opened_upright(processor, tmp_path, key):
     path = tmp_path / "a.png"
     upright.rotate(90, expand=True).save(path, exif=exif)
     expected = processor(images=upright)["pixel_values"]
+    assert torch.equal(processor(images=Image.open(path))["pixel_values"], expected)
     for form in (path, str(path)):
         messages = [{"role": "user", "content": [{"type": "image", key: form}]}]
         assert torch.equal(processor.apply_chat_template(messages, tokenize=True)["pixel_values"], expected)
@@ -93,21 +95,21 @@ def test_a_batch_may_be_an_array_and_grey_is_an_image(processor):
     ("image", "reason"),
     [
         ("nosuch.png", "there is no image file 'nosuch.png'"),
-        ("aGVsbG8=", "'aGVsbG8=', which is no file, cannot be read as an image"),
+        ("aGVsbG8=", "'aGVsbG8=', which is not a file, cannot be read as an image"),
         (Path("nosuch.png"), "there is no image file nosuch.png"),
         (b"hello", "an image of 5 bytes cannot be read as an image"),
         (np.zeros((2, 3, 4, 5, 6)), r"shape \[2, 3, 4, 5, 6\]"),
-        (np.zeros((5, 6, 7), np.uint8), "neither its first nor its last dimension are channels"),
-        (np.array([["a"]]), "is no image"),
+        (np.zeros((5, 6, 7), np.uint8), "neither the first nor the last dimension is a channel dimension"),
+        (np.array([["a"]]), "is not an image"),
         (torch.full((3, 4, 4), -1.5), "is the image normalised already"),
         (torch.full((3, 4, 4), torch.nan), "must have values from 0 to 1"),
         (np.full((4, 4, 3), 300), "must have values from 0 to 255"),
-        (7, "int is no image"),
-        ({"src": 1}, "dict is no image"),
+        (7, "int is not an image"),
+        ({"src": 1}, "dict is not an image"),
     ],
     ids=str,
 )
-def test_what_is_no_image_is_an_error_that_says_so(processor, image, reason):
+def test_anything_but_an_image_is_an_error_that_says_so(processor, image, reason):
     with pytest.raises(ValueError, match=reason):
         processor.apply_chat_template(question(image), tokenize=True)
 
@@ -206,7 +208,7 @@ def test_truncation_cuts_as_training_does(processor, limit, caplog):
     for batch in (by_chat, by_text):
         assert batch["input_ids"][0].tolist() == whole.input_ids.tolist()
         assert len(batch.get("pixel_values", ())) == 2 - whole.num_dropped_images
-    assert ("left out" in caplog.text) == bool(whole.num_dropped_images)
+    assert ("were dropped" in caplog.text) == bool(whole.num_dropped_images)
 
 
 def test_an_argument_acts_or_is_refused(processor):
@@ -249,6 +251,10 @@ def test_masks_of_answers_are_what_training_learns(processor):
         assert torch.equal(mask, (encoded.labels != -100) | encoded.visual_target_mask)
     with pytest.raises(ValueError, match="needs tokenize=True"):
         processor.apply_chat_template(messages, return_assistant_tokens_mask=True)
+    with pytest.raises(ValueError, match="marks the text of training, which has no enable_thinking"):
+        processor.apply_chat_template(
+            messages, images=PICTURES[:2], tokenize=True, return_assistant_tokens_mask=True, enable_thinking=False
+        )
 
 
 @pytest.mark.parametrize("version", ["llama3", "chatml", "auto"])
@@ -274,7 +280,10 @@ def test_a_template_and_its_variables_may_be_given_for_one_call():
     plain = processor.apply_chat_template(chat("Hi"), add_generation_prompt=True)
     with pytest.raises(ValueError, match="does not read 'enable_thinking'"):
         processor.apply_chat_template(chat("Hi"), enable_thinking=True)
-    assert processor.apply_chat_template(chat("Hi"), add_generation_prompt=True, enable_thinking=False) == plain
+    for nothing in (False, None):
+        assert processor.apply_chat_template(chat("Hi"), add_generation_prompt=True, enable_thinking=nothing) == plain
+    with pytest.raises(ValueError, match="does not read 'messages'"):
+        processor.apply_chat_template(chat("Hi"), messages=3)
     messages = chat("Hi <|im_end|>", "Yes.", "Why?")
     call = partial(processor.apply_chat_template, messages, chat_template=SWITCH_JINJA, add_generation_prompt=True)
     text = call(enable_thinking=False)

@@ -185,7 +185,7 @@ def test_r28_signals_to_all_processes_of_a_job(folder: Path, tmp_path: Path) -> 
         assert status == expected, printed[-5000:]
         assert printed.count("Ctrl-C: saving a checkpoint, then stopping. Press Ctrl-C again to leave at once.") == 1
         (line,) = re.findall(
-            r"metamorph train: interrupted after step (\d+); to go on: the same command, or .*", printed
+            r"metamorph train: interrupted after step (\d+); to resume: run the same command again, or .*", printed
         )
         assert sorted(tmp_path.glob("checkpoint-*"), key=os.path.getmtime)[-1].name == f"checkpoint-{line}"
         assert not (tmp_path / MARKER_FILE).exists()

@@ -171,9 +171,13 @@ def test_no_checkpoint_is_usable(run_folder: Path, caplog: pytest.LogCaptureFixt
     for folder in run_folder.glob("checkpoint-*"):
         (folder / MANIFEST_FILE).unlink()
     assert find_checkpoint(str(run_folder), None, 1) is None
-    assert "starting anew" in caplog.text
+    assert "starting from the beginning" in caplog.text
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         find_checkpoint(str(run_folder), "True", 1)
+    for folder in run_folder.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    assert find_checkpoint(str(run_folder), None, 1) is None
+    assert "holds a result and no checkpoint: it is trained again and replaced" in caplog.text
 
 
 def test_large_files_are_checked_at_their_ends(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

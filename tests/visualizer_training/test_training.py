@@ -149,7 +149,7 @@ def test_signal_saves_and_the_same_command_goes_on(arguments, pictures, tmp_path
 def test_ctrl_c_saves_and_the_same_command_goes_on(arguments, pictures, tmp_path):
     args = arguments(training_steps=5, logging_steps=2)
     with pytest.raises(
-        Interrupted, match=r"after step 2; to go on: the same command, or --resume_from_checkpoint .*-2"
+        Interrupted, match=r"after step 2; to resume: run the same command again, or --resume_from_checkpoint .*-2"
     ):
         train_visualizer(args, pictures, on_log=lambda step, values: os.kill(os.getpid(), signal.SIGINT))
     assert not (tmp_path / "out" / MARKER_FILE).exists()  # which asks scripts to start the run again

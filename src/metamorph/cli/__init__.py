@@ -63,7 +63,7 @@ HARMLESS = {
     # A language model's configuration often names another end than its chat template writes.
     "transformers.trainer_utils": r"The tokenizer has new PAD/BOS/EOS tokens that differ from the model config",
 }
-"""Loggers of libraries -> messages that frighten, and are right as they are in every run."""
+"""Loggers of libraries -> warnings of theirs that are harmless in every run."""
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         near = nearest(words[0], COMMANDS)
         hint = f": did you mean {near!r}?" if near else ""
-        print(f"metamorph: unknown command {words[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
+        print(f"metamorph: unknown command {words[0]!r}{hint} (all commands: metamorph --help)", file=sys.stderr)
         return 2
     _let_idle_threads_sleep()
     _set_up_logging(debug)

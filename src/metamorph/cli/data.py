@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--workers", type=at_least(0), default=min(os.cpu_count() or 1, 8), help="processes (default: %(default)s)"
     )
-    check.add_argument("--limit", type=at_least(1), help="check only so many records, evenly spread")
+    check.add_argument("--limit", type=at_least(1), help="check at most this many records, evenly spread")
     check.set_defaults(run=run_check)
     show = commands.add_parser("show", help="print one training example and write its images")
     add_data_flags(show)

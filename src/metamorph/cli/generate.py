@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamorph.cli.shared import open_pictures, use_shipped
+from metamorph.cli.shared import check_picture_file, numbered, open_pictures, use_shipped
 from metamorph.flags.checks import check_metamorph_model, names_flag, printable
 from metamorph.flags.parser import FlagParser, at_least, finite_number, image_file, output_file
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_OUTPUT = Path("generated.png")
-OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PREVIEW_SIDE = 384
 """Width of the enlarged copy of a picture, in pixels."""
 SMALL_SIDE = 256
@@ -132,25 +131,16 @@ def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
     if not flags.prompt.strip():
         raise ValueError("--prompt is empty: say what the model should answer or draw")
     if flags.output is not None:
-        check_output(flags.output, overwrite=flags.overwrite)
+        if flags.visualizer is None:
+            raise ValueError(f"--output {flags.output} needs --visualizer, which draws the pictures")
+        for file in (flags.output, _preview_of(flags.output)):
+            check_picture_file(file, overwrite=flags.overwrite)
     markers = flags.prompt.count(DEFAULT_IMAGE_TOKEN)
     if markers not in (0, len(flags.image)):
         raise ValueError(
             f"--prompt has {markers} {DEFAULT_IMAGE_TOKEN}, but there are {len(flags.image)} --image flags"
         )
     return open_pictures(flags.image)
-
-
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse a name that is not that of a picture, or that is taken.
-
-    Raises:
-        ValueError: If it has another suffix, or is a file that exists, without `overwrite`.
-    """
-    if output.suffix.lower() not in OUTPUT_SUFFIXES:
-        raise ValueError(f"--output {output} is not the name of a picture: end it in {', '.join(OUTPUT_SUFFIXES)}")
-    if output.exists() and not overwrite:
-        raise ValueError(f"--output {output} exists: give another name, or --overwrite")
 
 
 def check_budget(flags: argparse.Namespace) -> None:
@@ -214,8 +204,7 @@ def save_preview(image: "Image.Image", file: Path, caption: str) -> Path | None:
 
 def _names(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """`output`, then numbered ones; without `overwrite` only names that are free, with those of their copies."""
-    for number in itertools.count(1):
-        file = output if number == 1 else output.with_stem(f"{output.stem}-{number}")
+    for file in numbered(output):
         if overwrite or not (file.exists() or _preview_of(file).exists()):
             yield file
 

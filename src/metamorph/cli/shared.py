@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from metamorph.visualization.pipeline import VisualizationPipeline
+
+
+OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+"""What pictures are written as."""
 
 
 def use_shipped(flags: argparse.Namespace) -> None:
@@ -48,6 +53,24 @@ def open_pictures(paths: Sequence[str]) -> list[Image.Image]:
         return [load_image(path) for path in paths]
     except MediaError as error:
         raise ValueError(f"--image {error}") from error
+
+
+def check_picture_file(output: Path, *, overwrite: bool) -> None:
+    """Refuse an `--output` that is not the name of a picture, or that is taken.
+
+    Raises:
+        ValueError: If it has another suffix, or is a file that exists, without `overwrite`.
+    """
+    if output.suffix.lower() not in OUTPUT_SUFFIXES:
+        raise ValueError(f"--output {output} is not the name of a picture: end it in {', '.join(OUTPUT_SUFFIXES)}")
+    if output.exists() and not overwrite:
+        raise ValueError(f"--output {output} exists: give another name, or --overwrite")
+
+
+def numbered(file: Path) -> Iterator[Path]:
+    """The name of a file, then the same with `-2`, `-3`, … before its suffix."""
+    yield file
+    yield from (file.with_stem(f"{file.stem}-{number}") for number in itertools.count(2))
 
 
 def choose_device(name: str | None) -> torch.device:

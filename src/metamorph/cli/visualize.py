@@ -4,11 +4,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from metamorph.cli.shared import add_drawing_flags, check_drawing_flags, open_pictures, open_pipeline
+from metamorph.cli.shared import (
+    add_drawing_flags,
+    check_drawing_flags,
+    check_picture_file,
+    numbered,
+    open_pictures,
+    open_pipeline,
+)
 from metamorph.flags.parser import FlagParser, image_file, output_file
 
 
-OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+DEFAULT_OUTPUT = Path("visualized.png")
 """How the name of the output may end."""
 
 
@@ -26,9 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=output_file,
-        default=Path("visualized.png"),
-        help="picture file, with a row per picture (default: %(default)s)",
+        help=f"picture file, with a row per picture (default: {DEFAULT_OUTPUT}, or the next free name)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     parser.add_argument("--drawings-only", action="store_true", help="leave the originals out of the output")
     return parser
 
@@ -41,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
     """
     flags = build_parser().parse_args(argv)
     check_drawing_flags(flags)
-    _check_output(flags.output)
+    if flags.output is not None:
+        check_picture_file(flags.output, overwrite=flags.overwrite)
     pictures = open_pictures(flags.image)
     pipeline = open_pipeline(flags)
     from metamorph.evaluation.visualizer import ReconstructionSettings, evaluate_visualizer
@@ -50,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     scales = tuple(flags.guidance_scale)
     settings = ReconstructionSettings(scales, flags.steps, flags.seed, keep=len(pictures))
     found = evaluate_visualizer(pipeline, pictures, settings)
-    output = flags.output
+    output = flags.output or next(file for file in numbered(DEFAULT_OUTPUT) if flags.overwrite or not file.exists())
     output.parent.mkdir(parents=True, exist_ok=True)
     if flags.drawings_only:
         rows = [found.drawn[start : start + len(scales)] for start in range(0, len(found.drawn), len(scales))]
@@ -61,9 +69,3 @@ def main(argv: Sequence[str]) -> None:
         cosines = ", ".join(f"{score.cosine[index]:.3f} at scale {score.guidance_scale:g}" for score in found.scales)
         print(f"{name}: cosine of drawing and original {cosines}")
     print(f"drawn: {output}")
-
-
-def _check_output(output: Path) -> None:
-    """Refuse a name that no picture can be written to, before one is drawn."""
-    if output.suffix.lower() not in OUTPUT_SUFFIXES:
-        raise ValueError(f"--output {output} is no name of a picture file: let it end in {', '.join(OUTPUT_SUFFIXES)}")

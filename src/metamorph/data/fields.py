@@ -35,7 +35,7 @@ _MARKERS = {
     "video": VIDEO_MARKER,
     "video_url": VIDEO_MARKER,
 }
-"""Types of parts that are no text, and what stands for them in the text."""
+"""Types of parts other than text, and what stands for them in the text."""
 _SPEAKERS_OF_OTHERS = {"developer": "system"}
 
 
@@ -46,7 +46,7 @@ class FieldMap:
         names: Our name of a field and what the records call it; empty leaves records as they are.
 
     Raises:
-        ValueError: If a key is not one of `NAMES`, or a value is no name.
+        ValueError: If a key is not one of `NAMES`, or a value is not a name.
     """
 
     def __init__(self, names: Mapping[str, Any] | None = None) -> None:
@@ -71,7 +71,7 @@ class FieldMap:
         """The record as it would stand in a file of our layout.
 
         Args:
-            value: The JSON of a record; what is no object is returned as it is.
+            value: The JSON of a record; anything but an object is returned as it is.
             where: Its file and line (or index).
 
         Raises:

@@ -39,7 +39,7 @@ class SourceSpec:
     weight: float = 1.0
     """How often an epoch holds each record: 2 is twice; 0.5 is every second one, chosen by the seed."""
     max_samples: int | None = None
-    """Instead of `weight`: at most so many records, chosen by the seed."""
+    """Instead of `weight`: at most this many records, chosen by the seed."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the task."""
     fields: Mapping[str, Any] = field(default_factory=dict)

@@ -1,11 +1,15 @@
 """Permissions of the files we write: what the umask gives, where safetensors gives none to group and others."""
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
 from torch import Tensor
+
+
+logger = logging.getLogger(__name__)
 
 
 def save_file(tensors: Mapping[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
@@ -30,7 +34,10 @@ def apply_umask(*files: Path) -> None:
     """
     mode = 0o666 & ~_umask()
     for file in files:
-        file.chmod(mode)
+        try:
+            file.chmod(mode)
+        except OSError as error:  # some network file systems have no permissions
+            logger.warning("%s stays readable by its owner only: %s", file, error)
 
 
 def _umask() -> int:

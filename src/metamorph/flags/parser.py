@@ -141,6 +141,8 @@ def image_file(text: str) -> str:
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder: give an image file")
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is an address, and nothing is downloaded: save the file and name it")
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"{text} does not exist")
     return text

@@ -65,7 +65,7 @@ class ConversationProcessor(ProcessorMixin):
         )
         self.image_token = DEFAULT_IM_PATCH_TOKEN if mm_use_im_patch_token else DEFAULT_IMAGE_TOKEN
         self.image_token_id = self.image_tokens.image
-        tokenizer.padding_side = "left"  # for generation; whoever sets another side gets it
+        tokenizer.padding_side = "left"  # for generation, whatever the side that language models are saved with
         self._encoders: dict[str, ConversationEncoder] = {}
         self._encoder = self._encoder_of(get_chat_template(version, tokenizer, chat_template))
         self.template: ChatTemplate = self._encoder.template
@@ -87,7 +87,9 @@ class ConversationProcessor(ProcessorMixin):
         if kwargs.pop("trust_remote_code", None):
             raise ValueError("trust_remote_code is not supported: code that comes with a model is never run")
         check_processor_files(pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **kwargs)
+        processor = super().from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **kwargs)
+        processor.tokenizer.padding_side = kwargs.get("padding_side", processor.tokenizer.padding_side)
+        return processor
 
     @classmethod
     def from_parts(

@@ -31,4 +31,4 @@ def check_processor_files(name_or_path: Any, kwargs: Mapping[str, Any]) -> None:
     file = find_file(name_or_path, PROCESSOR_FILE, **kwargs)
     unknown = set() if file is None else read_json_object(file).keys() - set(_FIELDS)
     if unknown:
-        raise ValueError(f"{file}: {min(unknown)} is no field of a MetaMorphProcessor: remove it")
+        raise ValueError(f"{file}: {min(unknown)} is not a field of a MetaMorphProcessor: remove it")

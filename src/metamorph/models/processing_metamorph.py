@@ -77,7 +77,7 @@ class MetaMorphProcessor(ConversationProcessor):
         Returns:
             `input_ids` and `attention_mask` `[batch, sequence]`; `pixel_values` `[images, 3, height, width]` if there
             are images; `visual_tokens` `[images, num_image_tokens, vision_hidden]` if there are [`ImagePart`]s, and
-            `visual_tokens_index`, which of all images these are, if there are both.
+            `visual_tokens_index`, their positions among all images, if there are both.
 
         Raises:
             TypeError: If there is no such argument.
@@ -88,7 +88,7 @@ class MetaMorphProcessor(ConversationProcessor):
             if images is None:
                 raise ValueError("give text, images or both")
             return BatchFeature(self._image_inputs(flatten_images(images), options), tensor_type=options.return_tensors)
-        prompts = [text] if isinstance(text, str) else list(text)
+        prompts = list(text) if isinstance(text, (list, tuple)) else [text]
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("text must be a string or a list of strings; images are the first argument, or images=")
         encoded = [self._encoder.encode_text(prompt, options.limit, options.add_special_tokens) for prompt in prompts]
@@ -149,6 +149,8 @@ class MetaMorphProcessor(ConversationProcessor):
             "continue_final_message": continue_final_message,
             "variables": kwargs,
         }
+        if return_assistant_tokens_mask and kwargs:
+            raise ValueError(f"return_assistant_tokens_mask marks the text of training, which has no {min(kwargs)}")
         is_batch = bool(conversation) and not isinstance(conversation[0], Mapping)
         parsed = [parse_messages(messages) for messages in (conversation if is_batch else [conversation])]
         encoder = self._encoder_for(chat_template)
@@ -251,7 +253,7 @@ class MetaMorphProcessor(ConversationProcessor):
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         kept = [row[: builder.num_images] for row, builder in zip(pictures, builders, strict=True)]
         if dropped := sum(map(len, pictures)) - sum(map(len, kept)):
-            logger.warning("%d image(s) lie behind the cut at %s tokens and are left out", dropped, options.limit)
+            logger.warning("%d image(s) after the cut at %s tokens were dropped", dropped, options.limit)
         data.update(self._image_inputs([image for row in kept for image in row], options))
         return BatchFeature(data, tensor_type=options.return_tensors)
 

@@ -1,4 +1,4 @@
-"""What a file is that is no image we read, and what can be done about it."""
+"""Why a file is not an image we read, and what to do about it."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ class VisionTower(nn.Module):
             hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") for weight in self.encoder.parameters()
         )
         here, there = pixel_values.device, next(self.encoder.parameters()).device
-        if not sharded and here != there:
+        if not sharded and there.type == "cpu" != here.type:
             raise ValueError(
                 f"pixel_values are on {here}, but the vision tower is on {there}: move them to one device. A run with "
                 "--feature_cache keeps the tower in main memory, because its images are encoded already"

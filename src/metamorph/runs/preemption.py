@@ -49,7 +49,7 @@ class Interrupted(KeyboardInterrupt):
 
     Args:
         step: Optimizer steps done.
-        message: Where the checkpoint is, and how to go on from it.
+        message: Where the checkpoint is, and how to resume from it.
     """
 
     def __init__(self, step: int, message: str) -> None:
@@ -95,7 +95,9 @@ class Preemption:
 
     def catch_interrupt(self) -> None:
         """From here on there is something to save: the first Ctrl-C asks for a stop as the signals do."""
-        if self._previous:  # entered, in the main thread
+        is_entered = bool(self._previous)  # in the main thread
+        # A run in the background of a script ignores Ctrl-C, which is meant for the script.
+        if is_entered and signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, self._note_interrupt):
             self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._note_interrupt)
 
     def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
@@ -183,7 +185,7 @@ def leave(
     is_main: bool,
     trackers: Iterable[Any] = (),
 ) -> NoReturn:
-    """Stop, and say how to go on. For all processes, after a checkpoint.
+    """Stop, and say how to resume. For all processes, after a checkpoint.
 
     Args:
         preemption: What has caught the signal, and let the processes agree.
@@ -200,11 +202,13 @@ def leave(
     if is_main and not preemption.is_interrupt:
         reason = None if preemption.signal is None else preemption.signal.name
         write_marker(output_dir, step, None if checkpoint is None else checkpoint.name, reason)
-        logger.warning("preempted at step %d: the same command goes on from there", step)
+        logger.warning("preempted at step %d: the same command resumes from there", step)
     for tracker in trackers:
         tracker.finish()
     if preemption.is_interrupt:
-        again = f"; to go on: the same command, or --resume_from_checkpoint {checkpoint}" if checkpoint else ""
+        again = (
+            f"; to resume: run the same command again, or --resume_from_checkpoint {checkpoint}" if checkpoint else ""
+        )
         raise Interrupted(step, f"after step {step}{again}")
     preemption.agreed()  # torchrun ends all processes when the first is gone: not before the marker is there
     raise Preempted(step)

@@ -91,7 +91,8 @@ class Progress(tqdm):
         values = str(self.postfix or "").replace("=", " ").replace(", ", " · ")
         left = self.seconds_left()
         if is_over:
-            time_left = f"took {duration(self.format_dict['elapsed'])}"
+            ended = "took" if self.total is None or self.n >= self.total else "stopped after"
+            time_left = f"{ended} {duration(self.format_dict['elapsed'])}"
         else:
             time_left = "" if left is None else f"{duration(left)} left"
         return " · ".join(filter(None, [self.desc.removesuffix(": "), count, values, time_left]))

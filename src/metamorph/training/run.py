@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import PrinterCallback, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from metamorph.data.batching.collation import PackedCollator, PaddedCollator
 from metamorph.models.embeddings import merge_new_token_rows
@@ -183,7 +184,10 @@ def _train(
     trackers = set_up_trackers(trainer.callback_handler.callbacks, training_args.output_dir)
     if samples is not None:
         samples.attach(trainer, trackers)
-    for display in (ProgressCallback, PrinterCallback):  # Transformers': the latter stands in where there is no bar
+    for display in (
+        DEFAULT_PROGRESS_CALLBACK,
+        PrinterCallback,
+    ):  # Transformers': the latter stands in where there is no bar
         trainer.remove_callback(display)
     if not any(isinstance(callback, ShowProgress) for callback in callbacks or ()):
         trainer.add_callback(ShowProgress(f"stage {model_args.stage}"))

@@ -191,7 +191,8 @@ class ChatTemplate:
         thoughts = {name for name in plain & written if name in begun or _is_sought(name, self.source)}
         self.thought_tokens: frozenset[str] = frozenset(thoughts)
         """Those that answers may give: the template begins an answer with them or looks for them, as `</think>`."""
-        self._variables = variables_of(self.source)
+        own = {"messages", "tools", "documents", "add_generation_prompt"}
+        self._variables = variables_of(self.source) - own
 
     def __deepcopy__(self, memo: dict) -> ChatTemplate:
         """A template never changes, and a copy of its tokenizer would be large."""
@@ -227,9 +228,10 @@ class ChatTemplate:
         Raises:
             ValueError: If the template cannot express this conversation, or reads no such variable.
         """
-        known = {name: value for name, value in (variables or {}).items() if name in self._variables}
-        for name in sorted((variables or {}).keys() - known.keys()):
-            if variables and variables[name]:
+        variables = {name: value for name, value in (variables or {}).items() if value is not None}
+        known = {name: value for name, value in variables.items() if name in self._variables}
+        for name in sorted(variables.keys() - known.keys()):
+            if variables[name]:
                 raise ValueError(f"the chat template of {_name(self._tokenizer)} does not read {name!r}: leave it out")
         if known:
             return [Segment(self._render(messages, add_generation_prompt, **known), False)]

@@ -27,6 +27,7 @@ from metamorph.models.adapters import is_adapter_folder
 from metamorph.models.connector import is_full_model
 from metamorph.runs.checkpoint_files import CheckpointError, checkpoints, damage, on_first_process, read_manifest
 from metamorph.training.arguments import MetaMorphTrainingArguments
+from metamorph.training.checkpoints.weights import ARGUMENTS_FILE
 
 
 logger = logging.getLogger(__name__)
@@ -256,7 +257,9 @@ def _find(output_dir: str, request: str | bool | None, stage: int, adapter: bool
     if choice.lower() == "true":
         raise FileNotFoundError(f"--resume_from_checkpoint True: there is no checkpoint in --output_dir {output_dir}")
     if folders:
-        logger.warning("no checkpoint in %s is usable: starting anew", output_dir)
+        logger.warning("no checkpoint in %s is usable: starting from the beginning", output_dir)
+    elif (Path(output_dir) / ARGUMENTS_FILE).is_file():
+        logger.warning("%s holds a result and no checkpoint: it is trained again and replaced", output_dir)
     return None
 
 

@@ -31,7 +31,7 @@ from metamorph.runs.checkpoint_files import (
 )
 from metamorph.runs.lock import check_lock
 from metamorph.training.checkpoints.resume import Position, ResumePoint, describe_data
-from metamorph.training.checkpoints.weights import TRAINER_STATE_FILE, load_weights
+from metamorph.training.checkpoints.weights import ARGUMENTS_FILE, TRAINER_STATE_FILE, load_weights
 from metamorph.training.engines.prepare import whole_weights
 from metamorph.training.engines.sharded_trainer import ShardedTrainer
 from metamorph.training.reporting.model_card import CardFacts, write_model_card
@@ -254,7 +254,7 @@ class CheckpointingTrainer(ShardedTrainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         arguments = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
-        (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
+        (folder / ARGUMENTS_FILE).write_text(arguments + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_sharded:

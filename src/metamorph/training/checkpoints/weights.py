@@ -12,6 +12,7 @@ from metamorph.training.engines.sharded_trainer import TOWER
 
 logger = logging.getLogger(__name__)
 
+ARGUMENTS_FILE = "training_args.json"
 TRAINER_STATE_FILE = "trainer_state.json"
 
 
