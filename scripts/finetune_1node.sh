@@ -8,8 +8,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/common.sh
 source "${here}/common.sh"
 
-# What it starts from. Empty: as in the recipe, a YAML file of flags.
-RECIPE="${RECIPE:-${here}/../recipes/llama3.1-8b-stage2.yaml}"
+# What it starts from. Empty: as in the recipe, a name of `metamorph recipes` or a YAML file of flags.
+RECIPE="${RECIPE:-llama3.1-8b-stage2}"
 MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"
 VISION_TOWER="${VISION_TOWER:-}"
 PRETRAIN_MM_MLP_ADAPTER="${PRETRAIN_MM_MLP_ADAPTER:?set PRETRAIN_MM_MLP_ADAPTER to the folder that stage 1 wrote}"

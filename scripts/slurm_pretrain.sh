@@ -26,8 +26,8 @@ if [[ ! -r "${METAMORPH_HOME}/scripts/slurm_common.sh" ]]; then
     exit 1
 fi
 
-# What it starts from. Empty: as in the recipe, a YAML file of flags.
-RECIPE="${RECIPE:-${METAMORPH_HOME}/recipes/llama3.1-8b-stage1.yaml}"
+# What it starts from. Empty: as in the recipe, a name of `metamorph recipes` or a YAML file of flags.
+RECIPE="${RECIPE:-llama3.1-8b-stage1}"
 MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"
 VISION_TOWER="${VISION_TOWER:-}"
 

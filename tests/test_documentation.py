@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from metamorph import cli
+from metamorph.recipes import find_recipe
 from tools.file_table import PAGE, page_with_table
 
 
@@ -47,7 +48,7 @@ def test_documented_flags_exist(page: str, words: tuple[str, ...]) -> None:
     known = flags_of(command)
     for word in rest:
         if word.startswith("--"):
-            assert word.split("=")[0] in known, f"{page}: metamorph {command} has no flag {word}"
+            assert word.split("=")[0].replace("_", "-") in known, f"{page}: metamorph {command} has no flag {word}"
 
 
 @pytest.mark.parametrize(("page", "words"), documented_commands(), ids=str)
@@ -58,6 +59,17 @@ def test_no_documented_training_writes_into_the_quickstarts_folder(page: str, wo
             assert not value.startswith("out/"), f"{page}: metamorph {command} would write into {value}"
 
 
+@pytest.mark.parametrize(("page", "words"), documented_commands(), ids=str)
+def test_documented_trainings_have_a_learning_rate(page: str, words: tuple[str, ...]) -> None:
+    """Transformers' default suits no stage: a recipe has a better one."""
+    if words[0] == "train":
+        assert {"--config", "--learning_rate"} & set(words), f"{page}: {' '.join(words)}"
+    for flag, value in pairwise(words):
+        if flag == "--config" and "/" not in value and not value.endswith((".yaml", ".yml")):
+            assert find_recipe(value).is_file(), f"{page}: {value} is not a recipe"
+        assert "recipes/llama" not in value, f"{page}: the clone has no folder {value}"
+
+
 def test_training_pages_and_scripts_leave_the_quickstarts_folder_alone() -> None:
     for path in (ROOT / "visualization/train_1node.sh", ROOT / "visualization/Train_Visualization.md"):
         assert not re.search(r"\bout/", path.read_text(encoding="utf-8")), path
@@ -65,12 +77,12 @@ def test_training_pages_and_scripts_leave_the_quickstarts_folder_alone() -> None
 
 @cache
 def flags_of(command: str) -> frozenset[str]:
-    """The flags that `metamorph COMMAND --help` lists."""
+    """The flags that `metamorph COMMAND --help` lists, with dashes: underscores are the same."""
     printed = io.StringIO()
     with redirect_stdout(printed), pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
     assert stop.value.code == 0
-    return frozenset(re.findall(r"--[\w-]+", printed.getvalue()))
+    return frozenset(flag.replace("_", "-") for flag in re.findall(r"--[\w-]+", printed.getvalue()))
 
 
 def test_readme_links_to_pages_that_exist() -> None:

@@ -1,8 +1,10 @@
-"""Both stages on photographs, at the real image size: the committed example, run as it is."""
+"""The committed examples, run as they are."""
 
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,18 @@ import pytest
 pytestmark = pytest.mark.integration
 
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "real_pictures.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.slow
+def test_idioms_of_transformers_give_what_their_users_expect() -> None:
+    # In a process of its own, in which nothing but `import metamorph` has registered the model.
+    subprocess.run([sys.executable, str(EXAMPLES / "transformers_first_hour.py")], check=True)
 
 
 @pytest.mark.slow
 def test_both_losses_fall_on_photographs(tmp_path: Path) -> None:
-    logs = runpy.run_path(str(EXAMPLE))["train"](tmp_path, steps=20)
+    logs = runpy.run_path(str(EXAMPLES / "real_pictures.py"))["train"](tmp_path, steps=20)
 
     assert len(list((tmp_path / "data" / "images").glob("*.jpg"))) == 48
     assert [len(lines) for lines in logs.values()] == [20, 20]

@@ -25,12 +25,13 @@ from processing_parts import CHAT_TEMPLATES, sentencepiece_tokenizer, tokenizer_
 from transformers import SiglipImageProcessor
 
 from metamorph.data.examples import ConversationDataset
-from metamorph.data.media.images import FORMATS, MediaError, load_image
+from metamorph.data.fields import NAMES
 from metamorph.data.mixture import read_specs
 from metamorph.data.records import DataError, RecordError
 from metamorph.data.sources.json_files import JsonArraySource, JsonlSource
 from metamorph.data.sources.tars import TarSource
 from metamorph.data.tasks import TASKS
+from metamorph.models.image_files import FORMATS, MediaError, load_image
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 
@@ -225,7 +226,7 @@ def test_images():
 def test_mixtures(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"conversations": []}\n')
     path = tmp_path / "x.yaml"
-    fields = ["image_folder", "task", "weight", "max_samples", "options", "name", "unknown"]
+    fields = ["image_folder", "task", "weight", "max_samples", "options", "fields", "name", "unknown"]
     options = ["fps", "margin", "max_frames", "templates", "box_units"]
 
     def check(rng):
@@ -295,10 +296,14 @@ def test_records_become_consistent_examples(tmp_path, processors):
         task, processor, max_length = rng.choice(list(TASKS)), rng.choice(processors), rng.choice([None, 8, 40, 200])
         options = {"box_units": rng.choice(["pixels", "relative"])} if task in ("visual_cot", "vstar") else {}
         path.write_text(json.dumps(record_of(rng, task)) + "\n")
+        fields = (
+            {ours: rng.choice(NAMES) for ours in rng.sample(NAMES, rng.randint(0, 3))} if rng.random() < 0.3 else {}
+        )
         try:
             dataset = ConversationDataset(
-                path, processor, tmp_path, max_length, task=task, options=options, check=False
+                path, processor, tmp_path, max_length, task=task, options=options, check=False, fields=fields
             )
+            dataset.check()
             example = dataset[0]
         except (RecordError, DataError):
             return

@@ -9,11 +9,12 @@
 `evaluation/`             how good they are
 `training/`               stages 1 and 2; `visualizer_training/` trains the visualizer
 `miniature/`              the whole system in a small drawn world; `mini/` holds the weights that ship with the package
-`cli/`                    the `metamorph` command
+`cli/`                    the `metamorph` command; `recipes/` holds settings for each stage and model size
 `flags/`, `files/`, `runs/`   what they share: flags, files of strangers, folders and processes of a run
 
 The docstring of each package says what is answered in which file.
-Names are imported on first use, so that `import metamorph`, and `metamorph --help`, take no time.
+Names are imported on first use, so that `import metamorph`, and `metamorph --help`, take no time. Transformers' Auto
+classes know the model from then on (`auto_classes.py`).
 """
 
 from __future__ import annotations
@@ -21,9 +22,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from metamorph.auto_classes import register_lazily
+
+
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from metamorph.inference import draw, load, reply_to
+    from metamorph.models.backbone import MetaMorphModel
     from metamorph.models.configuration_metamorph import MetaMorphConfig
     from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
     from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MetaMorphConfig",
     "MetaMorphForConditionalGeneration",
+    "MetaMorphModel",
     "MetaMorphProcessor",
     "VisualizationPipeline",
     "draw",
@@ -42,6 +49,7 @@ __all__ = [
 _HOMES = {
     "MetaMorphConfig": "metamorph.models.configuration_metamorph",
     "MetaMorphForConditionalGeneration": "metamorph.models.modeling_metamorph",
+    "MetaMorphModel": "metamorph.models.backbone",
     "MetaMorphProcessor": "metamorph.models.processing_metamorph",
     "VisualizationPipeline": "metamorph.visualization.pipeline",
     "draw": "metamorph.inference",
@@ -54,3 +62,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+register_lazily()

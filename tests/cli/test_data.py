@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from training_parts import NUM_IMAGE_TOKENS, write_records
+from training_parts import IMAGE_SIZE, NUM_IMAGE_TOKENS, write_records
 
 from metamorph import cli
 
@@ -152,6 +152,26 @@ def test_a_finished_model_says_how_sequences_are_made(
     assert cli.main([*check, "--num_image_tokens", "16"]) == 0
     assert cli.main([*check, "--num_image_tokens", "64"]) == 2
     assert "--num_image_tokens 64 contradicts the model" in capsys.readouterr().err
+
+
+def test_the_tower_says_how_large_images_are(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data", "show", str(parts / "data.jsonl"), "--image-folder", str(parts / "images")]
+    words += ["--output-dir", str(tmp_path)]
+    for model, tower, size in (
+        ("mini-llama", "mini-siglip", 64),
+        ("mini", "mini", 64),
+        ("mini-llama", str(parts / "tower"), IMAGE_SIZE),
+    ):
+        assert cli.main([*words, "--model_name_or_path", model, "--vision_tower", tower]) == 0
+        assert Image.open(tmp_path / "0-image-0.png").size == (size, size)
+    for model, tower, message in (
+        ("mini", str(parts / "tower"), "contradicts the model"),
+        ("mini-llama", str(tmp_path), "--vision_tower"),
+        ("mini-llama", "mini-llama", "whose token layout is unknown"),
+    ):
+        capsys.readouterr()
+        assert cli.main([*words, "--model_name_or_path", model, "--vision_tower", tower]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_help_names_the_flags(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,8 +43,7 @@ def test_wrong_flag_is_one_line_with_a_suggestion(tmp_path, capsys):
 
 
 def test_shipped_recipe_is_valid():
-    recipe = Path(__file__).parents[2] / "recipes" / "visualizer-sd1.5.yaml"
-    (args,) = parse_arguments((VisualizerArguments,), ["--config", str(recipe), "--output_dir", "out"])
+    (args,) = parse_arguments((VisualizerArguments,), ["--config", "visualizer-sd1.5", "--output_dir", "out"])
     assert (args.lr, args.unfreeze_unet, args.warmup_steps) == (1.1e-5, True, 4000)
 
 

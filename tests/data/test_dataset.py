@@ -221,7 +221,7 @@ def test_totals_of_the_log_are_read_without_a_look_at_every_record():
 
 
 def test_a_path_that_leaves_the_folder_is_refused(build):
-    with pytest.raises(DataError, match=r"'\.\./vqa.png' leaves --image_folder"):
+    with pytest.raises(DataError, match=r"'\.\./vqa.png' leaves the image folder"):
         build(VQA, llava("x", "<image>", "Yes.", image="../vqa.png"))
 
 

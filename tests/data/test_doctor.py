@@ -85,7 +85,7 @@ def broken_records() -> dict[str, tuple[object, str, str]]:
         "half": (llava("half", *ask, image="half.jpg"), "unreadable_image", "half.jpg cannot be read"),
         "empty": (llava("empty", *ask, image="empty.png"), "unreadable_image", "empty.png cannot be read"),
         "bomb": (llava("bomb", *ask, image="bomb.png"), "image_too_large", "10000x9000 pixels"),
-        "outside": (llava("outside", *ask, image="../good.png"), "outside_folder", "leaves --image"),
+        "outside": (llava("outside", *ask, image="../good.png"), "outside_folder", "leaves the image"),
         "silent": (llava("silent", "Anybody there?"), "unsupervised", "no gpt turn"),
         "too-late": (llava("too-late", "long " * 200, "Yes."), "unsupervised", "nothing of the answer is left"),
         "long": (llava("long", "Tell me.", "bla " * 200), "over_long", "tokens would be cut off"),
@@ -170,6 +170,78 @@ def test_faults_of_tasks_are_found(folder, processor):
     ]
     assert found == expected
     assert all(kind in BAD_RECORD_KINDS for *_, kind in found)
+
+
+BOXES = {
+    "shares as pixels": ("visual_cot", [0.2, 0.1, 0.8, 0.9], {}, "box_units", "set box_units: relative"),
+    "pixels as shares": (
+        "visual_cot",
+        [20, 10, 40, 30],
+        {"box_units": "relative"},
+        "box_units",
+        "set box_units: pixels",
+    ),
+    "xyxy as xywh": ("vstar", [20, 10, 50, 35], {}, "box_format", "set box_format: xyxy"),
+    "xywh as xyxy": ("visual_cot", [20, 10, 15, 8], {}, "bad_box", "set box_format: xywh"),
+    "partly outside": ("visual_cot", [20, 10, 90, 30], {}, "box_outside", "is cut off there"),
+    "a share too large": (
+        "visual_cot",
+        [0.2, 0.1, 1.2, 0.9],
+        {"box_units": "relative"},
+        "box_outside",
+        "is cut off there",
+    ),
+    "outside": ("visual_cot", [70, 50, 90, 60], {}, "bad_box", "lies outside the image of 60x40 pixels"),
+    "negative size": ("vstar", [20, 10, -5, 8], {}, "bad_box", "width and height above 0"),
+    "negative place": ("vstar", [-20, 10, 35, 8], {}, "box_outside", "is cut off there"),
+    "right": ("visual_cot", [20, 10, 40, 30], {}, None, ""),
+    "right as shares": ("visual_cot", [0.2, 0.1, 0.8, 0.9], {"box_units": "relative"}, None, ""),
+    "right with a margin beyond": ("visual_cot", [2, 1, 58, 39], {"margin": 0.5}, None, ""),
+    "right by a hair": ("vstar", [20, 10, 40.4, 30.9], {}, None, ""),
+    "right as width and height": ("visual_cot", [20, 10, 15, 8], {"box_format": "xywh"}, None, ""),
+}
+
+
+@pytest.mark.parametrize("case", BOXES)
+def test_boxes_of_another_unit_or_form_are_found_with_the_mend(case, folder, processor):
+    task, box, options, kind, words = BOXES[case]
+    ask = llava(None, "<image> What?", "A cat.")["conversations"]
+    media = {
+        "visual_cot": {"image": ["good.png", f"good.png###{box}"]},
+        "vstar": {"image": "good.png", "target_instances": [{"name": "cat", "bbox": box}]},
+    }
+    write_jsonl(folder / "data.jsonl", [{"id": "r", "conversations": ask, **media[task]}])
+    (folder / "mixture.yaml").write_text(json.dumps([{"path": "data.jsonl", "task": task, "options": options}]))
+    diagnosis = check_file(folder / "mixture.yaml", processor, num_workers=0)
+    assert [(problem.kind, words in problem.detail) for problem in diagnosis.problems] == (
+        [(kind, True)] if kind else []
+    )
+    if kind in ("box_units", "bad_box") and case != "outside":  # seen when training starts, before an image is opened
+        with pytest.raises(DataError, match=words):
+            load_data(folder / "mixture.yaml", processor)
+
+
+def test_areas_of_boxes_are_in_the_report(folder, processor):
+    boxes = [[0, 0, 60, 40], [0, 0, 30, 20], [0, 0, 30, 20], [0, 0, 3, 2], [0, 0, 1, 2]]
+    instances = [{"name": "cat", "bbox": box} for box in boxes]
+    ask = llava(None, "What?", "A cat.")["conversations"]
+    write_jsonl(folder / "data.jsonl", [{"image": "good.png", "target_instances": instances, "conversations": ask}])
+    (folder / "mixture.yaml").write_text(json.dumps([{"path": "data.jsonl", "task": "vstar"}]))
+    diagnosis = check_file(folder / "mixture.yaml", processor)
+    assert diagnosis.box_shares.tolist() == pytest.approx([1, 0.25, 0.25, 1 / 400, 1 / 1200])
+    paths = write_reports(folder / "report", diagnosis, [], processor)
+    areas = json.loads(paths[0].read_text())["statistics"]["box_shares"]
+    assert (areas["boxes"], areas["median"]) == (5, 25)
+    assert dict(zip(areas["at_least"], areas["count"], strict=True)) == {
+        **dict.fromkeys((0, 0.01, 1, 5, 50), 0),
+        0.1: 1,
+        0.01: 1,
+        20: 2,
+        99: 1,
+    }
+    assert "Area of a box, in per cent of its image" in paths[1].read_text()
+    write_jsonl(folder / "plain.jsonl", [llava("x", "Hi", "Hi.")])
+    assert make_report(check_file(folder / "plain.jsonl", processor))["statistics"]["box_shares"] is None
 
 
 def test_a_source_without_any_of_its_files_is_unusable(folder, processor):

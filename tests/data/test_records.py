@@ -5,7 +5,6 @@ import pickle
 import pytest
 from processing_parts import llava
 
-from metamorph.data.media.images import MediaError
 from metamorph.data.records import (
     BAD_RECORD_KINDS,
     DataError,
@@ -14,6 +13,7 @@ from metamorph.data.records import (
     check_conversation,
     parse_record,
 )
+from metamorph.models.image_files import MediaError
 
 
 GOOD = llava("a", "<image> What?", "A cat.", image="a.png")
@@ -57,6 +57,16 @@ BAD = {
         {"id": "x", "conversations": [{"from": "robot", "value": "Hi"}]},
         "unknown_speaker",
         "turn 1 has \"from\": 'robot'; use one of system, human",
+    ),
+    "OpenAI's messages": (
+        {"id": "x", "messages": [{"role": "user", "content": "Hi"}]},
+        "no_conversations",
+        r"fields: \{conversations: messages, from: role, value: content\}",
+    ),
+    "OpenAI's turns": (
+        {"id": "x", "conversations": [{"role": "user", "content": "Hi"}]},
+        "unknown_speaker",
+        r"fields: \{from: role, value: content\}",
     ),
     "no text": ({"id": "x", "conversations": [{"from": "human"}]}, "bad_turn", '"value": None; it must be a string'),
     "half a character": (

@@ -13,6 +13,7 @@ from video_parts import av, colour, index_of, write_video
 from metamorph.data.media.stores import FolderStore, MediaError, load, load_all, load_image, probe
 from metamorph.data.media.video import probe_video, read_frames
 from metamorph.data.tasks import Box, ImageRef
+from metamorph.flags.extras import install_command
 
 
 TENTHS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
@@ -124,7 +125,7 @@ def test_frames_far_apart_are_the_same_as_when_all_are_decoded(tmp_path):
 
 
 def test_what_is_no_video_is_named(tmp_path):
-    with pytest.raises(MediaError, match=r"no video file .*none.mp4; is --image_folder right") as error:
+    with pytest.raises(MediaError, match=r"no video file .*none.mp4; is the image folder right") as error:
         probe_video(tmp_path / "none.mp4")
     assert error.value.kind == "missing_video"
     (tmp_path / "text.mp4").write_text("not a video")
@@ -231,4 +232,4 @@ def test_r29_pyav_is_needed_for_videos_only():
         "except ModuleNotFoundError as error: print(error)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "metamorph[video]" in run.stdout
+    assert install_command("video") in run.stdout

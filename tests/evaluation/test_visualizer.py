@@ -196,7 +196,7 @@ def test_visualize_command_writes_originals_and_drawings(tmp_path, capsys):
     grid = np.asarray(Image.open(tmp_path / "out" / "grid.png").convert("RGB"), dtype=float)
     original, drawing = grid[-128:, :128], grid[-128:, -128:]
     assert np.abs(original - drawing).mean() < 12
-    assert main([*words[:4], str(tmp_path / "0.png"), *words[6:], "--drawings_only"]) == 0
+    assert main([*words[:4], str(tmp_path / "0.png"), *words[6:], "--drawings_only", "--overwrite"]) == 0
     assert Image.open(tmp_path / "out" / "grid.png").size == (64, 64)
 
 
@@ -205,11 +205,11 @@ def test_visualize_command_writes_originals_and_drawings(tmp_path, capsys):
     [
         (["--image", "none.png"], "--image none.png does not exist"),
         (["--steps", "0"], "--steps 0 must be at least 1"),
-        (["--guidance_scale", "1", "nan"], "--guidance_scale nan must be a finite number"),
+        (["--guidance_scale", "1", "nan"], "--guidance-scale nan must be a finite number"),
         (["--device", "none"], "--device none cannot be used here"),
-        (["--output", "out/grid"], "--output out/grid is no name of a picture file: let it end in .png"),
+        (["--output", "out/grid"], "--output out/grid is not the name of a picture: end it in .png"),
         (["--visualizer", "none/none"], "--visualizer none/none"),
-        (["--vision_tower", "/none"], "--vision_tower /none"),
+        (["--vision_tower", "/none"], "--vision-tower /none"),
     ],
 )
 def test_bad_input_is_one_line(words, message, tmp_path, capsys):

@@ -10,10 +10,16 @@ import pytest
 
 
 class Missing(BaseHTTPRequestHandler):
-    """A Hub without any model."""
+    """A Hub without any public model."""
+
+    ANSWERS = {"gated": (403, "GatedRepo"), "private": (401, "RepoNotFound"), "broken": (503, "")}
+    """Name of a model -> status and error code."""
 
     def do_HEAD(self) -> None:
-        self.send_error(404)
+        status, code = self.ANSWERS.get(self.path.split("/")[2], (404, ""))
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.end_headers()
 
     def log_message(self, *args) -> None:
         pass
@@ -32,13 +38,35 @@ def run(endpoint: str, *words: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
     # The downloads of Transformers would retry for minutes: that they are not reached is what the limit shows.
     command = [sys.executable, "-m", "metamorph", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_model_that_the_hub_does_not_have(empty_hub):
     result = run(empty_hub, "generate", "--model", "nowhere", "--prompt", "hi")
     assert result.returncode == 2
     assert "--model nowhere is not a local folder, and the Hub has no config.json of that name" in result.stderr
+
+
+def test_answers_of_the_hub_are_one_line_with_the_mend(empty_hub):
+    """The one check of all commands, in a process that knows this Hub from its start."""
+    script = (
+        "from metamorph.flags.checks import check_reachable\n"
+        f"for name in {list(Missing.ANSWERS)}:\n"
+        "    try:\n        check_reachable(f'owner/{name}', '--model')\n"
+        "    except FileNotFoundError as error:\n        print(error)\n"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": empty_hub, "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
+    gated, private, broken = done.stdout.splitlines()
+    assert gated.startswith(
+        "--model owner/gated is gated on the Hub: accept its licence at https://huggingface.co/owner/"
+    )
+    assert "hf auth login" in gated
+    assert private.startswith("--model owner/private is not a local folder, and the Hub has no such model that you may")
+    assert "hf auth login" in private
+    assert broken == "--model owner/broken is not a local folder, and the Hub answers with status 503: try again later"
 
 
 @pytest.mark.parametrize("flag", ["--model_name_or_path", "--vision_tower"])

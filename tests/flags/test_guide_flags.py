@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from metamorph.flags.recipes import RecipeParser, parse_arguments
+from metamorph.recipes import find_recipe
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 
 
 TYPES = (ModelArguments, DataArguments, MetaMorphTrainingArguments)
-RECIPES = Path(__file__).parents[2] / "recipes"
 TABLES = json.loads((Path(__file__).parent / "guide_flags.json").read_text(encoding="utf-8"))
 GUIDE: dict[str, Any] = {}
 for table in TABLES.values():
@@ -85,7 +85,7 @@ def test_placeholder_of_the_guide_is_required(name: str, needed: dict[str, str],
 def test_recipes_hold_what_the_guide_states(size: str, stage: str) -> None:
     """A recipe may add to the guide, and says so where it must differ from it."""
     number = 1 if STAGES[stage] else 2
-    text = (RECIPES / f"{size}-stage{number}.yaml").read_text(encoding="utf-8")
+    text = find_recipe(f"{size}-stage{number}").read_text(encoding="utf-8")
     for name, value in yaml.safe_load(text).items():
         if GUIDE.get(name) is None:
             continue

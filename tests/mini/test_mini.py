@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from metamorph.cli import main
@@ -14,6 +15,11 @@ from metamorph.miniature.quickstart.recipe import FAST, EvaluationSizes
 from metamorph.miniature.world.checker import judge
 from metamorph.miniature.world.dataset import WorldSizes
 from metamorph.miniature.world.scenes import Scene, SceneObject
+from metamorph.models.vision_tower import load_tower_of, load_vision_encoder
+from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments
+from metamorph.visualization.loading import load_visualizer
+from metamorph.visualizer_training.arguments import VisualizerArguments
+from metamorph.visualizer_training.build import check_folders
 from tools.miniature.build_mini import GATES, _parts_beside, build, missed_gates, summarise_figures
 
 
@@ -90,12 +96,57 @@ def test_evaluate_names_what_is_wrong_before_it_begins(tmp_path, capsys, flags, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_local_folder_called_mini_goes_before_the_shipped_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "part", "folder"),
+    [
+        ("mini", "model", "mini/model"),
+        ("mini", "visualizer", "mini/visualizer"),
+        ("mini", "tower", "mini-siglip"),
+        ("mini-llama", "model", "mini-llama"),
+        ("mini-siglip", "tower", "mini-siglip"),
+        ("mini-sd", "visualizer", "mini-sd"),
+    ],
+)
+def test_shipped_models_are_found_by_name_unless_there_is_a_local_one(name, part, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert shipped_folder("mini", "model") == str(asset_path("mini") / "model")
-    assert shipped_folder("owner/mini", "model") == "owner/mini"
-    (tmp_path / "mini").mkdir()
-    assert shipped_folder("mini", "model") == "mini"
+    assert shipped_folder(name, part) == str(asset_path("mini").parent / folder)
+    assert shipped_folder(f"owner/{name}", part) == f"owner/{name}"
+    (tmp_path / name).touch()  # a file goes before it as a folder does
+    assert shipped_folder(name, part) == name
+
+
+def test_shipped_models_are_known_wherever_a_model_a_tower_or_a_visualizer_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text("{}")
+    model = ModelArguments("mini-llama", vision_tower="mini-siglip", from_scratch_connector=True)
+    assert (model.model_name_or_path, model.vision_tower) == (
+        str(asset_path("mini-llama")),
+        str(asset_path("mini-siglip")),
+    )
+    assert ModelArguments("mini").continues_metamorph
+    trained = MetaMorphTrainingArguments(
+        "out", sample_steps=1, sample_prompts="data.jsonl", sample_visualizer="mini", use_cpu=True
+    )
+    assert trained.sample_visualizer == str(asset_path("mini") / "visualizer")
+    visualizer = VisualizerArguments(
+        output_dir="out",
+        vision_tower="mini",
+        pretrained_model_name_or_path="mini-sd",
+        pretrained_projector="mini",
+        image_folder=str(tmp_path),
+    )
+    assert visualizer.vision_tower == str(asset_path("mini") / "model")
+    assert visualizer.pretrained_model_name_or_path == str(asset_path("mini-sd"))
+    assert visualizer.pretrained_projector == str(asset_path("mini") / "visualizer")
+    check_folders(visualizer)
+    assert load_visualizer("mini", "mini").vision_tower is not None
+
+
+def test_the_tower_of_mini_is_mini_siglip():
+    ours = load_tower_of(asset_path("mini") / "model").encoder.state_dict()
+    theirs = load_vision_encoder(str(asset_path("mini-siglip"))).state_dict()
+    assert ours.keys() <= theirs.keys()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
 def test_mini_is_built_of_what_was_built_beside_it(tmp_path):

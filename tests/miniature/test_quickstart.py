@@ -1,9 +1,12 @@
 """The quickstart end to end with `--fast`: every part runs, and what it leaves can be used."""
 
 import json
+import logging
+import re
 from pathlib import Path
 
 import pytest
+from file_parts import other_permissions
 from PIL import Image
 
 from metamorph.cli import main
@@ -11,6 +14,7 @@ from metamorph.miniature.quickstart.evaluate import DRAWING_GROUPS
 from metamorph.miniature.quickstart.options import MARKER_FILE, OWN_FOLDERS
 from metamorph.miniature.world import render
 from metamorph.miniature.world.scenes import Scene, SceneObject
+from metamorph.runs.progress import Progress
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -20,9 +24,14 @@ QUESTION_TYPES = {"color", "shape", "size", "position", "count", "yes_no"}
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
-    """The folder that `metamorph quickstart --fast` leaves."""
+    """The folder that `metamorph quickstart --fast` leaves; `log` beside it has the lines, which are due at once."""
     folder = tmp_path_factory.mktemp("quickstart") / "out"
-    assert main(["quickstart", "--fast", "--seed", "3", "--output-dir", str(folder)]) == 0
+    handler, logger = logging.FileHandler(folder.parent / "log", encoding="utf-8"), logging.getLogger("metamorph")
+    logger.addHandler(handler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "first_seconds", 0.0)
+        assert main(["quickstart", "--fast", "--seed", "3", "--output-dir", str(folder)]) == 0
+    logger.removeHandler(handler)
     return folder
 
 
@@ -50,6 +59,20 @@ def test_metrics_have_every_promised_field(metrics):
     assert {"torch", "transformers", "diffusers", "numpy"} <= set(metrics["versions"])
 
 
+def test_every_part_shows_progress_without_a_terminal(out):
+    log = (out.parent / "log").read_text(encoding="utf-8")
+    for line in (
+        r"writing text_to_image · record 64/64 · took \d+ s",
+        r"stage 1 · step 6/6 · loss [\d.]+ · took \d+ s",
+        r"stage 2 · step 12/12 · loss [\d.]+ · took \d+ s",
+        r"visualizer · step 4/4 · loss [\d.]+ · took \d+ s",
+        r"questions · question 24/24 · took \d+ s",
+        r"drawings · step (\d+)/\1 · took \d+ s",
+        r"visualizer · picture 8/8 · took \d+ s",
+    ):
+        assert re.search(f"^{line}$", log, re.MULTILINE), line
+
+
 def test_time_and_memory_of_every_stage_are_noted(metrics):
     stages = ("data", "stage1", "stage2", "visualizer", "evaluation")
     assert set(metrics["seconds"]) == {"total", *stages}
@@ -73,11 +96,16 @@ def test_only_known_folders_are_left_so_that_a_second_run_may_clear_them(out):
     assert {path.name for path in out.iterdir()} == {*OWN_FOLDERS, MARKER_FILE, "metrics.json", "report.html"}
 
 
+def test_what_is_left_has_the_permissions_of_the_umask(out):
+    assert len(list(out.rglob("*.safetensors"))) >= 5
+    assert other_permissions(out) == {}
+
+
 def test_generate_answers_with_the_folders_that_are_left(out, tmp_path, capsys):
     picture = tmp_path / "scene.png"
     render(Scene((SceneObject("circle", "red", "large", "center"),))).save(picture)
     flags = ["generate", "--model", str(out / "model"), "--visualizer", str(out / "visualizer"), "--steps", "2"]
-    flags += ["--output", str(tmp_path / "drawn.png"), "--max-new-tokens", "40"]
+    flags += ["--output", str(tmp_path / "drawn.png"), "--max-new-tokens", "40", "--overwrite"]
     assert main([*flags, "--prompt", "What colour is the circle?", "--image", str(picture)]) == 0
     assert main([*flags, "--prompt", "Draw a red circle"]) == 0
     assert capsys.readouterr().out.strip()

@@ -8,6 +8,7 @@ import pytest
 from metamorph.cli import main
 from metamorph.miniature.quickstart.recipe import FAST
 from metamorph.miniature.study import GENERATION_ONLY, JOINT, StudyPlan, run_study, study_recipe, summarise_runs
+from metamorph.runs.progress import Progress
 
 
 def test_both_conditions_see_the_same_drawings_in_the_same_number_of_steps(tmp_path):
@@ -49,7 +50,9 @@ def test_bad_flags_are_named(tmp_path, capsys, flags, message):
 
 
 @pytest.mark.slow
-def test_a_study_runs_and_goes_on_where_it_was_interrupted(tmp_path):
+def test_a_study_runs_and_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(Progress, "first_seconds", 0.0)
+    caplog.set_level("INFO", "metamorph")
     recipe = replace(FAST, stage1_steps=2)
     plan = StudyPlan(tmp_path, seeds=1, budgets=(16,), passes=1, drawings=3)
     result = run_study(plan, recipe)
@@ -58,6 +61,7 @@ def test_a_study_runs_and_goes_on_where_it_was_interrupted(tmp_path):
         (JOINT, 1, 3),
     ]
     assert (tmp_path / "study.png").stat().st_size > 1000
+    assert sum(line.startswith("drawings · step 12/12 · took ") for line in caplog.messages) == 2
 
     # The first run stays as it is; only the second, whose line is lost, is trained again, to the same figures.
     runs = (tmp_path / "runs.jsonl").read_text().splitlines()

@@ -8,6 +8,7 @@ from model_parts import build_tiny_model, image_ids
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
 
 from metamorph.models.generation import UNSUPPORTED_FIELDS, ImageGrammarLogitsProcessor
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
@@ -293,6 +294,41 @@ def test_streamer_and_plain_sequences(model):
     assert isinstance(sequences, Tensor)
     assert streamer.tokens == sequences[0].tolist()
     assert streamer.ended
+
+
+@pytest.mark.parametrize("place", ["argument", "generation_config", "model"])
+def test_plain_sequences_are_returned_wherever_they_are_asked_for(place):
+    model, ids = build_tiny_model(), torch.tensor([[1, 7, 9]])
+    plain = GenerationConfig(return_dict_in_generate=False)
+    options = {"argument": {"return_dict_in_generate": False}, "generation_config": {"generation_config": plain}}
+    expected = generate(model, ids)
+    if place == "model":
+        model.generation_config.return_dict_in_generate = False
+    sequences = generate(model, ids, **options.get(place, {}))
+    assert isinstance(sequences, Tensor)
+    assert torch.equal(sequences, expected.sequences)
+    # What is said nearer to the call wins, and a configuration that says nothing about it changes nothing.
+    assert isinstance(generate(model, ids, return_dict_in_generate=True, generation_config=plain), ModelOutput)
+    config = GenerationConfig(do_sample=False)
+    assert isinstance(generate(model, ids, generation_config=config), Tensor) == (place == "model")
+
+
+def test_output_is_cut_like_sequences(model):
+    output = generate(model, torch.tensor([[1, 7, 9]]))
+    assert torch.equal(output[:, 3:], output.sequences[:, 3:])
+    assert output["sequences"] is output[0] is output.sequences
+
+
+def test_pixels_and_visual_tokens_in_one_prompt(model):
+    image = image_ids(model.config)
+    ids = torch.tensor([[1, *image, 5, *image], [1, 6, *image, *image]])
+    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    tokens = model.get_visual_tokens(pixels)
+    index = torch.tensor([1, 2])
+    mixed = generate(model, ids, pixel_values=pixels[[0, 3]], visual_tokens=tokens[index], visual_tokens_index=index)
+    assert torch.equal(mixed.sequences, generate(model, ids, pixel_values=pixels).sequences)
+    with pytest.raises(ValueError, match="say by visual_tokens_index which images"):
+        generate(model, ids, pixel_values=pixels[[0, 3]], visual_tokens=tokens[index])
 
 
 def test_image_cut_by_a_stopping_criterion_is_left_out(model):

@@ -191,8 +191,59 @@ def test_visual_tokens_replace_pixels(tiny_model):
     tokens = tiny_model.get_visual_tokens(batch["pixel_values"])
     encoded = {name: value for name, value in batch.items() if name != "pixel_values"}
     assert torch.equal(tiny_model(**batch).loss, tiny_model(**encoded, visual_tokens=tokens).loss)
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="say by visual_tokens_index which images"):
         tiny_model(**batch, visual_tokens=tokens)
+
+
+def test_some_images_may_be_given_as_visual_tokens(tiny_model):
+    batch = build_batch(tiny_model.config)
+    pixels = batch["pixel_values"]
+    assert len(pixels) > 2
+    tokens = tiny_model.get_visual_tokens(pixels)
+    index = torch.tensor([0, len(pixels) - 1])
+    rest = [place for place in range(len(pixels)) if place not in index]
+    mixed = batch | {"pixel_values": pixels[rest], "visual_tokens": tokens[index], "visual_tokens_index": index}
+    torch.testing.assert_close(tiny_model(**mixed).loss, tiny_model(**batch).loss)
+    swapped = mixed | {"visual_tokens_index": torch.tensor([0, 1])}
+    assert not torch.isclose(tiny_model(**swapped).loss, tiny_model(**batch).loss)
+
+
+def test_image_features_are_what_stands_at_the_placeholders(tiny_model):
+    batch = build_batch(tiny_model.config)
+    features = tiny_model.get_image_features(batch["pixel_values"])
+    assert torch.equal(features.last_hidden_state, tiny_model.get_visual_tokens(batch["pixel_values"]))
+    embeds = tiny_model.model.embed(batch["input_ids"], features.last_hidden_state)
+    assert torch.equal(
+        embeds[batch["input_ids"] == tiny_model.config.image_token_id], features.pooler_output.flatten(0, 1)
+    )
+    assert torch.equal(tiny_model.model.get_image_features(batch["pixel_values"], return_dict=False)[1], features[1])
+
+
+def test_a_tuple_is_returned_if_asked_for(tiny_model):
+    batch = build_batch(tiny_model.config)
+    whole = tiny_model(**batch)
+    outputs = tiny_model(**batch, return_dict=False)
+    assert isinstance(outputs, tuple)
+    assert torch.equal(outputs[0], whole.loss)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    assert torch.equal(tiny_model(**inputs, return_dict=False)[0], tiny_model(**inputs).logits)
+    hidden = tiny_model.model(**inputs, return_dict=False)[0]
+    assert torch.equal(hidden, tiny_model.model(**inputs).last_hidden_state)
+
+
+def test_resized_embeddings_are_those_of_the_whole_model(tmp_path):
+    model = build_tiny_model()
+    size = model.config.text_config.vocab_size + 7
+    batch = build_batch(model.config)
+    before = model(**batch, logits_to_keep=0)
+    model.resize_token_embeddings(size, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    for resized in (model, MetaMorphForConditionalGeneration.from_pretrained(tmp_path)):
+        assert resized.config.text_config.vocab_size == size == resized.get_input_embeddings().weight.shape[0]
+        after = resized(**batch, logits_to_keep=0)
+        assert after.logits.shape[-1] == size
+        torch.testing.assert_close(after.logits[..., :-7], before.logits)
+        assert torch.isfinite(after.loss)
 
 
 def test_targets_are_detached():

@@ -165,7 +165,7 @@ def test_values_that_are_not_finite_are_refused(kind, value: float, dtype: torch
 
 @pytest.mark.parametrize("load", [MetaMorphForConditionalGeneration.from_pretrained, load_language_model])
 def test_four_bit_weights_must_be_finite_too(load, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="needs metamorph[lora]")
+    pytest.importorskip("bitsandbytes", reason="needs the extra lora")
     from transformers import BitsAndBytesConfig
 
     (write_language_model if load is load_language_model else write_metamorph)(tmp_path)
@@ -249,7 +249,7 @@ def test_a_processor_loads_no_other_model(tmp_path: Path, monkeypatch: pytest.Mo
     named = {"audio_tokenizer_class": "LlamaForCausalLM", "audio_tokenizer_name_or_path": str(tmp_path)}
     for extra in ({"audio_tokenizer": named}, {"feature_extractor": {}}):
         file.write_text(json.dumps({**fields, **extra}))
-        with pytest.raises(ValueError, match=rf"processor_config\.json: {min(extra)} is no field"):
+        with pytest.raises(ValueError, match=rf"processor_config\.json: {min(extra)} is not a field"):
             MetaMorphProcessor.from_pretrained(tmp_path)
     file.write_text(json.dumps(fields))
     assert MetaMorphProcessor.from_pretrained(tmp_path).num_image_tokens == fields["num_image_tokens"]

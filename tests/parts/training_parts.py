@@ -118,6 +118,7 @@ def arguments(
         "per_device_train_batch_size": 2,
         "logging_steps": 1,
         "save_strategy": "no",
+        "save_total_limit": 0,
         "disable_tqdm": True,
         "use_cpu": True,
         **flags,

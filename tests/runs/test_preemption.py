@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from metamorph.runs import preemption as preemption_module
 from metamorph.runs.preemption import (
     MARKER_FILE,
     PREEMPTED,
@@ -33,6 +34,42 @@ def test_a_signal_is_noted_and_nothing_else_happens(number: signal.Signals) -> N
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.signal == number  # the first one counts
     assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_ctrl_c_is_noted_once_there_is_something_to_save_and_a_second_one_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(preemption_module, "SAME_KEY_PRESS", 60.0)
+    before = signal.getsignal(signal.SIGINT)
+    with Preemption() as preemption:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not preemption.agreed()
+        preemption.catch_interrupt()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same key press, passed on by a launcher
+        assert preemption.agreed()
+        assert preemption.is_interrupt
+        preemption._interrupted_at -= 120.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_ctrl_c_stays_ignored_in_the_background_and_is_caught_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Preemption() as preemption:
+            preemption.catch_interrupt()
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not preemption.agreed()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with Preemption() as preemption:
+        preemption.catch_interrupt()
+        preemption.catch_interrupt()
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_handlers_are_restored_after_an_error() -> None:

@@ -13,7 +13,7 @@ from metamorph import cli
 pytestmark = pytest.mark.integration
 
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_stage_1_of_the_8b_recipe(
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a dry run of folders needs no network"))
     report = dry_run(
         capsys,
-        config=RECIPES / "llama3.1-8b-stage1.yaml",
+        config="llama3.1-8b-stage1",
         model_name_or_path=large / "llm",
         vision_tower=large / "tower",
         num_gpus=8,
@@ -68,11 +68,15 @@ def test_stage_1_of_the_8b_recipe(
     assert gib(report, "optimizer") <= 0.2  # of a connector
     assert gib(report, "total") < 80
     assert "--data_path is not given" in report
+    assert gib(report, "frozen vision tower") > 0.7
+    flags = {"config": "llama3.1-8b-stage1", "model_name_or_path": large / "llm", "num_gpus": 8}
+    cached = dry_run(capsys, **flags, vision_tower=large / "tower", feature_cache="features")
+    assert not re.search(r"^  frozen vision tower.*[1-9]", cached, re.MULTILINE)  # it stays in main memory
 
 
 def test_stage_2_of_the_8b_recipe(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = {
-        "config": RECIPES / "llama3.1-8b-stage2.yaml",
+        "config": "llama3.1-8b-stage2",
         "model_name_or_path": large / "llm",
         "vision_tower": large / "tower",
         "pretrain_mm_mlp_adapter": large / "stage1",
@@ -93,12 +97,12 @@ def test_stage_2_of_the_8b_recipe(large: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_memory_table_of_the_documentation(stage: int, large: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = (RECIPES.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    page = (DOCS / "training.md").read_text(encoding="utf-8")
     engines = re.findall(r"`(\w+)`", re.search(r"^\| Stage, `--recompute` .*$", page, re.MULTILINE)[0])
     numbers = re.search(rf"^\| {stage}, `full` \| (.*) \|$", page, re.MULTILINE)[1].split(" | ")
     report = dry_run(
         capsys,
-        config=RECIPES / f"llama3.1-8b-stage{stage}.yaml",
+        config=f"llama3.1-8b-stage{stage}",
         model_name_or_path=large / "llm",
         vision_tower=large / "tower",
         num_gpus=8,
@@ -167,12 +171,34 @@ def test_engines_are_planned_for_without_gpus(parts: Path, capsys: pytest.Captur
     assert "main memory of each process" in report
 
 
+def test_what_was_given_is_told_from_defaults(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Given by a flag or the recipe, be it with the value of the default; and a rate that nobody has chosen warns."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("num_image_tokens: 4\nadam_beta1: 0.9\n")
+    flags = {"config": recipe, "model_name_or_path": parts / "llm", "vision_tower": parts / "tower"}
+    for stage_1, figure in ((True, "1e-3 --base_batch_size 256"), (False, "6.93e-5 --base_batch_size 1536")):
+        caplog.clear()
+        report = dry_run(capsys, **flags, tune_mm_mlp_adapter=stage_1)
+        given = set(re.findall(r"^  \* (\w+)", report, re.MULTILINE))
+        assert given == {"model_name_or_path", "vision_tower", "num_image_tokens", "tune_mm_mlp_adapter", "adam_beta1"}
+        assert "learning rate: 5e-05, the default" in report
+        assert f"--learning_rate auto --base_learning_rate {figure}" in caplog.text
+    caplog.clear()
+    report = dry_run(capsys, **flags, learning_rate=5e-5)
+    assert "learning rate: 5e-05, as given" in report
+    assert re.search(r"^  \* learning_rate +5e-05", report, re.MULTILINE)
+    dry_run(capsys, **flags, tune_mm_mlp_adapter=True, mm_projector_lr=1e-3)
+    assert "Transformers' default" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--num_gpus", "8"], "--num_gpus 8 is for --dry_run only"),
         (["--dry-run", "--num_gpus", "0"], "--num_gpus 0 must be larger than 0"),
-        (["--dry-run", "--num_gpu", "8"], "did you mean 'num_gpus'"),
+        (["--dry-run", "--num_gpu", "8"], "unknown flag --num_gpu: did you mean --num_gpus?"),
         (["--dry-run", "--num_image_tokens", "5"], "--num_image_tokens=5 is not a square number"),
         (["--dry-run", "--vision_tower", "/no/tower"], "--vision_tower /no/tower does not exist"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from model_parts import build_batch, build_tiny_model
 from torch import Tensor
 
+from metamorph.flags.extras import install_command
 from metamorph.models.embeddings import attach_new_token_rows
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.arguments import MetaMorphTrainingArguments, sharding
@@ -77,7 +79,7 @@ def test_optimizer_and_schedule_of_deepspeed_are_refused(section: str, tmp_path:
 
 def test_missing_deepspeed_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: False)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'metamorph\[deepspeed\]'"):
+    with pytest.raises(ModuleNotFoundError, match=re.escape(install_command("deepspeed"))):
         training_arguments(tmp_path, sharding="zero3")
 
 

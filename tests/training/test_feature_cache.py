@@ -6,13 +6,14 @@ import pickle
 import shutil
 import tarfile
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from file_parts import other_permissions
 from training_parts import NUM_IMAGE_TOKENS, arguments, write_records
-from transformers import SiglipVisionModel
+from transformers import SiglipVisionModel, TrainerCallback
 
 from metamorph import cli
 from metamorph.data.dataset import load_data
@@ -22,10 +23,13 @@ from metamorph.data.media.stores import FolderStore, MediaError
 from metamorph.data.records import DataError, RecordError
 from metamorph.data.tasks import ImageRef
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.models.vision_tower import load_tower_of
 from metamorph.training.arguments import DataArguments, ModelArguments
-from metamorph.training.build import make_plan
+from metamorph.training.build import load_model, load_training_data, make_plan, plan_run
 from metamorph.training.features import FeatureArguments, cache_features, load_frozen_tower
 from metamorph.training.run import TrainResult, run_training
+from metamorph.training.stages import apply_stage
+from metamorph.training.trainer import MetaMorphTrainer
 
 
 pytestmark = pytest.mark.integration
@@ -77,6 +81,52 @@ def test_losses_are_those_of_the_tower(
     assert len(found) == len(expected) > 0
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+class TowerWatch(TrainerCallback):
+    """Notes in each step whether the tower is where the trainer, or an engine, would move it."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def on_step_end(self, args: object, state: object, control: object, **kwargs: Any) -> None:
+        """Look at the names of the parameters."""
+        names = [name for name, _ in kwargs["model"].named_parameters()]
+        self.seen.append(any("vision_tower" in name for name in names))
+
+
+def test_the_tower_stays_in_main_memory_and_is_saved_as_it_was(parts: Path, cache: Path, tmp_path: Path) -> None:
+    """Also after a resume, which loads a checkpoint over the model."""
+    flags = {"feature_cache": str(cache), "stage": 2, "from_scratch_connector": True, "save_strategy": "steps"}
+    for steps in (2, 4):
+        watch = TowerWatch()
+        run = arguments(parts, tmp_path, max_steps=steps, save_steps=2, lr_scheduler_type="constant", **flags)
+        result = run_training(*run, callbacks=[watch])
+        assert watch.seen == [False] * 2
+        for saved in (tmp_path, tmp_path / f"checkpoint-{steps}"):
+            weights = load_tower_of(saved).state_dict()
+            assert weights.keys() == result.model.model.vision_tower.state_dict().keys()
+            expected = load_frozen_tower(run[0], make_plan(run[0])).state_dict()
+            assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+    watch = TowerWatch()
+    data = {"eval_data_path": str(parts / "data.jsonl"), "eval_image_folder": str(parts / "images")}
+    flags |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "max_steps": 1, **data}
+    run_training(*arguments(parts, tmp_path / "validated", **flags), callbacks=[watch])
+    assert watch.seen == [True]  # validation encodes images
+
+
+def test_nothing_moves_a_tower_that_does_not_compute(parts: Path, cache: Path, tmp_path: Path) -> None:
+    model_args, data_args, training_args = arguments(parts, tmp_path, stage=1)
+    plan = make_plan(model_args)
+    model = load_model(model_args, plan)
+    apply_stage(model, model_args)
+    planner = plan_run(load_training_data(data_args, plan.processor, 0), data_args.model_max_length, training_args)
+    MetaMorphTrainer(stage=1, planner=planner, model=model, args=training_args, tower_on_device=False)
+    model.to("meta")  # stands for a GPU
+    assert {weight.device.type for weight in model.parameters()} == {"meta"}
+    assert {weight.device.type for weight in model.model.vision_tower.parameters()} == {"cpu"}
+    with pytest.raises(ValueError, match=r"on meta, but the vision tower is on cpu.*--feature_cache keeps the tower"):
+        model.get_visual_tokens(torch.zeros(1, 3, 32, 32, device="meta"))
 
 
 @pytest.mark.slow
@@ -132,6 +182,7 @@ def test_tokens_are_those_of_the_tower_whatever_the_shards(parts: Path, cache: P
         assert ("visual_tokens" in ours) == ("pixel_values" in theirs)
         if "visual_tokens" in ours:
             torch.testing.assert_close(ours["visual_tokens"], tower(theirs["pixel_values"]), atol=1e-6, rtol=0)
+    assert other_permissions(cache) == {}
 
 
 @pytest.mark.parametrize(
@@ -216,6 +267,20 @@ def test_a_name_that_no_file_can_have_is_a_missing_image(tmp_path: Path) -> None
     with pytest.raises(MediaError, match="there is no file") as error:
         image_key(ImageRef("a" * 300), FolderStore(tmp_path))
     assert error.value.kind == "missing_image"
+
+
+def test_a_cache_that_holds_all_images_is_left_as_it_is(
+    parts: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(cache, tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        without_tower_runs(patch)
+        assert make_cache(parts, folder) == 12
+        write_records(tmp_path / "few.jsonl", [json.loads(line) for line in (parts / "data.jsonl").open()][:2])
+        make_cache(parts, folder, data_path=str(tmp_path / "few.jsonl"))
+        with pytest.raises(AssertionError, match="the tower was run"):
+            make_cache(parts, folder, num_image_tokens=16)
+    assert make_cache(parts, folder, num_image_tokens=16) == 12  # another reduction is another cache
 
 
 @pytest.mark.slow

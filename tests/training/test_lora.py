@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from file_parts import other_permissions
 from safetensors.torch import load_file, save_file
 from training_parts import arguments, make_language_model, make_records, make_vision_tower
 from transformers import AutoModelForCausalLM
@@ -35,7 +36,7 @@ from metamorph.training.stages import apply_stage
 pytestmark = pytest.mark.integration
 
 
-pytest.importorskip("peft", reason="needs metamorph[lora]")
+pytest.importorskip("peft", reason="needs the extra lora")
 
 LORA = {"lora_enable": True, "lora_r": 4, "from_scratch_connector": True}
 EXACT = ("loss", "text_loss", "visual_loss", "grad_norm", "learning_rate")
@@ -61,7 +62,7 @@ def lora(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
 @pytest.fixture(scope="module")
 def qlora(wide_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """QLoRA, without dropout, so that it can be compared in training mode."""
-    pytest.importorskip("bitsandbytes", reason="needs metamorph[lora]")
+    pytest.importorskip("bitsandbytes", reason="needs the extra lora")
     folder = tmp_path_factory.mktemp("qlora")
     return run_training(*arguments(wide_parts, folder, stage=2, **LORA, bits=4, lora_dropout=0.0))
 
@@ -144,6 +145,7 @@ def test_the_folder_holds_everything_that_was_trained_and_no_base(lora: TrainRes
     assert {name.partition(".")[0] for name in beside} == {"mm_projector", "vision_head", "new_rows", "new_head_rows"}
     assert beside["new_rows"].shape == beside["new_head_rows"].shape == (2, 32)
     assert "quantization_config" not in (folder / "config.json").read_text()
+    assert other_permissions(folder) == {}
 
 
 def test_from_pretrained_gives_the_trained_model(lora: TrainResult) -> None:
@@ -185,6 +187,7 @@ def test_merged_by_the_command(lora: TrainResult, tmp_path: Path) -> None:
     assert main(["convert", "--merge-adapter", lora.output_dir, "--output", str(merged)]) == 0
     assert (merged / "model.safetensors").is_file()
     assert not (merged / ADAPTER_FILE).exists()
+    assert other_permissions(merged) == {}
     model, info = MetaMorphForConditionalGeneration.from_pretrained(merged, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -257,7 +260,7 @@ def test_qlora_folder_opens_in_4_bits(qlora: TrainResult) -> None:
 
 
 def test_stage_1_with_a_4_bit_language_model(wide_parts: Path, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="needs metamorph[lora]")
+    pytest.importorskip("bitsandbytes", reason="needs the extra lora")
     run_training(*arguments(wide_parts, tmp_path, stage=1, bits=4))
     assert "quantization" not in (tmp_path / "config.json").read_text()
     assert (tmp_path / CONNECTOR_FILE).is_file()

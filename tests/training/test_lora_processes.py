@@ -13,7 +13,7 @@ from training_parts import make_language_model, make_records, make_vision_tower
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 
 
-pytest.importorskip("peft", reason="needs metamorph[lora]")
+pytest.importorskip("peft", reason="needs the extra lora")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 TIMEOUT = 300
@@ -91,7 +91,7 @@ def test_two_processes_train_the_adapter_of_one(pieces: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(("bits", "status"), [(16, 0), (4, 1)], ids=["lora", "qlora"])
 def test_zero_3(bits: int, status: int, pieces: Path, tmp_path: Path) -> None:
     """The same losses, and a whole adapter folder; weights in 4 bits are refused."""
-    pytest.importorskip("deepspeed", reason="needs metamorph[deepspeed]")
+    pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
     run = train(pieces, tmp_path / "zero3", 1 if status else 2, sharding="zero3", bits=bits)
     assert bool(run.returncode) == bool(status), run.stderr[-2000:]
     if status:

@@ -198,6 +198,9 @@ def test_a_trained_tower_needs_activations_and_state(parts: Path) -> None:
     with_frozen, with_trained = (estimate_memory(model, "single", batch) for model in (frozen, trained))
     assert with_trained.frozen_tower == 0 < with_frozen.frozen_tower
     assert with_trained.activations > with_frozen.activations
+    with_cache = estimate_memory(frozen, "single", batch, tower_on_gpu=False)
+    assert with_cache.frozen_tower == 0
+    assert with_frozen.total - with_cache.total == with_frozen.frozen_tower
     assert with_trained.optimizer > with_frozen.optimizer
 
 

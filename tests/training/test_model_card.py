@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import HfApi
 from training_parts import arguments
 
+import metamorph
 from metamorph.training.reporting.model_card import CARD_FILE
 from metamorph.training.run import TrainResult, run_training
 
@@ -33,6 +34,7 @@ def test_the_card_states_data_recipe_and_metrics(parts: Path, stage_1: TrainResu
     assert "| `data` | 12 records, 0 cut, 0 skipped |" in text
     assert "| `learning_rate` | 0.01 |" in text
     assert "| `lr_scheduler_type` | cosine |" in text
+    assert f"| `metamorph` | {metamorph.__version__} |" in text
     assert "Metrics after 2 steps" in text
     last = [line for line in stage_1.log_history if "text_loss" in line][-1]
     assert f"| `text_loss` | {last['text_loss']:.4g} |" in text

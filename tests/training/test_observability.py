@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from file_parts import other_permissions
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_parts import arguments, make_records
@@ -288,6 +289,7 @@ def test_samples_are_written(observed: TrainResult) -> None:
         "Draw something.",
     ]
     assert answers[2]["answer"].startswith("[picture 1]")
+    assert other_permissions(Path(observed.output_dir)) == {}
     assert answers[2]["pictures"][0] == "003-1"
     with Image.open(folder / "step-2" / "003-1.png") as picture:
         assert picture.mode == "RGB"

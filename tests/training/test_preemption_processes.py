@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -104,7 +105,8 @@ def test_states_that_deepspeed_has_divided_need_as_many_processes(folder: Path, 
 
 
 def interrupt(command: list[str], output_dir: Path, number: signal.Signals, log: Path) -> tuple[int, str]:
-    """Start a command, wait for a checkpoint of its own, signal all its processes as Slurm does.
+    """Start a command, wait for a checkpoint of its own, signal all its processes as Slurm does (Ctrl-C: as a terminal
+    does, which does not know those that torchrun starts).
 
     Returns:
         Exit status and what was printed.
@@ -118,6 +120,7 @@ def interrupt(command: list[str], output_dir: Path, number: signal.Signals, log:
             stdout=file,
             stderr=subprocess.STDOUT,
             preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+            start_new_session=True,
         )
     family: list[psutil.Process] = []
     try:
@@ -128,9 +131,11 @@ def interrupt(command: list[str], output_dir: Path, number: signal.Signals, log:
             time.sleep(0.2)
             # Slurm signals all processes of a job; those that torchrun starts are no longer of its group.
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        group = os.getpgid(process.pid)
         for each in family:
-            with suppress(psutil.NoSuchProcess):
-                each.send_signal(number)
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if number != signal.SIGINT or os.getpgid(each.pid) == group:
+                    each.send_signal(number)
         return process.wait(timeout=TIMEOUT), log.read_text()
     finally:
         for each in family:
@@ -173,3 +178,17 @@ def test_r28_signals_to_all_processes_of_a_job(folder: Path, tmp_path: Path) -> 
     assert second["signal"] == "SIGTERM"
     assert second["step"] > marker["step"]
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+
+    # Ctrl-C: one process with its data workers, then torchrun, which passes it on. Nothing starts such a run again.
+    for command, expected in ((words, 130), ([*LAUNCH, *words[1:]], 1)):
+        status, printed = interrupt(command, tmp_path, signal.SIGINT, folder / "log")
+        assert status == expected, printed[-5000:]
+        assert printed.count("Ctrl-C: saving a checkpoint, then stopping. Press Ctrl-C again to leave at once.") == 1
+        (line,) = re.findall(
+            r"metamorph train: interrupted after step (\d+); to resume: run the same command again, or .*", printed
+        )
+        assert sorted(tmp_path.glob("checkpoint-*"), key=os.path.getmtime)[-1].name == f"checkpoint-{line}"
+        assert not (tmp_path / MARKER_FILE).exists()
+        assert (
+            "Traceback (most recent call last):\n  File" not in printed.split("Ctrl-C: saving")[1] or command != words
+        )

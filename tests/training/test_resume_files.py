@@ -31,6 +31,7 @@ from metamorph.runs.checkpoint_files import (
     read_manifest,
 )
 from metamorph.runs.preemption import Preempted
+from metamorph.training.arguments import MetaMorphTrainingArguments
 from metamorph.training.checkpoints.resume import find_checkpoint
 from metamorph.training.run import TrainResult, run_training
 
@@ -170,9 +171,13 @@ def test_no_checkpoint_is_usable(run_folder: Path, caplog: pytest.LogCaptureFixt
     for folder in run_folder.glob("checkpoint-*"):
         (folder / MANIFEST_FILE).unlink()
     assert find_checkpoint(str(run_folder), None, 1) is None
-    assert "starting anew" in caplog.text
+    assert "starting from the beginning" in caplog.text
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         find_checkpoint(str(run_folder), "True", 1)
+    for folder in run_folder.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    assert find_checkpoint(str(run_folder), None, 1) is None
+    assert "holds a result and no checkpoint: it is trained again and replaced" in caplog.text
 
 
 def test_large_files_are_checked_at_their_ends(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,12 +269,16 @@ def test_the_best_checkpoint_stays_and_becomes_the_result(parts: Path, tmp_path:
     assert damage(best) is None
     assert f'"best_model_checkpoint": "{best}"' in (tmp_path / "trainer_state.json").read_text()
     assert best.name != "checkpoint-3"
+    logged = {name for line in result.log_history for name in line}
+    assert not [name for name in logged if name.startswith("eval_data_")]  # a single source is measured once
     weights, expected = (load_file(folder / "mm_projector.safetensors") for folder in (tmp_path, best))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_a_finished_run_keeps_its_best_checkpoint_as_the_result(parts: Path, tmp_path: Path) -> None:
-    run_training(*arguments(parts, tmp_path, **best_flags(parts)))
+    default = MetaMorphTrainingArguments.save_total_limit
+    run_training(*arguments(parts, tmp_path, **best_flags(parts), save_total_limit=default))
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2  # by default, the best one and the last one among them
     before = load_file(tmp_path / "mm_projector.safetensors")
     run_training(*arguments(parts, tmp_path, **best_flags(parts)))
     after = load_file(tmp_path / "mm_projector.safetensors")

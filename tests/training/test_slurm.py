@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from slurm_parts import ROOT, Job, losses, needs_slurm, submit
+from slurm_parts import Job, losses, needs_slurm, submit
 from training_parts import NUM_IMAGE_TOKENS, make_language_model, make_records, make_vision_tower
 
 from metamorph import cli
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def variables(folder: Path, stage: int) -> dict[str, object]:
     return {
-        "RECIPE": ROOT / f"recipes/tiny-cpu-stage{stage}.yaml",
+        "RECIPE": f"tiny-cpu-stage{stage}",
         "MODEL_NAME_OR_PATH": folder / "llm",
         "VISION_TOWER": folder / "tower",
         "DATA_PATH": folder / "data.jsonl",

@@ -64,7 +64,7 @@ def test_stage_1_leaves_every_other_weight_bit_identical(parts: Path, stage_1: T
 
 
 def test_8_bit_optimizer_keeps_the_state_of_embeddings_in_32_bits(parts: Path, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="needs metamorph[lora]")
+    pytest.importorskip("bitsandbytes", reason="needs the extra lora")
     found: dict[str, torch.dtype] = {}
 
     class Look(TrainerCallback):
@@ -80,7 +80,7 @@ def test_8_bit_optimizer_keeps_the_state_of_embeddings_in_32_bits(parts: Path, t
 
 
 def test_8_bit_optimizer_keeps_the_state_of_new_rows_in_32_bits() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs metamorph[lora]")
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra lora")
     rows = NewTokenEmbedding(torch.nn.Embedding(8, 4096), [6, 7])
     optimizer = bitsandbytes.optim.AdamW8bit([rows.new_rows])
     keep_embeddings_in_32_bits(rows)

@@ -187,6 +187,18 @@ def test_latent_scale_is_undone():
     torch.testing.assert_close(from_unet_latents(vae, to_unet_latents(vae, latents)), latents)
 
 
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+def test_no_images_give_no_pictures(pipeline, tokens, output_type):
+    """An answer may have no image: the documented call then draws none."""
+    one = draw(pipeline, tokens[:1], output_type=output_type)
+    none = draw(pipeline, tokens[:0], output_type=output_type, generator=[], guidance_scale=[1.0, 3.0])
+    assert len(none) == 0
+    assert type(none) is type(one)
+    if output_type != "pil":
+        assert none.shape[1:] == one.shape[1:]
+        assert none.dtype == one.dtype
+
+
 def test_misfits_are_refused(pipeline, tokens):
     with pytest.raises(ValueError, match="2 generators for 3 images"):
         draw(pipeline, tokens, generator=seeded(1, 2))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from visualization_parts import random_images, write_damaged_shards, write_shard
 
-from metamorph.data.media.images import MediaError
+from metamorph.models.image_files import MediaError
 from metamorph.visualizer_training.dataset import StreamBatches
 from metamorph.visualizer_training.pictures.shards import (
     CUT_OFF,

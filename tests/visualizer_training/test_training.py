@@ -18,7 +18,7 @@ from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion,
 
 from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError, checkpoints, file_stamp
 from metamorph.runs.lock import only_run_in
-from metamorph.runs.preemption import MARKER_FILE, PREEMPTED, Preempted
+from metamorph.runs.preemption import MARKER_FILE, PREEMPTED, Interrupted, Preempted
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
 from metamorph.visualization.pixels import crop_square
 from metamorph.visualization.projector import PROJECTOR_MODES
@@ -145,6 +145,16 @@ def test_signal_saves_and_the_same_command_goes_on(arguments, pictures, tmp_path
     assert not (tmp_path / "out" / MARKER_FILE).exists()
 
 
+def test_ctrl_c_saves_and_the_same_command_goes_on(arguments, pictures, tmp_path):
+    args = arguments(training_steps=5, logging_steps=2)
+    with pytest.raises(
+        Interrupted, match=r"after step 3; to resume: run the same command again, or --resume_from_checkpoint .*-3"
+    ):
+        train_visualizer(args, pictures, on_log=lambda step, values: os.kill(os.getpid(), signal.SIGINT))
+    assert not (tmp_path / "out" / MARKER_FILE).exists()  # which asks scripts to start the run again
+    assert train_visualizer(args, pictures).first_step == 3
+
+
 def test_accumulated_equals_large_batch(arguments, pictures, tmp_path):
     large = arguments(output_dir=str(tmp_path / "large"), batch_size=4)
     small = arguments(output_dir=str(tmp_path / "small"), batch_size=1, gradient_accumulation_steps=4)
@@ -248,9 +258,10 @@ def test_validation_grid_and_loss_reach_tensorboard_and_the_log(arguments, pictu
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     pictures[0].save(tmp_path / "picture.png")
     args = arguments(validation_images=[str(tmp_path / "picture.png")], save_step=3, report_to="tensorboard")
-    with caplog.at_level("INFO", logger="metamorph.visualizer_training.trainer"):
+    with caplog.at_level("DEBUG", logger="metamorph"):
         result = train_visualizer(args, pictures)
-    assert f"step 3 of 3: loss {sum(result.losses) / 3:.4g}, grad_norm" in caplog.text  # there is no terminal
+    assert f"step 3/3 · epoch   1.00 · loss {sum(result.losses) / 3:8.4f} · lr " in caplog.text  # there is no terminal
+    assert "step 3, all values: loss" in caplog.text
     # The run's own file, and one for its flags in a folder below.
     folder = Path(args.output_dir) / "tensorboard"
     files = [accumulator.EventAccumulator(str(file)).Reload() for file in folder.rglob("events.out.*")]
@@ -258,6 +269,8 @@ def test_validation_grid_and_loss_reach_tensorboard_and_the_log(arguments, pictu
     (image,) = found.Images("validation")
     assert (image.width, image.height) == (3 * RESOLUTION, RESOLUTION)
     assert found.Scalars("train/loss")[0].step == 3
+    measured = {"learning_rate", "samples_per_second", "data_wait_share", "grad_norm"}
+    assert {f"train/{name}" for name in measured} <= set(found.Tags()["scalars"])
 
 
 def test_resolution_is_that_of_the_diffusion_model_unless_given(arguments, pictures, tmp_path, caplog):

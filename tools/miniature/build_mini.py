@@ -19,8 +19,8 @@ import torch
 
 from metamorph.mini import PARTS, asset_path
 from metamorph.mini.cards import AssetCard, AssetError, library_versions, write_card
+from metamorph.miniature.quickstart.clock import StageClock
 from metamorph.miniature.quickstart.measure import measure_world
-from metamorph.miniature.quickstart.progress import StageClock
 from metamorph.miniature.quickstart.recipe import MINI, Recipe
 from metamorph.miniature.quickstart.stages import Workspace, fit_visualizer, train_connector, train_model
 from metamorph.miniature.world.dataset import write_dataset

@@ -16,8 +16,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import save_file
 
+from metamorph.files.permissions import save_file
 from metamorph.mini.cards import AssetCard, AssetError, library_versions, write_card
 from metamorph.miniature.quickstart.conditions import ENCODER_FILE, AttributeEncoder, load_asset
 from tools.miniature.sd_unet import (

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from metamorph.files.permissions import save_file
 from metamorph.miniature.quickstart.conditions import CONDITION_DIM, AttributeEncoder, background_labels
 from metamorph.miniature.world.cells import cell_labels
 from metamorph.miniature.world.checker import judge

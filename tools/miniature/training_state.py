@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from metamorph.files.permissions import save_file
 from metamorph.runs.determinism import deterministic_algorithms
 
 

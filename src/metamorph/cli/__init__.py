@@ -6,15 +6,17 @@ What several commands share is in `shared.py`.
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import importlib.metadata
 import logging
 import os
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from metamorph import __version__
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,31 @@ COMMANDS = {
     "evaluate": Command("metamorph.cli.evaluate", "how good a finished model is, with pictures"),
     "study": Command("metamorph.cli.study", "experiments on the miniature world, with error bars"),
     "convert": Command("metamorph.cli.convert", "merge an adapter, or import a checkpoint of the original system"),
+    "recipes": Command("metamorph.cli.recipes", "list the recipes for `--config`, or print one"),
     "lr": Command("metamorph.cli.lr", "scale a learning rate to another batch size"),
 }
 
-USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ModuleNotFoundError)
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+    ModuleNotFoundError,
+)
 """What bad input raises, and the lack of an optional package. It is printed as one line; anything else is a fault of
 ours and keeps its traceback."""
+
+HARMLESS = {
+    # Accelerate imports DeepSpeed where it is installed, also for a run without it.
+    "DeepSpeed": r"Setting accelerator to CPU",
+    # The text half of every SigLIP, which is not used, has defaults outside its vocabulary.
+    "transformers.configuration_utils": r"Model config: [be]os_token_id .* 31999\), got 4940[67]\.",
+    # A language model's configuration often names another end than its chat template writes.
+    "transformers.trainer_utils": r"The tokenizer has new PAD/BOS/EOS tokens that differ from the model config",
+}
+"""Loggers of libraries -> warnings of theirs that are harmless in every run."""
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
@@ -64,14 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if words else 2
     if words[0] == "--version":
-        print(f"metamorph {importlib.metadata.version('metamorph')}")
+        print(f"metamorph {__version__}")
         return 0
     if words[0] not in COMMANDS:
-        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
-        hint = f": did you mean {near[0]!r}?" if near else ""
-        print(f"metamorph: unknown command {words[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
+        from metamorph.flags.parser import nearest
+
+        near = nearest(words[0], COMMANDS)
+        hint = f": did you mean {near!r}?" if near else ""
+        print(f"metamorph: unknown command {words[0]!r}{hint} (all commands: metamorph --help)", file=sys.stderr)
         return 2
+    _let_idle_threads_sleep()
     _set_up_logging(debug)
+    _warn_of_namesake()
     try:
         status = importlib.import_module(COMMANDS[words[0]].module).main(words[1:])
     except USER_ERRORS as error:
@@ -79,15 +104,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         from metamorph.flags.checks import printable  # not for --help: it imports more
 
-        hint = f"(metamorph --debug {words[0]} … shows where)"
-        print(f"metamorph {words[0]}: error: {printable(str(error))} {hint}", file=sys.stderr)
+        hint = f" (metamorph --debug {words[0]} … shows where)" if _is_from_elsewhere(error) else ""
+        print(f"metamorph {words[0]}: error: {printable(str(error))}{hint}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if debug:
             raise
-        print(f"metamorph {words[0]}: interrupted", file=sys.stderr)
+        if is_first_process():
+            print(f"metamorph {words[0]}: interrupted {error}".rstrip(), file=sys.stderr)
         return INTERRUPTED
     return status or 0
+
+
+def _is_from_elsewhere(error: BaseException) -> bool:
+    """Whether another package has raised it: our own checks say what is wrong and how to mend it."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return not str(frame.f_globals.get("__name__", "")).startswith("metamorph.")
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks, of those that torchrun has started."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def usage() -> str:
@@ -100,34 +137,69 @@ def usage() -> str:
     )
 
 
+def _warn_of_namesake() -> None:
+    """Warn where the `metamorph` of PyPI is installed, too: it owns the same folder and the same command."""
+    import importlib.metadata  # not for --help
+
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    # An installation of ours from before its distribution was called metamorph-vpit has our command.
+    for distribution in importlib.metadata.distributions(name="metamorph"):
+        if all(point.value != "metamorph.cli:main" for point in distribution.entry_points):
+            logging.getLogger(__name__).warning(
+                "another project called metamorph (%s) is installed in this environment and owns the same files: "
+                "`pip uninstall metamorph metamorph-vpit`, then install MetaMorph again",
+                distribution.metadata["Summary"],
+            )
+
+
+def _let_idle_threads_sleep() -> None:
+    """Set OpenMP's wait policy, which it reads when PyTorch is imported; processes that are started inherit it.
+
+    By default OpenMP's threads spin while they wait for one another, which beside other programs takes several times
+    as long as the work.
+    """
+    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
 def _set_up_logging(debug: bool) -> None:
     """Log to stderr: our own records from the first process only, unless `debug`. Hush some of libraries."""
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    is_main = is_first_process()
     level = logging.DEBUG if debug else logging.INFO if is_main else logging.WARNING
     handler = logging.StreamHandler()
-    handler.setFormatter(_PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_LineFormatter(debug))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("metamorph").setLevel(level)
     # PEFT imports bitsandbytes, which then recommends a package for 4-bit products on a CPU to every command.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # Accelerate imports DeepSpeed where it is installed, also for a run without it. DeepSpeed sets the level of its
-    # logger itself; a filter stays.
-    logging.getLogger("DeepSpeed").addFilter(_is_not_about_the_accelerator)
+    for name in HARMLESS:  # filters, as libraries set the levels of their loggers themselves
+        logging.getLogger(name).addFilter(_is_worth_reading)
     if not (is_main and sys.stderr.isatty()):  # in a log file each bar is several lines
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # PEFT asks Transformers by a name that is about to go.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
-class _PrintableFormatter(logging.Formatter):
-    """Escapes the control characters of a line: names and paths in it may be a stranger's."""
+class _LineFormatter(logging.Formatter):
+    """`22:35:10 message`; the level where it is a warning or worse, the logger where it is a library's, or `debug`.
+
+    Control characters are escaped: names and paths in a line may be a stranger's.
+    """
+
+    def __init__(self, debug: bool) -> None:
+        super().__init__("%(asctime)s %(origin)s%(message)s", datefmt="%H:%M:%S")
+        self.debug = debug
 
     def format(self, record: logging.LogRecord) -> str:
         from metamorph.flags.checks import printable
 
+        is_own = record.name.partition(".")[0] == "metamorph"
+        level = f"{record.levelname} " if self.debug or record.levelno != logging.INFO else ""
+        record.origin = level if is_own and not self.debug else f"{level}{record.name}: "
         return printable(super().format(record))
 
 
-def _is_not_about_the_accelerator(record: logging.LogRecord) -> bool:
-    """False for DeepSpeed's remark on a machine without a GPU, which a CPU run does not need to hear."""
-    return not record.getMessage().startswith("Setting accelerator to CPU")
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    """False for what `HARMLESS` lists."""
+    return re.match(HARMLESS[record.name], record.getMessage()) is None

@@ -1,5 +1,6 @@
 """`metamorph data cache-features [PATH] --feature_cache DIR --config recipe.yaml`: visual tokens, made once."""
 
+import re
 from collections.abc import Sequence
 
 
@@ -12,6 +13,8 @@ def main(argv: Sequence[str]) -> None:
     words = list(argv)
     if words and not words[0].startswith("-"):
         words.insert(0, "--data_path")
+    # Its folder is the cache. In a recipe `output_dir` is that of the training, which is not written to.
+    words = [re.sub("^--output[-_]dir(?==|$)", "--feature_cache", word) for word in words]
     from metamorph.flags.recipes import parse_arguments
     from metamorph.training.arguments import DataArguments, ModelArguments
     from metamorph.training.features import FeatureArguments

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metamorph.flags.checks import names_flag
+from metamorph.cli.shared import check_tower_reference
+from metamorph.flags.checks import check_reachable, names_flag
+from metamorph.flags.parser import FlagParser, output_folder
 
 
 logger = logging.getLogger(__name__)
@@ -17,7 +19,7 @@ CONNECTOR_NAMES = ("mm_projector.bin", "mm_projector.safetensors")
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="metamorph convert",
         description="Write a model, adapter or connector as a plain folder of ours. Exactly one of --merge-adapter and "
         "--from is needed.",
@@ -29,7 +31,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         help="with --from: folder of a checkpoint, or an mm_projector.bin (of LLaVA, too), whose result is stage 1's",
     )
-    parser.add_argument("--output", required=True, help="folder to write; it must be empty or not exist")
+    parser.add_argument(
+        "--output-dir",
+        "--output",
+        type=output_folder,
+        required=True,
+        help="folder to write; it must be empty or not exist",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
     parser.add_argument("--tokenizer", help="with --from: folder or Hub id of the tokenizer, if not in --model")
     parser.add_argument("--vision-tower", help="with --from: folder or Hub id of the tower, if not what --model names")
@@ -44,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     """
     flags = build_parser().parse_args(argv)
     check_flags(flags)
-    output = Path(flags.output)
+    output = flags.output_dir
     if flags.merge_adapter is not None:
         merge_adapter(flags.merge_adapter, output, flags.dtype)
     elif is_connector(Path(flags.model)):
@@ -60,9 +68,9 @@ def check_flags(flags: argparse.Namespace) -> None:
     Args:
         flags: The command line.
     """
-    output = Path(flags.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output {output} is not an empty folder: name a new one")
+    output = flags.output_dir
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"--output-dir {output} is not an empty folder: name a new one")
     for flag, value in (("--model", flags.model), ("--merge-adapter", flags.merge_adapter)):
         if value is not None and not Path(value).exists():
             raise FileNotFoundError(f"{flag} {value} does not exist: give a local folder")
@@ -71,6 +79,15 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise ValueError(f"--{given[0].replace('_', '-')} belongs to --from, not to --merge-adapter: drop it")
     if flags.layout is not None and flags.model is None:
         raise ValueError("--from original needs --model: the folder of the checkpoint, or an mm_projector.bin")
+    from metamorph.mini import shipped_folder
+
+    if flags.tokenizer is not None:
+        flags.tokenizer = shipped_folder(flags.tokenizer, "model")
+        if not Path(flags.tokenizer).is_dir():
+            check_reachable(flags.tokenizer, "--tokenizer", "tokenizer_config.json")
+    if flags.vision_tower is not None:
+        flags.vision_tower = shipped_folder(flags.vision_tower, "tower")
+        check_tower_reference(flags.vision_tower, "--vision-tower")
 
 
 def merge_adapter(folder: str, output: Path, dtype: str) -> None:
@@ -92,7 +109,8 @@ def merge_adapter(folder: str, output: Path, dtype: str) -> None:
             f"--merge-adapter {folder} has no {ADAPTER_FILE}: give the folder of a run with --lora_enable True"
         )
     # Merged in float32, rounded once.
-    model = MetaMorphForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, dequantize=True)
+    with names_flag("--merge-adapter", folder):
+        model = MetaMorphForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, dequantize=True)
     save(model, MetaMorphProcessor.from_pretrained(folder), output, dtype)
 
 
@@ -154,6 +172,9 @@ def save(model: Any, processor: Any, output: Path, dtype: str) -> None:
     """
     import torch
 
+    from metamorph.files.permissions import apply_umask
+
     model.to(getattr(torch, dtype)).save_pretrained(output)
+    apply_umask(*output.glob("*.safetensors"))
     processor.save_pretrained(output)
     logger.info("%s parameters in %s", f"{model.num_parameters():,}", dtype)

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable
+from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable, refuse_tower
+from metamorph.flags.parser import FlagParser, at_least, output_folder
 
 
 if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
     from metamorph.data.dataset import MixtureDataset
     from metamorph.data.doctor.check import Diagnosis
     from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -31,14 +34,14 @@ OWN_FLAGS = ("command", "run", "path", "config", "output_dir", "workers", "limit
 """Flags that a recipe of training does not set."""
 CACHE_FEATURES = "cache-features"
 CACHE_USAGE = (
-    "cache-features [PATH] --feature_cache DIR [--config RECIPE.yaml] [--feature_dtype bfloat16|float32]\n"
+    "cache-features [PATH] --feature_cache DIR [--config RECIPE] [--feature_dtype bfloat16|float32]\n"
     "       and the flags of `metamorph train`, of which it needs those of the model and of the data"
 )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the three commands."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="metamorph data",
         description="Look at training data before it is trained on.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,19 +51,27 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_flags(check)
     add_processor_flags(check)
     check.add_argument(
-        "--output-dir", type=Path, default=Path("data-check"), help="folder of the report (default: %(default)s)"
+        "--output-dir",
+        type=output_folder,
+        default=Path("data-check"),
+        help="folder of the report (default: %(default)s)",
     )
     check.add_argument(
-        "--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes (default: %(default)s)"
+        "--workers", type=at_least(0), default=min(os.cpu_count() or 1, 8), help="processes (default: %(default)s)"
     )
-    check.add_argument("--limit", type=int, help="check only so many records, evenly spread")
+    check.add_argument("--limit", type=at_least(1), help="check at most this many records, evenly spread")
     check.set_defaults(run=run_check)
     show = commands.add_parser("show", help="print one training example and write its images")
     add_data_flags(show)
     add_processor_flags(show)
-    show.add_argument("--index", type=int, default=0, help="which record, counted from 0 (default: %(default)s)")
     show.add_argument(
-        "--output-dir", type=Path, default=Path("data-show"), help="folder of the images (default: %(default)s)"
+        "--index", type=at_least(0), default=0, help="which record, counted from 0 (default: %(default)s)"
+    )
+    show.add_argument(
+        "--output-dir",
+        type=output_folder,
+        default=Path("data-show"),
+        help="folder of the images (default: %(default)s)",
     )
     show.set_defaults(run=run_show)
     commands.add_parser(
@@ -78,11 +89,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("path", nargs="?", metavar="PATH", help="what training takes as --data_path")
     parser.add_argument(
-        "--config", metavar="RECIPE.yaml", help="recipe of a training: its values are the defaults of the flags below"
+        "--config", metavar="RECIPE", help="recipe of a training: its values are the defaults of the flags below"
     )
-    parser.add_argument(
-        "--image-folder", "--image_folder", help="folder of relative image paths (default: the file's own)"
-    )
+    parser.add_argument("--image-folder", help="folder of relative image paths (default: the file's own)")
 
 
 def add_processor_flags(parser: argparse.ArgumentParser) -> None:
@@ -93,22 +102,26 @@ def add_processor_flags(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument(
         "--model_name_or_path",
-        "--model-name-or-path",
         help="the language model, or a finished MetaMorph model (mini is the one that ships with MetaMorph): its "
         "tokenizer counts (default: a small stand-in)",
     )
+    parser.add_argument(
+        "--vision_tower",
+        "--vision-tower",
+        help="the vision tower: its image processor makes the images (default: that of a finished model, else 384 "
+        "pixels a side, as SigLIP-SO400M has)",
+    )
     for name, kind, default, text in (
-        ("model_max_length", int, 4096, "longest sequence; not judged without a model"),
+        ("model_max_length", at_least(2), 4096, "longest sequence; not judged without a model"),
         ("version", str, None, "conversation template"),
-        ("num_image_tokens", int, None, "visual tokens per image"),
+        ("num_image_tokens", at_least(1), None, "visual tokens per image"),
         ("mm_use_im_start_end", boolean, None, "whether images stand between <image_start> and <image_end>"),
         ("mm_use_im_patch_token", boolean, None, "whether the placeholder is <im_patch>"),
         ("image_aspect_ratio", str, None, "square or pad"),
-        ("seed", int, 42, "seed of what tasks draw at random"),
+        ("seed", at_least(0), 42, "seed of what tasks draw at random"),
     ):
-        spellings = {f"--{name}": None, f"--{name.replace('_', '-')}": None}
         shown = f"that of a finished model, else {PROCESSOR_DEFAULTS[name]}" if default is None else default
-        parser.add_argument(*spellings, type=kind, default=default, help=f"{text} (default: {shown})")
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {shown})")
 
 
 def boolean(text: str) -> bool:
@@ -176,8 +189,6 @@ def run_check(flags: argparse.Namespace) -> int:
     Returns:
         0 if all is well, 1 if there are problems.
     """
-    if flags.workers < 0:
-        raise ValueError(f"--workers {flags.workers} must be 0 or larger")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are parallel already
     data = open_data(flags)
     from metamorph.data.doctor.check import check_dataset
@@ -214,7 +225,7 @@ def run_show(flags: argparse.Namespace) -> int:
     from rich.text import Text
 
     data = open_data(flags)
-    if not 0 <= flags.index < len(data):
+    if flags.index >= len(data):
         raise ValueError(f"--index {flags.index} does not exist: {flags.path} has the records 0 to {len(data) - 1}")
     from metamorph.data.doctor.samples import pictures_of, split_example, token_rows
 
@@ -269,41 +280,66 @@ def open_data(flags: argparse.Namespace) -> "MixtureDataset":
 def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
     """The processor of a finished model, or one made from a language model's tokenizer.
 
-    The images get the size of the default vision tower (384 pixels) where no finished model says otherwise: that
-    changes no length, because every image becomes `num_image_tokens` tokens.
+    Without `--vision_tower`, the images get the size of the default one (384 pixels) where no finished model says
+    otherwise: that changes no length, because every image becomes `num_image_tokens` tokens.
 
     Args:
         flags: The command line.
+
+    Raises:
+        FileNotFoundError: if the model or the tower does not exist.
+        ValueError: if a flag contradicts a finished model, or the tower is of an unknown kind.
     """
     name = flags.model_name_or_path
     given = {field: getattr(flags, field) for field in PROCESSOR_DEFAULTS if getattr(flags, field) is not None}
-    from metamorph.mini import AssetError, asset_path, shipped_folder
+    from metamorph.mini import asset_path, shipped_folder
 
+    tower = flags.vision_tower
+    if tower is not None:
+        tower = shipped_folder(tower, "tower")
+        check_model_reference(tower, flag="--vision_tower")
     if name is not None:
-        try:
-            name = shipped_folder(name, "model")
-        except AssetError as error:
-            raise ValueError(f"--model_name_or_path: {error}") from error
-        check_model_reference(name, flag="--model_name_or_path")
+        name = shipped_folder(name, "model")
         check_reachable(name, flag="--model_name_or_path")
     from metamorph.models.configuration_metamorph import MetaMorphConfig
-    from metamorph.models.image_processing import SiglipImageProcessorPil
     from metamorph.models.pretrained import load_config, load_tokenizer
     from metamorph.models.processing_metamorph import MetaMorphProcessor
+    from metamorph.models.vision_tower import check_same_tower
 
     if name is None:
         name = str(asset_path("mini-llama"))
     with names_flag("--model_name_or_path", name):
         config = load_config(name)
+        refuse_tower(config.to_dict(), name, "--model_name_or_path")
         if config.model_type == MetaMorphConfig.model_type:
             processor = MetaMorphProcessor.from_pretrained(name)
             processor.check_fits(config)
-            return _as_trained(processor, name, given)
-        tokenizer = load_tokenizer(name)
-    image_processor = SiglipImageProcessorPil(
-        size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        else:
+            tokenizer = load_tokenizer(name)
+    if config.model_type != MetaMorphConfig.model_type:
+        return MetaMorphProcessor(_image_processor(tower), tokenizer, **{**PROCESSOR_DEFAULTS, **given})
+    if tower is not None:
+        check_same_tower(config.vision_config, tower, name)
+    return _as_trained(processor, name, given)
+
+
+def _image_processor(vision_tower: str | None) -> "BaseImageProcessor":
+    """What makes the pixel values of a tower; for the default tower it is known without a download."""
+    from metamorph.models.image_processing import (
+        SiglipImageProcessorPil,
+        load_image_processor,
+        square_image_processor,
     )
-    return MetaMorphProcessor(image_processor, tokenizer, **{**PROCESSOR_DEFAULTS, **given})
+    from metamorph.models.vision_tower import VISION_TOWER_ALIASES, load_vision_config
+
+    if vision_tower is None or vision_tower in VISION_TOWER_ALIASES:
+        return SiglipImageProcessorPil(size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    check_reachable(vision_tower, flag="--vision_tower")
+    with names_flag("--vision_tower", vision_tower):
+        config = load_vision_config(vision_tower)
+        processor = load_image_processor(vision_tower)
+        # A NaFlex tower of SigLIP 2 has no size of its own: its processor has.
+        return square_image_processor(processor, None if hasattr(processor, "max_num_patches") else config.image_size)
 
 
 def _as_trained(processor: "MetaMorphProcessor", name: str, given: dict[str, Any]) -> "MetaMorphProcessor":

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metamorph.cli import evaluate_loss, evaluate_visualizer
-from metamorph.flags.checks import check_model_reference
+from metamorph.flags.checks import check_metamorph_model, check_reachable
+from metamorph.flags.parser import FlagParser, at_least, output_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="metamorph evaluate",
         description="Measure a finished model.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -19,8 +20,10 @@ def build_parser() -> argparse.ArgumentParser:
     world = kinds.add_parser("world", help="questions and drawings of the miniature world, judged by its pixel checker")
     world.add_argument("--model", default="mini", help="folder of the model (default: mini, the shipped one)")
     world.add_argument("--visualizer", default="mini", help="folder of the visualizer (default: mini)")
-    world.add_argument("--output-dir", type=Path, default=Path("evaluation"), help="gets metrics.json and grids")
-    world.add_argument("--seed", type=int, help="of scenes, words and noise (default: the one of mini's card)")
+    world.add_argument(
+        "--output-dir", type=output_folder, default=Path("evaluation"), help="gets metrics.json and grids"
+    )
+    world.add_argument("--seed", type=at_least(0), help="of scenes, words and noise (default: the one of mini's card)")
     evaluate_loss.add_flags(kinds.add_parser("loss", help="text and visual loss on data, for each source"))
     evaluate_visualizer.add_flags(
         kinds.add_parser("visualizer", help="pictures drawn again from their own visual tokens, compared with them")
@@ -42,24 +45,19 @@ def main(argv: Sequence[str]) -> None:
     if flags.kind == "visualizer":
         evaluate_visualizer.run(flags)
         return
-    from metamorph.mini import AssetError, shipped_folder
+    from metamorph.cli.shared import use_shipped
     from metamorph.miniature.quickstart.options import require_extras
 
     require_extras()
-    if flags.seed is not None and flags.seed < 0:
-        raise ValueError(f"--seed {flags.seed} must be 0 or more")
-    try:
-        model, visualizer = shipped_folder(flags.model, "model"), shipped_folder(flags.visualizer, "visualizer")
-    except AssetError as error:
-        raise ValueError(f"--model or --visualizer: {error}") from error
-    check_model_reference(model, flag="--model")
-    check_model_reference(visualizer, flag="--visualizer", file="model_index.json")
+    use_shipped(flags)
+    check_metamorph_model(flags.model, flag="--model")
+    check_reachable(flags.visualizer, flag="--visualizer", file="model_index.json")
     from metamorph.cli.shared import print_table
     from metamorph.miniature.quickstart.measure import measure_world
     from metamorph.miniature.quickstart.recipe import MINI_EVALUATION_SEED
     from metamorph.miniature.quickstart.report import headline
 
     seed = MINI_EVALUATION_SEED if flags.seed is None else flags.seed
-    measured = measure_world(model, visualizer, flags.output_dir, seed=seed)
+    measured = measure_world(flags.model, flags.visualizer, flags.output_dir, seed=seed)
     print_table(headline({**measured.metrics, "floors": {}}))
     print(f"\npictures and metrics.json: {flags.output_dir.resolve()}")

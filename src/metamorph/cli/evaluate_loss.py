@@ -2,9 +2,9 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from metamorph.flags.checks import check_model_reference, check_reachable, names_flag
+from metamorph.flags.checks import check_metamorph_model, names_flag
+from metamorph.flags.parser import at_least, output_file
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -16,12 +16,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id of a trained model, or mini")
     parser.add_argument("--data_path", required=True, help="records, as for metamorph train")
     parser.add_argument("--image_folder", help="where relative paths of media start (default: folder of the records)")
-    parser.add_argument("--model_max_length", type=int, default=4096, help="longer samples are cut (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=8, help="samples at a time (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load data (default: %(default)s)")
+    parser.add_argument(
+        "--model_max_length", type=at_least(2), default=4096, help="longer samples are cut (%(default)s)"
+    )
+    parser.add_argument("--batch_size", type=at_least(1), default=8, help="samples at a time (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=at_least(0), default=0, help="processes that load data (default: %(default)s)"
+    )
     parser.add_argument("--cpu", action="store_true", help="compute on the CPU though there is an accelerator")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--output", type=Path, help="JSON file to write the numbers to")
+    parser.add_argument("--output", type=output_file, help="JSON file to write the numbers to")
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -34,17 +38,10 @@ def run(flags: argparse.Namespace) -> None:
         FileNotFoundError: If the model or the data do not exist.
         ValueError: For a value that is not allowed.
     """
-    from metamorph.mini import AssetError, shipped_folder
+    from metamorph.mini import shipped_folder
 
-    for name, least in (("model_max_length", 2), ("batch_size", 1), ("workers", 0)):
-        if getattr(flags, name) < least:
-            raise ValueError(f"--{name} {getattr(flags, name)} must be at least {least}")
-    try:
-        folder = shipped_folder(flags.model, "model")
-    except AssetError as error:
-        raise ValueError(f"--model: {error}") from error
-    check_model_reference(folder, flag="--model")
-    check_reachable(folder, flag="--model")
+    folder = shipped_folder(flags.model, "model")
+    check_metamorph_model(folder, flag="--model")
 
     import torch
     from accelerate import Accelerator

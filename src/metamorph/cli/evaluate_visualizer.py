@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metamorph.cli.shared import add_drawing_flags, check_drawing_flags, choose_device, open_pipeline
+from metamorph.flags.parser import at_least, output_folder
 
 
 if TYPE_CHECKING:
@@ -24,29 +25,23 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_drawing_flags(parser)
     parser.add_argument("--images", type=Path, required=True, help="folder of pictures, searched with its subfolders")
     parser.add_argument(
-        "--max_images",
         "--max-images",
-        type=int,
+        type=at_least(0),
         default=1000,
         help="pictures to use, evenly spaced in the order of names; 0: all (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch_size", "--batch-size", type=int, default=16, help="pictures drawn at once (default: %(default)s)"
+        "--batch-size", type=at_least(1), default=16, help="pictures drawn at once (default: %(default)s)"
     )
+    parser.add_argument("--lpips-weights", help="TorchScript file of LPIPS's VGG16; without it no LPIPS")
+    parser.add_argument("--inception-weights", help="TorchScript file of FID's network; without it no FID")
     parser.add_argument(
-        "--lpips_weights", "--lpips-weights", help="TorchScript file of LPIPS's VGG16; without it no LPIPS"
-    )
-    parser.add_argument(
-        "--inception_weights", "--inception-weights", help="TorchScript file of FID's network; without it no FID"
-    )
-    parser.add_argument(
-        "--output_dir",
         "--output-dir",
-        type=Path,
+        type=output_folder,
         default=Path("evaluation"),
         help="gets visualizer.json and visualizer.png (default: %(default)s)",
     )
-    parser.add_argument("--grid_rows", "--grid-rows", type=int, default=8, help="pictures shown (default: %(default)s)")
+    parser.add_argument("--grid-rows", type=at_least(1), default=8, help="pictures shown (default: %(default)s)")
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -60,14 +55,10 @@ def run(flags: argparse.Namespace) -> None:
         ValueError: For a value that is not allowed, or a file that is no picture.
     """
     check_drawing_flags(flags)
-    for name, least in (("batch_size", 1), ("max_images", 0), ("grid_rows", 1)):
-        if getattr(flags, name) < least:
-            raise ValueError(f"--{name} {getattr(flags, name)} must be at least {least}")
     files = list_pictures(flags.images, flags.max_images)
-    from tqdm.auto import tqdm
-
     from metamorph.evaluation.perceptual import PictureFeatures
     from metamorph.evaluation.visualizer import ReconstructionSettings, evaluate_visualizer
+    from metamorph.runs.progress import Progress
 
     device = choose_device(flags.device)
     lpips = PictureFeatures.lpips(flags.lpips_weights, device) if flags.lpips_weights else None
@@ -76,7 +67,7 @@ def run(flags: argparse.Namespace) -> None:
     settings = ReconstructionSettings(
         tuple(flags.guidance_scale), flags.steps, flags.seed, flags.batch_size, flags.grid_rows
     )
-    with tqdm(total=len(files), desc="drawing", unit="picture", disable=None) as progress:
+    with Progress(desc="drawing", total=len(files), unit="picture") as progress:
         found = evaluate_visualizer(
             pipeline,
             PictureFiles(files),

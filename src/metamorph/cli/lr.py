@@ -1,8 +1,8 @@
 """`metamorph lr --base-lr 6.93e-5 --base-batch 1536 --batch 768`: the square-root rule of the training guide."""
 
-import argparse
 from collections.abc import Sequence
 
+from metamorph.flags.parser import FlagParser, at_least
 from metamorph.training.optimizer import scale_learning_rate
 
 
@@ -12,9 +12,13 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Command line after `lr`.
     """
-    parser = argparse.ArgumentParser(prog="metamorph lr", description="Square-root learning-rate rule.")
+    parser = FlagParser(prog="metamorph lr", description="Square-root learning-rate rule.")
     parser.add_argument("--base-lr", type=float, default=6.93e-5, help="known learning rate (default: %(default)s)")
-    parser.add_argument("--base-batch", type=int, default=1536, help="its global batch size (default: %(default)s)")
-    parser.add_argument("--batch", type=int, required=True, help="batch per device x accumulation x GPUs x nodes")
+    parser.add_argument(
+        "--base-batch", type=at_least(1), default=1536, help="its global batch size (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=at_least(1), required=True, help="batch per device x accumulation x GPUs x nodes"
+    )
     flags = parser.parse_args(argv)
     print(f"{scale_learning_rate(flags.base_lr, flags.base_batch, flags.batch):.3g}")

@@ -4,30 +4,38 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from metamorph.flags.parser import FlagParser, at_least, output_folder
+
 
 STUDIES = ("joint-vs-generation-only",)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="metamorph study", description="Train and compare miniatures on this machine, and plot what comes out."
     )
     parser.add_argument("name", choices=STUDIES, help="which study")
-    parser.add_argument("--seeds", type=int, default=3, help="repetitions (default: %(default)s)")
-    parser.add_argument("--output-dir", type=Path, default=Path("study"), help="folder of the result (default: study)")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="repetitions (default: %(default)s)")
+    parser.add_argument(
+        "--output-dir", type=output_folder, default=Path("study"), help="folder of the result (default: study)"
+    )
     parser.add_argument(
         "--budgets",
-        type=int,
+        type=at_least(1),
         nargs="+",
         default=[1000, 2000, 4000],
         help="numbers of drawing records (default: 1000 2000 4000)",
     )
-    parser.add_argument("--passes", type=int, default=1, help="how often a record is seen (default: %(default)s)")
     parser.add_argument(
-        "--generation-per-step", type=int, default=16, help="drawing records of a batch (default: %(default)s)"
+        "--passes", type=at_least(1), default=1, help="how often a record is seen (default: %(default)s)"
     )
-    parser.add_argument("--drawings", type=int, default=64, help="judged per model and group (default: %(default)s)")
+    parser.add_argument(
+        "--generation-per-step", type=at_least(1), default=16, help="drawing records of a batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--drawings", type=at_least(1), default=64, help="judged per model and group (default: %(default)s)"
+    )
     return parser
 
 
@@ -38,7 +46,6 @@ def main(argv: Sequence[str]) -> None:
         argv: Command line after `study`.
     """
     flags = build_parser().parse_args(argv)
-    from metamorph.mini import AssetError
     from metamorph.miniature.quickstart.options import require_extras
 
     require_extras()
@@ -47,10 +54,7 @@ def main(argv: Sequence[str]) -> None:
     plan = StudyPlan(
         flags.output_dir, flags.seeds, tuple(flags.budgets), flags.passes, flags.generation_per_step, flags.drawings
     )
-    try:
-        result = run_study(plan)
-    except AssetError as error:  # its message says what to do; no traceback is needed
-        raise ValueError(str(error)) from error
+    result = run_study(plan)
     print_summary(result["summary"])
     print(f"\nplot: {(flags.output_dir / PLOT_FILE).resolve()}")
 

@@ -17,13 +17,14 @@ def main(argv: Sequence[str]) -> None:
     if dry_run.dry_run:
         _print_plan(model_args, data_args, training_args, dry_run)
         return
-    from metamorph.runs.preemption import Preempted, ignore_signals
+    from metamorph.runs.preemption import SIGNALS, Preempted, ignore_signals
     from metamorph.training.run import run_training  # after the arguments are known to be good: takes seconds
 
     try:
         result = run_training(model_args, data_args, training_args)
     except Preempted:
-        ignore_signals()  # torchrun ends the others with SIGTERM once one is gone: let trackers finish their uploads
+        # torchrun ends the others with SIGTERM once one is gone: let trackers finish their uploads.
+        ignore_signals(numbers=SIGNALS)
         raise
     if result.is_main_process:
         print(f"stage {result.stage} finished after {result.global_step} steps: {result.output_dir}")

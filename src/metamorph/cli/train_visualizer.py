@@ -13,13 +13,14 @@ def main(argv: Sequence[str]) -> None:
     from metamorph.visualizer_training.arguments import VisualizerArguments
 
     (arguments,) = parse_arguments([VisualizerArguments], argv, prog="metamorph train-visualizer")
-    from metamorph.runs.preemption import Preempted, ignore_signals
+    from metamorph.runs.preemption import SIGNALS, Preempted, ignore_signals
     from metamorph.visualizer_training.run import train_visualizer  # after the arguments are known to be good
 
     try:
         result = train_visualizer(arguments)
     except Preempted:
-        ignore_signals()  # torchrun ends the others with SIGTERM once one is gone: let trackers finish their uploads
+        # torchrun ends the others with SIGTERM once one is gone: let trackers finish their uploads.
+        ignore_signals(numbers=SIGNALS)
         raise
     if result.is_main_process:
         print(f"visualizer finished after {result.seconds:.0f} s: {result.output_dir}")

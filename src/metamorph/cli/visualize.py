@@ -4,28 +4,39 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from metamorph.cli.shared import add_drawing_flags, check_drawing_flags, open_pictures, open_pipeline
+from metamorph.cli.shared import (
+    add_drawing_flags,
+    check_drawing_flags,
+    check_picture_file,
+    numbered,
+    open_pictures,
+    open_pipeline,
+)
+from metamorph.flags.parser import FlagParser, image_file, output_file
 
 
-OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+DEFAULT_OUTPUT = Path("visualized.png")
 """How the name of the output may end."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="metamorph visualize",
         description="Encode pictures with the vision tower and draw them again from their visual tokens: how good the "
         "visualizer is alone.",
     )
-    parser.add_argument("--image", required=True, nargs="+", action="extend", help="one or more picture files")
+    parser.add_argument(
+        "--image", required=True, type=image_file, nargs="+", action="extend", help="one or more picture files"
+    )
     add_drawing_flags(parser)
     parser.add_argument(
-        "--output", default="visualized.png", help="picture file, with a row per picture (default: %(default)s)"
+        "--output",
+        type=output_file,
+        help=f"picture file, with a row per picture (default: {DEFAULT_OUTPUT}, or the next free name)",
     )
-    parser.add_argument(
-        "--drawings_only", "--drawings-only", action="store_true", help="leave the originals out of the output"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    parser.add_argument("--drawings-only", action="store_true", help="leave the originals out of the output")
     return parser
 
 
@@ -37,10 +48,8 @@ def main(argv: Sequence[str]) -> None:
     """
     flags = build_parser().parse_args(argv)
     check_drawing_flags(flags)
-    _check_output(flags.output)
-    missing = [path for path in flags.image if not Path(path).is_file()]
-    if missing:
-        raise FileNotFoundError(f"--image {missing[0]} does not exist")
+    if flags.output is not None:
+        check_picture_file(flags.output, overwrite=flags.overwrite)
     pictures = open_pictures(flags.image)
     pipeline = open_pipeline(flags)
     from metamorph.evaluation.visualizer import ReconstructionSettings, evaluate_visualizer
@@ -49,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     scales = tuple(flags.guidance_scale)
     settings = ReconstructionSettings(scales, flags.steps, flags.seed, keep=len(pictures))
     found = evaluate_visualizer(pipeline, pictures, settings)
-    output = Path(flags.output)
+    output = flags.output or next(file for file in numbered(DEFAULT_OUTPUT) if flags.overwrite or not file.exists())
     output.parent.mkdir(parents=True, exist_ok=True)
     if flags.drawings_only:
         rows = [found.drawn[start : start + len(scales)] for start in range(0, len(found.drawn), len(scales))]
@@ -60,9 +69,3 @@ def main(argv: Sequence[str]) -> None:
         cosines = ", ".join(f"{score.cosine[index]:.3f} at scale {score.guidance_scale:g}" for score in found.scales)
         print(f"{name}: cosine of drawing and original {cosines}")
     print(f"drawn: {output}")
-
-
-def _check_output(output: str) -> None:
-    """Refuse a name that no picture can be written to, before one is drawn."""
-    if Path(output).suffix.lower() not in OUTPUT_SUFFIXES or Path(output).is_dir():
-        raise ValueError(f"--output {output} is no name of a picture file: let it end in {', '.join(OUTPUT_SUFFIXES)}")

@@ -2,7 +2,8 @@
 
 What does --data_path accept?                    `dataset.py`, and `mixture.py` for several sources
 How does a JSONL line become ids and labels?     `examples.py`: the calls in order
-What may a record hold?                          `records.py`
+What may a record hold?                          `records.py`; other layouts are read by `fields.py`
+What if a record has fields that are not read?   `remarks.py`
 Where is a data task, and how do I add one?      `tasks/`
 How are files of records read?                   `sources/`
 How are images and videos read?                  `media/`

@@ -38,6 +38,7 @@ def load_data(
     check: bool = True,
     weighted: bool = True,
     features: FeatureCache | None = None,
+    folder_flag: str = "--image_folder",
 ) -> MixtureDataset:
     """Open what `--data_path` names: the one entrance for training, for checking data and for caching features.
 
@@ -53,6 +54,7 @@ def load_data(
         check: Whether to look at the records at once.
         weighted: Whether `weight` and `max_samples` count; False gives every record of every source once.
         features: Cached visual tokens; images are not opened then.
+        folder_flag: What messages call `image_folder`.
 
     Raises:
         DataError: If a source or the mixture is unusable.
@@ -72,6 +74,8 @@ def load_data(
             seed=seed,
             check=False,
             features=features,
+            fields=spec.fields,
+            folder_flag=folder_flag if spec.image_folder is None else f"{data_path}, source {spec.name}: image_folder",
         )
         datasets.append(dataset)
         indices.append(spec.choose(len(dataset), seed) if weighted else None)

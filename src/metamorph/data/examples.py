@@ -3,7 +3,8 @@
 A line of a JSONL file becomes ids and labels in these steps (`ConversationDataset.__getitem__`):
 
 1. `sources`: the line is found by its offset and read as JSON.
-2. `records.parse_record`: it becomes a typed `Record`, or an error that names its place.
+2. `fields` renames what the source calls otherwise, and `records.parse_record` makes a typed `Record` of it, or an
+   error that names its place.
 3. `Task.build`: the source's task makes a `Conversation` of it: messages, and references to images.
 4. `media.stores.load_all`: the references become images.
 5. `MetaMorphProcessor.encode_conversation`: ids, labels and visual targets grow together, segment by segment. Text of
@@ -28,6 +29,7 @@ from torch.utils.data import Dataset
 from metamorph.data.bad_records import BadRecordLimit, RecordLog
 from metamorph.data.doctor.preflight import find_problems, summary
 from metamorph.data.features.cache import FeatureCache
+from metamorph.data.fields import FieldMap
 from metamorph.data.media.stores import FolderStore, MediaError, MediaStore, load_all, probe
 from metamorph.data.records import DataError, Record, RecordError, UnsupervisedRecordError, parse_record
 from metamorph.data.sources.open import Source, TarSource, open_source
@@ -68,6 +70,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         max_bad_fraction: Largest share of bad records with `skip`; above it training stops.
         check: Whether to look at the records at once.
         features: Cached visual tokens, which stand in for the images.
+        fields: What the records call the fields of ours, see [`metamorph.data.fields.FieldMap`].
+        folder_flag: What messages call the image folder.
 
     Raises:
         DataError: If the source is unusable; with `on_bad_record="raise"` also if any record is seen to be bad.
@@ -89,6 +93,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         max_bad_fraction: float = 0.01,
         check: bool = True,
         features: FeatureCache | None = None,
+        fields: Mapping[str, Any] | None = None,
+        folder_flag: str = "--image_folder",
     ) -> None:
         limit = BadRecordLimit(on_bad_record, max_bad_fraction)
         self.task = get_task(task)
@@ -100,10 +106,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.name = printable(name or self.source.path.stem)
         self.seed = seed
         self.features = features
+        self.fields = FieldMap(fields)
+        self.folder_flag = folder_flag
         self.log = RecordLog(len(self.source))
         self._folder = FolderStore(self.image_folder)
         if not self.image_folder.is_dir():
-            raise DataError(f"--image_folder {self.image_folder} is not a folder")
+            raise DataError(f"{folder_flag} {self.image_folder} is not a folder")
         self.set_limit(limit, len(self.source))
         if check:
             self.check()
@@ -133,7 +141,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             RecordError: If it is bad.
         """
         raw = self.source[index]
-        return parse_record(raw.value, raw.where)
+        with self.fields.explains_errors():
+            return parse_record(self.fields.apply(raw.value, raw.where), raw.where)
 
     def conversation(self, index: int) -> Conversation:
         """What the task makes of record `index`. No image is opened, and of a video only the times of its frames.
@@ -169,6 +178,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def fingerprint(self) -> str:
         """Changes whenever the conversations may have changed: with the files, the task, its options, the seed."""
         parts = [self.source.fingerprint(), self.name, self.task.name, repr(self.options), str(self.seed)]
+        parts += [repr(self.fields)] if self.fields.names else []
         if self.task.needs_video:  # how many frames there are depends on the files
             parts.append(os.path.abspath(self.image_folder))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -216,7 +226,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     @property
     def media_place(self) -> str:
         """Where media are looked for, for messages."""
-        return "the sample in the tar" if isinstance(self.source, TarSource) else f"--image_folder {self.image_folder}"
+        return (
+            "the sample in the tar" if isinstance(self.source, TarSource) else f"{self.folder_flag} {self.image_folder}"
+        )
 
     def _converse(self, index: int, record: Record) -> Conversation:
         video = None
@@ -227,7 +239,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 raise record.error(error.kind, error.detail) from error
         own_id = str(index) if record.id == record.where else record.id
         words = [zlib.crc32(text.encode(errors="surrogatepass")) for text in (self.name, own_id)]
-        return self.task(record, np.random.default_rng([self.seed, *words]), self.options, video)
+        with self.fields.explains_errors():
+            return self.task(record, np.random.default_rng([self.seed, *words]), self.options, video)
 
     def _build(self, index: int) -> dict[str, Any]:
         record = self.record(index)

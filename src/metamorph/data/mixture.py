@@ -6,12 +6,14 @@ import difflib
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from metamorph.data.fields import FieldMap
 from metamorph.data.records import DataError
 from metamorph.data.sources.open import ALLOWED, expand_pattern, is_tar_pattern
 from metamorph.data.tasks import get_task, parse_options
@@ -37,9 +39,11 @@ class SourceSpec:
     weight: float = 1.0
     """How often an epoch holds each record: 2 is twice; 0.5 is every second one, chosen by the seed."""
     max_samples: int | None = None
-    """Instead of `weight`: at most so many records, chosen by the seed."""
+    """Instead of `weight`: at most this many records, chosen by the seed."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the task."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What the records call the fields of ours, see [Other layouts](#other-layouts)."""
     name: str = ""
     """Name in logs and reports; by default the file's, without its ending."""
 
@@ -50,8 +54,9 @@ class SourceSpec:
                 raise ValueError(f"{name} must be text, not {value!r}")
         if not self.path:
             raise ValueError("path is required: the file of the records")
-        if not isinstance(self.options, Mapping):
-            raise ValueError(f"options must be a mapping of names to values, not {self.options!r}")
+        for name in ("options", "fields"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must be a mapping of names to values, not {getattr(self, name)!r}")
         is_number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
         if not is_number or not 0 < self.weight <= MAX_WEIGHT:
             raise ValueError(f"weight must be a number above 0 and at most {MAX_WEIGHT}, not {self.weight!r}")
@@ -65,6 +70,7 @@ class SourceSpec:
         if not self.name:
             object.__setattr__(self, "name", Path(self.path).stem)
         parse_options(get_task(self.task), self.options)
+        FieldMap(self.fields)
 
     def choose(self, num_records: int, seed: int) -> np.ndarray | None:
         """Which records an epoch holds.
@@ -143,7 +149,7 @@ def _check_path(path: str, named: str) -> None:
 def _parse_entry(entry: Any, folder: Path, taken: set[str]) -> SourceSpec:
     if not isinstance(entry, Mapping):
         raise ValueError(f"a source must be a mapping with path: and task:, not {entry!r:.80}")
-    known = [item.name for item in fields(SourceSpec)]
+    known = [item.name for item in fields_of(SourceSpec)]
     for key in entry:
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)

@@ -33,6 +33,19 @@ MAX_NAME, MAX_DETAIL, MAX_MESSAGE = 200, 1000, 4000
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp")
 """How the names of video files end."""
 
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".jpx", ".j2k", ".avif"),
+    *(".heic", ".heif", ".jxl", ".svg", ".ico", ".tga"),
+)
+"""How the names of image files end; those of the last line are recognised, and refused when they are opened."""
+
+VIDEO_MARKER = "<video>"
+"""Where the video belongs in the text, for the task `video_qa`."""
+
+_MAPPING = "fields: {{{turns}from: role, value: content}}"
+"""How a source is read whose turns have other names, for messages."""
+
 ON_BAD_RECORD = ("raise", "skip")
 """The values of `--on_bad_record`."""
 
@@ -46,6 +59,8 @@ BAD_RECORD_KINDS = {
     "bad_video_field": '"video" is not one path, or stands beside images',
     "bad_field": "a field that the task reads is missing or wrong",
     "bad_box": "a box is not four numbers that enclose an area",
+    "box_units": "the numbers of a box are of another unit than box_units says",
+    "unread_media": "no image or video is read, but a field that is not read looks like one",
     "role_order": "turns do not alternate, or the template cannot express their order",
     "image_count": "markers and images differ in number",
     "outside_folder": "a relative path leaves the image folder",
@@ -243,8 +258,8 @@ def check_conversation(record: Record, turns: Sequence[Turn], num_images: int) -
     if not turns:
         raise record.error(
             "no_conversations",
-            'the record needs "conversations": a list of {"from": "human" or "gpt", "value": text}. If it is of '
-            "another kind, captions say, declare its task in a mixture",
+            'the record needs "conversations": a list of {"from": "human" or "gpt", "value": text}. '
+            f"{_other_turns(record.fields)}",
         )
     try:
         _check_order(turns)
@@ -252,6 +267,15 @@ def check_conversation(record: Record, turns: Sequence[Turn], num_images: int) -
         _check_markers(turns, num_images)
     except _Problem as problem:
         raise record.error(problem.kind, problem.detail) from None
+
+
+def _other_turns(fields: Mapping[str, Any]) -> str:
+    """The mend of a record without conversations, which may be called otherwise."""
+    for name, value in fields.items():
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, Mapping) and {"role", "from", "speaker"} & first.keys():
+            return f"If {name!r} are these, say so in a mixture: {_MAPPING.format(turns=f'conversations: {name}, ')}"
+    return "If it is of another kind, captions say, declare its task in a mixture"
 
 
 class _Problem(Exception):
@@ -302,9 +326,10 @@ def _parse_turns(value: Any) -> tuple[Turn, ...]:
             raise _Problem("bad_turn", f"turn {number} must be a JSON object, not {_type(turn)}")
         speaker, text = turn.get("from"), turn.get("value")
         if not isinstance(speaker, str) or speaker not in ROLE_OF_SPEAKER:
-            raise _Problem(
-                "unknown_speaker", f'turn {number} has "from": {speaker!r}; use one of {", ".join(ROLE_OF_SPEAKER)}'
-            )
+            detail = f'turn {number} has "from": {speaker!r}; use one of {", ".join(ROLE_OF_SPEAKER)}'
+            if speaker is None:
+                detail += f", or say in a mixture what the turns call it: {_MAPPING.format(turns='')}"
+            raise _Problem("unknown_speaker", detail)
         if not isinstance(text, str):
             raise _Problem("bad_turn", f'turn {number} has "value": {text!r:.80}; it must be a string')
         turns.append(Turn(ROLE_OF_SPEAKER[speaker], text))

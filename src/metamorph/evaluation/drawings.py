@@ -71,17 +71,20 @@ def draw_tasks(
         tasks: What to ask for.
         judge: Says what is right.
         settings: How to draw.
-        on_progress: Called with the number of pictures just drawn.
+        on_progress: Called with a number of tasks just answered, and again of tasks just drawn.
 
     Returns:
         One drawing per task, in order.
     """
-    replies = reply_to(model, processor, [task.prompt for task in tasks], max_new_tokens=answer_budget(processor))
+    prompts = [task.prompt for task in tasks]
+    replies = reply_to(model, processor, prompts, max_new_tokens=answer_budget(processor), on_progress=on_progress)
     drew = [index for index, reply in enumerate(replies) if reply.num_images]
     pictures: dict[int, Image.Image] = {}
     if drew:
         tokens = torch.stack([replies[index].visual_tokens[0] for index in drew])
         pictures = dict(zip(drew, draw(pipeline, tokens, settings, on_progress), strict=True))
+    if on_progress is not None:
+        on_progress(len(tasks) - len(drew))  # there is nothing to draw
     drawings = []
     for index, (task, reply) in enumerate(zip(tasks, replies, strict=True)):
         picture = pictures.get(index)

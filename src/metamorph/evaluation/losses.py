@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from tqdm.auto import tqdm
 
 from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.dataset import MixtureDataset
 from metamorph.models.batch_indices import first_image_starts
 from metamorph.models.losses import constant_cosine_sum, sum_dtype
 from metamorph.runs.preemption import ignore_signals
+from metamorph.runs.progress import Progress
 
 
 METRICS = (
@@ -170,9 +170,8 @@ def evaluate_losses(
     was_training = model.training
     model.eval()
     try:
-        show = None if accelerator.is_main_process else True
-        bar = tqdm(zip(batches.sources, loader, strict=True), "Evaluating", len(batches), disable=show, delay=2)
-        for source, batch in bar:
+        steps = zip(batches.sources, loader, strict=True)
+        for source, batch in Progress(steps, "evaluation", len(batches), unit="batch", delay=2):
             if config.image_start_token_id is not None:
                 batch["indices"]["image_starts"] = first_image_starts(
                     batch["labels"], batch["visual_target_mask"], config.image_start_token_id
@@ -196,6 +195,8 @@ def evaluate_losses(
 def metric_names(sources: Iterable[str], *, visual_loss: bool, prefix: str = "eval") -> list[str]:
     """Names of the losses that [`validation_metrics`] may have: a source without visual targets lacks some of them.
 
+    A single source has no names of its own.
+
     Args:
         sources: Names of the sources.
         visual_loss: Whether the model has a visual loss.
@@ -204,7 +205,8 @@ def metric_names(sources: Iterable[str], *, visual_loss: bool, prefix: str = "ev
     sums = torch.ones(_NUM_SUMS, dtype=torch.float64)  # only the names count
     sums[4] = float(visual_loss)
     every = SourceLoss(sums, torch.ones(1, 1, dtype=torch.float64))
-    prefixes = [f"{prefix}_", *(f"{prefix}_{source}_" for source in sources)]
+    names = list(sources)
+    prefixes = [f"{prefix}_", *(f"{prefix}_{name}_" for name in names if len(names) > 1)]
     return [name for each in prefixes for name in every.as_metrics(each, 1.0)]
 
 

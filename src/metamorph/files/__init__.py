@@ -1,5 +1,6 @@
-"""Files that strangers wrote, read in bounded time and memory.
+"""Files that strangers wrote, read in bounded time and memory; files of ours, with the permissions of the umask.
 
 Model folders: JSON and headers of weights    `model_files.py`
 YAML of recipes and mixtures                  `yaml_files.py`
+Who may read what we write                    `permissions.py`
 """

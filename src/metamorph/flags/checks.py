@@ -8,17 +8,25 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from http import HTTPStatus
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
-from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from metamorph.flags.parser import file_in_the_way, unknown_choice
 
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+TOWER_TYPES = ("siglip", "clip", "dinov2")
+"""Beginnings of the model types of vision towers."""
 HUB_TIMEOUT = 10
 """Seconds to wait for the Hub's answer whether a model exists."""
 
@@ -74,7 +82,7 @@ def check_choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
         ValueError: naming flag, value and what is allowed.
     """
     if value not in allowed:
-        raise ValueError(f"{flag} {value!r} is unknown: use one of {', '.join(allowed)}")
+        raise ValueError(f"{flag} {unknown_choice(value, allowed)}")
 
 
 def check_model_reference(name: str, flag: str, file: str = "config.json") -> None:
@@ -91,9 +99,10 @@ def check_model_reference(name: str, flag: str, file: str = "config.json") -> No
     folder = Path(name)
     if os.path.isdir(name):
         if not (folder / file).is_file():
-            raise FileNotFoundError(
-                f"{flag} {name} is a folder without {file}: give a folder written by save_pretrained"
+            expected = (
+                "the result of `metamorph train-visualizer`" if file == "model_index.json" else "a folder of a model"
             )
+            raise FileNotFoundError(f"{flag} {name} is a folder without {file}: give {expected}")
         return
     # `out/model` is a mistyped path rather than a Hub id when there is a local folder `out`.
     is_path = HUB_ID.fullmatch(name) is None or (folder.parent != Path(".") and os.path.isdir(folder.parent))
@@ -102,7 +111,7 @@ def check_model_reference(name: str, flag: str, file: str = "config.json") -> No
 
 
 def check_reachable(name: str, flag: str, file: str = "config.json") -> None:
-    """Ask the Hub once, without the minutes of retries of a download, whether a model that is no folder exists.
+    """Check that a model is a folder with `file`, or can be read from the Hub, which is asked once.
 
     Args:
         name: Folder or Hub id.
@@ -110,22 +119,72 @@ def check_reachable(name: str, flag: str, file: str = "config.json") -> None:
         file: File that such a model must hold.
 
     Raises:
-        FileNotFoundError: if the model is neither a folder, nor in the Hub's cache, nor on the Hub; or the Hub cannot
-            be reached.
+        FileNotFoundError: if the model is neither a folder with this file, nor in the Hub's cache, nor on the Hub; if
+            it may not be read; or if the Hub cannot be reached. The message says how to mend it.
     """
-    if Path(name).is_dir() or constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, file), str):
+    check_model_reference(name, flag, file)
+    if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, file), str):
         return
-    request = Request(hf_hub_url(name, file), method="HEAD")
     try:
-        with urlopen(request, timeout=HUB_TIMEOUT):
-            return
-    except HTTPError as error:
-        if error.code != HTTPStatus.NOT_FOUND:
-            return  # private or gated, say: loading gives the better message
-        reason = f"the Hub has no {file} of that name"
-    except OSError as error:
-        reason = f"the Hub cannot be reached ({error})"
-    raise FileNotFoundError(f"{flag} {name} is not a local folder, and {reason}: check the path or the name")
+        get_hf_file_metadata(hf_hub_url(name, file), timeout=HUB_TIMEOUT)
+    except (OSError, HTTPError) as error:
+        raise FileNotFoundError(f"{flag} {name} {_hub_reason(error, name, file) or error}") from error
+
+
+def check_metamorph_model(name: str, flag: str) -> None:
+    """Check by the configuration that `name` is a trained MetaMorph model, before anything of it is loaded.
+
+    Args:
+        name: Folder or Hub id.
+        flag: Flag that the error message names.
+
+    Raises:
+        FileNotFoundError: if the model or its weights are missing, or the Hub cannot be reached.
+        ValueError: if it is another model; the message says which, and what is expected.
+    """
+    from metamorph.files.model_files import read_json_object  # imports PyTorch
+
+    check_reachable(name, flag)
+    folder = Path(name)
+    with names_flag(flag, name):
+        config = read_json_object(
+            folder / "config.json" if folder.is_dir() else Path(hf_hub_download(name, "config.json"))
+        )
+    if config.get("model_type") != "metamorph":
+        raise ValueError(
+            f"{flag} {name} is {_kind_of(config)}, not a MetaMorph model: give the result of stage 2 of `metamorph "
+            "train`, or mini"
+        )
+    if folder.is_dir() and not any(folder.glob("*model*.safetensors*")):
+        raise FileNotFoundError(
+            f"{flag} {name} has no model weights: give the result of stage 2 of `metamorph train`; stage 1 leaves the "
+            "connector only"
+        )
+
+
+def refuse_tower(config: dict[str, Any], name: str, flag: str) -> None:
+    """Refuse a vision tower where a language model is meant.
+
+    Args:
+        config: Its configuration.
+        name: Folder or Hub id.
+        flag: Flag that the error message names.
+
+    Raises:
+        ValueError: if it is one.
+    """
+    if (kind := _kind_of(config)).startswith("a vision tower"):
+        raise ValueError(f"{flag} {name} is {kind}: give it as --vision_tower, and a language model as {flag}")
+
+
+def check_output_folder(folder: str, flag: str) -> None:
+    """Check that a folder exists or can be made.
+
+    Raises:
+        NotADirectoryError: if it or a folder above it is a file.
+    """
+    if (file := file_in_the_way(Path(folder).expanduser())) is not None:
+        raise NotADirectoryError(f"{flag} {folder} cannot be written to: {file} is a file; give a folder")
 
 
 @contextmanager
@@ -139,10 +198,50 @@ def names_flag(flag: str, value: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if f"{flag} {value} " in str(error):
+            raise
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{flag} {value} cannot be loaded: {reason}") from error
+        causes = [] if os.path.isdir(value) else [error, error.__cause__, error.__context__]
+        of_hub = next(filter(None, (_hub_reason(cause, value, "model") for cause in causes if cause)), None)
+        raise FileNotFoundError(f"{flag} {value} {of_hub or f'cannot be loaded: {reason}'}") from error
     except (ValueError, KeyError) as error:
         message = str(error)
         if flag in message:
             raise
         raise ValueError(f"{flag} {value} cannot be used: {message}") from error
+
+
+def _kind_of(config: dict[str, Any]) -> str:
+    """What a configuration of Transformers describes, for people."""
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    name = str(architectures[0] if isinstance(architectures, list) and architectures else model_type)
+    if name.endswith("ForCausalLM"):
+        return f"a plain language model ({name})"
+    is_tower = "vision" in name.lower() or str(model_type).startswith(TOWER_TYPES)
+    return f"a vision tower ({name})" if is_tower else f"another model ({name})"
+
+
+def _hub_reason(error: BaseException, name: str, file: str) -> str | None:
+    """What an error of the Hub means and how to mend it, on one line; None for other errors."""
+    login = "log in (`hf auth login`, or the environment variable HF_TOKEN)"
+    if isinstance(error, GatedRepoError):
+        return f"is gated on the Hub: accept its licence at https://huggingface.co/{name}, and {login}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return (
+            "is neither a local folder nor in the Hub's cache, and HF_HUB_OFFLINE is set: give an existing folder, or "
+            "unset HF_HUB_OFFLINE"
+        )
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
+        return (
+            "is not a local folder, and the Hub has no such model that you may read: check the path or the name; for a "
+            f"private one {login}"
+        )
+    if status == 404:
+        return f"is not a local folder, and the Hub has no {file} of that name: check the path or the name"
+    if isinstance(error, HfHubHTTPError):
+        return f"is not a local folder, and the Hub answers with status {status}: try again later"
+    if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"is not a local folder, and the Hub cannot be reached ({reason}): check the name, or the network"
+    return None

@@ -1,24 +1,25 @@
 """Turns a YAML recipe and command-line flags into dataclasses: the recipe first, flags override, nothing unknown."""
 
-import difflib
-from argparse import SUPPRESS, Action, ArgumentTypeError
+from argparse import SUPPRESS, Action, ArgumentError, ArgumentTypeError
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
 from transformers import HfArgumentParser
 
 from metamorph.files.yaml_files import read_yaml
 from metamorph.flags.checks import attribute_docs
+from metamorph.flags.parser import FlagParser, finite_number, nearest
+from metamorph.recipes import find_recipe
 
 
-class RecipeParser(HfArgumentParser):
-    """`HfArgumentParser` that reports errors as `ValueError`, refuses abbreviations and suggests flags."""
+class RecipeParser(FlagParser, HfArgumentParser):
+    """Parser of flags that are the fields of dataclasses, and of a YAML recipe of them."""
 
     def __init__(self, dataclass_types: Iterable[type], **kwargs: Any) -> None:
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        self.add_argument("--config", metavar="RECIPE.yaml", help="YAML file of flags; command-line flags override it")
+        super().__init__(dataclass_types, **kwargs)
+        help_text = "YAML file of flags, or a name that `metamorph recipes` lists; command-line flags override it"
+        self.add_argument("--config", metavar="RECIPE", help=help_text)
         # `float | str` is a number or `auto`; HfArgumentParser takes it for a number alone.
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         number_or_auto = {name for name, hint in hints.items() if hint == float | str}
@@ -35,42 +36,10 @@ class RecipeParser(HfArgumentParser):
             # The dataclasses have the defaults; left out of the parsed values, they differ from what was given.
             action.default = SUPPRESS
 
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage, which has hundreds of lines.
-
-        Args:
-            message: What argparse found wrong.
-        """
-        raise ValueError(f"{message} (all flags: {self.prog} --help)")
-
     @property
     def actions(self) -> dict[str, Action]:
         """The flags by name, without leading dashes; spellings such as `--no_bf16` are left out."""
         return {action.dest: action for action in reversed(self._actions) if action.dest not in ("help", "config")}
-
-    def reject_unknown(self, names: Iterable[str], source: str) -> None:
-        """Raise for the first name that is not a flag, naming the nearest one.
-
-        Args:
-            names: Flag names without dashes.
-            source: Where they were read, for the message.
-        """
-        known = self.actions
-        for name in names:
-            if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                hint = f"did you mean {nearest[0]!r}?" if nearest else f"see {self.prog} --help"
-                raise ValueError(f"unknown flag {name!r} in {source}: {hint}")
-
-    def reject_unknown_flags(self, argv: Sequence[str]) -> None:
-        """Raise for a flag on the command line that does not exist (before argparse asks for required ones).
-
-        Args:
-            argv: Command line without the program's name.
-        """
-        flags = [word.split("=")[0] for word in argv if word.startswith("--")]
-        unknown = [flag for flag in flags if flag not in self._option_string_actions]
-        self.reject_unknown([flag[2:].replace("-", "_") for flag in unknown], source="the command line")
 
     def set_recipe(self, path: str) -> None:
         """Make the values of a YAML file the defaults of the flags.
@@ -78,12 +47,29 @@ class RecipeParser(HfArgumentParser):
         Args:
             path: YAML file with one mapping of flag names to values.
         """
-        values = read_recipe(path)
-        self.reject_unknown(values, source=path)
-        for name, value in values.items():
-            action = self.actions[name]
-            action.required = False
-            self.set_defaults(**{name: coerce(value, action, source=path)})
+        actions = self.actions
+        for name, value in read_recipe(path).items():
+            if name not in actions:
+                near = nearest(name, actions)
+                hint = f"did you mean {near!r}?" if near else f"see {self.prog} --help"
+                raise ValueError(f"unknown flag {name!r} in {path}: {hint}")
+            actions[name].required = False
+            self.set_defaults(**{name: self._coerce(value, actions[name], source=path)})
+
+    def _coerce(self, value: Any, action: Action, source: str) -> Any:
+        """Convert a YAML value to the type of a flag; YAML reads `1e-4` as a string and `5` as an integer."""
+        if value is None or isinstance(value, dict):
+            return value
+        if isinstance(value, list):
+            if action.nargs != "+":
+                raise ValueError(f"{action.dest} in {source} takes one value, not a list: {value}")
+            return [self._coerce(item, action, source) for item in value]
+        try:
+            converted = self._get_value(action, str(value))
+            self._check_value(action, converted)
+        except ArgumentError as error:
+            raise ValueError(f"{action.dest}: {value!r} in {source} is not a valid value: {error.message}") from error
+        return converted
 
 
 def parse_arguments(
@@ -103,7 +89,6 @@ def parse_arguments(
         ValueError: for an unknown flag or key (the nearest is suggested), or a value of the wrong type.
     """
     parser = RecipeParser(dataclass_types, prog=prog)
-    parser.reject_unknown_flags(argv)
     recipe = _recipe_path(argv)
     if recipe is not None:
         parser.set_recipe(recipe)
@@ -118,10 +103,11 @@ def parse_arguments(
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """Read the YAML file at `path`: one mapping from flag names to values."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f"--config {path} does not exist or is not a file: give a YAML file of flags")
+    """Read one mapping from flag names to values: the YAML file at `path`, or the shipped recipe of that name."""
+    try:
+        file = find_recipe(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--config {error}") from error
     try:
         values = read_yaml(file)
     except ValueError as error:
@@ -131,37 +117,13 @@ def read_recipe(path: str) -> dict[str, Any]:
     return {str(name).lstrip("-").replace("-", "_"): value for name, value in values.items()}
 
 
-def coerce(value: Any, action: Action, source: str) -> Any:
-    """Convert a YAML value to the type of a flag; YAML reads `1e-4` as a string and `5` as an integer.
-
-    Args:
-        value: What YAML made of the text.
-        action: The flag.
-        source: Where the value was read, for the message.
-    """
-    if value is None or isinstance(value, dict):
-        return value
-    if isinstance(value, list):
-        if action.nargs != "+":
-            raise ValueError(f"{action.dest} in {source} takes one value, not a list: {value}")
-        return [coerce(item, action, source) for item in value]
-    convert = action.type if callable(action.type) else str
-    try:
-        converted = convert(str(value))
-    except (ValueError, TypeError, ArgumentTypeError) as error:
-        raise ValueError(f"{action.dest}: {value!r} in {source} is not a valid value: {error}") from error
-    if action.choices is not None and converted not in action.choices:
-        raise ValueError(f"{action.dest}: {value!r} in {source}; use one of {list(action.choices)}")
-    return converted
-
-
 def _number_or_auto(text: str) -> float | str:
     if text == "auto":
         return text
     try:
-        return float(text)
-    except ValueError as error:
-        raise ArgumentTypeError(f"{text!r} is neither a number nor auto") from error
+        return finite_number(text)
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(f"{text!r} is neither a finite number nor auto") from error
 
 
 def _recipe_path(argv: Sequence[str]) -> str | None:
@@ -170,7 +132,7 @@ def _recipe_path(argv: Sequence[str]) -> str | None:
     for position, text in enumerate(argv):
         if text == "--config":
             if position + 1 == len(argv):
-                raise ValueError("--config needs the path of a YAML file")
+                raise ValueError("--config needs the path of a YAML file or the name of a recipe (`metamorph recipes`)")
             path = argv[position + 1]
         elif text.startswith("--config="):
             path = text.removeprefix("--config=")

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from metamorph.data.media.images import load_image
-from metamorph.flags.checks import check_model_reference, check_reachable, names_flag
+from metamorph.flags.checks import check_metamorph_model, check_reachable, names_flag
+from metamorph.flags.extras import install_command
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.inference.reply import Prompt, Reply, reply_to
 from metamorph.mini import shipped_folder
+from metamorph.models.image_files import load_image
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
@@ -112,8 +113,7 @@ def load(
     """
     where = pick_device(device, flag=f"{dashes}device")
     model = shipped_folder(str(model), "model")
-    check_model_reference(model, flag=f"{dashes}model")
-    check_reachable(model, flag=f"{dashes}model")
+    check_metamorph_model(model, flag=f"{dashes}model")
     if visualizer is not None:  # before the weights of the model, which take longer
         visualizer = check_visualizer_folder(shipped_folder(str(visualizer), "visualizer"), flag=f"{dashes}visualizer")
     options = {} if dtype is None else {"dtype": dtype}
@@ -162,12 +162,11 @@ def check_visualizer_folder(visualizer: str, flag: str = "--visualizer") -> str:
         FileNotFoundError: If it does not exist.
         ValueError: If diffusers is not installed, or the folder is not a visualizer.
     """
-    check_model_reference(visualizer, flag=flag, file="model_index.json")
     check_reachable(visualizer, flag=flag, file="model_index.json")
     try:
         from metamorph.visualization.folders import check_visualizer, visualizer_folder
     except ModuleNotFoundError as error:
-        raise ValueError(f"{flag} {visualizer} needs {error.name}: pip install 'metamorph[visualization]'") from error
+        raise ValueError(f"{flag} {visualizer} needs {error.name}: {install_command('visualization')}") from error
     with names_flag(flag, visualizer):
         check_visualizer(visualizer_folder(visualizer))
     return visualizer

@@ -39,18 +39,21 @@ def asset_path(name: str) -> Path:
 
 
 def shipped_folder(reference: str, part: str) -> str:
-    """The folder that `--model mini` and `--visualizer mini` mean; any other reference stays as it is.
+    """The folder that the name of a shipped model means where a flag takes a folder; anything else stays as it is.
 
     Args:
-        reference: Value of the flag. A local folder called `mini` goes before the shipped one.
-        part: `model` or `visualizer`.
+        reference: Value of the flag. A local file or folder of that name goes before the shipped one.
+        part: What the flag asks for, which decides what `mini` means: `model`, `visualizer` or `tower`.
 
     Raises:
         AssetError: The package was installed without the asset.
     """
-    if reference != "mini" or Path(reference).exists():
+    if reference not in ASSETS or Path(reference).exists():
         return reference
-    return str(asset_path(reference) / part)
+    if reference != "mini":
+        return str(asset_path(reference))
+    # The tower of mini was frozen: it is mini-siglip.
+    return str(asset_path("mini-siglip") if part == "tower" else asset_path(reference) / part)
 
 
 def verify_asset(name: str) -> AssetCard:

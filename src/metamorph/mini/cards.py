@@ -20,7 +20,7 @@ _HEAD_MARK = "---\n"
 _ORIGIN = "_name_or_path"
 
 
-class AssetError(RuntimeError):
+class AssetError(ValueError):
     """A shipped asset is missing, incomplete or not the one that its card describes."""
 
 

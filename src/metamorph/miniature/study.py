@@ -31,6 +31,7 @@ from metamorph.miniature.quickstart.stages import Workspace, train_connector, tr
 from metamorph.miniature.world.dataset import WorldFiles, WorldSizes, write_dataset
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.runs.progress import Progress
 from metamorph.visualization.pipeline import VisualizationPipeline
 
 
@@ -224,9 +225,12 @@ def _judge(plan: StudyPlan, recipe: Recipe, space: Workspace, files: WorldFiles)
     pipeline = VisualizationPipeline.from_pretrained(asset_path("mini") / "visualizer")
     pipeline.set_progress_bar_config(disable=True)
     settings = SamplerSettings(recipe.guidance_scale, recipe.sampling_steps, seed=space.seed)
-    tasks = drawing_tasks(files, plan.evaluation)
-    chosen = {group: tasks[group][: plan.drawings] for group in GROUPS}
-    drawings = {group: draw_tasks(model, processor, pipeline, chosen[group], judge_scene, settings) for group in GROUPS}
+    every = drawing_tasks(files, plan.evaluation)
+    chosen = {group: every[group][: plan.drawings] for group in GROUPS}
+    drawings = {}
+    with Progress(desc="drawings", total=2 * sum(map(len, chosen.values())), unit="step") as progress:
+        for group, tasks in chosen.items():
+            drawings[group] = draw_tasks(model, processor, pipeline, tasks, judge_scene, settings, progress.update)
     tokens = compare_tokens(model, processor, drawings)
     return {group: {**summarise(drawings[group], VERDICTS), **tokens[group]} for group in GROUPS}
 

@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available, is_peft_available
@@ -29,6 +29,8 @@ from metamorph.files.model_files import (
     file_shapes,
     read_json_object,
 )
+from metamorph.files.permissions import save_file
+from metamorph.flags.extras import install_command
 
 from .configuration_metamorph import MetaMorphConfig
 from .connector import load_connector, save_connector
@@ -104,7 +106,7 @@ def require_peft() -> None:
         ModuleNotFoundError: if not; the message names the extra.
     """
     if not is_peft_available():
-        raise ModuleNotFoundError("LoRA adapters need the package peft: pip install 'metamorph[lora]'", name="peft")
+        raise ModuleNotFoundError(f"LoRA adapters need the package peft: {install_command('lora')}", name="peft")
 
 
 def require_bitsandbytes() -> None:
@@ -115,7 +117,7 @@ def require_bitsandbytes() -> None:
     """
     if not is_bitsandbytes_available():
         raise ModuleNotFoundError(
-            "4-bit language models need the package bitsandbytes: pip install 'metamorph[lora]'", name="bitsandbytes"
+            f"4-bit language models need the package bitsandbytes: {install_command('lora')}", name="bitsandbytes"
         )
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
 
 from .configuration_metamorph import MetaMorphConfig
 from .families import embedding_scale
@@ -98,6 +100,59 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         """The language model without its head."""
         return self.language_model
 
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+        """Images as the language model sees them.
+
+        Args:
+            pixel_values: [I, 3, height, width]
+
+        Returns:
+            `pooler_output` [I, N, H], what stands at the placeholders, and `last_hidden_state` [I, N, D], the visual
+            tokens that the connector made it of.
+        """
+        visual_tokens = self.vision_tower(pixel_values)
+        projected = self.mm_projector(visual_tokens.to(self.get_input_embeddings().weight.dtype))
+        return BaseModelOutputWithPooling(last_hidden_state=visual_tokens, pooler_output=projected)
+
+    def encode_images(
+        self,
+        pixel_values: Tensor | None,
+        visual_tokens: Tensor | None = None,
+        visual_tokens_index: Tensor | None = None,
+    ) -> Tensor | None:
+        """Visual tokens of all images of a batch, some of which are given as such.
+
+        Args:
+            pixel_values: [P, 3, height, width] in reading order.
+            visual_tokens: [V, N, D] in reading order.
+            visual_tokens_index: [V] which of all images the visual tokens are, if there are both.
+
+        Returns:
+            [P + V, N, D] in reading order, or None without images.
+
+        Raises:
+            ValueError: there are both, and nothing says where they belong.
+        """
+        if pixel_values is None or not pixel_values.shape[0]:
+            return visual_tokens
+        encoded = self.vision_tower(pixel_values)
+        if visual_tokens is None:
+            return encoded
+        count = len(encoded) + len(visual_tokens)
+        if visual_tokens_index is None or len(visual_tokens_index) != len(visual_tokens):
+            raise ValueError(
+                "give pixel_values or visual_tokens, or say by visual_tokens_index which images of the batch the "
+                "visual tokens are"
+            )
+        is_given = torch.zeros(count, dtype=torch.bool, device=encoded.device)
+        is_given[visual_tokens_index.to(encoded.device)] = True
+        merged = encoded.new_empty(count, *encoded.shape[1:])
+        merged[is_given] = visual_tokens.to(encoded)
+        merged[~is_given] = encoded
+        return merged
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -105,6 +160,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         position_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         visual_tokens: Tensor | None = None,
+        visual_tokens_index: Tensor | None = None,
         generated_visual_tokens: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -115,11 +171,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         """See [`MetaMorphForConditionalGeneration.forward`]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if pixel_values is not None and visual_tokens is not None:
-            raise ValueError("give pixel_values or visual_tokens, not both: they are two forms of the same images")
-        if pixel_values is not None and pixel_values.shape[0]:
-            visual_tokens = self.vision_tower(pixel_values)
-        elif visual_tokens is None and input_ids is not None and self._tower_takes_part():
+        visual_tokens = self.encode_images(pixel_values, visual_tokens, visual_tokens_index)
+        if visual_tokens is None and input_ids is not None and self._tower_takes_part():
             visual_tokens = self._see_nothing(input_ids.device)
         if input_ids is not None:
             inputs_embeds = self.embed(input_ids, visual_tokens, generated_visual_tokens, image_positions)

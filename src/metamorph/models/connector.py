@@ -9,11 +9,12 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metamorph.files.model_files import check_finite, load_pickled_tensors
+from metamorph.files.permissions import save_file
 from metamorph.models.sequence.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 
 from .embeddings import NewTokenEmbedding, NewTokenHead

@@ -56,6 +56,10 @@ class MetaMorphGenerateOutput(GenerateDecoderOnlyOutput):
     num_images: Tensor | None = None
     """[batch] generated images of each row."""
 
+    def __getitem__(self, key: Any) -> Any:
+        """As in Transformers; `output[:, length:]`, written for plain tensors, is that of the sequences."""
+        return self.sequences[key] if isinstance(key, tuple) else super().__getitem__(key)
+
 
 class ImageGrammarLogitsProcessor(LogitsProcessor):
     """Forces `<image_start>` → exactly N placeholders → `<image_end>`, and forbids everything else around images.
@@ -170,9 +174,10 @@ class GeneratedVisualTokens:
 
 
 class MetaMorphGenerationMixin(GenerationMixin):
-    """`generate` for models that write images. The class it is mixed into defines `config` and `get_visual_tokens`."""
+    """`generate` for models that write images. The class it is mixed into defines `config` and `model`."""
 
     config: MetaMorphConfig
+    model: Any
 
     @torch.no_grad()
     def generate(
@@ -182,8 +187,9 @@ class MetaMorphGenerationMixin(GenerationMixin):
         *,
         pixel_values: Tensor | None = None,
         visual_tokens: Tensor | None = None,
+        visual_tokens_index: Tensor | None = None,
         allow_images: bool = True,
-        return_dict_in_generate: bool = True,
+        return_dict_in_generate: bool | None = None,
         **kwargs: Any,
     ) -> MetaMorphGenerateOutput | Tensor:
         """Generates text and images. What Transformers' `generate` takes works, or is refused by name.
@@ -196,8 +202,10 @@ class MetaMorphGenerationMixin(GenerationMixin):
             generation_config: defaults to the model's; single fields may be given as keyword arguments instead.
             pixel_values: [images, 3, height, width] images of the prompts in reading order.
             visual_tokens: [images, N, D] the same, already encoded or generated (earlier turns of a chat).
+            visual_tokens_index: [images] which of all images `visual_tokens` are, if there are `pixel_values`, too.
             allow_images: False makes the answer text only.
-            return_dict_in_generate: False returns `sequences` alone, as plain `generate` does by default.
+            return_dict_in_generate: False, here or in a generation configuration, returns `sequences` alone, as plain
+                `generate` does by default.
             **kwargs: `max_new_tokens`, `do_sample`, `temperature`, `streamer`, `attention_mask`, …
 
         Returns:
@@ -214,15 +222,14 @@ class MetaMorphGenerationMixin(GenerationMixin):
             if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise ValueError(_refusal(name))
         self._prepare_generation_config(generation_config, **kwargs)  # refuses before the images are encoded
-        if pixel_values is not None and pixel_values.shape[0]:
-            if visual_tokens is not None:
-                raise ValueError("give pixel_values or visual_tokens, not both")
-            visual_tokens = self.get_visual_tokens(pixel_values)
+        visual_tokens = self.model.encode_images(pixel_values, visual_tokens, visual_tokens_index)
+        configurations = (generation_config, self.generation_config)
         state = GeneratedVisualTokens(allow_images)
         output = super().generate(
             inputs, generation_config, visual_tokens=visual_tokens, generated_state=state, **kwargs
         )
-        if not return_dict_in_generate:
+        asked = (return_dict_in_generate, *(each and each.return_dict_in_generate for each in configurations))
+        if next((value for value in asked if value is not None), True) is False:
             return output.sequences
         config = self.config
         images, num_images = state.images(

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -76,15 +75,6 @@ def _own_size(image_processor: BaseImageProcessor) -> int:
             f"{type(image_processor).__name__} has the size {sizes}, which is not a square; pass the tower's image size"
         )
     return height
-
-
-def flatten_images(images: Any) -> list[Image.Image]:
-    """The images of arbitrarily nested lists, in reading order; none for None."""
-    if images is None:
-        return []
-    if isinstance(images, Image.Image):
-        return [images]
-    return [image for item in images for image in flatten_images(item)]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,6 +20,8 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
 
 from metamorph.models.sequence.image_tokens import add_image_tokens
 
@@ -180,6 +183,11 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         """Encodes images once, to be passed as `visual_tokens` later: [I, 3, H, W] -> [I, N, D]."""
         return self.model.vision_tower(pixel_values)
 
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Images as the language model sees them, see [`MetaMorphModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -187,6 +195,7 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         position_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         visual_tokens: Tensor | None = None,
+        visual_tokens_index: Tensor | None = None,
         labels: Tensor | None = None,
         visual_target_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -208,7 +217,8 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
             position_ids: [B, S]. In packed rows they restart at each sample: without an attention mask and a cache,
                 Transformers then keeps the samples apart (`metamorph.data.batching.collation.PackedCollator`).
             pixel_values: [I, 3, height, width] the images of the batch in reading order. None in a text-only batch.
-            visual_tokens: [I, N, D] the same images already encoded or generated, instead of `pixel_values`.
+            visual_tokens: [I, N, D] images that are encoded already or generated, instead of `pixel_values`.
+            visual_tokens_index: [I] which of all images `visual_tokens` are, if there are `pixel_values`, too.
             labels: [B, S], not shifted: `labels[b, s]` is `input_ids[b, s]` where supervised, else -100.
             visual_target_mask: [B, S] bool, the placeholders of images the model shall learn to generate.
             past_key_values: key/value cache.
@@ -229,11 +239,12 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
             predict_visual_token: set by `generate`: also return `visual_prediction`.
             indices: where images and targets are, as our collators look them up. Without, the model does so itself,
                 and a GPU has to wait for the answer.
-            **kwargs: passed to the language model.
+            **kwargs: passed to the language model. `return_dict=False` returns a tuple.
 
         Raises:
             ValueError: placeholders, images and target mask disagree, or arguments exclude each other.
         """
+        kwargs.pop("mm_token_type_ids", None)  # says what `input_ids` say
         may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
         if use_cache is None and (labels is not None or may_be_packed):
             use_cache = False
@@ -248,11 +259,13 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
             position_ids=position_ids,
             pixel_values=pixel_values,
             visual_tokens=visual_tokens,
+            visual_tokens_index=visual_tokens_index,
             generated_visual_tokens=generated_visual_tokens,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             image_positions=None if indices is None or input_ids is None else indices["images"],
+            return_dict=True,
             **kwargs,
         )
         result = MetaMorphOutput(
@@ -271,7 +284,7 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
             result.logits = self.compute_logits(hidden if keep is None else hidden[:, keep])
         if predict_visual_token:
             result.visual_prediction = self._finish(self.vision_head(hidden[:, -1:]))
-        return result
+        return MetaMorphOutput(**result)  # in the order of its fields, which is that of a tuple
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., V], including the logit scaling of families that have one (Gemma, Cohere, Granite)."""
@@ -380,3 +393,4 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
 
 AutoModel.register(MetaMorphConfig, MetaMorphModel, exist_ok=True)
 AutoModelForImageTextToText.register(MetaMorphConfig, MetaMorphForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(MetaMorphConfig, MetaMorphForConditionalGeneration, exist_ok=True)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from metamorph.flags.extras import install_command
+
 from .losses import text_loss
 
 
@@ -151,7 +153,7 @@ def check_text_loss(kernel: str, *, half_precision: bool) -> None:
             "loss; use chunked or auto"
         )
     if kernel == "liger" and not (has_liger() and torch.cuda.is_available()):
-        raise ValueError("--text_loss liger needs a CUDA GPU and liger-kernel (pip install metamorph[liger])")
+        raise ValueError(f"--text_loss liger needs a CUDA GPU and liger-kernel: {install_command('liger')}")
 
 
 def has_fused() -> bool:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
+from metamorph.flags.checks import names_flag
+
 from .configuration_metamorph import CONCAT_BLOCK, MetaMorphConfig
 from .losses import SOFTMAX_TEMPERATURE
 from .pretrained import load_checked, load_config
@@ -22,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 VISION_TOWER_ALIASES = {"siglip/CLIP-ViT-SO400M-14-384": "google/siglip-so400m-patch14-384"}
 """Names the training guide uses, and the Hub repositories they mean."""
+
+TOWER_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "image_size", "patch_size")
+"""What tells one architecture of vision towers from another."""
 
 _PREFIX_TOKENS: dict[str, Callable[[PreTrainedConfig], int]] = {
     "siglip_vision_model": lambda config: 0,
@@ -63,6 +68,29 @@ def load_vision_config(name_or_path: str, **hub_kwargs: object) -> PreTrainedCon
             f"use a model of type {', '.join(_PREFIX_TOKENS)} (or a CLIP/SigLIP model that contains one)"
         )
     return config
+
+
+def check_same_tower(found: PreTrainedConfig, vision_tower: str, model: str) -> None:
+    """Refuses a `--vision_tower` of another architecture than a finished model's.
+
+    Args:
+        found: the vision configuration of the model.
+        vision_tower: value of the flag.
+        model: name of the model, for the message.
+
+    Raises:
+        ValueError: the tower is another, or of an unknown kind.
+        FileNotFoundError: there is no such tower.
+    """
+    with names_flag("--vision_tower", vision_tower):
+        asked = load_vision_config(vision_tower)
+    for name in TOWER_FIELDS:
+        ours, theirs = getattr(asked, name, None), getattr(found, name, None)
+        if ours != theirs:
+            raise ValueError(
+                f"--vision_tower {vision_tower} ({name} {ours}) contradicts the model {model}, which has a tower of "
+                f"its own ({name} {theirs}): leave the flag out"
+            )
 
 
 def load_vision_encoder(name_or_path: str, dtype: torch.dtype = torch.float32, **hub_kwargs: object) -> PreTrainedModel:
@@ -142,7 +170,7 @@ class VisionTower(nn.Module):
             them.
 
         Raises:
-            ValueError: the images have another size than the tower was trained with.
+            ValueError: the images have another size than the tower was trained with, or are on another device.
         """
         if pixel_values.shape[-2:] != (self.image_size, self.image_size):
             height, width = pixel_values.shape[-2:]
@@ -154,6 +182,12 @@ class VisionTower(nn.Module):
         sharded = any(
             hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") for weight in self.encoder.parameters()
         )
+        here, there = pixel_values.device, next(self.encoder.parameters()).device
+        if not sharded and there.type == "cpu" != here.type:
+            raise ValueError(
+                f"pixel_values are on {here}, but the vision tower is on {there}: move them to one device. A run with "
+                "--feature_cache keeps the tower in main memory, because its images are encoded already"
+            )
         if self.is_trained or sharded:
             with nullcontext() if self.is_trained else torch.no_grad():
                 patches = self._encode(pixel_values)

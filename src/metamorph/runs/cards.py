@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from metamorph import __version__
 from metamorph.flags.checks import printable
 
 
@@ -78,8 +79,8 @@ def licences(result: str | None, data: str | None) -> str:
 
 
 def versions(*libraries: str) -> list[tuple[str, str]]:
-    """Rows with the installed versions."""
-    return [(library, importlib.metadata.version(library)) for library in libraries]
+    """Rows with the versions of this package and of the given libraries."""
+    return [("metamorph", __version__), *((library, importlib.metadata.version(library)) for library in libraries)]
 
 
 def shown(name: str) -> str:

@@ -29,7 +29,9 @@ class ResumePoint:
     """Whether the steps of the checkpoint had another number of rows, so that `step` is not the checkpoint's."""
 
 
-def find_checkpoint(output_dir: str, request: str | bool | None, check: Callable[[str], None]) -> str | None:
+def find_checkpoint(
+    output_dir: str, request: str | bool | None, check: Callable[[str], None], result_file: str
+) -> str | None:
     """The checkpoint to resume from; with several processes, the first looks for it and tells the others.
 
     Args:
@@ -37,12 +39,13 @@ def find_checkpoint(output_dir: str, request: str | bool | None, check: Callable
         request: None or "latest": the checkpoint in `output_dir` that was written last and is complete and undamaged,
             if any. "True": the same, but there must be one. "False": none. Otherwise the path of a checkpoint.
         check: Raises a `ValueError` for an undamaged checkpoint of another kind of run.
+        result_file: What lies in `output_dir` after a finished run: a warning says that it will be replaced.
 
     Raises:
         FileNotFoundError: if the checkpoint asked for does not exist, or is not on storage that all machines share.
         ValueError: if the checkpoint asked for is damaged, or as `check` does.
     """
-    folder = on_first_process(lambda: _find(output_dir, str(request), check))
+    folder = on_first_process(lambda: _find(output_dir, str(request), check, result_file))
     if folder is not None and not Path(folder).is_dir():
         raise FileNotFoundError(
             f"{folder} is seen by the first process but not by process {dist.get_rank()} on this machine: put "
@@ -51,7 +54,7 @@ def find_checkpoint(output_dir: str, request: str | bool | None, check: Callable
     return folder
 
 
-def _find(output_dir: str, request: str, check: Callable[[str], None]) -> str | None:
+def _find(output_dir: str, request: str, check: Callable[[str], None], result_file: str) -> str | None:
     folders = checkpoints(output_dir)
     if request.lower() == "false":
         if folders:
@@ -78,5 +81,7 @@ def _find(output_dir: str, request: str, check: Callable[[str], None]) -> str | 
     if request.lower() == "true":
         raise FileNotFoundError(f"--resume_from_checkpoint True: there is no checkpoint in --output_dir {output_dir}")
     if folders:
-        logger.warning("no checkpoint in %s is usable: starting anew", output_dir)
+        logger.warning("no checkpoint in %s is usable: starting from the beginning", output_dir)
+    elif (Path(output_dir) / result_file).is_file():
+        logger.warning("%s holds a result and no checkpoint: it is trained again and replaced", output_dir)
     return None

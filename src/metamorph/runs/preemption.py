@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import threading
+import time
+from collections.abc import Iterable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -25,6 +27,9 @@ MARKER_FILE = "preempted.json"
 """File in the output folder of such a run; the next run removes it when it starts."""
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGTERM") if hasattr(signal, name))
 """What asks for a stop. Clusters send SIGUSR1 where told to (`sbatch --signal`), and SIGTERM before they kill."""
+SAME_KEY_PRESS = 0.3
+"""Seconds within which a second SIGINT is the first one again: launchers pass on what a terminal sends to all."""
+LEAVING = "\nCtrl-C: saving a checkpoint, then stopping. Press Ctrl-C again to leave at once.\n"
 
 
 class Preempted(SystemExit):
@@ -39,11 +44,24 @@ class Preempted(SystemExit):
         self.step = step
 
 
+class Interrupted(KeyboardInterrupt):
+    """The run has saved and stops, because Ctrl-C asked for it. No marker is left: nothing should start it again.
+
+    Args:
+        step: Optimizer steps done.
+        message: Where the checkpoint is, and how to resume from it.
+    """
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class Preemption:
     """Catches the signals while it is entered, and lets all processes of a run agree to stop.
 
     The handler only takes a note, so a step is never torn. Only the main thread may handle signals: elsewhere nothing
-    is caught, and a line in the log says so.
+    is caught, and a line in the log says so. Ctrl-C is caught from `catch_interrupt` on, and a second one is not.
 
     Args:
         timeout: How long `agreed` waits for the other processes.
@@ -53,6 +71,9 @@ class Preemption:
         self.timeout = timeout
         self.signal: signal.Signals | None = None
         """The first signal that this process has got."""
+        self.is_interrupt = False
+        """Whether Ctrl-C alone is what the processes have agreed to stop for."""
+        self._interrupted_at: float | None = None
         self._group: dist.ProcessGroup | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -72,6 +93,24 @@ class Preemption:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
 
+    def catch_interrupt(self) -> None:
+        """From here on there is something to save: the first Ctrl-C asks for a stop as the signals do."""
+        is_entered = bool(self._previous)  # in the main thread
+        # A run in the background of a script ignores Ctrl-C, which is meant for the script.
+        if is_entered and signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, self._note_interrupt):
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._note_interrupt)
+
+    def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+            if int(os.environ.get("RANK", "0")) == 0:
+                os.write(2, LEAVING.encode())
+            self._note(number, frame)
+        elif now - self._interrupted_at > SAME_KEY_PRESS:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a third one ends the process whatever it waits for
+            raise KeyboardInterrupt
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         # No logging here: it may interrupt another log line, whose stream does not allow that.
         if self.signal is None:
@@ -82,15 +121,18 @@ class Preemption:
 
         Costs one reduction of a byte between the processors, over gloo where there is one: no accelerator waits.
         """
+        wanted = 0 if self.signal is None else 1 if self.signal == signal.SIGINT else 2
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return self.signal is not None
+            self.is_interrupt = wanted == 1
+            return wanted > 0
         if self._group is None:
             # Of its own: collectives of other threads or of the accelerators must not come in between.
             self._group = dist.new_group(backend="gloo" if dist.is_gloo_available() else None, timeout=self.timeout)
         device = "cpu" if dist.is_gloo_available() else torch.accelerator.current_accelerator()
-        wanted = torch.tensor([self.signal is not None], dtype=torch.uint8, device=device)
-        dist.all_reduce(wanted, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(wanted.item())
+        most = torch.tensor([wanted], dtype=torch.uint8, device=device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._group)
+        self.is_interrupt = most.item() == 1
+        return bool(most.item())
 
 
 def write_marker(output_dir: str | os.PathLike[str], step: int, checkpoint: str | None, reason: str | None) -> Path:
@@ -124,11 +166,11 @@ def clear_marker(output_dir: str | os.PathLike[str]) -> None:
     (Path(output_dir) / MARKER_FILE).unlink(missing_ok=True)
 
 
-def ignore_signals(*_: Any) -> None:
+def ignore_signals(*_: Any, numbers: Iterable[signal.Signals] = (*SIGNALS, signal.SIGINT)) -> None:
     """Let this process live on when its whole group gets the signals: for workers, which their main process ends.
 
     Usable as the `worker_init_fn` of a data loader. PyTorch's own handler would end a worker at SIGTERM, and the main
     process with it, in the middle of a step.
     """
-    for number in SIGNALS:
+    for number in numbers:
         signal.signal(number, signal.SIG_IGN)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainerControl, TrainerState
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput, seed_worker
 
 from metamorph.data.bad_records import BadRecordLimit
@@ -41,10 +42,11 @@ from metamorph.runs.lock import check_lock, only_run_in
 from metamorph.runs.preemption import Preemption, clear_marker, ignore_signals
 from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.training.callbacks import StopOnBadRecords, StopWhenPreempted
-from metamorph.training.checkpoints.weights import TRAINER_STATE_FILE
+from metamorph.training.checkpoints.weights import ARGUMENTS_FILE, TRAINER_STATE_FILE
 from metamorph.training.engines.weights import gather_weights
 from metamorph.training.optimizer import keep_embeddings_in_32_bits
 from metamorph.training.reporting.monitor import RunMonitor
+from metamorph.training.reporting.progress import ShowProgress
 from metamorph.training.reporting.trackers import set_up_trackers
 
 
@@ -85,6 +87,8 @@ class RunTrainer(Trainer):
 
     optimizer: torch.optim.Optimizer | None
     lr_scheduler: Any
+    title: str
+    """What is trained, beside the progress."""
     control: TrainerControl
     resume_point: ResumePoint | None = None
     flags: dict[str, Any] | None = None
@@ -142,8 +146,13 @@ class RunTrainer(Trainer):
 
         Raises:
             Preempted: If a signal has stopped the run; a checkpoint and the marker have been written.
+            Interrupted: If Ctrl-C has; a checkpoint has been written.
             TooManyBadRecordsError: If there are too many.
         """
+        for display in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
+            self.remove_callback(display)
+        if not any(isinstance(callback, ShowProgress) for callback in self.callback_handler.callbacks):
+            self.add_callback(ShowProgress(self.title))
         self.add_callback(StopOnBadRecords(limit))
         self.monitor.skipped_records = lambda: limit.num_bad
         self.go_on_from(point)
@@ -340,7 +349,7 @@ class RunTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         self.write_weights(folder, state_dict)
         arguments = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
-        (folder / "training_args.json").write_text(arguments + "\n", encoding="utf-8")
+        (folder / ARGUMENTS_FILE).write_text(arguments + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_sharded:

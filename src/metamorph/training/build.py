@@ -18,7 +18,7 @@ from metamorph.data.dataset import MixtureDataset, load_data
 from metamorph.data.features.cache import FeatureCache, describe_tower
 from metamorph.data.sources.index import cache_folder
 from metamorph.evaluation.losses import metric_names
-from metamorph.flags.checks import check_reachable, names_flag
+from metamorph.flags.checks import check_reachable, names_flag, refuse_tower
 from metamorph.models.adapters import forget_quantisation
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.connector import check_connector, load_connector
@@ -27,7 +27,12 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.models.pretrained import load_config, load_language_model, load_tokenizer
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.sequence.chat_templates import with_fixed_date
-from metamorph.models.vision_tower import load_vision_config, load_vision_encoder, resolve_vision_tower
+from metamorph.models.vision_tower import (
+    check_same_tower,
+    load_vision_config,
+    load_vision_encoder,
+    resolve_vision_tower,
+)
 from metamorph.runs.checkpoint_files import on_first_process
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.lora import adapter_base, quantization_config
@@ -50,8 +55,6 @@ STRUCTURE_FIELDS = (
 """Flags that a finished model has already decided."""
 LOSS_FIELDS = ("use_vision_ar", "vision_coef")
 """Flags that may change when a finished model is trained further."""
-TOWER_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "image_size", "patch_size")
-"""What tells one architecture of vision towers from another."""
 MAX_MEASURING = 32
 """Most processes that measure lengths where no number of workers is asked for."""
 
@@ -85,6 +88,7 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
     check_reachable(args.model_name_or_path, "--model_name_or_path")
     with names_flag("--model_name_or_path", args.model_name_or_path):
         text_config = load_config(args.model_name_or_path)
+        refuse_tower(text_config.to_dict(), args.model_name_or_path, "--model_name_or_path")
         continues = text_config.model_type == MetaMorphConfig.model_type
     if not continues:
         check_reachable(resolve_vision_tower(args.vision_tower), "--vision_tower")
@@ -137,6 +141,16 @@ def open_features(model_args: ModelArguments, data_args: DataArguments, plan: Pl
             f"{data_args.feature_cache}: leave one of the two out"
         )
     return FeatureCache(data_args.feature_cache, describe_tower(plan.config, plan.processor))
+
+
+def runs_tower(data_args: DataArguments, args: MetaMorphTrainingArguments) -> bool:
+    """Whether anything in a run encodes images: training without a feature cache, validation, or sample prompts.
+
+    Args:
+        data_args: The data flags.
+        args: How the run learns.
+    """
+    return data_args.feature_cache is None or data_args.eval_data_path is not None or args.sample_steps is not None
 
 
 def load_training_data(
@@ -194,6 +208,7 @@ def load_validation(
         seed=args.seed if args.data_seed is None else args.data_seed,
         on_bad_record=data_args.on_bad_record,
         max_bad_fraction=data_args.max_bad_fraction,
+        folder_flag="--eval_image_folder",
     )
     _check_best_metric(args, validation, visual_loss)
     return validation
@@ -337,29 +352,16 @@ def _continued_config(config: PreTrainedConfig, args: ModelArguments) -> PreTrai
             )
         logger.info("%s=%s comes from the model %s", name, found, args.model_name_or_path)
     if args.is_given("vision_tower"):
-        _check_tower(config.vision_config, args)
+        check_same_tower(config.vision_config, args.vision_tower, args.model_name_or_path)
+        logger.warning(
+            "the tower's weights come from the model %s, not from --vision_tower %s",
+            args.model_name_or_path,
+            args.vision_tower,
+        )
     for name in LOSS_FIELDS:
         if getattr(args, name) is not None:
             setattr(config, name, getattr(args, name))
     return config
-
-
-def _check_tower(found: PreTrainedConfig, args: ModelArguments) -> None:
-    """Refuse a `vision_tower` of another architecture than the finished model's."""
-    with names_flag("--vision_tower", args.vision_tower):
-        asked = load_vision_config(args.vision_tower)
-    for name in TOWER_FIELDS:
-        ours, theirs = getattr(asked, name, None), getattr(found, name, None)
-        if ours != theirs:
-            raise ValueError(
-                f"--vision_tower {args.vision_tower} ({name} {ours}) contradicts the model {args.model_name_or_path}, "
-                f"which has a tower of its own ({name} {theirs}): leave the flag out"
-            )
-    logger.warning(
-        "the tower's weights come from the model %s, not from --vision_tower %s",
-        args.model_name_or_path,
-        args.vision_tower,
-    )
 
 
 def _check_validation(data_args: DataArguments, args: MetaMorphTrainingArguments) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from metamorph.data.bad_records import BadRecordLimit, merge_ranks
-from metamorph.runs.preemption import Preempted, Preemption, write_marker
+from metamorph.runs.preemption import Interrupted, Preempted, Preemption, write_marker
 
 
 logger = logging.getLogger(__name__)
@@ -34,16 +34,20 @@ class StopWhenPreempted(TrainerCallback):
     ) -> None:
         """Stop before the first step, if the signal came while model and data were loaded: nothing is lost.
 
+        From here on Ctrl-C saves, too; before, it ends the run.
+
         Raises:
             Preempted: On all ranks.
         """
+        self.preemption.catch_interrupt()
         if self.preemption.agreed():
             self._leave(args, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask all ranks, behind each optimizer step."""
         if self.preemption.agreed():
-            logger.warning("preempted: saving after step %d, then stopping", state.global_step)
+            if not self.preemption.is_interrupt:  # which has said so at once
+                logger.warning("preempted: saving after step %d, then stopping", state.global_step)
             self.stopped = True
             self._checkpoint = f"checkpoint-{state.global_step}"
             args.save_only_model = False  # without the optimizer there is nothing to resume
@@ -64,17 +68,24 @@ class StopWhenPreempted(TrainerCallback):
 
         Raises:
             Preempted: If a signal has stopped the run; its marker has been written.
+            Interrupted: If Ctrl-C has.
         """
         if self.stopped:
             self._leave(trainer.args, trainer.state)
 
-    def _leave(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _leave(self, args: TrainingArguments, state: TrainerState) -> NoReturn:
+        """Stop, and say how to resume."""
+        step, name = state.global_step, self._checkpoint
+        if self.preemption.is_interrupt:
+            folder = Path(args.output_dir, name or "")
+            again = f"; to resume: run the same command again, or --resume_from_checkpoint {folder}" if name else ""
+            raise Interrupted(step, f"after step {step}{again}")
         if state.is_world_process_zero:
             reason = None if self.preemption.signal is None else self.preemption.signal.name
-            write_marker(args.output_dir, state.global_step, self._checkpoint, reason)
-            logger.warning("preempted at step %d: the same command goes on from there", state.global_step)
+            write_marker(args.output_dir, step, name, reason)
+            logger.warning("preempted at step %d: the same command resumes from there", step)
         self.preemption.agreed()  # torchrun ends all processes when the first is gone: not before the marker is there
-        raise Preempted(state.global_step)
+        raise Preempted(step)
 
 
 class StopOnBadRecords(TrainerCallback):

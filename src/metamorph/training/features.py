@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from metamorph.data.dataset import load_data
-from metamorph.data.features.cache import DTYPES, describe_tower, write_features
+from metamorph.data.features.cache import DTYPES, FeatureCache, describe_tower, write_features
 from metamorph.data.features.images import PictureSet
+from metamorph.data.records import DataError
 from metamorph.flags.checks import check_choice, names_flag
 from metamorph.models.vision_tower import VisionTower, load_tower_of, load_vision_encoder
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
@@ -40,6 +42,8 @@ def cache_features(
 ) -> tuple[Path, int]:
     """Make the feature cache of a training run. `metamorph data cache-features` is this function with flags.
 
+    A cache that holds all images already is left as it is; the tower is then only read, on the CPU, to be compared.
+
     Args:
         model_args: Flags of the model; only the tower is loaded.
         data_args: Flags of the data; `feature_cache` is the folder to write.
@@ -69,16 +73,30 @@ def cache_features(
     pictures = PictureSet(data, data_args.on_bad_record)
     logger.info("%d different images in %d samples", pictures.num_images, len(data))
     folder = Path(data_args.feature_cache)
+    tower = load_frozen_tower(model_args, plan)
+    if _is_done(folder, pictures, tower, description, feature_args.feature_dtype):
+        logger.info("--feature_cache %s holds all of them already: no image is encoded", folder)
+        return folder, pictures.num_images
     count = write_features(
         folder,
         pictures.images(feature_args.dataloader_num_workers),
-        load_frozen_tower(model_args, plan).to(feature_args.device),
+        tower.to(feature_args.device),
         description,
         device=feature_args.device,
         dtype=feature_args.feature_dtype,
         batch_size=feature_args.per_device_train_batch_size,
     )
     return folder, count
+
+
+def _is_done(folder: Path, pictures: PictureSet, tower: VisionTower, description: dict[str, Any], dtype: str) -> bool:
+    """Whether a finished cache of this very tower has all pictures."""
+    try:
+        cache = FeatureCache(folder, description)
+        cache.check_weights(tower)
+    except DataError:  # there is none, or another one that will be replaced
+        return False
+    return cache.holds(pictures.keys, dtype)
 
 
 def load_frozen_tower(args: ModelArguments, plan: Plan) -> VisionTower:

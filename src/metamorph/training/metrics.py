@@ -131,6 +131,7 @@ def validation_metrics(
     )
     coefficient = accelerator.unwrap_model(model).config.vision_coef
     metrics = total_loss(losses).as_metrics(f"{prefix}_", coefficient)
-    for source, loss in losses.items():
-        metrics |= loss.as_metrics(f"{prefix}_{source}_", coefficient)
+    if len(losses) > 1:  # a single source is all of them
+        for source, loss in losses.items():
+            metrics |= loss.as_metrics(f"{prefix}_{source}_", coefficient)
     return metrics | {f"{prefix}_runtime": round(time.perf_counter() - began, 3)}

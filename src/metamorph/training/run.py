@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 
 from metamorph.data.batching.collation import PackedCollator, PaddedCollator
 from metamorph.models.embeddings import merge_new_token_rows
@@ -25,6 +25,7 @@ from metamorph.training.build import (
     make_plan,
     open_features,
     plan_run,
+    runs_tower,
 )
 from metamorph.training.checkpoints.resume import find_checkpoint, plan_resume
 from metamorph.training.checkpoints.resume_flags import check_flags, flags_of_run
@@ -81,9 +82,9 @@ def run_training(
 ) -> TrainResult:
     """Train stage 1 or stage 2. `metamorph train` is this function with flags.
 
-    What can be wrong with the input is found before the weights are loaded. While it runs in the main thread, SIGUSR1
-    and SIGTERM let it save and stop at the next step. On a CPU, and elsewhere with `full_determinism`, PyTorch computes
-    with deterministic algorithms; its settings are restored at the end.
+    What can be wrong with the input is found before the weights are loaded. While it runs in the main thread, SIGUSR1,
+    SIGTERM and Ctrl-C let it save and stop at the next step. On a CPU, and elsewhere with `full_determinism`, PyTorch
+    computes with deterministic algorithms; its settings are restored at the end.
 
     Args:
         model_args: What the network is, and the stage.
@@ -97,6 +98,7 @@ def run_training(
     Raises:
         CheckpointError: If another run uses the output folder.
         Preempted: If a signal has stopped it.
+        Interrupted: If Ctrl-C has; a checkpoint was saved.
     """
     with open_run(training_args) as preemption:
         return _train(model_args, data_args, training_args, callbacks, preemption)
@@ -160,12 +162,10 @@ def _train(
         data_collator=collator,
         processing_class=plan.processor,
         callbacks=callbacks,
+        tower_on_device=runs_tower(data_args, training_args),
     )
     if samples is not None:
         samples.attach(trainer, trainer.trackers)
-    # Transformers' printer stands in for its bar when that is off. It prints on each node, and beside our callbacks.
-    if callbacks or not trainer.is_world_process_zero():
-        trainer.remove_callback(PrinterCallback)
     trainer.flags = flags
     result = trainer.run(checkpoint, resume_point, dataset.limit, preemption)
 

@@ -14,6 +14,13 @@ from metamorph.training.optimizer import CONNECTOR, LANGUAGE_MODEL, MODULES, VIS
 
 logger = logging.getLogger(__name__)
 
+KNOWN_RATES = {
+    "stage 1": ("1e-3", 256, "LLaVA-1.5's connector"),
+    "stage 2": ("6.93e-5", 1536, "The training guide"),
+    "LoRA": ("2e-4", 16, "QLoRA"),
+}
+"""What is trained -> a learning rate, its samples in a step, and its source: those of the recipes."""
+
 
 @dataclass(frozen=True)
 class ModuleSummary:
@@ -81,7 +88,7 @@ def summarise(model: nn.Module) -> list[ModuleSummary]:
 
 
 def check_learning_rates(model_args: ModelArguments, args: MetaMorphTrainingArguments) -> None:
-    """Refuse the learning rate of a module that is not trained.
+    """Refuse the learning rate of a module that is not trained, and warn of one that nobody has chosen.
 
     Args:
         model_args: The stage and the `freeze_…` flags.
@@ -106,3 +113,12 @@ def check_learning_rates(model_args: ModelArguments, args: MetaMorphTrainingArgu
                 f"--{name} {getattr(args, name)} has no effect: that module is not trained. Add {flag}, or leave the "
                 "rate out"
             )
+    is_chosen = args.is_given("learning_rate") or (model_args.stage == 1 and args.mm_projector_lr is not None)
+    if not is_chosen and args.process_index == 0:
+        what = "LoRA" if model_args.lora_enable else f"stage {model_args.stage}"
+        rate, batch, source = KNOWN_RATES[what]
+        logger.warning(
+            "%s trains at %s, Transformers' default, since --learning_rate is not given. %s has %s for %d samples in a "
+            "step: --learning_rate auto --base_learning_rate %s --base_batch_size %d",
+            *(what, args.learning_rate, source, rate, batch, rate, batch),
+        )

@@ -16,6 +16,7 @@ from transformers.trainer_utils import TrainOutput
 from metamorph.data.batching.packing import BatchPlanner
 from metamorph.data.batching.sampler import PackedExamples, PlannedBatches
 from metamorph.data.dataset import MixtureDataset
+from metamorph.files.permissions import apply_umask
 from metamorph.models.adapters import has_adapter, load_adapter_weights, save_adapter
 from metamorph.models.connector import load_connector, save_connector
 from metamorph.models.outputs import MetaMorphOutput
@@ -43,7 +44,9 @@ class MetaMorphTrainer(RunTrainer):
     Args:
         stage: 1: checkpoints hold the connector only, 2: the whole model. Both hold all that resuming needs.
         planner: Plans the batches of each epoch.
-        **kwargs: As for `transformers.Trainer`.
+        tower_on_device: Whether the frozen vision tower computes. Else it stays in main memory, out of the tree of
+            modules, so that nothing moves it.
+        **kwargs: As for [`RunTrainer`].
     """
 
     batches: PlannedBatches
@@ -52,10 +55,14 @@ class MetaMorphTrainer(RunTrainer):
     _knows_its_place = True
     """Whether the number of the step tells the place in the data."""
 
-    def __init__(self, *, stage: int, planner: BatchPlanner, **kwargs: Any) -> None:
-        super().__init__(batches=PlannedBatches(planner, kwargs["args"].process_index), **kwargs)
-        self.stage = stage
+    def __init__(self, *, stage: int, planner: BatchPlanner, tower_on_device: bool = True, **kwargs: Any) -> None:
         self.frozen_tower: FrozenTower | None = None
+        if not tower_on_device:  # before Trainer moves the model
+            self.frozen_tower = FrozenTower(
+                kwargs["model"], dtype=None, device=torch.device("cpu"), outside=True, keep=False
+            )
+        super().__init__(batches=PlannedBatches(planner, kwargs["args"].process_index), **kwargs)
+        self.stage, self.title = stage, f"stage {stage}"
         self.add_callback(_EpochOfPlan(self.batches))
         # Trainer divides the loss by the number of micro-batches unless the model is said to normalise by a count
         # over the step. Ours does so (by `get_batch_samples`); with `micro_batch` there is no count, and it divides.
@@ -105,6 +112,8 @@ class MetaMorphTrainer(RunTrainer):
         if self.frozen_tower is not None:
             self.frozen_tower.restore()
             self.frozen_tower = None
+            if not self.is_sharded:
+                self.plain_model.model.vision_tower.to(self.args.device)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -154,7 +163,8 @@ class MetaMorphTrainer(RunTrainer):
         """Measure the losses on data that is not trained on, of all sources together and of each.
 
         Returns:
-            `eval_loss`, `eval_text_loss`, `eval_visual_loss`, …, and `eval_SOURCE_text_loss`, … for each source.
+            `eval_loss`, `eval_text_loss`, `eval_visual_loss`, …, and `eval_SOURCE_text_loss`, … for each source of
+            several.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         with self.monitor.pause():
@@ -204,6 +214,7 @@ class MetaMorphTrainer(RunTrainer):
             # Base language models name one end token; ours also end their turns.
             self.model.generation_config.eos_token_id = self.processing_class.end_of_turn_token_ids
             self.model.save_pretrained(folder, state_dict=state_dict)
+            apply_umask(*folder.glob("*.safetensors"))
             # It notes the precision that the first weight computes in; those in the files are float32 with any engine.
             self.model.config.dtype = torch.float32
             self.model.config.save_pretrained(folder)

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from metamorph.files.model_files import read_json_object
-from metamorph.flags.checks import check_model_reference, names_flag
+from metamorph.flags.checks import check_reachable, names_flag
+from metamorph.mini import shipped_folder
+from metamorph.models.vision_tower import resolve_vision_tower
 from metamorph.visualization.encoder import VisualTokenEncoder
 from metamorph.visualization.folders import ARGUMENTS_FILE, INDEX_FILE, visualizer_folder
 from metamorph.visualization.pipeline import VisualizationPipeline
@@ -35,7 +37,8 @@ def load_visualizer(
         FileNotFoundError: If the folder or the tower cannot be loaded.
         ValueError: If no tower is known, or it gives other tokens than the projector takes.
     """
-    check_model_reference(str(folder), flag="--visualizer", file=INDEX_FILE)
+    folder = shipped_folder(str(folder), "visualizer")
+    check_reachable(folder, flag="--visualizer", file=INDEX_FILE)
     # float32 is what diffusers loads anyway, without its warning that the option has a new name.
     precision = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     with names_flag("--visualizer", str(folder)):
@@ -69,6 +72,7 @@ def trained_token_options(folder: str | Path) -> dict[str, str | int | bool]:
 
 def _load_tower(folder: str | Path, vision_tower: str | None, num_tokens: int | None) -> VisualTokenEncoder:
     options = trained_token_options(folder)
+    vision_tower = None if vision_tower is None else shipped_folder(vision_tower, "model")
     given = {"vision_tower": vision_tower, "num_tokens": num_tokens}
     options |= {name: value for name, value in given.items() if value is not None}
     if "vision_tower" not in options:
@@ -76,6 +80,8 @@ def _load_tower(folder: str | Path, vision_tower: str | None, num_tokens: int | 
             f"--visualizer {folder} has neither a vision tower nor {ARGUMENTS_FILE}, which would name it: give "
             "--vision_tower, the tower it was trained with or the folder of the MetaMorph model"
         )
+    name = resolve_vision_tower(str(options["vision_tower"]))
+    check_reachable(name, "--vision_tower")
     with names_flag("--vision_tower", str(options["vision_tower"])):
         return load_encoder(adopt_token_options(TokenOptions(**options)))  # type: ignore[arg-type]
 

@@ -140,7 +140,7 @@ class VisualizationPipeline(DiffusionPipeline):
                 central squares.
 
         Returns:
-            `ImagePipelineOutput` whose `images` has one entry per image and guidance scale.
+            `ImagePipelineOutput` whose `images` has one entry per image and guidance scale; none for no images.
 
         Raises:
             ValueError: If tokens do not fit the projector, or generators or latents do not fit the tokens; if there
@@ -150,6 +150,9 @@ class VisualizationPipeline(DiffusionPipeline):
         if not scales:
             raise ValueError("guidance_scale is an empty list; give one number or more.")
         visual_tokens = self._visual_tokens(visual_tokens, images)
+        if not visual_tokens.shape[0]:  # of an answer in words alone
+            drawn = self._nothing(output_type)
+            return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
         latents = self._starting_latents(visual_tokens.shape[0], generator, latents)
         if len(scales) > 1 and isinstance(generator, list):
             # A stochastic sampler gives all scales of an image the same noise.
@@ -223,6 +226,15 @@ class VisualizationPipeline(DiffusionPipeline):
                 latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
                 progress.update()
         return latents
+
+    def _nothing(self, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:
+        """What `_decode` gives for no images, which the VAE does not take."""
+        latents = self._starting_latents(0, None, None)
+        if output_type in ("latent", "pil"):
+            return latents if output_type == "latent" else []
+        height, width = (side * vae_scale_factor(self.vae.config) for side in latents.shape[-2:])
+        pixels = latents.new_empty(0, 3, height, width)
+        return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).float().cpu().numpy()
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:
         if output_type == "latent":

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from metamorph.files.model_files import check_finite
+from metamorph.runs.progress import Progress
 from metamorph.visualization.projector import VisualizationProjector
 
 
@@ -87,7 +87,7 @@ def align_projector(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     loss = torch.zeros(())
-    for _ in tqdm(range(steps), desc="aligning projector", unit="step", disable=None):
+    for _ in Progress(range(steps), "aligning projector", unit="step"):
         chosen = torch.randint(len(visual_tokens), (BATCH_SIZE,), generator=generator)
         loss = F.mse_loss(projector(visual_tokens[chosen].to(device)), conditions[chosen].to(device))
         optimizer.zero_grad(set_to_none=True)

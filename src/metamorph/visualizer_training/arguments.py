@@ -7,7 +7,8 @@ import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from metamorph.flags.checks import RemembersGiven, check_choice
+from metamorph.flags.checks import check_choice
+from metamorph.mini import shipped_folder
 from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.visualization.projector import CONDITION_LENGTH, PROJECTOR_MODES
 from metamorph.visualization.token_options import TokenOptions
@@ -67,7 +68,7 @@ UNSUPPORTED = {
 
 
 @dataclass
-class VisualizerArguments(RemembersGiven, TokenOptions, RunTrainingArguments):
+class VisualizerArguments(TokenOptions, RunTrainingArguments):
     """What the visualizer is made of, what it sees and how it is trained.
 
     The flags of `transformers.TrainingArguments` that act here are understood, too; where one of them has a shorter
@@ -182,8 +183,6 @@ class VisualizerArguments(RemembersGiven, TokenOptions, RunTrainingArguments):
 
     save_step: int = 1000
     """Optimizer steps between checkpoints; 0 saves the final result only."""
-    save_total_limit: int | None = 2
-    """Checkpoints to keep; the oldest are removed. None keeps all."""
     model_license: str | None = None
     """Licence that the model card of the result names; without it the card calls the licence unknown."""
     data_license: str | None = None
@@ -201,6 +200,10 @@ class VisualizerArguments(RemembersGiven, TokenOptions, RunTrainingArguments):
     def __post_init__(self) -> None:
         self.refuse_unsupported(UNSUPPORTED)
         self._read_names_of_transformers()
+        self.vision_tower = shipped_folder(self.vision_tower, "model")
+        self.pretrained_model_name_or_path = shipped_folder(self.pretrained_model_name_or_path, "visualizer")
+        if self.pretrained_projector is not None:
+            self.pretrained_projector = shipped_folder(self.pretrained_projector, "visualizer")
         self._check_choices()
         self._check_ranges()
         self._check_combinations()
@@ -259,7 +262,7 @@ class VisualizerArguments(RemembersGiven, TokenOptions, RunTrainingArguments):
         sizes = "num_tokens num_query_tokens hidden_dim num_layers num_heads resolution training_steps batch_size"
         self.check_at_least(1, f"{sizes} logging_steps alignment_steps")
         self.check_at_least(0, "save_step noise_offset lr_warmup_steps")
-        for name in ("lr", "unet_lr", "alignment_lr", "timestep_power", "snr_gamma", "save_total_limit"):
+        for name in ("lr", "unet_lr", "alignment_lr", "timestep_power", "snr_gamma"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"--{name} {value} must be larger than 0")
@@ -289,6 +292,8 @@ class VisualizerArguments(RemembersGiven, TokenOptions, RunTrainingArguments):
             raise ValueError("--cache_latents keeps one crop of each picture; drop it or --random_crop")
         if not self.validation_guidance_scales:
             raise ValueError("--validation_guidance_scales is empty; give at least one number")
+        if (least := min(self.validation_guidance_scales)) < 0:
+            raise ValueError(f"--validation_guidance_scales {least} must be 0 or more")
 
     def _check_paths(self) -> None:
         if self.image_folder is not None and not Path(self.image_folder).expanduser().is_dir():

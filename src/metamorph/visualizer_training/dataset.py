@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from tqdm.auto import tqdm
 
-from metamorph.data.media.images import MediaError
+from metamorph.models.image_files import MediaError
 from metamorph.runs.preemption import ignore_signals
+from metamorph.runs.progress import Progress
 from metamorph.visualization.pixels import PixelFormat, crop_square
 from metamorph.visualizer_training.denoising import Draws, FrozenEncoders
 from metamorph.visualizer_training.pictures.bad_pictures import BadPictures
@@ -110,7 +110,7 @@ def encode_all(
     order = [every[at : at + batch_size] for at in range(0, len(every), batch_size)]
     loader = DataLoader(dataset, batch_sampler=order, num_workers=num_workers, worker_init_fn=ignore_signals)
     chunks = []
-    for batch in tqdm(loader, desc="encoding pictures", unit="batch", disable=None):
+    for batch in Progress(loader, "encoding pictures", unit="batch"):
         pixels = {name: batch[name].to(device) for name in ("tower_pixels", "vae_pixels")}
         encoded = {name: value.cpu() for name, value in encoders(**pixels).items()}
         chunks.append({**encoded, "weight": batch["weight"]})

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from metamorph.files.permissions import apply_umask
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.runs.cards import CARD_FILE
 from metamorph.visualization.folders import ARGUMENTS_FILE, INDEX_FILE
@@ -46,6 +47,7 @@ def save_pipeline(
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".partial-") as partial:
         pipeline.save_pretrained(partial)
+        apply_umask(*Path(partial).rglob("*.safetensors"))
         text = json.dumps(args.to_dict(), indent=2) + "\n"
         (Path(partial) / ARGUMENTS_FILE).write_text(text, encoding="utf-8")
         (Path(partial) / CARD_FILE).write_text(card, encoding="utf-8")

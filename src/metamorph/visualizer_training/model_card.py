@@ -16,7 +16,7 @@ RECIPE_FLAGS = (
     *("gradient_accumulation_steps", "lr", "unet_lr", "lr_scheduler", "warmup_steps", "weight_decay", "max_grad_norm"),
     *("ema_decay", "mixed_precision", "cfg_prob", "timestep_power", "noise_offset", "snr_gamma", "seed"),
 )
-LIBRARIES = ("metamorph", "torch", "diffusers", "transformers", "accelerate")
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
 
 
 def render_visualizer_card(

@@ -12,6 +12,7 @@ from typing import Any
 from metamorph.runs.checkpoint_files import CheckpointError, read_manifest
 from metamorph.runs.find_checkpoint import ResumePoint, find_checkpoint
 from metamorph.runs.flag_changes import MODELS, compare_flags, describe_model
+from metamorph.visualization.folders import ARGUMENTS_FILE
 from metamorph.visualization.token_options import TokenOptions
 from metamorph.visualizer_training.arguments import VisualizerArguments
 from metamorph.visualizer_training.average import AVERAGE_FILE
@@ -82,7 +83,7 @@ def find_resume_point(
         FileNotFoundError: if there is no such checkpoint.
         CheckpointError: if it belongs to another kind of run, to other data or flags.
     """
-    folder = find_checkpoint(str(args.output_dir), args.resume_from_checkpoint, _check_kind)
+    folder = find_checkpoint(str(args.output_dir), args.resume_from_checkpoint, _check_kind, ARGUMENTS_FILE)
     if folder is None:
         return None, None
     manifest = read_manifest(folder)

@@ -16,6 +16,7 @@ from metamorph.runs.preemption import Preemption
 from metamorph.training.base_trainer import open_run
 from metamorph.training.engines.prepare import configure_fsdp2
 from metamorph.training.optimizer import check_optimizer
+from metamorph.training.reporting.progress import ShowProgress
 from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualization.token_options import adopt_token_options, load_tower
 from metamorph.visualizer_training.alignment import align_projector, load_conditions
@@ -47,7 +48,7 @@ from metamorph.visualizer_training.pictures.sources import (
     shards_of,
 )
 from metamorph.visualizer_training.resume import find_resume_point, flags_of_run
-from metamorph.visualizer_training.trainer import LogLines, StepCallback, VisualizerResult, VisualizerTrainer
+from metamorph.visualizer_training.trainer import PassOn, StepCallback, VisualizerResult, VisualizerTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -63,26 +64,29 @@ def train_visualizer(
 ) -> VisualizerResult:
     """Train a visualizer and write it as a diffusers pipeline to `args.output_dir`.
 
-    While it runs in the main thread, SIGUSR1 and SIGTERM let it save and stop at the next step. On a CPU, and elsewhere
-    with `full_determinism`, PyTorch computes with deterministic algorithms; its settings are restored at the end.
+    While it runs in the main thread, SIGUSR1, SIGTERM and Ctrl-C let it save and stop at the next step. On a CPU, and
+    elsewhere with `full_determinism`, PyTorch computes with deterministic algorithms; its settings are restored at the
+    end.
 
     Args:
         args: The flags.
         images: Pictures in memory, in place of `image_folder` and `image_jsons`.
-        on_log: Called in the main process every `logging_steps` steps and after the last one.
+        on_log: Called in the main process every `logging_steps` steps and after the last one, in place of log lines.
         callbacks: Of Transformers' Trainer, for example a progress display.
 
     Raises:
         ValueError: for parts, data or checkpoints that do not fit, or another run in the output folder, before training
             starts.
         Preempted: if a signal has stopped it.
+        Interrupted: if Ctrl-C has; a checkpoint was saved.
     """
     check_folders(args)
     args = adopt_resolution(adopt_token_options(args))
     source = open_source(args, images)
-    displays = [*callbacks, LogLines(on_log)] if on_log is not None or not callbacks else list(callbacks)
+    if on_log is not None:
+        callbacks = [*callbacks, ShowProgress(VisualizerTrainer.title, log_entries=False), PassOn(on_log)]
     with open_run(args) as preemption:
-        return _train(args, source, displays, preemption)
+        return _train(args, source, list(callbacks), preemption)
 
 
 def _train(

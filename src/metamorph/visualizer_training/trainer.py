@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from metamorph.files.model_files import check_finite
+from metamorph.files.permissions import save_file
 from metamorph.runs.checkpoint_files import explains_write_errors
 from metamorph.runs.find_checkpoint import ResumePoint
 from metamorph.runs.lock import check_lock
@@ -73,6 +74,7 @@ class VisualizerTrainer(RunTrainer):
         **kwargs: As for [`RunTrainer`].
     """
 
+    title = "visualizer"
     args: VisualizerArguments
     batches: StreamBatches
 
@@ -96,7 +98,6 @@ class VisualizerTrainer(RunTrainer):
         self.average = MovingAverage(self.plain_model, self.args.ema_decay) if self.args.ema_decay else None
         if self.average is not None:
             self.add_callback(self.average)
-        self.remove_callback(PrinterCallback)
 
     def create_monitor(self) -> RunMonitor:
         """What measures samples."""
@@ -298,15 +299,15 @@ class VisualizerTrainer(RunTrainer):
             yield model.projector, self.parts
 
 
-class LogLines(TrainerCallback):
-    """Passes on each training log line, or writes it to the log where there is no terminal to show progress.
+class PassOn(TrainerCallback):
+    """Passes on each training log entry, in the main process.
 
     Args:
         on_log: See `train_visualizer`.
     """
 
-    def __init__(self, on_log: StepCallback | None) -> None:
-        self.on_log_line = on_log
+    def __init__(self, on_log: StepCallback) -> None:
+        self.receiver = on_log
 
     def on_log(
         self,
@@ -317,13 +318,8 @@ class LogLines(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Called by the trainer."""
-        if logs is None or "loss" not in logs or not state.is_world_process_zero:
-            return
-        if self.on_log_line is not None:
-            self.on_log_line(state.global_step, dict(logs))
-        elif args.disable_tqdm:  # the log of a job is all that there is to see
-            told = ", ".join(f"{name} {value:.4g}" for name, value in logs.items())
-            logger.info("step %d of %d: %s", state.global_step, state.max_steps, told)
+        if logs is not None and "loss" in logs and state.is_world_process_zero:
+            self.receiver(state.global_step, dict(logs))
 
 
 def _module_of(parameter_name: str) -> str:

@@ -16,12 +16,12 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from metamorph.data.records import RecordError
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.runs.checkpoint_files import sync
 from metamorph.runs.preemption import ignore_signals
+from metamorph.runs.progress import Progress
 
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def _measure(dataset: Measurable, indices: Sequence[int], num_workers: int) -> n
     workers = num_workers if len(indices) >= _WORTH_WORKERS else 0
     loader = DataLoader(_Chunks(dataset, indices), batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
     parts = []
-    with tqdm(total=len(indices), desc="Measuring lengths", unit="sample", delay=2, disable=None) as bar:
+    with Progress(desc="measuring lengths", total=len(indices), unit="sample", delay=2) as bar:
         for part in loader:
             parts.append(part.numpy())
             bar.update(len(part))

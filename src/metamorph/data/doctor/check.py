@@ -5,21 +5,25 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from metamorph.data.doctor.boxes import BOX_WARNINGS, check_boxes
+from metamorph.data.media.stores import MediaStore
 from metamorph.data.records import DataError, Record, RecordError, Turn, UnsupervisedRecordError
+from metamorph.data.remarks import REMARKS, remarks
 from metamorph.data.tasks import Conversation
 from metamorph.flags.checks import printable
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.sequence.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, IGNORE_INDEX
 from metamorph.models.sequence.conversations import split_at_images
+from metamorph.runs.progress import Progress
 
 
 WARNINGS = {
@@ -27,6 +31,8 @@ WARNINGS = {
     "empty_turn": "a turn has neither text nor image",
     "control_token": "a text holds the name of a control token, which the template adds itself",
     "duplicate_id": "an earlier record of the source has the same id",
+    **REMARKS,
+    **BOX_WARNINGS,
 }
 """What the doctor finds in records that training would accept; `BAD_RECORD_KINDS` has all other kinds."""
 
@@ -62,6 +68,9 @@ class CheckedDataset(Protocol):
 
     def measure(self, index: int) -> tuple[int, int, int, int]:
         """Tokens, images, answer images and text targets of the uncut example, without opening a picture."""
+
+    def store(self, index: int) -> MediaStore:
+        """Where the media of the record are."""
 
     def source_name(self, index: int) -> str:
         """Name of the source that the record belongs to."""
@@ -103,6 +112,8 @@ class Probe:
     """Images before anything is cut."""
     answer_images: int = _NO_VALUE
     """Those of them that the model learns to draw."""
+    box_shares: tuple[float, ...] = ()
+    """The share of its image that each box covers, 0 to 1."""
     problems: tuple[Problem, ...] = ()
     """What is wrong."""
 
@@ -121,6 +132,8 @@ class Diagnosis:
     """Everything that is wrong, in the order of the records."""
     seconds: float
     """How long the check took."""
+    box_shares: np.ndarray
+    """float32 `[boxes]`: the share of its image that each box covers, 0 to 1."""
     model_max_length: int | None = None
     """Longest sequence; None if lengths were not judged."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -177,6 +190,7 @@ def check_dataset(dataset: CheckedDataset, *, num_workers: int = 0, limit: int |
     digests = np.zeros(len(chosen), dtype=np.uint64)
     names: dict[str, int] = {}
     problems: list[tuple[int, Problem]] = []
+    box_shares = array("f")
     for place, probe in enumerate(_probes(dataset, chosen, num_workers)):
         number = names.setdefault(probe.source, len(names))
         rows[place] = (
@@ -190,6 +204,7 @@ def check_dataset(dataset: CheckedDataset, *, num_workers: int = 0, limit: int |
             len(probe.problems),
         )
         digests[place] = probe.id_digest
+        box_shares.extend(probe.box_shares)
         problems += [(place, problem) for problem in probe.problems]
     for place, first in _repeated(digests):
         rows[place]["problems"] += 1
@@ -202,13 +217,9 @@ def check_dataset(dataset: CheckedDataset, *, num_workers: int = 0, limit: int |
         sources=list(names),
         problems=[problem for _, problem in problems],
         seconds=time.monotonic() - started,
+        box_shares=np.array(box_shares, dtype=np.float32),
         model_max_length=dataset.model_max_length,
     )
-
-
-def as_json(problem: Problem) -> dict[str, Any]:
-    """A problem as it stands in report.json."""
-    return asdict(problem)
 
 
 class _DryRun(Dataset[Probe]):
@@ -229,12 +240,17 @@ class _DryRun(Dataset[Probe]):
         where, record_id = "", None
         lengths: tuple[int, int, int] | None = None
         example: dict[str, Any] | None = None
+        shares: list[float] = []
         try:
             record = self.dataset.record(index)
             where, record_id = record.where, record.id
-            found += _faults_of_turns(self.dataset.conversation(index).turns, self.control_tokens)
+            conversation = self.dataset.conversation(index)
+            found += _faults_of_turns(conversation.turns, self.control_tokens)
+            found += remarks(record, conversation.turns, [ref.path for ref in conversation.images])
             example = self.dataset[index]
             lengths = self._lengths(index, example)
+            faults, shares = check_boxes(conversation.images, self.dataset.store(index))
+            found += faults
         except RecordError as error:
             where, record_id = error.where, error.record_id or record_id
             found.insert(0, (error.kind, _without_place(error)))
@@ -258,6 +274,7 @@ class _DryRun(Dataset[Probe]):
             text_targets=int((example["labels"] != IGNORE_INDEX).sum()),
             images=lengths[1],
             answer_images=lengths[2],
+            box_shares=tuple(shares),
             problems=problems,
         )
 
@@ -279,7 +296,7 @@ def _probes(dataset: CheckedDataset, indices: Sequence[int], num_workers: int) -
         num_workers=num_workers,
         collate_fn=list,
     )
-    with tqdm(total=len(indices), desc="Checking records", unit="record", delay=2, disable=None) as bar:
+    with Progress(desc="checking records", total=len(indices), unit="record", delay=2) as bar:
         for batch in loader:
             yield from batch
             bar.update(len(batch))

@@ -97,11 +97,11 @@ report.json.</p>{% endif %}
 record in each row would fill {{ "%.1f"|format(100 * statistics.packing.unpacked_efficiency) }} %.</p>{% endif %}
 <div class="histograms">
 {% for chart in histograms %}<div><h3>{{ chart.title }}</h3>
-<div class="top">{{ number(chart.highest) }} records</div>
+<div class="top">{{ number(chart.highest) }} {{ chart.unit }}</div>
 <svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{{ chart.title }}">
 {% for bar in chart.bars %}<rect x="{{ bar.left + 0.06 * bar.width }}" y="{{ 100 - bar.height }}"
  width="{{ 0.88 * bar.width }}" height="{{ bar.height }}" fill="{{ '#54a3ec' if bar.is_rest else '#0969da' }}">
-<title>{{ bar.label }}: {{ number(bar.count) }} records</title></rect>
+<title>{{ bar.label }}: {{ number(bar.count) }} {{ chart.unit }}</title></rect>
 {% endfor %}{% if chart.limit_left is not none %}<line x1="{{ chart.limit_left }}" x2="{{ chart.limit_left }}" y1="0"
  y2="100" stroke="#cf222e" stroke-width="1.5" vector-effect="non-scaling-stroke"></line>{% endif %}
 </svg>

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from metamorph.data.media.stores import MediaError, MediaStore
 from metamorph.data.records import DataError, Record, RecordError
+from metamorph.data.remarks import remarks
 from metamorph.data.tasks import Conversation, Task
+from metamorph.runs.progress import Progress
 
 
 logger = logging.getLogger(__name__)
@@ -61,11 +62,12 @@ def find_problems(dataset: Checkable, indices: Sequence[int] | np.ndarray) -> tu
         DataError: If no medium that was looked for is there: then the folder is wrong.
     """
     problems: dict[int, RecordError] = {}
+    found: dict[str, list[str]] = {}
     num_paths = num_missing = 0
     chosen = _spread(indices, dataset.place)
-    for index in tqdm(chosen, desc=f"Checking {dataset.place}", unit="record", delay=2, disable=None):
+    for index in Progress(chosen, f"checking {dataset.place}", unit="record", delay=2):
         try:
-            record, paths = _media_paths(dataset, index)
+            record, paths = _media_paths(dataset, index, found)
             missing = _missing(record, paths, dataset.store(index))
         except RecordError as error:
             problems[index] = error
@@ -76,6 +78,8 @@ def find_problems(dataset: Checkable, indices: Sequence[int] | np.ndarray) -> tu
             problems[index] = _missing_error(dataset, index, record, missing[0])
         if num_missing == num_paths >= _WRONG_FOLDER:
             break
+    for kind, remarked in found.items():
+        logger.warning("%s: %s in %d record(s); the first: %s", dataset.place, kind, len(remarked), remarked[0])
     if num_paths and num_missing == num_paths:
         first = next(error for error in problems.values() if error.kind.startswith("missing_"))
         raise DataError(
@@ -105,12 +109,19 @@ def summary(place: str, problems: Sequence[RecordError], remark: str) -> str:
     )
 
 
-def _media_paths(dataset: Checkable, index: int) -> tuple[Record, list[str]]:
-    """A record and the files that its conversation needs. Videos are not opened, so theirs is not made."""
+def _media_paths(dataset: Checkable, index: int, found: dict[str, list[str]]) -> tuple[Record, list[str]]:
+    """A record and the files that its conversation needs. Videos are not opened, so theirs is not made.
+
+    Remarks on the record are added to `found`, by kind.
+    """
     record = dataset.record(index)
     if record.video is not None:
         return record, [record.video]
-    return record, list(dict.fromkeys(image.path for image in dataset.conversation(index).images))
+    conversation = dataset.conversation(index)
+    paths = list(dict.fromkeys(image.path for image in conversation.images))
+    for kind, detail in remarks(record, conversation.turns, paths):
+        found.setdefault(kind, []).append(str(record.error(kind, detail)))
+    return record, paths
 
 
 def _missing(record: Record, paths: Sequence[str], store: MediaStore) -> list[str]:

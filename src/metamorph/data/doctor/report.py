@@ -6,7 +6,8 @@ import base64
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from jinja2 import Environment
 from PIL import Image
 
 from metamorph.data.batching.packing import pack_rows
-from metamorph.data.doctor.check import WARNINGS, CheckedDataset, Diagnosis, as_json, line_of
+from metamorph.data.doctor.check import WARNINGS, CheckedDataset, Diagnosis, line_of
 from metamorph.data.doctor.page import PAGE
 from metamorph.data.doctor.samples import pictures_of, split_example, text_of
 from metamorph.data.records import BAD_RECORD_KINDS
@@ -30,6 +31,8 @@ PICTURE_SIDE = 160
 """Largest side in pixels of the pictures on the page."""
 _BINS = 24
 """Bars of a histogram, at most."""
+AREA_EDGES = (0, 0.01, 0.1, 1, 5, 20, 50, 99)
+"""Where the bars of the histogram of boxes begin, in per cent of the image."""
 _FEW = 8
 """So many bars have room for a label each."""
 
@@ -93,7 +96,7 @@ def make_report(diagnosis: Diagnosis) -> dict[str, Any]:
     return {
         "records": len(diagnosis.probes),
         "ok": diagnosis.num_ok,
-        "problems": [as_json(problem) for problem in diagnosis.problems],
+        "problems": [asdict(problem) for problem in diagnosis.problems],
         "by_kind": diagnosis.by_kind(),
         "statistics": make_statistics(diagnosis),
     }
@@ -110,6 +113,7 @@ def make_statistics(diagnosis: Diagnosis) -> dict[str, Any]:
         "records_per_second": round(len(probes) / max(diagnosis.seconds, 1e-9), 1),
         "model_max_length": diagnosis.model_max_length,
         **{name: _summary(usable[name]) for name in ("tokens", "text_targets", "images", "answer_images")},
+        "box_shares": _box_summary(diagnosis.box_shares),
         "packing": packing(usable["kept_tokens"], diagnosis.model_max_length),
         "settings": diagnosis.settings,
         "note": diagnosis.note,
@@ -163,6 +167,7 @@ def render_page(
         _histogram("Tokens with text loss", usable["text_targets"]),
         _histogram("Images of a record", usable["images"]),
         _histogram("Answer images of a record", usable["answer_images"]),
+        _box_histogram(statistics["box_shares"]),
     ]
     return (
         Environment(autoescape=True)
@@ -192,6 +197,50 @@ def _summary(values: np.ndarray) -> dict[str, Any]:
         "median": int(np.quantile(values, 0.5, method="lower")),
         "p95": int(np.quantile(values, 0.95, method="higher")),
         "max": int(values.max()),
+    }
+
+
+def _box_summary(shares: np.ndarray) -> dict[str, Any] | None:
+    """How much of their images boxes cover, in per cent; None without boxes."""
+    if not len(shares):
+        return None
+    per_cent = 100 * shares.astype(np.float64)
+    edges = [*AREA_EDGES, np.inf]
+    counts = [int(((low <= per_cent) & (per_cent < high)).sum()) for low, high in pairwise(edges)]
+    return {
+        "boxes": len(shares),
+        "median": round(float(np.median(per_cent)), 3),
+        "at_least": [*AREA_EDGES],
+        "count": counts,
+    }
+
+
+def _box_histogram(summary: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The areas of boxes as bars; the steps grow, because a box of the wrong unit has a millionth of its image."""
+    if summary is None:
+        return None
+    counts, width = summary["count"], 100 / len(summary["count"])
+    labels = [f"{low:g}–{high:g} %" for low, high in pairwise(AREA_EDGES)] + [f"{AREA_EDGES[-1]:g} % or more"]
+    bars = [
+        {
+            "left": width * number,
+            "width": width,
+            "height": 100 * count / max(counts),
+            "label": label,
+            "count": count,
+            "is_rest": False,
+        }
+        for number, (count, label) in enumerate(zip(counts, labels, strict=True))
+    ]
+    return {
+        "title": "Area of a box, in per cent of its image",
+        "unit": "boxes",
+        "bars": bars,
+        "few": True,
+        "end": "",
+        "highest": max(counts),
+        "limit": None,
+        "limit_left": None,
     }
 
 
@@ -239,6 +288,7 @@ def _histogram(title: str, values: np.ndarray, limit: int | None = None) -> dict
     has_rest = len(counts) * width > end
     return {
         "title": title,
+        "unit": "records",
         "bars": bars,
         "few": len(bars) <= _FEW,
         "end": f"{end:,} or more" if has_rest else f"{end:,}",

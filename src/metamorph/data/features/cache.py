@@ -10,14 +10,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from metamorph.data.media.refs import ImageRef
@@ -25,6 +23,7 @@ from metamorph.data.media.stores import MediaError, MediaStore
 from metamorph.data.records import DataError
 from metamorph.data.sources.tars import TarSample
 from metamorph.files.model_files import file_shapes, read_json_object
+from metamorph.files.permissions import save_file
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 
@@ -119,6 +118,16 @@ class FeatureCache:
         self.__dict__.update(state)
         self._keys = np.load(self.folder / _KEYS_FILE, mmap_mode="r", allow_pickle=False)
         self._rows = np.load(self.folder / _ROWS_FILE, mmap_mode="r", allow_pickle=False)
+
+    def holds(self, keys: Iterable[tuple[int, int]], dtype: str) -> bool:
+        """Whether the cache has the visual tokens of all these images.
+
+        Args:
+            keys: Results of [`image_key`].
+            dtype: How the tokens must be kept, a key of `DTYPES`.
+        """
+        own = set(zip(self._keys[0].tolist(), self._keys[1].tolist(), strict=True))
+        return self.manifest.get("dtype") == dtype and own.issuperset(keys)
 
     def check_weights(self, tower: nn.Module) -> None:
         """Make sure that the tokens came from this very tower.
@@ -275,10 +284,10 @@ def image_key(ref: ImageRef, store: MediaStore) -> tuple[int, int]:
         stat = file.stat()
     except OSError as error:
         raise MediaError(
-            "missing_image", f"there is no file {file} ({error.strerror}); is --image_folder right?"
+            "missing_image", f"there is no file {file} ({error.strerror}); is the image folder right?"
         ) from error
-    crop = None if ref.crop is None else astuple(ref.crop)
-    boxes = [(name, astuple(box)) for name, box in ref.boxes]
+    crop = None if ref.crop is None else ref.crop.numbers
+    boxes = [(name, box.numbers) for name, box in ref.boxes]
     text = json.dumps([os.path.abspath(file), stat.st_size, stat.st_mtime_ns, member, crop, boxes, ref.time])
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")

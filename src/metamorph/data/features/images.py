@@ -8,13 +8,13 @@ from typing import Protocol
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from metamorph.data.features.cache import image_key
 from metamorph.data.media.stores import MediaError, MediaStore, load_all
 from metamorph.data.records import ON_BAD_RECORD, Record, RecordError
 from metamorph.data.tasks import Conversation
 from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.runs.progress import Progress
 
 
 logger = logging.getLogger(__name__)
@@ -58,10 +58,15 @@ class PictureSet(Dataset[Keyed]):
             raise ValueError(f"--on_bad_record {on_bad_record!r} is unknown; use one of {', '.join(ON_BAD_RECORD)}")
         self.dataset = dataset
         self.on_bad_record = on_bad_record
-        self.num_images = 0
         self.num_bad = 0
+        self.keys: set[tuple[int, int]] = set()
         self._new: list[tuple[int, list[int]]] = []
         self._find_new()
+
+    @property
+    def num_images(self) -> int:
+        """Number of different pictures."""
+        return len(self.keys)
 
     def __len__(self) -> int:
         return len(self._new)
@@ -83,14 +88,13 @@ class PictureSet(Dataset[Keyed]):
             num_workers: Processes that read pictures beside this one.
         """
         loader = DataLoader(self, batch_size=None, num_workers=num_workers)
-        with tqdm(total=self.num_images, desc="Encoding images", unit="image", delay=2, disable=None) as bar:
+        with Progress(desc="encoding images", total=self.num_images, unit="image", delay=2) as bar:
             for items in loader:
                 yield from items
                 bar.update(len(items))
 
     def _find_new(self) -> None:
-        seen: set[tuple[int, int]] = set()
-        for index in tqdm(range(len(self.dataset)), desc="Finding images", unit="record", delay=2, disable=None):
+        for index in Progress(range(len(self.dataset)), "finding images", unit="record", delay=2):
             try:
                 keys = self._keys(index)
             except RecordError as error:
@@ -101,12 +105,11 @@ class PictureSet(Dataset[Keyed]):
                 continue
             numbers = []
             for number, key in enumerate(keys):
-                if key not in seen:
-                    seen.add(key)
+                if key not in self.keys:
+                    self.keys.add(key)
                     numbers.append(number)
             if numbers:
                 self._new.append((index, numbers))
-        self.num_images = len(seen)
 
     def _keys(self, index: int) -> list[tuple[int, int]]:
         store = self.dataset.store(index)

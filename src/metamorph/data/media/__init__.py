@@ -2,6 +2,6 @@
 
 How does a record name an image?      `refs.py`
 Where is the file it names?           `stores.py`
-How is an image file read?            `images.py`
+Which paths are allowed?              `images.py`; how a file is read: `metamorph.models.image_files`
 How are frames of a video read?       `video.py`
 """

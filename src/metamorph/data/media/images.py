@@ -1,80 +1,21 @@
-"""Pictures as files hold them: any mode, upright, first frame, and never larger than a limit."""
+"""Images of records: where their paths lead, and boxes drawn into them."""
 
 from __future__ import annotations
 
 import os
-import struct
-import zlib
+import re
 from pathlib import Path
-from typing import BinaryIO
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 
-from metamorph.flags.checks import printable
-from metamorph.models.image_processing import to_rgb
+from metamorph.models.image_files import MediaError
 
 
-MAX_IMAGE_PIXELS = 89_478_485
-"""Largest picture in pixels (Pillow's own limit, 256 MiB as RGB): a small file may unpack to many gigabytes."""
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-"""What is read. Pillow knows more, some of which it hands to other programs (EPS to Ghostscript): not for data from
-strangers."""
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _MAX_PATH = 4096
 """Bytes of the longest path that Linux opens."""
 BOX_COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan")
 """Colours of drawn boxes, in their order."""
-
-
-class MediaError(ValueError):
-    """A picture or video that cannot be used; `kind` is one of `metamorph.data.records.BAD_RECORD_KINDS`."""
-
-    def __init__(self, kind: str, detail: str) -> None:
-        self.kind = kind
-        self.detail = printable(detail)
-        super().__init__(self.detail)
-
-
-def load_image(
-    file: str | os.PathLike[str] | BinaryIO, *, name: str | None = None, max_pixels: int = MAX_IMAGE_PIXELS
-) -> Image.Image:
-    """Read an image as upright RGB.
-
-    Palettes, CMYK, grey and 16-bit values are converted, transparent pixels become white, the orientation of EXIF
-    data is applied, and of animations the first frame is taken.
-
-    Args:
-        file: Path, or an open binary file, which stays open.
-        name: What messages call the file; by default its path.
-        max_pixels: Largest number of pixels, checked before anything is unpacked.
-
-    Raises:
-        MediaError: If there is no such file, it is no image in one of `FORMATS`, or it has more than `max_pixels`.
-    """
-    name = str(file) if name is None else name
-    if isinstance(file, (str, os.PathLike)):
-        check_regular(file, "unreadable_image", f"{name} cannot be read as an image")
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise MediaError(
-                    "image_too_large",
-                    f"{name} has {image.width}x{image.height} pixels, more than the limit of {max_pixels}; resize it",
-                )
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
-    except MediaError:
-        raise
-    except FileNotFoundError as error:
-        raise MediaError("missing_image", f"there is no image file {name}; is --image_folder right?") from error
-    except Image.DecompressionBombError as error:
-        raise MediaError(
-            "image_too_large", f"{name} has more pixels than Pillow allows ({error}); resize it"
-        ) from error
-    except _DECODING_ERRORS as error:
-        # Pillow names the object that it reads from, which for an open file says nothing to a user.
-        reason = "its content is that of no image" if isinstance(error, UnidentifiedImageError) else error
-        raise MediaError("unreadable_image", f"{name} cannot be read as an image ({reason}); replace it") from error
 
 
 def resolve_image_path(path: str, image_folder: str | os.PathLike[str]) -> Path:
@@ -89,27 +30,16 @@ def resolve_image_path(path: str, image_folder: str | os.PathLike[str]) -> Path:
             f"{path[:40]!r}… ({len(path)} characters) is not the path of a file; content cannot stand in a record: "
             "save it as a file and name that",
         )
+    if _ADDRESS.match(path):
+        raise MediaError(
+            "missing_image", f"{path!r:.80} is an address, and nothing is downloaded: save the file and name its path"
+        )
     if os.path.isabs(path):
         return Path(path)
     normal = os.path.normpath(path)
     if normal == os.pardir or normal.startswith(os.pardir + os.sep):
-        raise MediaError("outside_folder", f"the path {path!r} leaves --image_folder {image_folder}; remove the '..'")
+        raise MediaError("outside_folder", f"the path {path!r} leaves the image folder {image_folder}; remove the '..'")
     return Path(image_folder) / normal
-
-
-def check_regular(path: str | os.PathLike[str], kind: str, problem: str) -> None:
-    """Refuse folders, pipes and devices before they are opened, which may wait for ever.
-
-    Args:
-        path: Path of a file; it need not exist.
-        kind: Kind of the error.
-        problem: Begin of its message.
-
-    Raises:
-        MediaError: If there is something else than a file.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise MediaError(kind, f"{problem} (it is not a regular file); replace it")
 
 
 def draw_box(image: Image.Image, box: tuple[int, int, int, int], name: str, colour: str) -> None:
@@ -141,18 +71,3 @@ def _is_path(text: str) -> bool:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
         return False
-
-
-_DECODING_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
-"""What Pillow's many decoders raise for broken files."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,24 @@ class Box:
     bottom: float
     relative: bool = False
     """Whether the sides are shares of width and height (0 to 1) instead of pixels."""
+    from_size: bool = field(default=False, compare=False)
+    """Whether right and bottom were computed from a width and a height; only checks look at it."""
+
+    @property
+    def numbers(self) -> tuple[float, float, float, float, bool]:
+        """What tells one box from another."""
+        return (self.left, self.top, self.right, self.bottom, self.relative)
 
     def grown(self, margin: float) -> Box:
         """The box with `margin` times its width and height added on each side."""
         x, y = margin * (self.right - self.left), margin * (self.bottom - self.top)
         return replace(self, left=self.left - x, top=self.top - y, right=self.right + x, bottom=self.bottom + y)
+
+    def share(self, width: int, height: int) -> float:
+        """The share of an image of that size that the box covers, 0 to 1."""
+        x, y = (1, 1) if self.relative else (width, height)
+        sides = (min(self.right / x, 1) - max(self.left / x, 0), min(self.bottom / y, 1) - max(self.top / y, 0))
+        return max(sides[0], 0) * max(sides[1], 0)
 
     def pixels(self, width: int, height: int) -> tuple[int, int, int, int] | None:
         """Left, top, right and bottom in whole pixels of an image of that size, as far as they are in it.
@@ -46,3 +59,5 @@ class ImageRef:
     """Names and boxes to draw into the image (before it is cropped)."""
     time: float | None = None
     """Seconds from the first frame, if `path` is a video; None for an image."""
+    box: Box | None = field(default=None, compare=False)
+    """The box that the record gives for `crop`, which may show a margin around it; only checks look at it."""

@@ -10,19 +10,23 @@ from typing import BinaryIO, Protocol
 
 from PIL import Image
 
-from metamorph.data.media.images import (
-    BOX_COLOURS,
-    MAX_IMAGE_PIXELS,
-    MediaError,
-    draw_box,
-    load_image,
-    resolve_image_path,
-)
+from metamorph.data.media.images import BOX_COLOURS, draw_box, resolve_image_path
 from metamorph.data.media.refs import Box, ImageRef
 from metamorph.data.media.video import VideoInfo, probe_video, read_frames
+from metamorph.models.image_files import MAX_IMAGE_PIXELS, MediaError, load_image, read_size
 
 
-__all__ = ["MAX_IMAGE_PIXELS", "FolderStore", "MediaError", "MediaStore", "load", "load_all", "load_image", "probe"]
+__all__ = [
+    "MAX_IMAGE_PIXELS",
+    "FolderStore",
+    "MediaError",
+    "MediaStore",
+    "image_size",
+    "load",
+    "load_all",
+    "load_image",
+    "probe",
+]
 
 
 class MediaStore(Protocol):
@@ -108,6 +112,20 @@ def load_all(refs: Sequence[ImageRef], store: MediaStore) -> list[Image.Image]:
                 whole[place] = load_image(file, name=_name(file, ref.path))
         pictures.append(_finished(whole[place], ref))
     return pictures
+
+
+def image_size(path: str, store: MediaStore) -> tuple[int, int]:
+    """Read width and height of an upright image, without decoding it.
+
+    Args:
+        path: Path as a record names it.
+        store: Where the file is.
+
+    Raises:
+        MediaError: If there is no such file, or it is no image.
+    """
+    with opened(store, path, "missing_image") as file:
+        return read_size(file, name=_name(file, path))
 
 
 def probe(path: str, store: MediaStore) -> VideoInfo:

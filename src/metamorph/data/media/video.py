@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from metamorph.data.media.images import MAX_IMAGE_PIXELS, MediaError, check_regular
+from metamorph.flags.extras import install_command
+from metamorph.models.image_files import MAX_IMAGE_PIXELS, MediaError, check_regular
 
 
 VideoFile = str | os.PathLike[str] | BinaryIO
@@ -153,7 +154,7 @@ def _decoding(file: VideoFile, name: str | None, max_pixels: int) -> Iterator[tu
         import av
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "reading videos needs PyAV, which is not installed: pip install 'metamorph[video]'"
+            f"reading videos needs PyAV, which is not installed: {install_command('video')}"
         ) from error
     name = str(file) if name is None else name
     if isinstance(file, (str, os.PathLike)):
@@ -183,7 +184,7 @@ def _decoding(file: VideoFile, name: str | None, max_pixels: int) -> Iterator[tu
     except MediaError:
         raise
     except FileNotFoundError as error:
-        raise MediaError("missing_video", f"there is no video file {name}; is --image_folder right?") from error
+        raise MediaError("missing_video", f"there is no video file {name}; is the image folder right?") from error
     except (av.FFmpegError, OSError, ValueError) as error:
         reason: Any = error
         if isinstance(error, av.ArgumentError):  # all that FFmpeg says of what the options forbid

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from metamorph.data.records import (
     BYTE_ORDER_MARK,
@@ -21,6 +20,7 @@ from metamorph.data.records import (
     parse_json,
 )
 from metamorph.data.sources.index import index_files
+from metamorph.runs.progress import Progress
 
 
 CHUNK_BYTES = 8 * 2**20
@@ -273,5 +273,5 @@ class _Window:
         )
 
 
-def _progress(path: Path, size: int) -> tqdm:
-    return tqdm(total=size, desc=f"Indexing {path.name}", unit="B", unit_scale=True, delay=2, disable=None)
+def _progress(path: Path, size: int) -> Progress:
+    return Progress(desc=f"indexing {path.name}", total=size, unit="B", unit_scale=True, delay=2)

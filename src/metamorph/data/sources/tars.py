@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
-from metamorph.data.records import DataError, RawRecord, RecordError, check_length, is_video, parse_json
+from metamorph.data.records import (
+    IMAGE_SUFFIXES,
+    DataError,
+    RawRecord,
+    RecordError,
+    check_length,
+    is_video,
+    parse_json,
+)
 from metamorph.data.sources.index import Index, index_files
+from metamorph.runs.progress import Progress
 
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""How the names of images in tars end."""
 
 MAX_ATTRIBUTE_BYTES = 2**20
 """Most bytes that may stand before one member to give it a long name and the like."""
@@ -162,7 +167,7 @@ def scan_tars(paths: Sequence[Path]) -> dict[str, np.ndarray]:
         DataError: If a tar is missing, damaged or compressed, or none holds a file.
     """
     table, samples = MemberTable(), array("Q")
-    for number, path in enumerate(tqdm(paths, desc="Indexing tars", unit="tar", delay=2, disable=None)):
+    for number, path in enumerate(Progress(paths, "indexing tars", unit="tar", delay=2)):
         key = None
         for member in read_members(path):
             new_key, _ = split_name(member.name)

@@ -12,7 +12,8 @@ import numpy as np
 
 from metamorph.data.media.refs import ImageRef
 from metamorph.data.media.video import VideoInfo
-from metamorph.data.records import Record, Turn, check_conversation
+from metamorph.data.records import Record, RecordError, Turn, check_conversation
+from metamorph.data.remarks import refuse_unread
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 from metamorph.models.sequence.conversations import split_at_images
 
@@ -75,14 +76,22 @@ class Task:
             ValueError: If the task needs a video and `video` is missing although the record names one.
         """
         if self.needs_video and record.video is None:
+            refuse_unread(record)
             raise record.error(
                 "missing_video",
                 f'the task {self.name} needs a video; name its path in "video", or declare another task',
             )
         if self.needs_video and video is None:
             raise ValueError(f"the task {self.name} needs the VideoInfo of {record.video!r}; pass video=")
-        conversation = self.build(record, rng, options, video)
-        check_conversation(record, conversation.turns, len(conversation.images))
+        try:
+            conversation = self.build(record, rng, options, video)
+            check_conversation(record, conversation.turns, len(conversation.images))
+        except RecordError as error:
+            if error.kind == "image_count" and not record.images:
+                refuse_unread(record, error)
+            raise
+        if not conversation.images:
+            refuse_unread(record)
         if self.draws and not conversation.num_answer_images:
             raise record.error("no_answer_image", f"the task {self.name} is to draw, but no answer has an image")
         return conversation

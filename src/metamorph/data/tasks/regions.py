@@ -23,6 +23,8 @@ BOX_UNITS = ("pixels", "relative")
 BOX_FORMATS = ("xyxy", "xywh")
 _LARGEST = 1e9
 """No image has so many pixels; what is not finite is not below it, either."""
+_LARGEST_SHARE = 2
+"""Beyond it, a number is no share of an image's side, however carelessly it was drawn."""
 BOX_MARK = "###"
 """Stands between path and box in the data of Visual CoT."""
 _ASKS_FOR_BOX = re.compile(r"[^.?!\n]*\bbounding box[^.?!\n]*[.?!]?", re.IGNORECASE)
@@ -34,11 +36,14 @@ class VisualCotOptions:
 
     box_units: str = "pixels"
     """`pixels` of the upright image, or `relative`: shares of its width and height."""
+    box_format: str = "xyxy"
+    """`xyxy` (left, top, right, bottom), or `xywh` (left, top, width, height)."""
     margin: float = 0.0
     """Share of the box's width and height that the crop shows around it on each side."""
 
     def __post_init__(self) -> None:
         check_choice("box_units", self.box_units, BOX_UNITS)
+        check_choice("box_format", self.box_format, BOX_FORMATS)
         if not isinstance(self.margin, (int, float)) or not 0 <= self.margin < math.inf:
             raise ValueError(f"margin must be a number, at least 0, not {self.margin!r}")
 
@@ -113,8 +118,14 @@ def _parse_crop(record: Record, text: str, options: VisualCotOptions) -> ImageRe
         values = []
     if not path or not (numbers.startswith("[") and numbers.endswith("]")):
         values = []
-    box = parse_box(record, values, f"{text!r}", relative=options.box_units == "relative")
-    return ImageRef(path, crop=box.grown(options.margin))
+    box = parse_box(
+        record,
+        values,
+        f"{text!r}",
+        relative=options.box_units == "relative",
+        width_and_height=options.box_format == "xywh",
+    )
+    return ImageRef(path, crop=box.grown(options.margin), box=box)
 
 
 def parse_box(record: Record, values: Any, where: str, *, relative: bool, width_and_height: bool = False) -> Box:
@@ -128,24 +139,39 @@ def parse_box(record: Record, values: Any, where: str, *, relative: bool, width_
         width_and_height: Whether the last two are width and height instead.
 
     Raises:
-        RecordError: If they are not four numbers that enclose an area.
+        RecordError: If they are not four numbers that enclose an area, or evidently of the other unit.
     """
-    if (
-        isinstance(values, Sequence)
-        and len(values) == 4
-        and all(isinstance(value, (int, float)) and abs(value) < _LARGEST for value in values)
-    ):
-        left, top, right, bottom = values
-        if width_and_height:
-            right, bottom = left + right, top + bottom
-        if left < right and top < bottom:
-            return Box(left, top, right, bottom, relative)
     form = (
-        "[x, y, width, height] with width and height above 0"
-        if width_and_height
-        else "[x1, y1, x2, y2], x1 < x2, y1 < y2"
+        "[x, y, width, height], width and height above 0" if width_and_height else "[x1, y1, x2, y2], x1 < x2, y1 < y2"
     )
-    raise record.error("bad_box", f"{where} has no box of the form {form}; correct it, or the source's options")
+    if (
+        not isinstance(values, Sequence)
+        or len(values) != 4
+        or not all(isinstance(value, (int, float)) and abs(value) < _LARGEST for value in values)
+    ):
+        raise record.error("bad_box", f"{where} has no box of the form {form}; correct it, or the source's options")
+    left, top, third, fourth = values
+    right, bottom = (left + third, top + fourth) if width_and_height else (third, fourth)
+    if not (left < right and top < bottom):
+        swap = ""
+        if not width_and_height and third > 0 and fourth > 0:
+            swap = "; if its last two numbers are width and height, set box_format: xywh"
+        raise record.error(
+            "bad_box", f"{where} has no box of the form {form}{swap}; correct it, or the source's options"
+        )
+    if not relative and all(0 <= value <= 1 for value in values):
+        raise record.error(
+            "box_units",
+            f"{where} has a box of at most one pixel: its numbers are shares of the image's sides; set box_units: "
+            "relative in the source's options",
+        )
+    if relative and (left >= 1 or top >= 1 or max(right, bottom) > _LARGEST_SHARE):
+        raise record.error(
+            "box_units",
+            f"{where} has a box far outside of its image: its numbers are no shares of the image's sides; set "
+            "box_units: pixels in the source's options, or divide them by width and height",
+        )
+    return Box(left, top, right, bottom, relative, from_size=width_and_height)
 
 
 def _vstar(record: Record, rng: np.random.Generator, options: VstarOptions, video: VideoInfo | None) -> Conversation:

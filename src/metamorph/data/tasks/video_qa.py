@@ -9,14 +9,10 @@ import numpy as np
 
 from metamorph.data.media.refs import ImageRef
 from metamorph.data.media.video import VideoInfo
-from metamorph.data.records import Record, Turn
+from metamorph.data.records import VIDEO_MARKER, Record, Turn
 from metamorph.data.tasks.base import Conversation, Task, check_count, check_positive
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 from metamorph.models.sequence.conversations import split_at_images
-
-
-VIDEO_MARKER = "<video>"
-"""Where the video belongs in the text; `<image>` is understood as well."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ What happens in which order?              `run.py`; the parts that train `stages
 How long does each part train?            `recipe.py`
 What is measured?                         `evaluate.py`; of any finished model `measure.py`
 What does the report show?                `report.py`, `figures.py`, `report_template.py`
-What does a person see meanwhile?         `progress.py`
+How long did each stage take?             `clock.py`
 Which flags are there?                    `options.py`
 What does the projector start from?       `conditions.py`
 """

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metamorph.files.permissions import save_file
 from metamorph.miniature.world.cells import ATTRIBUTES, GRID, cell_labels
 from metamorph.miniature.world.checker import read_image
 from metamorph.miniature.world.scenes import BACKGROUNDS, Scene
+from metamorph.runs.progress import Progress
 from metamorph.visualizer_training.pictures.sources import ImageFiles
 
 
@@ -41,7 +43,8 @@ def write_conditions(pictures: Path, mini_sd: Path, file: Path) -> Path:
         ValueError: if a picture is not one of the miniature world; the message names it.
     """
     files = ImageFiles.from_folder(pictures)
-    scenes = [_read_scene(files, index) for index in range(len(files))]
+    indices = Progress(range(len(files)), "reading scenes", unit="picture", delay=2)
+    scenes = [_read_scene(files, index) for index in indices]
     _, _, condition_encoder = load_asset(mini_sd)
     with torch.no_grad():
         conditions = condition_encoder.encode(scenes)

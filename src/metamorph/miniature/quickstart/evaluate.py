@@ -15,7 +15,6 @@ from metamorph.evaluation.questions import Question, QuestionResults, ask, fract
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.inference.reply import Prompt
-from metamorph.miniature.quickstart.progress import item_bar
 from metamorph.miniature.quickstart.recipe import EvaluationSizes
 from metamorph.miniature.world.checker import judge
 from metamorph.miniature.world.dataset import WorldFiles
@@ -23,6 +22,7 @@ from metamorph.miniature.world.render import render
 from metamorph.miniature.world.scenes import Scene, single_scenes
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.runs.progress import Progress
 from metamorph.visualization.pipeline import VisualizationPipeline
 
 
@@ -124,10 +124,10 @@ def evaluate_world(
     pipeline.set_progress_bar_config(disable=True)
     tasks = drawing_tasks(files, sizes)
     questions = read_questions(files, sizes.vqa)
-    with item_bar("questions", len(questions), "question") as bar:
+    with Progress(desc="questions", total=len(questions), unit="question") as bar:
         answers = ask(model, processor, questions, on_progress=bar.update)
     drawings = {}
-    with item_bar("drawings", sum(map(len, tasks.values())), "picture") as bar:
+    with Progress(desc="drawings", total=2 * sum(map(len, tasks.values())), unit="step") as bar:
         for group in DRAWING_GROUPS:
             drawings[group] = draw_tasks(model, processor, pipeline, tasks[group], judge_scene, settings, bar.update)
     return WorldEvaluation(
@@ -209,7 +209,7 @@ def _redraw(
     scenes = [Scene.from_dict(record["scene"]) for record in records]
     originals = [_open(files.image_folder / record["image"]) for record in records]
     tokens = encode_pictures(model, processor, originals)
-    with item_bar("visualizer", count, "picture") as bar:
+    with Progress(desc="visualizer", total=count, unit="picture") as bar:
         pictures = draw(pipeline, tokens, settings, bar.update)
     return [
         Redrawing(scene, original, picture, judge_scene(picture, scene))

@@ -8,6 +8,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from metamorph.flags.checks import check_output_folder
+from metamorph.flags.extras import install_command
 from metamorph.mini import PARTS, asset_path
 
 
@@ -18,7 +20,7 @@ MARKER_FILE = ".metamorph-quickstart"
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
 EXTRAS = ("diffusers", "matplotlib")
-"""Libraries that only `pip install 'metamorph[quickstart]'` installs."""
+"""Libraries that only the extra `quickstart` installs."""
 MAX_THREADS = 4
 """Models as small as these do not gain from more."""
 
@@ -62,8 +64,7 @@ class QuickstartOptions:
 
     def _check_output_dir(self) -> None:
         folder = self.output_dir
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"--output-dir {folder} is a file; give a folder")
+        check_output_folder(str(folder), "--output-dir")
         found = sorted(path.name for path in folder.glob("*"))
         is_own = (folder / MARKER_FILE).is_file()
         strangers = [name for name in found if name not in (*OWN_FOLDERS, METRICS_FILE, REPORT_FILE, MARKER_FILE)]
@@ -82,7 +83,7 @@ def require_extras() -> None:
     """
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"the quickstart needs {' and '.join(missing)}: pip install 'metamorph[quickstart]'")
+        raise ValueError(f"the quickstart needs {' and '.join(missing)}: {install_command('quickstart')}")
 
 
 def clear_output(folder: Path) -> None:

@@ -120,7 +120,6 @@ class Recipe:
             "timestep_power": 0.6,
             "ema_decay": 0.95,
             "save_step": 0,
-            "disable_tqdm": True,
         }
 
     def _checkpoint_flags(self) -> dict[str, Any]:
@@ -139,8 +138,6 @@ class Recipe:
             "logging_steps": 5,
             "save_strategy": "no",
             "report_to": "none",
-            # The quickstart has its own progress display.
-            "disable_tqdm": True,
             "dataloader_pin_memory": False,
             "bf16": False,
         }

@@ -28,6 +28,7 @@ from metamorph.miniature.quickstart.figures import (
 from metamorph.miniature.quickstart.options import REPORT_FILE
 from metamorph.miniature.quickstart.report_template import TEMPLATE
 from metamorph.miniature.quickstart.stages import Workspace
+from metamorph.runs.progress import duration
 
 
 CARDS_PER_SECTION = 32
@@ -153,12 +154,6 @@ def make_sections(evaluation: WorldEvaluation, metrics: dict[str, Any]) -> list[
     text = "Left a picture, right what the visualizer made of its true visual tokens, without the language model."
     sections.append(Section("visualizer", "The visualizer alone", f"{text} {_share(metrics['visualizer'])}", redrawn))
     return sections
-
-
-def duration(seconds: float) -> str:
-    """In words, as `45 s` or `12 min 5 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def data_url(picture: Image.Image) -> str:

@@ -14,9 +14,9 @@ import transformers
 
 from metamorph.inference import SamplerSettings, load
 from metamorph.mini.cards import library_versions
+from metamorph.miniature.quickstart.clock import StageClock
 from metamorph.miniature.quickstart.evaluate import WorldEvaluation, evaluate_world, seen_color
 from metamorph.miniature.quickstart.options import METRICS_FILE, QuickstartOptions, clear_output, thread_count
-from metamorph.miniature.quickstart.progress import StageClock
 from metamorph.miniature.quickstart.recipe import FAST, FULL, Recipe
 from metamorph.miniature.quickstart.report import LossCurves, write_report
 from metamorph.miniature.quickstart.stages import Workspace, fit_visualizer, train_connector, train_model

@@ -10,13 +10,16 @@ import yaml
 
 from metamorph.flags.recipes import parse_arguments
 from metamorph.miniature.quickstart.conditions import write_conditions
-from metamorph.miniature.quickstart.progress import ProgressBar
 from metamorph.miniature.quickstart.recipe import Recipe
 from metamorph.miniature.world.dataset import WorldFiles
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.reporting.progress import ShowProgress
 from metamorph.training.run import TrainResult, run_training
 from metamorph.visualizer_training.arguments import VisualizerArguments
 from metamorph.visualizer_training.run import VisualizerResult, train_visualizer
+
+
+BESIDE_BAR = {"text_loss": "text", "visual_loss": "visual", "visual_cosine": "cosine"}
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def fit_visualizer(space: Workspace, files: WorldFiles, recipe: Recipe) -> Visua
     }
     path = space.write_recipe("visualizer", flags)
     (args,) = parse_arguments((VisualizerArguments,), ["--config", path], prog="metamorph train-visualizer")
-    return train_visualizer(args, callbacks=[ProgressBar("visualizer")])
+    return train_visualizer(args, callbacks=[ShowProgress("visualizer", log_entries=False)])
 
 
 def _model_flags(space: Workspace, files: WorldFiles) -> dict[str, Any]:
@@ -119,4 +122,4 @@ def _model_flags(space: Workspace, files: WorldFiles) -> dict[str, Any]:
 def _train(path: str, title: str) -> TrainResult:
     types = (ModelArguments, DataArguments, MetaMorphTrainingArguments)
     model, data, training = parse_arguments(types, ["--config", path])
-    return run_training(model, data, training, callbacks=[ProgressBar(title)])
+    return run_training(model, data, training, callbacks=[ShowProgress(title, log_entries=False, shown=BESIDE_BAR)])

@@ -29,6 +29,7 @@ from metamorph.miniature.world.language import (
 )
 from metamorph.miniature.world.render import render
 from metamorph.miniature.world.scenes import HELD_OUT, Scene, is_reserved, sample_scene
+from metamorph.runs.progress import Progress
 
 
 _PAIR_FRACTION = 0.35
@@ -171,7 +172,7 @@ class _Writer:
     def records(self, name: str, count: int, make: Callable[[np.random.Generator], dict]) -> list[dict]:
         """`count` records called ``{name}-{index}``."""
         found = []
-        for index in range(count):
+        for index in Progress(range(count), f"writing {name}", unit="record", delay=2):
             self._name, self._count = f"{name}-{index:05d}", 0
             rng = np.random.default_rng([self.seed, 1, *name.encode(), index])
             found.append({"id": self._name, **make(rng)})

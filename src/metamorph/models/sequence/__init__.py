@@ -2,7 +2,8 @@
 
 How does a template write a conversation?     `chat_templates.py`
 How long may a template compute?              `bounded_jinja.py`
-How do ids and labels grow together?          `conversations.py`
+How do ids and labels grow together?          `conversations.py`, driven by `conversation_encoder.py`
+How is an answer taken apart?                 `answers.py`
 How does text become ids, not control tokens? `text_encoding.py`
 Which tokens stand for images?                `image_tokens.py`
 Which values are shared?                      `constants.py`

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from functools import lru_cache, wraps
 from typing import Any, cast
 
-from jinja2 import Template, nodes, pass_context
+from jinja2 import Template, meta, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -53,6 +53,11 @@ def render(source: str, **values: Any) -> str:
         return _compile(source).render(**values)
     finally:
         _left.reset(token)
+
+
+def variables_of(source: str) -> frozenset[str]:
+    """Names that a chat template reads and does not set itself."""
+    return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
 
 
 @lru_cache(maxsize=64)

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from metamorph.models.sequence.bounded_jinja import render
+from metamorph.models.sequence.bounded_jinja import render, variables_of
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 
@@ -190,6 +191,8 @@ class ChatTemplate:
         thoughts = {name for name in plain & written if name in begun or _is_sought(name, self.source)}
         self.thought_tokens: frozenset[str] = frozenset(thoughts)
         """Those that answers may give: the template begins an answer with them or looks for them, as `</think>`."""
+        own = {"messages", "tools", "documents", "add_generation_prompt"}
+        self._variables = variables_of(self.source) - own
 
     def __deepcopy__(self, memo: dict) -> ChatTemplate:
         """A template never changes, and a copy of its tokenizer would be large."""
@@ -200,7 +203,13 @@ class ChatTemplate:
         """The token with which the last answer of a conversation ends."""
         return self.end_tokens[0]
 
-    def write(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> list[Segment]:
+    def write(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[Segment]:
         """Write a conversation.
 
         The text for `messages[:-1]` with a generation prompt is a prefix of that for `messages` if the last one is
@@ -210,13 +219,22 @@ class ChatTemplate:
             messages: `{"role": one of ROLES, "content": text}`. Names of control tokens in the contents must be hidden
                 from the template.
             add_generation_prompt: Whether to end with what precedes an answer of the assistant.
+            variables: What else the template may read, as `enable_thinking`. One that it does not read must be None
+                or false. With such variables the text is not taken apart: training has none of them.
 
         Returns:
             Segments with text, by turns supervised and not.
 
         Raises:
-            ValueError: If the template cannot express this conversation.
+            ValueError: If the template cannot express this conversation, or reads no such variable.
         """
+        variables = {name: value for name, value in (variables or {}).items() if value is not None}
+        known = {name: value for name, value in variables.items() if name in self._variables}
+        for name in sorted(variables.keys() - known.keys()):
+            if variables[name]:
+                raise ValueError(f"the chat template of {_name(self._tokenizer)} does not read {name!r}: leave it out")
+        if known:
+            return [Segment(self._render(messages, add_generation_prompt, **known), False)]
         roles = tuple(message["role"] for message in messages)
         contents = [message["content"] for message in messages]
         segments = [
@@ -380,7 +398,7 @@ class ChatTemplate:
         place = pieces.index(1) + 1
         return str(pieces[place]) if place < len(pieces) else ""
 
-    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, **variables: Any) -> str:
         try:
             return render(
                 self.source,
@@ -388,7 +406,7 @@ class ChatTemplate:
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self._tokenizer.special_tokens_map,
+                **{**self._tokenizer.special_tokens_map, **variables},
             )
         except _RENDERING_ERRORS as error:
             raise ValueError(

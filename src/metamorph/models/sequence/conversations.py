@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -23,6 +26,8 @@ from metamorph.models.sequence.image_tokens import ImageTokens
 _WRAPPED_IMAGE = rf"{DEFAULT_IM_START_TOKEN}\s*{DEFAULT_IMAGE_TOKEN}\s*{DEFAULT_IM_END_TOKEN}"
 _IMAGE_MARKER = re.compile(rf"{_WRAPPED_IMAGE}|{DEFAULT_IMAGE_TOKEN}")
 """An image in text. Data may hold the wrapped form already; both mean one image."""
+IMAGE_KEYS = ("image", "path", "url", "base64")
+"""Where a part of a message may have its image, as in Transformers."""
 
 
 @dataclass
@@ -37,6 +42,10 @@ class EncodedConversation:
     """bool `[sequence]`: the placeholders of images in assistant turns."""
     pixel_values: torch.Tensor | None
     """float32 `[images, 3, height, width]` in reading order; None without images."""
+    visual_tokens: torch.Tensor | None = None
+    """`[images, num_image_tokens, vision_hidden]` of images that were given as visual tokens; None without."""
+    visual_tokens_index: torch.Tensor | None = None
+    """int64, which of all images, in reading order, `visual_tokens` are; None unless there are pixels, too."""
     num_dropped_images: int = 0
     """Images that were cut off together with their placeholders."""
     truncated: bool = False
@@ -63,10 +72,14 @@ class ImagePart:
     """`[num_image_tokens, vision_hidden]`."""
 
 
-class ImageMarker:
-    """Stands for one image in the parts of a message."""
+_SINGLE_IMAGES = (Image.Image, ImagePart, str, bytes, os.PathLike, Mapping)
+"""Forms of one image, some of which could be iterated over."""
 
-    def __init__(self, image: Image.Image | None = None) -> None:
+
+class ImageMarker:
+    """Stands for one image in the parts of a message; `image` is None if the image is given elsewhere."""
+
+    def __init__(self, image: Any = None) -> None:
         self.image = image
 
 
@@ -95,6 +108,12 @@ class SequenceBuilder:
     targets: list[bool] = field(default_factory=list)
     num_images: int = 0
     truncated: bool = False
+
+    @property
+    def learnt(self) -> list[int]:
+        """1 for each token of an answer, text or visual, else 0."""
+        pairs = zip(self.labels, self.targets, strict=True)
+        return [int(is_target or label != IGNORE_INDEX) for label, is_target in pairs]
 
     def add_text(self, ids: list[int], supervised: bool) -> None:
         """Append text, as much of it as fits."""
@@ -145,6 +164,9 @@ class SequenceBuilder:
 def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Take messages apart; their contents are strings with markers or lists of parts.
 
+    A part is a dict `{"type": "text", "text": …}` or `{"type": "image", …}`, the image under one of `IMAGE_KEYS` or
+    given elsewhere; OpenAI's `{"type": "image_url", …}`; or a [`TextPart`] or [`ImagePart`] of an earlier answer.
+
     Raises:
         ValueError: For an unknown role or kind of part.
     """
@@ -159,17 +181,35 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
 
 def _parse_parts(index: int, content: Any) -> list[str | ImageMarker]:
-    if not isinstance(content, list):
+    if not isinstance(content, (list, tuple)):
         raise ValueError(f"the content of message {index} must be a string or a list, not {type(content).__name__}")
-    parts: list[str | ImageMarker] = []
-    for part in content:
-        if part.get("type") == "text":
-            parts.append(part["text"])
-        elif part.get("type") == "image":
-            parts.append(ImageMarker(part.get("image")))
-        else:
-            raise ValueError(f"message {index} has a part of type {part.get('type')!r}; use 'text' or 'image'")
-    return parts
+    return [_parse_part(index, part) for part in content]
+
+
+def _parse_part(index: int, part: Any) -> str | ImageMarker:
+    if isinstance(part, TextPart):
+        return part.text
+    if isinstance(part, ImagePart):
+        return ImageMarker(part)
+    if not isinstance(part, Mapping):
+        raise ValueError(f"message {index} has a part of the class {type(part).__name__}; use a dict with a 'type'")
+    kind = part.get("type")
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"message {index} has a part of type 'text' without a string as its 'text'")
+        return part["text"]
+    if kind == "image":
+        given = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"message {index} has a part with several images; use one of {', '.join(IMAGE_KEYS)}")
+        return ImageMarker(given[0] if given else None)
+    if kind == "image_url":
+        address = part.get("image_url")
+        address = address.get("url") if isinstance(address, Mapping) else address
+        if not isinstance(address, str):
+            raise ValueError(f"message {index} has a part of type 'image_url' without a URL")
+        return ImageMarker(address)
+    raise ValueError(f"message {index} has a part of type {kind!r}; use 'text' or 'image'")
 
 
 def with_placeholders(text: str, placeholder: str) -> str:
@@ -202,15 +242,55 @@ def _stripped(parts: list[str | ImageMarker]) -> list[str | ImageMarker]:
     return [part for part in parts if part != ""]
 
 
-def assign_images(messages: list[Message], images: Sequence[Image.Image] | None) -> list[Image.Image]:
+def assign_images(messages: Sequence[Message], images: Sequence[Any] | None, where: str = "the text") -> list[Any]:
     """All images in reading order: those inside the messages, and `images` for the other markers."""
-    check_image_count(sum(message.num_open_images for message in messages), len(images or ()))
+    check_image_count(sum(message.num_open_images for message in messages), len(images or ()), where)
     rest = iter(images or ())
     markers = (part for message in messages for part in message.parts if isinstance(part, ImageMarker))
     return [next(rest) if marker.image is None else marker.image for marker in markers]
 
 
-def check_image_count(num_markers: int, num_images: int) -> None:
+def divide_images(images: Any, counts: Sequence[int], what: str) -> list[list[Any]]:
+    """The images of each prompt or conversation.
+
+    Args:
+        images: All images in reading order, or a list of images for each prompt.
+        counts: How many markers each prompt has.
+        what: What messages call a prompt.
+
+    Raises:
+        ValueError: If the numbers of markers and images differ; the message names the prompt where images are nested.
+    """
+    if isinstance(images, (list, tuple)) and images and all(isinstance(own, (list, tuple)) for own in images):
+        if len(images) != len(counts):
+            raise ValueError(f"there are {len(counts)} {what}s, but {len(images)} lists of images")
+        rows = [flatten_images(own) for own in images]
+        for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            check_image_count(count, len(row), f"{what} {number}" if len(rows) > 1 else "the text")
+        return rows
+    rest = flatten_images(images)
+    check_image_count(sum(counts), len(rest))
+    ends = list(accumulate(counts))
+    return [rest[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def flatten_images(images: Any) -> list[Any]:
+    """The images of arbitrarily nested lists or other iterables, in reading order; none for None.
+
+    Args:
+        images: What [`metamorph.models.image_inputs.load_image`] takes, or an [`ImagePart`]; an array or tensor of
+            four dimensions is a batch of images.
+    """
+    if images is None:
+        return []
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, _SINGLE_IMAGES) or not isinstance(images, Iterable):
+        return [images]
+    return [image for item in images for image in flatten_images(item)]
+
+
+def check_image_count(num_markers: int, num_images: int, where: str = "the text") -> None:
     """Make sure that there is one image for each marker.
 
     Raises:
@@ -218,66 +298,6 @@ def check_image_count(num_markers: int, num_images: int) -> None:
     """
     if num_markers != num_images:
         raise ValueError(
-            f"the text has {num_markers} {DEFAULT_IMAGE_TOKEN} marker(s), but {num_images} image(s) were given; there "
+            f"{where} has {num_markers} {DEFAULT_IMAGE_TOKEN} marker(s), but {num_images} image(s) were given; there "
             "must be exactly one marker for each image"
         )
-
-
-def pad_rows(
-    rows: list[list[int]], pad_token_id: int, padding: bool | str, padding_side: str, max_length: int | None
-) -> dict[str, Any]:
-    """Pad rows of ids; `input_ids` and `attention_mask` as lists, `[batch, sequence]` where padded.
-
-    Args:
-        rows: Ids of each row.
-        pad_token_id: Id to pad with.
-        padding: True or `"longest"`, `"max_length"` (needs `max_length`), or False.
-        padding_side: `left` or `right`.
-        max_length: Least length with `padding="max_length"`.
-
-    Raises:
-        ValueError: If a value is not allowed.
-    """
-    if padding not in (True, False, "longest", "max_length", "do_not_pad"):
-        raise ValueError(f"padding={padding!r} is unknown; use True, 'longest', 'max_length' or False")
-    if padding_side not in ("left", "right"):
-        raise ValueError(f"padding_side={padding_side!r} is unknown; use 'left' or 'right'")
-    target = max((len(row) for row in rows), default=0)
-    if padding == "max_length":
-        if max_length is None:
-            raise ValueError("padding='max_length' needs max_length")
-        target = max(target, max_length)
-    input_ids, attention_mask = [], []
-    for row in rows:
-        fill = target - len(row) if padding not in (False, "do_not_pad") else 0
-        pads, ones = [pad_token_id] * fill, [1] * len(row)
-        left = padding_side == "left"
-        input_ids.append(pads + row if left else row + pads)
-        attention_mask.append([0] * fill + ones if left else ones + [0] * fill)
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
-def split_generated(
-    ids: list[int], placeholder: int, num_image_tokens: int, ends: frozenset[int]
-) -> list[list[int] | None]:
-    """Take an answer apart: ids of text, with None for each complete image between them.
-
-    Args:
-        ids: Ids that the model wrote.
-        placeholder: Id of the placeholder.
-        num_image_tokens: Placeholders of one image.
-        ends: Ids that end the answer; what follows the first of them is ignored.
-    """
-    ids = ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
-    runs: list[list[int] | None] = []
-    text: list[int] = []
-    placeholders = 0
-    for token in ids:
-        if token != placeholder:
-            text.append(token)
-            continue
-        placeholders += 1
-        if placeholders == num_image_tokens:
-            runs += [text, None]
-            text, placeholders = [], 0
-    return [*runs, text]

@@ -33,7 +33,7 @@ class DataArguments(RemembersGiven):
     """Licence of the records that the model card of the result names; without it the card calls it unknown."""
     feature_cache: str | None = None
     """Folder with visual tokens made by `metamorph data cache-features`: they stand in for the images, and the tower,
-    which must be frozen, is not run."""
+    which must be frozen, is neither run nor kept on the GPU."""
 
     eval_data_path: str | None = None
     """Records that are not trained on, in any form of `data_path`: their text and visual losses are measured for each

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from metamorph.files.model_files import read_json_object
 from metamorph.flags.checks import RemembersGiven, check_choice, check_model_reference
+from metamorph.mini import shipped_folder
 from metamorph.models.adapters import is_adapter_folder
 from metamorph.models.configuration_metamorph import check_options
 
@@ -19,11 +20,13 @@ class ModelArguments(RemembersGiven):
     """
 
     model_name_or_path: str
-    """Base language model, or a finished MetaMorph model: a local folder or a Hub id."""
+    """Base language model, or a finished MetaMorph model: a local folder or a Hub id; mini-llama and mini ship with
+    the package."""
     version: str = "llama3"
     """Conversation template: llama3, llama3_original, chatml, plain, or auto, which takes the tokenizer's own."""
     vision_tower: str = "siglip/CLIP-ViT-SO400M-14-384"
-    """SigLIP, SigLIP 2, CLIP or DINOv2 vision model: a folder or Hub id. The default is SigLIP-SO400M/14 at 384 px."""
+    """SigLIP, SigLIP 2, CLIP or DINOv2 vision model: a folder or Hub id, or mini-siglip, which ships with the package.
+    The default is SigLIP-SO400M/14 at 384 px."""
     mm_vision_select_layer: int = -1
     """Which hidden state of the tower becomes visual tokens; -1 is the last layer's, before the final norm."""
     freeze_vision: bool = True
@@ -85,8 +88,8 @@ class ModelArguments(RemembersGiven):
         self._check_choices()
         self._check_stage()
         self._check_adapter()
-        self.model_name_or_path = os.path.expanduser(self.model_name_or_path)
-        self.vision_tower = os.path.expanduser(self.vision_tower)
+        self.model_name_or_path = shipped_folder(os.path.expanduser(self.model_name_or_path), "model")
+        self.vision_tower = shipped_folder(os.path.expanduser(self.vision_tower), "tower")
         check_model_reference(self.model_name_or_path, flag="--model_name_or_path")
         if not self.continues_metamorph or self.is_given("vision_tower"):
             check_model_reference(self.vision_tower, flag="--vision_tower")
@@ -136,7 +139,8 @@ class ModelArguments(RemembersGiven):
         if is_adapter_folder(folder):
             raise ValueError(
                 f"--model_name_or_path {self.model_name_or_path} is an adapter, which cannot be trained further by "
-                f"itself: merge it first (metamorph convert --merge-adapter {self.model_name_or_path} --output FOLDER)"
+                "itself: merge it first "
+                f"(metamorph convert --merge-adapter {self.model_name_or_path} --output-dir FOLDER)"
             )
         if self.continues_metamorph and not any(folder.glob("model*.safetensors*")):
             raise FileNotFoundError(

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_available
 
 from metamorph.flags.checks import check_choice
+from metamorph.flags.extras import install_command
 
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def apply_sharding(args: TrainingArguments, sharding: str) -> None:
             logger.warning("--sharding fsdp2 has nothing to divide in a single process")
     elif sharding.startswith("zero"):
         if not is_deepspeed_available():
-            raise ModuleNotFoundError(f"--sharding {sharding} needs DeepSpeed: pip install 'metamorph[deepspeed]'")
+            raise ModuleNotFoundError(f"--sharding {sharding} needs DeepSpeed: {install_command('deepspeed')}")
         args.deepspeed = deepspeed_config(sharding)
 
 

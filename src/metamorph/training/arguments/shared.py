@@ -13,6 +13,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from metamorph.flags.checks import RemembersGiven, check_output_folder
+from metamorph.flags.extras import install_command
 from metamorph.training.arguments.sharding import apply_sharding, check_deepspeed
 
 
@@ -21,14 +23,14 @@ logger = logging.getLogger(__name__)
 OTHER_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
 """Beginnings of the names of optimizers that do not fit the groups of weights, the steps or the checkpoints here."""
 INSTALL_HINTS = {
-    "tensorboard": "pip install 'metamorph[trackers]'",
-    "wandb": "pip install 'metamorph[trackers]'",
+    "tensorboard": install_command("trackers"),
+    "wandb": install_command("trackers"),
     "trackio": "pip install trackio",
 }
 
 
 @dataclass
-class RunTrainingArguments(TrainingArguments):
+class RunTrainingArguments(RemembersGiven, TrainingArguments):
     """`transformers.TrainingArguments` for a [`RunTrainer`]; wrong values are found before anything is loaded.
 
     Without a GPU the run falls back to the CPU.
@@ -49,6 +51,8 @@ class RunTrainingArguments(TrainingArguments):
     """Log lines instead of a progress bar; by default when there is no terminal."""
     ddp_find_unused_parameters: bool | None = False
     """Off: every batch reaches every weight that is trained."""
+    save_total_limit: int | None = 2
+    """Checkpoints to keep: the newest ones, and the best with `load_best_model_at_end`. 0 keeps all."""
     resume_from_checkpoint: str | None = None
     """A checkpoint folder. By default (or `latest`) the newest complete one in `output_dir`, if any; True: there must
     be one; False: start anew."""
@@ -56,6 +60,7 @@ class RunTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             raise ValueError("--output_dir is required: the folder for checkpoints and the trained model")
+        check_output_folder(self.output_dir, "--output_dir")
         self._check_shared_ranges()
         trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
         if set(trackers) - {"none"}:
@@ -114,7 +119,8 @@ class RunTrainingArguments(TrainingArguments):
 
     def _check_shared_ranges(self) -> None:
         self.check_at_least(1, "gradient_accumulation_steps per_device_train_batch_size per_device_eval_batch_size")
-        self.check_at_least(0, "dataloader_num_workers adam_epsilon weight_decay max_grad_norm seed data_seed")
+        at_least_0 = "dataloader_num_workers adam_epsilon weight_decay max_grad_norm save_total_limit seed data_seed"
+        self.check_at_least(0, at_least_0)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must lie in [0, 1)")

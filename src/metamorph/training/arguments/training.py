@@ -10,6 +10,7 @@ from transformers import SchedulerType, get_scheduler
 
 from metamorph.data.batching.packing import check_grouping
 from metamorph.flags.checks import check_choice, check_model_reference
+from metamorph.mini import shipped_folder
 from metamorph.models.text_head import check_text_loss
 from metamorph.training.arguments.data import DataArguments
 from metamorph.training.arguments.model import ModelArguments
@@ -93,8 +94,8 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
     """
 
     learning_rate: float | str = 5e-5
-    """Peak learning rate. `auto` takes `base_learning_rate` × √(samples in a step / `base_batch_size`), the rule of the
-    training guide."""
+    """Peak learning rate; the default is Transformers', and a stage that runs with it is warned about. `auto` takes
+    `base_learning_rate` × √(samples in a step / `base_batch_size`), the rule of the training guide."""
     base_learning_rate: float | None = None
     """For `learning_rate="auto"`: a learning rate that is known to be good for `base_batch_size`."""
     base_batch_size: int | None = None
@@ -193,6 +194,7 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
         if self.sample_visualizer is not None:
             if self.sample_steps is None:
                 raise ValueError(f"--sample_visualizer {self.sample_visualizer} needs --sample_steps")
+            self.sample_visualizer = shipped_folder(self.sample_visualizer, "visualizer")
             check_model_reference(self.sample_visualizer, flag="--sample_visualizer", file="model_index.json")
         if self.peak_tflops is not None and not (math.isfinite(self.peak_tflops) and self.peak_tflops > 0):
             raise ValueError(f"--peak_tflops {self.peak_tflops} must be a number above 0")

@@ -29,6 +29,7 @@ from metamorph.runs.checkpoint_files import CheckpointError, read_manifest
 from metamorph.runs.find_checkpoint import ResumePoint
 from metamorph.runs.find_checkpoint import find_checkpoint as find_in_folder
 from metamorph.training.arguments import MetaMorphTrainingArguments
+from metamorph.training.checkpoints.weights import ARGUMENTS_FILE
 
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, ada
     Raises:
         ValueError: also if the checkpoint is of the other stage, or with an adapter where this run has none.
     """
-    return find_in_folder(output_dir, request, partial(_check_kind, stage=stage, adapter=adapter))
+    return find_in_folder(output_dir, request, partial(_check_kind, stage=stage, adapter=adapter), ARGUMENTS_FILE)
 
 
 def plan_resume(

@@ -12,6 +12,7 @@ from metamorph.runs.flag_changes import compare_flags, describe_model
 from metamorph.training.arguments.data import DataArguments
 from metamorph.training.arguments.training import CHANGEABLE, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.build import LOSS_FIELDS, STRUCTURE_FIELDS, Plan
+from metamorph.training.checkpoints.weights import ARGUMENTS_FILE
 
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def _flags_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:
     if manifest is not None and isinstance(manifest.get("flags"), dict):
         return manifest["flags"]
     # Written by an earlier version.
-    training, model = (_read(checkpoint / name) for name in ("training_args.json", "config.json"))
+    training, model = (_read(checkpoint / name) for name in (ARGUMENTS_FILE, "config.json"))
     old = {name: training[name] for name in (*ACTING, *CHANGEABLE, *FIXED) if name in training}
     old |= {name: model[name] for name in (*STRUCTURE_FIELDS, *LOSS_FIELDS) if name in model}
     unknown = [f"--{name}" for name in flags if name not in old]

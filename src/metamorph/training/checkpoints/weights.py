@@ -7,9 +7,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from metamorph.training.engines.weights import TOWER
+
 
 logger = logging.getLogger(__name__)
 
+ARGUMENTS_FILE = "training_args.json"
 TRAINER_STATE_FILE = "trainer_state.json"
 
 
@@ -29,4 +32,7 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     """
     # Not in `model.dtype`, which is that of its first weight: of a frozen tower, in bfloat16 beside float32.
     loaded = type(model).from_pretrained(folder, config=copy.deepcopy(model.config), dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
+    state = loaded.state_dict()
+    if "vision_tower" in vars(model.model):  # out of the tree of modules, see `FrozenTower`; it has not changed
+        state = {name: weight for name, weight in state.items() if not name.startswith(f"{TOWER}.")}
+    model.load_state_dict(state)

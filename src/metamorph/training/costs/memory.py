@@ -170,6 +170,7 @@ def estimate_memory(
     optimizer_bytes: int = 8,
     matrix_bytes: float = _FLOAT32,
     on_gpu: bool = True,
+    tower_on_gpu: bool = True,
 ) -> MemoryEstimate:
     """Estimate the memory that training takes on each GPU.
 
@@ -184,6 +185,7 @@ def estimate_memory(
         optimizer_bytes: State of the optimizer for each trained parameter; AdamW has 8, see [`optimizer_bytes_of`].
         matrix_bytes: Bytes of each frozen weight of the decoder's linear layers, see [`matrix_bytes_of`].
         on_gpu: Whether to count CUDA's own memory.
+        tower_on_gpu: Whether a frozen tower computes; else it stays in main memory.
 
     Raises:
         ValueError: for an unknown engine or kind of checkpointing.
@@ -191,6 +193,8 @@ def estimate_memory(
     check_choice("--sharding", engine, ENGINES)
     check_choice("--recompute", recompute, RECOMPUTE)
     sizes = model_sizes(model)
+    if not tower_on_gpu:
+        sizes = replace(sizes, tower=0)
     if matrix_bytes < _FLOAT32:  # and then autocast has nothing to copy
         fewer = sizes.frozen_matrices
         sizes = replace(

@@ -17,7 +17,7 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.models.pretrained import load_tokenizer
 from metamorph.training.arguments import ModelArguments
 from metamorph.training.arguments.training import AUTO_LEARNING_RATE
-from metamorph.training.build import Plan, config_overrides, load_training_data, make_plan
+from metamorph.training.build import Plan, config_overrides, load_training_data, make_plan, runs_tower
 from metamorph.training.costs.memory import (
     ENGINES,
     GIB,
@@ -148,6 +148,7 @@ def preview(
             all_logits=training_args.text_loss == "full",
             optimizer_bytes=optimizer_bytes_of(training_args.optim),
             matrix_bytes=matrix_bytes,
+            tower_on_gpu=runs_tower(data_args, training_args),
         )
         for engine in (("single",) if processes == 1 else ENGINES[1:])
     }
@@ -247,7 +248,7 @@ def _learning_rate(args: PreviewTrainingArguments, data: DataPreview | None, pro
     """Apply the rule if it can be applied, and say how."""
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     if args.learning_rate != AUTO_LEARNING_RATE:
-        return f"{args.learning_rate:.3g}, as given"
+        return f"{args.learning_rate:.3g}, {'as given' if args.is_given('learning_rate') else 'the default'}"
     if data is None and args.packing:
         base, base_batch = args.base_learning_rate, args.base_batch_size
         assert base is not None  # checked with the flags

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 from metamorph.training.arguments import MetaMorphTrainingArguments
+from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.training.arguments.training import AUTO_LEARNING_RATE
 from metamorph.training.costs.memory import GIB
 from metamorph.training.dry_run.preview import DryRun, recomputed
@@ -38,7 +39,7 @@ def format_dry_run(run: DryRun) -> str:
         run: Result of [`preview`].
     """
     sections = {
-        "Configuration (* differs from the default)": _configuration(run),
+        "Configuration (* as given by a flag or the recipe; else the default)": _configuration(run),
         f"What stage {run.model_args.stage} trains": _trained(run),
         "Batch and learning rate": _batch(run),
         f"Memory of each GPU with {run.engine}, an estimate": _memory(run),
@@ -53,15 +54,14 @@ def _configuration(run: DryRun) -> list[str]:
     lines = []
     for flags in (run.model_args, run.data_args, run.training_args):
         for field, value in _shown(flags):
-            default = field.default if field.default is not MISSING else None
-            mark = " " if value == default else "*"
+            mark = "*" if flags.is_given(field.name) else " "
             lines.append(f"{mark} {field.name:<32}{_text(value)}")
     return lines
 
 
 def _shown(flags: Any) -> Iterator[tuple[Field, Any]]:
-    """Our own flags, and those of Transformers that were changed."""
-    own = MetaMorphTrainingArguments.__annotations__
+    """Our own flags, and those of Transformers that were given or changed."""
+    own = RunTrainingArguments.__annotations__ | MetaMorphTrainingArguments.__annotations__
     for field in fields(flags):
         value = getattr(flags, field.name)
         value = value.value if isinstance(value, Enum) else value
@@ -69,7 +69,7 @@ def _shown(flags: Any) -> Iterator[tuple[Field, Any]]:
         # What Transformers derives from other fields is no news: only plain values count as changed.
         changed = isinstance(value, (str, int, float)) and value != field.default and field.default is not MISSING
         changed &= value is not False or field.default is not None  # nor that a flag nobody gave comes to False
-        if field.init and field.name not in OF_THIS_MACHINE and (ours or changed):
+        if field.init and field.name not in OF_THIS_MACHINE and (ours or changed or flags.is_given(field.name)):
             yield field, value
 
 

@@ -37,7 +37,7 @@ TRAINING_FLAGS = (
 )
 METRICS = ("loss", "text_loss", "visual_loss", "visual_cosine", "visual_cosine_baseline")
 """Of training; all that begins with `eval_` is added."""
-LIBRARIES = ("metamorph", "torch", "transformers", "accelerate")
+LIBRARIES = ("torch", "transformers", "accelerate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _what(kind: str, base: Mapping[str, str], name: str) -> str:
     usage = {
         "connector": f"metamorph train --pretrain_mm_mlp_adapter {folder} …",
         "adapter": f"metamorph generate --model {folder} --prompt 'What is in this picture?' --image photo.jpg\n"
-        f"metamorph convert --merge-adapter {folder} --output merged",
+        f"metamorph convert --merge-adapter {folder} --output-dir merged",
         "model": f"metamorph generate --model {folder} --prompt 'What is in this picture?' --image photo.jpg",
     }[kind]
     what = {

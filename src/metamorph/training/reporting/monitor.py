@@ -1,4 +1,4 @@
-"""What a run tells of itself in each log line: speed, waiting, memory and gradients, over all ranks.
+"""What a training run reports in each log line: speed, waiting, memory and gradients, over all ranks.
 
 Between two log lines nothing is read back from the device: work is summed there, time is taken on the host. The one
 exception is a pause (evaluation, samples, a checkpoint), before which the device is waited for, so that its time is

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from metamorph.data.media.stores import MediaError, load_image
+from metamorph.files.permissions import save_file
 from metamorph.inference.draw import draw
 from metamorph.inference.reply import Prompt, Reply, can_draw, reply_to
 from metamorph.inference.session import load_pipeline, pick_device, place_images

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from metamorph.data.bad_records import BadRecordLimit, RecordLog, TooManyBadRecordsError
-from metamorph.data.media.images import MediaError
+from metamorph.models.image_files import MediaError
 from metamorph.visualizer_training.pictures.shards import ShardedImages
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
-from metamorph.data.media.images import load_image
 from metamorph.data.records import DataError
 from metamorph.data.sources.index import Index, index_files
 from metamorph.data.sources.tars import MemberTable, read_members
+from metamorph.models.image_files import load_image
+from metamorph.runs.progress import Progress
 
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def scan_shards(paths: Sequence[Path]) -> dict[str, np.ndarray]:
         ValueError: If there is no picture in any of them.
     """
     table, counts, states, endings = MemberTable(), array("I"), array("B"), set()
-    for number, path in enumerate(tqdm(paths, desc="indexing shards", unit="shard", delay=2, disable=None)):
+    for number, path in enumerate(Progress(paths, "indexing shards", unit="shard", delay=2)):
         size, before, num_members, is_broken = path.stat().st_size, len(table), 0, False
         try:
             for member in read_members(path):

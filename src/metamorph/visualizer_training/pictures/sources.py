@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from metamorph.data.media.images import MediaError, load_image, resolve_image_path
+from metamorph.data.media.images import resolve_image_path
 from metamorph.data.records import RawRecord
 from metamorph.data.sources.open import Source, open_source
+from metamorph.models.image_files import MediaError, load_image
 from metamorph.models.image_processing import to_rgb
 from metamorph.visualizer_training.pictures.shards import (
     IMAGE_SUFFIXES,

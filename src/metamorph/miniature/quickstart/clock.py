@@ -1,4 +1,4 @@
-"""What a person sees while the quickstart runs, and what is noted of time and memory."""
+"""Time and memory of each stage of the quickstart."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 logger = logging.getLogger(__name__)
@@ -59,54 +55,6 @@ class StageClock:
     def total(self) -> float:
         """Seconds since the clock was made."""
         return round(time.perf_counter() - self._began, 1)
-
-
-class ProgressBar(TrainerCallback):
-    """A bar with time left and the latest losses; silent when not on a terminal.
-
-    Args:
-        title: What stands before the bar.
-    """
-
-    SHOWN = {"loss": "loss", "text_loss": "text", "visual_loss": "visual", "visual_cosine": "cosine"}
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self._bar: Any = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Open the bar."""
-        self._bar = tqdm(total=state.max_steps, desc=self.title, unit="step", disable=None)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Advance."""
-        self._bar.update(state.global_step - self._bar.n)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show the losses."""
-        shown = {label: f"{logs[name]:.3f}" for name, label in self.SHOWN.items() if logs and name in logs}
-        if shown:
-            self._bar.set_postfix(shown)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the bar."""
-        self._bar.close()
-
-
-def item_bar(title: str, total: int, unit: str) -> Any:
-    """A bar over items, silent when not on a terminal; call its `update`."""
-    return tqdm(total=total, desc=title, unit=unit, disable=None)
 
 
 def peak_rss_mb() -> float:

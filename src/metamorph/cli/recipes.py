@@ -1,0 +1,30 @@
+"""`metamorph recipes [NAME]`: list the recipes that ship with the package, or print one to copy and change."""
+
+from collections.abc import Sequence
+
+from metamorph.flags.parser import FlagParser
+from metamorph.recipes import find_recipe, shipped_recipes
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the names, or one recipe.
+
+    Args:
+        argv: Command line after `recipes`.
+
+    Raises:
+        FileNotFoundError: if there is no recipe of that name.
+    """
+    parser = FlagParser(
+        prog="metamorph recipes",
+        description="List the recipes that ship with the package: `metamorph train --config NAME` takes one.",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="print this recipe: redirect it to a file to change it")
+    name = parser.parse_args(argv).name
+    if name is not None:
+        print(find_recipe(name).read_text(encoding="utf-8"), end="")
+        return
+    recipes = shipped_recipes()
+    width = max(map(len, recipes))
+    for recipe, purpose in recipes.items():
+        print(f"{recipe:<{width}}  {purpose}")

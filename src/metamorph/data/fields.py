@@ -1,0 +1,171 @@
+"""`fields:` of a source: records of another layout, read as the records that `docs/data.md` describes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from metamorph.data.records import VIDEO_MARKER, RecordError
+from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
+
+
+OPTIONAL = ("id", "image", "video", "system")
+"""Fields that some records of a source may lack."""
+NEEDED = ("conversations", "caption", "source", "instruction", "target", "target_instances")
+"""Fields that every record has, if `fields:` names them."""
+OF_TURNS = ("from", "value")
+"""Fields of a turn."""
+SPEAKERS = ("human", "gpt")
+"""Values of `from`."""
+IGNORE = "ignore"
+"""Names a list of fields that are not meant to be read."""
+NAMES = (*OPTIONAL, *NEEDED, *OF_TURNS, *SPEAKERS, IGNORE)
+"""The keys of `fields:`."""
+
+_MEDIA = ("image", "video", "source", "target")
+_PATHS = ("path", "url", "image", "image_url", "video", "video_url")
+"""Where a part of a turn, or an image that is an object, may have its path."""
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_MARKERS = {
+    "image": DEFAULT_IMAGE_TOKEN,
+    "image_url": DEFAULT_IMAGE_TOKEN,
+    "input_image": DEFAULT_IMAGE_TOKEN,
+    "video": VIDEO_MARKER,
+    "video_url": VIDEO_MARKER,
+}
+"""Types of parts other than text, and what stands for them in the text."""
+_SPEAKERS_OF_OTHERS = {"developer": "system"}
+
+
+class FieldMap:
+    """Renames fields, joins the parts of turns to texts, and makes a system field the first turn.
+
+    Args:
+        names: Our name of a field and what the records call it; empty leaves records as they are.
+
+    Raises:
+        ValueError: If a key is not one of `NAMES`, or a value is not a name.
+    """
+
+    def __init__(self, names: Mapping[str, Any] | None = None) -> None:
+        self.names = dict(names or {})
+        for ours, theirs in self.names.items():
+            if ours not in NAMES:
+                nearest = difflib.get_close_matches(str(ours), NAMES, n=1, cutoff=0.5)
+                hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+                raise ValueError(f"fields has the unknown key {ours!r}: {hint}Keys are {', '.join(NAMES)}")
+            texts = theirs if ours == IGNORE and isinstance(theirs, list) else [theirs]
+            if not all(isinstance(text, str) and text for text in texts):
+                raise ValueError(f"fields: {ours} must be the name of a field in the records, not {theirs!r}")
+        ignored = self.names.get(IGNORE, [])
+        self._ignored = {ignored} if isinstance(ignored, str) else set(ignored)
+        self._of_record = {ours: self.names[ours] for ours in (*OPTIONAL, *NEEDED) if ours in self.names}
+        self._speakers = {self.names[ours]: ours for ours in SPEAKERS if ours in self.names}
+
+    def __repr__(self) -> str:
+        return repr(sorted(self.names.items()))
+
+    def apply(self, value: Any, where: str) -> Any:
+        """The record as it would stand in a file of our layout.
+
+        Args:
+            value: The JSON of a record; anything but an object is returned as it is.
+            where: Its file and line (or index).
+
+        Raises:
+            RecordError: If a field is missing, or cannot be read.
+        """
+        if not self.names or not isinstance(value, Mapping):
+            return value
+        left_out = self._ignored | set(self._of_record.values())
+        record = {name: content for name, content in value.items() if name not in left_out}
+        for ours, theirs in self._of_record.items():
+            record.pop(ours, None)
+            if value.get(theirs) is not None:
+                record[ours] = _with_path(value[theirs]) if ours in _MEDIA else value[theirs]
+        record_id = None if record.get("id") is None else str(record["id"])
+        for ours in NEEDED:
+            if ours in self._of_record and ours not in record:
+                raise RecordError.at(
+                    where,
+                    "bad_field",
+                    f'fields: takes "{ours}" from {self._of_record[ours]!r}, which the record lacks; it has '
+                    f"{', '.join(map(str, value))}",
+                    record_id,
+                )
+        if isinstance(record.get("conversations"), list):
+            try:
+                self._read_turns(record)
+            except ValueError as error:
+                raise RecordError.at(where, "bad_turn", str(error), record_id) from error
+        return record
+
+    @contextmanager
+    def explains_errors(self) -> Iterator[None]:
+        """Add to errors of records what these call the fields that the message quotes."""
+        try:
+            yield
+        except RecordError as error:
+            message = str(error)
+            renamed = [f'"{ours}" is {theirs!r}' for ours, theirs in self.names.items() if f'"{ours}"' in message]
+            if not renamed:
+                raise
+            explained = type(error)(f"{message} (by fields: {', '.join(renamed)} in the records)")
+            explained.kind, explained.where, explained.record_id = error.kind, error.where, error.record_id
+            raise explained from error
+
+    def _read_turns(self, record: dict[str, Any]) -> None:
+        """Replace the turns by ours, and append the media that they name to the record's."""
+        media: dict[str, list[Any]] = {DEFAULT_IMAGE_TOKEN: [], VIDEO_MARKER: []}
+        turns = []
+        for number, turn in enumerate(record["conversations"], 1):
+            if isinstance(turn, Mapping):
+                speaker = turn.get(self.names.get("from", "from"))
+                if isinstance(speaker, str):
+                    speaker = self._speakers.get(speaker, _SPEAKERS_OF_OTHERS.get(speaker, speaker))
+                text = turn.get(self.names.get("value", "value"))
+                turn = {"from": speaker, "value": _joined(text, number, media) if isinstance(text, list) else text}
+            turns.append(turn)
+        if "system" in self._of_record and (system := record.pop("system", None)):
+            if turns and isinstance(turns[0], Mapping) and turns[0]["from"] == "system":
+                raise ValueError('there is a system turn beside the field "system"; keep one of them')
+            turns.insert(0, {"from": "system", "value": system})
+        record["conversations"] = turns
+        for name, marker in (("image", DEFAULT_IMAGE_TOKEN), ("video", VIDEO_MARKER)):
+            if media[marker] and record.get(name):
+                raise ValueError(f'{name}s stand in the turns and in the field "{name}"; keep one of them')
+            if media[marker]:
+                record[name] = media[marker]
+
+
+def _joined(parts: list[Any], number: int, media: dict[str, list[Any]]) -> str:
+    """The text of a turn that is a list of parts, with markers; the paths of its media are appended to `media`."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(part, str):
+            texts.append(part)
+        elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in _MARKERS:
+            texts.append(_MARKERS[kind])
+            path = _path_of(part)
+            if path is not part:  # else the next of the record's own images is meant
+                media[_MARKERS[kind]].append(path)
+        else:
+            known = ", ".join((*_TEXT_PARTS, *_MARKERS))
+            raise ValueError(f"turn {number} has a part that is none of {known}: {part!r:.80}; convert or remove it")
+    return "".join(texts)
+
+
+def _with_path(value: Any) -> Any:
+    """The path of a medium that is an object, or of each one in a list; what has no path is left as it is."""
+    return [_path_of(item) for item in value] if isinstance(value, list) else _path_of(value)
+
+
+def _path_of(value: Any) -> Any:
+    while isinstance(value, Mapping) and (found := [value[name] for name in _PATHS if value.get(name) is not None]):
+        value = found[0]
+    return value

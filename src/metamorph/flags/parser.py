@@ -1,0 +1,185 @@
+"""The argument parser of all commands, which knows the nearest name for a wrong one, and the types of its values."""
+
+import argparse
+import difflib
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-(inf|infinity|nan)", re.IGNORECASE)
+"""A value rather than a flag. argparse's own expression lacks exponents."""
+
+
+class FlagParser(argparse.ArgumentParser):
+    """`ArgumentParser` of all commands.
+
+    A flag may be written with dashes or underscores, but not abbreviated. A number must be finite. Errors are raised
+    as `ValueError`, and name the nearest flag or choice for an unknown one. Subcommands get parsers of the same class.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self._negative_number_matcher = re.compile(f"(?:{NEGATIVE_NUMBER.pattern})$", re.IGNORECASE)
+        self.register("type", float, finite_number)
+        self.register("type", int, whole_number)
+
+    def parse_known_args(  # type: ignore[override]  # overloaded there
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """As argparse's, with the flags in the spelling they were defined with.
+
+        Raises:
+            ValueError: for an unknown flag, or a value that is not allowed.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        for index, word in enumerate(words):
+            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
+                break  # positional words, or those of the subcommand
+            words[index] = self._as_defined(word)
+        return super().parse_known_args(words, namespace)
+
+    def _as_defined(self, word: str) -> str:
+        """The word, if it is a flag in the spelling that the parser knows.
+
+        Raises:
+            ValueError: if it is a flag that the parser does not know.
+        """
+        name, equals, value = word.partition("=")
+        known = self._option_string_actions
+        if not word.startswith("-") or word == "-" or name in known or " " in name or NEGATIVE_NUMBER.fullmatch(word):
+            return word
+        spellings = {_plain(flag): flag for flag in reversed(list(known))}  # the first spelling of a flag counts
+        if name.startswith("--") and _plain(name) in spellings:
+            return f"{spellings[_plain(name)]}{equals}{value}"
+        near = nearest(_plain(name), spellings)
+        self.error(f"unknown flag {name}" + (f": did you mean {spellings[near]}?" if near else ""))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, unknown_choice(value, action.choices))
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting.
+
+        Args:
+            message: What argparse found wrong.
+        """
+        message = re.sub(r"(--[\w-]+)(/--[\w-]+)+", r"\1", message)  # one spelling of each
+        if message.startswith("argument "):  # a bad value, which the message explains
+            raise ValueError(re.sub(r"^argument (\S+): ", r"\1 ", message))
+        raise ValueError(f"{message} (all flags: {self.prog} --help)")
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The name that was probably meant, or None."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def unknown_choice(value: object, allowed: Iterable[object]) -> str:
+    """`'x' is unknown: use one of y, z (did you mean 'y'?)`."""
+    names = [str(name) for name in allowed]
+    near = nearest(str(value), names)
+    hint = f" (did you mean {near!r}?)" if near else ""
+    return f"{str(value)!r} is unknown: use one of {', '.join(names)}{hint}"
+
+
+def finite_number(text: str) -> float:
+    """Read a number; `nan` and infinities are refused.
+
+    Raises:
+        argparse.ArgumentTypeError: naming the text.
+    """
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number")
+    return number
+
+
+def whole_number(text: str) -> int:
+    """Read a whole number.
+
+    Raises:
+        argparse.ArgumentTypeError: naming the text.
+    """
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
+
+
+def at_least(least: float, kind: Callable[[str], Any] = whole_number) -> Callable[[str], Any]:
+    """The type of a flag whose numbers must not be smaller.
+
+    Args:
+        least: Smallest value that is allowed.
+        kind: Reads the number: `whole_number` or `finite_number`.
+    """
+
+    def read(text: str) -> Any:
+        number = kind(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
+        return number
+
+    return read
+
+
+def image_file(text: str) -> str:
+    """Path of an image, which must exist.
+
+    Raises:
+        argparse.ArgumentTypeError: naming the path.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: give an image file")
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is an address, and nothing is downloaded: save the file and name it")
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return text
+
+
+def output_folder(text: str) -> Path:
+    """Path of a folder to write, which need not exist.
+
+    Raises:
+        argparse.ArgumentTypeError: if it or a folder above it is a file.
+    """
+    path = Path(text).expanduser()
+    if (file := file_in_the_way(path)) is not None:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written to: {file} is a file; give a folder")
+    return path
+
+
+def output_file(text: str) -> Path:
+    """Path of a file to write, which need not exist.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is a folder, or a folder above it is a file.
+    """
+    path = Path(text).expanduser()
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: give a file")
+    if (file := file_in_the_way(path.parent)) is not None:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written to: {file} is a file; give another folder")
+    return path
+
+
+def file_in_the_way(folder: Path) -> Path | None:
+    """What keeps a folder from being made: itself or the next existing path above it, if that is not a folder."""
+    found = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    return None if found is None or found.is_dir() else found
+
+
+def _plain(flag: str) -> str:
+    """A flag without leading dashes, words joined by underscores."""
+    return flag.lstrip("-").replace("-", "_")

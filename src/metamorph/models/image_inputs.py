@@ -1,0 +1,107 @@
+"""Images as people give them to a processor: objects, files, bytes, base64, arrays, tensors, URLs if allowed."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_utils import infer_channel_dimension_format
+
+from metamorph.models import image_files
+
+
+_MAX_BYTES = 2**28
+"""Longest file that is fetched from an address."""
+_TIMEOUT = 30
+"""Seconds to wait for an address."""
+_SHOWN = 60
+"""Characters of a string that messages show."""
+
+
+def load_image(image: Any, *, allow_urls: bool = False, input_data_format: str | None = None) -> Image.Image:
+    """Open an image, upright as its EXIF data say. Files are read as training reads them: RGB.
+
+    Args:
+        image: A Pillow image; a path; the bytes of a file, or the same in base64, also as a `data:` URL; an http(s)
+            address; an array or tensor `[height, width, channels]`, `[channels, height, width]` or `[height, width]`,
+            of 8-bit values or of floats from 0 to 1.
+        allow_urls: Whether addresses are fetched. A message from a stranger could name one on your network.
+        input_data_format: `channels_first` or `channels_last`, for arrays that do not tell.
+
+    Raises:
+        ValueError: If it is none of these, or cannot be read.
+    """
+    if isinstance(image, Image.Image):
+        return ImageOps.exif_transpose(image)
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        return _from_array(image, input_data_format)
+    source: Any
+    if isinstance(image, bytes):
+        source, name = io.BytesIO(image), f"an image of {len(image)} bytes"
+    elif isinstance(image, os.PathLike):
+        source, name = image, os.fspath(image)
+    elif isinstance(image, str):
+        source, name = _source_of(image, allow_urls), repr(image[:_SHOWN])
+        if isinstance(source, io.BytesIO):
+            name += ", which is not a file,"
+    else:
+        raise ValueError(
+            f"{type(image).__name__} is not an image: give a Pillow image, a path, bytes, base64, an array or a tensor"
+        )
+    return image_files.load_image(source, name=name)
+
+
+def _source_of(text: str, allow_urls: bool) -> str | io.BytesIO:
+    """The file or its content that a string means."""
+    if text.startswith(("http://", "https://")):
+        if not allow_urls:
+            raise ValueError(
+                f"{text[:_SHOWN]} is not fetched: download it, or pass images_kwargs={{'allow_urls': True}}"
+            )
+        try:
+            with urlopen(text, timeout=_TIMEOUT) as answer:
+                content = answer.read(_MAX_BYTES + 1)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{text[:_SHOWN]} cannot be fetched: {error}") from error
+        if len(content) > _MAX_BYTES:
+            raise ValueError(f"{text[:_SHOWN]} has more than {_MAX_BYTES} bytes")
+        return io.BytesIO(content)
+    is_data_url = text.startswith("data:")
+    if not is_data_url and "\0" not in text and os.path.exists(text):
+        return text
+    try:
+        content = base64.b64decode("".join((text.partition(",")[2] if is_data_url else text).split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"there is no image file {text[:_SHOWN]!r}, and it is neither a URL nor base64") from error
+    return io.BytesIO(content)
+
+
+def _from_array(array: np.ndarray | torch.Tensor, input_data_format: str | None) -> Image.Image:
+    if isinstance(array, torch.Tensor):
+        array = (array.float() if array.is_floating_point() else array).detach().cpu().numpy()
+    kind = f"an array of shape {list(array.shape)} and type {array.dtype}"
+    if array.ndim not in (2, 3) or array.dtype.kind not in "uif":
+        raise ValueError(f"{kind} is not an image")
+    if array.ndim == 2:
+        array, input_data_format = array[..., None], "channels_last"
+    try:
+        data_format = input_data_format or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
+    except ValueError as error:
+        raise ValueError(
+            f"{kind} is not an image: neither the first nor the last dimension is a channel dimension"
+        ) from error
+    if data_format == "channels_first":
+        array = np.moveaxis(array, 0, -1)
+    is_float = array.dtype.kind == "f"
+    largest = 1 if is_float else 255
+    if not ((array >= 0) & (array <= largest)).all():  # NaN fails, too
+        raise ValueError(f"{kind} must have values from 0 to {largest}; is the image normalised already?")
+    values = np.rint(array.astype(np.float32) * 255) if is_float else array
+    return Image.fromarray(values.astype(np.uint8).squeeze(-1) if array.shape[-1] == 1 else values.astype(np.uint8))

@@ -1,0 +1,95 @@
+"""Answers as the model writes them: generated ids to texts and images, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from metamorph.models.sequence.conversations import ImagePart, TextPart
+
+
+def interleave(
+    answers: Sequence[Any],
+    visual_tokens: torch.Tensor | None,
+    decode: Callable[[list[int]], str],
+    *,
+    ends: frozenset[int],
+    placeholder: int,
+    num_image_tokens: int,
+) -> list[list[TextPart | ImagePart]]:
+    """Texts and images of each answer.
+
+    Args:
+        answers: Ids that the model wrote, without the prompt.
+        visual_tokens: `[images, num_image_tokens, vision_hidden]`, answer by answer.
+        decode: Ids to text.
+        ends: Ids that end an answer.
+        placeholder: Id of the placeholder.
+        num_image_tokens: Placeholders of one image.
+
+    Raises:
+        ValueError: If placeholders and visual tokens disagree in number.
+    """
+    features = [] if visual_tokens is None else list(visual_tokens)
+    rows: list[list[TextPart | ImagePart]] = []
+    used = 0
+    for answer in answers:
+        ids = answer.tolist() if isinstance(answer, torch.Tensor) else list(answer)
+        parts: list[TextPart | ImagePart] = []
+        for run in split_generated(ids, placeholder, num_image_tokens, ends):
+            if run is None:
+                if used < len(features):
+                    parts.append(ImagePart(features[used]))
+                used += 1
+            elif text := decode(run):
+                parts.append(TextPart(text))
+        rows.append(parts)
+    if used != len(features):
+        raise ValueError(
+            f"the sequences hold {used} generated image(s) of {num_image_tokens} placeholders, but visual_tokens has "
+            f"{len(features)}; is prompt_length the length of the prompt?"
+        )
+    return rows
+
+
+def stack_visual_tokens(images: Sequence[ImagePart], num_image_tokens: int) -> torch.Tensor:
+    """`[images, num_image_tokens, vision_hidden]` of images that the model wrote earlier.
+
+    Raises:
+        ValueError: If they are of another model.
+    """
+    shapes = {tuple(image.visual_tokens.shape) for image in images}
+    if len(shapes) > 1 or any(len(shape) != 2 or shape[0] != num_image_tokens for shape in shapes):
+        raise ValueError(
+            f"an ImagePart must have visual tokens of shape [{num_image_tokens}, vision_hidden], as this model writes "
+            f"them; there are {sorted(shapes)}"
+        )
+    return torch.stack([image.visual_tokens for image in images])
+
+
+def split_generated(
+    ids: list[int], placeholder: int, num_image_tokens: int, ends: frozenset[int]
+) -> list[list[int] | None]:
+    """Take an answer apart: ids of text, with None for each complete image between them.
+
+    Args:
+        ids: Ids that the model wrote.
+        placeholder: Id of the placeholder.
+        num_image_tokens: Placeholders of one image.
+        ends: Ids that end the answer; what follows the first of them is ignored.
+    """
+    ids = ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+    runs: list[list[int] | None] = []
+    text: list[int] = []
+    placeholders = 0
+    for token in ids:
+        if token != placeholder:
+            text.append(token)
+            continue
+        placeholders += 1
+        if placeholders == num_image_tokens:
+            runs += [text, None]
+            text, placeholders = [], 0
+    return [*runs, text]

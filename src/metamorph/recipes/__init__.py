@@ -1,0 +1,36 @@
+"""The recipes that ship with the package: YAML files of flags, one for each stage and model size."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+
+_FOLDER = Path(__file__).parent
+
+
+def shipped_recipes() -> dict[str, str]:
+    """The first line of each recipe's opening comment, which says what it is for, by the recipe's name."""
+    files = sorted(_FOLDER.glob("*.yaml"))
+    return {file.stem: file.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ") for file in files}
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file that `--config` means: that of this path if there is one, else the shipped recipe of this name.
+
+    Args:
+        recipe: Path of a YAML file, or the name of a shipped recipe with or without `.yaml`.
+
+    Raises:
+        FileNotFoundError: if it is neither; the message names the nearest recipes.
+    """
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    names = list(shipped_recipes())
+    name = recipe.removesuffix(".yaml")
+    if name in names:
+        return _FOLDER / f"{name}.yaml"
+    near = difflib.get_close_matches(path.name.removesuffix(".yaml"), names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"use a YAML file of flags or one of {', '.join(names)}"
+    raise FileNotFoundError(f"{recipe} is neither a file nor the name of a recipe (`metamorph recipes`): {hint}")
