@@ -77,7 +77,7 @@ def test_damaged_shards_are_reported_and_left_out_within_the_cap(flags, tmp_path
     args = VisualizerArguments(output_dir=str(tmp_path / "out"), image_folder=str(tmp_path / "shards"), **flags)
     with pytest.raises(ValueError, match=r"1 of 4 shards are damaged: .*1-cut\.tar \(1 pictures\) is cut off.*skip"):
         train_visualizer(args)
-    with pytest.raises(TooManyBadRecordsError, match=r"1 of 9 pictures are bad \(1 of them lost"):
+    with pytest.raises(TooManyBadRecordsError, match=r"1 of 9 pictures are bad.*\{'lost with damaged shards': 1\}"):
         train_visualizer(replace(args, on_bad_image="skip"))
     logged = []
     with caplog.at_level(logging.INFO, logger="metamorph"):

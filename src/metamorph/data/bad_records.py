@@ -99,6 +99,8 @@ class BadRecordLimit:
         ValueError: For a value that is not allowed.
     """
 
+    unit = "records"
+
     def __init__(self, on_bad_record: str = "raise", max_bad_fraction: float = 0.01) -> None:
         if on_bad_record not in ON_BAD_RECORD:
             raise ValueError(f"--on_bad_record {on_bad_record!r} is unknown; use one of {', '.join(ON_BAD_RECORD)}")
@@ -141,7 +143,7 @@ class BadRecordLimit:
         if num_bad > self.max_bad_fraction * self.num_records:
             example = "" if last is None else f". The last one: {last}"
             raise TooManyBadRecordsError(
-                f"{num_bad} of {self.num_records} records are bad, more than --max_bad_fraction "
+                f"{num_bad} of {self.num_records} {self.unit} are bad, more than --max_bad_fraction "
                 f"{self.max_bad_fraction} allows: {self.bad_by_kind()}{example}"
             ) from last
 

@@ -183,7 +183,7 @@ class RunTrainer(Trainer):
                 if self._is_finished(state):
                     logger.info("%s is at the last step: there is nothing left to train", resume_from_checkpoint)
                     best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-                    self.load_finished(resume_from_checkpoint if best is None else best)
+                    self._load_from_checkpoint(resume_from_checkpoint if best is None else best)
                     self.state = state
                     return TrainOutput(state.global_step, math.nan, {})
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -192,10 +192,6 @@ class RunTrainer(Trainer):
                 f"optimizer, scheduler or rng_state of {resume_from_checkpoint} hold more than tensors and numbers; "
                 "that is refused because loading it can run code: resume from another checkpoint"
             ) from error
-
-    def load_finished(self, checkpoint: str) -> None:
-        """Load what the result is made of from the checkpoint of the last step."""
-        self._load_from_checkpoint(checkpoint)
 
     def _is_finished(self, state: TrainerState) -> bool:
         if self.args.max_steps > 0:

@@ -190,8 +190,6 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     save_vision_tower: bool = False
     """Write the vision tower into the result too, so that `pipe(images=…)` can encode pictures; a large tower makes the
     folder as much larger."""
-    logging_steps: int = 10
-    """Optimizer steps between entries of the log."""
     validation_images: list[str] = field(default_factory=list)
     """Pictures that are drawn again from their own tokens at every checkpoint."""
     validation_guidance_scales: list[float] = field(default_factory=lambda: [1.0, 3.0])
@@ -270,8 +268,6 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"--{name} {value} must be at least 0 and less than 1")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"--max_bad_fraction {self.max_bad_fraction} must lie between 0 and 1")
         if (self.lr_warmup_steps or 0) > self.training_steps:
             raise ValueError(
                 f"--lr_warmup_steps {self.lr_warmup_steps} must be at most --training_steps {self.training_steps}"

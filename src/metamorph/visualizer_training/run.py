@@ -48,7 +48,7 @@ from metamorph.visualizer_training.pictures.sources import (
     shards_of,
 )
 from metamorph.visualizer_training.resume import find_resume_point, flags_of_run
-from metamorph.visualizer_training.trainer import PassOn, StepCallback, VisualizerResult, VisualizerTrainer
+from metamorph.visualizer_training.trainer import StepCallback, VisualizerResult, VisualizerTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -84,13 +84,17 @@ def train_visualizer(
     args = adopt_resolution(adopt_token_options(args))
     source = open_source(args, images)
     if on_log is not None:
-        callbacks = [*callbacks, ShowProgress(VisualizerTrainer.title, log_entries=False), PassOn(on_log)]
+        callbacks = [*callbacks, ShowProgress(VisualizerTrainer.title, log_entries=False)]
     with open_run(args) as preemption:
-        return _train(args, source, list(callbacks), preemption)
+        return _train(args, source, list(callbacks), on_log, preemption)
 
 
 def _train(
-    args: VisualizerArguments, source: ImageSource, callbacks: list[TrainerCallback], preemption: Preemption
+    args: VisualizerArguments,
+    source: ImageSource,
+    callbacks: list[TrainerCallback],
+    on_log: StepCallback | None,
+    preemption: Preemption,
 ) -> VisualizerResult:
     # 1. Everything that can be checked without weights.
     check_optimizer(args)
@@ -133,6 +137,7 @@ def _train(
         tower_format=tower_format,
         validation=validation,
         data=data,
+        on_log=on_log,
         batches=StreamBatches(
             len(source),
             args.batch_size,

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from metamorph.files.model_files import check_finite
@@ -71,6 +70,7 @@ class VisualizerTrainer(RunTrainer):
         tower_format: What the tower takes.
         validation: Pictures that are drawn again at every checkpoint.
         data: What decides which picture comes when, for checkpoints.
+        on_log: See `train_visualizer`.
         **kwargs: As for [`RunTrainer`].
     """
 
@@ -86,11 +86,12 @@ class VisualizerTrainer(RunTrainer):
         tower_format: PixelFormat,
         validation: Sequence[Image.Image],
         data: dict[str, Any],
+        on_log: StepCallback | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.parts, self.encoders, self.tower_format = parts, encoders, tower_format
-        self.validation, self.data = validation, data
+        self.validation, self.data, self.on_log = validation, data, on_log
         self.losses: list[Tensor] = []
         """`[2]` of each step of this run: losses and number of good pictures, both divided by that of all pictures."""
         self._sums: Tensor | None = None
@@ -158,6 +159,8 @@ class VisualizerTrainer(RunTrainer):
             logs["loss"] = _ratio(*self.accelerator.reduce(window, "mean").tolist())
             self._logged = len(self.losses)
         super().log(logs, start_time)
+        if "loss" in logs and self.on_log is not None and self.is_world_process_zero():
+            self.on_log(self.state.global_step, logs)
 
     # Checkpoints.
 
@@ -214,12 +217,8 @@ class VisualizerTrainer(RunTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.read_weights(resume_from_checkpoint)
-
-    def load_finished(self, checkpoint: str) -> None:
-        """See [`RunTrainer`]; with the moving average."""
-        super().load_finished(checkpoint)
         if self.average is not None:
-            self.average.load(Path(checkpoint))
+            self.average.load(Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As Trainer does on one process, whatever the engine; and the moving average."""
@@ -242,8 +241,6 @@ class VisualizerTrainer(RunTrainer):
             state["state"][index] = {name: divided_like(value, parameters[index]) for name, value in values.items()}
         optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
-        if self.average is not None:
-            self.average.load(Path(checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """See [`RunTrainer`]; then draw the validation pictures, unless a signal has left little time."""
@@ -297,29 +294,6 @@ class VisualizerTrainer(RunTrainer):
                 yield model.projector, self.parts
         else:
             yield model.projector, self.parts
-
-
-class PassOn(TrainerCallback):
-    """Passes on each training log entry, in the main process.
-
-    Args:
-        on_log: See `train_visualizer`.
-    """
-
-    def __init__(self, on_log: StepCallback) -> None:
-        self.receiver = on_log
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Called by the trainer."""
-        if logs is not None and "loss" in logs and state.is_world_process_zero:
-            self.receiver(state.global_step, dict(logs))
 
 
 def _module_of(parameter_name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from metamorph.data.bad_records import BadRecordLimit, RecordLog, TooManyBadRecordsError
+from metamorph.data.bad_records import BadRecordLimit, RecordLog
 from metamorph.models.image_files import MediaError
 from metamorph.visualizer_training.pictures.shards import ShardedImages
 
@@ -21,6 +21,8 @@ class BadPictures(BadRecordLimit):
         max_bad_fraction: Largest share of bad pictures with `skip`.
     """
 
+    unit = "pictures"
+
     def __init__(self, num_pictures: int, on_bad_image: str = "raise", max_bad_fraction: float = 0.01) -> None:
         super().__init__(on_bad_image, max_bad_fraction)
         self.num_lost = 0
@@ -32,6 +34,10 @@ class BadPictures(BadRecordLimit):
     def num_bad(self) -> int:
         """Bad pictures met so far, by other processes until they are merged, and those lost with damaged shards."""
         return self.num_lost + super().num_bad
+
+    def bad_by_kind(self) -> dict[str, int]:
+        """See [`BadRecordLimit`]; with those lost."""
+        return super().bad_by_kind() | ({"lost with damaged shards": self.num_lost} if self.num_lost else {})
 
     def add_lost(self, shards: ShardedImages) -> None:
         """Count what damaged shards have cost.
@@ -47,6 +53,7 @@ class BadPictures(BadRecordLimit):
                 "on with the pictures that can be read: --on_bad_image skip"
             )
         self.num_lost += shards.num_lost
+        self.num_records += shards.num_lost
         self.check()
 
     def note(self, index: int, error: MediaError) -> None:
@@ -61,17 +68,3 @@ class BadPictures(BadRecordLimit):
         if self._log.note_bad(index, error.kind):
             logger.warning("left out: %s", error)
             self.check(error)
-
-    def check(self, last: ValueError | None = None) -> None:
-        """Stop when too many pictures are bad.
-
-        Raises:
-            TooManyBadRecordsError: If they are more than `max_bad_fraction` of all.
-        """
-        everything = self.num_records + self.num_lost
-        if self.num_bad > self.max_bad_fraction * everything:
-            example = "" if last is None else f". The last one: {last}"
-            raise TooManyBadRecordsError(
-                f"{self.num_bad} of {everything} pictures are bad ({self.num_lost} of them lost with damaged shards), "
-                f"more than --max_bad_fraction {self.max_bad_fraction} allows{example}"
-            )
