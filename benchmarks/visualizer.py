@@ -37,7 +37,7 @@ from metamorph.visualization import VisualizationPipeline, VisualizerArguments, 
 from metamorph.visualization.pixels import PixelFormat, crop_square
 from metamorph.visualization.token_options import load_tower
 from metamorph.visualizer_training.build import build_projector, load_diffusion_parts, token_shape
-from metamorph.visualizer_training.denoising import ConditionedUNet, Draws, diffusion_loss
+from metamorph.visualizer_training.denoising import Denoiser, Draws
 
 
 NUM_PICTURES = 64
@@ -276,8 +276,8 @@ def check_same_loss(shape: Shape, pictures: list[Image.Image]) -> None:
     latents = reference.latents(vae_pixels)
     draws = Draws.at(torch.arange(len(latents)), latents.shape[1:], seed=0, num_timesteps=1000, cfg_prob=0.3)
     plain = reference.loss(tower_pixels, latents, draws.noise, draws.timesteps, draws.keep_condition).item()
-    model = ConditionedUNet(reference.projector, reference.unet)
-    ours = diffusion_loss(model, reference.scheduler, latents, reference.tower(tower_pixels), draws).item()
+    model = Denoiser(reference.projector, reference.unet, reference.scheduler)
+    ours = model(latents, reference.tower(tower_pixels), draws)["loss"].item()
     if abs(plain - ours) > 1e-4 * plain:
         raise RuntimeError(f"{shape.name}: the reference has loss {plain}, the package {ours}")
 

@@ -24,13 +24,7 @@ from train_gpu import PEAKS
 from metamorph.models.vision_tower import MetaMorphConfig, VisionTower
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector
-from metamorph.visualizer_training.denoising import (
-    ConditionedUNet,
-    Draws,
-    FrozenEncoders,
-    diffusion_loss,
-    sample_latents,
-)
+from metamorph.visualizer_training.denoising import Denoiser, Draws, FrozenEncoders, sample_latents
 from metamorph.visualizer_training.fsdp2 import layers
 
 
@@ -104,13 +98,14 @@ def unet_flops() -> float:
     return float(counter.get_total_flops())
 
 
-def build(device: str = "cuda") -> tuple[ConditionedUNet, FrozenEncoders]:
+def build(device: str = "cuda") -> tuple[Denoiser, FrozenEncoders]:
     """Random weights."""
     torch.manual_seed(0)
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     with torch.device(device):
         tower = VisionTower(MetaMorphConfig(vision_config=dict(TOWER), num_image_tokens=64)).bfloat16()
         vae = AutoencoderKL(**VAE).bfloat16()
-        model = ConditionedUNet(VisualizationProjector(mode="mlp"), UNet2DConditionModel(**UNET))
+        model = Denoiser(VisualizationProjector(mode="mlp"), UNet2DConditionModel(**UNET), scheduler)
     return model, FrozenEncoders(tower, vae)
 
 
@@ -123,7 +118,6 @@ def training_case(batch: int, compiled: bool, flops: float, peak: float) -> dict
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(weights, lr=1e-5)
     average = EMAModel(weights, decay=0.9999)
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     pixels = {
         "tower_pixels": torch.randn(batch, 3, 384, 384, device="cuda"),
         "vae_pixels": torch.randn(batch, 3, 512, 512, device="cuda"),
@@ -136,7 +130,7 @@ def training_case(batch: int, compiled: bool, flops: float, peak: float) -> dict
         draws = Draws(**{name: value.cuda() for name, value in vars(draws).items()})
         latents = sample_latents(encoders.vae, encoded["moments"], draws.latent_noise)
         with torch.autocast("cuda", torch.bfloat16):
-            loss = diffusion_loss(model, scheduler, latents, encoded["visual_tokens"], draws)
+            loss = model(latents, encoded["visual_tokens"], draws)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -156,7 +150,7 @@ def training_case(batch: int, compiled: bool, flops: float, peak: float) -> dict
 def drawing_case(batch: int, compiled: bool) -> dict[str, Any]:
     """Seconds an image."""
     model, encoders = build()
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = model.noise_scheduler
     parts = (model.projector.bfloat16().eval(), model.unet.bfloat16().eval(), encoders.vae)
     pipeline = VisualizationPipeline.from_parts(*parts, scheduler)
     pipeline.set_progress_bar_config(disable=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import nn
 from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae
 
 from metamorph.visualization.projector import VisualizationProjector, pad_condition
-from metamorph.visualizer_training.denoising import ConditionedUNet, Draws, diffusion_loss, sample_latents
+from metamorph.visualizer_training.denoising import Denoiser, Draws, sample_latents
 
 
 LATENT_SHAPE = (4, 16, 16)
@@ -20,10 +21,10 @@ def draws_at(*positions: int, **options) -> Draws:
 
 
 @pytest.fixture
-def model() -> ConditionedUNet:
+def model() -> Denoiser:
     torch.manual_seed(0)
     projector = VisualizationProjector(input_dim=12, hidden_dim=16, output_dim=CROSS_ATTENTION_DIM, mode="mlp")
-    return ConditionedUNet(projector, tiny_unet())
+    return Denoiser(projector, tiny_unet(), tiny_scheduler())
 
 
 class Oracle(nn.Module):
@@ -33,13 +34,13 @@ class Oracle(nn.Module):
         super().__init__()
         self.scheduler, self.latents, self.noise = scheduler, latents, noise
 
-    def forward(self, noisy, timesteps, visual_tokens, keep_condition) -> torch.Tensor:
+    def forward(self, noisy, timesteps, encoder_hidden_states) -> UNet2DConditionOutput:
         alpha = self.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         signal, level = alpha.sqrt(), (1 - alpha).sqrt()
         torch.testing.assert_close(noisy, signal * self.latents + level * self.noise)
         if self.scheduler.config.prediction_type == "epsilon":
-            return self.noise
-        return signal * self.noise - level * self.latents
+            return UNet2DConditionOutput(self.noise)
+        return UNet2DConditionOutput(signal * self.noise - level * self.latents)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -47,8 +48,8 @@ class Oracle(nn.Module):
 def test_target_is_the_schedulers_own(prediction_type, snr_gamma):
     scheduler = tiny_scheduler(prediction_type)
     latents, draws = torch.randn(3, *LATENT_SHAPE), draws_at(0, 1, 2)
-    oracle = Oracle(scheduler, latents, draws.noise)
-    loss = diffusion_loss(oracle, scheduler, latents, torch.zeros(3, 4, 12), draws, snr_gamma)
+    model = Denoiser(nn.Identity(), Oracle(scheduler, latents, draws.noise), scheduler, snr_gamma)
+    loss = model(latents, torch.zeros(3, 4, 12), draws)["loss"]
     assert loss.item() == pytest.approx(0, abs=1e-9)
 
 
@@ -56,8 +57,10 @@ def test_target_is_the_schedulers_own(prediction_type, snr_gamma):
 def test_min_snr_weights(prediction_type, model):
     scheduler, latents, tokens = tiny_scheduler(prediction_type), torch.randn(1, *LATENT_SHAPE), torch.randn(1, 4, 12)
     draws = draws_at(0)
-    plain = diffusion_loss(model, scheduler, latents, tokens, draws)
-    weighted = diffusion_loss(model, scheduler, latents, tokens, draws, snr_gamma=0.5)
+    model.noise_scheduler = scheduler
+    plain = model(latents, tokens, draws)["loss"]
+    model.snr_gamma = 0.5
+    weighted = model(latents, tokens, draws)["loss"]
     alpha = scheduler.alphas_cumprod[draws.timesteps]
     snr = (alpha / (1 - alpha)).item()
     divisor = snr if prediction_type == "epsilon" else snr + 1
@@ -67,7 +70,7 @@ def test_min_snr_weights(prediction_type, model):
 def test_dropped_sample_is_the_pipelines_zero_condition(model):
     noisy, timesteps, tokens = torch.randn(2, *LATENT_SHAPE), torch.tensor([10, 900]), torch.randn(2, 4, 12)
     with torch.no_grad():
-        mixed = model(noisy, timesteps, tokens, torch.tensor([True, False]))
+        mixed = model.predict(noisy, timesteps, tokens, torch.tensor([True, False]))
         condition = pad_condition(model.projector(tokens))
         kept = model.unet(noisy, timesteps, condition).sample
         dropped = model.unet(noisy, timesteps, torch.zeros_like(condition)).sample
@@ -82,7 +85,7 @@ def test_dropped_samples_give_the_projector_no_gradient(model):
         draws = draws_at(0, 1)
         tokens, latents = torch.ones(2, 4, 12), torch.ones(2, *LATENT_SHAPE)
         draws = Draws(draws.noise, draws.latent_noise, draws.timesteps, torch.tensor(keep))
-        diffusion_loss(model, tiny_scheduler(), latents, tokens, draws).backward()
+        model(latents, tokens, draws)["loss"].backward()
         return sum(p.grad.abs().sum().item() for p in model.projector.parameters())
 
     assert gradient([False, False]) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,41 +17,6 @@ from metamorph.models.vision_tower import VisionTower
 from metamorph.visualization.guidance import drop
 from metamorph.visualization.pipeline import to_unet_latents
 from metamorph.visualization.projector import VisualizationProjector, pad_condition
-
-
-class ConditionedUNet(nn.Module):
-    """Projector and UNet as the one module that is trained.
-
-    Args:
-        projector: Visual tokens to condition tokens.
-        unet: Noise predictor; frozen parameters stay as they are.
-    """
-
-    def __init__(self, projector: VisualizationProjector, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.projector = projector
-        self.unet = unet
-
-    def forward(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        visual_tokens: torch.Tensor,
-        keep_condition: torch.Tensor,
-    ) -> torch.Tensor:
-        """Predict the scheduler's target.
-
-        Args:
-            noisy_latents: `[images, channels, height, width]`.
-            timesteps: `[images]`.
-            visual_tokens: `[images, N, D]`.
-            keep_condition: `[images]` bool; where False, the whole condition of the image is zero.
-
-        Returns:
-            `[images, channels, height, width]`.
-        """
-        condition = drop(pad_condition(self.projector(visual_tokens)), keep_condition)
-        return self.unet(noisy_latents, timesteps, encoder_hidden_states=condition).sample
 
 
 class FrozenEncoders:
@@ -144,46 +108,14 @@ def sample_latents(vae: AutoencoderKL, moments: torch.Tensor, latent_noise: torc
     return to_unet_latents(vae, distribution.mean + distribution.std * latent_noise)
 
 
-def diffusion_loss(
-    model: Callable[..., torch.Tensor],
-    noise_scheduler: DDPMScheduler,
-    latents: torch.Tensor,
-    visual_tokens: torch.Tensor,
-    draws: Draws,
-    snr_gamma: float | None = None,
-    weights: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Mean squared error on the scheduler's own target, the mean over pictures.
-
-    Args:
-        model: A `ConditionedUNet`, perhaps wrapped.
-        noise_scheduler: Schedule and prediction type (`epsilon` or `v_prediction`).
-        latents: `[images, channels, height, width]` at the UNet's scale.
-        visual_tokens: `[images, N, D]`.
-        draws: Noise, timesteps and dropped conditions.
-        snr_gamma: Weigh pictures by min(SNR, gamma)/SNR (Hang et al., 2023), /(SNR + 1) for v-prediction.
-        weights: `[images]`; 0 for a picture that is left out, else 1. The number of pictures divides in either case, so
-            the gradient of a batch is the sum of those of its parts, however it is divided among processes.
-    """
-    noisy = noise_scheduler.add_noise(latents, draws.noise, draws.timesteps)
-    predicts_velocity = noise_scheduler.config.prediction_type == "v_prediction"
-    target = noise_scheduler.get_velocity(latents, draws.noise, draws.timesteps) if predicts_velocity else draws.noise
-    prediction = model(noisy, draws.timesteps, visual_tokens, draws.keep_condition)
-    losses = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-    if snr_gamma is not None:
-        snr = compute_snr(noise_scheduler, draws.timesteps)
-        losses = losses * snr.clamp(max=snr_gamma) / (snr + 1 if predicts_velocity else snr)
-    return (losses if weights is None else losses * weights).mean()
-
-
-class Denoiser(ConditionedUNet):
-    """A `ConditionedUNet` whose forward pass gives the loss, as Trainer wants it.
+class Denoiser(nn.Module):
+    """Projector and UNet as the one module that is trained. Its forward pass gives the loss, as Trainer wants it.
 
     Args:
         projector: Visual tokens to condition tokens.
-        unet: Noise predictor.
-        noise_scheduler: Schedule and prediction type.
-        snr_gamma: See [`diffusion_loss`].
+        unet: Noise predictor; frozen parameters stay as they are.
+        noise_scheduler: Schedule and prediction type (`epsilon` or `v_prediction`).
+        snr_gamma: Weigh images by min(SNR, gamma)/SNR (Hang et al., 2023), /(SNR + 1) for v-prediction.
     """
 
     def __init__(
@@ -193,17 +125,55 @@ class Denoiser(ConditionedUNet):
         noise_scheduler: DDPMScheduler,
         snr_gamma: float | None = None,
     ) -> None:
-        super().__init__(projector, unet)
+        super().__init__()
+        self.projector = projector
+        self.unet = unet
         self.noise_scheduler = noise_scheduler
         self.snr_gamma = snr_gamma
 
-    def forward(  # type: ignore[override]
-        self, latents: torch.Tensor, visual_tokens: torch.Tensor, draws: Draws, weights: torch.Tensor
+    def predict(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        visual_tokens: torch.Tensor,
+        keep_condition: torch.Tensor,
+    ) -> torch.Tensor:
+        """Predict the scheduler's target.
+
+        Args:
+            noisy_latents: `[images, channels, height, width]`.
+            timesteps: `[images]`.
+            visual_tokens: `[images, N, D]`.
+            keep_condition: `[images]` bool; where False, the whole condition of the image is zero.
+
+        Returns:
+            `[images, channels, height, width]`.
+        """
+        condition = drop(pad_condition(self.projector(visual_tokens)), keep_condition)
+        return self.unet(noisy_latents, timesteps, encoder_hidden_states=condition).sample
+
+    def forward(
+        self, latents: torch.Tensor, visual_tokens: torch.Tensor, draws: Draws, weights: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """`{"loss": []}`, see [`diffusion_loss`]."""
-        predict = super().forward
-        loss = diffusion_loss(predict, self.noise_scheduler, latents, visual_tokens, draws, self.snr_gamma, weights)
-        return {"loss": loss}
+        """Mean squared error on the scheduler's own target, the mean over images, as `{"loss": []}`.
+
+        Args:
+            latents: `[images, channels, height, width]` at the UNet's scale.
+            visual_tokens: `[images, N, D]`.
+            draws: Noise, timesteps and dropped conditions.
+            weights: `[images]`; 0 for an image that is left out, else 1. The number of images divides in either case,
+                so the gradient of a batch is the sum of those of its parts, however it is divided among processes.
+        """
+        scheduler, noise, timesteps = self.noise_scheduler, draws.noise, draws.timesteps
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        predicts_velocity = scheduler.config.prediction_type == "v_prediction"
+        target = scheduler.get_velocity(latents, noise, timesteps) if predicts_velocity else noise
+        prediction = self.predict(noisy, timesteps, visual_tokens, draws.keep_condition)
+        losses = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        if self.snr_gamma is not None:
+            snr = compute_snr(scheduler, timesteps)
+            losses = losses * snr.clamp(max=self.snr_gamma) / (snr + 1 if predicts_velocity else snr)
+        return {"loss": (losses if weights is None else losses * weights).mean()}
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
         """Recompute the UNet's activations; Trainer calls it with `--gradient_checkpointing`."""

@@ -14,10 +14,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from metamorph.visualization.projector import VisualizationProjector
-from metamorph.visualizer_training.denoising import ConditionedUNet
+from metamorph.visualizer_training.denoising import Denoiser
 
 
-def layers(model: ConditionedUNet) -> Iterator[nn.Module]:
+def layers(model: Denoiser) -> Iterator[nn.Module]:
     """The modules that are sharded and compiled one by one: the projector and the blocks of the UNet."""
     yield model.projector
     yield from model.unet.down_blocks
@@ -55,9 +55,9 @@ def divided_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
-def whole_copy(model: ConditionedUNet, state: dict[str, torch.Tensor], device: torch.device) -> ConditionedUNet:
+def whole_copy(model: Denoiser, state: dict[str, torch.Tensor], device: torch.device) -> Denoiser:
     """A sharded model as one process has it, of its whole weights."""
     projector = VisualizationProjector.from_config(model.projector.config)
-    copy = ConditionedUNet(projector, UNet2DConditionModel.from_config(model.unet.config))
+    copy = Denoiser(projector, UNet2DConditionModel.from_config(model.unet.config), model.noise_scheduler)
     copy.load_state_dict(state)
     return copy.to(device)
