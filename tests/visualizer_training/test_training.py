@@ -317,7 +317,7 @@ def test_configurations_are_checked_before_anything_is_built(arguments, parts, t
         load_diffusion_parts(adopt_resolution(args))
 
 
-def test_result_has_a_model_card(arguments, parts, pictures, tmp_path):
+def test_result_has_a_model_card_and_is_not_replaced_silently(arguments, parts, pictures, tmp_path, caplog):
     flags = {"resolution": None, "model_license": "openrail", "lr": 0.01}
     result = train_visualizer(arguments(**flags), pictures)
     _, head, text = (result.output_dir / "README.md").read_text().split("---\n", 2)
@@ -331,6 +331,8 @@ def test_result_has_a_model_card(arguments, parts, pictures, tmp_path):
     assert f"| `loss` | {sum(result.losses) / 3:.4g} |" in text
     assert "Training data: unknown" in text
     assert not [path for path in (tmp_path, *parts.values()) if str(path) in text]  # no path of this machine
+    train_visualizer(arguments(training_steps=1), pictures)
+    assert "holds a result and no checkpoint: it is trained again and replaced" in caplog.text
 
 
 def test_paths_may_begin_in_the_home_folder(arguments, pictures, parts, monkeypatch):
