@@ -1,6 +1,7 @@
 """The environment of all tests, and a fresh small model."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# In the background of a script it is ignored, which tests of Ctrl-C would see.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
