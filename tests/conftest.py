@@ -10,8 +10,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# In the background of a script it is ignored, which tests of Ctrl-C would see.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
@@ -19,6 +17,10 @@ from model_parts import build_tiny_model
 from training_parts import make_language_model, make_records, make_vision_tower
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+
+
+# In the background of a script it is ignored, which tests of Ctrl-C would see.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
