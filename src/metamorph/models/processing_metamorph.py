@@ -88,7 +88,7 @@ class MetaMorphProcessor(ConversationProcessor):
             if images is None:
                 raise ValueError("give text, images or both")
             return BatchFeature(self._image_inputs(flatten_images(images), options), tensor_type=options.return_tensors)
-        prompts = list(text) if isinstance(text, (list, tuple)) else [text]
+        prompts: list[Any] = list(text) if isinstance(text, (list, tuple)) else [text]
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("text must be a string or a list of strings; images are the first argument, or images=")
         encoded = [self._encoder.encode_text(prompt, options.limit, options.add_special_tokens) for prompt in prompts]
