@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -123,17 +124,20 @@ def test_r25_a_signal_to_the_script_saves_and_the_same_command_finishes(
     log = tmp_path / "log"
     with log.open("w") as output:
         # So many steps that only the signal can end it.
-        running = subprocess.Popen([*command, "1000000"], env=env, stdout=output, stderr=subprocess.STDOUT)
+        running = subprocess.Popen(
+            [*command, "1000000"], env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             deadline = time.monotonic() + 300
-            while "'epoch'" not in log.read_text():
+            while re.search(r"step +1/", log.read_text()) is None:
                 assert running.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
             running.send_signal(number)
             assert running.wait(timeout=300) == 75, log.read_text()
         finally:
-            running.kill()
+            with suppress(ProcessLookupError):  # nothing is left if all went well
+                os.killpg(running.pid, signal.SIGKILL)
     step = json.loads((tmp_path / "out" / "preempted.json").read_text())["step"]
     assert step >= 1
     assert (tmp_path / "out" / f"checkpoint-{step}").is_dir()
