@@ -1,6 +1,7 @@
 """The environment of all tests, and a fresh small model."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,12 @@ from model_parts import build_tiny_model
 from training_parts import make_language_model, make_records, make_vision_tower
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts_are_not_ignored() -> None:
+    """A shell lets what it starts in the background ignore Ctrl-C, and processes inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
