@@ -1,8 +1,9 @@
 """`metamorph train --config recipe.yaml [--flag value …]`."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
+
+from metamorph.runs.ranks import is_first_process
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,5 +36,5 @@ def _print_plan(*arguments: Any) -> None:
     from metamorph.training.dry_run.preview import preview
     from metamorph.training.dry_run.report import format_dry_run
 
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_process():
         print(format_dry_run(preview(*arguments)))

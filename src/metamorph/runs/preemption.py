@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from metamorph.runs.ranks import is_first_process
+
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +106,7 @@ class Preemption:
         now = time.monotonic()
         if self._interrupted_at is None:
             self._interrupted_at = now
-            if int(os.environ.get("RANK", "0")) == 0:
+            if is_first_process():
                 os.write(2, LEAVING.encode())
             self._note(number, frame)
         elif now - self._interrupted_at > SAME_KEY_PRESS:

@@ -2,7 +2,7 @@
 
 What the network is, and what is trained?  `model.py`
 What does it learn from?                   `data.py`
-How does it learn?                         `training.py`
+How does it learn?                         `training.py`; of Transformers, what does nothing here: `unsupported.py`
 How do several GPUs share the work?        `sharding.py`
 """
 
