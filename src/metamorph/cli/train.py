@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from metamorph.recipes import config_flag
 from metamorph.runs.ranks import is_first_process
 
 
@@ -12,6 +13,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Command line after `train`.
     """
+    config_flag(argv)  # at once; the imports below take seconds
     from metamorph.training.dry_run.arguments import parse_training_flags
 
     model_args, data_args, training_args, dry_run = parse_training_flags(argv)
