@@ -19,8 +19,10 @@ from training_parts import make_language_model, make_records, make_vision_tower
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 
 
-# In the background of a script it is ignored, which tests of Ctrl-C would see.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts_are_not_ignored() -> None:
+    """A shell lets what it starts in the background ignore Ctrl-C, and processes inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

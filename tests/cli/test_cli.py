@@ -2,6 +2,7 @@
 
 import logging
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,6 +119,15 @@ def test_recipes_are_listed_and_printed_by_name(
     assert read_recipe("tiny-cpu-stage2")["vision_head_type"] == "mlp"
     with pytest.raises(FileNotFoundError, match=r"--config zzz is neither .* one of llama3.1-8b-24gb-stage1, "):
         read_recipe("zzz")
+
+
+@pytest.mark.parametrize("command", [["train"], ["train-visualizer"], ["data", "cache-features"]], ids="-".join)
+def test_a_misspelt_recipe_is_found_before_torch_is_imported(command: list[str]) -> None:
+    words = [*command, "--config", "zzz"]
+    code = f"import sys; from metamorph import cli; print(cli.main({words}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout == "2 False\n"
+    assert "--config zzz is neither a file nor the name of a recipe" in done.stderr
 
 
 def test_faults_of_ours_keep_their_traceback(fail) -> None:

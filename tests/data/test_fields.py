@@ -193,6 +193,7 @@ def test_errors_name_the_field_of_the_records(fields, record, kind, message, fol
     with pytest.raises(RecordError, match=message) as error:
         data.conversation(0)
     assert (error.value.kind, error.value.record_id) == (kind, "r")
+    assert str(error.value) == f"{error.value.where} (id 'r'): {error.value.detail}"  # the report shows the detail
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ REFUSED = {
     ),
     "clip.jpg": (b"\0\0\0\x20ftypisom" + bytes(64), "it is a video.*video"),
     "page.pdf": (b"%PDF-1.7\n", "it is a PDF document"),
-    "text.png": (b"not a picture", "its content is that of no image.*; replace it"),
+    "text.png": (b"not a picture", "its content is not an image.*; replace it"),
     "head.png": (b"\x89PNG\r\n\x1a\n" + bytes(8), "its PNG header is damaged.*; replace it"),
     "icon.ico": ({}, "the format ICO is not read.*; save it as PNG or JPEG"),
     "a.tga": ({}, "the format TGA or CUR is not read"),

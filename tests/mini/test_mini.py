@@ -86,7 +86,7 @@ def test_the_readme_s_commands_draw_what_they_are_told(tmp_path, capsys, prompt)
     [
         (["--model", "{folder}"], "--model {folder} is a folder without config.json"),
         (["--visualizer", "{folder}/nowhere/x"], "--visualizer {folder}/nowhere/x does not exist"),
-        (["--seed", "-1"], "--seed -1 must be 0 or more"),
+        (["--seed", "-1"], "--seed -1 must be at least 0"),
     ],
 )
 def test_evaluate_names_what_is_wrong_before_it_begins(tmp_path, capsys, flags, message):

@@ -20,8 +20,9 @@ from tokenizers import AddedToken, normalizers
 from transformers import AutoTokenizer
 
 from metamorph.models.processing_metamorph import MetaMorphProcessor
-from metamorph.models.sequence import chat_templates
-from metamorph.models.sequence.chat_templates import VERSIONS, get_chat_template
+from metamorph.models.sequence import template_date
+from metamorph.models.sequence.chat_templates import get_chat_template
+from metamorph.models.sequence.constants import VERSIONS
 
 
 # Every version, and `auto` with each family of templates.
@@ -271,7 +272,7 @@ def test_the_day_of_a_template_stays(monkeypatch, tmp_path):
         def now(cls):
             return cls(2026, 5, cls.day)
 
-    monkeypatch.setattr(chat_templates, "datetime", Clock)
+    monkeypatch.setattr(template_date, "datetime", Clock)
     first = build_processor(tokenizer_with("date"), version="auto")
     assert first.apply_chat_template(chat("Hi")).startswith("<|begin_of_text|>[01 May 2026]<|im_start|>")
     first.save_pretrained(tmp_path)

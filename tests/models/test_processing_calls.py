@@ -78,6 +78,7 @@ def test_files_are_opened_upright(processor, tmp_path, key):
     upright.rotate(90, expand=True).save(path, exif=exif)
     expected = processor(images=upright)["pixel_values"]
     assert torch.equal(processor(images=Image.open(path))["pixel_values"], expected)
+    assert load_image(upright) is upright  # nothing is copied on the way of training
     for form in (path, str(path)):
         messages = [{"role": "user", "content": [{"type": "image", key: form}]}]
         assert torch.equal(processor.apply_chat_template(messages, tokenize=True)["pixel_values"], expected)

@@ -1,6 +1,7 @@
 """Signals are noted, the marker is written and removed, and everything is as before afterwards."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -70,6 +71,17 @@ def test_ctrl_c_stays_ignored_in_the_background_and_is_caught_once(monkeypatch: 
         preemption.catch_interrupt()
         preemption.catch_interrupt()
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_data_worker_that_has_just_been_forked_says_nothing_of_ctrl_c(capfd: pytest.CaptureFixture[str]) -> None:
+    with Preemption() as preemption:
+        preemption.catch_interrupt()
+        worker = multiprocessing.get_context("fork").Process(target=signal.raise_signal, args=(signal.SIGINT,))
+        worker.start()
+        worker.join()
+        assert worker.exitcode == 0
+        assert not preemption.agreed()
+    assert "Ctrl-C" not in capfd.readouterr().err
 
 
 def test_handlers_are_restored_after_an_error() -> None:

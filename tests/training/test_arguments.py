@@ -11,7 +11,8 @@ from metamorph import cli
 from metamorph.flags.recipes import parse_arguments
 from metamorph.recipes import shipped_recipes
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
-from metamorph.training.arguments.training import CHANGEABLE, UNSUPPORTED
+from metamorph.training.arguments.training import CHANGEABLE
+from metamorph.training.arguments.unsupported import UNSUPPORTED
 from metamorph.training.checkpoints.resume_flags import ACTING, FIXED
 from metamorph.training.optimizer import scale_learning_rate
 from metamorph.visualizer_training.arguments import VisualizerArguments

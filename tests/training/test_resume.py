@@ -14,7 +14,7 @@ from training_parts import arguments, make_language_model
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
 from metamorph.models.connector import CONNECTOR_FILE
-from metamorph.models.sequence import chat_templates
+from metamorph.models.sequence import template_date
 from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError
 from metamorph.training.build import make_plan
 from metamorph.training.checkpoints.resume import find_checkpoint
@@ -87,7 +87,7 @@ def test_a_run_keeps_the_day_on_which_it_began(parts: Path, tmp_path: Path, monk
         def now(cls, tz: tzinfo | None = None) -> "Clock":
             return cls(2026, 5, cls.day)
 
-    monkeypatch.setattr(chat_templates, "datetime", Clock)
+    monkeypatch.setattr(template_date, "datetime", Clock)
     model = make_language_model(tmp_path / "llm")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = (

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from metamorph import __version__
+from metamorph.runs.ranks import is_first_process
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,6 @@ def _is_from_elsewhere(error: BaseException) -> bool:
     return not str(frame.f_globals.get("__name__", "")).startswith("metamorph.")
 
 
-def is_first_process() -> bool:
-    """Whether this is the process that speaks, of those that torchrun has started."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def usage() -> str:
     """The text of `metamorph --help`."""
     lines = [f"  {name:<18}{command.summary}" for name, command in COMMANDS.items()]
@@ -141,7 +137,7 @@ def _warn_of_namesake() -> None:
     """Warn where the `metamorph` of PyPI is installed, too: it owns the same folder and the same command."""
     import importlib.metadata  # not for --help
 
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not is_first_process():
         return
     # An installation of ours from before its distribution was called metamorph-vpit has our command.
     for distribution in importlib.metadata.distributions(name="metamorph"):

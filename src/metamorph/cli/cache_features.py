@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from metamorph.recipes import config_flag
+
 
 def main(argv: Sequence[str]) -> None:
     """Run the frozen tower over all images of the training data, and keep its visual tokens.
@@ -15,6 +17,7 @@ def main(argv: Sequence[str]) -> None:
         words.insert(0, "--data_path")
     # Its folder is the cache. In a recipe `output_dir` is that of the training, which is not written to.
     words = [re.sub("^--output[-_]dir(?==|$)", "--feature_cache", word) for word in words]
+    config_flag(words)  # at once; the imports below take seconds
     from metamorph.flags.recipes import parse_arguments
     from metamorph.training.arguments import DataArguments, ModelArguments
     from metamorph.training.features import FeatureArguments

@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="print this recipe: redirect it to a file to change it")
     name = parser.parse_args(argv).name
     if name is not None:
-        print(find_recipe(name).read_text(encoding="utf-8"), end="")
+        print(find_recipe(name, flag="").read_text(encoding="utf-8"), end="")
         return
     recipes = shipped_recipes()
     width = max(map(len, recipes))

@@ -1,8 +1,10 @@
 """`metamorph train --config recipe.yaml [--flag value …]`."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
+
+from metamorph.recipes import config_flag
+from metamorph.runs.ranks import is_first_process
 
 
 def main(argv: Sequence[str]) -> None:
@@ -11,6 +13,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Command line after `train`.
     """
+    config_flag(argv)  # at once; the imports below take seconds
     from metamorph.training.dry_run.arguments import parse_training_flags
 
     model_args, data_args, training_args, dry_run = parse_training_flags(argv)
@@ -35,5 +38,5 @@ def _print_plan(*arguments: Any) -> None:
     from metamorph.training.dry_run.preview import preview
     from metamorph.training.dry_run.report import format_dry_run
 
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_process():
         print(format_dry_run(preview(*arguments)))

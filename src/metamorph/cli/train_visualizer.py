@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from metamorph.recipes import config_flag
+
 
 def main(argv: Sequence[str]) -> None:
     """Train the diffusion decoder that turns visual tokens into pixels.
@@ -9,6 +11,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Command line after `train-visualizer`.
     """
+    config_flag(argv)  # at once; the imports below take seconds
     from metamorph.flags.recipes import parse_arguments
     from metamorph.visualizer_training.arguments import VisualizerArguments
 

@@ -108,13 +108,11 @@ class FieldMap:
         try:
             yield
         except RecordError as error:
-            message = str(error)
-            renamed = [f'"{ours}" is {theirs!r}' for ours, theirs in self.names.items() if f'"{ours}"' in message]
+            renamed = [f'"{ours}" is {theirs!r}' for ours, theirs in self.names.items() if f'"{ours}"' in error.detail]
             if not renamed:
                 raise
-            explained = type(error)(f"{message} (by fields: {', '.join(renamed)} in the records)")
-            explained.kind, explained.where, explained.record_id = error.kind, error.where, error.record_id
-            raise explained from error
+            detail = f"{error.detail} (by fields: {', '.join(renamed)} in the records)"
+            raise type(error).at(error.where, error.kind, detail, error.record_id) from error
 
     def _read_turns(self, record: dict[str, Any]) -> None:
         """Replace the turns by ours, and append the media that they name to the record's."""

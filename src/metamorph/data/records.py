@@ -90,6 +90,8 @@ class RecordError(ValueError):
     """File and line (or index) of the record."""
     record_id: str | None = None
     """The record's id, if it could be read."""
+    detail: str = ""
+    """The message without the place and id in front."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(printable(message).replace("\n", "\\n"))
@@ -100,7 +102,7 @@ class RecordError(ValueError):
         where, detail = _shortened(printable(where)), _shortened(detail, MAX_DETAIL)
         record_id = None if record_id is None else _shortened(str(record_id))
         error = cls(f"{where if record_id is None else f'{where} (id {record_id!r})'}: {detail}")
-        error.kind, error.where, error.record_id = kind, where, record_id
+        error.kind, error.where, error.record_id, error.detail = kind, where, record_id, str(cls(detail))
         return error
 
 

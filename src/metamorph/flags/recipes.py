@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 from metamorph.files.yaml_files import read_yaml
 from metamorph.flags.checks import attribute_docs
 from metamorph.flags.parser import FlagParser, finite_number, nearest
-from metamorph.recipes import find_recipe
+from metamorph.recipes import config_flag, find_recipe
 
 
 class RecipeParser(FlagParser, HfArgumentParser):
@@ -89,7 +89,7 @@ def parse_arguments(
         ValueError: for an unknown flag or key (the nearest is suggested), or a value of the wrong type.
     """
     parser = RecipeParser(dataclass_types, prog=prog)
-    recipe = _recipe_path(argv)
+    recipe = config_flag(argv)
     if recipe is not None:
         parser.set_recipe(recipe)
     namespace, remaining = parser.parse_known_args(list(argv))
@@ -104,10 +104,7 @@ def parse_arguments(
 
 def read_recipe(path: str) -> dict[str, Any]:
     """Read one mapping from flag names to values: the YAML file at `path`, or the shipped recipe of that name."""
-    try:
-        file = find_recipe(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"--config {error}") from error
+    file = find_recipe(path)
     try:
         values = read_yaml(file)
     except ValueError as error:
@@ -124,16 +121,3 @@ def _number_or_auto(text: str) -> float | str:
         return finite_number(text)
     except ArgumentTypeError as error:
         raise ArgumentTypeError(f"{text!r} is neither a finite number nor auto") from error
-
-
-def _recipe_path(argv: Sequence[str]) -> str | None:
-    """The value of `--config` (the last one counts), before the real parser runs."""
-    path = None
-    for position, text in enumerate(argv):
-        if text == "--config":
-            if position + 1 == len(argv):
-                raise ValueError("--config needs the path of a YAML file or the name of a recipe (`metamorph recipes`)")
-            path = argv[position + 1]
-        elif text.startswith("--config="):
-            path = text.removeprefix("--config=")
-    return path

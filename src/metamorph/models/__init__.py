@@ -14,6 +14,6 @@ In which forms are images given?              `image_inputs.py`; how they become
 How is an image file read?                    `image_files.py`; why others are not: `unreadable.py`
 How are rows of new tokens trained?           `embeddings.py`
 What does a forward pass return?              `outputs.py`; where in a batch things are: `batch_indices.py`
-How are adapters stored?                      `adapters.py`
+How are adapters stored?                      `adapters.py`; what their files may hold: `adapter_files.py`
 How are checkpoints of the original read?     `original.py`
 """

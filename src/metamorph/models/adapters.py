@@ -10,28 +10,34 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available, is_peft_available
 
 from metamorph.files.model_files import (
     check_finite,
     check_implementations,
-    check_weights,
-    file_shapes,
     read_json_object,
 )
 from metamorph.files.permissions import save_file
 from metamorph.flags.extras import install_command
 
+from .adapter_files import (
+    ADAPTER_FILE,
+    HUB_OPTIONS,
+    LORA_WEIGHTS_FILE,
+    PEFT_PREFIX,
+    AdapterBase,
+    find_adapter_folder,
+    lora_targets,
+    read_adapter_base,
+    read_lora_settings,
+)
 from .configuration_metamorph import MetaMorphConfig
 from .connector import load_connector, save_connector
 from .pretrained import load_config, load_language_model, load_tokenizer
@@ -40,63 +46,11 @@ from .vision_tower import load_vision_encoder
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FILE = "metamorph_adapter.json"
-LORA_WEIGHTS_FILE = "adapter_model.safetensors"
-"""PEFT's name."""
-LORA_CONFIG_FILE = "adapter_config.json"
-"""PEFT's name."""
 ADAPTER_NAME = "default"
-PEFT_PREFIX = "base_model.model."
-"""What PEFT puts in front of the names of weights in its files."""
 PARTS_NOT_QUANTISED = ("vision_tower", "mm_projector", "vision_head", "lm_head")
 """Modules of a finished model that stay as they are when its language model is loaded in 4 bits."""
-LORA_FIELDS: dict[str, tuple[tuple[type, ...], float, float]] = {
-    "r": ((int,), 1, 2**16),
-    "lora_alpha": ((int, float), -1e6, 1e6),
-    "lora_dropout": ((int, float), 0, 1),
-    "use_rslora": ((bool,), 0, 1),
-}
-"""What is read of PEFT's configuration of an adapter: field -> its types, least and largest value."""
-IGNORED_LORA_FIELDS = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "target_modules",
-    "task_type",
-)
-"""What may stand there without being used: the layers are those that have weights, the base is that of our own file."""
-QUANTIZATION_FIELDS = {
-    "bnb_4bit_compute_dtype",
-    "bnb_4bit_quant_storage",
-    "bnb_4bit_quant_type",
-    "bnb_4bit_use_double_quant",
-    "llm_int8_skip_modules",
-    "load_in_4bit",
-    "quant_method",
-}
-"""What `metamorph train --bits 4` writes of a `BitsAndBytesConfig`."""
-HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only")
 BUILT_FIELDS = ("text_config", "vision_config", "image_token_id", "image_start_token_id", "image_end_token_id")
 """Configuration that follows from the parts."""
-
-
-@dataclass(frozen=True)
-class AdapterBase:
-    """What an adapter was trained on."""
-
-    language_model: str
-    """Folder or Hub id of a language model, or of a finished MetaMorph model."""
-    vision_tower: str | None
-    """Folder or Hub id of the vision tower; None with a finished MetaMorph model, which has its own."""
-    quantization: dict[str, Any] | None = None
-    """Fields of `BitsAndBytesConfig` the language model was loaded with; None when it was not quantised."""
 
 
 def require_peft() -> None:
@@ -124,31 +78,6 @@ def require_bitsandbytes() -> None:
 def has_adapter(model: PreTrainedModel) -> bool:
     """Whether LoRA matrices are attached to `model`."""
     return bool(getattr(model, "peft_config", None))
-
-
-def is_adapter_folder(path: Any) -> bool:
-    """Whether `path` is a local folder that `save_adapter` has written."""
-    return isinstance(path, (str, Path)) and (Path(path) / ADAPTER_FILE).is_file()
-
-
-def find_adapter_folder(name: Any, hub_kwargs: Mapping[str, Any]) -> Path | None:
-    """The local folder of an adapter, which is downloaded if it is on the Hub; None for everything else.
-
-    Args:
-        name: Folder or Hub id.
-        hub_kwargs: Of `from_pretrained`: `cache_dir`, `revision`, `token` and `local_files_only` count.
-    """
-    if is_adapter_folder(name):
-        return Path(name)
-    if not isinstance(name, str) or Path(name).exists():
-        return None
-    options = {option: hub_kwargs[option] for option in HUB_OPTIONS if option in hub_kwargs}
-    try:
-        hf_hub_download(name, ADAPTER_FILE, **options)
-    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        logger.debug("%s is no adapter on the Hub: %s", name, error)  # if it is nothing else either, loading will say
-        return None
-    return Path(snapshot_download(name, **options))
 
 
 def save_adapter(
@@ -211,81 +140,6 @@ def load_adapter_weights(model: PreTrainedModel, folder: str | Path) -> None:
     weights = {name.removeprefix(PEFT_PREFIX): value for name, value in tensors.items()}
     set_peft_model_state_dict(model, weights, ADAPTER_NAME)
     load_connector(model, folder)
-
-
-def read_adapter_base(folder: str | Path) -> AdapterBase:
-    """What the adapter in `folder` belongs to.
-
-    Raises:
-        ValueError: if the file that says it is damaged.
-    """
-    file = Path(folder) / ADAPTER_FILE
-    fields = read_json_object(file)
-    kinds = {"language_model": (str,), "vision_tower": (str, type(None)), "quantization": (dict, type(None))}
-    for name, value in fields.items():
-        if not isinstance(value, kinds.get(name, ())):
-            raise ValueError(f"{file} is damaged: {name} cannot be {value!r}; copy the adapter folder again")
-    if missing := {"language_model", "vision_tower"} - fields.keys():
-        raise ValueError(f"{file} is damaged: it has no {min(missing)}; copy the adapter folder again")
-    if unknown := (fields.get("quantization") or {}).keys() - QUANTIZATION_FIELDS:
-        raise ValueError(f"{file}: quantization has a field {min(unknown)}, which is no setting of 4-bit weights")
-    return AdapterBase(**fields)
-
-
-def read_lora_settings(folder: str | Path) -> dict[str, Any]:
-    """The fields of `adapter_config.json` that an adapter needs: rank, scale and dropout.
-
-    PEFT's configuration can do more: import modules (`megatron_core`), load tokenizers and other adapters, multiply
-    layers, and name the layers by regular expressions that never end. An adapter here is plain LoRA on the layers that
-    its weights are named after, so none of this is passed on, and what would change the result is refused.
-
-    Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: naming the field that is not supported.
-    """
-    from peft import LoraConfig
-
-    file = Path(folder) / LORA_CONFIG_FILE
-    config = read_json_object(file)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{file}: peft_type {config.get('peft_type')!r} is not supported, only LORA")
-    plain = LoraConfig().to_dict()
-    for name, value in config.items():
-        if name not in (*LORA_FIELDS, *IGNORED_LORA_FIELDS) and value and value != plain.get(name):
-            raise ValueError(f"{file}: {name} {value!r} is not supported: adapters are plain LoRA of linear layers")
-    settings = {name: config.get(name, plain[name]) for name in LORA_FIELDS}
-    for name, (kinds, least, most) in LORA_FIELDS.items():
-        if type(settings[name]) not in kinds or not least <= settings[name] <= most:
-            raise ValueError(f"{file}: {name} cannot be {settings[name]!r}; copy the adapter folder again")
-    return settings
-
-
-def lora_targets(model: PreTrainedModel, folder: str | Path, rank: int) -> list[str]:
-    """The paths of the linear layers that have weights in an adapter folder, by the header of its file.
-
-    Args:
-        model: What the adapter was trained on.
-        folder: An adapter folder.
-        rank: Of the LoRA matrices.
-
-    Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if the weights are not those of LoRA matrices of that rank on linear layers of `model`.
-    """
-    file = Path(folder) / LORA_WEIGHTS_FILE
-    found = file_shapes(file)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    paths = sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in found})
-    unknown = [path for path in paths if path not in linear]
-    if unknown or not paths:
-        found_instead = unknown[0] if unknown else "it is empty"
-        raise ValueError(f"{file} holds no LoRA matrices of linear layers of its base: {found_instead}")
-    expected: dict[str, tuple[int, ...]] = {}
-    for path in paths:
-        expected[f"{PEFT_PREFIX}{path}.lora_A.weight"] = (rank, linear[path].in_features)
-        expected[f"{PEFT_PREFIX}{path}.lora_B.weight"] = (linear[path].out_features, rank)
-    check_weights(found, expected, file)
-    return paths
 
 
 class LoadsAdapterFolders:

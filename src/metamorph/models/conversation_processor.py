@@ -15,7 +15,8 @@ from metamorph.models.image_processing import pixel_table, preprocess_images, sq
 from metamorph.models.processing_files import PROCESSOR_FILE, check_processor_files
 from metamorph.models.processing_kwargs import ProcessorOptions
 from metamorph.models.sequence.answers import stack_visual_tokens
-from metamorph.models.sequence.chat_templates import ChatTemplate, get_chat_template
+from metamorph.models.sequence.chat_template import ChatTemplate
+from metamorph.models.sequence.chat_templates import get_chat_template
 from metamorph.models.sequence.constants import ASPECT_RATIOS, DEFAULT_IM_PATCH_TOKEN, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from metamorph.models.sequence.conversation_encoder import ConversationEncoder
 from metamorph.models.sequence.conversations import (

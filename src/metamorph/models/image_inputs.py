@@ -11,7 +11,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.image_utils import infer_channel_dimension_format
 
 from metamorph.models import image_files
@@ -39,7 +39,8 @@ def load_image(image: Any, *, allow_urls: bool = False, input_data_format: str |
         ValueError: If it is none of these, or cannot be read.
     """
     if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image)
+        is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return image if is_upright else ImageOps.exif_transpose(image)  # which always copies
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return _from_array(image, input_data_format)
     source: Any

@@ -43,7 +43,7 @@ class MetaMorphProcessor(ConversationProcessor):
         tokenizer: Tokenizer of the language model. The image tokens are added to it if it lacks them.
         chat_template: Jinja template for `version="auto"`; by default the tokenizer's own.
         num_image_tokens: Number of placeholders for each image.
-        version: Name of the conversation template, see `metamorph.models.sequence.chat_templates.VERSIONS`.
+        version: Name of the conversation template, see `metamorph.models.sequence.constants.VERSIONS`.
         mm_use_im_start_end: Whether images stand between `<image_start>` and `<image_end>`.
         mm_use_im_patch_token: Whether the placeholder is `<im_patch>` instead of `<image>`.
         image_aspect_ratio: `square` (stretch) or `pad`.

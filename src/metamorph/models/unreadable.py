@@ -63,4 +63,4 @@ def identify(file: str | os.PathLike[str] | BinaryIO, readable: Collection[str])
             if name in readable:
                 return f"its {name} header is damaged", "replace it"
             return f"the format {_SAME_START.get(name, name)} is not read", "save it as PNG or JPEG"
-    return "its content is that of no image", "replace it"
+    return "its content is not an image", "replace it"

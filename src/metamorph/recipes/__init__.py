@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -15,11 +16,12 @@ def shipped_recipes() -> dict[str, str]:
     return {file.stem: file.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ") for file in files}
 
 
-def find_recipe(recipe: str) -> Path:
+def find_recipe(recipe: str, flag: str = "--config ") -> Path:
     """The file that `--config` means: that of this path if there is one, else the shipped recipe of this name.
 
     Args:
         recipe: Path of a YAML file, or the name of a shipped recipe with or without `.yaml`.
+        flag: What the message puts in front of it.
 
     Raises:
         FileNotFoundError: if it is neither; the message names the nearest recipes.
@@ -33,4 +35,24 @@ def find_recipe(recipe: str) -> Path:
         return _FOLDER / f"{name}.yaml"
     near = difflib.get_close_matches(path.name.removesuffix(".yaml"), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"use a YAML file of flags or one of {', '.join(names)}"
-    raise FileNotFoundError(f"{recipe} is neither a file nor the name of a recipe (`metamorph recipes`): {hint}")
+    raise FileNotFoundError(f"{flag}{recipe} is neither a file nor the name of a recipe (`metamorph recipes`): {hint}")
+
+
+def config_flag(argv: Sequence[str]) -> str | None:
+    """The value of `--config`, the last one if there are several, before a parser reads the command line.
+
+    Raises:
+        FileNotFoundError: if it is neither a file nor a recipe. A command checks this before it imports PyTorch.
+        ValueError: if the value is missing.
+    """
+    recipe = None
+    for position, text in enumerate(argv):
+        if text == "--config":
+            if position + 1 == len(argv):
+                raise ValueError("--config needs the path of a YAML file or the name of a recipe (`metamorph recipes`)")
+            recipe = argv[position + 1]
+        elif text.startswith("--config="):
+            recipe = text.removeprefix("--config=")
+    if recipe is not None:
+        find_recipe(recipe)
+    return recipe

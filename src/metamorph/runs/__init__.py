@@ -6,7 +6,7 @@ How does a signal stop a run without loss?           `preemption.py`
 Which flags differ from those of a checkpoint?       `flag_changes.py`
 How is one run kept out of the folder of another?    `lock.py`
 Which flags may differ when a run resumes?           `flag_changes.py`
-What is seen while it lasts?                         `progress.py`
+What is seen while it lasts?                         `progress.py`; by which process: `ranks.py`
 How does one seed give one result?                   `determinism.py`
 What do the model cards of all results share?        `cards.py`
 """

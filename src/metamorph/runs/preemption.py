@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from metamorph.runs.ranks import is_first_process
+
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class Preemption:
         self.is_interrupt = False
         """Whether Ctrl-C alone is what the processes have agreed to stop for."""
         self._interrupted_at: float | None = None
+        self._process = os.getpid()
         self._group: dist.ProcessGroup | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -101,10 +104,12 @@ class Preemption:
             self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._note_interrupt)
 
     def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a data worker that has been forked, but has not come to `ignore_signals` yet
         now = time.monotonic()
         if self._interrupted_at is None:
             self._interrupted_at = now
-            if int(os.environ.get("RANK", "0")) == 0:
+            if is_first_process():
                 os.write(2, LEAVING.encode())
             self._note(number, frame)
         elif now - self._interrupted_at > SAME_KEY_PRESS:

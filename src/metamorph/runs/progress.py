@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import time
@@ -12,6 +11,8 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from tqdm import tqdm
+
+from metamorph.runs.ranks import is_first_process
 
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Progress(tqdm):
         bar: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        is_main = int(os.environ.get("RANK", "0")) == 0
+        is_main = is_first_process()
         self.has_bar = is_main and (sys.stderr.isatty() if bar is None else bar)
         if not self.has_bar:
             # tqdm only counts: twice a second it puts `n` right, and `display` draws nothing.

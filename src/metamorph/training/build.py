@@ -26,7 +26,7 @@ from metamorph.models.image_processing import load_image_processor
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.pretrained import load_config, load_language_model, load_tokenizer
 from metamorph.models.processing_metamorph import MetaMorphProcessor
-from metamorph.models.sequence.chat_templates import with_fixed_date
+from metamorph.models.sequence.template_date import with_fixed_date
 from metamorph.models.vision_tower import (
     check_same_tower,
     load_vision_config,

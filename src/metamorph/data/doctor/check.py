@@ -253,7 +253,7 @@ class _DryRun(Dataset[Probe]):
             found += faults
         except RecordError as error:
             where, record_id = error.where, error.record_id or record_id
-            found.insert(0, (error.kind, _without_place(error)))
+            found.insert(0, (error.kind, error.detail))
             if isinstance(error, UnsupervisedRecordError):  # perhaps because it was cut
                 lengths = self.dataset.measure(index)[:3]
         limit = self.dataset.model_max_length
@@ -306,14 +306,6 @@ def line_of(where: str, index: int) -> int:
     """The number at the end of `file:12` or `file[12]`; `index` if there is none, as for samples in a tar."""
     match = None if ".tar:" in where else re.search(r":(\d+)$|\[(\d+)\]$", where)
     return index if match is None else int(match[1] or match[2])
-
-
-def _without_place(error: RecordError) -> str:
-    """The message of an error without the file and id in front: the report has fields for them."""
-    text = str(error).removeprefix(error.where)
-    if error.record_id is not None:
-        text = text.removeprefix(f" (id {error.record_id!r})")
-    return text.removeprefix(": ")
 
 
 def _faults_of_turns(turns: Sequence[Turn], control_tokens: re.Pattern[str]) -> Iterator[tuple[str, str]]:

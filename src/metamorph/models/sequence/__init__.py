@@ -1,6 +1,7 @@
 """From a conversation to one sequence of ids, labels and visual targets.
 
-How does a template write a conversation?     `chat_templates.py`
+Which templates does `--version` name?        `chat_templates.py`
+What of a template is learnt?                 `chat_template.py`; its date: `template_date.py`
 How long may a template compute?              `bounded_jinja.py`
 How do ids and labels grow together?          `conversations.py`, driven by `conversation_encoder.py`
 How is an answer taken apart?                 `answers.py`

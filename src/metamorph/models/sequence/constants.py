@@ -17,3 +17,9 @@ DEFAULT_IM_PATCH_TOKEN = "<im_patch>"
 
 DEFAULT_IM_START_TOKEN = "<image_start>"
 DEFAULT_IM_END_TOKEN = "<image_end>"
+
+ROLES = ("system", "user", "assistant")
+"""The roles that a message may have."""
+
+VERSIONS = ("llama3", "llama3_original", "chatml", "plain", "auto")
+"""The values of `--version`."""

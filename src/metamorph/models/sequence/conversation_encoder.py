@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from metamorph.models.sequence.chat_templates import ChatTemplate, Segment
+from metamorph.models.sequence.chat_template import ChatTemplate, Segment
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 from metamorph.models.sequence.conversations import ImageMarker, Message, SequenceBuilder, with_placeholders
 from metamorph.models.sequence.image_tokens import ImageTokens

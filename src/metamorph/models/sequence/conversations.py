@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from metamorph.models.sequence.chat_templates import ROLES
 from metamorph.models.sequence.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_TOKEN,
     IGNORE_INDEX,
+    ROLES,
 )
 from metamorph.models.sequence.image_tokens import ImageTokens
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from metamorph.models.sequence.chat_templates import ChatTemplate, any_of
+from metamorph.models.sequence.chat_template import ChatTemplate, any_of
 
 
 _BREAK = "\ue002"

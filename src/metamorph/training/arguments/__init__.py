@@ -3,6 +3,7 @@
 What the network is, and what is trained?  `model.py`
 What does it learn from?                   `data.py`
 How does it learn?                         `training.py`; what the visualizer shares: `shared.py`
+Which flags of Transformers do nothing?    `unsupported.py`
 How do several GPUs share the work?        `sharding.py`
 """
 
