@@ -1,4 +1,4 @@
-"""The composite model: the backbone reads images and text, two heads predict both, and the losses are theirs.
+"""The composite model: the backbone reads images and text, two heads predict both, and their losses are summed.
 
 Shape legend: B batch, S sequence, H hidden size of the language model, V vocabulary, I images in the batch,
 N visual tokens per image, D features of one visual token.
@@ -55,7 +55,7 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
     """
 
     text_loss_options = TextLossOptions()
-    """How the text loss is computed. Not part of the configuration: every way gives the same."""
+    """How the text loss is computed. Not part of the configuration: the result is the same."""
     accepts_loss_kwargs = True
     """Tells `transformers.Trainer` that `forward` takes `num_items_in_batch`."""
 
