@@ -236,7 +236,7 @@ def test_an_adapter_beside_a_model_is_refused(kind) -> None:
     folder, load = kind
     settings = {"peft_type": "LORA", "target_modules": "([a-z0-9_.]+)+X"}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"holds adapter_config\.json beside a model: move the adapter"):
+    with pytest.raises(ValueError, match=r"holds adapter_config\.json next to a model: move the adapter"):
         load(folder)
 
 

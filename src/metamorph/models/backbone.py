@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple
 from .configuration_metamorph import MetaMorphConfig
 from .families import embedding_scale
 from .outputs import MetaMorphModelOutput
-from .pretrained import HUB_OPTIONS, load_checked, load_config
+from .pretrained import hub_options, load_checked, load_config
 from .projectors import build_mm_projector
 from .vision_tower import VisionTower, is_sharded
 
@@ -57,8 +57,7 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
         """
         described = config
         if not isinstance(described, PreTrainedConfig):
-            hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-            described = load_config(config or pretrained_model_name_or_path, cls.config_class, **hub)
+            described = load_config(config or pretrained_model_name_or_path, cls.config_class, **hub_options(kwargs))
         model, info = load_checked(
             partial(super().from_pretrained, config=config),
             pretrained_model_name_or_path,
