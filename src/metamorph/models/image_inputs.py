@@ -1,7 +1,5 @@
 """Images as people give them to a processor: objects, files, bytes, base64, arrays, tensors, URLs if allowed."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 import io
