@@ -1,6 +1,4 @@
-"""Why a file is not an image we read, and what to do about it."""
-
-from __future__ import annotations
+"""Why a file cannot be read as an image, and what to do about it."""
 
 import os
 import re
@@ -13,7 +11,7 @@ from PIL import Image
 
 
 _START = 512
-"""Bytes that tell what a file is."""
+"""Bytes that identify a file."""
 _KINDS = (
     (rb"\s*\Z", "it is empty", "download it again"),
     (rb"version https://git-lfs", "it is a pointer of Git LFS, not the file itself", "run git lfs pull"),
@@ -29,14 +27,12 @@ _KINDS = (
     (rb"%PDF", "it is a PDF document", "render its pages to PNG"),
     (rb"PK\x03\x04|\x1f\x8b", "it is a compressed archive", "unpack it"),
 )
-"""How files of a kind begin, what they are, and the mend."""
-
-
+"""How files of a kind begin, what they are, and what to do about it."""
 _SAME_START = {"CUR": "TGA or CUR"}
 
 
 def identify(file: str | os.PathLike[str] | BinaryIO, readable: Collection[str]) -> tuple[str, str]:
-    """Tell from the first bytes of a file why it cannot be read as an image, and how to mend that.
+    """Tell from the first bytes of a file why it cannot be read as an image, and how to fix that.
 
     Args:
         file: Path, or an open, seekable binary file, which stays open.
@@ -54,7 +50,7 @@ def identify(file: str | os.PathLike[str] | BinaryIO, readable: Collection[str])
     if start[4:12] in (b"ftypavif", b"ftypavis") and "AVIF" not in readable:
         return "this Pillow is built without AVIF", "install Pillow 11.3 or later, or convert it to PNG"
     Image.init()
-    # The test of a format reads these bytes alone; a format is never opened to find out whether it is that of a file.
+    # A format's test reads only these bytes; formats are never opened to identify a file.
     for name, (_, accepts) in Image.OPEN.items():
         is_of_format = False
         with suppress(IndexError, TypeError, ValueError, struct.error):  # of a start that is too short
@@ -62,5 +58,5 @@ def identify(file: str | os.PathLike[str] | BinaryIO, readable: Collection[str])
         if is_of_format:
             if name in readable:
                 return f"its {name} header is damaged", "replace it"
-            return f"the format {_SAME_START.get(name, name)} is not read", "save it as PNG or JPEG"
+            return f"the format {_SAME_START.get(name, name)} is not supported", "save it as PNG or JPEG"
     return "its content is not an image", "replace it"
