@@ -386,7 +386,7 @@ def test_adapters_are_never_unpickled(adapter_folder: Path) -> None:
         ({"vision_tower": ["x"]}, r"vision_tower cannot be \['x'\]"),
         ({"other": "x"}, "other cannot be 'x'"),
         ({"quantization": {"load_in_4bit": True, "other": 1}}, "quantization has a field other"),
-        ({"language_model": "."}, "trained on ., which is no model: .*Correct the paths in"),
+        ({"language_model": "."}, "trained on ., which is not a model: .*Correct the paths in"),
         ({"language_model": "ITSELF"}, "names another adapter as its base"),
     ],
     ids=str,

@@ -1,6 +1,4 @@
-"""What lies in an adapter folder: names of its files, and their content, checked before anything is built from it."""
-
-from __future__ import annotations
+"""Content of an adapter folder: names of its files, and checks before anything is built from them."""
 
 import logging
 from collections.abc import Mapping
@@ -15,23 +13,22 @@ from transformers import PreTrainedModel
 
 from metamorph.files.model_files import check_weights, file_shapes, read_json_object
 
+from .pretrained import LORA_CONFIG_FILE, hub_options
+
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "metamorph_adapter.json"
-LORA_WEIGHTS_FILE = "adapter_model.safetensors"
-"""PEFT's name."""
-LORA_CONFIG_FILE = "adapter_config.json"
-"""PEFT's name."""
+LORA_WEIGHTS_FILE = "adapter_model.safetensors"  # PEFT's name
 PEFT_PREFIX = "base_model.model."
-"""What PEFT puts in front of the names of weights in its files."""
+"""PEFT's prefix of the names of weights in its files."""
 LORA_FIELDS: dict[str, tuple[tuple[type, ...], float, float]] = {
     "r": ((int,), 1, 2**16),
     "lora_alpha": ((int, float), -1e6, 1e6),
     "lora_dropout": ((int, float), 0, 1),
     "use_rslora": ((bool,), 0, 1),
 }
-"""What is read of PEFT's configuration of an adapter: field -> its types, least and largest value."""
+"""Fields that are read from PEFT's configuration -> types, smallest and largest value."""
 IGNORED_LORA_FIELDS = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -46,7 +43,7 @@ IGNORED_LORA_FIELDS = (
     "target_modules",
     "task_type",
 )
-"""What may stand there without being used: the layers are those that have weights, the base is that of our own file."""
+"""Fields that are allowed but unused: the layers are those that have weights, and our own file names the base."""
 QUANTIZATION_FIELDS = {
     "bnb_4bit_compute_dtype",
     "bnb_4bit_quant_storage",
@@ -56,8 +53,7 @@ QUANTIZATION_FIELDS = {
     "load_in_4bit",
     "quant_method",
 }
-"""What `metamorph train --bits 4` writes of a `BitsAndBytesConfig`."""
-HUB_OPTIONS = ("cache_dir", "revision", "token", "local_files_only")
+"""Fields of a `BitsAndBytesConfig` that `metamorph train --bits 4` writes."""
 
 
 @dataclass(frozen=True)
@@ -67,38 +63,33 @@ class AdapterBase:
     language_model: str
     """Folder or Hub id of a language model, or of a finished MetaMorph model."""
     vision_tower: str | None
-    """Folder or Hub id of the vision tower; None with a finished MetaMorph model, which has its own."""
+    """Folder or Hub id of the vision tower; None with a finished MetaMorph model, which contains one."""
     quantization: dict[str, Any] | None = None
-    """Fields of `BitsAndBytesConfig` the language model was loaded with; None when it was not quantised."""
+    """Fields of the language model's `BitsAndBytesConfig`; None when it was not quantised."""
 
 
 def is_adapter_folder(path: Any) -> bool:
-    """Whether `path` is a local folder that `save_adapter` has written."""
+    """Whether `path` is a local folder written by `save_adapter`."""
     return isinstance(path, (str, Path)) and (Path(path) / ADAPTER_FILE).is_file()
 
 
 def find_adapter_folder(name: Any, hub_kwargs: Mapping[str, Any]) -> Path | None:
-    """The local folder of an adapter, which is downloaded if it is on the Hub; None for everything else.
-
-    Args:
-        name: Folder or Hub id.
-        hub_kwargs: Of `from_pretrained`: `cache_dir`, `revision`, `token` and `local_files_only` count.
-    """
+    """The local folder of an adapter, downloaded if it is on the Hub; None for everything else."""
     if is_adapter_folder(name):
         return Path(name)
     if not isinstance(name, str) or Path(name).exists():
         return None
-    options = {option: hub_kwargs[option] for option in HUB_OPTIONS if option in hub_kwargs}
+    options = hub_options(hub_kwargs)
     try:
         hf_hub_download(name, ADAPTER_FILE, **options)
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        logger.debug("%s is no adapter on the Hub: %s", name, error)  # if it is nothing else either, loading will say
+        logger.debug("%s is no adapter on the Hub: %s", name, error)  # if it is no model either, loading it will fail
         return None
     return Path(snapshot_download(name, **options))
 
 
 def read_adapter_base(folder: str | Path) -> AdapterBase:
-    """What the adapter in `folder` belongs to.
+    """Read what the adapter in `folder` was trained on.
 
     Raises:
         ValueError: if the file that says it is damaged.
@@ -117,11 +108,11 @@ def read_adapter_base(folder: str | Path) -> AdapterBase:
 
 
 def read_lora_settings(folder: str | Path) -> dict[str, Any]:
-    """The fields of `adapter_config.json` that an adapter needs: rank, scale and dropout.
+    """Read the fields of `adapter_config.json` that an adapter needs: rank, scale and dropout.
 
     PEFT's configuration can do more: import modules (`megatron_core`), load tokenizers and other adapters, multiply
-    layers, and name the layers by regular expressions that never end. An adapter here is plain LoRA on the layers that
-    its weights are named after, so none of this is passed on, and what would change the result is refused.
+    layers, and select layers by regular expressions that never end. An adapter here is plain LoRA on the layers that
+    its weights name, so none of this is passed on, and what would change the result is refused.
 
     Raises:
         FileNotFoundError: if the file is missing.
@@ -145,12 +136,7 @@ def read_lora_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def lora_targets(model: PreTrainedModel, folder: str | Path, rank: int) -> list[str]:
-    """The paths of the linear layers that have weights in an adapter folder, by the header of its file.
-
-    Args:
-        model: What the adapter was trained on.
-        folder: An adapter folder.
-        rank: Of the LoRA matrices.
+    """List the paths of linear layers of `model` that have weights in an adapter folder, from the header of the file.
 
     Raises:
         FileNotFoundError: if the file is missing.

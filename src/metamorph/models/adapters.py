@@ -1,8 +1,8 @@
-"""Adapter folders: LoRA on the language model through PEFT, with everything else that is trained beside it.
+"""Adapter folders: LoRA on the language model through PEFT, together with everything else that is trained.
 
-Such a folder is what `metamorph train --lora_enable True` writes: the LoRA matrices and their configuration as PEFT
-knows them, the connector file (connector, vision head, rows of the new tokens), the configuration, the processor, and
-`metamorph_adapter.json`, which says what the adapter belongs to.
+Such a folder is written by `metamorph train --lora_enable True`: the LoRA matrices and their configuration in PEFT's
+format, the connector file (connector, vision head, rows of the new tokens), the configuration, the processor, and
+`metamorph_adapter.json`, which says what the adapter was trained on.
 """
 
 import copy
@@ -13,23 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available, is_peft_available
 
-from metamorph.files.model_files import (
-    check_finite,
-    check_implementations,
-    read_json_object,
-)
+from metamorph.files.model_files import check_finite, check_implementations, read_json_object
 from metamorph.files.permissions import save_file
 from metamorph.flags.extras import install_command
 
 from .adapter_files import (
     ADAPTER_FILE,
-    HUB_OPTIONS,
     LORA_WEIGHTS_FILE,
     PEFT_PREFIX,
     AdapterBase,
@@ -40,7 +33,7 @@ from .adapter_files import (
 )
 from .configuration_metamorph import MetaMorphConfig
 from .connector import load_connector, save_connector
-from .pretrained import load_config, load_language_model, load_tokenizer
+from .pretrained import HUB_OPTIONS, load_config, load_language_model, load_tokenizer, read_tensors
 from .vision_tower import load_vision_encoder
 
 
@@ -48,27 +41,19 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_NAME = "default"
 PARTS_NOT_QUANTISED = ("vision_tower", "mm_projector", "vision_head", "lm_head")
-"""Modules of a finished model that stay as they are when its language model is loaded in 4 bits."""
+"""Modules of a finished model that are not quantised when its language model is loaded in 4 bits."""
 BUILT_FIELDS = ("text_config", "vision_config", "image_token_id", "image_start_token_id", "image_end_token_id")
-"""Configuration that follows from the parts."""
+"""Fields of the configuration that follow from the parts."""
 
 
 def require_peft() -> None:
-    """Check that PEFT is installed.
-
-    Raises:
-        ModuleNotFoundError: if not; the message names the extra.
-    """
+    """Raise `ModuleNotFoundError`, naming the extra, if PEFT is not installed."""
     if not is_peft_available():
         raise ModuleNotFoundError(f"LoRA adapters need the package peft: {install_command('lora')}", name="peft")
 
 
 def require_bitsandbytes() -> None:
-    """Check that bitsandbytes is installed.
-
-    Raises:
-        ModuleNotFoundError: if not; the message names the extra.
-    """
+    """Raise `ModuleNotFoundError`, naming the extra, if bitsandbytes is not installed."""
     if not is_bitsandbytes_available():
         raise ModuleNotFoundError(
             f"4-bit language models need the package bitsandbytes: {install_command('lora')}", name="bitsandbytes"
@@ -83,20 +68,20 @@ def has_adapter(model: PreTrainedModel) -> bool:
 def save_adapter(
     model: PreTrainedModel, folder: str | Path, base: AdapterBase, state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write the adapter and everything that is trained beside it; the processor is the caller's.
+    """Save the adapter and everything that is trained with it, except the processor.
 
     Args:
         model: A MetaMorph model with LoRA on its language model.
         folder: Created if missing.
-        base: What the adapter belongs to.
-        state_dict: The weights, by the names of `model.state_dict()`, where those of `model` are sharded.
+        base: What the adapter was trained on.
+        state_dict: Weights by their names in `model.state_dict()`, if those of `model` are sharded.
     """
     from peft import get_peft_model_state_dict
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = model.state_dict() if state_dict is None else dict(state_dict)
-    # Embeddings never: PEFT would ask the Hub whether the vocabulary has grown. The new rows are in the connector file.
+    # Without embeddings, for which PEFT would query the Hub: the new rows are in the connector file.
     lora = get_peft_model_state_dict(model, weights, ADAPTER_NAME, save_embedding_layers=False)
     lora = {f"{PEFT_PREFIX}{name}": value.detach().cpu().contiguous() for name, value in lora.items()}
     save_file(lora, folder / LORA_WEIGHTS_FILE, {"format": "pt"})
@@ -111,11 +96,7 @@ def save_adapter(
 
 
 def load_adapter_weights(model: PreTrainedModel, folder: str | Path) -> None:
-    """Load what `save_adapter` wrote into a model that has the same LoRA matrices attached.
-
-    Args:
-        model: Changed in place.
-        folder: An adapter folder, or a checkpoint of a LoRA run.
+    """Load an adapter folder, or a checkpoint of a LoRA run, into a model that has the same LoRA matrices attached.
 
     Raises:
         ValueError: if a file is damaged, or does not fit the model.
@@ -123,13 +104,15 @@ def load_adapter_weights(model: PreTrainedModel, folder: str | Path) -> None:
     from peft import set_peft_model_state_dict
 
     file = Path(folder) / LORA_WEIGHTS_FILE
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}): copy it again, or use an earlier checkpoint") from error
+    tensors, _ = read_tensors(file)
     check_finite(tensors.items(), file)
-    expected = {name.replace(f".{ADAPTER_NAME}.", "."): tuple(value.shape) for name, value in _lora_of(model).items()}
-    found = {name.removeprefix(PEFT_PREFIX): tuple(value.shape) for name, value in tensors.items()}
+    weights = {name.removeprefix(PEFT_PREFIX): value for name, value in tensors.items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    expected = {
+        name.replace(f".{ADAPTER_NAME}.", "."): tuple(value.shape)
+        for name, value in model.state_dict().items()
+        if ".lora_" in name
+    }
     if found != expected:
         name = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
         raise ValueError(
@@ -137,29 +120,28 @@ def load_adapter_weights(model: PreTrainedModel, folder: str | Path) -> None:
             f"{expected.get(name, 'of nothing')} in the model; use the --lora_r and --lora_target_modules, and the "
             "--model_name_or_path, that it was trained with"
         )
-    weights = {name.removeprefix(PEFT_PREFIX): value for name, value in tensors.items()}
     set_peft_model_state_dict(model, weights, ADAPTER_NAME)
     load_connector(model, folder)
 
 
 class LoadsAdapterFolders:
-    """Mixin of the model class: `from_pretrained` opens adapter folders as well."""
+    """Mixin: `from_pretrained` also loads adapter folders."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; of an adapter folder the base is loaded and the adapter merged into it.
+        """Load a model as in Transformers; for an adapter folder, load its base and merge the adapter into it.
 
-        An adapter on a 4-bit language model stays beside it, because merged weights would have to be rounded again;
-        with `dequantize=True` the language model is expanded first, and the adapter merged.
+        An adapter on a 4-bit language model is not merged, because merged weights would have to be rounded again; with
+        `dequantize=True` the language model is dequantised first, and the adapter merged.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id of a model or an adapter.
             *args: As in Transformers.
             **kwargs: As in Transformers. For adapter folders also `dequantize`, and `base`, an `AdapterBase` to use
-                instead of the one that the folder names, where that has moved.
+                instead of the one that the folder names, if that has moved.
 
         Raises:
-            FileNotFoundError: If the base of an adapter is not there; the message names it.
+            FileNotFoundError: If the base of an adapter is not available; the message names it.
         """
         folder = find_adapter_folder(pretrained_model_name_or_path, kwargs)
         if folder is not None:
@@ -197,7 +179,7 @@ def _load_adapter_folder(
 
 
 def _build_base(cls: Any, folder: Path, base: AdapterBase, dequantize: bool, kwargs: dict[str, Any]) -> Any:
-    """The model an adapter was trained on, without the adapter; as `metamorph train` builds it."""
+    """The model an adapter was trained on, without the adapter, built as `metamorph train` builds it."""
     check_implementations(read_json_object(folder / "config.json"), folder / "config.json")
     config = MetaMorphConfig.from_pretrained(folder)
     if find_adapter_folder(base.language_model, {}) is not None:
@@ -211,7 +193,7 @@ def _build_base(cls: Any, folder: Path, base: AdapterBase, dequantize: bool, kwa
     try:
         if _model_type(base.language_model, folder) == MetaMorphConfig.model_type:
             model = cls.from_pretrained(base.language_model, config=config, **kwargs)
-            return _expanded(model) if dequantize and base.quantization is not None else model
+            return _dequantised(model) if dequantize and base.quantization is not None else model
         language_model = load_language_model(base.language_model, **kwargs)
         tokenizer = load_tokenizer(base.language_model)
         encoder = load_vision_encoder(str(base.vision_tower))
@@ -223,7 +205,7 @@ def _build_base(cls: Any, folder: Path, base: AdapterBase, dequantize: bool, kwa
             + f", which cannot be loaded: {reason} Correct the paths in {folder / ADAPTER_FILE} where they have moved"
         ) from error
     if dequantize and base.quantization is not None:
-        language_model = _expanded(language_model)
+        language_model = _dequantised(language_model)
     fields = [name for name in MetaMorphConfig.__annotations__ if name not in BUILT_FIELDS]
     overrides = {name: getattr(config, name) for name in fields}
     model = cls.from_parts(language_model, encoder.to(language_model.dtype), tokenizer, **overrides)
@@ -238,34 +220,26 @@ def _build_base(cls: Any, folder: Path, base: AdapterBase, dequantize: bool, kwa
 
 
 def _model_type(name: str, folder: Path) -> str:
-    """Of the base of the adapter in `folder`."""
+    """Model type of `name`, the base of the adapter in `folder`."""
     try:
         return load_config(name).model_type
     except (ValueError, KeyError) as error:
         raise ValueError(
-            f"the adapter {folder} was trained on {name}, which is no model: {error} Correct the paths in "
+            f"the adapter {folder} was trained on {name}, which is not a model: {error} Correct the paths in "
             f"{folder / ADAPTER_FILE}"
         ) from error
 
 
 def forget_quantisation(model: PreTrainedModel) -> None:
-    """Remove the quantisation from the configuration: saved there, it would be taken for that of the saved weights.
-
-    Args:
-        model: A MetaMorph model whose language model may be quantised.
-    """
+    """Remove the quantisation from the configuration: saved there, it would describe the saved weights."""
     for config in (model.config, model.config.text_config):
         if hasattr(config, "quantization_config"):
             del config.quantization_config
 
 
-def _expanded(model: PreTrainedModel) -> PreTrainedModel:
+def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
     """A 4-bit model, or language model, with plain weights of the same values."""
     model = model.dequantize()
     if isinstance(model.config, MetaMorphConfig):
         forget_quantisation(model)
     return model
-
-
-def _lora_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if ".lora_" in name}

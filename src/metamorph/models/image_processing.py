@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor
 
-# Not from the package root: without torchvision, older releases have a dummy there that asks for it, and newer ones warn
+# Not from the package root: without torchvision, older releases have a dummy there, and newer ones warn
 # that they fall back to these.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil

@@ -40,7 +40,7 @@ from metamorph.files.model_files import (
 
 
 CONFIG_FILE = "config.json"
-PEFT_FILE = "adapter_config.json"
+LORA_CONFIG_FILE = "adapter_config.json"
 WEIGHT_PATTERNS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "token")
 OTHER_SOURCES = ("gguf_file", "state_dict", "subfolder", "variant")
@@ -132,9 +132,9 @@ def load_checked(
     if kwargs.pop("trust_remote_code", None):
         raise ValueError("trust_remote_code is not supported: code that comes with a model is never run")
     # Transformers would attach an adapter in the folder of a model, and PEFT read its settings unchecked.
-    if find_file(name_or_path, PEFT_FILE, **kwargs) is not None:
+    if find_file(name_or_path, LORA_CONFIG_FILE, **kwargs) is not None:
         raise ValueError(
-            f"{name_or_path} holds {PEFT_FILE} next to a model: move the adapter to a folder of its own, with the "
+            f"{name_or_path} holds {LORA_CONFIG_FILE} next to a model: move the adapter to a folder of its own, with the "
             "metamorph_adapter.json that `metamorph train --lora_enable True` writes"
         )
     _check_sizes(name_or_path, config, build, kwargs)
