@@ -65,7 +65,7 @@ def test_r15_every_version_learns_the_answers_and_nothing_else(name):
     """The original knew one template; the others gave None."""
     processor = processor_for(name)
     encoded = processor.encode_conversation(chat("Hi", "Yes, I am.", "Why?", "No."))
-    end = processor.template.end_of_turn
+    end = processor.template.end_tokens[0]
     text = supervised_text(processor, encoded)
     assert end is not None
     # Mistral's answers begin with a space, and the thinking template writes an empty thought before the last one.
@@ -120,7 +120,7 @@ def test_a_prompt_has_the_ids_with_which_the_answer_was_trained(processor, conve
         assert prompt.input_ids.tolist() == whole.input_ids[:length].tolist()
     # What follows the prompt is learnt up to the end of the turn; a line end after it is not.
     answer, labels = whole.input_ids[length:], whole.labels[length:]
-    end = processor.tokenizer.convert_tokens_to_ids(processor.template.end_of_turn)
+    end = processor.tokenizer.convert_tokens_to_ids(processor.template.end_tokens[0])
     stop = (answer == end).nonzero()[-1].item() + 1
     is_text = answer[:stop] != processor.image_tokens.image
     assert (labels[:stop][is_text] == answer[:stop][is_text]).all()

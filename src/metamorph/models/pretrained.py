@@ -134,8 +134,8 @@ def load_checked(
     # Transformers would attach an adapter in the folder of a model, and PEFT read its settings unchecked.
     if find_file(name_or_path, LORA_CONFIG_FILE, **kwargs) is not None:
         raise ValueError(
-            f"{name_or_path} holds {LORA_CONFIG_FILE} next to a model: move the adapter to a folder of its own, with the "
-            "metamorph_adapter.json that `metamorph train --lora_enable True` writes"
+            f"{name_or_path} holds {LORA_CONFIG_FILE} next to a model: move the adapter to a folder of its own, with "
+            "the metamorph_adapter.json that `metamorph train --lora_enable True` writes"
         )
     _check_sizes(name_or_path, config, build, kwargs)
     if all(kwargs.get(name) is None for name in OTHER_SOURCES):

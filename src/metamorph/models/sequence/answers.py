@@ -1,8 +1,7 @@
-"""Answers as the model writes them: generated ids to texts and images, in their order."""
+"""Generated ids to texts and images, in the order in which the model wrote them."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ def interleave(
     """Texts and images of each answer.
 
     Args:
-        answers: Ids that the model wrote, without the prompt.
+        answers: Generated ids, without the prompt.
         visual_tokens: `[images, num_image_tokens, vision_hidden]`, answer by answer.
         decode: Ids to text.
-        ends: Ids that end an answer.
+        ends: Ids that end an answer; what follows the first of them is ignored.
         placeholder: Id of the placeholder.
         num_image_tokens: Placeholders of one image.
 
@@ -36,9 +35,9 @@ def interleave(
     rows: list[list[TextPart | ImagePart]] = []
     used = 0
     for answer in answers:
-        ids = answer.tolist() if isinstance(answer, torch.Tensor) else list(answer)
+        ids = answer.tolist() if isinstance(answer, torch.Tensor) else answer
         parts: list[TextPart | ImagePart] = []
-        for run in split_generated(ids, placeholder, num_image_tokens, ends):
+        for run in _split_at_images(takewhile(lambda token: token not in ends, ids), placeholder, num_image_tokens):
             if run is None:
                 if used < len(features):
                     parts.append(ImagePart(features[used]))
@@ -54,8 +53,24 @@ def interleave(
     return rows
 
 
+def _split_at_images(ids: Iterable[int], placeholder: int, num_image_tokens: int) -> Iterator[list[int] | None]:
+    """Ids of text, with None for each complete image between them."""
+    text: list[int] = []
+    placeholders = 0
+    for token in ids:
+        if token != placeholder:
+            text.append(token)
+            continue
+        placeholders += 1
+        if placeholders == num_image_tokens:
+            yield text
+            yield None
+            text, placeholders = [], 0
+    yield text
+
+
 def stack_visual_tokens(images: Sequence[ImagePart], num_image_tokens: int) -> torch.Tensor:
-    """`[images, num_image_tokens, vision_hidden]` of images that the model wrote earlier.
+    """Stack earlier generated images to `[images, num_image_tokens, vision_hidden]`.
 
     Raises:
         ValueError: If they are of another model.
@@ -67,29 +82,3 @@ def stack_visual_tokens(images: Sequence[ImagePart], num_image_tokens: int) -> t
             f"them; there are {sorted(shapes)}"
         )
     return torch.stack([image.visual_tokens for image in images])
-
-
-def split_generated(
-    ids: list[int], placeholder: int, num_image_tokens: int, ends: frozenset[int]
-) -> list[list[int] | None]:
-    """Take an answer apart: ids of text, with None for each complete image between them.
-
-    Args:
-        ids: Ids that the model wrote.
-        placeholder: Id of the placeholder.
-        num_image_tokens: Placeholders of one image.
-        ends: Ids that end the answer; what follows the first of them is ignored.
-    """
-    ids = ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
-    runs: list[list[int] | None] = []
-    text: list[int] = []
-    placeholders = 0
-    for token in ids:
-        if token != placeholder:
-            text.append(token)
-            continue
-        placeholders += 1
-        if placeholders == num_image_tokens:
-            runs += [text, None]
-            text, placeholders = [], 0
-    return [*runs, text]

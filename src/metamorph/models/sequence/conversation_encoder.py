@@ -1,6 +1,4 @@
-"""A chat template at work: conversations to text, and to ids, labels and visual-target mask."""
-
-from __future__ import annotations
+"""Applies a chat template: conversations to text, and to ids, labels and visual-target mask."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,19 +14,11 @@ from metamorph.models.sequence.text_encoding import TextEncoder
 
 
 _CUT = "\ue005"
-"""Private-use character after the content of a message that is to be continued."""
+"""Private-use character after the content of a message to continue."""
 
 
 class ConversationEncoder:
-    """Writes conversations in a chat template and encodes them. It changes nothing, so threads may share it.
-
-    Args:
-        tokenizer: Its image tokens are added.
-        template: The chat template.
-        image_tokens: Ids of the image tokens.
-        image_token: Name of the placeholder.
-        num_image_tokens: Placeholders of one image.
-    """
+    """Writes conversations in a chat template and encodes them. It is immutable, so threads may share it."""
 
     def __init__(
         self,
@@ -43,17 +33,12 @@ class ConversationEncoder:
         self._image_token = image_token
         self._num_image_tokens = num_image_tokens
         self._text = TextEncoder(tokenizer, template)
-        # As in conversations, so that a text in the template has the ids that were trained.
+        # As in conversations: a text in the template must have the ids of training.
         self._adds_bos = template.writes_bos and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         self._bos = tokenizer.bos_token_id
 
     def write(self, messages: Sequence[Message], **options: Any) -> str:
-        """The text of a conversation.
-
-        Args:
-            messages: The conversation.
-            **options: `add_generation_prompt`, `continue_final_message` and `variables` as for `encode`.
-        """
+        """Text of a conversation; options as for `encode`."""
         text = "".join(segment.text for segment in self._segments(messages, **options))
         return self._text.reveal(text).replace(self._image_token, DEFAULT_IMAGE_TOKEN)
 
@@ -64,8 +49,8 @@ class ConversationEncoder:
             messages: The conversation.
             limit: Most tokens.
             **options: `add_generation_prompt`: whether to end with the header of the assistant's next answer.
-                `continue_final_message`: whether to end with the content of the last message, an answer's beginning.
-                `variables`: what the template may read, by name; then nothing is supervised.
+                `continue_final_message`: whether to end with the content of the last message, the beginning of an
+                answer. `variables`: of the template, by name; with them nothing is supervised.
 
         Raises:
             ValueError: If the template cannot express the conversation.
@@ -89,12 +74,12 @@ class ConversationEncoder:
         return builder
 
     def encode_text(self, text: str, limit: int | None = None, add_bos: bool = True) -> tuple[SequenceBuilder, int]:
-        """Ids of a text that is in the template already, in which control tokens count; and its number of images.
+        """Ids of a text that is in the template already, in which control tokens count, and its number of images.
 
         Args:
             text: Text with an `<image>` marker for each image.
             limit: Most tokens.
-            add_bos: Whether to put the BOS token first if the tokenizer and the template do and the text does not.
+            add_bos: Whether to add the BOS token if the tokenizer and the template do and the text does not.
         """
         ids = self._text.encode(self._text.escape(with_placeholders(text, self._image_token)))
         if add_bos and self._adds_bos and ids[:1] != [self._bos]:
@@ -110,7 +95,7 @@ class ConversationEncoder:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> list[Segment]:
-        """A conversation with a placeholder for each image, and control tokens hidden in contents."""
+        """Segments with a placeholder for each image, and control tokens hidden in contents."""
         written = [{"role": message.role, "content": self._hidden(message)} for message in messages]
         if continue_final_message:
             if add_generation_prompt or not messages or messages[-1].role != "assistant":
