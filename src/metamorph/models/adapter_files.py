@@ -20,8 +20,7 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "metamorph_adapter.json"
 LORA_WEIGHTS_FILE = "adapter_model.safetensors"  # PEFT's name
-PEFT_PREFIX = "base_model.model."
-"""PEFT's prefix of the names of weights in its files."""
+PEFT_PREFIX = "base_model.model."  # PEFT's prefix of the names of weights in its files
 LORA_FIELDS: dict[str, tuple[tuple[type, ...], float, float]] = {
     "r": ((int,), 1, 2**16),
     "lora_alpha": ((int, float), -1e6, 1e6),
@@ -60,8 +59,7 @@ QUANTIZATION_FIELDS = {
 class AdapterBase:
     """What an adapter was trained on."""
 
-    language_model: str
-    """Folder or Hub id of a language model, or of a finished MetaMorph model."""
+    language_model: str  # folder or Hub id of a language model, or of a finished MetaMorph model
     vision_tower: str | None
     """Folder or Hub id of the vision tower; None with a finished MetaMorph model, which contains one."""
     quantization: dict[str, Any] | None = None

@@ -39,8 +39,7 @@ _FAILURES = (
 )
 """What classes of Transformers raise when they are built or called in a way that they do not support."""
 _LAYERS, _HEADS, _INTERMEDIATE, _VOCABULARY = 2, 4, 32, 512
-_MOST_WEIGHTS = 2**26
-"""Most weights of a copy: 256 MiB."""
+_MOST_WEIGHTS = 2**26  # most weights of a copy: 256 MiB
 _DIVIDED = (
     "hidden_size",
     "linear_num_key_heads",
@@ -55,10 +54,8 @@ _DIVIDED = (
 """Sizes divided by the same number, which keeps the size of a head and what depends on it."""
 _SAME_FAMILY = re.compile(r"vocab_size|_token_id|dtype|_name_or_path|architectures|transformers_version|quantization")
 """Fields that may differ within a family: between the configuration a run starts from, and that of its model."""
-_VERDICTS: dict[str, Verdict] = {}
-"""Results of this process."""
-_TOLERANCE = 1e-3
-"""Relative to the largest logit: equal computations differ by rounding only."""
+_VERDICTS: dict[str, Verdict] = {}  # results of this process
+_TOLERANCE = 1e-3  # relative to the largest logit: equal computations differ by rounding only
 
 
 def embedding_scale(config: PreTrainedConfig) -> float:

@@ -22,8 +22,7 @@ FORMATS = (
     *(["AVIF"] if find_spec("PIL._avif") is not None else []),  # since Pillow 11.3, unless built without
 )
 """Formats that are read. Pillow knows more, but hands some of them to other programs (EPS to Ghostscript)."""
-_QUARTER_TURNS = (5, 6, 7, 8)
-"""EXIF orientations that swap width and height."""
+_QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _DECODING_ERRORS = (
     OSError,
     ValueError,

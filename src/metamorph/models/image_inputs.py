@@ -15,12 +15,9 @@ from transformers.image_utils import infer_channel_dimension_format
 from metamorph.models import image_files
 
 
-_MAX_BYTES = 2**28
-"""Largest file fetched from a URL."""
-_TIMEOUT = 30
-"""Seconds to wait for a URL."""
-_SHOWN = 60
-"""Characters of a string shown in messages."""
+_MAX_BYTES = 2**28  # largest file fetched from a URL
+_TIMEOUT = 30  # seconds to wait for a URL
+_SHOWN = 60  # characters of a string shown in messages
 
 
 def load_image(image: Any, *, allow_urls: bool = False, input_data_format: str | None = None) -> Image.Image:

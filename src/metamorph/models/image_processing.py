@@ -18,12 +18,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from metamorph.models.configuration_metamorph import MAX_IMAGE_SIDE
 
 
-_BAND_PIXELS = 2**20
-"""Pixels that are converted at a time."""
-_MAX_SIDE = 2**16
-"""Longer images are shrunk before resizing: Pillow's weights take 32 bytes for each pixel of a side."""
-_MAX_SQUARE = 2**13
-"""The same before padding to a square: its time grows with the square of the side."""
+_BAND_PIXELS = 2**20  # pixels that are converted at a time
+_MAX_SIDE = 2**16  # longer images are shrunk before resizing: Pillow's weights take 32 bytes for each pixel of a side
+_MAX_SQUARE = 2**13  # the same before padding to a square: its time grows with the square of the side
 
 
 def load_image_processor(name_or_path: str) -> BaseImageProcessor:

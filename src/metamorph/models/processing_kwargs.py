@@ -37,8 +37,7 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "verbose": (True,),
 }
 """Values that ask for what happens anyway, besides the image processor's own."""
-_UNLIMITED = 10**6
-"""Tokenizers without a maximum length have a `model_max_length` above this."""
+_UNLIMITED = 10**6  # tokenizers without a maximum length have a `model_max_length` above this
 
 
 def is_processor_argument(name: str) -> bool:

@@ -45,8 +45,7 @@ _FILE_FIELDS = {
     *("num_image_tokens", "processor_class", "version"),
 }
 """Allowed fields of `processor_config.json`."""
-_MAX_TEMPLATES = 8
-"""Templates of single calls that are cached."""
+_MAX_TEMPLATES = 8  # templates of single calls that are cached
 _DEFAULT_OPTIONS = ProcessorOptions()
 
 

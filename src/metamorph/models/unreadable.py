@@ -10,8 +10,7 @@ from typing import BinaryIO
 from PIL import Image
 
 
-_START = 512
-"""Bytes that identify a file."""
+_START = 512  # bytes that identify a file
 _KINDS = (
     (rb"\s*\Z", "it is empty", "download it again"),
     (rb"version https://git-lfs", "it is a pointer of Git LFS, not the file itself", "run git lfs pull"),

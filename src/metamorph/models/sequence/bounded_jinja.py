@@ -21,16 +21,11 @@ from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 
-BUDGET = 2_000_000
-"""Steps and characters of a rendering, whatever the conversation."""
-BUDGET_PER_CHARACTER = 100
-"""More of them for each character of the conversation."""
-_MOST_AT_ONCE = 2**28
-"""Most characters that one operation may produce before they are charged."""
-_UNKNOWN = 100_000
-"""Assumed length of an iterator: the longest `range`."""
-_CALL = 50
-"""Cost of a call or a filter, in steps."""
+BUDGET = 2_000_000  # steps and characters of a rendering, whatever the conversation
+BUDGET_PER_CHARACTER = 100  # more of them for each character of the conversation
+_MOST_AT_ONCE = 2**28  # most characters that one operation may produce before they are charged
+_UNKNOWN = 100_000  # assumed length of an iterator: the longest `range`
+_CALL = 50  # cost of a call or a filter, in steps
 _METER = "metered"
 _WIDE_FORMAT = re.compile(r"%[^A-Za-z%]*(\*|\d{5})|\{[^{}]*(\{|\d{5})")
 

@@ -80,10 +80,8 @@ class ChatTemplate:
         ValueError: If the template is faulty, or cannot be used for training.
     """
 
-    _MAX_CACHED = 1024
-    """Orders of roles; a data set has few."""
-    _MAX_WORDS = 64
-    """Tokens tried as the beginning of an answer; a vocabulary starts with the most frequent ones."""
+    _MAX_CACHED = 1024  # orders of roles; a data set has few
+    _MAX_WORDS = 64  # tokens tried as the beginning of an answer; a vocabulary starts with the most frequent ones
 
     def __init__(
         self,

@@ -13,8 +13,7 @@ from metamorph.models.sequence.image_tokens import ImageTokens
 from metamorph.models.sequence.text_encoding import TextEncoder
 
 
-_CUT = "\ue005"
-"""Private-use character after the content of a message to continue."""
+_CUT = "\ue005"  # private-use character after the content of a message to continue
 
 
 class ConversationEncoder:

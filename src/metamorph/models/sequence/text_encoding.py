@@ -14,10 +14,8 @@ _BREAK = "\ue002"
 _ITSELF, _NOTHING = "\ue003", "\ue004"
 """After `_BREAK`: the content itself has that character; it precedes nothing."""
 _BREAKS = re.compile(f"{_BREAK}([{_ITSELF}{_NOTHING}]?)")
-_WORDS = re.compile(r"\A.*\S", re.DOTALL)
-"""A text without the white space at its end, which templates strip."""
-_CONTEXT = 64
-"""Characters at the end of a text that are searched for a control token; no name is longer."""
+_WORDS = re.compile(r"\A.*\S", re.DOTALL)  # a text without the white space at its end, which templates strip
+_CONTEXT = 64  # characters at the end of a text that are searched for a control token; no name is longer
 
 
 @dataclass(frozen=True)
