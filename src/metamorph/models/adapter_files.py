@@ -87,11 +87,7 @@ def find_adapter_folder(name: Any, hub_kwargs: Mapping[str, Any]) -> Path | None
 
 
 def read_adapter_base(folder: str | Path) -> AdapterBase:
-    """Read what the adapter in `folder` was trained on.
-
-    Raises:
-        ValueError: if the file that says it is damaged.
-    """
+    """Read what the adapter in `folder` was trained on."""
     file = Path(folder) / ADAPTER_FILE
     fields = read_json_object(file)
     kinds = {"language_model": (str,), "vision_tower": (str, type(None)), "quantization": (dict, type(None))}
@@ -106,15 +102,11 @@ def read_adapter_base(folder: str | Path) -> AdapterBase:
 
 
 def read_lora_settings(folder: str | Path) -> dict[str, Any]:
-    """Read the fields of `adapter_config.json` that an adapter needs: rank, scale and dropout.
+    """Read rank, scale and dropout from `adapter_config.json`.
 
     PEFT's configuration can do more: import modules (`megatron_core`), load tokenizers and other adapters, multiply
     layers, and select layers by regular expressions that never end. An adapter here is plain LoRA on the layers that
-    its weights name, so none of this is passed on, and what would change the result is refused.
-
-    Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: naming the field that is not supported.
+    its weights name, so none of this is passed on, and what would change the result is refused by name.
     """
     from peft import LoraConfig
 
@@ -134,12 +126,7 @@ def read_lora_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def lora_targets(model: PreTrainedModel, folder: str | Path, rank: int) -> list[str]:
-    """List the paths of linear layers of `model` that have weights in an adapter folder, from the header of the file.
-
-    Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if the weights are not those of LoRA matrices of that rank on linear layers of `model`.
-    """
+    """List the linear layers of `model` with LoRA matrices of this rank in an adapter folder, by the file's header."""
     file = Path(folder) / LORA_WEIGHTS_FILE
     found = file_shapes(file)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}

@@ -70,11 +70,7 @@ def save_adapter(
 ) -> None:
     """Save the adapter and everything that is trained with it, except the processor.
 
-    Args:
-        model: A MetaMorph model with LoRA on its language model.
-        folder: Created if missing.
-        base: What the adapter was trained on.
-        state_dict: Weights by their names in `model.state_dict()`, if those of `model` are sharded.
+    `state_dict` has the weights by their names in `model.state_dict()`, if those of `model` are sharded.
     """
     from peft import get_peft_model_state_dict
 
@@ -96,11 +92,7 @@ def save_adapter(
 
 
 def load_adapter_weights(model: PreTrainedModel, folder: str | Path) -> None:
-    """Load an adapter folder, or a checkpoint of a LoRA run, into a model that has the same LoRA matrices attached.
-
-    Raises:
-        ValueError: if a file is damaged, or does not fit the model.
-    """
+    """Load an adapter folder, or a checkpoint of a LoRA run, into a model with the same LoRA matrices attached."""
     from peft import set_peft_model_state_dict
 
     file = Path(folder) / LORA_WEIGHTS_FILE
@@ -124,32 +116,7 @@ def load_adapter_weights(model: PreTrainedModel, folder: str | Path) -> None:
     load_connector(model, folder)
 
 
-class LoadsAdapterFolders:
-    """Mixin: `from_pretrained` also loads adapter folders."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a model as in Transformers; for an adapter folder, load its base and merge the adapter into it.
-
-        An adapter on a 4-bit language model is not merged, because merged weights would have to be rounded again; with
-        `dequantize=True` the language model is dequantised first, and the adapter merged.
-
-        Args:
-            pretrained_model_name_or_path: Folder or Hub id of a model or an adapter.
-            *args: As in Transformers.
-            **kwargs: As in Transformers. For adapter folders also `dequantize`, and `base`, an `AdapterBase` to use
-                instead of the one that the folder names, if that has moved.
-
-        Raises:
-            FileNotFoundError: If the base of an adapter is not available; the message names it.
-        """
-        folder = find_adapter_folder(pretrained_model_name_or_path, kwargs)
-        if folder is not None:
-            return _load_adapter_folder(cls, folder, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
-
-
-def _load_adapter_folder(
+def load_adapter_folder(
     cls: Any,
     folder: Path,
     *,
@@ -158,6 +125,14 @@ def _load_adapter_folder(
     output_loading_info: bool = False,
     **kwargs: Any,
 ) -> Any:
+    """Load the base of an adapter folder by `cls`, and merge the adapter into it.
+
+    An adapter on a 4-bit language model is not merged, because merged weights would have to be rounded again; with
+    `dequantize` the language model is dequantised first, and the adapter merged.
+
+    Raises:
+        FileNotFoundError: The base is not available; the message names it.
+    """
     require_peft()
     from peft import LoraConfig, PeftModel, inject_adapter_in_model
 

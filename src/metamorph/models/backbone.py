@@ -49,7 +49,7 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Load a model as in Transformers, without `trust_remote_code`, and check that its weights are complete.
+        """Load a model as in Transformers, but never run code that comes with it.
 
         Raises:
             OSError: there is no such model.
@@ -92,9 +92,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         """Encode [I, 3, height, width] images as the language model sees them.
 
-        Returns:
-            `pooler_output` [I, N, H], the embeddings at the placeholders, and `last_hidden_state` [I, N, D], the visual
-            tokens that the connector projects.
+        Returns `pooler_output` [I, N, H], the embeddings at the placeholders, and `last_hidden_state` [I, N, D], the
+        visual tokens that the connector projects.
         """
         visual_tokens = self.vision_tower(pixel_values)
         projected = self._project(visual_tokens, self.get_input_embeddings().weight.dtype)
@@ -106,18 +105,12 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         visual_tokens: Tensor | None = None,
         visual_tokens_index: Tensor | None = None,
     ) -> Tensor | None:
-        """Encode the images of a batch, some of which may be given as visual tokens.
+        """Encode the images of a batch to [P + V, N, D] in reading order; None without images.
 
         Args:
             pixel_values: [P, 3, height, width] in reading order.
-            visual_tokens: [V, N, D] in reading order.
-            visual_tokens_index: [V] positions of the visual tokens among all images, if there are both.
-
-        Returns:
-            [P + V, N, D] in reading order, or None without images.
-
-        Raises:
-            ValueError: there are both, without an index.
+            visual_tokens: [V, N, D] images that are given as visual tokens.
+            visual_tokens_index: [V] their positions among all images, required if there are both.
         """
         if pixel_values is None or not pixel_values.shape[0]:
             return visual_tokens
@@ -187,19 +180,13 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         generated_visual_tokens: Tensor | None = None,
         image_positions: Tensor | None = None,
     ) -> Tensor:
-        """Embed text tokens, and put the projected visual tokens at the placeholders.
+        """Embed text tokens, and put the projected visual tokens at the placeholders: [B, S] -> [B, S, H].
 
         Args:
-            input_ids: [B, S]
+            input_ids: [B, S] with `N` placeholders for each image.
             visual_tokens: [I, N, D] for the placeholders in reading order, except those of generated tokens.
             generated_visual_tokens: [B, G, D] candidates for the last G positions, used at placeholders.
             image_positions: [placeholders] their positions in [B · S], if known: see [`BatchIndices`].
-
-        Returns:
-            [B, S, H]
-
-        Raises:
-            ValueError: there are not `N` placeholders for each image.
         """
         embeds = self.get_input_embeddings()(input_ids)  # (batch, seq, hidden)
         if (scale := embedding_scale(self.config.text_config)) != 1.0:
@@ -215,7 +202,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             if visual_tokens is None:
                 return embeds
             image_positions = (is_placeholder & ~is_generated).flatten().nonzero().squeeze(-1)
-        if image_positions is None:
+        elif image_positions is None:
             image_positions = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(-1)
         if visual_tokens is None:
             # No images still pass through the connector: its parameters stay in the graph (with gradient 0), and

@@ -42,12 +42,9 @@ def index_batch(
     Args:
         input_ids: [B, S]; None for text given as embeddings.
         labels: [B, S], not shifted, `IGNORE_INDEX` where nothing is supervised.
-        visual_target_mask: [B, S] bool; None without visual targets.
+        visual_target_mask: [B, S] bool; None without visual targets. It must select placeholders only, and not the
+            first position of a row, which no hidden state predicts.
         image_token_id: id of the placeholder of one visual token.
-
-    Raises:
-        ValueError: the mask selects positions that are not placeholders, or the first position of a row, which no
-            hidden state predicts.
     """
     none = torch.zeros(0, dtype=torch.long, device=labels.device)
     images = none if input_ids is None else (input_ids == image_token_id).flatten().nonzero().squeeze(-1)
@@ -68,10 +65,7 @@ def index_batch(
 def first_image_starts(labels: Tensor, visual_target_mask: Tensor, image_start_token_id: int) -> Tensor:
     """Flat positions [answers with an image] before the first `<image_start>` of each answer that has one.
 
-    Args:
-        labels: [B, S], not shifted, `IGNORE_INDEX` where nothing is supervised.
-        visual_target_mask: [B, S] bool. Placeholders have no labels, but do not end an answer.
-        image_start_token_id: id of `<image_start>`.
+    `labels` and `visual_target_mask` are as for [`index_batch`]; placeholders have no labels, but do not end an answer.
     """
     in_answer = (labels != IGNORE_INDEX) | visual_target_mask  # (batch, seq)
     begins = in_answer.clone()

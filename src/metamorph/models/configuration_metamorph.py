@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 TOKEN_REDUCTIONS = ("interpolation", "concat_interpolation", "mlpmixer", "none")
 VISION_HEAD_TYPES = ("linear", "mlp", "mlp2x_gelu")
 PROJECTOR_TYPES = ("linear", "mlp{N}x_gelu", "mlpsoftmax", "identity")
+"""Values of `mm_projector_type`, with a number from 1 to 99 for `{N}`."""
 MAX_IMAGE_TOKENS = 128**2
 """Most visual tokens per image. No weight depends on their number, so the files of a model do not bound it."""
 MAX_IMAGE_SIDE = 4096
@@ -18,25 +19,17 @@ CONCAT_BLOCK = 4
 """`concat_interpolation` joins blocks of 2×2 tokens along the feature axis."""
 
 
-def is_projector_type(name: str) -> bool:
-    """Whether `name` is one of `PROJECTOR_TYPES`, with a number from 1 to 99 for `{N}`."""
-    return name in PROJECTOR_TYPES or re.fullmatch(r"mlp[1-9]\d?x_gelu", name) is not None
-
-
 def check_options(options: Any) -> None:
-    """Check the options that do not depend on the parts of the model.
+    """Check the options that do not depend on the parts of the model; the error begins with name and value.
 
-    Args:
-        options: a configuration, or the command-line arguments for one. `vision_coef` may be None: not decided yet.
-
-    Raises:
-        ValueError: a value is not allowed; the message begins with its name and value.
+    `options` is a configuration, or the command-line arguments for one; a `vision_coef` of None is not decided yet.
     """
     reduction, count = options.image_token_reduction, options.num_image_tokens
     if reduction not in TOKEN_REDUCTIONS:
         raise ValueError(f"image_token_reduction={reduction!r} is unknown; use one of {TOKEN_REDUCTIONS}")
-    if not is_projector_type(options.mm_projector_type):
-        raise ValueError(f"mm_projector_type={options.mm_projector_type!r} is unknown; use one of {PROJECTOR_TYPES}")
+    projector = options.mm_projector_type
+    if projector not in PROJECTOR_TYPES and re.fullmatch(r"mlp[1-9]\d?x_gelu", projector) is None:
+        raise ValueError(f"mm_projector_type={projector!r} is unknown; use one of {PROJECTOR_TYPES}")
     if options.vision_head_type not in VISION_HEAD_TYPES:
         raise ValueError(f"vision_head_type={options.vision_head_type!r} is unknown; use one of {VISION_HEAD_TYPES}")
     coef = options.vision_coef

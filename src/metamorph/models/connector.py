@@ -68,13 +68,8 @@ class Connector:
 def save_connector(model: PreTrainedModel, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> Path:
     """Save what stage 1 trains: connector, new tokens' embedding rows, and the vision head if it is trained.
 
-    Args:
-        model: A MetaMorph model, with or without attached new rows.
-        folder: Created if missing.
-        state_dict: Weights by their names in `model.state_dict()`, if those of `model` are sharded.
-
-    Returns:
-        Path of `mm_projector.safetensors`.
+    `state_dict` has the weights by their names in `model.state_dict()`, if those of `model` are sharded. Returns the
+    path of the file.
     """
     weights = model.state_dict() if state_dict is None else state_dict
     tensors = {
@@ -95,16 +90,13 @@ def save_connector(model: PreTrainedModel, folder: str | Path, state_dict: Mappi
 def write_connector(
     folder: str | Path, tensors: Mapping[str, Tensor], tokens: list[str], config: Mapping[str, object]
 ) -> Path:
-    """Write a connector file.
+    """Write a connector file and return its path.
 
     Args:
         folder: Created if missing.
         tensors: Weights named `mm_projector.…`, `reduction.…`, `vision_head.…`, `new_rows`, `new_head_rows`.
         tokens: The new tokens, in the order of the rows.
         config: The `MATCHING_FIELDS` it was trained with, as far as they are known.
-
-    Returns:
-        Path of `mm_projector.safetensors`.
     """
     metadata = {"format": "pt", "new_tokens": json.dumps(tokens), "config": json.dumps(dict(config))}
     path = Path(folder) / CONNECTOR_FILE
@@ -155,12 +147,7 @@ def load_connector(model: PreTrainedModel, path: str | Path) -> None:
 
 
 def find_connector(path: str | Path) -> Path:
-    """Find the connector file at `path`, a file or a folder.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is the folder of a finished model.
-    """
+    """Find the connector file at `path`, a file or a folder; one of a finished model is refused."""
     path = Path(path)
     for file in (path, *(path / name for name in CONNECTOR_FILES)):
         if file.is_file():
@@ -176,11 +163,7 @@ def find_connector(path: str | Path) -> Path:
 
 
 def read_connector(file: Path) -> Connector:
-    """Read a `.safetensors` connector of ours, or a `.bin` file without running any code in it.
-
-    Raises:
-        ValueError: if the file is damaged or not a connector.
-    """
+    """Read a `.safetensors` connector of ours, or a `.bin` file without running any code in it."""
     tensors, metadata = read_tensors(file)
     check_finite(tensors.items(), file)
     tokens = _read_metadata(metadata, "new_tokens", [], file)
@@ -209,11 +192,7 @@ def read_connector(file: Path) -> Connector:
 
 
 def rewrite_connector(file: Path, folder: str | Path) -> Path:
-    """Convert a connector file that can be read to one of ours, without its model.
-
-    Returns:
-        Path of `mm_projector.safetensors`.
-    """
+    """Convert a connector file that can be read to one of ours, without its model, and return its path."""
     connector = read_connector(file)
     tensors = {f"{part}.{name}": value for part in PARTS for name, value in getattr(connector, part).items()}
     for name, rows in (("new_rows", connector.new_rows), ("new_head_rows", connector.head_rows)):

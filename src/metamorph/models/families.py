@@ -65,12 +65,12 @@ def embedding_scale(config: PreTrainedConfig) -> float:
 
 def finishes_logits(config: PreTrainedConfig) -> bool:
     """Whether [`finish_logits`] changes anything."""
-    return _logit_scale(config) != 1.0 or _logit_cap(config) is not None
+    return _logit_scale(config) != 1.0 or getattr(config, "final_logit_softcapping", None) is not None
 
 
 def finish_logits(config: PreTrainedConfig, logits: Tensor) -> Tensor:
     """Scale (Cohere, Granite, …) and cap (Gemma) the [..., V] logits of `lm_head` as the family does."""
-    scale, cap = _logit_scale(config), _logit_cap(config)
+    scale, cap = _logit_scale(config), getattr(config, "final_logit_softcapping", None)
     if scale != 1.0:
         logits = logits * scale
     return logits if cap is None else torch.tanh(logits / cap) * cap
@@ -82,14 +82,9 @@ def router_loss_coefficient(config: PreTrainedConfig) -> float:
 
 
 def router_loss(decoder: PreTrainedModel, router_logits: tuple[Tensor, ...]) -> Tensor | None:
-    """The load-balancing loss of a mixture of experts, by the family's own function.
+    """The load-balancing loss of a mixture of experts, by the family's own function; None if it has none.
 
-    Args:
-        decoder: the language model without its head.
-        router_logits: [tokens, experts] of each layer with experts.
-
-    Returns:
-        A 0-d tensor; None if the family has no such loss.
+    `router_logits` are [tokens, experts] of each layer with experts.
     """
     function = getattr(sys.modules[type(decoder).__module__], "load_balancing_loss_func", None)
     if function is None or not router_logits:
@@ -112,13 +107,10 @@ class Verdict:
 
 
 def check_language_model(config: PreTrainedConfig, compose: Compose) -> Verdict:
-    """Compare a small random copy of a language model with a composite made of it. No weights are needed.
+    """Compare a small random copy of a language model with a composite made of it, see [`compose_and_compare`].
 
-    Two layers, few heads and a small vocabulary: about a second, whatever the size of the model, and once per process.
-    The state of random generators is preserved.
-
-    Raises:
-        ValueError: the family is not supported, see [`compose_and_compare`].
+    No weights are needed. Two layers, few heads and a small vocabulary take about a second, whatever the size of the
+    model, and once per process. The state of random generators is preserved.
     """
     mapped = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if mapped is not None and mapped.config_class is config.sub_configs.get("text_config"):
@@ -140,13 +132,6 @@ def check_language_model(config: PreTrainedConfig, compose: Compose) -> Verdict:
 
 def compose_and_compare(language_model: PreTrainedModel, compose: Compose) -> PreTrainedModel:
     """Compose a model, and compare its logits on text with those of the language model.
-
-    Args:
-        language_model: with weights, on any device.
-        compose: composes the model.
-
-    Returns:
-        The composite, in the mode of the language model.
 
     Raises:
         ValueError: logits or load-balancing losses differ, the composite fails (as decoders that need token ids do), or
@@ -180,10 +165,6 @@ def _logit_scale(config: PreTrainedConfig) -> float:
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     return scale * divisor if config.model_type == "hyperclovax" else scale / divisor
-
-
-def _logit_cap(config: PreTrainedConfig) -> float | None:
-    return getattr(config, "final_logit_softcapping", None)
 
 
 def _router_losses(

@@ -64,22 +64,15 @@ class MetaMorphGenerateOutput(GenerateDecoderOnlyOutput):
 class ImageGrammarLogitsProcessor(LogitsProcessor):
     """Forces `<image_start>` → exactly N placeholders → `<image_end>`, and nothing else inside images.
 
-    Outside an image, placeholders and `<image_end>` are impossible, and so is `<image_start>` when the image would not
-    fit into `max_length`. Inside, text tokens (and the end of sequence) are impossible.
-
-    Args:
-        config: configuration of the model.
-        max_length: tokens of prompt and answer together.
-        allow_images: whether images may be generated.
+    Outside an image, placeholders and `<image_end>` are impossible, and so is `<image_start>` unless `allow_images`, or
+    when the image would not fit into `max_length`, the tokens of prompt and answer together.
     """
 
     def __init__(self, config: MetaMorphConfig, max_length: int, allow_images: bool = True):
-        self.placeholder = config.image_token_id
-        has_markers = config.image_start_token_id is not None and config.image_end_token_id is not None
-        self.can_draw = has_markers and config.use_vision_ar
-        self.start = config.image_start_token_id if config.image_start_token_id is not None else -1
-        self.end = config.image_end_token_id if config.image_end_token_id is not None else -1
-        self.num_image_tokens = config.num_image_tokens
+        self.placeholder, self.num_image_tokens = config.image_token_id, config.num_image_tokens
+        start, end = config.image_start_token_id, config.image_end_token_id
+        self.can_draw = start is not None and end is not None and config.use_vision_ar
+        self.start, self.end = (-1 if token is None else token for token in (start, end))
         self.max_length = max_length
         self.allow_images = allow_images
 
@@ -99,11 +92,7 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
         return torch.where(inside, only_forced, scores)
 
     def check_prompt(self, input_ids: Tensor) -> None:
-        """Check that an image begun by a prompt [batch, length] fits.
-
-        Raises:
-            ValueError: it does not; the message names the limit.
-        """
+        """Raise a `ValueError` if a prompt [batch, length] begins an image that does not fit."""
         needed = input_ids.shape[1] + self.num_image_tokens + 1
         if self.can_draw and needed > self.max_length and input_ids[:, -1].eq(self.start).any():
             raise ValueError(
@@ -139,9 +128,8 @@ class GeneratedVisualTokens:
     def images(self, sequences: Tensor, prompt_length: int, config: MetaMorphConfig) -> tuple[Tensor, Tensor]:
         """Collect the complete images of `sequences` [batch, prompt_length + steps].
 
-        Returns:
-            [images, N, D] in reading order, and [batch] images of each row. An image that a stopping criterion (such as
-            a time limit) cut short is left out.
+        Returns [images, N, D] in reading order, and [batch] images of each row. An image that a stopping criterion
+        (such as a time limit) cut short is left out.
         """
         size = config.num_image_tokens
         chosen = sequences[:, prompt_length:] == config.image_token_id  # (batch, generated)
@@ -182,15 +170,11 @@ class MetaMorphGenerationMixin(GenerationMixin):
             generation_config: defaults to the model's; single fields may be given as keyword arguments instead.
             pixel_values: [images, 3, height, width] images of the prompts in reading order.
             visual_tokens: [images, N, D] images that are encoded or generated already (earlier turns of a chat).
-            visual_tokens_index: [images] positions of `visual_tokens` among all images, if there are `pixel_values`
-                too.
+            visual_tokens_index: [images] their positions among all images, if there are `pixel_values` too.
             allow_images: False makes the answer text only.
-            return_dict_in_generate: False, here or in a generation configuration, returns only `sequences`, the default
-                of Transformers' `generate`.
+            return_dict_in_generate: False, here or in a generation configuration, returns only [batch, length]
+                `sequences`, the default of Transformers' `generate`.
             **kwargs: `max_new_tokens`, `do_sample`, `temperature`, `streamer`, `attention_mask`, …
-
-        Returns:
-            [`MetaMorphGenerateOutput`], or [batch, length] ids.
 
         Raises:
             ValueError: the mode does not decode one row and one step at a time (beam search, assisted decoding, …), the

@@ -110,10 +110,6 @@ def _opened(file: str | os.PathLike[str] | BinaryIO, name: str | None, max_pixel
 
 
 def check_regular(path: str | os.PathLike[str], kind: str, problem: str) -> None:
-    """Refuse folders, pipes and devices before they are opened, which may block forever.
-
-    Raises:
-        MediaError: Of the given kind, with a message that begins with `problem`, if `path` exists and is not a file.
-    """
+    """Refuse folders, pipes and devices, which may block forever, by a [`MediaError`] that begins with `problem`."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise MediaError(kind, f"{problem} (it is not a regular file); replace it")

@@ -29,9 +29,6 @@ def load_image(image: Any, *, allow_urls: bool = False, input_data_format: str |
             of 8-bit values or of floats from 0 to 1.
         allow_urls: Whether addresses are fetched. An untrusted message could name one in your network.
         input_data_format: `channels_first` or `channels_last`, for ambiguous arrays.
-
-    Raises:
-        ValueError: If it is none of these, or cannot be read.
     """
     if isinstance(image, Image.Image):
         is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1

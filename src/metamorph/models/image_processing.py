@@ -29,16 +29,10 @@ def load_image_processor(name_or_path: str) -> BaseImageProcessor:
 
 
 def square_image_processor(image_processor: BaseImageProcessor, image_size: int | None = None) -> BaseImageProcessor:
-    """Copy an image processor, to one that turns every image into a square without cropping.
+    """Copy a SigLIP, SigLIP 2, CLIP or DINOv2 (BiT) image processor to one that makes squares without cropping.
 
-    CLIP and DINOv2 resize the shorter side and then crop the centre: the rest of the image would be lost.
-
-    Args:
-        image_processor: A SigLIP, SigLIP 2, CLIP or DINOv2 (BiT) image processor.
-        image_size: Side of the square in pixels; by default the processor's own size.
-
-    Raises:
-        ValueError: If the size is neither given nor square in `image_processor`, or larger than `MAX_IMAGE_SIDE`.
+    CLIP and DINOv2 resize the shorter side and then crop the centre: the rest of the image would be lost. `image_size`
+    is the side in pixels, by default the processor's own.
     """
     result = copy.deepcopy(image_processor)
     if hasattr(result, "max_num_patches"):  # SigLIP 2 NaFlex makes patches; the tower expects pixels
@@ -139,16 +133,13 @@ def preprocess_images(
     aspect_ratio: str = "square",
     table: np.ndarray | None = None,
 ) -> torch.Tensor:
-    """Turn images into the pixel values of the vision tower.
+    """Turn images of any mode and size into pixel values of the vision tower: float32 `[images, 3, height, width]`.
 
     Args:
-        images: At least one image, of any mode and size.
+        images: At least one image.
         image_processor: Result of [`square_image_processor`].
         aspect_ratio: `square` stretches the image; `pad` first adds borders of the mean colour.
         table: Result of [`pixel_table`], for callers that cache it.
-
-    Returns:
-        float32 `[images, 3, height, width]`, rescaled and normalised.
     """
     table = pixel_table(image_processor) if table is None else table
     width, height = image_processor.size["width"], image_processor.size["height"]

@@ -34,26 +34,17 @@ class LossSum:
 
 
 def text_loss(logits: Tensor, labels: Tensor) -> LossSum:
-    """Cross-entropy of next-token prediction.
-
-    Args:
-        logits: [positions, vocabulary], already shifted: row i predicts `labels[i]`.
-        labels: [positions] token ids.
-    """
+    """Cross-entropy of [positions, vocabulary] logits, already shifted: row i predicts `labels[i]`."""
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
     return LossSum.of(total, labels)
 
 
 def visual_loss(predictions: Tensor, targets: Tensor, *, normalize: bool, apply_softmax: bool) -> LossSum:
-    """Distance between predicted and true visual tokens.
+    """Distance between [positions, D] outputs of the vision head and visual tokens, into which no gradient flows.
 
     With `apply_softmax`: cross-entropy between the target, a distribution over features, and softmax(prediction / τ),
     τ = 0.07. Otherwise with `normalize`: 1 − cosine, the loss of the paper (arXiv 2412.14164) shifted so that 0 is
     perfect. Otherwise: the mean absolute error over the features.
-
-    Args:
-        predictions: [positions, D] output of the vision head, not normalised.
-        targets: [positions, D] visual tokens; no gradient flows into them.
     """
     predictions, targets = predictions.float(), targets.detach().float()
     if normalize:
@@ -73,7 +64,7 @@ def cosine_sum(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def direction_sums(targets: Tensor, places: Tensor, num_places: int) -> Tensor:
-    """Sum of target / |target| at each position in the image, without gradient.
+    """Sum of target / |target| at each position in the image, [N, D] float32, without gradient.
 
     The best constant prediction for a position, by mean cosine, has the direction of its sum s and a mean cosine of
     |s| / (number of targets). These sums are all that the constant baseline of the cosine needs.
@@ -82,9 +73,6 @@ def direction_sums(targets: Tensor, places: Tensor, num_places: int) -> Tensor:
         targets: [targets, D] visual tokens.
         places: int64 [targets], position of each in its image.
         num_places: visual tokens per image (N).
-
-    Returns:
-        float32 [N, D].
     """
     directions = F.normalize(targets.detach().float(), dim=-1)
     return directions.new_zeros(num_places, directions.shape[-1]).index_add_(0, places, directions)

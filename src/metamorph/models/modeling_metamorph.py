@@ -25,7 +25,8 @@ from transformers.utils import can_return_tuple
 
 from metamorph.models.sequence.image_tokens import add_image_tokens
 
-from .adapters import LoadsAdapterFolders
+from .adapter_files import find_adapter_folder
+from .adapters import load_adapter_folder
 from .backbone import MetaMorphModel, MetaMorphPreTrainedModel
 from .batch_indices import BatchIndices, index_batch
 from .configuration_metamorph import MetaMorphConfig
@@ -47,7 +48,7 @@ from .text_head import TextHead, TextLossOptions
 from .vision_tower import VisionTower, finish_visual_tokens
 
 
-class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrainedModel, MetaMorphGenerationMixin):
+class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGenerationMixin):
     """A language model that reads and writes images as visual tokens (VPiT, arXiv 2412.14164).
 
     Parts: `model.vision_tower`, `model.mm_projector` (connector), `model.language_model` (decoder), `lm_head` and
@@ -67,6 +68,18 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         self.vision_head = build_vision_head(config)
         self._declare_tied_weights()
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a model as in Transformers, or an adapter folder: its base with the adapter merged into it.
+
+        For adapter folders also takes `dequantize`, see [`load_adapter_folder`], and `base`, an `AdapterBase` to use
+        instead of the one that the folder names, if that has moved.
+        """
+        folder = find_adapter_folder(pretrained_model_name_or_path, kwargs)
+        if folder is not None:
+            return load_adapter_folder(cls, folder, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def from_parts(
@@ -111,11 +124,7 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
 
     @classmethod
     def check_language_model(cls, config: PreTrainedConfig) -> Verdict:
-        """Check, without weights, that a composite computes what language models of this family compute.
-
-        Raises:
-            ValueError: it does not; the message says what differs.
-        """
+        """Check, without weights, that a composite computes what the family does; a `ValueError` says what differs."""
         return check_language_model(config, cls._compose_for_a_check)
 
     @classmethod
@@ -257,9 +266,10 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
             if loss_normalizers is None and num_items_in_batch is not None:
                 texts, targets = (max(indices[name].shape[0], 1) for name in ("text", "visual"))
                 loss_normalizers = (num_items_in_batch, num_items_in_batch * targets / texts)
-            self._add_losses(result, hidden, indices, outputs.visual_tokens, loss_normalizers)
+            normalizers = (*(loss_normalizers or ()), None, None, None)
+            self._add_losses(result, hidden.flatten(0, 1), indices, outputs.visual_tokens, normalizers)
             if balances:
-                self._add_router_loss(result, outputs.router_logits, indices, attention_mask, loss_normalizers)
+                self._add_router_loss(result, outputs.router_logits, indices, attention_mask, normalizers[2])
         if labels is None or logits_to_keep is not None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             result.logits = self.compute_logits(hidden if keep is None else hidden[:, keep])
@@ -298,12 +308,11 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         hidden: Tensor,
         indices: BatchIndices,
         visual_tokens: Tensor | None,
-        normalizers: tuple[Tensor | float, ...] | None,
+        normalizers: tuple[Tensor | float | None, ...],
     ) -> None:
-        text_normalizer, visual_normalizer = normalizers[:2] if normalizers is not None else (None, None)
-        hidden = hidden.flatten(0, 1)  # (batch * seq, hidden)
+        """Add the losses of `hidden` [B · S, H] and what is logged about them."""
         text = self._text_loss(hidden.index_select(0, indices["text"]), indices["text_labels"])
-        result.text_loss, result.num_text_tokens = average(text, text_normalizer), text.count
+        result.text_loss, result.num_text_tokens = average(text, normalizers[0]), text.count
         result.loss = result.text_loss
         start = self.config.image_start_token_id
         if "image_starts" in indices and start is not None:
@@ -313,13 +322,12 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
             return
         predictions = self.vision_head(hidden.index_select(0, indices["visual"]))  # (targets, features)
         if visual_tokens is None:
-            targets = hidden.new_zeros(0, self.config.vision_feature_size)
-        else:
-            targets = visual_tokens.flatten(0, 1).index_select(0, indices["visual_targets"]).detach()
+            visual_tokens = hidden.new_zeros(0, 1, self.config.vision_feature_size)
+        targets = visual_tokens.flatten(0, 1).index_select(0, indices["visual_targets"]).detach()  # as predictions
         visual = visual_loss(
             predictions, targets, normalize=self.config.normalize_vision, apply_softmax=self.config.apply_softmax
         )
-        result.visual_loss, result.num_visual_tokens = average(visual, visual_normalizer), visual.count
+        result.visual_loss, result.num_visual_tokens = average(visual, normalizers[1]), visual.count
         cosines = cosine_sum(self._finish_visual_tokens(predictions), targets)
         result.visual_cosine = cosines / visual.count.clamp(min=1)
         places = indices["visual_targets"] % self.config.num_image_tokens  # position of each target in its image
@@ -344,7 +352,7 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         router_logits: tuple[Tensor, ...] | None,
         indices: BatchIndices,
         attention_mask: Tensor | None,
-        normalizers: tuple[Tensor | float, ...] | None,
+        normalizer: Tensor | float | None,
     ) -> None:
         """Add the load-balancing loss, a mean over the tokens of the step without padding."""
         tokens = indices.get("tokens")
@@ -357,7 +365,6 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         if mean is None or result.loss is None:
             return
         count = torch.full((), logits[0].shape[0], device=mean.device)
-        normalizer = normalizers[2] if normalizers is not None and len(normalizers) > 2 else None
         result.aux_loss, result.num_tokens = average(LossSum(mean * count, count), normalizer), count
         result.loss = result.loss + router_loss_coefficient(self.config.text_config) * result.aux_loss
 

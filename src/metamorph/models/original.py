@@ -8,6 +8,7 @@ is unused. The configuration is Llama's with fields of LLaVA.
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from metamorph.models.sequence.constants import ASPECT_RATIOS
 from metamorph.models.sequence.image_tokens import image_token_names
 
 from .configuration_metamorph import MetaMorphConfig
+from .connector import MATCHING_FIELDS
 from .image_processing import load_image_processor
 from .modeling_metamorph import MetaMorphForConditionalGeneration
 from .pretrained import check_layers, load_tokenizer, read_tensors
@@ -38,18 +40,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-SHARED_FIELDS = (
-    "apply_softmax",
-    "image_token_reduction",
-    "mm_projector_type",
-    "mm_use_im_patch_token",
-    "mm_use_im_start_end",
-    "mm_vision_select_layer",
-    "normalize_vision",
-    "num_image_tokens",
-    "use_vision_ar",
-    "vision_coef",
-)
+SHARED_FIELDS = (*MATCHING_FIELDS, "mm_use_im_patch_token", "use_vision_ar", "vision_coef")
 """Fields of the original's configuration with the same names in ours."""
 PREFIXES = {
     "vision_tower": "model.vision_tower.vision_tower.",
@@ -76,10 +67,6 @@ def load_original(
         vision_tower: Folder or Hub id of the tower, for its configuration and image processor, and for its weights
             if the checkpoint has none; by default what the configuration names.
         dtype: Of the weights.
-
-    Raises:
-        FileNotFoundError: If the folder lacks the configuration or the weights.
-        ValueError: If the checkpoint has another layout, or does not fit its configuration.
     """
     folder = Path(folder)
     fields = _read_config(folder)
@@ -197,10 +184,7 @@ def _vision_encoder(name: str, weights: dict[str, Tensor], dtype: torch.dtype, f
     if hasattr(config, "vision_use_head"):
         config.vision_use_head = False
     check_layers(config, len(weights), folder)
-
-    def build() -> PreTrainedModel:
-        return AutoModel.from_config(config, trust_remote_code=False)
-
+    build = partial(AutoModel.from_config, config, trust_remote_code=False)
     with torch.device("meta"):
         # Some versions of Transformers prefix the encoder's names with `vision_model.`.
         ours = {name.removeprefix("vision_model."): name for name in build().state_dict()}

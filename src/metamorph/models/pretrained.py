@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,7 @@ def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_config(name_or_path: str | Path, kind: Any = AutoConfig, **hub_kwargs: Any) -> PreTrainedConfig:
-    """Load the configuration of a model.
-
-    Args:
-        name_or_path: folder or Hub id.
-        kind: class of the configuration; by default the one that the file names.
-        **hub_kwargs: `revision`, `token`, …
+    """Load the configuration of a model from a folder or the Hub; `kind` is its class, by default the one it names.
 
     Raises:
         OSError: there is none.
@@ -88,20 +84,11 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_language_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
-    """Load a language model with its head, from a folder or the Hub.
-
-    Raises:
-        OSError: there is no such model.
-        ValueError: see [`load_checked`].
-    """
+    """Load a language model with its head, from a folder or the Hub, by [`load_checked`]."""
     config = load_config(name_or_path, **hub_options(kwargs))
-
-    def build() -> nn.Module:
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-
-    return load_checked(
-        AutoModelForCausalLM.from_pretrained, name_or_path, config, build, PARTS_BESIDE_THE_TEXT, **kwargs
-    )[0]
+    build = partial(AutoModelForCausalLM.from_config, copy.deepcopy(config), trust_remote_code=False)
+    load = AutoModelForCausalLM.from_pretrained
+    return load_checked(load, name_or_path, config, build, PARTS_BESIDE_THE_TEXT, **kwargs)[0]
 
 
 def load_checked(
@@ -124,10 +111,6 @@ def load_checked(
 
     Returns:
         The model, and Transformers' loading info (`output_loading_info=True`).
-
-    Raises:
-        OSError: there is no such model.
-        ValueError: a weight does not fit; the message names one and how many there are.
     """
     if kwargs.pop("trust_remote_code", None):
         raise ValueError("trust_remote_code is not supported: code that comes with a model is never run")
@@ -163,7 +146,7 @@ def load_checked(
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """Read the tensors of a `.safetensors` file, or of a `.bin` file without running any code in it, and its metadata.
+    """Read the tensors and the metadata of a `.safetensors` file, or of a `.bin` file without running any code in it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -192,16 +175,7 @@ def find_file(name_or_path: str | Path, file: str, **hub_kwargs: Any) -> Path | 
 
 
 def check_layers(config: PreTrainedConfig, weights: int, where: object) -> None:
-    """Check that no part has more layers than there are weights, before the layers are built.
-
-    Args:
-        config: configuration of a model.
-        weights: number of tensors in its files.
-        where: folder, for the message.
-
-    Raises:
-        ValueError: there are too many.
-    """
+    """Check that no part has more layers than `weights`, the number of tensors in the files, before they are built."""
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         layers = getattr(part, "num_hidden_layers", None)
         if isinstance(layers, int) and layers > weights:

@@ -72,12 +72,7 @@ class ProcessorOptions:
 
     @classmethod
     def of(cls, processor: ProcessorMixin, arguments: Mapping[str, Any]) -> "ProcessorOptions":
-        """Merge flat and grouped keyword arguments, and check them.
-
-        Raises:
-            TypeError: If there is no such argument.
-            ValueError: If an argument has no effect in this processor.
-        """
+        """Merge flat and grouped keyword arguments; refuse those that do not exist or have no effect."""
         known = {name: value for name, value in arguments.items() if is_processor_argument(name)}
         for name in arguments.keys() - known.keys():
             if arguments[name] is not None:

@@ -105,11 +105,7 @@ class MetaMorphProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> MetaMorphProcessor:
-        """Load a processor as in Transformers, but never run, or ask on stdin to run, code that comes with it.
-
-        Raises:
-            ValueError: If `trust_remote_code` is set, or the processor has parts or settings that are not ours.
-        """
+        """Load a processor as in Transformers, but never run, or ask on stdin to run, code that comes with it."""
         if kwargs.pop("trust_remote_code", None):
             raise ValueError("trust_remote_code is not supported: code that comes with a model is never run")
         _check_files(pretrained_model_name_or_path, kwargs)
@@ -125,24 +121,16 @@ class MetaMorphProcessor(ProcessorMixin):
         config: MetaMorphConfig,
         **overrides: Any,
     ) -> MetaMorphProcessor:
-        """Make the processor that fits a model's configuration.
+        """Make the processor that fits a model's configuration, with the size of the vision tower's images.
 
-        Args:
-            tokenizer: Tokenizer of the language model; image tokens that it lacks are added.
-            image_processor: Image processor of the vision tower; its size is set to the tower's.
-            config: Configuration of the model.
-            overrides: Arguments of the constructor that `config` does not hold, such as `image_aspect_ratio`.
+        `overrides` are arguments of the constructor that `config` does not hold, such as `image_aspect_ratio`.
         """
         names = ("num_image_tokens", "version", "mm_use_im_start_end", "mm_use_im_patch_token")
         squared = square_image_processor(image_processor, config.vision_image_size)
         return cls(squared, tokenizer, **{**{name: getattr(config, name) for name in names}, **overrides})
 
     def check_fits(self, config: MetaMorphConfig) -> None:
-        """Check that a model takes this processor's sequences and pixels.
-
-        Raises:
-            ValueError: If the number of visual tokens or the size of images differs.
-        """
+        """Check that a model takes this processor's sequences and pixels."""
         size = self.image_processor.size
         for name, own, needed in (
             ("num_image_tokens", self.num_image_tokens, config.num_image_tokens),
@@ -336,11 +324,8 @@ class MetaMorphProcessor(ProcessorMixin):
     def measure_conversation(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, int, int, int]:
         """Count what `encode_conversation` would make of a conversation without a limit.
 
-        Returns:
-            The number of tokens, including those of images; of images; of images in answers; of tokens with text loss.
-
-        Raises:
-            ValueError: If a role or part is unknown, or the template cannot express the order of roles.
+        Returns the number of tokens, including those of images; of images; of images in answers; of tokens with text
+        loss.
         """
         builder = self._encoder.encode(parse_messages(messages))
         answer_images = sum(builder.targets) // self.num_image_tokens
@@ -375,9 +360,6 @@ class MetaMorphProcessor(ProcessorMixin):
             visual_tokens: `[images, num_image_tokens, vision_hidden]` of the generated images, row by row.
             prompt_length: Number of leading ids of each row to leave out.
             skip_special_tokens: Whether control tokens are left out of the text.
-
-        Raises:
-            ValueError: If placeholders and visual tokens disagree in number.
         """
         return interleave(
             [sequence[prompt_length:] for sequence in sequences],

@@ -68,7 +68,7 @@ class TextHead(nn.Linear):
         finish: FinishLogits | None = None,
         finish_weights: tuple[nn.Parameter, ...] = (),
     ) -> Tensor:
-        """Compute logits, or the loss if `labels` are given.
+        """Compute [..., V] logits, or with `labels` the summed cross-entropy, 0-d, float32.
 
         Args:
             hidden_states: [..., H]; with `labels` [positions, H].
@@ -76,9 +76,6 @@ class TextHead(nn.Linear):
             options: how the loss is computed.
             finish: what the model does to logits before the softmax.
             finish_weights: parameters that `finish` uses.
-
-        Returns:
-            [..., V] logits; with `labels` the sum of the cross-entropy, 0-d, float32.
         """
         if labels is None:
             return super().forward(hidden_states)
@@ -123,11 +120,7 @@ def choose_kernel(
 
 
 def check_text_loss(kernel: str, *, half_precision: bool) -> None:
-    """Check `--text_loss` before anything is loaded.
-
-    Raises:
-        ValueError: it is unknown or not available here. `fused` is not for runs in half precision.
-    """
+    """Raise a `ValueError` if `--text_loss` is unknown or not available here, before anything is loaded."""
     if kernel not in TEXT_LOSSES:
         raise ValueError(f"--text_loss {kernel} is unknown: use one of {', '.join(TEXT_LOSSES)}")
     if kernel == "fused" and not has_fused():

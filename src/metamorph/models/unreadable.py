@@ -33,9 +33,7 @@ _SAME_START = {"CUR": "TGA or CUR"}
 def identify(file: str | os.PathLike[str] | BinaryIO, readable: Collection[str]) -> tuple[str, str]:
     """Tell from the first bytes of a file why it cannot be read as an image, and how to fix that.
 
-    Args:
-        file: Path, or an open, seekable binary file, which stays open.
-        readable: Pillow's names of the formats that are read.
+    `file` is a path or an open, seekable binary file; `readable` has Pillow's names of the formats that are read.
     """
     if isinstance(file, (str, os.PathLike)):
         with open(file, "rb") as opened:

@@ -50,12 +50,8 @@ def resolve_vision_tower(name: str) -> str:
 def load_vision_config(name_or_path: str, **hub_kwargs: object) -> PreTrainedConfig:
     """Load the vision configuration of a tower, or of a CLIP or SigLIP model that contains one.
 
-    Args:
-        name_or_path: alias of the guide, Hub repository or local folder.
-        **hub_kwargs: passed to `load_config` (`revision`, `token`, …).
-
-    Raises:
-        ValueError: the model type is not a supported tower.
+    `name_or_path` is an alias of the guide, a Hub repository or a local folder. Only types in `_PREFIX_TOKENS` are
+    supported.
     """
     config = load_config(resolve_vision_tower(name_or_path), **hub_kwargs)
     config = getattr(config, "vision_config", config)
@@ -68,17 +64,7 @@ def load_vision_config(name_or_path: str, **hub_kwargs: object) -> PreTrainedCon
 
 
 def check_same_tower(found: PreTrainedConfig, vision_tower: str, model: str) -> None:
-    """Check that `--vision_tower` has the architecture of the tower in a finished model.
-
-    Args:
-        found: vision configuration of the model.
-        vision_tower: value of the flag.
-        model: name of the model, for the message.
-
-    Raises:
-        ValueError: the architectures differ, or it is not a supported tower.
-        FileNotFoundError: there is no such tower.
-    """
+    """Check that `--vision_tower` has the architecture of `found`, the tower in a finished model."""
     with names_flag("--vision_tower", vision_tower):
         asked = load_vision_config(vision_tower)
     for name in TOWER_FIELDS:
@@ -91,24 +77,15 @@ def check_same_tower(found: PreTrainedConfig, vision_tower: str, model: str) -> 
 
 
 def load_vision_encoder(name_or_path: str, dtype: torch.dtype = torch.float32, **hub_kwargs: object) -> PreTrainedModel:
-    """Load a pretrained vision encoder, without its pooling head.
+    """Load a pretrained vision encoder, without its pooling head, and check that its weights are complete.
 
-    Args:
-        name_or_path: alias of the guide, Hub repository or local folder.
-        dtype: of the loaded weights.
-        **hub_kwargs: passed to `from_pretrained` (`revision`, `token`, …).
-
-    Raises:
-        ValueError: unknown token layout, or weights of the encoder are missing, of another shape or not finite.
+    `name_or_path` is an alias of the guide, a Hub repository or a local folder.
     """
     path = resolve_vision_tower(name_or_path)
     config = load_vision_config(name_or_path, **hub_kwargs)
     if hasattr(config, "vision_use_head"):
         config.vision_use_head = False  # the pooling head is never read
-
-    def build() -> nn.Module:
-        return AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False)
-
+    build = partial(AutoModel.from_config, copy.deepcopy(config), trust_remote_code=False)
     load = partial(AutoModel.from_pretrained, config=config)
     return load_checked(load, path, config, build, _NOT_OF_THE_TOWER, dtype=dtype, **hub_kwargs)[0]
 
@@ -157,17 +134,9 @@ class VisionTower(nn.Module):
         return any(parameter.requires_grad for parameter in self.encoder.parameters())
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encode, reduce and normalise images.
+        """Encode, reduce and normalise images: [images, 3, height, width] -> [images, N, D] visual tokens.
 
-        Args:
-            pixel_values: [images, 3, height, width], square and of the tower's image size.
-
-        Returns:
-            [images, N, D] visual tokens, see [`finish_visual_tokens`]. Gradients flow only into parts that require
-            them.
-
-        Raises:
-            ValueError: the images have another size than the tower expects, or are on another device.
+        The images must be square, and of the tower's size. Gradients flow only into parts that require them.
         """
         if pixel_values.shape[-2:] != (self.image_size, self.image_size):
             height, width = pixel_values.shape[-2:]
@@ -239,11 +208,7 @@ class _ModelWithoutLanguage(PreTrainedModel):
 
 
 def load_tower_of(folder: str | Path) -> VisionTower:
-    """Load only the vision tower of a finished MetaMorph model (folder or Hub repository), in float32.
-
-    Raises:
-        ValueError: weights of the tower are missing, of another shape or not finite.
-    """
+    """Load only the vision tower of a finished MetaMorph model (folder or Hub repository), in float32."""
     config = load_config(folder, MetaMorphConfig)
     # Through Transformers: some towers (DINOv2) have other names in the files than in the modules.
     model, _ = load_checked(

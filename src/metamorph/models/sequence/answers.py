@@ -27,9 +27,6 @@ def interleave(
         ends: Ids that end an answer; what follows the first of them is ignored.
         placeholder: Id of the placeholder.
         num_image_tokens: Placeholders of one image.
-
-    Raises:
-        ValueError: If placeholders and visual tokens disagree in number.
     """
     features = [] if visual_tokens is None else list(visual_tokens)
     rows: list[list[TextPart | ImagePart]] = []
@@ -70,11 +67,7 @@ def _split_at_images(ids: Iterable[int], placeholder: int, num_image_tokens: int
 
 
 def stack_visual_tokens(images: Sequence[ImagePart], num_image_tokens: int) -> torch.Tensor:
-    """Stack earlier generated images to `[images, num_image_tokens, vision_hidden]`.
-
-    Raises:
-        ValueError: If they are of another model.
-    """
+    """Stack earlier generated images to `[images, num_image_tokens, vision_hidden]`."""
     shapes = {tuple(image.visual_tokens.shape) for image in images}
     if len(shapes) > 1 or any(len(shape) != 2 or shape[0] != num_image_tokens for shape in shapes):
         raise ValueError(

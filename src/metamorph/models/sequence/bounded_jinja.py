@@ -36,9 +36,7 @@ def render(source: str, **values: Any) -> str:
     """Render a chat template in Transformers' dialect with `values`: `messages`, `add_generation_prompt`, special
     tokens.
 
-    Raises:
-        SecurityError: If it takes more than the budget.
-        TemplateError: If it is faulty.
+    Raises a `TemplateError` if it is faulty, and a `SecurityError` if it takes more than the budget.
     """
     token = _left.set([BUDGET + BUDGET_PER_CHARACTER * _size(values)])
     try:
@@ -59,8 +57,7 @@ def _compile(source: str) -> Template:
 
 @lru_cache(maxsize=1)
 def _environment() -> _BoundedEnvironment:
-    theirs = _compile_jinja_template("").environment
-    return _BoundedEnvironment(theirs)
+    return _BoundedEnvironment(_compile_jinja_template("").environment)
 
 
 class _Namespace(Namespace):

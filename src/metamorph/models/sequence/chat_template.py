@@ -47,6 +47,9 @@ _RENDERING_ERRORS = (
 """Errors of a faulty template: Jinja's own and those of the expressions in it."""
 
 
+_Layout = tuple[tuple[str | int, ...], bool]  # a segment with text and indices of messages, whose contents go there
+
+
 @dataclass(frozen=True)
 class Segment:
     """A part of the text of a conversation; `supervised` if the assistant writes it."""
@@ -93,7 +96,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._name = f"the chat template of {name_of(tokenizer)}"
         self._reads_contents = reads_contents
-        self._layouts: dict[tuple[tuple[str, ...], bool], tuple[_Layout, ...]] = {}
+        self._layouts: dict[tuple[tuple[str, ...], bool], list[_Layout]] = {}
         # Not white space, which some tokenizers have as added tokens.
         added = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
         self._control = any_of({*added, *controls})
@@ -132,7 +135,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> list[Segment]:
-        """Write a conversation.
+        """Write a conversation as segments of text, alternately supervised and not.
 
         The text for `messages[:-1]` with a generation prompt is a prefix of that for `messages` if the last one is the
         assistant's.
@@ -142,12 +145,6 @@ class ChatTemplate:
             add_generation_prompt: Whether to end with what precedes an answer of the assistant.
             variables: Further variables of the template, such as `enable_thinking`. One that it does not read must be
                 None or false. With variables nothing is supervised: training has none.
-
-        Returns:
-            Segments with text, alternately supervised and not.
-
-        Raises:
-            ValueError: If the template cannot express this conversation, or does not read a variable.
         """
         variables = {name: value for name, value in (variables or {}).items() if value is not None}
         known = {name: value for name, value in variables.items() if name in self._variables}
@@ -159,11 +156,8 @@ class ChatTemplate:
         roles = tuple(message["role"] for message in messages)
         contents = [message["content"] for message in messages]
         segments = [
-            Segment(
-                "".join(piece if isinstance(piece, str) else contents[piece] for piece in layout.pieces),
-                layout.supervised,
-            )
-            for layout in self._layout(roles, add_generation_prompt)
+            Segment("".join(piece if isinstance(piece, str) else contents[piece] for piece in pieces), supervised)
+            for pieces, supervised in self._layout(roles, add_generation_prompt)
         ]
         if self._reads_contents:
             text = self._render(messages, add_generation_prompt)
@@ -171,20 +165,20 @@ class ChatTemplate:
                 segments = self._take_apart(text, messages, add_generation_prompt)
         return [segment for segment in segments if segment.text]
 
-    def _layout(self, roles: tuple[str, ...], add_generation_prompt: bool) -> tuple[_Layout, ...]:
+    def _layout(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list[_Layout]:
         """Segments of a conversation with marks instead of contents."""
         key = (roles, add_generation_prompt)
-        layouts = self._layouts.get(key)
-        if layouts is None:
+        layout = self._layouts.get(key)
+        if layout is None:
             messages = _marked(roles)
             text = self._render(messages, add_generation_prompt)
             self._check_marks(text, roles)
             segments = self._take_apart(text, messages, add_generation_prompt)
-            layouts = tuple(_Layout(_split_at_marks(segment.text), segment.supervised) for segment in segments)
+            layout = [(_split_at_marks(segment.text), segment.supervised) for segment in segments]
             if len(self._layouts) >= self._MAX_CACHED:
                 self._layouts.clear()
-            self._layouts[key] = layouts
-        return layouts
+            self._layouts[key] = layout
+        return layout
 
     def _take_apart(
         self, text: str, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
@@ -227,11 +221,7 @@ class ChatTemplate:
         self.source = _SYSTEM_IN_FIRST_TURN + self.source
 
     def _find_ends(self) -> tuple[str, str, str]:
-        """The text between an answer and the next question, and what of it is learnt there and after the last answer.
-
-        Raises:
-            ValueError: If nothing can end an answer.
-        """
+        """Text between an answer and the next question, and what of it is learnt there and after the last answer."""
         alone = self._after_answer(("user", "assistant"))
         try:
             gap = self._after_answer(("user", "assistant", "user"))
@@ -254,8 +244,8 @@ class ChatTemplate:
 
     def _before_answer(self) -> str:
         """Text between the prompt and the content of an answer."""
-        answer = next(layout for layout in self._layout(("user", "assistant"), False) if layout.supervised)
-        return answer.pieces[0] if isinstance(answer.pieces[0], str) else ""
+        pieces = next(pieces for pieces, supervised in self._layout(("user", "assistant"), False) if supervised)
+        return pieces[0] if isinstance(pieces[0], str) else ""
 
     def _shorten_prompts(self) -> None:
         """End prompts before white space if the tokenizer joins it with what follows.
@@ -331,15 +321,6 @@ class ChatTemplate:
             raise ValueError(
                 f"{self._name} drops, repeats or reorders messages with the roles {list(roles)}; {OTHER_VERSION}"
             )
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """A segment before the contents are known."""
-
-    pieces: tuple[str | int, ...]
-    """Text of the template, and indices of messages whose contents go there."""
-    supervised: bool
 
 
 def any_of(names: set[str] | frozenset[str]) -> re.Pattern[str]:

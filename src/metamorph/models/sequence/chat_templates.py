@@ -36,13 +36,8 @@ def get_chat_template(
 ) -> ChatTemplate:
     """Build the conversation template that `--version` names.
 
-    Args:
-        version: One of `VERSIONS`.
-        tokenizer: Decides whether conversations start with a BOS token; must have the format's control tokens.
-        chat_template: A Jinja template to use with `version="auto"` instead of the tokenizer's own.
-
-    Raises:
-        ValueError: For an unknown version, or one that this tokenizer cannot express.
+    The tokenizer decides whether conversations start with a BOS token, and must have the format's control tokens.
+    `chat_template` is a Jinja template to use with `version="auto"` instead of the tokenizer's own.
     """
     controls: tuple[str, ...] = ()
     if version in ("llama3", "llama3_original"):

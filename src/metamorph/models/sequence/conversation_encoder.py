@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from metamorph.models.sequence.chat_template import ChatTemplate, Segment
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
-from metamorph.models.sequence.conversations import ImageMarker, Message, SequenceBuilder, with_placeholders
+from metamorph.models.sequence.conversations import IMAGE_MARKER, ImageMarker, Message, SequenceBuilder
 from metamorph.models.sequence.image_tokens import ImageTokens
 from metamorph.models.sequence.text_encoding import TextEncoder
 
@@ -42,25 +42,19 @@ class ConversationEncoder:
         return self._text.reveal(text).replace(self._image_token, DEFAULT_IMAGE_TOKEN)
 
     def encode(self, messages: Sequence[Message], limit: int | None = None, **options: Any) -> SequenceBuilder:
-        """Ids, labels and visual-target mask of a conversation.
+        """Ids, labels and visual-target mask of a conversation, cut to `limit` tokens.
 
-        Args:
-            messages: The conversation.
-            limit: Most tokens.
-            **options: `add_generation_prompt`: whether to end with the header of the assistant's next answer.
-                `continue_final_message`: whether to end with the content of the last message, the beginning of an
-                answer. `variables`: of the template, by name; with them nothing is supervised.
-
-        Raises:
-            ValueError: If the template cannot express the conversation.
+        Options are `add_generation_prompt`: whether to end with the header of the assistant's next answer;
+        `continue_final_message`: whether to end with the content of the last message, the beginning of an answer; and
+        `variables` of the template, by name, with which nothing is supervised.
         """
         builder = SequenceBuilder(self._tokens, self._num_image_tokens, limit)
         before = ""
         for segment in self._segments(messages, **options):
-            encoded = self._text.encode_after(before, segment.text)
-            builder.remove(encoded.replaced)
-            builder.add(encoded.ids[: encoded.shared], supervised=False)
-            builder.add(encoded.ids[encoded.shared :], segment.supervised)
+            ids, replaced, shared = self._text.encode_after(before, segment.text)
+            builder.remove(replaced)
+            builder.add(ids[:shared], supervised=False)
+            builder.add(ids[shared:], segment.supervised)
             if builder.truncated:
                 return builder
             before += segment.text
@@ -75,12 +69,9 @@ class ConversationEncoder:
     def encode_text(self, text: str, limit: int | None = None, add_bos: bool = True) -> tuple[SequenceBuilder, int]:
         """Ids of a text that is in the template already, in which control tokens count, and its number of images.
 
-        Args:
-            text: Text with an `<image>` marker for each image.
-            limit: Most tokens.
-            add_bos: Whether to add the BOS token if the tokenizer and the template do and the text does not.
+        `add_bos` adds the BOS token if the tokenizer and the template do and the text does not.
         """
-        ids = self._text.encode(self._text.escape(with_placeholders(text, self._image_token)))
+        ids = self._text.encode(self._text.escape(IMAGE_MARKER.sub(self._image_token, text)))
         if add_bos and self._adds_bos and ids[:1] != [self._bos]:
             ids = [self._bos, *ids]
         builder = SequenceBuilder(self._tokens, self._num_image_tokens, limit)

@@ -22,7 +22,7 @@ from metamorph.models.sequence.image_tokens import ImageTokens
 
 
 _WRAPPED_IMAGE = rf"{DEFAULT_IM_START_TOKEN}\s*{DEFAULT_IMAGE_TOKEN}\s*{DEFAULT_IM_END_TOKEN}"
-_IMAGE_MARKER = re.compile(rf"{_WRAPPED_IMAGE}|{DEFAULT_IMAGE_TOKEN}")
+IMAGE_MARKER = re.compile(rf"{_WRAPPED_IMAGE}|{DEFAULT_IMAGE_TOKEN}")
 """One image in text. Data may hold the wrapped form already."""
 IMAGE_KEYS = ("image", "path", "url", "base64")
 """Keys under which a part of a message may hold its image, as in Transformers."""
@@ -159,24 +159,18 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
     A part is a dict `{"type": "text", "text": …}` or `{"type": "image", …}`, with the image under one of `IMAGE_KEYS`
     or passed separately; OpenAI's `{"type": "image_url", …}`; or a [`TextPart`] or [`ImagePart`] of an earlier answer.
-
-    Raises:
-        ValueError: For an unknown role or kind of part.
     """
     parsed = []
     for index, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ValueError(f"message {index} has the role {role!r}; use one of {', '.join(ROLES)}")
-        parts = split_at_images(content) if isinstance(content, str) else _parse_parts(index, content)
+        if not isinstance(content, (str, list, tuple)):
+            raise ValueError(f"the content of message {index} must be a string or a list, not {type(content).__name__}")
+        is_text = isinstance(content, str)
+        parts = split_at_images(content) if is_text else [_parse_part(index, part) for part in content]
         parsed.append(Message(role, _stripped(parts)))
     return parsed
-
-
-def _parse_parts(index: int, content: Any) -> list[str | ImageMarker]:
-    if not isinstance(content, (list, tuple)):
-        raise ValueError(f"the content of message {index} must be a string or a list, not {type(content).__name__}")
-    return [_parse_part(index, part) for part in content]
 
 
 def _parse_part(index: int, part: Any) -> str | ImageMarker:
@@ -205,14 +199,9 @@ def _parse_part(index: int, part: Any) -> str | ImageMarker:
     raise ValueError(f"message {index} has a part of type {kind!r}; use 'text' or 'image'")
 
 
-def with_placeholders(text: str, placeholder: str) -> str:
-    """Replace each image marker, wrapped or not, by the token `placeholder`."""
-    return _IMAGE_MARKER.sub(placeholder, text)
-
-
 def split_at_images(text: str) -> list[str | ImageMarker]:
     """Split text at its image markers, wrapped or not; the rest of the text is unchanged."""
-    pieces = _IMAGE_MARKER.split(text)
+    pieces = IMAGE_MARKER.split(text)
     parts: list[str | ImageMarker] = [pieces[0]]
     for piece in pieces[1:]:
         parts += [ImageMarker(), piece]
@@ -242,15 +231,9 @@ def assign_images(messages: Sequence[Message], images: Sequence[Any] | None) -> 
 
 
 def divide_images(images: Any, counts: Sequence[int], what: str) -> list[list[Any]]:
-    """Divide images among prompts or conversations.
+    """Divide images among prompts or conversations (`what`), which have `counts` markers each.
 
-    Args:
-        images: All images in reading order, or a list of images for each prompt.
-        counts: Number of markers in each prompt.
-        what: Name of a prompt in messages.
-
-    Raises:
-        ValueError: If the numbers of markers and images differ; the message names the prompt if images are nested.
+    `images` are all images in reading order, or a list of images for each prompt.
     """
     if isinstance(images, (list, tuple)) and images and all(isinstance(own, (list, tuple)) for own in images):
         if len(images) != len(counts):

@@ -12,11 +12,7 @@ _DATE = re.compile(r"""strftime_now\(\s*(['"])(.+?)\1\s*\)""")
 
 
 def with_fixed_date(source: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Replace calls for the date in a Jinja template by today's date.
-
-    Raises:
-        ValueError: If the format of a call is not a literal.
-    """
+    """Replace calls for the date in a Jinja template by today's date; their formats must be literals."""
     now = datetime.now()
     fixed = _DATE.sub(lambda call: repr(now.strftime(call[2])), source)
     if "strftime_now(" in fixed:

@@ -1,7 +1,6 @@
 """Text to ids: names of control tokens count in the text of a template, and are plain text in contents."""
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,17 +15,6 @@ _ITSELF, _NOTHING = "\ue003", "\ue004"
 _BREAKS = re.compile(f"{_BREAK}([{_ITSELF}{_NOTHING}]?)")
 _WORDS = re.compile(r"\A.*\S", re.DOTALL)  # a text without the white space at its end, which templates strip
 _CONTEXT = 64  # characters at the end of a text that are searched for a control token; no name is longer
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """Ids of text that follows other text."""
-
-    ids: list[int]
-    replaced: int = 0
-    """How many of the last ids of the other text they replace."""
-    shared: int = 0
-    """How many of the ids begin in the other text."""
 
 
 class TextEncoder:
@@ -65,11 +53,9 @@ class TextEncoder:
         }
 
     def hide(self, content: str, is_answer: bool) -> str:
-        """Break the names of control tokens in a content.
+        """Break the names of control tokens in a content, the text of a message between two images.
 
-        Args:
-            content: Text of a message between two images.
-            is_answer: Whether it is the assistant's, which may contain the tokens of its thoughts.
+        An answer may contain the tokens of its thoughts.
         """
         hidden = self._forbidden[is_answer].sub(_break, self.escape(content))
         late = self._late[is_answer]
@@ -92,21 +78,24 @@ class TextEncoder:
         """Undo `hide` or `escape`."""
         return _BREAKS.sub(lambda found: _BREAK if found[1] == _ITSELF else "", text) if _BREAK in text else text
 
-    def encode_after(self, before: str, text: str) -> Continuation:
+    def encode_after(self, before: str, text: str) -> tuple[list[int], int, int]:
         """Ids of text with hidden contents that follows `before`: joined, they are the ids of both texts together.
 
         Some tokenizers put a space before the first word of a text, and some tokens include the white space after them.
+
+        Returns:
+            The ids, how many of the last ids of `before` they replace, and how many of them begin in `before`.
         """
         context = self._context(before)
         if not context:
-            return Continuation(self.encode(text))
+            return self.encode(text), 0, 0
         known = self._context_ids.get(context)
         if known is None:
             known = self._context_ids[context] = self.encode(context)
         ids = self.encode(context + text)
-        return Continuation(ids[len(known) :]) if ids[: len(known)] == known else self._joined(before, text)
+        return (ids[len(known) :], 0, 0) if ids[: len(known)] == known else self._joined(before, text)
 
-    def _joined(self, before: str, text: str) -> Continuation:
+    def _joined(self, before: str, text: str) -> tuple[list[int], int, int]:
         """For a tokenizer that joins the end of one text and the beginning of the next in a token."""
         last = next(reversed(list(self._added.finditer(before))), None)
         before = before if last is None else before[last.start() :]
@@ -115,7 +104,7 @@ class TextEncoder:
         common = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(old), len(new)))
         length = len(self._decode(old))
         stop = next((stop for stop in range(common, len(new)) if len(self._decode(new[:stop])) >= length), len(new))
-        return Continuation(new[common:], replaced=len(old) - common, shared=stop - common)
+        return new[common:], len(old) - common, stop - common
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
