@@ -11,7 +11,7 @@ How does the model draw?                      `generation.py`
 How do a prompt and images become tensors?    `processing_metamorph.py`, `conversation_processor.py`, `sequence/`
 Which arguments does the processor take?      `processing_kwargs.py`; which files: `processing_files.py`
 In which forms are images given?              `image_inputs.py`; how they become pixels: `image_processing.py`
-How is an image file read?                    `image_files.py`; why others are not: `unreadable.py`
+How is an image file read, and why not?       `image_files.py`
 How are rows of new tokens trained?           `embeddings.py`
 What does a forward pass return?              `outputs.py`; where in a batch things are: `batch_indices.py`
 How are adapters stored?                      `adapters.py`; what their files may hold: `adapter_files.py`

@@ -137,6 +137,7 @@ def load_adapter_folder(
     from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
     base = read_adapter_base(folder) if base is None else base
+    dequantize = dequantize and base.quantization is not None
     settings = read_lora_settings(folder)
     model = _build_base(cls, folder, base, dequantize, kwargs)
     config = LoraConfig(**settings, target_modules=lora_targets(model, folder, settings["r"]), inference_mode=True)
@@ -168,7 +169,10 @@ def _build_base(cls: Any, folder: Path, base: AdapterBase, dequantize: bool, kwa
     try:
         if _model_type(base.language_model, folder) == MetaMorphConfig.model_type:
             model = cls.from_pretrained(base.language_model, config=config, **kwargs)
-            return _dequantised(model) if dequantize and base.quantization is not None else model
+            if dequantize:
+                model = model.dequantize()
+                forget_quantisation(model)
+            return model
         language_model = load_language_model(base.language_model, **kwargs)
         tokenizer = load_tokenizer(base.language_model)
         encoder = load_vision_encoder(str(base.vision_tower))
@@ -179,10 +183,9 @@ def _build_base(cls: Any, folder: Path, base: AdapterBase, dequantize: bool, kwa
             + (f" and {base.vision_tower}" if base.vision_tower else "")
             + f", which cannot be loaded: {reason} Correct the paths in {folder / ADAPTER_FILE} where they have moved"
         ) from error
-    if dequantize and base.quantization is not None:
-        language_model = _dequantised(language_model)
-    fields = [name for name in MetaMorphConfig.__annotations__ if name not in BUILT_FIELDS]
-    overrides = {name: getattr(config, name) for name in fields}
+    if dequantize:
+        language_model = language_model.dequantize()
+    overrides = {name: getattr(config, name) for name in MetaMorphConfig.__annotations__ if name not in BUILT_FIELDS}
     model = cls.from_parts(language_model, encoder.to(language_model.dtype), tokenizer, **overrides)
     forget_quantisation(model)
     for name in BUILT_FIELDS[2:]:
@@ -210,11 +213,3 @@ def forget_quantisation(model: PreTrainedModel) -> None:
     for config in (model.config, model.config.text_config):
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-
-
-def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
-    """A 4-bit model, or language model, with plain weights of the same values."""
-    model = model.dequantize()
-    if isinstance(model.config, MetaMorphConfig):
-        forget_quantisation(model)
-    return model

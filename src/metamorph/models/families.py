@@ -27,15 +27,8 @@ Compose = Callable[[PreTrainedModel], PreTrainedModel]
 """Composes a MetaMorph model from a language model, whose modules it takes over."""
 
 _FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError),
+    *(RuntimeError, StrictDataclassError, TypeError, ValueError),
 )
 """What classes of Transformers raise when they are built or called in a way that they do not support."""
 _LAYERS, _HEADS, _INTERMEDIATE, _VOCABULARY = 2, 4, 32, 512

@@ -1,6 +1,7 @@
-"""Reading image files from untrusted sources: any mode, upright, first frame, limited in size."""
+"""Reading image files from untrusted sources: any mode, upright, first frame, limited in size, or why not."""
 
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from metamorph.flags.checks import printable
 from metamorph.models.image_processing import to_rgb
-from metamorph.models.unreadable import identify
 
 
 MAX_IMAGE_PIXELS = 89_478_485
@@ -24,19 +24,28 @@ FORMATS = (
 """Formats that are read. Pillow knows more, but hands some of them to other programs (EPS to Ghostscript)."""
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _DECODING_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    RuntimeError,  # of libavif
+    *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError),
+    *(struct.error, zlib.error, RuntimeError),  # the last one from libavif
 )
-"""What Pillow's many decoders raise for broken files."""
+"""Errors of Pillow's many decoders for broken files."""
+_START = 512  # bytes that identify a file
+_KINDS = (
+    (rb"\s*\Z", "it is empty", "download it again"),
+    (rb"version https://git-lfs", "it is a pointer of Git LFS, not the file itself", "run git lfs pull"),
+    (rb"(?i)\s*<(!doctype html|html)", "it is a web page", "download it again"),
+    (rb"(?is).*<svg[\s>]", "it is an SVG drawing, which has no pixels", "render it to PNG"),
+    (
+        rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)",
+        "it is a HEIC photograph, for which Pillow has no decoder",
+        "convert it to JPEG, with the package pillow-heif for example",
+    ),
+    (rb"....ftyp(?!avi[fs])|\x1aE\xdf\xa3|RIFF....AVI ", "it is a video", 'name it in the field "video"'),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "it is a JPEG XL image, for which Pillow has no decoder", "convert it to PNG"),
+    (rb"%PDF", "it is a PDF document", "render its pages to PNG"),
+    (rb"PK\x03\x04|\x1f\x8b", "it is a compressed archive", "unpack it"),
+)
+"""How files of a kind begin, what they are, and what to do about it."""
+_SAME_START = {"CUR": "TGA or CUR"}
 
 
 class MediaError(ValueError):
@@ -105,7 +114,7 @@ def _opened(file: str | os.PathLike[str] | BinaryIO, name: str | None, max_pixel
         ) from error
     except _DECODING_ERRORS as error:
         # Pillow's message names the file object, which says nothing to a user.
-        reason, mend = identify(file, FORMATS) if isinstance(error, UnidentifiedImageError) else (error, "replace it")
+        reason, mend = _identify(file) if isinstance(error, UnidentifiedImageError) else (error, "replace it")
         raise MediaError("unreadable_image", f"{name} cannot be read as an image ({reason}); {mend}") from error
 
 
@@ -113,3 +122,29 @@ def check_regular(path: str | os.PathLike[str], kind: str, problem: str) -> None
     """Refuse folders, pipes and devices, which may block forever, by a [`MediaError`] that begins with `problem`."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise MediaError(kind, f"{problem} (it is not a regular file); replace it")
+
+
+def _identify(file: str | os.PathLike[str] | BinaryIO) -> tuple[str, str]:
+    """Tell from the first bytes of a file why it cannot be read as an image, and how to fix that."""
+    if isinstance(file, (str, os.PathLike)):
+        with open(file, "rb") as opened:
+            start = opened.read(_START)
+    else:
+        file.seek(0)
+        start = file.read(_START)
+    for begin, reason, mend in _KINDS:
+        if re.match(begin, start, re.DOTALL):
+            return reason, mend
+    if start[4:12] in (b"ftypavif", b"ftypavis") and "AVIF" not in FORMATS:
+        return "this Pillow is built without AVIF", "install Pillow 11.3 or later, or convert it to PNG"
+    Image.init()
+    # A format's test reads only these bytes; formats are never opened to identify a file.
+    for name, (_, accepts) in Image.OPEN.items():
+        is_of_format = False
+        with suppress(IndexError, TypeError, ValueError, struct.error):  # of a start that is too short
+            is_of_format = accepts is not None and accepts(start) is True
+        if is_of_format:
+            if name in FORMATS:
+                return f"its {name} header is damaged", "replace it"
+            return f"the format {_SAME_START.get(name, name)} is not supported", "save it as PNG or JPEG"
+    return "its content is not an image", "replace it"

@@ -207,11 +207,9 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
                 Transformers keeps the samples apart (`metamorph.data.batching.collation.PackedCollator`).
             pixel_values: [I, 3, height, width] the images of the batch in reading order. None in a text-only batch.
             visual_tokens: [I, N, D] encoded or generated images, instead of `pixel_values`.
-            visual_tokens_index: [images given as visual tokens] their positions among all images, if there are
-                `pixel_values` too.
+            visual_tokens_index: their positions among all images, if there are `pixel_values` too.
             labels: [B, S], not shifted: `labels[b, s]` is `input_ids[b, s]` where supervised, else -100.
             visual_target_mask: [B, S] bool, the placeholders of images that the model learns to generate.
-            past_key_values: key/value cache.
             inputs_embeds: [B, S, H] instead of `input_ids`, for text without images.
             use_cache: defaults to False with `labels`, and with `position_ids` but no mask and no cache, because a
                 cache would let packed samples see each other; otherwise to the config's.
@@ -224,9 +222,9 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
                 The summed text loss is divided by it. The number of visual targets of the step is not known, so the
                 mean visual loss of this batch is weighted by the batch's share of these tokens. Ignored with
                 `loss_normalizers`.
-            generated_visual_tokens: [B, G, D], set by `generate`: visual tokens for placeholders among the last G
+            generated_visual_tokens: [B, G, D], from `generate`: visual tokens for placeholders among the last G
                 positions.
-            predict_visual_token: set by `generate`: also return `visual_prediction`.
+            predict_visual_token: from `generate`: also return `visual_prediction`.
             indices: where images and targets are, from our collators. Without it the model searches itself, and a GPU
                 waits for the result.
             **kwargs: passed to the language model. `return_dict=False` returns a tuple.

@@ -181,16 +181,13 @@ class MetaMorphProcessor(ProcessorMixin):
                 `padding_side` (by default the tokenizer's, which the processor sets to `left`), `pad_to_multiple_of`,
                 `truncation`, which cuts before the first image that does not fit, `max_length`, `add_special_tokens`,
                 `return_attention_mask`, `return_mm_token_type_ids` (1 for placeholders), `return_tensors`,
-                `input_data_format` and `allow_urls`. Others are refused.
+                `input_data_format` and `allow_urls`. Others are a `TypeError`, or a `ValueError` if they have no
+                effect.
 
         Returns:
             `input_ids` and `attention_mask` `[batch, sequence]`; `pixel_values` `[images, 3, height, width]` if there
             are images; `visual_tokens` `[images, num_image_tokens, vision_hidden]` if there are [`ImagePart`]s, and
             `visual_tokens_index`, their positions among all images, if there are both.
-
-        Raises:
-            TypeError: If there is no such argument.
-            ValueError: If the numbers of images and markers differ, or an argument has no effect.
         """
         options = ProcessorOptions.of(self, kwargs)
         if text is None:
@@ -221,7 +218,7 @@ class MetaMorphProcessor(ProcessorMixin):
         sanitize_control_tokens: bool = True,
         **kwargs: Any,
     ) -> str | list[str] | BatchFeature | Any:
-        """Write conversations in the processor's template.
+        """Write conversations in the processor's template. Arguments of Transformers' processors work, or are refused.
 
         Args:
             conversation: Messages as in [`encode_conversation`], or a list of such conversations.
@@ -242,9 +239,6 @@ class MetaMorphProcessor(ProcessorMixin):
 
         Returns:
             Text (a list for a list of conversations), or what `__call__` returns.
-
-        Raises:
-            ValueError: As `encode_conversation` and `__call__`; or for a variable that the template does not read.
         """
         if tools or documents:
             raise ValueError("tools and documents are not supported: write them into a message")

@@ -35,14 +35,8 @@ _SHORT_PROMPT = (
 """Wraps a template whose prompts end in white space that belongs to the answer's first token."""
 
 _RENDERING_ERRORS = (
-    TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    SyntaxError,
-    TypeError,
-    ValueError,
+    *(TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError),
+    *(SyntaxError, TypeError, ValueError),
 )
 """Errors of a faulty template: Jinja's own and those of the expressions in it."""
 
@@ -278,11 +272,10 @@ class ChatTemplate:
         return ["a", *islice(filter(None, words), self._MAX_WORDS)]
 
     def _end_of_turn(self, following: str, alone: str) -> str:
-        """The part that the assistant writes of `following`, the text between an answer and the next question; `alone`
-        follows the last answer.
+        """The part of `following`, the text before the next question, that the assistant writes; `alone` ends the last
+        answer.
         """
-        pairs = zip(following, alone, strict=False)
-        common = next((place for place, (one, other) in enumerate(pairs) if one != other), len(alone))
+        common = common_length(following, alone)
         ends = [match.end() for match in self._control.finditer(following) if match.end() <= common]
         if ends:
             return following[: ends[-1]]
@@ -321,6 +314,12 @@ class ChatTemplate:
             raise ValueError(
                 f"{self._name} drops, repeats or reorders messages with the roles {list(roles)}; {OTHER_VERSION}"
             )
+
+
+def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Length of the common prefix of two sequences."""
+    pairs = zip(one, other, strict=False)
+    return next((place for place, (left, right) in enumerate(pairs) if left != right), min(len(one), len(other)))
 
 
 def any_of(names: set[str] | frozenset[str]) -> re.Pattern[str]:

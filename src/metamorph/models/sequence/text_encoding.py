@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from metamorph.models.sequence.chat_template import ChatTemplate, any_of
+from metamorph.models.sequence.chat_template import ChatTemplate, any_of, common_length
 
 
 _BREAK = "\ue002"
@@ -100,8 +100,7 @@ class TextEncoder:
         last = next(reversed(list(self._added.finditer(before))), None)
         before = before if last is None else before[last.start() :]
         old, new = self.encode(before), self.encode(before + text)
-        pairs = zip(old, new, strict=False)
-        common = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(old), len(new)))
+        common = common_length(old, new)
         length = len(self._decode(old))
         stop = next((stop for stop in range(common, len(new)) if len(self._decode(new[:stop])) >= length), len(new))
         return new[common:], len(old) - common, stop - common
@@ -161,9 +160,7 @@ class TextEncoder:
 
 
 def _starts(names: frozenset[str]) -> re.Pattern[str]:
-    """Matches the first character of each name in a text, also of overlapping names; group 1 is a name of one
-    character.
-    """
+    """Matches the first character of each name in a text, also of overlapping ones; group 1 is a one-character name."""
     single = any_of({name for name in names if len(name) == 1}).pattern
     return re.compile(f"({single})|(?={any_of({name for name in names if len(name) > 1}).pattern}).", re.DOTALL)
 
