@@ -126,10 +126,10 @@ def test_r07_training_computes_logits_of_supervised_positions_only(tiny_model):
 def test_logits_on_request(tiny_model):
     batch = build_batch(tiny_model.config, "t")
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    whole = tiny_model(**inputs).logits
-    assert whole.shape == (1, batch["input_ids"].shape[1], 64)
-    torch.testing.assert_close(tiny_model(**inputs, logits_to_keep=2).logits, whole[:, -2:])
-    torch.testing.assert_close(tiny_model(**batch, logits_to_keep=0).logits, whole)
+    full = tiny_model(**inputs).logits
+    assert full.shape == (1, batch["input_ids"].shape[1], 64)
+    torch.testing.assert_close(tiny_model(**inputs, logits_to_keep=2).logits, full[:, -2:])
+    torch.testing.assert_close(tiny_model(**batch, logits_to_keep=0).logits, full)
 
 
 def test_text_loss_equals_the_plain_computation(tiny_model):
@@ -141,17 +141,17 @@ def test_text_loss_equals_the_plain_computation(tiny_model):
 
 
 def test_r08_normalizers_make_parts_add_up_to_the_whole(tiny_model):
-    """Micro-batches with very different counts, normalised by the counts of the whole step, give the whole's loss."""
-    whole = build_batch(tiny_model.config, "vgmt")
+    """Micro-batches with very different counts, normalised by the counts of the step, give the loss of the step."""
+    full = build_batch(tiny_model.config, "vgmt")
     tiny_model.train()
-    expected = tiny_model(**whole)
+    expected = tiny_model(**full)
     expected.loss.backward()
     expected_gradients = gradients(tiny_model)
     tiny_model.zero_grad()
     normalizers = (expected.num_text_tokens, expected.num_visual_tokens)
-    images = whole["pixel_values"]
-    first = {**rows(whole, 0, 1), "pixel_values": images[:2]}
-    second = {**rows(whole, 2, 3), "pixel_values": images[2:]}
+    images = full["pixel_values"]
+    first = {**rows(full, 0, 1), "pixel_values": images[:2]}
+    second = {**rows(full, 2, 3), "pixel_values": images[2:]}
     outputs = [tiny_model(**part, loss_normalizers=normalizers) for part in (first, second)]
     sum(output.loss for output in outputs).backward()
     torch.testing.assert_close(sum(output.text_loss for output in outputs), expected.text_loss)
@@ -221,10 +221,10 @@ def test_image_features_are_what_stands_at_the_placeholders(tiny_model):
 
 def test_a_tuple_is_returned_if_asked_for(tiny_model):
     batch = build_batch(tiny_model.config)
-    whole = tiny_model(**batch)
+    full = tiny_model(**batch)
     outputs = tiny_model(**batch, return_dict=False)
     assert isinstance(outputs, tuple)
-    assert torch.equal(outputs[0], whole.loss)
+    assert torch.equal(outputs[0], full.loss)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     assert torch.equal(tiny_model(**inputs, return_dict=False)[0], tiny_model(**inputs).logits)
     hidden = tiny_model.model(**inputs, return_dict=False)[0]
@@ -250,7 +250,7 @@ def test_targets_are_detached():
     """A trained tower must not learn to make its own targets easy."""
     model = build_tiny_model().train()
     model(**build_batch(model.config, "g")).visual_loss.backward()
-    # The only answer image is also an input behind its own start, so its later tokens reach the loss through the
+    # The only answer image is also an input after its own start, so its later tokens reach the loss through the
     # sequence. Without that path (detached input) no gradient may be left.
     model.zero_grad()
     batch = build_batch(model.config, "g")

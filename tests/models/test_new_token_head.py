@@ -12,7 +12,7 @@ OPTIONS = [TextLossOptions("full"), TextLossOptions("chunked", max_logits=3 * VO
 
 
 def make_heads(*, bias: bool) -> tuple[NewTokenHead, TextHead]:
-    """One with rows beside it that differ from its own, and a plain head that has them in its weight."""
+    """A head with new rows that differ from its own, and a plain head with them in its weight."""
     torch.manual_seed(0)
     plain, frozen = TextHead(HIDDEN, VOCABULARY, bias=bias), TextHead(HIDDEN, VOCABULARY, bias=bias)
     frozen.load_state_dict(plain.state_dict())

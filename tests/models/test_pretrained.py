@@ -1,4 +1,4 @@
-"""Models of others: only whole and finite ones are loaded, no code of theirs runs, and no size is taken on trust."""
+"""Untrusted models: only complete and finite ones are loaded, none of their code runs, and no size is taken on trust."""
 
 import ast
 import json
@@ -323,7 +323,7 @@ def test_headers_of_connectors_are_checked(metadata: dict[str, str], message: st
 
 
 def write_code(folder: Path) -> Path:
-    """A folder whose every part names a class in a Python file beside it, which leaves a mark when it runs."""
+    """A folder whose parts name classes in a Python file of the folder, which leaves a mark when it runs."""
     write_language_model(folder)
     AutoTokenizer.from_pretrained(GOLDEN / "tokenizer").save_pretrained(folder)
     mark = folder / "has_run"

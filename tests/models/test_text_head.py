@@ -52,8 +52,8 @@ def test_parts_of_changed_logits():
     def cap(logits, hidden):
         return torch.tanh(logits / 2) * 2
 
-    whole = run(head, TextLossOptions("full"), cap)
-    for found, expected in zip(run(head, PARTS, cap), whole, strict=True):
+    full = run(head, TextLossOptions("full"), cap)
+    for found, expected in zip(run(head, PARTS, cap), full, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -161,7 +161,7 @@ def test_model_learns_the_same(options, stage, tied, scaling):
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_parts_in_a_sharded_model(alone, tmp_path):
-    """FSDP2 gathers a weight when the module it belongs to is called, `lm_head` by itself or with the whole model."""
+    """FSDP2 gathers a weight when the module it belongs to is called, `lm_head` by itself or with the model."""
     from torch import distributed
     from torch.distributed.fsdp import fully_shard
 
