@@ -4,9 +4,17 @@ import copy
 
 import pytest
 import torch
-from model_parts import build_batch, build_tiny_model, tiny_config
+from model_parts import GOLDEN, build_batch, build_tiny_model, tiny_config
+from processing_parts import build_processor
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from metamorph.models.embeddings import NewTokenEmbedding, attach_new_token_rows, merge_new_token_rows
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
@@ -76,24 +84,15 @@ def test_r02_disagreeing_images_are_an_error(tiny_model):
         tiny_model(**batch)
 
 
-def test_r02_target_mask_on_text_is_an_error(tiny_model):
-    batch = build_batch(tiny_model.config, "g")
-    batch["visual_target_mask"][0, 1] = True
-    with pytest.raises(ValueError, match=r"visual_target_mask selects 5 .* but 4"):
-        tiny_model(**batch)
-
-
-@pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp3x_gelu", "mlpsoftmax"])
-def test_connectors(kind):
-    model = build_tiny_model(mm_projector_type=kind)
+@pytest.mark.parametrize(
+    ("kind", "depth"), [("linear", 1), ("mlp1x_gelu", 1), ("mlp3x_gelu", 3), ("mlpsoftmax", 2), ("identity", 0)]
+)
+def test_connectors(kind, depth):
+    model = build_tiny_model(mm_projector_type=kind, vision_config={"hidden_size": 32 if kind == "identity" else 24})
     linears = [m for m in model.model.mm_projector.modules() if isinstance(m, nn.Linear)]
-    assert (linears[0].in_features, linears[-1].out_features) == (24, 32)
-    assert len(linears) == {"linear": 1, "mlp1x_gelu": 1, "mlp3x_gelu": 3, "mlpsoftmax": 2}[kind]
-    assert torch.isfinite(model(**build_batch(model.config)).loss)
-
-
-def test_identity_connector():
-    model = build_tiny_model(mm_projector_type="identity", vision_config={"hidden_size": 32})
+    assert len(linears) == depth
+    if linears:
+        assert (linears[0].in_features, linears[-1].out_features) == (24, 32)
     assert torch.isfinite(model(**build_batch(model.config)).loss)
 
 
@@ -336,15 +335,18 @@ def build_language_model(**overrides) -> LlamaForCausalLM:
 
 @pytest.fixture
 def tokenizer():
-    from model_parts import GOLDEN
-    from transformers import PreTrainedTokenizerFast
-
     return PreTrainedTokenizerFast(tokenizer_file=str(GOLDEN / "tokenizer" / "tokenizer.json"))
 
 
+@pytest.mark.parametrize("after_processor", [False, True])
 @pytest.mark.parametrize("vocabulary", [384, 512])
-def test_from_parts_adds_rows_at_the_mean(tokenizer, vocabulary):
-    """The golden tokenizer has 384 tokens and knows start and end; a table that is too large keeps its size."""
+def test_from_parts_adds_rows_at_the_mean(tokenizer, vocabulary, after_processor):
+    """The golden tokenizer has 384 tokens and knows start and end; a table that is too large keeps its size.
+
+    A processor that was built first has added the image tokens: their rows must start at the mean all the same.
+    """
+    if after_processor:
+        build_processor(tokenizer)
     language_model = build_language_model(vocab_size=vocabulary)
     known = language_model.get_input_embeddings().weight.detach().clone()
     encoder = AutoModel.from_config(tiny_config().vision_config)
@@ -358,20 +360,6 @@ def test_from_parts_adds_rows_at_the_mean(tokenizer, vocabulary):
     torch.testing.assert_close(table[384], known[:384].mean(dim=0))
     assert not any(p.is_meta for p in model.parameters())
     assert torch.isfinite(model(**build_batch(model.config)).loss)
-
-
-@pytest.mark.parametrize("vocabulary", [384, 512])
-def test_from_parts_after_the_processor_was_built(tokenizer, vocabulary):
-    """That adds the image tokens to the tokenizer; their rows must start at the mean all the same, also in a table that
-    has room for them."""
-    from processing_parts import build_processor
-
-    build_processor(tokenizer)
-    language_model = build_language_model(vocab_size=vocabulary)
-    known = language_model.get_input_embeddings().weight.detach().clone()
-    encoder = AutoModel.from_config(tiny_config().vision_config)
-    model = MetaMorphForConditionalGeneration.from_parts(language_model, encoder, tokenizer, num_image_tokens=4)
-    torch.testing.assert_close(model.get_input_embeddings().weight[384], known[:384].mean(dim=0))
 
 
 def test_from_parts_in_half_precision(tokenizer):

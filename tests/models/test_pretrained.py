@@ -1,4 +1,4 @@
-"""Untrusted models: only complete and finite ones are loaded, none of their code runs, and no size is taken on trust."""
+"""Untrusted models: only complete and finite ones are loaded, none of their code runs, and no size is trusted."""
 
 import ast
 import json

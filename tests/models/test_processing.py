@@ -345,28 +345,6 @@ def test_templated_text_gives_the_ids_of_the_conversation(processor):
     assert torch.equal(by_text["pixel_values"], encoded.pixel_values)
 
 
-def test_call_pads_on_the_side_asked_for(processor):
-    left = processor(text=["Hi you there", "Hi"], padding=True, return_tensors="pt")
-    right = processor(text=["Hi you there", "Hi"], padding=True, padding_side="right", return_tensors="pt")
-    assert left["attention_mask"][1].tolist() == right["attention_mask"][1].flip(0).tolist()
-    longer = processor(text="Hi", padding="max_length", max_length=12, return_tensors="pt")
-    assert longer["input_ids"].shape == (1, 12)
-    assert [len(row) for row in processor(text=["Hi you there", "Hi"])["input_ids"]] != [12, 12]
-    with pytest.raises(ValueError, match="padding='max_length' needs max_length"):
-        processor(text="Hi", padding="max_length")
-    with pytest.raises(ValueError, match="padding='left' is unknown"):
-        processor(text="Hi", padding="left")
-    with pytest.raises(ValueError, match="padding_side='up' is unknown"):
-        processor(text="Hi", padding_side="up")
-
-
-def test_call_counts_images(processor):
-    with pytest.raises(ValueError, match=r"has 1 <image> marker\(s\), but 2 image\(s\)"):
-        processor(text=["<image>", "Hi"], images=IMAGES[:2])
-    with pytest.raises(ValueError, match=r"has 1 <image> marker\(s\), but 2 image\(s\)"):
-        processor.apply_chat_template(chat("<image>"), tokenize=True, images=IMAGES[:2])
-
-
 def generated(processor, *parts):
     """Ids as a model would write them; None is an image."""
     wrapped = [

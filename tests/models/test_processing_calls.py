@@ -156,7 +156,13 @@ def test_parts_say_what_is_wrong_with_them(processor):
             processor.apply_chat_template([{"role": "user", "content": [part]}])
 
 
-def test_nested_images_are_counted_for_each_prompt(processor):
+def test_images_are_counted_flat_and_nested_for_each_prompt(processor):
+    for count_images in (
+        partial(processor, text=["<image>", "Hi"], images=IMAGES[:2]),
+        partial(processor.apply_chat_template, chat("<image>"), tokenize=True, images=IMAGES[:2]),
+    ):
+        with pytest.raises(ValueError, match=r"has 1 <image> marker\(s\), but 2 image\(s\)"):
+            count_images()
     prompts = ["<image> a", "b", "<image><image>"]
     nested = [[IMAGES[0]], [], IMAGES[1:3]]
     batch = processor(images=nested, text=prompts, padding=True, return_tensors="pt")
@@ -193,8 +199,12 @@ def test_padding_is_on_the_left_until_the_tokenizer_is_told_otherwise():
     texts = ["Hi you there", "Hi"]
     assert processor(text=texts, padding=True)["attention_mask"][1][0] == 0
     processor.tokenizer.padding_side = "right"
-    assert processor(text=texts, padding=True)["attention_mask"][1][0] == 1
-    assert processor(text=texts, padding=True, padding_side="left")["attention_mask"][1][0] == 0
+    right = processor(text=texts, padding=True)["attention_mask"][1]
+    left = processor(text=texts, padding=True, padding_side="left")["attention_mask"][1]
+    assert right[0] == 1
+    assert left == right[::-1]
+    assert len(processor(text="Hi", padding="max_length", max_length=12)["input_ids"][0]) == 12
+    assert len({len(row) for row in processor(text=texts)["input_ids"]}) == 2
 
 
 @pytest.mark.parametrize("limit", [3, 10, 25, 60])
@@ -222,6 +232,9 @@ def test_an_argument_acts_or_is_refused(processor):
         ({"return_offsets_mapping": True}, "return_offsets_mapping=True is not supported"),
         ({"max_length": 4}, "max_length=4 does nothing without truncation"),
         ({"truncation": "only_second"}, "truncation='only_second' is unknown"),
+        ({"padding": "max_length"}, "padding='max_length' needs max_length"),
+        ({"padding": "left"}, "padding='left' is unknown"),
+        ({"padding_side": "up"}, "padding_side='up' is unknown"),
     ):
         with pytest.raises(ValueError, match=reason):
             processor(text="Hi", **arguments)

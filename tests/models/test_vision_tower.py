@@ -149,17 +149,6 @@ def test_r32_the_tower_argument_decides(tmp_path):
     assert all(torch.equal(weights[name], reference[name]) for name in reference)
 
 
-def test_missing_weights_are_an_error(tmp_path):
-    """Transformers leaves them random and only warns."""
-    encoder = SiglipVisionModel(tiny_config().vision_config)
-    weights = {name: v for name, v in encoder.state_dict().items() if "layers.1" not in name}
-    encoder.save_pretrained(tmp_path, state_dict=weights)
-    with pytest.raises(
-        ValueError, match=r"layers\.1\.mlp\.fc1\.weight must have shape \[48, 24\], but is not there \(16 such"
-    ):
-        load_vision_encoder(str(tmp_path))
-
-
 def test_unknown_layout_is_an_error_before_weights_are_read(tmp_path):
     ViTModel(ViTConfig(**SIZES, image_size=32, intermediate_size=48)).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
