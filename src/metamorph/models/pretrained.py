@@ -87,8 +87,9 @@ def load_language_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """Load a language model with its head, from a folder or the Hub, by [`load_checked`]."""
     config = load_config(name_or_path, **hub_options(kwargs))
     build = partial(AutoModelForCausalLM.from_config, copy.deepcopy(config), trust_remote_code=False)
-    load = AutoModelForCausalLM.from_pretrained
-    return load_checked(load, name_or_path, config, build, PARTS_BESIDE_THE_TEXT, **kwargs)[0]
+    return load_checked(
+        AutoModelForCausalLM.from_pretrained, name_or_path, config, build, PARTS_BESIDE_THE_TEXT, **kwargs
+    )[0]
 
 
 def load_checked(
