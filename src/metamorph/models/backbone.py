@@ -96,7 +96,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         visual tokens that the connector projects.
         """
         visual_tokens = self.vision_tower(pixel_values)
-        projected = self._project(visual_tokens, self.get_input_embeddings().weight.dtype)
+        table: Any = self.get_input_embeddings()
+        projected = self._project(visual_tokens, table.weight.dtype)
         return BaseModelOutputWithPooling(last_hidden_state=visual_tokens, pooler_output=projected)
 
     def encode_images(

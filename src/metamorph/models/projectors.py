@@ -38,5 +38,5 @@ def build_vision_head(config: MetaMorphConfig) -> nn.Module:
 
 def _mlp(size_in: int, size_hidden: int, size_out: int, depth: int) -> list[nn.Module]:
     sizes = [size_in, *[size_hidden] * (depth - 1), size_out]
-    layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.GELU())]
+    layers: list[nn.Module] = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.GELU())]
     return layers[:-1]

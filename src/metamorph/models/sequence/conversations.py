@@ -165,10 +165,12 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ValueError(f"message {index} has the role {role!r}; use one of {', '.join(ROLES)}")
-        if not isinstance(content, (str, list, tuple)):
+        if isinstance(content, str):
+            parts = split_at_images(content)
+        elif isinstance(content, (list, tuple)):
+            parts = [_parse_part(index, part) for part in content]
+        else:
             raise ValueError(f"the content of message {index} must be a string or a list, not {type(content).__name__}")
-        is_text = isinstance(content, str)
-        parts = split_at_images(content) if is_text else [_parse_part(index, part) for part in content]
         parsed.append(Message(role, _stripped(parts)))
     return parsed
 
