@@ -129,9 +129,6 @@ def load_adapter_folder(
 
     An adapter on a 4-bit language model is not merged, because merged weights would have to be rounded again; with
     `dequantize` the language model is dequantised first, and the adapter merged.
-
-    Raises:
-        FileNotFoundError: The base is not available; the message names it.
     """
     require_peft()
     from peft import LoraConfig, PeftModel, inject_adapter_in_model

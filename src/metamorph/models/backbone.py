@@ -49,11 +49,9 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Load a model as in Transformers, but never run code that comes with it.
+        """Load a model as in Transformers, but never run code that comes with it, and never start weights at random.
 
-        Raises:
-            OSError: there is no such model.
-            ValueError: weights are missing, unknown, of another shape, or not finite.
+        Weights that are missing, unknown, of another shape, or not finite are a `ValueError`.
         """
         described = config
         if not isinstance(described, PreTrainedConfig):
@@ -106,12 +104,10 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         visual_tokens: Tensor | None = None,
         visual_tokens_index: Tensor | None = None,
     ) -> Tensor | None:
-        """Encode the images of a batch to [P + V, N, D] in reading order; None without images.
+        """Encode [P, 3, height, width] images of a batch to [P + V, N, D] in reading order; None without images.
 
-        Args:
-            pixel_values: [P, 3, height, width] in reading order.
-            visual_tokens: [V, N, D] images that are given as visual tokens.
-            visual_tokens_index: [V] their positions among all images, required if there are both.
+        [V, N, D] `visual_tokens` are images that are encoded already, and `visual_tokens_index` their positions among
+        all images, required if there are both.
         """
         if pixel_values is None or not pixel_values.shape[0]:
             return visual_tokens

@@ -92,11 +92,8 @@ def write_connector(
 ) -> Path:
     """Write a connector file and return its path.
 
-    Args:
-        folder: Created if missing.
-        tensors: Weights named `mm_projector.…`, `reduction.…`, `vision_head.…`, `new_rows`, `new_head_rows`.
-        tokens: The new tokens, in the order of the rows.
-        config: The `MATCHING_FIELDS` it was trained with, as far as they are known.
+    The tensors are named `mm_projector.…`, `reduction.…`, `vision_head.…`, `new_rows`, `new_head_rows`, with rows in
+    the order of `tokens`; `config` has the `MATCHING_FIELDS` that are known.
     """
     metadata = {"format": "pt", "new_tokens": json.dumps(tokens), "config": json.dumps(dict(config))}
     path = Path(folder) / CONNECTOR_FILE
@@ -122,14 +119,8 @@ def _sort_metadata(path: Path) -> None:
 def load_connector(model: PreTrainedModel, path: str | Path) -> None:
     """Load a connector into `model`: its projector, the new tokens' rows, and the vision head if the file has one.
 
-    Args:
-        model: A MetaMorph model, with or without attached new rows; changed in place.
-        path: `mm_projector.safetensors`, an `mm_projector.bin` of LLaVA or the original MetaMorph, or a folder with
-            one of them.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, or does not fit the model; the message names sizes and flags.
+    `path` is `mm_projector.safetensors`, an `mm_projector.bin` of LLaVA or the original MetaMorph, or a folder with one
+    of them. A file that does not fit is a `ValueError` that names sizes and flags.
     """
     file = find_connector(path)
     connector = read_connector(file)

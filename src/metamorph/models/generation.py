@@ -5,7 +5,7 @@ Text and images share one sequence and one key/value cache. A row is inside an i
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -109,17 +109,12 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
         return torch.where(opened, run, -1)
 
 
+@dataclass
 class GeneratedVisualTokens:
     """What `generate` carries from step to step: the vision head's predictions, and whether images are allowed."""
 
-    def __init__(self, allow_images: bool = True) -> None:
-        self.allow_images = allow_images
-        self.steps: list[Tensor] = []
-
-    def append(self, prediction: Tensor) -> None:
-        """Add [batch, 1, D], the prediction for the token that is chosen next."""
-        # Cloned: CUDA graphs write every step's prediction into the same memory.
-        self.steps.append(prediction.clone())
+    allow_images: bool = True
+    steps: list[Tensor] = field(default_factory=list)  # (batch, 1, features) each, for the token that is chosen next
 
     def last(self, count: int) -> Tensor:
         """[batch, count, D] predictions for the last `count` tokens."""
@@ -188,12 +183,12 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 raise ValueError(_refusal(name))
         self._prepare_generation_config(generation_config, **kwargs)  # refuses before the images are encoded
         visual_tokens = self.model.encode_images(pixel_values, visual_tokens, visual_tokens_index)
-        configurations = (generation_config, self.generation_config)
         state = GeneratedVisualTokens(allow_images)
         output = super().generate(
             inputs, generation_config, visual_tokens=visual_tokens, generated_state=state, **kwargs
         )
-        asked = (return_dict_in_generate, *(each and each.return_dict_in_generate for each in configurations))
+        configs = (generation_config, self.generation_config)
+        asked = (return_dict_in_generate, *(config and config.return_dict_in_generate for config in configs))
         if next((value for value in asked if value is not None), True) is False:
             return output.sequences
         images, num_images = state.images(output.sequences, inputs.shape[1], self.config)
@@ -292,7 +287,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         state = model_kwargs.get("generated_state")
         if state is not None and outputs.visual_prediction is not None:
-            state.append(outputs.visual_prediction)
+            # Cloned: CUDA graphs write every step's prediction into the same memory.
+            state.steps.append(outputs.visual_prediction.clone())
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
 
     def _expand_inputs_for_generation(

@@ -60,18 +60,11 @@ class MediaError(ValueError):
 def load_image(
     file: str | os.PathLike[str] | BinaryIO, *, name: str | None = None, max_pixels: int = MAX_IMAGE_PIXELS
 ) -> Image.Image:
-    """Read an image as upright RGB.
+    """Read an image from a path, or from an open binary file that stays open, as upright RGB.
 
     Palettes, CMYK, grey and 16-bit values are converted, transparent pixels become white, the EXIF orientation is
-    applied, and only the first frame of an animation is read.
-
-    Args:
-        file: Path, or an open binary file, which stays open.
-        name: Name of the file in messages; by default its path.
-        max_pixels: Most pixels, checked before anything is unpacked.
-
-    Raises:
-        MediaError: If there is no such file, it is not an image in one of `FORMATS`, or it has more than `max_pixels`.
+    applied, and only the first frame of an animation is read. More than `max_pixels` are refused before anything is
+    unpacked, by a [`MediaError`] that calls the file `name`.
     """
     with _opened(file, name, max_pixels) as image:
         image.load()

@@ -66,13 +66,9 @@ def cosine_sum(predictions: Tensor, targets: Tensor) -> Tensor:
 def direction_sums(targets: Tensor, places: Tensor, num_places: int) -> Tensor:
     """Sum of target / |target| at each position in the image, [N, D] float32, without gradient.
 
-    The best constant prediction for a position, by mean cosine, has the direction of its sum s and a mean cosine of
-    |s| / (number of targets). These sums are all that the constant baseline of the cosine needs.
-
-    Args:
-        targets: [targets, D] visual tokens.
-        places: int64 [targets], position of each in its image.
-        num_places: visual tokens per image (N).
+    The best constant prediction for a position, by mean cosine, has the direction of its sum s and a mean cosine of |s|
+    / (number of targets). These sums are all that the constant baseline of the cosine needs. `targets` are [targets,
+    D], and `places` their positions in their images.
     """
     directions = F.normalize(targets.detach().float(), dim=-1)
     return directions.new_zeros(num_places, directions.shape[-1]).index_add_(0, places, directions)

@@ -64,9 +64,7 @@ def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def load_config(name_or_path: str | Path, kind: Any = AutoConfig, **hub_kwargs: Any) -> PreTrainedConfig:
     """Load the configuration of a model from a folder or the Hub; `kind` is its class, by default the one it names.
 
-    Raises:
-        OSError: there is none.
-        ValueError: it is damaged, of an unknown kind, or asks for code of the Hub.
+    A damaged one, an unknown kind, and code of the Hub are a `ValueError`.
     """
     if (file := cached_file(name_or_path, CONFIG_FILE, **hub_options(hub_kwargs))) is not None:
         check_implementations(read_json_object(Path(file)), file)
@@ -147,12 +145,7 @@ def load_checked(
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """Read the tensors and the metadata of a `.safetensors` file, or of a `.bin` file without running any code in it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or holds other objects than tensors.
-    """
+    """Read tensors and metadata of a `.safetensors` file, or of a `.bin` file without running any code in it."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: copy the folder again")
     if file.suffix != ".safetensors":

@@ -62,9 +62,6 @@ class MetaMorphProcessor(ProcessorMixin):
         mm_use_im_start_end: Whether to wrap images in `<image_start>` and `<image_end>`.
         mm_use_im_patch_token: Whether the placeholder is `<im_patch>` instead of `<image>`.
         image_aspect_ratio: `square` (stretch) or `pad`.
-
-    Raises:
-        ValueError: If a value is not allowed, or the tokenizer cannot express the template.
     """
 
     def __init__(
@@ -143,10 +140,7 @@ class MetaMorphProcessor(ProcessorMixin):
 
     @property
     def pad_token_id(self) -> int:
-        """Id to pad with: the tokenizer's pad token, else its end-of-sequence token, else id 0.
-
-        Any id will do, because the attention mask is made from lengths.
-        """
+        """The tokenizer's pad token, else its end of sequence, else 0: any will do, masks are made from lengths."""
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(candidate for candidate in candidates if candidate is not None)
 

@@ -99,10 +99,7 @@ class TextHead(nn.Linear):
 def choose_kernel(
     head: TextHead, hidden_states: Tensor, options: TextLossOptions, finish: FinishLogits | None = None
 ) -> str:
-    """Resolve `options.kernel` for [positions, H] hidden states to `full`, `chunked`, `fused` or `liger`.
-
-    Only `full` and `chunked` can apply `finish`, see [`TextHead.forward`].
-    """
+    """Resolve `options.kernel` for [positions, H] hidden states; only `full` and `chunked` can apply `finish`."""
     positions = hidden_states.shape[0]
     if positions == 0:
         return "full"

@@ -48,11 +48,7 @@ def resolve_vision_tower(name: str) -> str:
 
 
 def load_vision_config(name_or_path: str, **hub_kwargs: object) -> PreTrainedConfig:
-    """Load the vision configuration of a tower, or of a CLIP or SigLIP model that contains one.
-
-    `name_or_path` is an alias of the guide, a Hub repository or a local folder. Only types in `_PREFIX_TOKENS` are
-    supported.
-    """
+    """Load the vision configuration of a tower, or of a CLIP or SigLIP model, and check that it is supported."""
     config = load_config(resolve_vision_tower(name_or_path), **hub_kwargs)
     config = getattr(config, "vision_config", config)
     if config.model_type not in _PREFIX_TOKENS:
@@ -77,10 +73,7 @@ def check_same_tower(found: PreTrainedConfig, vision_tower: str, model: str) -> 
 
 
 def load_vision_encoder(name_or_path: str, dtype: torch.dtype = torch.float32, **hub_kwargs: object) -> PreTrainedModel:
-    """Load a pretrained vision encoder, without its pooling head, and check that its weights are complete.
-
-    `name_or_path` is an alias of the guide, a Hub repository or a local folder.
-    """
+    """Load a pretrained vision encoder, without its pooling head, and check that its weights are complete."""
     path = resolve_vision_tower(name_or_path)
     config = load_vision_config(name_or_path, **hub_kwargs)
     if hasattr(config, "vision_use_head"):
@@ -91,15 +84,11 @@ def load_vision_encoder(name_or_path: str, dtype: torch.dtype = torch.float32, *
 
 
 class VisionTower(nn.Module):
-    """Turns images into visual tokens.
+    """Turns images into visual tokens, by a loaded `encoder` that is cut in place, or one with random weights.
 
     Only the part of the encoder that computes the selected hidden state is kept: later layers, the final norm and
     pooling heads are removed, and DINOv2's mask token becomes a buffer. They would cost time and memory, and have no
     gradient when the tower is trained. The rest of the encoder is used as Transformers wrote it.
-
-    Args:
-        config: the composite configuration.
-        encoder: a loaded vision encoder, cut in place; None builds one with random weights.
     """
 
     def __init__(self, config: MetaMorphConfig, encoder: PreTrainedModel | None = None):
@@ -180,12 +169,10 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def finish_visual_tokens(tokens: Tensor, *, normalize: bool, apply_softmax: bool) -> Tensor:
-    """Bring features into the scale of visual tokens, in float32: the same for encoded images and for predictions.
+    """Bring [..., D] features, of the tower or of the vision head, into the scale of visual tokens, in float32.
 
-    Args:
-        tokens: [..., D] reduced features of the tower, or output of the vision head.
-        normalize: divide each by its L2 norm (`normalize_vision`).
-        apply_softmax: then turn each into a distribution over features, softmax(x / τ) with τ = 0.07.
+    `normalize` divides each by its L2 norm (`normalize_vision`); `apply_softmax` then turns each into a distribution
+    over features, softmax(x / τ) with τ = 0.07.
     """
     finished = tokens.float()
     if normalize:
@@ -261,10 +248,7 @@ class TokenReduction(nn.Module):
 
 
 def interpolate_tokens(tokens: Tensor, count: int) -> Tensor:
-    """Reduce a square token grid [images, side², hidden] to [images, count, hidden], bilinearly in float32.
-
-    `count` must be a square number.
-    """
+    """Reduce a square token grid [images, side², hidden] to [images, count, hidden], bilinearly in float32."""
     images, patches, hidden = tokens.shape
     side, new_side = math.isqrt(patches), math.isqrt(count)
     grid = tokens.transpose(1, 2).reshape(images, hidden, side, side).float()  # (images, hidden, side, side)

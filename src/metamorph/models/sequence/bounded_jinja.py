@@ -33,10 +33,9 @@ _left: ContextVar[list[int]] = ContextVar("left")
 
 
 def render(source: str, **values: Any) -> str:
-    """Render a chat template in Transformers' dialect with `values`: `messages`, `add_generation_prompt`, special
-    tokens.
+    """Render a chat template in Transformers' dialect, with `messages`, `add_generation_prompt` and special tokens.
 
-    Raises a `TemplateError` if it is faulty, and a `SecurityError` if it takes more than the budget.
+    A faulty one is a `TemplateError`, and one that takes more than the budget a `SecurityError`.
     """
     token = _left.set([BUDGET + BUDGET_PER_CHARACTER * _size(values)])
     try:

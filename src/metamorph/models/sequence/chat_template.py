@@ -60,21 +60,14 @@ class ChatTemplate:
     the token that ends the turn.
 
     If the text depends on the roles alone, this is done once for each order of roles, with marks instead of contents. A
-    template that looks at contents (to move thoughts, for example) is rendered with them.
+    template that looks at contents (to move thoughts, for example) is rendered with them; `reads_contents=False` says
+    that it does not. `controls` are tokens that the template writes, for a tokenizer that has them as ordinary words.
 
     Four things are changed in the source, and saved with a trained model: a system message that the template refuses,
     drops or puts after a later turn goes to the start of the first user message; an answer without an end gets a token
     that ends it; white space at the end of a prompt, which the tokenizer would join with the first word of an answer,
-    is learnt with the answer instead; and a date is that of the day on which this object was made.
-
-    Args:
-        tokenizer: Has the tokens that the template writes.
-        source: The Jinja template.
-        reads_contents: Whether the template may look at contents. False skips the test.
-        controls: Tokens that the template writes, for a tokenizer that has them as ordinary words.
-
-    Raises:
-        ValueError: If the template is faulty, or cannot be used for training.
+    is learnt with the answer instead; and a date is that of the day on which this object was made. A template that is
+    faulty, or cannot be used for training, is a `ValueError`.
     """
 
     _MAX_CACHED = 1024  # orders of roles; a data set has few
@@ -204,11 +197,11 @@ class ChatTemplate:
 
     def _place_system(self) -> None:
         """Change a template that cannot write a system message: it goes with the first user message."""
+        short, long = ("system", "user"), ("system", "user", "assistant", "user", "assistant")
         try:
-            for roles in (("system", "user"), ("system", "user", "assistant", "user", "assistant")):
+            for roles in (short, long):
                 self._check_marks(self._render(_marked(roles), False), roles)
-            prompt = self._render(_marked(("system", "user")), True)
-            if self._render(_marked(("system", "user", "assistant", "user", "assistant")), False).startswith(prompt):
+            if self._render(_marked(long), False).startswith(self._render(_marked(short), True)):
                 return
         except ValueError:
             pass

@@ -67,10 +67,7 @@ class ConversationEncoder:
         return builder
 
     def encode_text(self, text: str, limit: int | None = None, add_bos: bool = True) -> tuple[SequenceBuilder, int]:
-        """Ids of a text that is in the template already, in which control tokens count, and its number of images.
-
-        `add_bos` adds the BOS token if the tokenizer and the template do and the text does not.
-        """
+        """Ids of a text that is in the template already, in which control tokens count, and its number of images."""
         ids = self._text.encode(self._text.escape(IMAGE_MARKER.sub(self._image_token, text)))
         if add_bos and self._adds_bos and ids[:1] != [self._bos]:
             ids = [self._bos, *ids]

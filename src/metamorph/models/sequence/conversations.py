@@ -251,10 +251,9 @@ def divide_images(images: Any, counts: Sequence[int], what: str) -> list[list[An
 
 
 def flatten_images(images: Any) -> list[Any]:
-    """Flatten nested lists or other iterables of images, in reading order; None has none.
+    """Flatten nested lists or other iterables of images (also [`ImagePart`]), in reading order; None has none.
 
-    An image is what [`metamorph.models.image_inputs.load_image`] takes, or an [`ImagePart`]. An array or tensor of four
-    dimensions is a batch of images.
+    An array or tensor of four dimensions is a batch of images.
     """
     if images is None:
         return []

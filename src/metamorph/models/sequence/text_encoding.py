@@ -23,10 +23,6 @@ class TextEncoder:
     A tokenizer finds control tokens wherever their names occur. A content is therefore hidden before it is put into a
     template: a character of our own breaks the names. Text between two control tokens that contains this character is
     then spelt by the parts of the tokenizer (normalizer, pre-tokenizer, model), which know no added tokens.
-
-    Args:
-        tokenizer: Its image tokens are added.
-        template: Knows the tokens that contents must not give.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
@@ -53,10 +49,7 @@ class TextEncoder:
         }
 
     def hide(self, content: str, is_answer: bool) -> str:
-        """Break the names of control tokens in a content, the text of a message between two images.
-
-        An answer may contain the tokens of its thoughts.
-        """
+        """Break the names of control tokens in a content; an answer may contain those of its thoughts."""
         hidden = self._forbidden[is_answer].sub(_break, self.escape(content))
         late = self._late[is_answer]
         if late is not None and late.search(self._normalized(hidden)):
@@ -81,10 +74,8 @@ class TextEncoder:
     def encode_after(self, before: str, text: str) -> tuple[list[int], int, int]:
         """Ids of text with hidden contents that follows `before`: joined, they are the ids of both texts together.
 
-        Some tokenizers put a space before the first word of a text, and some tokens include the white space after them.
-
-        Returns:
-            The ids, how many of the last ids of `before` they replace, and how many of them begin in `before`.
+        Also returns how many of the last ids of `before` they replace, and how many of them begin in `before`. Some
+        tokenizers put a space before the first word of a text, and some tokens include the white space after them.
         """
         context = self._context(before)
         if not context:
@@ -136,10 +127,7 @@ class TextEncoder:
         return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _spell(self, text: str) -> list[int]:
-        """Ids of plain text, whatever names are in it.
-
-        `split_special_tokens=True` does this for special tokens, but is a switch of the shared tokenizer.
-        """
+        """Ids of plain text. Not by `split_special_tokens=True`, which is a switch of the shared tokenizer."""
         if self._backend is None:
             ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         else:
