@@ -14,8 +14,14 @@ from training_parts import arguments, make_language_model, make_records, make_vi
 from transformers import AutoModelForCausalLM
 
 from metamorph.cli import main
-from metamorph.models.adapter_files import ADAPTER_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, PEFT_PREFIX
-from metamorph.models.adapters import has_adapter, load_adapter_weights
+from metamorph.models.adapters import (
+    ADAPTER_FILE,
+    LORA_CONFIG_FILE,
+    LORA_WEIGHTS_FILE,
+    PEFT_PREFIX,
+    has_adapter,
+    load_adapter_weights,
+)
 from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor

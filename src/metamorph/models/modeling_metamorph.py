@@ -25,8 +25,7 @@ from transformers.utils import can_return_tuple
 
 from metamorph.models.sequence.image_tokens import add_image_tokens
 
-from .adapter_files import find_adapter_folder
-from .adapters import load_adapter_folder
+from .adapters import find_adapter_folder, load_adapter_folder
 from .backbone import MetaMorphModel, MetaMorphPreTrainedModel
 from .batch_indices import BatchIndices, index_batch
 from .configuration_metamorph import MetaMorphConfig

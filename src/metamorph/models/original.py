@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from metamorph.files.model_files import check_finite, read_json_object, shard_names
+from metamorph.files.model_files import check_finite, check_weights, read_json_object, shard_names
 from metamorph.models.sequence.constants import ASPECT_RATIOS
 from metamorph.models.sequence.image_tokens import image_token_names
 
@@ -210,9 +210,4 @@ def _load(module: torch.nn.Module, weights: dict[str, Tensor], source: str) -> N
 def _check_fit(module: torch.nn.Module, weights: dict[str, Tensor], source: str) -> None:
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items() if not name.endswith("rotary_emb.inv_freq")}
-    if found != expected:
-        name = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-        raise ValueError(
-            f"{source} does not fit its configuration: {name} has the shape {found.get(name, 'of nothing')} in the "
-            f"checkpoint, and {expected.get(name, 'of nothing')} is needed"
-        )
+    check_weights(found, expected, source)

@@ -17,7 +17,6 @@ from metamorph.models.image_inputs import load_image
 from metamorph.models.image_processing import pixel_table, preprocess_images, square_image_processor
 from metamorph.models.pretrained import find_file
 from metamorph.models.processing_kwargs import MetaMorphProcessingKwargs, ProcessorOptions, is_processor_argument
-from metamorph.models.sequence.answers import interleave, stack_visual_tokens
 from metamorph.models.sequence.chat_template import ChatTemplate
 from metamorph.models.sequence.chat_templates import get_chat_template
 from metamorph.models.sequence.constants import ASPECT_RATIOS, DEFAULT_IM_PATCH_TOKEN, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
@@ -31,7 +30,9 @@ from metamorph.models.sequence.conversations import (
     assign_images,
     divide_images,
     flatten_images,
+    interleave,
     parse_messages,
+    stack_visual_tokens,
 )
 from metamorph.models.sequence.image_tokens import ImageTokens, add_image_tokens
 
