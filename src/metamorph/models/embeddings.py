@@ -5,6 +5,8 @@ the gradient of the full table would still allocate gradient and optimizer state
 weight decay could move frozen rows. A separate small parameter has none of these problems.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -42,9 +44,10 @@ class NewRows(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """Write the new rows into the table and return the plain module."""
-        self.weight[self.token_ids] = self.new_rows.to(self.weight.dtype)
-        return self.plain
+        """Write the new rows into the table of the plain module and return it."""
+        plain: Any = self.plain
+        plain.weight[self.token_ids] = self.new_rows.to(plain.weight.dtype)
+        return plain
 
 
 class NewTokenEmbedding(NewRows):

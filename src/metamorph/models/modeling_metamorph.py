@@ -320,7 +320,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         predictions = self.vision_head(hidden.index_select(0, indices["visual"]))  # (targets, features)
         if visual_tokens is None:
             visual_tokens = hidden.new_zeros(0, 1, self.config.vision_feature_size)
-        targets = visual_tokens.flatten(0, 1).index_select(0, indices["visual_targets"]).detach()  # as predictions
+        targets = visual_tokens.flatten(0, 1).index_select(0, indices["visual_targets"]).detach()
         visual = visual_loss(
             predictions, targets, normalize=self.config.normalize_vision, apply_softmax=self.config.apply_softmax
         )

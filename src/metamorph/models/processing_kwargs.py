@@ -74,11 +74,10 @@ class ProcessorOptions:
     def of(cls, processor: ProcessorMixin, arguments: Mapping[str, Any]) -> "ProcessorOptions":
         """Merge flat and grouped keyword arguments; refuse those that do not exist or have no effect."""
         known = {name: value for name, value in arguments.items() if is_processor_argument(name)}
-        for name in arguments.keys() - known.keys():
-            if arguments[name] is not None:
-                near = get_close_matches(name, {*_GROUPS, *_OTHERS, *_ACTING}, n=1)
-                hint = f"; is {near[0]} meant?" if near else ""
-                raise TypeError(f"{type(processor).__name__} takes no argument {name!r}{hint}")
+        if unknown := [name for name, value in arguments.items() if value is not None and name not in known]:
+            near = get_close_matches(unknown[0], {*_GROUPS, *_OTHERS, *_ACTING}, n=1)
+            hint = f"; is {near[0]} meant?" if near else ""
+            raise TypeError(f"{type(processor).__name__} takes no argument {unknown[0]!r}{hint}")
         merged = processor._merge_kwargs(MetaMorphProcessingKwargs, **known)
         text, images = merged["text_kwargs"], merged["images_kwargs"]
         for name, value in images.items():
