@@ -251,8 +251,8 @@ def _shrunk(config: PreTrainedConfig, heads: int | None) -> PreTrainedConfig:
     if heads is not None:
         # A divisor of all sizes, if there is one: otherwise quotients are rounded down.
         count_all = config.num_attention_heads
-        kept = next((number for number in range(heads, count_all) if _divides(number, config)), count_all)
-        factor = count_all / (kept if kept <= 4 * heads else heads)
+        divisor = next((number for number in range(heads, count_all) if _divides(number, config)), count_all)
+        factor = count_all / (divisor if divisor <= 4 * heads else heads)
     for name, value in config.to_dict().items():
         if isinstance(value, (list, tuple)) and len(value) == count:
             setattr(small, name, [value[0], value[other]])

@@ -107,8 +107,8 @@ def _opened(file: str | os.PathLike[str] | BinaryIO, name: str | None, max_pixel
         ) from error
     except _DECODING_ERRORS as error:
         # Pillow's message names the file object, which says nothing to a user.
-        reason, mend = _identify(file) if isinstance(error, UnidentifiedImageError) else (error, "replace it")
-        raise MediaError("unreadable_image", f"{name} cannot be read as an image ({reason}); {mend}") from error
+        reason, advice = _identify(file) if isinstance(error, UnidentifiedImageError) else (error, "replace it")
+        raise MediaError("unreadable_image", f"{name} cannot be read as an image ({reason}); {advice}") from error
 
 
 def check_regular(path: str | os.PathLike[str], kind: str, problem: str) -> None:
@@ -125,9 +125,9 @@ def _identify(file: str | os.PathLike[str] | BinaryIO) -> tuple[str, str]:
     else:
         file.seek(0)
         start = file.read(_START)
-    for begin, reason, mend in _KINDS:
+    for begin, reason, advice in _KINDS:
         if re.match(begin, start, re.DOTALL):
-            return reason, mend
+            return reason, advice
     if start[4:12] in (b"ftypavif", b"ftypavis") and "AVIF" not in FORMATS:
         return "this Pillow is built without AVIF", "install Pillow 11.3 or later, or convert it to PNG"
     Image.init()

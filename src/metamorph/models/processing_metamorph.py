@@ -400,10 +400,12 @@ class MetaMorphProcessor(ProcessorMixin):
             data["assistant_masks"] = options.pad([row.learnt for row in builders], 0)
         if options.return_mm_token_type_ids:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
-        kept = [image for row, builder in zip(images, builders, strict=True) for image in row[: builder.num_images]]
-        if dropped := sum(map(len, images)) - len(kept):
+        remaining = [
+            image for row, builder in zip(images, builders, strict=True) for image in row[: builder.num_images]
+        ]
+        if dropped := sum(map(len, images)) - len(remaining):
             logger.warning("%d image(s) after the cut at %s tokens were dropped", dropped, options.limit)
-        return BatchFeature({**data, **self._image_inputs(kept, options)}, tensor_type=options.return_tensors)
+        return BatchFeature({**data, **self._image_inputs(remaining, options)}, tensor_type=options.return_tensors)
 
     def _image_inputs(self, images: Sequence[Any], options: ProcessorOptions = _DEFAULT_OPTIONS) -> dict[str, Any]:
         """Pixels of images, and visual tokens of those that the model generated."""

@@ -17,7 +17,7 @@ _CUT = "\ue005"  # private-use character after the content of a message to conti
 
 
 class ConversationEncoder:
-    """Writes conversations in a chat template and encodes them. It is immutable, so threads may share it."""
+    """Writes conversations in a chat template and encodes them. Threads may share it."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ _CONTEXT = 64  # characters at the end of a text that are searched for a control
 
 
 class TextEncoder:
-    """Encodes text in which contents cannot forge control tokens. It is immutable, so threads may share it.
+    """Encodes text in which contents cannot forge control tokens. Threads may share it.
 
     A tokenizer finds control tokens wherever their names occur. A content is therefore hidden before it is put into a
     template: a character of our own breaks the names. Text between two control tokens that contains this character is
