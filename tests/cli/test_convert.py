@@ -181,7 +181,7 @@ def test_what_cannot_be_converted(tower: Path, tmp_path: Path, capsys: pytest.Ca
         (["--from", "original", "--model", "/nowhere", "--output", output], "--model /nowhere does not exist"),
         (["--from", "original", "--model", str(tmp_path / "empty"), "--output", output], "has no config.json"),
         (["--from", "original", "--model", str(other), "--output", output], "model_type 'gpt2'"),
-        (["--from", "original", "--model", str(wrong), "--output", output], "has shape [32, 80], but its configuration asks for"),
+        (["--from", "original", "--model", str(wrong), "--output", output], "has shape [32, 80], but its config"),
         (["--from", "original", "--model", str(small), "--output", output], "not a finished model of the original"),
         (["--from", "original", "--model", str(cut), "--output", output], "is damaged"),
         (["--from", "original", "--model", str(deep), "--output", output], "asks for 10000000 layers"),
