@@ -1,17 +1,15 @@
-"""Makes Transformers' Auto classes know MetaMorph on `import metamorph`, without importing Transformers or torch.
+"""Registers MetaMorph with Transformers' Auto classes on `import metamorph`, without importing Transformers or torch.
 
-An Auto class finds a model by names: `CONFIG_MAPPING_NAMES` maps a model type to the name of a configuration, other
-tables map it to the names of a model and a processor, and the classes are attributes of the module
-`transformers.models.<model type>`, which is imported when one of them is asked for. Here the names are added to these
-tables as soon as Transformers has made them, and that module is this package, which imports its own names on first use.
+An Auto class looks models up by name: `CONFIG_MAPPING_NAMES` maps a model type to the name of its configuration class,
+other tables map it to its model and processor, and the classes are attributes of the module
+`transformers.models.<model type>`, which is imported on first use. Our names are added to these tables as soon as
+Transformers has created them, and that module is this package, which imports its own names lazily.
 """
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
@@ -26,17 +24,17 @@ _TABLES: Mapping[str, Mapping[str, str]] = {
     },
     "transformers.models.auto.processing_auto": {"PROCESSOR_MAPPING_NAMES": "MetaMorphProcessor"},
 }
-"""Modules of Transformers -> their tables -> what they call ours."""
+"""Module of Transformers -> its tables -> the name of our class in each."""
 
 
 def register_lazily() -> None:
-    """Add the names to the tables that there are, and to the others when they are made."""
+    """Add our names to the tables that exist, and to the others once they are imported."""
     sys.modules.setdefault(f"transformers.models.{MODEL_TYPE}", sys.modules["metamorph"])
     for name in _TABLES:
         if name in sys.modules:
             _add_names(sys.modules[name])
     if "transformers.models.auto.modeling_auto" in sys.modules:
-        # It has built mappings from the tables, and torch is loaded: these modules register their classes themselves.
+        # Transformers has built its mappings from the tables already: these modules register their classes themselves.
         for module in ("modeling_metamorph", "processing_metamorph"):
             import_module(f"metamorph.models.{module}")
     elif not any(isinstance(finder, _AddsNames) for finder in sys.meta_path):
@@ -49,7 +47,7 @@ def _add_names(module: ModuleType) -> None:
 
 
 class _AddsNames(MetaPathFinder):
-    """Finds the modules with the tables where they are, and has the names added when they have run."""
+    """Finds the modules with the tables, and adds our names after they have been executed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -58,22 +56,11 @@ class _AddsNames(MetaPathFinder):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenAddNames(spec.loader)
+            execute = spec.loader.exec_module
+
+            def execute_and_add(module: ModuleType) -> None:
+                execute(module)
+                _add_names(module)
+
+            spec.loader.exec_module = execute_and_add  # type: ignore[method-assign]
         return spec
-
-
-class _ThenAddNames(Loader):
-    """The loader of a module with tables, which adds the names after it has run the module."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._loader, name)  # what `inspect` and `importlib.resources` ask a loader for
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        _add_names(module)

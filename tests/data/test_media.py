@@ -115,9 +115,9 @@ REFUSED = {
     "page.pdf": (b"%PDF-1.7\n", "it is a PDF document"),
     "text.png": (b"not a picture", "its content is not an image.*; replace it"),
     "head.png": (b"\x89PNG\r\n\x1a\n" + bytes(8), "its PNG header is damaged.*; replace it"),
-    "icon.ico": ({}, "the format ICO is not read.*; save it as PNG or JPEG"),
-    "a.tga": ({}, "the format TGA or CUR is not read"),
-    "a.eps": ({}, "the format EPS is not read"),  # Pillow hands it to Ghostscript: not for data from strangers
+    "icon.ico": ({}, "the format ICO is not supported.*; save it as PNG or JPEG"),
+    "a.tga": ({}, "the format TGA or CUR is not supported"),
+    "a.eps": ({}, "the format EPS is not supported"),  # Pillow hands it to Ghostscript
 }
 
 

@@ -1,4 +1,4 @@
-"""Positions of images and targets, looked up beside the batch instead of in the model."""
+"""Positions of images and targets, searched by the collators instead of the model."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_batches_with_indices_give_the_same(packed):
 
 
 def test_r06_forward_and_backward_never_ask_the_device():
-    """Fake tensors have no values, as a GPU's have none yet: whatever needs one to go on raises.
+    """Fake tensors have no values, as a GPU's have none yet: whatever needs one raises.
 
     Transformers' own look at positions or mask is not seen here: it is left out where tensors are fake.
     """

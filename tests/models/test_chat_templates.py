@@ -65,7 +65,7 @@ def test_r15_every_version_learns_the_answers_and_nothing_else(name):
     """The original knew one template; the others gave None."""
     processor = processor_for(name)
     encoded = processor.encode_conversation(chat("Hi", "Yes, I am.", "Why?", "No."))
-    end = processor.template.end_of_turn
+    end = processor.template.end_tokens[0]
     text = supervised_text(processor, encoded)
     assert end is not None
     # Mistral's answers begin with a space, and the thinking template writes an empty thought before the last one.
@@ -106,21 +106,21 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_a_prompt_has_the_ids_with_which_the_answer_was_trained(processor, conversation):
     messages = CONVERSATIONS[conversation]
-    pictures = [golden_image("vqa")] * 8
+    images = [golden_image("vqa")] * 8
 
     def encode(part, **options):
         count = sum(message["content"].count("<image>") for message in part)
-        return processor.encode_conversation(part, pictures[:count], **options)
+        return processor.encode_conversation(part, images[:count], **options)
 
-    whole = encode(messages)
+    full = encode(messages)
     for place in [place for place, message in enumerate(messages) if message["role"] == "assistant"]:
         prompt = encode(messages[:place], add_generation_prompt=True)
         length = len(prompt.input_ids)
-        assert length < len(whole.input_ids)
-        assert prompt.input_ids.tolist() == whole.input_ids[:length].tolist()
+        assert length < len(full.input_ids)
+        assert prompt.input_ids.tolist() == full.input_ids[:length].tolist()
     # What follows the prompt is learnt up to the end of the turn; a line end after it is not.
-    answer, labels = whole.input_ids[length:], whole.labels[length:]
-    end = processor.tokenizer.convert_tokens_to_ids(processor.template.end_of_turn)
+    answer, labels = full.input_ids[length:], full.labels[length:]
+    end = processor.tokenizer.convert_tokens_to_ids(processor.template.end_tokens[0])
     stop = (answer == end).nonzero()[-1].item() + 1
     is_text = answer[:stop] != processor.image_tokens.image
     assert (labels[:stop][is_text] == answer[:stop][is_text]).all()
@@ -209,7 +209,7 @@ def test_sentencepiece_does_not_begin_a_text_in_its_middle():
 
 
 def test_reasoning_in_the_data_is_what_the_template_makes_of_it():
-    """The template moves thoughts: it gets the contents, and its tokens in them count in answers alone."""
+    """The template moves thoughts: it gets the contents, and its tokens in them count only in answers."""
     processor = build_processor(tokenizer_with("reasoning"), version="auto")
     think = processor.tokenizer.convert_tokens_to_ids("<think>")
     thought = "<think>\nTwo and two.\n</think>\n\n4"

@@ -143,7 +143,7 @@ def test_r36_end_of_sequence_inside_an_image_is_impossible(model):
 
 
 def test_r37_images_do_not_stick_together(model):
-    """Directly adjacent images have N tokens each, and text goes on afterwards."""
+    """Directly adjacent images have N tokens each, and text follows."""
     ids = torch.tensor([[1, 7, 9]])
     output = generate(model, ids, logits_processor=wish(ids, {0: START, 6: START, 12: 17}), max_new_tokens=13)
     image = image_ids(model.config)
@@ -171,7 +171,7 @@ def test_r38_max_new_tokens_is_exact_and_no_image_is_begun_that_does_not_fit(mod
 
 
 @pytest.mark.parametrize("limit", [{"max_new_tokens": 8}, {"max_length": 11}])
-@pytest.mark.parametrize("place", ["argument", "generation_config", "model", "model beside a generation_config"])
+@pytest.mark.parametrize("place", ["argument", "generation_config", "model", "model next to a generation_config"])
 def test_the_final_limit_bounds_images_wherever_it_comes_from(limit, place):
     """Room for one image and two tokens: no second one is begun."""
     model = build_tiny_model()
@@ -462,7 +462,7 @@ def test_every_field_of_generation_config_is_known():
     ],
     ids=lambda options: "-".join(options),
 )
-def test_other_settings_leave_images_whole(model, options):
+def test_other_settings_leave_images_complete(model, options):
     ids = torch.tensor([[1, 7, 9]])
     torch.manual_seed(0)
     output = generate(model, ids, logits_processor=wish(ids, {1: START}), **options)
@@ -497,7 +497,7 @@ def test_predictions_are_kept_where_a_graph_reuses_its_memory(monkeypatch):
     assert torch.equal(output.visual_tokens, reference.visual_tokens)
 
 
-def test_missing_pictures_are_an_error(model):
+def test_missing_images_are_an_error(model):
     with pytest.raises(ValueError, match="4 image placeholders, but 0 images"):
         generate(model, torch.tensor([[1, *image_ids(model.config)]]))
 

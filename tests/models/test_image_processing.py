@@ -1,4 +1,4 @@
-"""Pictures of any mode and shape become the exact square of the tower, with every image processor."""
+"""Images of any mode and shape become the exact square of the tower, with every image processor."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_pixels_are_bit_for_bit_those_of_the_library(kind):
 
 @pytest.mark.parametrize("kind", [CLIPImageProcessor, BitImageProcessor])
 def test_nothing_is_cropped_away(kind):
-    """A wide picture, red on the left and blue on the right: the centre crop of CLIP would lose both ends."""
+    """A wide image, red on the left and blue on the right: the centre crop of CLIP would lose both ends."""
     image = Image.new("RGB", (400, 40), "white")
     image.paste("red", (0, 0, 40, 40))
     image.paste("blue", (360, 0, 400, 40))
@@ -114,7 +114,7 @@ def test_opaque_modes_become_rgb(mode):
     ("values", "expected"),
     [
         (np.array([[0, 257, 65535]], dtype=np.uint16), [0, 1, 255]),
-        (np.array([[0, 257, 514]], dtype=np.uint16), [0, 1, 2]),  # a dark 16-bit picture stays dark
+        (np.array([[0, 257, 514]], dtype=np.uint16), [0, 1, 2]),  # a dark 16-bit image stays dark
         (np.array([[0, 32896, 65535]], dtype=np.int32), [0, 128, 255]),
         (np.array([[0, 7, 255]], dtype=np.int32), [0, 7, 255]),
         (np.array([[0, 0.2, 1]], dtype=np.float32), [0, 51, 255]),
@@ -139,9 +139,9 @@ def test_bands_of_rows_are_converted_as_the_whole(kind, monkeypatch):
         image = Image.fromarray(numbers[..., :3].copy())
         image = image.quantize(16) if kind == "P" else image
         image.info["transparency"] = bytes([0, 100, 255]) if kind == "P" else image.getpixel((3, 3))
-    whole = np.asarray(to_rgb(image))
+    full = np.asarray(to_rgb(image))
     monkeypatch.setattr(image_processing, "_BAND_PIXELS", 100)
-    assert np.array_equal(np.asarray(to_rgb(image)), whole)
+    assert np.array_equal(np.asarray(to_rgb(image)), full)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

@@ -26,11 +26,11 @@ def test_greedy_decoding(model, case, use_cache):
     prompt = []
     for token in reference[f"{case}.prompt_ids"][0].tolist():
         prompt += [PLACEHOLDER] * count if token == ORIGINAL_IMAGE else [token]
-    picture = description["image_index_in_batch"]
+    image = description["image_index_in_batch"]
     output = model.generate(
         input_ids=torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        pixel_values=None if picture is None else tensors("micro/batch")["images"][picture : picture + 1],
+        pixel_values=None if image is None else tensors("micro/batch")["images"][image : image + 1],
         max_new_tokens=60,
         do_sample=False,
         use_cache=use_cache,

@@ -155,16 +155,16 @@ def test_gradients_of_stage_1(batch):
 
 
 @pytest.mark.parametrize(
-    ("case", "pictures"),
+    ("case", "images"),
     [("mixed_batch", ["src", "dst", "vqa", "gen", "vqa", "src", "dst", "vqa"]), ("no_answer_image", ["vqa"])],
 )
-def test_mixed_batches(model, case, pictures):
+def test_mixed_batches(model, case, images):
     """Rows with none to three images, two of them cut in their text at `model_max_length`."""
     reference = numbers("edge/edge")["cases"][case]
     recorded = {name: tensors("edge/edge")[f"{case}.{name}"] for name in ("input_ids", "labels", "attention_mask")}
     batch = expand_placeholders(recorded, reference["model_max_length"])
     order = ["vqa", "gen", "src", "dst"]
-    batch["pixel_values"] = tensors("micro/batch")["images"][[order.index(name) for name in pictures]]
+    batch["pixel_values"] = tensors("micro/batch")["images"][[order.index(name) for name in images]]
     real = batch["attention_mask"].bool()
     assert torch.equal(real, tensors("edge/edge")[f"{case}.prepared_attention_mask"])
     embeds = model.model.embed(batch["input_ids"], model.get_visual_tokens(batch["pixel_values"]))
@@ -185,7 +185,7 @@ def test_six_optimizer_steps(batch, stage):
     model.requires_grad_(stage == "stage2")
     model.model.vision_tower.requires_grad_(False)
     model.model.mm_projector.requires_grad_(True)
-    model.get_input_embeddings().requires_grad_(True)  # the original trains the whole table in stage 1 as well
+    model.get_input_embeddings().requires_grad_(True)  # the original trains the full table in stage 1 as well
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
     for reference in numbers("micro/trajectory")["steps"][stage]:

@@ -1,4 +1,4 @@
-"""Models of others: only whole and finite ones are loaded, no code of theirs runs, and no size is taken on trust."""
+"""Untrusted models: only complete and finite ones are loaded, none of their code runs, and no size is trusted."""
 
 import ast
 import json
@@ -236,7 +236,7 @@ def test_an_adapter_beside_a_model_is_refused(kind) -> None:
     folder, load = kind
     settings = {"peft_type": "LORA", "target_modules": "([a-z0-9_.]+)+X"}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"holds adapter_config\.json beside a model: move the adapter"):
+    with pytest.raises(ValueError, match=r"holds adapter_config\.json next to a model: move the adapter"):
         load(folder)
 
 
@@ -323,7 +323,7 @@ def test_headers_of_connectors_are_checked(metadata: dict[str, str], message: st
 
 
 def write_code(folder: Path) -> Path:
-    """A folder whose every part names a class in a Python file beside it, which leaves a mark when it runs."""
+    """A folder whose parts name classes in a Python file of the folder, which leaves a mark when it runs."""
     write_language_model(folder)
     AutoTokenizer.from_pretrained(GOLDEN / "tokenizer").save_pretrained(folder)
     mark = folder / "has_run"

@@ -23,7 +23,7 @@ from metamorph.models.sequence.conversations import ImagePart, TextPart
 from metamorph.models.sequence.image_tokens import add_image_tokens
 
 
-PICTURES = [golden_image(name) for name in ("vqa", "gen", "src", "dst")]
+IMAGES = [golden_image(name) for name in ("vqa", "gen", "src", "dst")]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def tokens(processor, ids):
 
 def test_labels_and_targets_of_an_edit(processor):
     messages = chat("<image> Make it rain.", "Here: <image>")
-    encoded = processor.encode_conversation(messages, PICTURES[2:])
+    encoded = processor.encode_conversation(messages, IMAGES[2:])
     ids, placeholder = encoded.input_ids, processor.image_tokens.image
     assert encoded.pixel_values.shape == (2, 3, 112, 112)
     assert (ids == placeholder).sum() == 32
@@ -73,11 +73,11 @@ def test_system_message_is_put_first_unless_there_is_one(processor):
 
 def test_content_parts_are_the_same_as_markers(processor):
     parts = [
-        {"role": "user", "content": [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": " What?"}]},
+        {"role": "user", "content": [{"type": "image", "image": IMAGES[0]}, {"type": "text", "text": " What?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "This: "}, {"type": "image"}]},
     ]
-    by_parts = processor.encode_conversation(parts, PICTURES[1:2])
-    by_markers = processor.encode_conversation(chat("<image> What?", "This: <image>"), PICTURES[:2])
+    by_parts = processor.encode_conversation(parts, IMAGES[1:2])
+    by_markers = processor.encode_conversation(chat("<image> What?", "This: <image>"), IMAGES[:2])
     assert by_parts.input_ids.tolist() == by_markers.input_ids.tolist()
     assert by_parts.labels.tolist() == by_markers.labels.tolist()
     assert torch.equal(by_parts.pixel_values, by_markers.pixel_values)
@@ -94,7 +94,7 @@ def test_text_parts_may_speak_of_markers(processor):
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_wrong_number_of_images_names_both_numbers(processor, count):
     with pytest.raises(ValueError, match=rf"has 2 <image> marker\(s\), but {count} image\(s\) were given"):
-        processor.encode_conversation(chat("<image><image>", "Yes."), PICTURES[:count])
+        processor.encode_conversation(chat("<image><image>", "Yes."), IMAGES[:count])
 
 
 def test_unknown_roles_and_parts_are_named(processor):
@@ -110,14 +110,14 @@ def test_r03_ids_and_sizes_come_from_the_tokenizer_and_the_settings():
     for tokenizer in (golden_tokenizer(), sentencepiece_tokenizer(), word_tokenizer()):
         known = tokenizer.get_vocab()
         processor = build_processor(tokenizer, version="plain", num_image_tokens=9)
-        encoded = processor.encode_conversation(chat("<image>", "a red cat"), PICTURES[:1])
+        encoded = processor.encode_conversation(chat("<image>", "a red cat"), IMAGES[:1])
         assert encoded.input_ids.max() < len(tokenizer)
         ids = processor.image_tokens
         assert (encoded.input_ids == ids.image).sum() == 9
         vocabulary = tokenizer.get_vocab()
         assert ids.image == vocabulary["<image>"]
         assert (ids.image_start, ids.image_end) == (vocabulary["<image_start>"], vocabulary["<image_end>"])
-        # What the tokenizer knew keeps its id, and what is new is put behind it.
+        # What the tokenizer knew keeps its id, and new tokens come after them.
         assert sorted(vocabulary[token] for token in ids.new) == list(range(len(known), len(tokenizer)))
         assert {token: vocabulary[token] for token in known} == known
         assert encoded.input_ids[encoded.input_ids == ids.image_start].numel() == 1
@@ -126,22 +126,22 @@ def test_r03_ids_and_sizes_come_from_the_tokenizer_and_the_settings():
 @pytest.mark.parametrize("limit", range(1, 150, 4))
 def test_r04_wherever_a_sample_is_cut_its_pixels_are_cut_with_it(processor, limit):
     messages = chat("<image><image> What is shown?", "This: <image> and that.", "More", "<image>")
-    whole = processor.encode_conversation(messages, PICTURES)
-    cut = processor.encode_conversation(messages, PICTURES, model_max_length=limit)
+    full = processor.encode_conversation(messages, IMAGES)
+    cut = processor.encode_conversation(messages, IMAGES, model_max_length=limit)
     length = len(cut.input_ids)
     assert length <= limit
-    assert cut.truncated == (limit < len(whole.input_ids))
+    assert cut.truncated == (limit < len(full.input_ids))
     for name in ("input_ids", "labels", "visual_target_mask"):
-        assert getattr(cut, name).tolist() == getattr(whole, name)[:length].tolist()
+        assert getattr(cut, name).tolist() == getattr(full, name)[:length].tolist()
     placeholders = (cut.input_ids == processor.image_tokens.image).sum().item()
     images = 0 if cut.pixel_values is None else len(cut.pixel_values)
     assert placeholders == 16 * images
-    assert images + cut.num_dropped_images == len(PICTURES)
+    assert images + cut.num_dropped_images == len(IMAGES)
     if images:
-        assert torch.equal(cut.pixel_values, whole.pixel_values[:images])
+        assert torch.equal(cut.pixel_values, full.pixel_values[:images])
     # The cut is as late as it can be: the next token would not fit, or belongs to an image that does not.
     if cut.truncated and length < limit:
-        assert whole.input_ids[length] == processor.image_tokens.image_start
+        assert full.input_ids[length] == processor.image_tokens.image_start
         assert length + 18 > limit
 
 
@@ -154,9 +154,9 @@ def test_a_sample_whose_answer_is_cut_off_has_nothing_to_learn(processor):
 
 @pytest.mark.parametrize("wrapped", ["<image_start><image><image_end>", "<image_start> <image>\n<image_end>"])
 def test_r17_wrapped_data_is_not_wrapped_twice(processor, wrapped):
-    bare = processor.encode_conversation(chat("<image> What?", "This: <image>"), PICTURES[:2])
+    bare = processor.encode_conversation(chat("<image> What?", "This: <image>"), IMAGES[:2])
     messages = chat(f"{wrapped} What?", f"This: {wrapped}")
-    encoded = processor.encode_conversation(messages, PICTURES[:2])
+    encoded = processor.encode_conversation(messages, IMAGES[:2])
     assert encoded.input_ids.tolist() == bare.input_ids.tolist()
     assert encoded.labels.tolist() == bare.labels.tolist()
     text = processor.apply_chat_template(chat(f"{wrapped} What?"))
@@ -164,7 +164,7 @@ def test_r17_wrapped_data_is_not_wrapped_twice(processor, wrapped):
 
 
 def test_r18_an_end_of_turn_in_a_text_is_text(processor):
-    """The original mistook it for the end of the turn and masked the whole sample."""
+    """The original mistook it for the end of the turn and masked the entire sample."""
     encoded = processor.encode_conversation(chat("Say hi", "hi<|eot_id|>there<|end_of_text|>"))
     end = processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert (encoded.input_ids == end).sum() == 2
@@ -236,7 +236,7 @@ def test_an_image_that_the_template_drops_is_an_error():
     processor = build_processor(tokenizer_with("reasoning"), version="auto")
     messages = chat("Draw.", "<think>\n<image>\n</think>\n\nDone.", "Again.", "Done.")
     with pytest.raises(ValueError, match=r"writes 0 of the 1 image\(s\)"):
-        processor.encode_conversation(messages, PICTURES[:1])
+        processor.encode_conversation(messages, IMAGES[:1])
 
 
 def test_r18_the_pad_token_inside_a_prompt_stays_attended(processor):
@@ -259,11 +259,11 @@ def test_r18_a_tokenizer_without_a_pad_token_is_padded_with_its_end_of_sequence(
 def test_r20_prompts_with_and_without_images_share_a_batch(processor):
     prompts = [chat("<image> What?"), chat("Hi"), chat("<image><image> Which?")]
     batch = processor.apply_chat_template(
-        prompts, add_generation_prompt=True, tokenize=True, images=[PICTURES[:1], [], PICTURES[1:3]]
+        prompts, add_generation_prompt=True, tokenize=True, images=[IMAGES[:1], [], IMAGES[1:3]]
     )
     assert batch["pixel_values"].shape == (3, 3, 112, 112)
     assert (batch["input_ids"] == processor.image_tokens.image).sum(1).tolist() == [16, 0, 32]
-    for row, (prompt, images) in enumerate(zip(prompts, (PICTURES[:1], [], PICTURES[1:3]), strict=True)):
+    for row, (prompt, images) in enumerate(zip(prompts, (IMAGES[:1], [], IMAGES[1:3]), strict=True)):
         single = processor.encode_conversation(prompt, images, add_generation_prompt=True).input_ids
         assert batch["input_ids"][row, -len(single) :].tolist() == single.tolist()
         assert batch["attention_mask"][row].sum() == len(single)
@@ -275,7 +275,7 @@ def test_r20_prompts_with_and_without_images_share_a_batch(processor):
 def test_r22_adjacent_images_and_images_at_the_start_of_a_turn(mm_use_im_start_end, answer):
     processor = build_processor(mm_use_im_start_end=mm_use_im_start_end)
     count = answer.count("<image>")
-    encoded = processor.encode_conversation(chat("<image><image>", answer), [PICTURES[0]] * (2 + count))
+    encoded = processor.encode_conversation(chat("<image><image>", answer), [IMAGES[0]] * (2 + count))
     assert encoded.visual_target_mask.sum() == 16 * count
     assert len(encoded.pixel_values) == 2 + count
     learnt = tokens(processor, encoded.labels[encoded.labels != -100])
@@ -286,7 +286,7 @@ def test_r22_adjacent_images_and_images_at_the_start_of_a_turn(mm_use_im_start_e
 
 def test_im_patch_token_is_the_placeholder_if_asked_for():
     processor = build_processor(mm_use_im_patch_token=True)
-    encoded = processor.encode_conversation(chat("<image> What?", "A cat."), PICTURES[:1])
+    encoded = processor.encode_conversation(chat("<image> What?", "A cat."), IMAGES[:1])
     patch = processor.tokenizer.convert_tokens_to_ids("<im_patch>")
     assert processor.image_tokens.image == patch
     assert (encoded.input_ids == patch).sum() == 16
@@ -308,10 +308,10 @@ def test_a_saved_processor_is_the_same_when_it_is_loaded(tmp_path, version):
     processor = build_processor(tokenizer_with("qwen"), version=version, num_image_tokens=9, **fields)
     processor.save_pretrained(tmp_path)
     messages = chat("<image> What?", "This: <image>")
-    expected = processor.encode_conversation(messages, PICTURES[:2])
+    expected = processor.encode_conversation(messages, IMAGES[:2])
     for loaded in (MetaMorphProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
         assert isinstance(loaded, MetaMorphProcessor)
-        encoded = loaded.encode_conversation(messages, PICTURES[:2])
+        encoded = loaded.encode_conversation(messages, IMAGES[:2])
         assert encoded.input_ids.tolist() == expected.input_ids.tolist()
         assert encoded.labels.tolist() == expected.labels.tolist()
         assert torch.equal(encoded.pixel_values, expected.pixel_values)
@@ -323,7 +323,7 @@ def test_from_parts_follows_the_configuration():
     tokenizer = golden_tokenizer()
     processor = MetaMorphProcessor.from_parts(tokenizer, CLIPImageProcessor(), config, image_aspect_ratio="pad")
     assert (processor.version, processor.num_image_tokens, processor.image_aspect_ratio) == ("plain", 4, "pad")
-    encoded = processor.encode_conversation(chat("<image>", "A cat."), PICTURES[:1])
+    encoded = processor.encode_conversation(chat("<image>", "A cat."), IMAGES[:1])
     assert encoded.pixel_values.shape == (1, 3, 32, 32)
     assert (encoded.input_ids == processor.image_tokens.image).sum() == 4
     assert processor.image_tokens.image_start is None
@@ -339,36 +339,14 @@ def test_bad_settings_name_their_flag():
 def test_templated_text_gives_the_ids_of_the_conversation(processor):
     messages = chat("<image>\nWhat is this?", "A cat: <image>", "Why?")
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    by_text = processor(text=text, images=PICTURES[:2], return_tensors="pt")
-    encoded = processor.encode_conversation(messages, PICTURES[:2], add_generation_prompt=True)
+    by_text = processor(text=text, images=IMAGES[:2], return_tensors="pt")
+    encoded = processor.encode_conversation(messages, IMAGES[:2], add_generation_prompt=True)
     assert by_text["input_ids"][0].tolist() == encoded.input_ids.tolist()
     assert torch.equal(by_text["pixel_values"], encoded.pixel_values)
 
 
-def test_call_pads_on_the_side_asked_for(processor):
-    left = processor(text=["Hi you there", "Hi"], padding=True, return_tensors="pt")
-    right = processor(text=["Hi you there", "Hi"], padding=True, padding_side="right", return_tensors="pt")
-    assert left["attention_mask"][1].tolist() == right["attention_mask"][1].flip(0).tolist()
-    longer = processor(text="Hi", padding="max_length", max_length=12, return_tensors="pt")
-    assert longer["input_ids"].shape == (1, 12)
-    assert [len(row) for row in processor(text=["Hi you there", "Hi"])["input_ids"]] != [12, 12]
-    with pytest.raises(ValueError, match="padding='max_length' needs max_length"):
-        processor(text="Hi", padding="max_length")
-    with pytest.raises(ValueError, match="padding='left' is unknown"):
-        processor(text="Hi", padding="left")
-    with pytest.raises(ValueError, match="padding_side='up' is unknown"):
-        processor(text="Hi", padding_side="up")
-
-
-def test_call_counts_images(processor):
-    with pytest.raises(ValueError, match=r"has 1 <image> marker\(s\), but 2 image\(s\)"):
-        processor(text=["<image>", "Hi"], images=PICTURES[:2])
-    with pytest.raises(ValueError, match=r"has 1 <image> marker\(s\), but 2 image\(s\)"):
-        processor.apply_chat_template(chat("<image>"), tokenize=True, images=PICTURES[:2])
-
-
 def generated(processor, *parts):
-    """Ids as a model would write them; a number stands for an image."""
+    """Ids as a model would write them; None is an image."""
     wrapped = [
         processor.image_tokens.image_start,
         *[processor.image_tokens.image] * processor.num_image_tokens,

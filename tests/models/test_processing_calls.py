@@ -17,8 +17,8 @@ from metamorph.models.image_inputs import load_image
 from metamorph.models.sequence.conversations import ImagePart, TextPart
 
 
-PICTURES = [golden_image(name) for name in ("vqa", "gen", "src", "dst")]
-# Whether thoughts are asked for stands in the prompt, as in Qwen3; finished answers have none of it.
+IMAGES = [golden_image(name) for name in ("vqa", "gen", "src", "dst")]
+# The prompt says whether thoughts are wanted, as in Qwen3; finished answers do not.
 SWITCH_JINJA = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
@@ -50,13 +50,13 @@ FORMS = {
     "channels first": lambda image: np.moveaxis(np.asarray(image), -1, 0),
     "floats": lambda image: np.asarray(image) / 255,
     "tensor": lambda image: torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1),
-    "bfloat16 of whole values": lambda image: (torch.from_numpy(np.asarray(image) // 255).permute(2, 0, 1)).bfloat16(),
+    "bfloat16 of integers": lambda image: (torch.from_numpy(np.asarray(image) // 255).permute(2, 0, 1)).bfloat16(),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_image_is_the_same_in_every_form(processor, form):
-    image = PICTURES[0].convert("RGB")
+    image = IMAGES[0].convert("RGB")
     if form.startswith("bfloat16"):
         image = Image.fromarray(np.asarray(image) // 255 * 255)
     expected = processor(images=image, return_tensors="pt")["pixel_values"]
@@ -85,9 +85,9 @@ def test_files_are_opened_upright(processor, tmp_path, key):
 
 
 def test_a_batch_may_be_an_array_and_grey_is_an_image(processor):
-    images = np.stack([np.asarray(image.convert("RGB").resize((20, 20))) for image in PICTURES])
-    assert processor(images=images)["pixel_values"].shape[0] == len(PICTURES)
-    assert processor(images=torch.from_numpy(images))["pixel_values"].shape[0] == len(PICTURES)
+    images = np.stack([np.asarray(image.convert("RGB").resize((20, 20))) for image in IMAGES])
+    assert processor(images=images)["pixel_values"].shape[0] == len(IMAGES)
+    assert processor(images=torch.from_numpy(images))["pixel_values"].shape[0] == len(IMAGES)
     assert load_image(np.full((5, 7), 9, np.uint8)).getpixel((0, 0)) == 9
     assert load_image(np.zeros((3, 9, 3), np.uint8), input_data_format="channels_last").size == (9, 3)
 
@@ -116,7 +116,7 @@ def test_anything_but_an_image_is_an_error_that_says_so(processor, image, reason
 
 
 def test_urls_are_fetched_only_if_allowed(processor):
-    content = png(PICTURES[0].convert("RGB"))
+    content = png(IMAGES[0].convert("RGB"))
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -135,7 +135,7 @@ def test_urls_are_fetched_only_if_allowed(processor):
             processor(images=url)
         with pytest.raises(ValueError, match="allow_urls"):
             processor.apply_chat_template(messages, tokenize=True)
-        expected = processor(images=PICTURES[0])["pixel_values"]
+        expected = processor(images=IMAGES[0])["pixel_values"]
         assert torch.equal(processor(images=url, images_kwargs={"allow_urls": True})["pixel_values"], expected)
         for options in ({"allow_urls": True}, {"processor_kwargs": {"allow_urls": True}}):
             batch = processor.apply_chat_template(messages, tokenize=True, **options)
@@ -156,14 +156,20 @@ def test_parts_say_what_is_wrong_with_them(processor):
             processor.apply_chat_template([{"role": "user", "content": [part]}])
 
 
-def test_nested_images_are_counted_for_each_prompt(processor):
+def test_images_are_counted_flat_and_nested_for_each_prompt(processor):
+    for count_images in (
+        partial(processor, text=["<image>", "Hi"], images=IMAGES[:2]),
+        partial(processor.apply_chat_template, chat("<image>"), tokenize=True, images=IMAGES[:2]),
+    ):
+        with pytest.raises(ValueError, match=r"has 1 <image> marker\(s\), but 2 image\(s\)"):
+            count_images()
     prompts = ["<image> a", "b", "<image><image>"]
-    nested = [[PICTURES[0]], [], PICTURES[1:3]]
+    nested = [[IMAGES[0]], [], IMAGES[1:3]]
     batch = processor(images=nested, text=prompts, padding=True, return_tensors="pt")
-    flat = processor(images=PICTURES[:3], text=prompts, padding=True, return_tensors="pt")
+    flat = processor(images=IMAGES[:3], text=prompts, padding=True, return_tensors="pt")
     assert torch.equal(batch["pixel_values"], flat["pixel_values"])
     with pytest.raises(ValueError, match=r"prompt 1 has 0 <image> marker\(s\), but 1 image\(s\)"):
-        processor(images=[[PICTURES[0]], PICTURES[1:2], PICTURES[2:3]], text=prompts)
+        processor(images=[[IMAGES[0]], IMAGES[1:2], IMAGES[2:3]], text=prompts)
     with pytest.raises(ValueError, match="there are 3 prompts, but 2 lists of images"):
         processor(images=nested[:2], text=prompts)
     conversations = [chat(prompt) for prompt in prompts]
@@ -193,28 +199,32 @@ def test_padding_is_on_the_left_until_the_tokenizer_is_told_otherwise():
     texts = ["Hi you there", "Hi"]
     assert processor(text=texts, padding=True)["attention_mask"][1][0] == 0
     processor.tokenizer.padding_side = "right"
-    assert processor(text=texts, padding=True)["attention_mask"][1][0] == 1
-    assert processor(text=texts, padding=True, padding_side="left")["attention_mask"][1][0] == 0
+    right = processor(text=texts, padding=True)["attention_mask"][1]
+    left = processor(text=texts, padding=True, padding_side="left")["attention_mask"][1]
+    assert right[0] == 1
+    assert left == right[::-1]
+    assert len(processor(text="Hi", padding="max_length", max_length=12)["input_ids"][0]) == 12
+    assert len({len(row) for row in processor(text=texts)["input_ids"]}) == 2
 
 
 @pytest.mark.parametrize("limit", [3, 10, 25, 60])
 def test_truncation_cuts_as_training_does(processor, limit, caplog):
     messages = chat("<image> and <image> What?", "That.")
-    whole = processor.encode_conversation(messages, PICTURES[:2], model_max_length=limit)
+    full = processor.encode_conversation(messages, IMAGES[:2], model_max_length=limit)
     by_chat = processor.apply_chat_template(
-        messages, images=PICTURES[:2], tokenize=True, truncation=True, max_length=limit
+        messages, images=IMAGES[:2], tokenize=True, truncation=True, max_length=limit
     )
     text = processor.apply_chat_template(messages)
-    by_text = processor(images=PICTURES[:2], text=text, truncation=True, max_length=limit, return_tensors="pt")
+    by_text = processor(images=IMAGES[:2], text=text, truncation=True, max_length=limit, return_tensors="pt")
     for batch in (by_chat, by_text):
-        assert batch["input_ids"][0].tolist() == whole.input_ids.tolist()
-        assert len(batch.get("pixel_values", ())) == 2 - whole.num_dropped_images
-    assert ("were dropped" in caplog.text) == bool(whole.num_dropped_images)
+        assert batch["input_ids"][0].tolist() == full.input_ids.tolist()
+        assert len(batch.get("pixel_values", ())) == 2 - full.num_dropped_images
+    assert ("were dropped" in caplog.text) == bool(full.num_dropped_images)
 
 
 def test_an_argument_acts_or_is_refused(processor):
     own = {"do_resize": True, "do_rescale": True, "do_convert_rgb": True, "device": "cpu", "size": None}
-    processor(images=PICTURES[0], **own)
+    processor(images=IMAGES[0], **own)
     processor(text="Hi", videos=None, return_offsets_mapping=False, stride=0)
     for arguments, reason in (
         ({"do_resize": False}, "do_resize=False is not supported"),
@@ -222,19 +232,22 @@ def test_an_argument_acts_or_is_refused(processor):
         ({"return_offsets_mapping": True}, "return_offsets_mapping=True is not supported"),
         ({"max_length": 4}, "max_length=4 does nothing without truncation"),
         ({"truncation": "only_second"}, "truncation='only_second' is unknown"),
+        ({"padding": "max_length"}, "padding='max_length' needs max_length"),
+        ({"padding": "left"}, "padding='left' is unknown"),
+        ({"padding_side": "up"}, "padding_side='up' is unknown"),
     ):
         with pytest.raises(ValueError, match=reason):
             processor(text="Hi", **arguments)
     with pytest.raises(TypeError, match="takes no argument 'pading'; is padding meant"):
         processor(text="Hi", pading=True)
     with pytest.raises(ValueError, match="text must be a string or a list of strings"):
-        processor("<image>", PICTURES[:1])
+        processor("<image>", IMAGES[:1])
     with pytest.raises(ValueError, match="give text, images or both"):
         processor()
 
 
 def test_placeholders_are_named_and_counted(processor):
-    batch = processor(images=PICTURES[:1], text="a <image> b", return_mm_token_type_ids=True)
+    batch = processor(images=IMAGES[:1], text="a <image> b", return_mm_token_type_ids=True)
     (ids,), (types,) = batch["input_ids"], batch["mm_token_type_ids"]
     assert processor.tokenizer.convert_tokens_to_ids(processor.image_token) == processor.image_token_id
     assert types == [int(token == processor.image_token_id) for token in ids]
@@ -243,10 +256,10 @@ def test_placeholders_are_named_and_counted(processor):
 
 def test_masks_of_answers_are_what_training_learns(processor):
     messages = chat("<image> What?", "This: <image>", "And?", "That.")
-    encoded = processor.encode_conversation(messages, PICTURES[:2])
+    encoded = processor.encode_conversation(messages, IMAGES[:2])
     for conversation in (messages, [messages, chat("Hi", "Yes.")]):
         batch = processor.apply_chat_template(
-            conversation, images=PICTURES[:2], tokenize=True, return_assistant_tokens_mask=True, padding_side="right"
+            conversation, images=IMAGES[:2], tokenize=True, return_assistant_tokens_mask=True, padding_side="right"
         )
         mask = batch["assistant_masks"][0][: len(encoded.labels)].bool()
         assert torch.equal(mask, (encoded.labels != -100) | encoded.visual_target_mask)
@@ -254,7 +267,7 @@ def test_masks_of_answers_are_what_training_learns(processor):
         processor.apply_chat_template(messages, return_assistant_tokens_mask=True)
     with pytest.raises(ValueError, match="marks the text of training, which has no enable_thinking"):
         processor.apply_chat_template(
-            messages, images=PICTURES[:2], tokenize=True, return_assistant_tokens_mask=True, enable_thinking=False
+            messages, images=IMAGES[:2], tokenize=True, return_assistant_tokens_mask=True, enable_thinking=False
         )
 
 
@@ -263,13 +276,13 @@ def test_a_message_to_be_continued_is_the_beginning_of_the_finished_one(version)
     processor = build_processor(tokenizer_with("reasoning"), version=version)
     messages = chat("Hi", "Yes, I", "<image>?", "It is a <image> and")
     finished = chat("Hi", "Yes, I", "<image>?", "It is a <image> and a cat.")
-    options = {"images": PICTURES[:2], "tokenize": True}
+    options = {"images": IMAGES[:2], "tokenize": True}
     begun = processor.apply_chat_template(messages, continue_final_message=True, **options)["input_ids"][0].tolist()
-    whole = processor.apply_chat_template(finished, **options)["input_ids"][0].tolist()
-    assert whole[: len(begun)] == begun
+    full = processor.apply_chat_template(finished, **options)["input_ids"][0].tolist()
+    assert full[: len(begun)] == begun
     text = processor.apply_chat_template(messages, continue_final_message=True)
     assert text.endswith("It is a <image> and")
-    assert processor(images=PICTURES[:2], text=text)["input_ids"][0] == begun
+    assert processor(images=IMAGES[:2], text=text)["input_ids"][0] == begun
     for wrong in (chat("Hi"), []):
         with pytest.raises(ValueError, match="continue_final_message needs the assistant's message"):
             processor.apply_chat_template(wrong, continue_final_message=True)
@@ -306,18 +319,18 @@ def test_a_template_and_its_variables_may_be_given_for_one_call():
 
 def test_an_answer_goes_into_the_next_message(processor):
     drawn = ImagePart(torch.randn(processor.num_image_tokens, 8))
-    rest = [{"role": "user", "content": [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": "Same?"}]}]
+    rest = [{"role": "user", "content": [{"type": "image", "image": IMAGES[0]}, {"type": "text", "text": "Same?"}]}]
     answer = {"role": "assistant", "content": (TextPart("Here:"), drawn)}
     batch = processor.apply_chat_template(
-        [*chat("Draw."), answer, *rest, *chat("<image>")], images=[PICTURES[1]], tokenize=True
+        [*chat("Draw."), answer, *rest, *chat("<image>")], images=[IMAGES[1]], tokenize=True
     )
     as_part = {"role": "assistant", "content": [{"type": "text", "text": "Here:"}, {"type": "image", "image": drawn}]}
-    encoded = processor.encode_conversation([*chat("Draw."), as_part, *rest, *chat("<image>")], [PICTURES[1]])
+    encoded = processor.encode_conversation([*chat("Draw."), as_part, *rest, *chat("<image>")], [IMAGES[1]])
     assert batch["input_ids"][0].tolist() == encoded.input_ids.tolist()
     assert torch.equal(batch["visual_tokens"], drawn.visual_tokens[None])
     assert batch["visual_tokens_index"].tolist() == encoded.visual_tokens_index.tolist() == [0]
-    assert torch.equal(batch["pixel_values"], processor(images=PICTURES[:2])["pixel_values"])
-    pair = processor(images=[[PICTURES[0]], [drawn]], text=["<image>", "<image>"])
+    assert torch.equal(batch["pixel_values"], processor(images=IMAGES[:2])["pixel_values"])
+    pair = processor(images=[[IMAGES[0]], [drawn]], text=["<image>", "<image>"])
     assert pair["visual_tokens_index"].tolist() == [1]
     alone = processor(images=[drawn], text="<image>")
     assert not {"pixel_values", "visual_tokens_index"} & alone.keys()

@@ -7,11 +7,11 @@ import torch
 from model_parts import build_batch, build_tiny_model
 from torch import nn
 
-from metamorph.models.embeddings import attach_new_token_rows
+from metamorph.models.embeddings import NewTokenHead, attach_new_token_rows
 from metamorph.models.text_head import TextHead, TextLossOptions, choose_kernel, has_fused
 
 
-VOCABULARY, HIDDEN = 37, 8
+VOCABULARY, HIDDEN, NEW = 37, 8, [30, 36]
 PARTS = TextLossOptions("chunked", max_logits=3 * VOCABULARY)
 FUSED = TextLossOptions("fused", max_logits=3 * VOCABULARY)
 needs_fused = pytest.mark.skipif(not has_fused(), reason="PyTorch before 2.13 has no linear_cross_entropy")
@@ -52,8 +52,8 @@ def test_parts_of_changed_logits():
     def cap(logits, hidden):
         return torch.tanh(logits / 2) * 2
 
-    whole = run(head, TextLossOptions("full"), cap)
-    for found, expected in zip(run(head, PARTS, cap), whole, strict=True):
+    full = run(head, TextLossOptions("full"), cap)
+    for found, expected in zip(run(head, PARTS, cap), full, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -161,7 +161,7 @@ def test_model_learns_the_same(options, stage, tied, scaling):
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_parts_in_a_sharded_model(alone, tmp_path):
-    """FSDP2 gathers a weight when the module it belongs to is called, `lm_head` by itself or with the whole model."""
+    """FSDP2 gathers a weight when the module it belongs to is called, `lm_head` by itself or with the model."""
     from torch import distributed
     from torch.distributed.fsdp import fully_shard
 
@@ -182,3 +182,39 @@ def test_parts_in_a_sharded_model(alone, tmp_path):
     finally:
         distributed.destroy_process_group()
     torch.testing.assert_close(gradient, plain.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def new_token_heads(*, bias: bool) -> tuple[NewTokenHead, TextHead]:
+    """A head with new rows that differ from its own, and a plain head with them in its weight."""
+    torch.manual_seed(0)
+    plain, frozen = TextHead(HIDDEN, VOCABULARY, bias=bias), TextHead(HIDDEN, VOCABULARY, bias=bias)
+    frozen.load_state_dict(plain.state_dict())
+    head = NewTokenHead(frozen, NEW)
+    with torch.no_grad():
+        head.new_rows.add_(torch.randn(len(NEW), HIDDEN))
+        plain.weight[NEW] = head.new_rows
+    return head, plain
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_with_new_rows(bias: bool) -> None:
+    head, plain = new_token_heads(bias=bias)
+    hidden = torch.randn(2, 5, HIDDEN)
+    torch.testing.assert_close(head(hidden), plain(hidden))
+
+
+@pytest.mark.parametrize("options", [TextLossOptions("full"), *KERNELS], ids=lambda options: options.kernel)
+@pytest.mark.parametrize("bias", [False, True])
+def test_loss_and_gradients_with_new_rows(options: TextLossOptions, bias: bool) -> None:
+    head, plain = new_token_heads(bias=bias)
+    labels = torch.arange(10) * 4  # 36 is among them
+    hidden = torch.randn(10, HIDDEN).requires_grad_()
+    other = hidden.detach().clone().requires_grad_()
+    loss, expected = head(hidden, labels, options), plain(other, labels, TextLossOptions("full"))
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(hidden.grad, other.grad)
+    torch.testing.assert_close(head.new_rows.grad, plain.weight.grad[NEW])
+    assert head.weight.grad is None
+    assert [name for name, parameter in head.named_parameters() if parameter.requires_grad] == ["new_rows"]

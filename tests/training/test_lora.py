@@ -14,8 +14,14 @@ from training_parts import arguments, make_language_model, make_records, make_vi
 from transformers import AutoModelForCausalLM
 
 from metamorph.cli import main
-from metamorph.models.adapter_files import ADAPTER_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, PEFT_PREFIX
-from metamorph.models.adapters import has_adapter, load_adapter_weights
+from metamorph.models.adapters import (
+    ADAPTER_FILE,
+    LORA_CONFIG_FILE,
+    LORA_WEIGHTS_FILE,
+    PEFT_PREFIX,
+    has_adapter,
+    load_adapter_weights,
+)
 from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -386,7 +392,7 @@ def test_adapters_are_never_unpickled(adapter_folder: Path) -> None:
         ({"vision_tower": ["x"]}, r"vision_tower cannot be \['x'\]"),
         ({"other": "x"}, "other cannot be 'x'"),
         ({"quantization": {"load_in_4bit": True, "other": 1}}, "quantization has a field other"),
-        ({"language_model": "."}, "trained on ., which is no model: .*Correct the paths in"),
+        ({"language_model": "."}, "trained on ., which is not a model: .*Correct the paths in"),
         ({"language_model": "ITSELF"}, "names another adapter as its base"),
     ],
     ids=str,

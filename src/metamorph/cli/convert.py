@@ -100,7 +100,7 @@ def merge_adapter(folder: str, output: Path, dtype: str) -> None:
     """
     import torch
 
-    from metamorph.models.adapter_files import ADAPTER_FILE, is_adapter_folder
+    from metamorph.models.adapters import ADAPTER_FILE, is_adapter_folder
     from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
     from metamorph.models.processing_metamorph import MetaMorphProcessor
 

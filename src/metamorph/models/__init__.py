@@ -5,15 +5,15 @@ How does a forward pass go?                   `modeling_metamorph.py`, and `back
 Where is the visual loss?                     `losses.py`; text loss without all logits: `text_head.py`
 Where do I add a vision tower?                `vision_tower.py`: a row of its table
 Which language models are supported?          `families.py`: each is compared with its own logits
-How are models of others loaded?              `pretrained.py`: weights complete, no remote code
+How are untrusted models loaded?              `pretrained.py`: complete weights, no remote code
 What are connector and vision head?           `projectors.py`; the connector's file `connector.py`
-How does the model draw?                      `generation.py`
-How do a prompt and images become tensors?    `processing_metamorph.py`, `conversation_processor.py`, `sequence/`
-Which arguments does the processor take?      `processing_kwargs.py`; which files: `processing_files.py`
-In which forms are images given?              `image_inputs.py`; how they become pixels: `image_processing.py`
-How is an image file read?                    `image_files.py`; why others are not: `unreadable.py`
-How are rows of new tokens trained?           `embeddings.py`
-What does a forward pass return?              `outputs.py`; where in a batch things are: `batch_indices.py`
-How are adapters stored?                      `adapters.py`; what their files may hold: `adapter_files.py`
-How are checkpoints of the original read?     `original.py`
+How are images generated?                    `generation.py`
+How do a prompt and images become tensors?    `processing_metamorph.py`, `sequence/`
+Which arguments does the processor take?      `processing_kwargs.py`
+Which forms of images are accepted?           `image_inputs.py`; how they become pixels: `image_processing.py`
+How is an image file read?                    `image_files.py`
+How are the rows of new tokens trained?       `embeddings.py`
+What does a forward pass return?              `outputs.py`; indices of images and targets: `batch_indices.py`
+How are adapters saved and loaded?            `adapters.py`
+How are original checkpoints converted?       `original.py`
 """

@@ -1,4 +1,4 @@
-"""The backbone: images become visual tokens, visual tokens join the text, and the decoder reads both.
+"""The backbone: encodes images to visual tokens, joins them with the text, and runs the decoder.
 
 Shape legend: B batch, S sequence, H hidden size of the language model, I images in the batch, N visual tokens per
 image, D features of one visual token.
@@ -20,13 +20,13 @@ from transformers.utils import can_return_tuple
 from .configuration_metamorph import MetaMorphConfig
 from .families import embedding_scale
 from .outputs import MetaMorphModelOutput
-from .pretrained import HUB_OPTIONS, load_checked, load_config
+from .pretrained import hub_options, load_checked, load_config
 from .projectors import build_mm_projector
-from .vision_tower import VisionTower
+from .vision_tower import VisionTower, is_sharded
 
 
 class MetaMorphPreTrainedModel(PreTrainedModel):
-    """What Transformers needs to know to load, save and place any MetaMorph model."""
+    """Base class of the MetaMorph models: loading, saving and placement."""
 
     config_class = MetaMorphConfig
     base_model_prefix = "model"
@@ -34,7 +34,7 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ("past_key_values",)
-    # Attention happens in the two parts only; whether they support a backend is checked when they are built.
+    # Attention is in the two parts only; whether they support a backend is checked when they are built.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -49,23 +49,13 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As in Transformers, of a folder that holds exactly the weights that its configuration describes.
+        """Load a model as in Transformers, but never run code that comes with it, and never start weights at random.
 
-        Args:
-            pretrained_model_name_or_path: Folder or Hub id.
-            *args: As in Transformers.
-            config: As in Transformers.
-            output_loading_info: As in Transformers.
-            **kwargs: As in Transformers, without `trust_remote_code`.
-
-        Raises:
-            OSError: If there is no such model.
-            ValueError: If weights are missing, unknown, of another shape, or not finite.
+        Weights that are missing, unknown, of another shape, or not finite are a `ValueError`.
         """
         described = config
         if not isinstance(described, PreTrainedConfig):
-            hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-            described = load_config(config or pretrained_model_name_or_path, cls.config_class, **hub)
+            described = load_config(config or pretrained_model_name_or_path, cls.config_class, **hub_options(kwargs))
         model, info = load_checked(
             partial(super().from_pretrained, config=config),
             pretrained_model_name_or_path,
@@ -89,30 +79,23 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The language model's embedding table."""
+        """The embedding table of the language model."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the language model's embedding table."""
+        """Replace the embedding table of the language model."""
         self.language_model.set_input_embeddings(value)
-
-    def get_decoder(self) -> PreTrainedModel:
-        """The language model without its head."""
-        return self.language_model
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
-        """Images as the language model sees them.
+        """Encode [I, 3, height, width] images as the language model sees them.
 
-        Args:
-            pixel_values: [I, 3, height, width]
-
-        Returns:
-            `pooler_output` [I, N, H], what stands at the placeholders, and `last_hidden_state` [I, N, D], the visual
-            tokens that the connector made it of.
+        Returns `pooler_output` [I, N, H], the embeddings at the placeholders, and `last_hidden_state` [I, N, D], the
+        visual tokens that the connector projects.
         """
         visual_tokens = self.vision_tower(pixel_values)
-        projected = self.mm_projector(visual_tokens.to(self.get_input_embeddings().weight.dtype))
+        table: Any = self.get_input_embeddings()
+        projected = self._project(visual_tokens, table.weight.dtype)
         return BaseModelOutputWithPooling(last_hidden_state=visual_tokens, pooler_output=projected)
 
     def encode_images(
@@ -121,18 +104,10 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         visual_tokens: Tensor | None = None,
         visual_tokens_index: Tensor | None = None,
     ) -> Tensor | None:
-        """Visual tokens of all images of a batch, some of which are given as such.
+        """Encode [P, 3, height, width] images of a batch to [P + V, N, D] in reading order; None without images.
 
-        Args:
-            pixel_values: [P, 3, height, width] in reading order.
-            visual_tokens: [V, N, D] in reading order.
-            visual_tokens_index: [V] which of all images the visual tokens are, if there are both.
-
-        Returns:
-            [P + V, N, D] in reading order, or None without images.
-
-        Raises:
-            ValueError: there are both, and nothing says where they belong.
+        [V, N, D] `visual_tokens` are images that are encoded already, and `visual_tokens_index` their positions among
+        all images, required if there are both.
         """
         if pixel_values is None or not pixel_values.shape[0]:
             return visual_tokens
@@ -173,7 +148,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         visual_tokens = self.encode_images(pixel_values, visual_tokens, visual_tokens_index)
         if visual_tokens is None and input_ids is not None and self._tower_takes_part():
-            visual_tokens = self._see_nothing(input_ids.device)
+            visual_tokens = self._encode_no_images(input_ids.device)
         if input_ids is not None:
             inputs_embeds = self.embed(input_ids, visual_tokens, generated_visual_tokens, image_positions)
         elif visual_tokens is not None:
@@ -202,57 +177,49 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         generated_visual_tokens: Tensor | None = None,
         image_positions: Tensor | None = None,
     ) -> Tensor:
-        """Looks up text tokens and puts the projected visual tokens at the placeholders.
+        """Embed text tokens, and put the projected visual tokens at the placeholders: [B, S] -> [B, S, H].
 
         Args:
-            input_ids: [B, S]
-            visual_tokens: [I, N, D] for the placeholders in reading order, those of generated tokens excepted.
-            generated_visual_tokens: [B, G, D] one candidate for each of the last G positions; used where that
-                position holds a placeholder.
-            image_positions: [placeholders] where they are in [B · S], if that is known: see [`BatchIndices`].
-
-        Returns:
-            [B, S, H]
-
-        Raises:
-            ValueError: the placeholders are not `N` for each image.
+            input_ids: [B, S] with `N` placeholders for each image.
+            visual_tokens: [I, N, D] for the placeholders in reading order, except those of generated tokens.
+            generated_visual_tokens: [B, G, D] candidates for the last G positions, used at placeholders.
+            image_positions: [placeholders] their positions in [B · S], if known: see [`BatchIndices`].
         """
-        embeds = self.get_input_embeddings()(input_ids)
+        embeds = self.get_input_embeddings()(input_ids)  # (batch, seq, hidden)
         if (scale := embedding_scale(self.config.text_config)) != 1.0:
             embeds = embeds * scale
         if generated_visual_tokens is not None:
-            is_placeholder = input_ids == self.config.image_token_id
+            is_placeholder = input_ids == self.config.image_token_id  # (batch, seq)
             count = generated_visual_tokens.shape[1]
             is_generated = is_placeholder.clone()
             is_generated[:, :-count] = False
-            projected = self.mm_projector(generated_visual_tokens.to(embeds.dtype)).to(embeds.dtype)
-            candidates = F.pad(projected, (0, 0, input_ids.shape[1] - count, 0))
+            projected = self._project(generated_visual_tokens, embeds.dtype)  # (batch, count, hidden)
+            candidates = F.pad(projected, (0, 0, input_ids.shape[1] - count, 0))  # (batch, seq, hidden)
             embeds = torch.where(is_generated.unsqueeze(-1), candidates, embeds)
             if visual_tokens is None:
                 return embeds
             image_positions = (is_placeholder & ~is_generated).flatten().nonzero().squeeze(-1)
-        if image_positions is None:
+        elif image_positions is None:
             image_positions = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(-1)
         if visual_tokens is None:
-            # An empty batch of images still passes the connector: its parameters stay in the graph (gradient 0), so
-            # that data-parallel ranks without images take part in every collective operation.
+            # No images still pass through the connector: its parameters stay in the graph (with gradient 0), and
+            # data-parallel ranks without images take part in every collective operation.
             visual_tokens = embeds.new_zeros(0, self.config.num_image_tokens, self.config.vision_feature_size)
         return self._place(embeds, image_positions, visual_tokens)
 
     def _tower_takes_part(self) -> bool:
-        """Whether the tower is called even if there are no images, because all data-parallel ranks must do the same.
+        """Whether to call the tower even without images, because all data-parallel ranks must do the same.
 
-        So it is while a weight of it or of the reduction is trained; and also in evaluation, if its weights are divided
-        among ranks (FSDP2, ZeRO-3), each of which must help to gather them.
+        That is the case while a weight of it or of the reduction is trained, and, also in evaluation, while its weights
+        are sharded (FSDP2, ZeRO-3): every rank must help to gather them.
         """
         learns = self.training and torch.is_grad_enabled()
-        return any(
-            (learns and weight.requires_grad) or hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
-            for weight in self.vision_tower.parameters()
+        return is_sharded(self.vision_tower) or (
+            learns and any(weight.requires_grad for weight in self.vision_tower.parameters())
         )
 
-    def _see_nothing(self, device: torch.device) -> Tensor:
-        """[0, N, D] what is left of one grey picture of which nothing is used, so that its gradients are 0.
+    def _encode_no_images(self, device: torch.device) -> Tensor:
+        """[0, N, D] visual tokens: one grey image passes through the tower, and nothing of it is used.
 
         It is encoded where images would be, before the embeddings: ZeRO-3 hangs when ranks call modules in different
         orders.
@@ -267,6 +234,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
                 f"input_ids hold {positions.shape[0]} image placeholders, but {visual_tokens.shape[0]} images with "
                 f"{visual_tokens.shape[1]} visual tokens each need {wanted}; prepare both with this model's processor"
             )
-        projected = self.mm_projector(visual_tokens.to(embeds.dtype)).to(embeds.dtype)
-        flat = embeds.reshape(-1, embeds.shape[-1]).index_copy(0, positions, projected.flatten(0, 1))
-        return flat.view_as(embeds)
+        projected = self._project(visual_tokens, embeds.dtype).flatten(0, 1)  # (images * N, hidden)
+        return embeds.flatten(0, 1).index_copy(0, positions, projected).view_as(embeds)
+
+    def _project(self, visual_tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.mm_projector(visual_tokens.to(dtype)).to(dtype)  # (..., hidden)

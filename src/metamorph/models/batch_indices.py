@@ -1,8 +1,7 @@
-"""Where in a batch its images, its supervised tokens and its visual targets are, as index tensors.
+"""Index tensors for a batch: where its images, supervised tokens and visual targets are.
 
-Looking them up on a GPU would stop the host until the device has caught up, because the number of matches decides
-the shape of what follows. The collators look them up on the CPU, beside the batch; the model does it only for batches
-that come without.
+Searching for them on a GPU makes the host wait for the device, because the number of matches is the shape of what
+follows. The collators search on the CPU and add the indices to the batch; the model does it only for batches without.
 """
 
 from typing import TypedDict
@@ -14,7 +13,7 @@ from metamorph.models.sequence.constants import IGNORE_INDEX
 
 
 class BatchIndices(TypedDict, total=False):
-    """Positions in a batch [B, S] flattened to [B · S], and what belongs to them; all int64."""
+    """Positions in a batch [B, S] flattened to [B · S], and the values at them; all int64."""
 
     images: Tensor
     """[placeholders] positions of the visual tokens, in reading order."""
@@ -25,30 +24,27 @@ class BatchIndices(TypedDict, total=False):
     visual: Tensor
     """[visual targets] positions whose hidden state predicts a visual token: the one before each."""
     visual_targets: Tensor
-    """[visual targets] which of the placeholders each of them predicts."""
+    """[visual targets] which placeholder each of them predicts, as an index into `images`."""
     image_starts: Tensor
-    """[answers with an image] positions whose hidden state predicts an answer's first `<image_start>`; only in
+    """[answers with an image] positions whose hidden state predicts the first `<image_start>` of an answer; only in
     validation, see [`first_image_starts`]."""
     sample_lengths: Tensor
-    """[samples] tokens of each sample; only from the collators, which know where padding begins."""
+    """[samples] number of tokens of each sample; only from the collators."""
     tokens: Tensor
-    """[tokens] positions that are not padding; only from the collators. At least one."""
+    """[tokens] positions that are not padding, at least one; only from the collators."""
 
 
 def index_batch(
     input_ids: Tensor | None, labels: Tensor, visual_target_mask: Tensor | None, image_token_id: int
 ) -> BatchIndices:
-    """Look up the positions.
+    """Search a batch for images, supervised tokens and visual targets.
 
     Args:
         input_ids: [B, S]; None for text given as embeddings.
         labels: [B, S], not shifted, `IGNORE_INDEX` where nothing is supervised.
-        visual_target_mask: [B, S] bool; None without visual targets.
-        image_token_id: Id of the placeholder of one visual token.
-
-    Raises:
-        ValueError: if the mask selects positions that are no placeholders, or the first of a row, which nothing
-            precedes that could predict it.
+        visual_target_mask: [B, S] bool; None without visual targets. It must select placeholders only, and not the
+            first position of a row, which no hidden state predicts.
+        image_token_id: id of the placeholder of one visual token.
     """
     none = torch.zeros(0, dtype=torch.long, device=labels.device)
     images = none if input_ids is None else (input_ids == image_token_id).flatten().nonzero().squeeze(-1)
@@ -69,13 +65,9 @@ def index_batch(
 def first_image_starts(labels: Tensor, visual_target_mask: Tensor, image_start_token_id: int) -> Tensor:
     """Flat positions [answers with an image] before the first `<image_start>` of each answer that has one.
 
-    Args:
-        labels: [B, S], not shifted, `IGNORE_INDEX` where nothing is supervised.
-        visual_target_mask: [B, S] bool, the placeholders of images to generate. They have no labels, but do not end an
-            answer.
-        image_start_token_id: Id of `<image_start>`.
+    `labels` and `visual_target_mask` are as for [`index_batch`]; placeholders have no labels, but do not end an answer.
     """
-    in_answer = (labels != IGNORE_INDEX) | visual_target_mask
+    in_answer = (labels != IGNORE_INDEX) | visual_target_mask  # (batch, seq)
     begins = in_answer.clone()
     begins[:, 1:] &= ~in_answer[:, :-1]
     starts = _predicted(labels == image_start_token_id)
@@ -85,7 +77,7 @@ def first_image_starts(labels: Tensor, visual_target_mask: Tensor, image_start_t
 
 
 def _predicted(mask: Tensor) -> Tensor:
-    """Flat positions where `mask` [B, S] is set, the first of each row left out."""
+    """Flat positions where `mask` [B, S] is set, except the first of each row."""
     mask = mask.clone()
     mask[:, 0] = False
     return mask.flatten().nonzero().squeeze(-1)

@@ -1,4 +1,4 @@
-"""Configuration of a MetaMorph model: two sub-configurations and every choice of VPiT, all validated here."""
+"""Configuration of a MetaMorph model: two sub-configurations and every choice of VPiT, validated here."""
 
 import math
 import re
@@ -10,34 +10,26 @@ from transformers import AutoConfig, PreTrainedConfig
 TOKEN_REDUCTIONS = ("interpolation", "concat_interpolation", "mlpmixer", "none")
 VISION_HEAD_TYPES = ("linear", "mlp", "mlp2x_gelu")
 PROJECTOR_TYPES = ("linear", "mlp{N}x_gelu", "mlpsoftmax", "identity")
+"""Values of `mm_projector_type`, with a number from 1 to 99 for `{N}`."""
 MAX_IMAGE_TOKENS = 128**2
-"""Most visual tokens of an image. No weight depends on their number, so that files alone would not limit it."""
+"""Most visual tokens per image. No weight depends on their number, so the files of a model do not bound it."""
 MAX_IMAGE_SIDE = 4096
-"""Longest side in pixels of the images that a tower sees, for the same reason."""
+"""Largest side in pixels of the tower's input, for the same reason."""
 CONCAT_BLOCK = 4
 """`concat_interpolation` joins blocks of 2×2 tokens along the feature axis."""
 
 
-def is_projector_type(name: str) -> bool:
-    """Whether `name` is one of `PROJECTOR_TYPES`, with a number from 1 to 99 for `{N}`."""
-    return name in PROJECTOR_TYPES or re.fullmatch(r"mlp[1-9]\d?x_gelu", name) is not None
-
-
 def check_options(options: Any) -> None:
-    """Checks the options that are right or wrong whatever the parts of the model are.
+    """Check the options that do not depend on the parts of the model; the error begins with name and value.
 
-    Args:
-        options: an object with `image_token_reduction`, `mm_projector_type`, `vision_head_type`, `num_image_tokens` and
-            `vision_coef` (None where that is not decided yet): a configuration, or the flags of one.
-
-    Raises:
-        ValueError: for a value outside its domain; the message begins with name and value.
+    `options` is a configuration, or the command-line arguments for one; a `vision_coef` of None is not decided yet.
     """
     reduction, count = options.image_token_reduction, options.num_image_tokens
     if reduction not in TOKEN_REDUCTIONS:
         raise ValueError(f"image_token_reduction={reduction!r} is unknown; use one of {TOKEN_REDUCTIONS}")
-    if not is_projector_type(options.mm_projector_type):
-        raise ValueError(f"mm_projector_type={options.mm_projector_type!r} is unknown; use one of {PROJECTOR_TYPES}")
+    projector = options.mm_projector_type
+    if projector not in PROJECTOR_TYPES and re.fullmatch(r"mlp[1-9]\d?x_gelu", projector) is None:
+        raise ValueError(f"mm_projector_type={projector!r} is unknown; use one of {PROJECTOR_TYPES}")
     if options.vision_head_type not in VISION_HEAD_TYPES:
         raise ValueError(f"vision_head_type={options.vision_head_type!r} is unknown; use one of {VISION_HEAD_TYPES}")
     coef = options.vision_coef
@@ -56,34 +48,34 @@ def check_options(options: Any) -> None:
 class MetaMorphConfig(PreTrainedConfig):
     """Configuration of [`MetaMorphForConditionalGeneration`].
 
-    The field names are the flags of the training guide, so that a trained folder documents its own command line.
+    The fields are named like the flags of the training guide, so a trained folder documents its own command line.
 
     Args:
         text_config: configuration (or its dict) of any decoder-only language model. Defaults to `LlamaConfig()`.
         vision_config: configuration (or its dict) of a SigLIP, SigLIP 2, CLIP or DINOv2 vision model.
             Defaults to `SiglipVisionConfig()`.
-        image_token_id: id of the placeholder that stands for one visual token in `input_ids`; -1 (no token) until
-            it is read from a tokenizer, as `from_parts` does.
+        image_token_id: id of the placeholder of one visual token in `input_ids`; -1 (no token) until `from_parts`
+            reads it from a tokenizer.
         image_start_token_id: id of `<image_start>`; None without `mm_use_im_start_end`.
         image_end_token_id: id of `<image_end>`; None without `mm_use_im_start_end`.
         num_image_tokens: visual tokens per image after reduction (`N`).
         image_token_reduction: one of `TOKEN_REDUCTIONS`.
-        mm_vision_select_layer: which hidden state of the tower is used, counted as in `hidden_states[...]`;
-            -1 is the last layer's output *before* the post layer norm.
+        mm_vision_select_layer: index into the tower's `hidden_states`; -1 is the output of the last layer *before*
+            the post layer norm.
         normalize_vision: divide every visual token, and every prediction of one, by its L2 norm.
-        apply_softmax: make every visual token a distribution over its features, softmax(x / 0.07), and train the
+        apply_softmax: turn every visual token into a distribution over its features, softmax(x / 0.07), and train the
             vision head with cross-entropy instead of the cosine loss.
         mm_projector_type: connector from vision features to the language model's hidden size.
         vision_head_type: head from the language model's hidden size to vision features.
-        use_vision_ar: train on (and decode) visual tokens.
+        use_vision_ar: train on (and generate) visual tokens.
         vision_coef: weight of the visual loss.
-        mm_use_im_start_end: wrap every image into `<image_start>` … `<image_end>`.
+        mm_use_im_start_end: wrap every image in `<image_start>` … `<image_end>`.
         mm_use_im_patch_token: spell the placeholder `<im_patch>` instead of `<image>`.
         version: name of the conversation template the model is trained with.
-        lm_head_bias: whether the language model's head has a bias; read from the model by `from_parts`.
+        lm_head_bias: whether the language model's head has a bias; `from_parts` reads it from the model.
 
     Raises:
-        ValueError: for any value outside its domain; the message names the flag and the allowed values.
+        ValueError: a value is not allowed; the message names the flag and the allowed values.
     """
 
     model_type = "metamorph"
@@ -113,7 +105,7 @@ class MetaMorphConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _sub_config(self.text_config, default="llama")
         self.vision_config = _sub_config(self.vision_config, default="siglip_vision_model")
-        # Decides in Transformers whether `lm_head` shares the embedding's weight: the language model's own choice.
+        # Transformers ties `lm_head` to the embeddings by this field: the language model decides.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
         check_options(self)
@@ -123,27 +115,25 @@ class MetaMorphConfig(PreTrainedConfig):
     def patch_grid(self) -> int:
         """Side of the tower's square patch grid (SigLIP-SO400M/14 at 384 pixels: 27)."""
         vision = self.vision_config
-        if vision.model_type == "siglip2_vision_model":  # NaFlex: a patch budget instead of an image size
+        if vision.model_type == "siglip2_vision_model":  # NaFlex has a patch budget instead of an image size
             return math.isqrt(vision.num_patches)
         return vision.image_size // vision.patch_size
 
     @property
     def vision_image_size(self) -> int:
         """Side in pixels of the square images the tower expects."""
-        return self.patch_grid * self.vision_config.patch_size if self._is_naflex else self.vision_config.image_size
+        vision = self.vision_config
+        is_naflex = vision.model_type == "siglip2_vision_model"
+        return self.patch_grid * vision.patch_size if is_naflex else vision.image_size
 
     @property
     def vision_feature_size(self) -> int:
-        """Size `D` of one visual token: what the connector reads and the vision head predicts."""
+        """Features `D` of one visual token: input size of the connector, output size of the vision head."""
         hidden = self.vision_config.hidden_size
         return hidden * CONCAT_BLOCK if self.image_token_reduction == "concat_interpolation" else hidden
 
-    @property
-    def _is_naflex(self) -> bool:
-        return self.vision_config.model_type == "siglip2_vision_model"
-
     def _check_fit(self) -> None:
-        """Checks the options against the two parts."""
+        """Check the options against the two parts."""
         layers = self.vision_config.num_hidden_layers
         if not -layers - 1 <= self.mm_vision_select_layer <= layers:
             raise ValueError(
@@ -164,7 +154,6 @@ class MetaMorphConfig(PreTrainedConfig):
 
 
 def _sub_config(value: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:
-    """Turns a dict (from JSON) or nothing into a configuration object."""
     if isinstance(value, PreTrainedConfig):
         return value
     fields = dict(value or {})

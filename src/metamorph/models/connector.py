@@ -1,35 +1,40 @@
-"""The connector file of stage 1 and of adapters: written, read (those of LLaVA and the original, too), loaded."""
+"""The connector file of stage 1 and of adapters: saving, reading (also LLaVA's and the original's), loading."""
 
 import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from metamorph.files.model_files import check_finite, load_pickled_tensors
+from metamorph.files.model_files import check_finite
 from metamorph.files.permissions import save_file
 from metamorph.models.sequence.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 
-from .embeddings import NewTokenEmbedding, NewTokenHead
+from .embeddings import NewRows
+from .pretrained import read_tensors
 
 
 logger = logging.getLogger(__name__)
 
 CONNECTOR_FILE = "mm_projector.safetensors"
 CONNECTOR_FILES = (CONNECTOR_FILE, "mm_projector.bin")
-"""What a folder is searched for; the second is what LLaVA and the original MetaMorph write."""
+"""Names in a folder; the second is LLaVA's and the original's."""
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 NEW_TOKENS = (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
-"""In the order in which they are added to a tokenizer."""
+"""In the order in which they are added to a tokenizer, and of the rows in a connector file."""
 OLD_PREFIXES = ("module.", "base_model.", "model.")
-"""Wrappers in front of the keys of a .bin file."""
+"""Wrappers in the keys of a .bin file."""
+PARTS = {
+    "mm_projector": "model.mm_projector.",
+    "reduction": "model.vision_tower.reduction.",
+    "vision_head": "vision_head.",
+}
+"""Part of a connector file -> prefix of its weights in the model."""
 MATCHING_FIELDS = (
     "apply_softmax",
     "image_token_reduction",
@@ -44,7 +49,7 @@ MATCHING_FIELDS = (
 
 @dataclass
 class Connector:
-    """What a connector file holds."""
+    """Content of a connector file."""
 
     mm_projector: dict[str, Tensor]
     """State dict of the connector."""
@@ -53,39 +58,30 @@ class Connector:
     vision_head: dict[str, Tensor]
     """State dict of the vision head; empty when stage 1 did not train it."""
     new_rows: dict[str, Tensor]
-    """Embedding row [hidden] of each new token, by token. Under the key "" when the file does not name its tokens:
-    then it is a table [rows, hidden] whose last rows are the new tokens'."""
+    """Embedding row [hidden] of each new token."""
     head_rows: dict[str, Tensor]
-    """Row [hidden] of `lm_head` of each new token, by token; empty unless they are trained alone (adapters)."""
+    """Row [hidden] of `lm_head` of each new token; empty unless they are trained separately (adapters)."""
     config: dict[str, object]
     """The `MATCHING_FIELDS` it was trained with; empty for .bin files."""
 
 
 def save_connector(model: PreTrainedModel, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> Path:
-    """Write what stage 1 trains: connector, new tokens' embedding rows, and the vision head if it is trained.
+    """Save what stage 1 trains: connector, new tokens' embedding rows, and the vision head if it is trained.
 
-    Args:
-        model: A MetaMorph model, with or without attached new rows.
-        folder: Created if missing.
-        state_dict: The weights, by the names of `model.state_dict()`, where those of `model` are sharded.
-
-    Returns:
-        Path of `mm_projector.safetensors`.
+    `state_dict` has the weights by their names in `model.state_dict()`, if those of `model` are sharded. Returns the
+    path of the file.
     """
-    prefixes = {"mm_projector": "model.mm_projector.", "reduction": "model.vision_tower.reduction."}
-    if model.config.use_vision_ar:
-        prefixes["vision_head"] = "vision_head."
     weights = model.state_dict() if state_dict is None else state_dict
     tensors = {
         f"{part}.{name.removeprefix(prefix)}": value
-        for part, prefix in prefixes.items()
+        for part, prefix in PARTS.items()
         for name, value in weights.items()
-        if name.startswith(prefix)
+        if name.startswith(prefix) and (part != "vision_head" or model.config.use_vision_ar)
     }
     tokens = _new_tokens(model)
     if tokens:
         tensors["new_rows"] = _rows_of(model, model.get_input_embeddings(), weights)
-    if isinstance(model.get_output_embeddings(), NewTokenHead):
+    if isinstance(model.get_output_embeddings(), NewRows):
         tensors["new_head_rows"] = _rows_of(model, model.get_output_embeddings(), weights)
     config = {name: getattr(model.config, name) for name in MATCHING_FIELDS}
     return write_connector(folder, tensors, list(tokens), config)
@@ -94,34 +90,28 @@ def save_connector(model: PreTrainedModel, folder: str | Path, state_dict: Mappi
 def write_connector(
     folder: str | Path, tensors: Mapping[str, Tensor], tokens: list[str], config: Mapping[str, object]
 ) -> Path:
-    """Write a connector file.
+    """Write a connector file and return its path.
 
-    Args:
-        folder: Created if missing.
-        tensors: Weights named `mm_projector.…`, `reduction.…`, `vision_head.…`, `new_rows`, `new_head_rows`.
-        tokens: The new tokens, in the order of the rows.
-        config: The `MATCHING_FIELDS` it was trained with, as far as they are known.
-
-    Returns:
-        Path of `mm_projector.safetensors`.
+    The tensors are named `mm_projector.…`, `reduction.…`, `vision_head.…`, `new_rows`, `new_head_rows`, with rows in
+    the order of `tokens`; `config` has the `MATCHING_FIELDS` that are known.
     """
     metadata = {"format": "pt", "new_tokens": json.dumps(tokens), "config": json.dumps(dict(config))}
     path = Path(folder) / CONNECTOR_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Cloned where they are views: safetensors refuses tensors that share memory.
+    # Cloned, because safetensors refuses tensors that share memory.
     save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, path, metadata)
     _sort_metadata(path)
     return path
 
 
 def _sort_metadata(path: Path) -> None:
-    """Sort the metadata, which safetensors writes in a random order, so that equal connectors are equal files."""
+    """Sort the metadata, which safetensors writes in random order, so that equal connectors are equal files."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= size, "the sorted header must take the place of the other"
+        assert len(text) <= size, "the sorted header must fit in place of the other"
         file.seek(8)
         file.write(text.ljust(size))
 
@@ -129,19 +119,11 @@ def _sort_metadata(path: Path) -> None:
 def load_connector(model: PreTrainedModel, path: str | Path) -> None:
     """Load a connector into `model`: its projector, the new tokens' rows, and the vision head if the file has one.
 
-    Args:
-        model: A MetaMorph model, with or without attached new rows; changed in place.
-        path: `mm_projector.safetensors`, an `mm_projector.bin` of LLaVA or the original MetaMorph, or a folder with
-            one of them.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, or does not fit the model; the message names sizes and flags.
+    `path` is `mm_projector.safetensors`, an `mm_projector.bin` of LLaVA or the original MetaMorph, or a folder with one
+    of them. A file that does not fit is a `ValueError` that names sizes and flags.
     """
     file = find_connector(path)
     connector = read_connector(file)
-    if not connector.mm_projector and any(True for _ in model.model.mm_projector.parameters()):
-        raise ValueError(f"{file} holds no weights named mm_projector.*: it is not a connector of stage 1")
     for name, value in connector.config.items():
         current = getattr(model.config, name, value)
         if current != value:
@@ -150,38 +132,18 @@ def load_connector(model: PreTrainedModel, path: str | Path) -> None:
     _load_part(model.model.vision_tower.reduction, connector.reduction, f"{file}: reduction")
     if connector.vision_head:
         _load_part(model.vision_head, connector.vision_head, f"{file}: vision_head")
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    _load_rows(model, embedding, _named_rows(model, connector.new_rows), file, "the embedding")
+    _load_rows(model, model.get_input_embeddings(), connector.new_rows, file, "the embedding")
     if connector.head_rows and not model.config.tie_word_embeddings:
-        _load_rows(model, head, connector.head_rows, file, "the row of lm_head")
-
-
-def check_connector(path: str | Path) -> None:
-    """Check that there is a connector, before the models that it belongs to are loaded.
-
-    Args:
-        path: As for `load_connector`.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or no connector.
-    """
-    file = find_connector(path)
-    connector = read_connector(file)
-    # Those that we write tell their configuration; one of type identity has no weights.
-    if not connector.mm_projector and not connector.config:
-        raise ValueError(f"{file} holds no weights named mm_projector.*: it is not a connector of stage 1")
+        _load_rows(model, model.get_output_embeddings(), connector.head_rows, file, "the row of lm_head")
 
 
 def find_connector(path: str | Path) -> Path:
-    """The connector file that `path`, a file or a folder, stands for."""
+    """Find the connector file at `path`, a file or a folder; one of a finished model is refused."""
     path = Path(path)
-    if path.is_file():
-        return path
-    for name in CONNECTOR_FILES:
-        if (path / name).is_file():
-            return path / name
-    if path.is_dir() and is_full_model(path):
+    for file in (path, *(path / name for name in CONNECTOR_FILES)):
+        if file.is_file():
+            return file
+    if is_full_model(path):
         raise ValueError(
             f"{path} is a finished model, not a connector of stage 1: pass it as --model_name_or_path instead of "
             "--pretrain_mm_mlp_adapter"
@@ -192,73 +154,46 @@ def find_connector(path: str | Path) -> Path:
 
 
 def read_connector(file: Path) -> Connector:
-    """Read a connector file without running any code in it.
-
-    Args:
-        file: `.safetensors` of ours, or a `.bin` whose pickle may hold tensors only (`weights_only=True`).
-    """
-    metadata: Mapping[str, str] = {}
-    if file.suffix == ".safetensors":
-        try:
-            tensors = load_file(file)
-            with safe_open(file, framework="pt") as handle:
-                metadata = handle.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}): copy it again or rerun stage 1") from error
-    else:
-        tensors = load_pickled_tensors(file)
+    """Read a `.safetensors` connector of ours, or a `.bin` file without running any code in it."""
+    tensors, metadata = read_tensors(file)
     check_finite(tensors.items(), file)
     tokens = _read_metadata(metadata, "new_tokens", [], file)
-    parts: dict[str, dict[str, Tensor]] = {"mm_projector": {}, "reduction": {}, "vision_head": {}}
-    rows: dict[str, Tensor] = {}
-    head_rows: dict[str, Tensor] = {}
+    config = _read_metadata(metadata, "config", {}, file)
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+    rows: dict[str, dict[str, Tensor]] = {"new_rows": {}, "new_head_rows": {}}
     for key, value in tensors.items():
-        name = _without_prefixes(key)
+        name = key
+        while name.startswith(OLD_PREFIXES):
+            name = name.partition(".")[2]
         part, _, rest = name.partition(".")
         if part in parts:
             parts[part][rest] = value
-        elif name == "new_rows":
-            rows = _by_token(tokens, value, file)
-        elif name == "new_head_rows":
-            head_rows = _by_token(tokens, value, file)
-        elif name == "embed_tokens.weight":
-            rows = {"": value}
-    config = _read_metadata(metadata, "config", {}, file)
-    return Connector(**parts, new_rows=rows, head_rows=head_rows, config=config)
+        elif name in rows:
+            if value.ndim != 2 or len(value) != len(tokens):
+                raise ValueError(
+                    f"{file} has rows of shape {list(value.shape)} for {len(tokens)} new tokens: it is damaged"
+                )
+            rows[name] = dict(zip(tokens, value, strict=True))
+        elif name == "embed_tokens.weight":  # the full table, or its last rows: the new tokens were added last
+            rows["new_rows"] = dict(zip(NEW_TOKENS, value[-len(NEW_TOKENS) :], strict=True))
+    # A connector of type identity has no weights; files of ours have their configuration.
+    if not parts["mm_projector"] and not config:
+        raise ValueError(f"{file} holds no weights named mm_projector.*: it is not a connector of stage 1")
+    return Connector(**parts, new_rows=rows["new_rows"], head_rows=rows["new_head_rows"], config=config)
 
 
 def rewrite_connector(file: Path, folder: str | Path) -> Path:
-    """Write any connector that can be read as a connector file of ours, for a model that need not be at hand.
-
-    Args:
-        file: Result of `find_connector`.
-        folder: Where to write; created if missing.
-
-    Returns:
-        Path of `mm_projector.safetensors`.
-
-    Raises:
-        ValueError: If the file is damaged, or no connector.
-    """
+    """Convert a connector file that can be read to one of ours, without its model, and return its path."""
     connector = read_connector(file)
-    if not connector.mm_projector:
-        raise ValueError(f"{file} holds no weights named mm_projector.*: it is not a connector of stage 1")
-    rows = connector.new_rows
-    if "" in rows:  # a table whose last rows are those of the tokens that were added
-        rows = dict(zip(NEW_TOKENS, rows[""][-len(NEW_TOKENS) :], strict=True))
-    tensors = {
-        f"{part}.{name}": value
-        for part in ("mm_projector", "reduction", "vision_head")
-        for name, value in getattr(connector, part).items()
-    }
-    for name, by_token in (("new_rows", rows), ("new_head_rows", connector.head_rows)):
-        if by_token:
-            tensors[name] = torch.stack(list(by_token.values()))
-    return write_connector(folder, tensors, list(rows), connector.config)
+    tensors = {f"{part}.{name}": value for part in PARTS for name, value in getattr(connector, part).items()}
+    for name, rows in (("new_rows", connector.new_rows), ("new_head_rows", connector.head_rows)):
+        if rows:
+            tensors[name] = torch.stack(list(rows.values()))
+    return write_connector(folder, tensors, list(connector.new_rows), connector.config)
 
 
 def is_full_model(folder: str | Path) -> bool:
-    """Whether `folder` holds the weights of a whole model."""
+    """Whether `folder` holds the weights of a full model."""
     return any((Path(folder) / name).is_file() for name in WEIGHT_FILES)
 
 
@@ -273,44 +208,28 @@ def _read_metadata(metadata: Mapping[str, str], name: str, default: Any, file: P
     return value
 
 
-def _by_token(tokens: list[str], rows: Tensor, file: Path) -> dict[str, Tensor]:
-    if rows.ndim != 2 or len(rows) != len(tokens):
-        raise ValueError(f"{file} has rows of shape {list(rows.shape)} for {len(tokens)} new tokens: it is damaged")
-    return dict(zip(tokens, rows, strict=True))
-
-
 def _new_tokens(model: PreTrainedModel) -> dict[str, int]:
-    """The new tokens and their ids, in the order in which `attach_new_token_rows` holds their rows."""
-    config = model.config
-    ids = dict(zip(NEW_TOKENS, (config.image_start_token_id, config.image_end_token_id), strict=True))
-    return {token: number for token, number in ids.items() if number is not None}
+    """The new tokens and their ids, in the order of attached rows."""
+    ids = zip(NEW_TOKENS, (model.config.image_start_token_id, model.config.image_end_token_id), strict=True)
+    return {token: number for token, number in ids if number is not None}
 
 
 def _rows_of(model: PreTrainedModel, table: nn.Module, weights: Mapping[str, Tensor]) -> Tensor:
     """[new tokens, hidden] of the embedding table or of `lm_head`."""
     prefix = next(name for name, module in model.named_modules() if module is table)
-    if isinstance(table, (NewTokenEmbedding, NewTokenHead)):
+    if isinstance(table, NewRows):
         return weights[f"{prefix}.new_rows"]
     return weights[f"{prefix}.weight"][list(_new_tokens(model).values())]
 
 
-def _named_rows(model: PreTrainedModel, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rows by token, also of a table without names: its last rows, in the order in which the tokens were added."""
-    tokens = _new_tokens(model)
-    if "" not in rows:
-        return rows
-    return dict(zip(tokens, rows[""][-len(tokens) :], strict=True)) if tokens else {}
-
-
 @torch.no_grad()
-def _load_rows(model: PreTrainedModel, table: nn.Module, rows: dict[str, Tensor], file: Path, what: str) -> None:
+def _load_rows(model: PreTrainedModel, table: Any, rows: Mapping[str, Tensor], file: Path, what: str) -> None:
     """Copy rows into the embedding table or `lm_head`, or into the rows that are attached to it."""
-    attached = isinstance(table, (NewTokenEmbedding, NewTokenHead))
     for position, (token, number) in enumerate(_new_tokens(model).items()):
         if token not in rows:
             logger.warning("%s has no embedding of %s: it keeps its initial value", file, token)
             continue
-        target = cast("Tensor", table.new_rows)[position] if attached else cast("Tensor", table.weight)[number]
+        target = table.new_rows[position] if isinstance(table, NewRows) else table.weight[number]
         if rows[token].shape != target.shape:
             raise ValueError(
                 f"{file}: {what} of {token} has {rows[token].shape[-1]} features, the language model "
@@ -319,8 +238,8 @@ def _load_rows(model: PreTrainedModel, table: nn.Module, rows: dict[str, Tensor]
         target.copy_(rows[token])
 
 
-def _load_part(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """`load_state_dict` with messages that name sizes and flags."""
+def _load_part(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """`load_state_dict` with a message that names sizes and flags."""
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != found:
@@ -330,9 +249,3 @@ def _load_part(module: nn.Module, tensors: dict[str, Tensor], source: str) -> No
             "--mm_projector_type and --vision_head_type of stage 1"
         )
     module.load_state_dict(tensors)
-
-
-def _without_prefixes(key: str) -> str:
-    while key.startswith(OLD_PREFIXES):
-        key = key.partition(".")[2]
-    return key

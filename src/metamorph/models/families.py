@@ -1,8 +1,8 @@
 """What families of language models compute outside of their decoder, and a check that the composite does the same.
 
 Some scales, caps and losses are in Transformers' `…ForCausalLM` classes and not in the decoder that the composite is
-made of, and some decoders need more than embeddings. Nothing would show a difference but a model that learns badly. So
-a random copy of two small layers is composed and compared with itself when a family is met.
+built on, and some decoders need more than embeddings. A difference would show up only as a model that learns badly. So
+the first time a family is used, a small random copy of it is composed and compared with itself.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,23 +24,15 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 logger = logging.getLogger(__name__)
 
 Compose = Callable[[PreTrainedModel], PreTrainedModel]
-"""Makes a MetaMorph model of a language model, whose modules it takes."""
+"""Composes a MetaMorph model from a language model, whose modules it takes over."""
 
 _FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError),
+    *(RuntimeError, StrictDataclassError, TypeError, ValueError),
 )
-"""What classes of Transformers raise if they are built, or called, in a way that they do not know."""
+"""What classes of Transformers raise when they are built or called in a way that they do not support."""
 _LAYERS, _HEADS, _INTERMEDIATE, _VOCABULARY = 2, 4, 32, 512
-_MOST_WEIGHTS = 2**26
-"""Weights of the largest copy: 256 MiB."""
+_MOST_WEIGHTS = 2**26  # most weights of a copy: 256 MiB
 _DIVIDED = (
     "hidden_size",
     "linear_num_key_heads",
@@ -53,64 +44,40 @@ _DIVIDED = (
     "num_key_value_heads",
     "word_embed_proj_dim",
 )
-"""Sizes that are divided by the same number, so that the size of a head, and what depends on it, stays."""
+"""Sizes divided by the same number, which keeps the size of a head and what depends on it."""
 _SAME_FAMILY = re.compile(r"vocab_size|_token_id|dtype|_name_or_path|architectures|transformers_version|quantization")
-"""Fields that differ between the configuration that a run begins with, and that of its model."""
-_VERDICTS: dict[str, Verdict] = {}
-"""Of this process."""
-_TOLERANCE = 1e-3
-"""Of the largest logit. What is computed twice in the same way differs by rounding only."""
+"""Fields that may differ within a family: between the configuration a run starts from, and that of its model."""
+_VERDICTS: dict[str, Verdict] = {}  # results of this process
+_TOLERANCE = 1e-3  # relative to the largest logit: equal computations differ by rounding only
 
 
 def embedding_scale(config: PreTrainedConfig) -> float:
-    """What a decoder multiplies its embeddings by if it looks them up itself, but not if it is given them.
-
-    Args:
-        config: configuration of the language model.
-    """
+    """Factor by which a decoder scales embeddings that it looks up itself, but not those it is given."""
     return config.embedding_multiplier if config.model_type == "falcon_h1" else 1.0
 
 
 def finishes_logits(config: PreTrainedConfig) -> bool:
-    """Whether [`finish_logits`] changes anything.
-
-    Args:
-        config: configuration of the language model.
-    """
-    return _logit_scale(config) != 1.0 or _logit_cap(config) is not None
+    """Whether [`finish_logits`] changes anything."""
+    return _logit_scale(config) != 1.0 or getattr(config, "final_logit_softcapping", None) is not None
 
 
 def finish_logits(config: PreTrainedConfig, logits: Tensor) -> Tensor:
-    """What a family makes of the logits of `lm_head`: they are scaled (Cohere, Granite, …) and capped (Gemma).
-
-    Args:
-        config: configuration of the language model.
-        logits: [..., V]
-    """
-    scale, cap = _logit_scale(config), _logit_cap(config)
+    """Scale (Cohere, Granite, …) and cap (Gemma) the [..., V] logits of `lm_head` as the family does."""
+    scale, cap = _logit_scale(config), getattr(config, "final_logit_softcapping", None)
     if scale != 1.0:
         logits = logits * scale
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def router_loss_coefficient(config: PreTrainedConfig) -> float:
-    """Weight of the auxiliary loss that balances a mixture of experts; 0 where the configuration has none.
-
-    Args:
-        config: configuration of the language model.
-    """
+    """Weight of the load-balancing loss of a mixture of experts; 0 without one."""
     return getattr(config, "router_aux_loss_coef", None) or getattr(config, "aux_loss_coef", None) or 0.0
 
 
 def router_loss(decoder: PreTrainedModel, router_logits: tuple[Tensor, ...]) -> Tensor | None:
-    """The auxiliary loss of a mixture of experts, by the function of its own family.
+    """The load-balancing loss of a mixture of experts, by the family's own function; None if it has none.
 
-    Args:
-        decoder: the language model without its head.
-        router_logits: [tokens, experts] of each layer with experts.
-
-    Returns:
-        A 0-d tensor; None if the family has no such loss.
+    `router_logits` are [tokens, experts] of each layer with experts.
     """
     function = getattr(sys.modules[type(decoder).__module__], "load_balancing_loss_func", None)
     if function is None or not router_logits:
@@ -123,31 +90,20 @@ class Verdict:
     """What a small copy of a language model has shown."""
 
     is_known: bool
-    """Whether a small copy could be built; then the composite computes what it does. Else only the weights can tell."""
+    """Whether a small copy could be built and compared. If not, only the weights can tell."""
     unused: frozenset[str] = frozenset()
-    """Weights of the decoder that never have a gradient, such as biases that choose experts; `*` stands for a layer."""
+    """Weights of the decoder that never have a gradient, such as biases that select experts; `*` is any layer."""
 
     def uses(self, name: str) -> bool:
-        """Whether a weight has a gradient when the decoder is trained.
-
-        Args:
-            name: as in `named_parameters()` of the decoder.
-        """
+        """Whether a weight, named as in `named_parameters()` of the decoder, has a gradient in training."""
         return _any_layer(name) not in self.unused
 
 
 def check_language_model(config: PreTrainedConfig, compose: Compose) -> Verdict:
-    """Compare a small random copy of a language model with a composite that is made of it. No weights are needed.
+    """Compare a small random copy of a language model with a composite made of it, see [`compose_and_compare`].
 
-    Two layers, few heads and a small vocabulary: about a second, whatever the size of the model, and once in a process.
-    Random generators stay as they are.
-
-    Args:
-        config: configuration of the language model.
-        compose: makes the composite of the copy.
-
-    Raises:
-        ValueError: if the family cannot be used, see [`compose_and_compare`].
+    No weights are needed. Two layers, few heads and a small vocabulary take about a second, whatever the size of the
+    model, and once per process. The state of random generators is preserved.
     """
     mapped = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if mapped is not None and mapped.config_class is config.sub_configs.get("text_config"):
@@ -157,7 +113,8 @@ def check_language_model(config: PreTrainedConfig, compose: Compose) -> Verdict:
     fields = {name: value for name, value in config.to_dict().items() if not _SAME_FAMILY.search(name)}
     key = json.dumps(fields, sort_keys=True, default=str)
     if key not in _VERDICTS:
-        with _undisturbed(seed=0):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(0)  # `torch.manual_seed` would seed GPUs too
             language_model = _small_copy(mapped, config)
             if language_model is None:
                 _VERDICTS[key] = Verdict(is_known=False)
@@ -167,18 +124,11 @@ def check_language_model(config: PreTrainedConfig, compose: Compose) -> Verdict:
 
 
 def compose_and_compare(language_model: PreTrainedModel, compose: Compose) -> PreTrainedModel:
-    """Compose, and compare logits on text with those of the language model on its own.
-
-    Args:
-        language_model: with weights, on any device.
-        compose: makes the composite.
-
-    Returns:
-        The composite, in the mode of the language model.
+    """Compose a model, and compare its logits on text with those of the language model.
 
     Raises:
-        ValueError: if logits, or the loss that balances experts, differ; if the composite cannot compute at all, which
-            is so for decoders that need token ids; or if a position sees what follows it.
+        ValueError: logits or load-balancing losses differ, the composite fails (as decoders that need token ids do), or
+            a position depends on later ones.
     """
     was_training = language_model.training
     size, device = language_model.get_output_embeddings().weight.shape[0], language_model.device
@@ -210,14 +160,10 @@ def _logit_scale(config: PreTrainedConfig) -> float:
     return scale * divisor if config.model_type == "hyperclovax" else scale / divisor
 
 
-def _logit_cap(config: PreTrainedConfig) -> float | None:
-    return getattr(config, "final_logit_softcapping", None)
-
-
 def _router_losses(
     language_model: PreTrainedModel, decoder: PreTrainedModel, ids: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """The auxiliary loss as we compute it and as the language model does; None if it adds none, or has no experts."""
+    """Our load-balancing loss and the language model's; None if it adds none, or has no experts."""
     names = ("router_aux_loss_coef", "aux_loss_coef")
     if not any(getattr(language_model, name, None) for name in names):
         return None
@@ -230,7 +176,7 @@ def _router_losses(
 
 
 def _try_an_image(model: PreTrainedModel, ids: Tensor) -> None:
-    """Visual tokens in the place of text must be computable: some decoders look up the ids of embeddings."""
+    """Run visual tokens between text: some decoders look up the ids of embeddings, and fail."""
     config, embeds = model.config, model.get_input_embeddings()(ids[:, : model.config.num_image_tokens])
     count = config.num_image_tokens
     row = torch.cat([ids, torch.full_like(ids[:, :1], config.image_token_id).expand(1, count)], dim=1)
@@ -239,7 +185,7 @@ def _try_an_image(model: PreTrainedModel, ids: Tensor) -> None:
 
 
 def _without_gradient(model: PreTrainedModel) -> frozenset[str]:
-    """Names of the decoder's weights that no output depends on differentiably, layers without their numbers."""
+    """Names of the decoder's weights that no output depends on differentiably, without layer numbers."""
     decoder, table = model.get_decoder().train().requires_grad_(True), model.get_input_embeddings()
     try:
         with torch.enable_grad():
@@ -248,10 +194,9 @@ def _without_gradient(model: PreTrainedModel) -> frozenset[str]:
     except _FAILURES as error:  # some kernels have no backward pass on a CPU
         logger.debug("no backward pass of %s: %s", type(decoder).__name__, error)
         return frozenset()
-    names: dict[bool, set[str]] = {True: set(), False: set()}
-    for name, weight in decoder.named_parameters():
-        names[weight.grad is not None].add(_any_layer(name))
-    return frozenset(names[False] - names[True])
+    weights = {name: weight.grad is not None for name, weight in decoder.named_parameters()}
+    used = {_any_layer(name) for name, has_gradient in weights.items() if has_gradient}
+    return frozenset({*map(_any_layer, weights)} - used)
 
 
 def _any_layer(name: str) -> str:
@@ -262,7 +207,7 @@ def _compare(config: PreTrainedConfig, what: str, ours: Tensor, own: Tensor) -> 
     if ours.shape != own.shape:
         raise _refusal(config, f"its {what} have the shape {tuple(own.shape)}, the composite's {tuple(ours.shape)}")
     difference, largest = (ours - own).abs().max().item(), own.abs().max().item()
-    if not difference <= _TOLERANCE * largest:  # NaN is no equality
+    if not difference <= _TOLERANCE * largest:  # NaN is not equal
         raise _refusal(config, f"its {what} differ by {difference:.3g} (they are up to {largest:.3g})")
 
 
@@ -273,17 +218,9 @@ def _refusal(config: PreTrainedConfig, reason: str) -> ValueError:
     )
 
 
-@contextmanager
-def _undisturbed(seed: int) -> Iterator[None]:
-    """Computes on the CPU with a seed of its own; the generators of all devices stay as they are."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed GPUs, too
-        yield
-
-
 @torch.no_grad()
 def _small_copy(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | None:
-    """A language model of the same family with few small layers and random weights; None if none can be built."""
+    """A language model of the family with few small layers and random weights; None if none can be built."""
     for heads in (_HEADS, None):
         try:
             small = _shrunk(config, heads)
@@ -312,10 +249,10 @@ def _shrunk(config: PreTrainedConfig, heads: int | None) -> PreTrainedConfig:
     other = next((index for index, kind in enumerate(kinds) if kind != kinds[0]), 1)
     factor = 1
     if heads is not None:
-        # A divisor, so that all quotients are whole numbers; where the number of heads has none, they are not.
-        whole = config.num_attention_heads
-        kept = next((number for number in range(heads, whole) if _divides(number, config)), whole)
-        factor = whole / (kept if kept <= 4 * heads else heads)
+        # A divisor of all sizes, if there is one: otherwise quotients are rounded down.
+        count_all = config.num_attention_heads
+        divisor = next((number for number in range(heads, count_all) if _divides(number, config)), count_all)
+        factor = count_all / (divisor if divisor <= 4 * heads else heads)
     for name, value in config.to_dict().items():
         if isinstance(value, (list, tuple)) and len(value) == count:
             setattr(small, name, [value[0], value[other]])

@@ -1,11 +1,11 @@
-"""Interleaved decoding on Transformers' own `generate`: a grammar for images, visual tokens fed back, typed result.
+"""Interleaved generation on Transformers' own `generate`: a grammar for images, visual tokens fed back, typed output.
 
-Text and images share one sequence and one key/value cache. A row of the batch is in image mode when its last token is
-`<image_start>` or a placeholder; the state is read off the ids, so each row has its own and nothing can get stuck.
+Text and images share one sequence and one key/value cache. A row is inside an image when its last token is
+`<image_start>` or a placeholder. This state is read off the ids: each row has its own, and none can get stuck.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ UNSUPPORTED_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "use_mtp": (False,),
 }
-"""Fields of `GenerationConfig` that ours refuses -> values, beside None, with which they do nothing."""
+"""Fields of `GenerationConfig` that ours refuses -> values, besides None, that have no effect."""
 
 
 @dataclass
@@ -57,39 +57,27 @@ class MetaMorphGenerateOutput(GenerateDecoderOnlyOutput):
     """[batch] generated images of each row."""
 
     def __getitem__(self, key: Any) -> Any:
-        """As in Transformers; `output[:, length:]`, written for plain tensors, is that of the sequences."""
+        """As in Transformers; a tuple (`output[:, length:]`, written for plain tensors) indexes the sequences."""
         return self.sequences[key] if isinstance(key, tuple) else super().__getitem__(key)
 
 
 class ImageGrammarLogitsProcessor(LogitsProcessor):
-    """Forces `<image_start>` → exactly N placeholders → `<image_end>`, and forbids everything else around images.
+    """Forces `<image_start>` → exactly N placeholders → `<image_end>`, and nothing else inside images.
 
-    Outside an image, placeholders and `<image_end>` are impossible; `<image_start>` is too when the image would not
-    fit into `max_length`. Inside, text tokens (end-of-sequence among them) are impossible.
-
-    Args:
-        config: of the model; gives the token ids and N.
-        max_length: prompt and answer together, in tokens.
-        allow_images: False forbids images altogether.
+    Outside an image, placeholders and `<image_end>` are impossible, and so is `<image_start>` unless `allow_images`, or
+    when the image would not fit into `max_length`, the tokens of prompt and answer together.
     """
 
     def __init__(self, config: MetaMorphConfig, max_length: int, allow_images: bool = True):
-        self.placeholder = config.image_token_id
-        has_markers = config.image_start_token_id is not None and config.image_end_token_id is not None
-        self.can_draw = has_markers and config.use_vision_ar
-        self.start = config.image_start_token_id if config.image_start_token_id is not None else -1
-        self.end = config.image_end_token_id if config.image_end_token_id is not None else -1
-        self.num_image_tokens = config.num_image_tokens
+        self.placeholder, self.num_image_tokens = config.image_token_id, config.num_image_tokens
+        start, end = config.image_start_token_id, config.image_end_token_id
+        self.can_draw = start is not None and end is not None and config.use_vision_ar
+        self.start, self.end = (-1 if token is None else token for token in (start, end))
         self.max_length = max_length
         self.allow_images = allow_images
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Masks scores.
-
-        Args:
-            input_ids: [batch, length] everything so far.
-            scores: [batch, vocabulary]
-        """
+        """Mask [batch, vocabulary] scores, given all [batch, length] ids so far."""
         scores = scores.clone()
         if not self.can_draw:
             scores[:, [i for i in (self.placeholder, self.start, self.end) if i >= 0]] = -torch.inf
@@ -97,21 +85,14 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
         begun = self._tokens_since_start(input_ids)  # [batch], -1 outside an image
         forced = torch.where(begun < self.num_image_tokens, self.placeholder, self.end)
         inside = (begun >= 0).unsqueeze(-1)
-        fits = input_ids.shape[1] + self.num_image_tokens + 2 <= self.max_length
+        fits = input_ids.shape[1] + self.num_image_tokens + 2 <= self.max_length  # with start and end
         forbidden = [self.placeholder, self.end] + ([] if fits and self.allow_images else [self.start])
         scores[:, forbidden] = -torch.inf
         only_forced = torch.full_like(scores, -torch.inf).scatter_(1, forced.unsqueeze(-1), 0.0)
         return torch.where(inside, only_forced, scores)
 
     def check_prompt(self, input_ids: Tensor) -> None:
-        """Refuse a prompt that begins an image that does not fit.
-
-        Args:
-            input_ids: [batch, length] the prompt.
-
-        Raises:
-            ValueError: naming the limit.
-        """
+        """Raise a `ValueError` if a prompt [batch, length] begins an image that does not fit."""
         needed = input_ids.shape[1] + self.num_image_tokens + 1
         if self.can_draw and needed > self.max_length and input_ids[:, -1].eq(self.start).any():
             raise ValueError(
@@ -120,7 +101,7 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
             )
 
     def _tokens_since_start(self, input_ids: Tensor) -> Tensor:
-        """Placeholders since an open `<image_start>` at the end of each row; -1 if no image is open."""
+        """[batch] placeholders after an open `<image_start>` at the end of each row; -1 if no image is open."""
         window = input_ids[:, -(self.num_image_tokens + 1) :]
         run = window.eq(self.placeholder).flip(1).long().cumprod(dim=1).sum(dim=1)  # trailing placeholders
         before = (window.shape[1] - 1 - run).clamp(min=0)
@@ -128,53 +109,35 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
         return torch.where(opened, run, -1)
 
 
+@dataclass
 class GeneratedVisualTokens:
-    """What `generate` carries from step to step: the vision head's predictions, and whether images are allowed.
+    """What `generate` carries from step to step: the vision head's predictions, and whether images are allowed."""
 
-    Args:
-        allow_images: False forbids images altogether.
-    """
-
-    def __init__(self, allow_images: bool = True) -> None:
-        self.allow_images = allow_images
-        self.steps: list[Tensor] = []
-
-    def append(self, prediction: Tensor) -> None:
-        """Adds [batch, 1, D], the candidate for the token that is about to be chosen."""
-        # Copied: a model compiled into CUDA graphs writes every step's prediction into the same memory.
-        self.steps.append(prediction.clone())
+    allow_images: bool = True
+    steps: list[Tensor] = field(default_factory=list)  # (batch, 1, features) each, for the token that is chosen next
 
     def last(self, count: int) -> Tensor:
-        """[batch, count, D] the candidates of the last `count` tokens."""
+        """[batch, count, D] predictions for the last `count` tokens."""
         return torch.cat(self.steps[-count:], dim=1)
 
-    def images(
-        self, sequences: Tensor, prompt_length: int, placeholder: int, size: int, features: int
-    ) -> tuple[Tensor, Tensor]:
-        """Collects the complete images.
+    def images(self, sequences: Tensor, prompt_length: int, config: MetaMorphConfig) -> tuple[Tensor, Tensor]:
+        """Collect the complete images of `sequences` [batch, prompt_length + steps].
 
-        Args:
-            sequences: [batch, prompt_length + steps] with the chosen tokens.
-            prompt_length: tokens before the first generated one.
-            placeholder: token id of visual tokens.
-            size: visual tokens of one image (N).
-            features: features of one visual token (D).
-
-        Returns:
-            [images, N, D] in reading order, and [batch] images of each row. An image that a stopping criterion
-            (a time limit, say) cut short is left out.
+        Returns [images, N, D] in reading order, and [batch] images of each row. An image that a stopping criterion
+        (such as a time limit) cut short is left out.
         """
-        chosen = sequences[:, prompt_length:] == placeholder  # [batch, generated]
+        size = config.num_image_tokens
+        chosen = sequences[:, prompt_length:] == config.image_token_id  # (batch, generated)
         num_images = chosen.sum(dim=1) // size
         if not num_images.any():
-            return torch.empty(0, size, features, device=sequences.device), num_images
-        candidates = self.last(len(self.steps))[:, : chosen.shape[1]]
-        rows = [candidates[b][chosen[b]][: int(n) * size] for b, n in enumerate(num_images)]
-        return torch.cat(rows).reshape(-1, size, candidates.shape[-1]), num_images
+            return torch.empty(0, size, config.vision_feature_size, device=sequences.device), num_images
+        predictions = self.last(len(self.steps))[:, : chosen.shape[1]]  # (batch, generated, features)
+        rows = [predictions[b][chosen[b]][: int(n) * size] for b, n in enumerate(num_images)]
+        return torch.cat(rows).reshape(-1, size, predictions.shape[-1]), num_images
 
 
 class MetaMorphGenerationMixin(GenerationMixin):
-    """`generate` for models that write images. The class it is mixed into defines `config` and `model`."""
+    """`generate` for models that write images; the class it is mixed into defines `config` and `model`."""
 
     config: MetaMorphConfig
     model: Any
@@ -192,28 +155,25 @@ class MetaMorphGenerationMixin(GenerationMixin):
         return_dict_in_generate: bool | None = None,
         **kwargs: Any,
     ) -> MetaMorphGenerateOutput | Tensor:
-        """Generates text and images. What Transformers' `generate` takes works, or is refused by name.
+        """Generate text and images. Arguments of Transformers' `generate` work, or are refused by name.
 
-        A prompt that ends in `<image_start>` makes the model begin with an image. `max_new_tokens` counts visual
-        tokens like any other; an image that does not fit any more is not begun.
+        A prompt that ends in `<image_start>` makes the model begin with an image. `max_new_tokens` counts visual tokens
+        like any other; an image that would not fit is not begun.
 
         Args:
-            inputs: [batch, length] prompt ids, left padded (or pass them as `input_ids`).
+            inputs: [batch, length] prompt ids, left-padded (or pass them as `input_ids`).
             generation_config: defaults to the model's; single fields may be given as keyword arguments instead.
             pixel_values: [images, 3, height, width] images of the prompts in reading order.
-            visual_tokens: [images, N, D] the same, already encoded or generated (earlier turns of a chat).
-            visual_tokens_index: [images] which of all images `visual_tokens` are, if there are `pixel_values`, too.
+            visual_tokens: [images, N, D] images that are encoded or generated already (earlier turns of a chat).
+            visual_tokens_index: [images] their positions among all images, if there are `pixel_values` too.
             allow_images: False makes the answer text only.
-            return_dict_in_generate: False, here or in a generation configuration, returns `sequences` alone, as plain
-                `generate` does by default.
+            return_dict_in_generate: False, here or in a generation configuration, returns only [batch, length]
+                `sequences`, the default of Transformers' `generate`.
             **kwargs: `max_new_tokens`, `do_sample`, `temperature`, `streamer`, `attention_mask`, …
 
-        Returns:
-            [`MetaMorphGenerateOutput`], or [batch, length] ids.
-
         Raises:
-            ValueError: a mode is asked for that does not decode one row and one step at a time (beam search, assisted
-                decoding, …), the prompt's placeholders and images disagree, or it begins an image that does not fit.
+            ValueError: the mode does not decode one row and one step at a time (beam search, assisted decoding, …), the
+                prompt's placeholders and images disagree, or it begins an image that does not fit.
         """
         inputs = kwargs.pop("input_ids", inputs)
         if inputs is None:
@@ -223,39 +183,28 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 raise ValueError(_refusal(name))
         self._prepare_generation_config(generation_config, **kwargs)  # refuses before the images are encoded
         visual_tokens = self.model.encode_images(pixel_values, visual_tokens, visual_tokens_index)
-        configurations = (generation_config, self.generation_config)
         state = GeneratedVisualTokens(allow_images)
         output = super().generate(
             inputs, generation_config, visual_tokens=visual_tokens, generated_state=state, **kwargs
         )
-        asked = (return_dict_in_generate, *(each and each.return_dict_in_generate for each in configurations))
+        configs = (generation_config, self.generation_config)
+        asked = (return_dict_in_generate, *(config and config.return_dict_in_generate for config in configs))
         if next((value for value in asked if value is not None), True) is False:
             return output.sequences
-        config = self.config
-        images, num_images = state.images(
-            output.sequences,
-            inputs.shape[1],
-            placeholder=config.image_token_id,
-            size=config.num_image_tokens,
-            features=config.vision_feature_size,
-        )
+        images, num_images = state.images(output.sequences, inputs.shape[1], self.config)
         return MetaMorphGenerateOutput(**output, visual_tokens=images, num_images=num_images)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching joins rows of different requests, and knows ids only.
-
-        Raises:
-            ValueError: always.
-        """
+        """Refused: continuous batching joins rows of different requests, and knows only ids."""
         raise ValueError(_refusal("continuous batching (generate_batch)"))
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
-        """The final configuration, made of arguments, `generation_config` and the model's own: here it is checked."""
+        """Merge arguments, `generation_config` and the model's own, and check the result."""
         config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
         for name, harmless in UNSUPPORTED_FIELDS.items():
-            value = getattr(config, name, None)  # not every release of Transformers has every field
+            value = getattr(config, name, None)  # not in every release of Transformers
             if value is not None and value not in harmless:
                 raise ValueError(_refusal(f"{name}={value}"))
         if config.cache_implementation == "paged":
@@ -272,7 +221,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         model_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> LogitsProcessorList:
-        """Adds the grammar after the caller's processors. Transformers has settled the final length by then."""
+        """Add the grammar after the caller's processors; the final length is known here."""
         state = (model_kwargs or {}).get("generated_state")
         if state is not None:
             # A forced end of sequence takes the last place.
@@ -300,7 +249,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Adds the visual tokens that the current step needs to what Transformers prepares."""
+        """Add the visual tokens that the current step needs."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -319,33 +268,36 @@ class MetaMorphGenerationMixin(GenerationMixin):
         return inputs
 
     def _uncached_images(self, input_ids: Tensor, length: int, visual_tokens: Tensor, steps: int) -> Tensor:
-        """Drops the images that lie wholly in the cached prefix (a chat that goes on from an earlier cache)."""
+        """Drop the images in the cached prefix (a chat continued from an earlier cache)."""
         prefix = input_ids.shape[1] - length
         if prefix == 0:
             return visual_tokens
-        prompt = input_ids[:, : input_ids.shape[1] - steps]
-        is_placeholder = prompt.eq(self.config.image_token_id)
-        total = is_placeholder.sum(dim=1) // self.config.num_image_tokens
-        dropped = is_placeholder[:, :prefix].sum(dim=1) // self.config.num_image_tokens
-        rows = visual_tokens.split(total.tolist())
-        return torch.cat([row[int(n) :] for row, n in zip(rows, dropped, strict=True)])
+        rows = self._images_of_rows(input_ids[:, : input_ids.shape[1] - steps], visual_tokens)
+        dropped = self._num_images(input_ids[:, :prefix])
+        return torch.cat([row[n:] for row, n in zip(rows, dropped, strict=True)])
+
+    def _num_images(self, input_ids: Tensor) -> list[int]:
+        return (input_ids.eq(self.config.image_token_id).sum(dim=1) // self.config.num_image_tokens).tolist()
+
+    def _images_of_rows(self, input_ids: Tensor, visual_tokens: Tensor) -> tuple[Tensor, ...]:
+        return visual_tokens.split(self._num_images(input_ids))  # (images of the row, N, D) each
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> dict[str, Any]:
         state = model_kwargs.get("generated_state")
         if state is not None and outputs.visual_prediction is not None:
-            state.append(outputs.visual_prediction)
+            # Cloned: CUDA graphs write every step's prediction into the same memory.
+            state.steps.append(outputs.visual_prediction.clone())
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Repeats rows for `num_return_sequences`; images are repeated with their row, not one by one."""
+        """Repeat rows for `num_return_sequences`; images are repeated with their row, not one by one."""
         visual_tokens = model_kwargs.pop("visual_tokens", None)
         if visual_tokens is not None and input_ids is not None and expand_size > 1:
-            per_row = input_ids.eq(self.config.image_token_id).sum(dim=1) // self.config.num_image_tokens
-            rows = visual_tokens.split(per_row.tolist())
+            rows = self._images_of_rows(input_ids, visual_tokens)
             visual_tokens = torch.cat([row for row in rows for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **model_kwargs

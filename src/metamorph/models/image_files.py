@@ -1,8 +1,7 @@
-"""Image files of strangers: any mode, upright, first frame, and never larger than a limit."""
-
-from __future__ import annotations
+"""Reading image files from untrusted sources: any mode, upright, first frame, limited in size, or why not."""
 
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,37 +13,43 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from metamorph.flags.checks import printable
 from metamorph.models.image_processing import to_rgb
-from metamorph.models.unreadable import identify
 
 
 MAX_IMAGE_PIXELS = 89_478_485
-"""Largest picture in pixels (Pillow's own limit, 256 MiB as RGB): a small file may unpack to many gigabytes."""
+"""Most pixels of an image (Pillow's own limit, 256 MiB as RGB): a small file may unpack to many gigabytes."""
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"),
-    *(["AVIF"] if find_spec("PIL._avif") is not None else []),  # since Pillow 11.3, unless it is built without
+    *(["AVIF"] if find_spec("PIL._avif") is not None else []),  # since Pillow 11.3, unless built without
 )
-"""What is read. Pillow knows more, some of which it hands to other programs (EPS to Ghostscript): not for data from
-strangers."""
-_QUARTER_TURNS = (5, 6, 7, 8)
-"""Orientations of EXIF data that exchange width and height."""
+"""Formats that are read. Pillow knows more, but hands some of them to other programs (EPS to Ghostscript)."""
+_QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _DECODING_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    RuntimeError,  # of libavif
+    *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError),
+    *(struct.error, zlib.error, RuntimeError),  # the last one from libavif
 )
-"""What Pillow's many decoders raise for broken files."""
+"""Errors of Pillow's many decoders for broken files."""
+_START = 512  # bytes that identify a file
+_KINDS = (
+    (rb"\s*\Z", "it is empty", "download it again"),
+    (rb"version https://git-lfs", "it is a pointer of Git LFS, not the file itself", "run git lfs pull"),
+    (rb"(?i)\s*<(!doctype html|html)", "it is a web page", "download it again"),
+    (rb"(?is).*<svg[\s>]", "it is an SVG drawing, which has no pixels", "render it to PNG"),
+    (
+        rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)",
+        "it is a HEIC photograph, for which Pillow has no decoder",
+        "convert it to JPEG, with the package pillow-heif for example",
+    ),
+    (rb"....ftyp(?!avi[fs])|\x1aE\xdf\xa3|RIFF....AVI ", "it is a video", 'name it in the field "video"'),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "it is a JPEG XL image, for which Pillow has no decoder", "convert it to PNG"),
+    (rb"%PDF", "it is a PDF document", "render its pages to PNG"),
+    (rb"PK\x03\x04|\x1f\x8b", "it is a compressed archive", "unpack it"),
+)
+"""How files of a kind begin, what they are, and what to do about it."""
+_SAME_START = {"CUR": "TGA or CUR"}
 
 
 class MediaError(ValueError):
-    """A picture or video that cannot be used; `kind` is one of `metamorph.data.records.BAD_RECORD_KINDS`."""
+    """An image or video cannot be used; `kind` is one of `metamorph.data.records.BAD_RECORD_KINDS`."""
 
     def __init__(self, kind: str, detail: str) -> None:
         self.kind = kind
@@ -55,18 +60,11 @@ class MediaError(ValueError):
 def load_image(
     file: str | os.PathLike[str] | BinaryIO, *, name: str | None = None, max_pixels: int = MAX_IMAGE_PIXELS
 ) -> Image.Image:
-    """Read an image as upright RGB.
+    """Read an image from a path, or from an open binary file that stays open, as upright RGB.
 
-    Palettes, CMYK, grey and 16-bit values are converted, transparent pixels become white, the orientation of EXIF
-    data is applied, and of animations the first frame is taken.
-
-    Args:
-        file: Path, or an open binary file, which stays open.
-        name: What messages call the file; by default its path.
-        max_pixels: Largest number of pixels, checked before anything is unpacked.
-
-    Raises:
-        MediaError: If there is no such file, it is no image in one of `FORMATS`, or it has more than `max_pixels`.
+    Palettes, CMYK, grey and 16-bit values are converted, transparent pixels become white, the EXIF orientation is
+    applied, and only the first frame of an animation is read. More than `max_pixels` are refused before anything is
+    unpacked, by a [`MediaError`] that calls the file `name`.
     """
     with _opened(file, name, max_pixels) as image:
         image.load()
@@ -76,18 +74,10 @@ def load_image(
 
 
 def read_size(file: str | os.PathLike[str] | BinaryIO, *, name: str | None = None) -> tuple[int, int]:
-    """Width and height of an image when it is upright; only its header is read.
-
-    Args:
-        file: As for [`load_image`].
-        name: As for [`load_image`].
-
-    Raises:
-        MediaError: As [`load_image`].
-    """
+    """Width and height of an upright image, from its header; arguments and errors as for [`load_image`]."""
     with _opened(file, name, MAX_IMAGE_PIXELS) as image:
         turned = False
-        if image.format != "TIFF":  # whose size is that of the upright image already
+        if image.format != "TIFF":  # Pillow reports the upright size of TIFF files already
             with suppress(*_DECODING_ERRORS):
                 turned = image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
         return (image.height, image.width) if turned else image.size
@@ -95,7 +85,7 @@ def read_size(file: str | os.PathLike[str] | BinaryIO, *, name: str | None = Non
 
 @contextmanager
 def _opened(file: str | os.PathLike[str] | BinaryIO, name: str | None, max_pixels: int) -> Iterator[Image.Image]:
-    """An image whose header is read; whatever is wrong with it becomes a [`MediaError`]."""
+    """An image whose header is read. Whatever is wrong with it becomes a [`MediaError`]."""
     name = str(file) if name is None else name
     if isinstance(file, (str, os.PathLike)):
         check_regular(file, "unreadable_image", f"{name} cannot be read as an image")
@@ -116,21 +106,38 @@ def _opened(file: str | os.PathLike[str] | BinaryIO, name: str | None, max_pixel
             "image_too_large", f"{name} has more pixels than Pillow allows ({error}); resize it"
         ) from error
     except _DECODING_ERRORS as error:
-        # Pillow names the object that it reads from, which for an open file says nothing to a user.
-        reason, mend = identify(file, FORMATS) if isinstance(error, UnidentifiedImageError) else (error, "replace it")
-        raise MediaError("unreadable_image", f"{name} cannot be read as an image ({reason}); {mend}") from error
+        # Pillow's message names the file object, which says nothing to a user.
+        reason, advice = _identify(file) if isinstance(error, UnidentifiedImageError) else (error, "replace it")
+        raise MediaError("unreadable_image", f"{name} cannot be read as an image ({reason}); {advice}") from error
 
 
 def check_regular(path: str | os.PathLike[str], kind: str, problem: str) -> None:
-    """Refuse folders, pipes and devices before they are opened, which may wait for ever.
-
-    Args:
-        path: Path of a file; it need not exist.
-        kind: Kind of the error.
-        problem: Begin of its message.
-
-    Raises:
-        MediaError: If there is something else than a file.
-    """
+    """Refuse folders, pipes and devices, which may block forever, by a [`MediaError`] that begins with `problem`."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise MediaError(kind, f"{problem} (it is not a regular file); replace it")
+
+
+def _identify(file: str | os.PathLike[str] | BinaryIO) -> tuple[str, str]:
+    """Tell from the first bytes of a file why it cannot be read as an image, and how to fix that."""
+    if isinstance(file, (str, os.PathLike)):
+        with open(file, "rb") as opened:
+            start = opened.read(_START)
+    else:
+        file.seek(0)
+        start = file.read(_START)
+    for begin, reason, advice in _KINDS:
+        if re.match(begin, start, re.DOTALL):
+            return reason, advice
+    if start[4:12] in (b"ftypavif", b"ftypavis") and "AVIF" not in FORMATS:
+        return "this Pillow is built without AVIF", "install Pillow 11.3 or later, or convert it to PNG"
+    Image.init()
+    # A format's test reads only these bytes; formats are never opened to identify a file.
+    for name, (_, accepts) in Image.OPEN.items():
+        is_of_format = False
+        with suppress(IndexError, TypeError, ValueError, struct.error):  # of a start that is too short
+            is_of_format = accepts is not None and accepts(start) is True
+        if is_of_format:
+            if name in FORMATS:
+                return f"its {name} header is damaged", "replace it"
+            return f"the format {_SAME_START.get(name, name)} is not supported", "save it as PNG or JPEG"
+    return "its content is not an image", "replace it"

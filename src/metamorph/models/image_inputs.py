@@ -1,6 +1,4 @@
-"""Images as people give them to a processor: objects, files, bytes, base64, arrays, tensors, URLs if allowed."""
-
-from __future__ import annotations
+"""Images as users pass them to a processor: objects, files, bytes, base64, arrays, tensors, URLs if allowed."""
 
 import base64
 import binascii
@@ -17,30 +15,24 @@ from transformers.image_utils import infer_channel_dimension_format
 from metamorph.models import image_files
 
 
-_MAX_BYTES = 2**28
-"""Longest file that is fetched from an address."""
-_TIMEOUT = 30
-"""Seconds to wait for an address."""
-_SHOWN = 60
-"""Characters of a string that messages show."""
+_MAX_BYTES = 2**28  # largest file fetched from a URL
+_TIMEOUT = 30  # seconds to wait for a URL
+_SHOWN = 60  # characters of a string shown in messages
 
 
 def load_image(image: Any, *, allow_urls: bool = False, input_data_format: str | None = None) -> Image.Image:
-    """Open an image, upright as its EXIF data say. Files are read as training reads them: RGB.
+    """Open an image, upright according to its EXIF data. Files are read as in training: RGB.
 
     Args:
         image: A Pillow image; a path; the bytes of a file, or the same in base64, also as a `data:` URL; an http(s)
             address; an array or tensor `[height, width, channels]`, `[channels, height, width]` or `[height, width]`,
             of 8-bit values or of floats from 0 to 1.
-        allow_urls: Whether addresses are fetched. A message from a stranger could name one on your network.
-        input_data_format: `channels_first` or `channels_last`, for arrays that do not tell.
-
-    Raises:
-        ValueError: If it is none of these, or cannot be read.
+        allow_urls: Whether addresses are fetched. An untrusted message could name one in your network.
+        input_data_format: `channels_first` or `channels_last`, for ambiguous arrays.
     """
     if isinstance(image, Image.Image):
         is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        return image if is_upright else ImageOps.exif_transpose(image)  # which always copies
+        return image if is_upright else ImageOps.exif_transpose(image)  # copies even upright images
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return _from_array(image, input_data_format)
     source: Any
@@ -60,7 +52,7 @@ def load_image(image: Any, *, allow_urls: bool = False, input_data_format: str |
 
 
 def _source_of(text: str, allow_urls: bool) -> str | io.BytesIO:
-    """The file or its content that a string means."""
+    """The path, or the content of the file, that a string stands for."""
     if text.startswith(("http://", "https://")):
         if not allow_urls:
             raise ValueError(
@@ -102,7 +94,7 @@ def _from_array(array: np.ndarray | torch.Tensor, input_data_format: str | None)
         array = np.moveaxis(array, 0, -1)
     is_float = array.dtype.kind == "f"
     largest = 1 if is_float else 255
-    if not ((array >= 0) & (array <= largest)).all():  # NaN fails, too
+    if not ((array >= 0) & (array <= largest)).all():  # NaN fails too
         raise ValueError(f"{kind} must have values from 0 to {largest}; is the image normalised already?")
     values = np.rint(array.astype(np.float32) * 255) if is_float else array
     return Image.fromarray(values.astype(np.uint8).squeeze(-1) if array.shape[-1] == 1 else values.astype(np.uint8))

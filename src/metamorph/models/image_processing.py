@@ -1,6 +1,4 @@
-"""From a picture of any mode and shape to the exact square that the vision tower expects."""
-
-from __future__ import annotations
+"""Images of any mode and shape to the exact square that the vision tower expects."""
 
 import copy
 import math
@@ -12,45 +10,32 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor
 
-# Not from the package root: there, without torchvision, older releases of our range show a dummy that asks for it, and
-# newer ones warn that they fall back to these.
+# Not from the package root: without torchvision, older releases have a dummy there, and newer ones warn
+# that they fall back to these.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from metamorph.models.configuration_metamorph import MAX_IMAGE_SIDE
 
 
-_BAND_PIXELS = 2**20
-"""Pixels that are converted at a time."""
-_MAX_SIDE = 2**16
-"""Longer images are shrunk before they are resized: Pillow's weights take 32 bytes for each pixel of a side."""
-_MAX_SQUARE = 2**13
-"""The same before borders make them square: the time for borders grows with the square of the side."""
+_BAND_PIXELS = 2**20  # pixels that are converted at a time
+_MAX_SIDE = 2**16  # longer images are shrunk before resizing: Pillow's weights take 32 bytes for each pixel of a side
+_MAX_SQUARE = 2**13  # the same before padding to a square: its time grows with the square of the side
 
 
 def load_image_processor(name_or_path: str) -> BaseImageProcessor:
-    """Load the image processor of a vision model with the Pillow backend, so that torchvision changes no pixel.
-
-    Args:
-        name_or_path: A folder with a `preprocessor_config.json`, or an id on the Hub.
-    """
+    """Load the image processor of a vision model with the Pillow backend, so torchvision changes no pixel."""
     return AutoImageProcessor.from_pretrained(name_or_path, backend="pil", trust_remote_code=False)
 
 
 def square_image_processor(image_processor: BaseImageProcessor, image_size: int | None = None) -> BaseImageProcessor:
-    """Return a copy of `image_processor` that turns every image into a square, without cutting anything off.
+    """Copy a SigLIP, SigLIP 2, CLIP or DINOv2 (BiT) image processor to one that makes squares without cropping.
 
-    CLIP and DINOv2 resize the shorter side and then crop the centre: what is outside would be lost.
-
-    Args:
-        image_processor: A SigLIP, SigLIP 2, CLIP or DINOv2 (BiT) image processor.
-        image_size: Side of the square in pixels; by default the processor's own size.
-
-    Raises:
-        ValueError: If the size is neither given nor square in `image_processor`, or larger than `MAX_IMAGE_SIDE`.
+    CLIP and DINOv2 resize the shorter side and then crop the centre: the rest of the image would be lost. `image_size`
+    is the side in pixels, by default the processor's own.
     """
     result = copy.deepcopy(image_processor)
-    if hasattr(result, "max_num_patches"):  # SigLIP 2 NaFlex: makes patches; the tower wants pixels
+    if hasattr(result, "max_num_patches"):  # SigLIP 2 NaFlex makes patches; the tower expects pixels
         image_size = image_size or round(result.max_num_patches**0.5) * result.patch_size
         result = SiglipImageProcessorPil(
             resample=result.resample, image_mean=result.image_mean, image_std=result.image_std
@@ -80,7 +65,7 @@ def _own_size(image_processor: BaseImageProcessor) -> int:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB: 16-bit values are scaled, transparent pixels become white.
 
-    What is computed on the way takes several times the memory of the image, so it is computed for some rows at a time.
+    Intermediate results take several times the memory of the image, so it is converted in bands of rows.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -98,12 +83,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _bands(image: Image.Image, row_pixels: int | None = None) -> Iterator[tuple[int, Image.Image]]:
-    """An image cut into bands of some rows, each with the number of its first row.
-
-    Args:
-        image: The image.
-        row_pixels: Pixels that a row will take; by default its own.
-    """
+    """Cut an image into bands of rows of `row_pixels` (by default its width), each with the number of its first row."""
     rows = max(_BAND_PIXELS // max(row_pixels or image.width, 1), 1)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -115,7 +95,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _grey_to_rgb(image: Image.Image, largest: float) -> Image.Image:
-    """Scale grey values to 0..255; where the mode does not tell their range, the largest value of the image does."""
+    """Scale grey values to 0..255; if the mode does not define their range, the largest value decides."""
     values = _finite(image)
     if image.mode.startswith("I;16") or largest > 255:
         values = values / 257
@@ -129,10 +109,10 @@ def _finite(image: Image.Image) -> np.ndarray:
 
 
 def pixel_table(image_processor: BaseImageProcessor) -> np.ndarray:
-    """What rescaling and normalising make of each 8-bit value: float32 `[3, 256]`.
+    """Rescaled and normalised value of each 8-bit value: float32 `[3, 256]`.
 
-    Looking values up is several times faster than computing them for every pixel, gives the same bits as the Pillow
-    backend of the image processors, and does not depend on the backend that is installed.
+    Looking values up is several times faster than computing them for every pixel, and gives the same bits as the Pillow
+    backend of the image processors, whichever backend is installed.
     """
     values = np.arange(256, dtype=np.float64)
     if image_processor.do_rescale:
@@ -153,28 +133,25 @@ def preprocess_images(
     aspect_ratio: str = "square",
     table: np.ndarray | None = None,
 ) -> torch.Tensor:
-    """Turn images into the pixel values of the vision tower.
+    """Turn images of any mode and size into pixel values of the vision tower: float32 `[images, 3, height, width]`.
 
     Args:
-        images: At least one image, of any mode and size.
+        images: At least one image.
         image_processor: Result of [`square_image_processor`].
         aspect_ratio: `square` stretches the image; `pad` first adds borders of the mean colour.
-        table: Result of [`pixel_table`], for callers that keep it.
-
-    Returns:
-        float32 `[images, 3, height, width]`, rescaled and normalised.
+        table: Result of [`pixel_table`], for callers that cache it.
     """
     table = pixel_table(image_processor) if table is None else table
     width, height = image_processor.size["width"], image_processor.size["height"]
     pixel_values = np.empty((len(images), 3, height, width), dtype=np.float32)
     for image, target in zip(images, pixel_values, strict=True):
         image = to_rgb(image)
-        # Resized here: the backends of the image processors differ by more than rounding.
+        # Not by the image processor, whose backends differ by more than rounding.
         if aspect_ratio == "pad":
             image = _resized_with_borders(image, (width, height), image_processor.image_mean, image_processor.resample)
         else:
             image = _shrunk(image, _MAX_SIDE).resize((width, height), resample=image_processor.resample)
-        square = np.asarray(image)
+        square = np.asarray(image)  # (height, width, 3)
         for channel in range(3):
             np.take(table[channel], square[..., channel], out=target[channel])
     return torch.from_numpy(pixel_values)
@@ -183,10 +160,10 @@ def preprocess_images(
 def _resized_with_borders(
     image: Image.Image, size: tuple[int, int], mean: Sequence[float], resample: int
 ) -> Image.Image:
-    """What resizing gives if borders of the mean colour first make the image a square, without that square in memory.
+    """Resize an image padded to a square with the mean colour, without that square in memory.
 
-    It could be tens of thousands of pixels wide. Pillow resizes rows first and columns then, so the square is made
-    and resized for some rows at a time, and its rows without image are known.
+    It could be tens of thousands of pixels wide. Pillow resizes rows first and then columns, so bands of rows are
+    padded and resized one by one, and the result for rows of border is known.
     """
     colour = tuple(round(255 * value) for value in mean)
     image = _shrunk(image, _MAX_SQUARE)
@@ -201,6 +178,6 @@ def _resized_with_borders(
 
 
 def _shrunk(image: Image.Image, max_side: int) -> Image.Image:
-    """The image if no side is longer than that, else every so many pixels of it averaged."""
+    """The image, reduced by an integer factor if a side is longer than `max_side`."""
     factor = math.ceil(max(image.size) / max_side)
     return image.reduce(factor) if factor > 1 else image

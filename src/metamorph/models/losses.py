@@ -1,9 +1,9 @@
-"""The two losses of VPiT, each as a sum and a count, so that the caller decides over what they are averaged.
+"""The two losses of VPiT, each as a sum and a count: the caller decides what to average over.
 
-Both take only the positions that are supervised: the model gathers hidden states first, because logits of all
-positions (batch · sequence · vocabulary in float32) are the largest tensor of a training step and mostly unused.
-An empty set of positions gives a sum of exactly 0 that still reaches the head's parameters, so that data-parallel
-ranks without any such position stay aligned with the others.
+Both take supervised positions only. The model gathers their hidden states first, because the logits of all positions
+(batch · sequence · vocabulary in float32) are the largest tensor of a training step and mostly unused. An empty set of
+positions gives a sum of exactly 0 that still reaches the head's parameters, so data-parallel ranks without such
+positions stay in step with the others.
 """
 
 from dataclasses import dataclass
@@ -19,43 +19,32 @@ SOFTMAX_TEMPERATURE = 0.07
 
 @dataclass(frozen=True)
 class LossSum:
-    """A loss that is not yet averaged."""
+    """A loss before averaging."""
 
     sum: Tensor
-    """0-d float32 tensor."""
+    """0-d, float32."""
     count: Tensor
-    """0-d integer tensor: the number of summed positions."""
+    """0-d, integer: the number of summed positions."""
 
     @classmethod
     def of(cls, total: Tensor, positions: Tensor) -> "LossSum":
-        """A sum over `positions` [positions, ...]."""
-        # Filled on the device: a number copied there would make the host wait.
+        """Count the positions that `total` sums over: the first dimension of `positions`."""
+        # Filled on the device: copying a number there would make the host wait.
         return cls(total, torch.full((), positions.shape[0], device=positions.device))
 
 
 def text_loss(logits: Tensor, labels: Tensor) -> LossSum:
-    """Cross-entropy of next-token prediction.
-
-    Args:
-        logits: [positions, vocabulary], already shifted: row i predicts `labels[i]`.
-        labels: [positions], every one a token id.
-    """
+    """Cross-entropy of [positions, vocabulary] logits, already shifted: row i predicts `labels[i]`."""
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
     return LossSum.of(total, labels)
 
 
 def visual_loss(predictions: Tensor, targets: Tensor, *, normalize: bool, apply_softmax: bool) -> LossSum:
-    """Distance between predicted and true visual tokens.
+    """Distance between [positions, D] outputs of the vision head and visual tokens, into which no gradient flows.
 
-    With `apply_softmax`: cross-entropy between the target, which is a distribution over features, and
-    softmax(prediction / τ), τ = 0.07. Otherwise with `normalize`: 1 − cosine, the loss of the paper (arXiv 2412.14164)
-    shifted so that 0 is perfect. Otherwise: the mean absolute error over the features.
-
-    Args:
-        predictions: [positions, D] output of the vision head, not normalised.
-        targets: [positions, D] visual tokens; no gradient flows into them.
-        normalize: divide predictions by their L2 norm first (`normalize_vision`).
-        apply_softmax: whether visual tokens are distributions in this model.
+    With `apply_softmax`: cross-entropy between the target, a distribution over features, and softmax(prediction / τ),
+    τ = 0.07. Otherwise with `normalize`: 1 − cosine, the loss of the paper (arXiv 2412.14164) shifted so that 0 is
+    perfect. Otherwise: the mean absolute error over the features.
     """
     predictions, targets = predictions.float(), targets.detach().float()
     if normalize:
@@ -70,30 +59,23 @@ def visual_loss(predictions: Tensor, targets: Tensor, *, normalize: bool, apply_
 
 
 def cosine_sum(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Sum over positions of cos(prediction, target), a 0-d tensor without gradient, for the log."""
+    """Sum over positions of cos(prediction, target), 0-d, without gradient."""
     return F.cosine_similarity(predictions.detach().float(), targets.detach().float(), dim=-1).sum()
 
 
 def direction_sums(targets: Tensor, places: Tensor, num_places: int) -> Tensor:
-    """Sum over positions of target / |target| for each place in the image, without gradient.
+    """Sum of target / |target| at each position in the image, [N, D] float32, without gradient.
 
-    The constant that comes closest to the targets of a place by their mean cosine has the direction of this sum s, and
-    its mean cosine is |s| / (number of targets). So these sums are all that the baseline of a cosine needs.
-
-    Args:
-        targets: [positions, D] visual tokens.
-        places: int64 [positions], which of the visual tokens of its image each one is.
-        num_places: Visual tokens of one image.
-
-    Returns:
-        float32 [num_places, D].
+    The best constant prediction for a position, by mean cosine, has the direction of its sum s and a mean cosine of |s|
+    / (number of targets). These sums are all that the constant baseline of the cosine needs. `targets` are [targets,
+    D], and `places` their positions in their images.
     """
     directions = F.normalize(targets.detach().float(), dim=-1)
     return directions.new_zeros(num_places, directions.shape[-1]).index_add_(0, places, directions)
 
 
 def average(loss: LossSum, normalizer: Tensor | float | None) -> Tensor:
-    """Divides a sum by `normalizer`, or by its own count; an empty sum divided by a count of 0 stays exactly 0.
+    """Divide a sum by `normalizer`, or by its own count. An empty sum divided by 0 stays exactly 0.
 
     A normalizer may lie between 0 and 1: data parallelism divides the count of the step by the number of ranks.
     """
@@ -102,18 +84,10 @@ def average(loss: LossSum, normalizer: Tensor | float | None) -> Tensor:
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """What sums over many batches are kept in: float64, except on Apple's GPUs, which do not have it.
-
-    Args:
-        device: Where they are kept.
-    """
+    """Dtype of sums over many batches: float64, which Apple's GPUs lack."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def constant_cosine_sum(direction_sums: Tensor) -> Tensor:
-    """Summed cosine of the best constant prediction for each place in the image, a 0-d tensor.
-
-    Args:
-        direction_sums: [N, D] of all visual targets, see `direction_sums`.
-    """
+    """Summed cosine of the best constant prediction, 0-d, from [N, D] `direction_sums` of all targets."""
     return direction_sums.norm(dim=-1).sum()

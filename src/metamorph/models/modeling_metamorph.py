@@ -1,4 +1,4 @@
-"""The composite model: the backbone reads images and text, two heads predict both, and the losses are theirs.
+"""The composite model: the backbone reads images and text, two heads predict both, and their losses are summed.
 
 Shape legend: B batch, S sequence, H hidden size of the language model, V vocabulary, I images in the batch,
 N visual tokens per image, D features of one visual token.
@@ -25,7 +25,7 @@ from transformers.utils import can_return_tuple
 
 from metamorph.models.sequence.image_tokens import add_image_tokens
 
-from .adapters import LoadsAdapterFolders
+from .adapters import find_adapter_folder, load_adapter_folder
 from .backbone import MetaMorphModel, MetaMorphPreTrainedModel
 from .batch_indices import BatchIndices, index_batch
 from .configuration_metamorph import MetaMorphConfig
@@ -47,7 +47,7 @@ from .text_head import TextHead, TextLossOptions
 from .vision_tower import VisionTower, finish_visual_tokens
 
 
-class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrainedModel, MetaMorphGenerationMixin):
+class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGenerationMixin):
     """A language model that reads and writes images as visual tokens (VPiT, arXiv 2412.14164).
 
     Parts: `model.vision_tower`, `model.mm_projector` (connector), `model.language_model` (decoder), `lm_head` and
@@ -55,7 +55,7 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
     """
 
     text_loss_options = TextLossOptions()
-    """How the text loss is computed. Not part of the configuration: every way gives the same."""
+    """How the text loss is computed. Not part of the configuration: the result is the same."""
     accepts_loss_kwargs = True
     """Tells `transformers.Trainer` that `forward` takes `num_items_in_batch`."""
 
@@ -69,6 +69,18 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         self.post_init()
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a model as in Transformers, or an adapter folder: its base with the adapter merged into it.
+
+        For adapter folders also takes `dequantize`, see [`load_adapter_folder`], and `base`, an `AdapterBase` to use
+        instead of the one that the folder names, if that has moved.
+        """
+        folder = find_adapter_folder(pretrained_model_name_or_path, kwargs)
+        if folder is not None:
+            return load_adapter_folder(cls, folder, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
     def from_parts(
         cls,
         language_model: PreTrainedModel,
@@ -76,20 +88,20 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         tokenizer: PreTrainedTokenizerBase,
         **config_overrides: Any,
     ) -> "MetaMorphForConditionalGeneration":
-        """Composes a model from a pretrained language model and a pretrained vision encoder.
+        """Compose a model from a pretrained language model and a pretrained vision encoder.
 
-        The image tokens are added to `tokenizer` (in place) if it lacks them; their embedding rows start at the mean
-        of the existing rows. Connector and vision head get PyTorch's default initialisation. The parts are used, not
-        copied: `language_model` and `vision_encoder` must not be used on their own afterwards.
+        The image tokens are added to `tokenizer` (in place) if it lacks them; their embedding rows start at the mean of
+        the existing rows. Connector and vision head get PyTorch's default initialisation. The parts are not copied: do
+        not use `language_model` and `vision_encoder` on their own afterwards.
 
         Args:
-            language_model: a decoder of `AutoModelForCausalLM`, of a family that the composite computes as it does.
+            language_model: a decoder of `AutoModelForCausalLM` whose family is supported.
             vision_encoder: a loaded vision model, see [`load_vision_encoder`].
             tokenizer: the language model's tokenizer.
-            **config_overrides: fields of [`MetaMorphConfig`], for example `num_image_tokens=64`.
+            **config_overrides: fields of [`MetaMorphConfig`], such as `num_image_tokens=64`.
 
         Raises:
-            ValueError: the language model is of another family, see [`check_language_model`].
+            ValueError: the family is not supported, see [`check_language_model`].
         """
         verdict = cls.check_language_model(language_model.config)
         config = MetaMorphConfig(
@@ -111,19 +123,12 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
 
     @classmethod
     def check_language_model(cls, config: PreTrainedConfig) -> Verdict:
-        """Try whether language models of a family are computed as `AutoModelForCausalLM` does, without their weights.
-
-        Args:
-            config: configuration of a language model.
-
-        Raises:
-            ValueError: if they are not; the message says what differs.
-        """
+        """Check, without weights, that a composite computes what the family does; a `ValueError` says what differs."""
         return check_language_model(config, cls._compose_for_a_check)
 
     @classmethod
     def _compose_for_a_check(cls, language_model: PreTrainedModel) -> "MetaMorphForConditionalGeneration":
-        """A composite with the smallest of towers, the last token as placeholder."""
+        """A composite with a minimal tower; the last token is the placeholder."""
         vision = SiglipVisionConfig(
             hidden_size=2, intermediate_size=2, num_hidden_layers=1, num_attention_heads=1, image_size=2, patch_size=2
         )
@@ -137,15 +142,14 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
     def _join(
         cls, config: MetaMorphConfig, vision_encoder: PreTrainedModel, language_model: PreTrainedModel
     ) -> "MetaMorphForConditionalGeneration":
-        """The composite of two parts; `config` knows the image tokens, and the tables have rows for them."""
+        """Compose two parts; `config` has the ids of the image tokens, and the tables have their rows."""
         config.text_config = language_model.config
         head = language_model.get_output_embeddings()
         config.lm_head_bias = head.bias is not None
-        with torch.device("meta"):  # a frame whose parts are all replaced below
+        with torch.device("meta"):  # all parts are replaced below
             model = cls(config)
         dtype, device = language_model.dtype, language_model.device
-        # The part that `AutoModel` builds, too, when the finished model is loaded.
-        kind = type(model.get_decoder())
+        kind = type(model.get_decoder())  # what `AutoModel` builds when the finished model is loaded
         decoder = next((part for part in language_model.modules() if type(part) is kind), None)
         if decoder is None:
             raise ValueError(f"{type(language_model).__name__} has no part of the type {kind.__name__}")
@@ -159,32 +163,16 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         model.generation_config = language_model.generation_config
         return model
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The language model's embedding table."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the language model's embedding table."""
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The language model's head."""
-        return self.lm_head
-
     def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replaces the language model's head."""
+        """Replace the head of the language model."""
         self.lm_head = TextHead.from_linear(value)
 
-    def get_decoder(self) -> PreTrainedModel:
-        """The language model without its head."""
-        return self.model.language_model
-
     def get_visual_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Encodes images once, to be passed as `visual_tokens` later: [I, 3, H, W] -> [I, N, D]."""
+        """Encode images once, to be passed as `visual_tokens` later: [I, 3, H, W] -> [I, N, D]."""
         return self.model.vision_tower(pixel_values)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Images as the language model sees them, see [`MetaMorphModel.get_image_features`]."""
+        """See [`MetaMorphModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
     @can_return_tuple
@@ -215,36 +203,35 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
             input_ids: [B, S] with `N` placeholders for each image.
             attention_mask: [B, S], 0 where padded. None in packed rows.
             position_ids: [B, S]. In packed rows they restart at each sample: without an attention mask and a cache,
-                Transformers then keeps the samples apart (`metamorph.data.batching.collation.PackedCollator`).
+                Transformers keeps the samples apart (`metamorph.data.batching.collation.PackedCollator`).
             pixel_values: [I, 3, height, width] the images of the batch in reading order. None in a text-only batch.
-            visual_tokens: [I, N, D] images that are encoded already or generated, instead of `pixel_values`.
-            visual_tokens_index: [I] which of all images `visual_tokens` are, if there are `pixel_values`, too.
+            visual_tokens: [I, N, D] encoded or generated images, instead of `pixel_values`.
+            visual_tokens_index: their positions among all images, if there are `pixel_values` too.
             labels: [B, S], not shifted: `labels[b, s]` is `input_ids[b, s]` where supervised, else -100.
-            visual_target_mask: [B, S] bool, the placeholders of images the model shall learn to generate.
-            past_key_values: key/value cache.
+            visual_target_mask: [B, S] bool, the placeholders of images that the model learns to generate.
             inputs_embeds: [B, S, H] instead of `input_ids`, for text without images.
-            use_cache: defaults to False with `labels`, and with `position_ids` but no mask and no cache, because
-                packed rows leak into each other if there is a cache; else to the config's.
-            logits_to_keep: logits are computed for the last so many positions (0: all). None means all without
-                `labels`, and no logits at all with them.
-            loss_normalizers: what the summed text and visual losses, and in the third place the auxiliary loss of each
-                token, are divided by, instead of this batch's own counts. `MetaMorphTrainer` passes the counts of the
-                whole optimizer step.
-            num_items_in_batch: supervised text tokens of the whole optimizer step, which plain `transformers.Trainer`
-                passes. The summed text loss is divided by it. The mean visual loss of this batch is weighted by the
-                batch's share of these tokens, because the step's number of visual targets is not known. Without
-                effect beside `loss_normalizers`.
-            generated_visual_tokens: [B, G, D], set by `generate`: visual tokens for placeholders among the last G
+            use_cache: defaults to False with `labels`, and with `position_ids` but no mask and no cache, because a
+                cache would let packed samples see each other; otherwise to the config's.
+            logits_to_keep: compute logits for this many last positions (0: all). None means all without `labels`, and
+                no logits with them.
+            loss_normalizers: divisors of the summed text loss, the summed visual loss, and optionally the auxiliary
+                loss summed over tokens, instead of this batch's own counts. `MetaMorphTrainer` passes the counts of the
+                optimizer step.
+            num_items_in_batch: supervised text tokens of the optimizer step, passed by plain `transformers.Trainer`.
+                The summed text loss is divided by it. The number of visual targets of the step is not known, so the
+                mean visual loss of this batch is weighted by the batch's share of these tokens. Ignored with
+                `loss_normalizers`.
+            generated_visual_tokens: [B, G, D], from `generate`: visual tokens for placeholders among the last G
                 positions.
-            predict_visual_token: set by `generate`: also return `visual_prediction`.
-            indices: where images and targets are, as our collators look them up. Without, the model does so itself,
-                and a GPU has to wait for the answer.
+            predict_visual_token: from `generate`: also return `visual_prediction`.
+            indices: where images and targets are, from our collators. Without it the model searches itself, and a GPU
+                waits for the result.
             **kwargs: passed to the language model. `return_dict=False` returns a tuple.
 
         Raises:
             ValueError: placeholders, images and target mask disagree, or arguments exclude each other.
         """
-        kwargs.pop("mm_token_type_ids", None)  # says what `input_ids` say
+        kwargs.pop("mm_token_type_ids", None)  # follows from `input_ids`
         may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
         if use_cache is None and (labels is not None or may_be_packed):
             use_cache = False
@@ -271,40 +258,41 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         result = MetaMorphOutput(
             past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-        hidden = outputs.last_hidden_state
+        hidden = outputs.last_hidden_state  # (batch, seq, hidden)
         if labels is not None and indices is not None:
             if loss_normalizers is None and num_items_in_batch is not None:
                 texts, targets = (max(indices[name].shape[0], 1) for name in ("text", "visual"))
                 loss_normalizers = (num_items_in_batch, num_items_in_batch * targets / texts)
-            self._add_losses(result, hidden, indices, outputs.visual_tokens, loss_normalizers)
+            normalizers = (*(loss_normalizers or ()), None, None, None)
+            self._add_losses(result, hidden.flatten(0, 1), indices, outputs.visual_tokens, normalizers)
             if balances:
-                self._add_router_loss(result, outputs.router_logits, indices, attention_mask, loss_normalizers)
+                self._add_router_loss(result, outputs.router_logits, indices, attention_mask, normalizers[2])
         if labels is None or logits_to_keep is not None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             result.logits = self.compute_logits(hidden if keep is None else hidden[:, keep])
         if predict_visual_token:
-            result.visual_prediction = self._finish(self.vision_head(hidden[:, -1:]))
-        return MetaMorphOutput(**result)  # in the order of its fields, which is that of a tuple
+            result.visual_prediction = self._finish_visual_tokens(self.vision_head(hidden[:, -1:]))
+        return MetaMorphOutput(**result)  # in the order of the fields, for `return_dict=False`
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """[..., H] -> [..., V], including the logit scaling of families that have one (Gemma, Cohere, Granite)."""
+        """[..., H] -> [..., V], with the logit scaling and capping of the family (Gemma, Cohere, Granite)."""
         return self._finish_logits(self.lm_head(hidden_states), hidden_states)
 
     def _finish_logits(self, logits: Tensor, hidden_states: Tensor) -> Tensor:
-        """What the family of the language model, or stage 1, makes of the logits of `lm_head`."""
+        """Apply to the logits of `lm_head` what stage 1 and the family of the language model need."""
         if (embedding := self._tied_new_rows) is not None:
             logits = embedding.replace_logits(logits, hidden_states, getattr(self.lm_head, "bias", None))
         return finish_logits(self.config.text_config, logits)
 
     @property
     def _tied_new_rows(self) -> NewTokenEmbedding | None:
-        """The embeddings of new tokens in training, if the head is tied to them."""
+        """The embeddings with trainable new rows, if the head is tied to them."""
         embedding = self.get_input_embeddings()
         return embedding if isinstance(embedding, NewTokenEmbedding) and self.config.tie_word_embeddings else None
 
     def _text_loss(self, hidden: Tensor, labels: Tensor) -> LossSum:
-        """Loss of [positions, H] hidden states, each of which predicts one of `labels` [positions]."""
-        if not isinstance(self.lm_head, TextHead):  # replaced, by an adapter or a quantised layer
+        """Loss of [positions, H] hidden states that predict `labels` [positions]."""
+        if not isinstance(self.lm_head, TextHead):  # an adapter or a quantised layer
             return text_loss(self.compute_logits(hidden), labels)
         embedding = self._tied_new_rows
         finishes = embedding is not None or finishes_logits(self.config.text_config)
@@ -317,12 +305,11 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         hidden: Tensor,
         indices: BatchIndices,
         visual_tokens: Tensor | None,
-        normalizers: tuple[Tensor | float, ...] | None,
+        normalizers: tuple[Tensor | float | None, ...],
     ) -> None:
-        text_normalizer, visual_normalizer = normalizers[:2] if normalizers is not None else (None, None)
-        hidden = hidden.flatten(0, 1)
+        """Add the losses of `hidden` [B · S, H] and what is logged about them."""
         text = self._text_loss(hidden.index_select(0, indices["text"]), indices["text_labels"])
-        result.text_loss, result.num_text_tokens = average(text, text_normalizer), text.count
+        result.text_loss, result.num_text_tokens = average(text, normalizers[0]), text.count
         result.loss = result.text_loss
         start = self.config.image_start_token_id
         if "image_starts" in indices and start is not None:
@@ -330,23 +317,23 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
             result.num_image_starts = logits.argmax(dim=-1).eq(start).sum()
         if not self.config.use_vision_ar:
             return
-        predictions = self.vision_head(hidden.index_select(0, indices["visual"]))
+        predictions = self.vision_head(hidden.index_select(0, indices["visual"]))  # (targets, features)
         if visual_tokens is None:
-            targets = hidden.new_zeros(0, self.config.vision_feature_size)
-        else:
-            targets = visual_tokens.flatten(0, 1).index_select(0, indices["visual_targets"]).detach()
+            visual_tokens = hidden.new_zeros(0, 1, self.config.vision_feature_size)
+        targets = visual_tokens.flatten(0, 1).index_select(0, indices["visual_targets"]).detach()
         visual = visual_loss(
             predictions, targets, normalize=self.config.normalize_vision, apply_softmax=self.config.apply_softmax
         )
-        result.visual_loss, result.num_visual_tokens = average(visual, visual_normalizer), visual.count
-        result.visual_cosine = cosine_sum(self._finish(predictions), targets) / visual.count.clamp(min=1)
-        places = indices["visual_targets"] % self.config.num_image_tokens
+        result.visual_loss, result.num_visual_tokens = average(visual, normalizers[1]), visual.count
+        cosines = cosine_sum(self._finish_visual_tokens(predictions), targets)
+        result.visual_cosine = cosines / visual.count.clamp(min=1)
+        places = indices["visual_targets"] % self.config.num_image_tokens  # position of each target in its image
         result.visual_direction_sums = direction_sums(targets, places, self.config.num_image_tokens)
         result.loss = result.text_loss + self.config.vision_coef * result.visual_loss
 
     @property
     def _balances_experts(self) -> bool:
-        """Whether the loss has a term that balances experts: if they are trained, or the configuration asks for it."""
+        """Whether the loss has a load-balancing term: experts are trained, or the configuration asks for it."""
         text = self.config.text_config
         if not router_loss_coefficient(text):
             return False
@@ -362,30 +349,29 @@ class MetaMorphForConditionalGeneration(LoadsAdapterFolders, MetaMorphPreTrained
         router_logits: tuple[Tensor, ...] | None,
         indices: BatchIndices,
         attention_mask: Tensor | None,
-        normalizers: tuple[Tensor | float, ...] | None,
+        normalizer: Tensor | float | None,
     ) -> None:
-        """Over the tokens of the batch, padding left out; a step has the mean over all of its tokens."""
+        """Add the load-balancing loss, a mean over the tokens of the step without padding."""
         tokens = indices.get("tokens")
         if tokens is None and attention_mask is not None:
             tokens = attention_mask.flatten().nonzero().squeeze(-1)
         logits = tuple(router_logits or ())
-        if tokens is not None:
+        if tokens is not None:  # (batch * seq, experts) -> (tokens, experts)
             logits = tuple(layer.flatten(0, -2).index_select(0, tokens.to(layer.device)) for layer in logits)
         mean = router_loss(self.get_decoder(), logits)
         if mean is None or result.loss is None:
             return
         count = torch.full((), logits[0].shape[0], device=mean.device)
-        normalizer = normalizers[2] if normalizers is not None and len(normalizers) > 2 else None
         result.aux_loss, result.num_tokens = average(LossSum(mean * count, count), normalizer), count
         result.loss = result.loss + router_loss_coefficient(self.config.text_config) * result.aux_loss
 
-    def _finish(self, predictions: Tensor) -> Tensor:
+    def _finish_visual_tokens(self, predictions: Tensor) -> Tensor:
         return finish_visual_tokens(
             predictions, normalize=self.config.normalize_vision, apply_softmax=self.config.apply_softmax
         )
 
     def _declare_tied_weights(self) -> None:
-        """The name of the embedding table differs between language models, so the tie is declared per instance."""
+        # Per instance, because the name of the embedding table differs between language models.
         table = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is table)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"} if self.config.tie_word_embeddings else {}

@@ -1,4 +1,4 @@
-"""What the models return: typed, with shapes.
+"""Typed outputs of the models, with shapes.
 
 Shape legend: B batch, S sequence, V vocabulary, I images in the batch, N visual tokens per image, D features of one
 visual token.
@@ -17,9 +17,9 @@ class MetaMorphModelOutput(BaseModelOutputWithPast):
     """Output of [`MetaMorphModel`]."""
 
     visual_tokens: Tensor | None = None
-    """[I, N, D] what the images of the batch became; None in a batch without images."""
+    """[I, N, D]; None in a batch without images."""
     router_logits: tuple[Tensor, ...] | None = None
-    """[B · S, experts] of each layer with experts, if asked for by `output_router_logits`."""
+    """[B · S, experts] of each layer with experts, with `output_router_logits`."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class MetaMorphOutput(ModelOutput):
     visual_loss: Tensor | None = None
     """Visual loss per target token; None without `use_vision_ar`."""
     aux_loss: Tensor | None = None
-    """Loss that balances a mixture of experts, see `docs/model.md`; None without one."""
+    """Load-balancing loss of a mixture of experts, see `docs/model.md`; None without one."""
     num_tokens: Tensor | None = None
     """Tokens that `aux_loss` is a mean over; None without it."""
     num_text_tokens: Tensor | None = None
@@ -44,14 +44,14 @@ class MetaMorphOutput(ModelOutput):
     visual_cosine: Tensor | None = None
     """Mean cos(prediction, target) over this batch's visual targets, without gradient; 0 if there are none."""
     visual_direction_sums: Tensor | None = None
-    """[N, D] sum of this batch's visual targets, each of length 1, for each place in the image, without gradient: what
-    the best constant prediction follows from. None without `use_vision_ar`."""
+    """[N, D] sum of this batch's normalised visual targets at each position in the image, without gradient; gives the
+    best constant prediction. None without `use_vision_ar`."""
     num_image_starts: Tensor | None = None
-    """How many of the positions `indices["image_starts"]` predict `<image_start>`; None without them."""
+    """How many of the positions `indices["image_starts"]` predict `<image_start>`."""
     logits: Tensor | None = None
     """[B, S or logits_to_keep, V]; None in training, see `logits_to_keep`."""
     visual_prediction: Tensor | None = None
-    """[B, 1, D] the vision head's prediction after the last position, in the scale of visual tokens (decoding)."""
+    """[B, 1, D] the next visual token, predicted at the last position (generation)."""
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None

@@ -1,21 +1,24 @@
-"""The one way to models of others: read as data only, whole and finite, or refused by name.
+"""Loading models from untrusted sources: as data only, with complete and finite weights, or refused by name.
 
-Transformers asks on stdin whether to run code of a folder, starts weights that a checkpoint lacks at random, and takes
-NaN for a number. Here no code is run, and a model has exactly the weights that its configuration describes. Names and
-shapes are compared by headers first, so that a configuration cannot ask for more memory than its files hold.
+Transformers asks on stdin whether to run the code of a folder, initialises missing weights at random, and accepts NaN.
+Here no code is run, and a model has exactly the weights that its configuration describes. Names and shapes are
+compared by headers first, so a configuration cannot ask for more memory than its files hold.
 """
 
 import copy
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,11 +31,17 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from metamorph.files.model_files import check_finite, check_implementations, read_json_object, weight_shapes
+from metamorph.files.model_files import (
+    check_finite,
+    check_implementations,
+    load_pickled_tensors,
+    read_json_object,
+    weight_shapes,
+)
 
 
 CONFIG_FILE = "config.json"
-PEFT_FILE = "adapter_config.json"
+LORA_CONFIG_FILE = "adapter_config.json"
 WEIGHT_PATTERNS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "token")
 OTHER_SOURCES = ("gguf_file", "state_dict", "subfolder", "variant")
@@ -41,26 +50,23 @@ PARTS_BESIDE_THE_TEXT = (
     r"(^|\.)(vision|visual|image|audio|speech|multi_modal|mm|embed_vision|embed_audio|mtp)(_\w+)?\."
     r"|rotary_emb\.inv_freq$"
 )
-"""What the checkpoint of a language model may hold unread: encoders and connectors of multimodal models, layers that
-predict several tokens, and tables that older releases of Transformers saved."""
+"""Weights of a language model's checkpoint that are not read: encoders and connectors of multimodal models, layers for
+multi-token prediction, and tables that older releases of Transformers saved."""
 VALUES_PER_ELEMENT = 32
-"""Values that one element of a quantised tensor can hold at most: of one bit each in an int32."""
+"""Most values in one element of a quantised tensor: of one bit each in an int32."""
+
+
+def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that say where on the Hub a model is."""
+    return {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
 
 
 def load_config(name_or_path: str | Path, kind: Any = AutoConfig, **hub_kwargs: Any) -> PreTrainedConfig:
-    """Read the configuration of a model.
+    """Load the configuration of a model from a folder or the Hub; `kind` is its class, by default the one it names.
 
-    Args:
-        name_or_path: Folder or Hub id.
-        kind: Class that reads it; by default the one that it names.
-        **hub_kwargs: `revision`, `token`, …
-
-    Raises:
-        OSError: if there is none.
-        ValueError: if it is damaged, of an unknown kind, or asks for code of the Hub.
+    A damaged one, an unknown kind, and code of the Hub are a `ValueError`.
     """
-    options = {name: hub_kwargs[name] for name in HUB_OPTIONS if hub_kwargs.get(name) is not None}
-    if (file := cached_file(name_or_path, CONFIG_FILE, **options)) is not None:
+    if (file := cached_file(name_or_path, CONFIG_FILE, **hub_options(hub_kwargs))) is not None:
         check_implementations(read_json_object(Path(file)), file)
     remote_code = {"trust_remote_code": False} if kind is AutoConfig else {}
     try:
@@ -71,30 +77,14 @@ def load_config(name_or_path: str | Path, kind: Any = AutoConfig, **hub_kwargs: 
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a language model.
-
-    Args:
-        name_or_path: Folder or Hub id.
-    """
+    """Load the tokenizer of a language model, from a folder or the Hub."""
     return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
 
 
 def load_language_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
-    """Load a language model with its head.
-
-    Args:
-        name_or_path: Folder or Hub id.
-        **kwargs: Of `from_pretrained`, such as `dtype`.
-
-    Raises:
-        OSError: if there is none.
-        ValueError: as `load_checked`.
-    """
-    config = load_config(name_or_path, **{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs})
-
-    def build() -> nn.Module:
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-
+    """Load a language model with its head, from a folder or the Hub, by [`load_checked`]."""
+    config = load_config(name_or_path, **hub_options(kwargs))
+    build = partial(AutoModelForCausalLM.from_config, copy.deepcopy(config), trust_remote_code=False)
     return load_checked(
         AutoModelForCausalLM.from_pretrained, name_or_path, config, build, PARTS_BESIDE_THE_TEXT, **kwargs
     )[0]
@@ -108,26 +98,27 @@ def load_checked(
     unread: str | None = None,
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Load a model whose weights must all be there, be known, have the right shapes, and be finite.
+    """Load a model and check that its weights are complete, known, of the right shapes, and finite.
 
     Args:
         load: `from_pretrained` of its class.
-        name_or_path: Folder or Hub id.
-        config: Result of `load_config`.
-        build: Builds the model for `config`; called under `torch.device("meta")`.
-        unread: Regular expression of the names that a checkpoint may hold though the model does not know them.
-        **kwargs: Of `from_pretrained`.
+        name_or_path: folder or Hub id.
+        config: result of `load_config`.
+        build: builds the model for `config`; called under `torch.device("meta")`.
+        unread: regular expression for names in the checkpoint that the model need not have.
+        **kwargs: of `from_pretrained`.
 
     Returns:
-        The model, and Transformers' account of the weights, as with `output_loading_info=True`.
-
-    Raises:
-        OSError: if there is no such model.
-        ValueError: naming the first weight that is not as it should be, and how many there are.
+        The model, and Transformers' loading info (`output_loading_info=True`).
     """
     if kwargs.pop("trust_remote_code", None):
         raise ValueError("trust_remote_code is not supported: code that comes with a model is never run")
-    _refuse_peft(name_or_path, kwargs)
+    # Transformers would attach an adapter in the folder of a model, and PEFT read its settings unchecked.
+    if find_file(name_or_path, LORA_CONFIG_FILE, **kwargs) is not None:
+        raise ValueError(
+            f"{name_or_path} holds {LORA_CONFIG_FILE} next to a model: move the adapter to a folder of its own, with "
+            "the metamorph_adapter.json that `metamorph train --lora_enable True` writes"
+        )
     _check_sizes(name_or_path, config, build, kwargs)
     if all(kwargs.get(name) is None for name in OTHER_SOURCES):
         kwargs["use_safetensors"] = True
@@ -147,39 +138,38 @@ def load_checked(
             f"{name_or_path}: {name} has shape {list(found)}, but its configuration asks for {list(expected)} "
             f"({len(mismatched)} such weights)"
         )
-    # Not those that stay on the disk, nor those of eight bits and less, for which there are no comparisons.
+    # Not weights offloaded to disk, nor those of eight bits and less, which cannot be compared.
     values = ((name, value) for name, value in model.state_dict().items() if value.device.type != "meta")
     check_finite(((name, value) for name, value in values if value.element_size() > 1), name_or_path)
     return model, info
 
 
-def find_file(name_or_path: str | Path, file: str, **hub_kwargs: Any) -> Path | None:
-    """A file of a folder or of the Hub, which is downloaded; None if there is none, or the Hub cannot be reached.
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Read tensors and metadata of a `.safetensors` file, or of a `.bin` file without running any code in it."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: copy the folder again")
+    if file.suffix != ".safetensors":
+        return load_pickled_tensors(file), {}
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): copy it again") from error
 
-    Args:
-        name_or_path: Folder or Hub id.
-        file: Name of the file.
-        **hub_kwargs: `revision`, `token`, …, and `subfolder`.
-    """
-    options = {name: hub_kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if hub_kwargs.get(name) is not None}
-    absent_is_none = {
-        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
-    }
-    found = cached_file(name_or_path, file, **options, **absent_is_none)
+
+def find_file(name_or_path: str | Path, file: str, **hub_kwargs: Any) -> Path | None:
+    """Find a file in a folder or on the Hub, and download it; None if there is none, or the Hub cannot be reached."""
+    options = hub_options(hub_kwargs)
+    if hub_kwargs.get("subfolder") is not None:
+        options["subfolder"] = hub_kwargs["subfolder"]
+    for what in ("gated_repo", "missing_entries", "connection_errors"):
+        options[f"_raise_exceptions_for_{what}"] = False
+    found = cached_file(name_or_path, file, **options)
     return None if found is None else Path(found)
 
 
 def check_layers(config: PreTrainedConfig, weights: int, where: object) -> None:
-    """Check that no part has more layers than there are weights, before so many layers are built.
-
-    Args:
-        config: Configuration of a model.
-        weights: Number of tensors in its files.
-        where: Folder that the error message names.
-
-    Raises:
-        ValueError: if there are too many.
-    """
+    """Check that no part has more layers than `weights`, the number of tensors in the files, before they are built."""
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         layers = getattr(part, "num_hidden_layers", None)
         if isinstance(layers, int) and layers > weights:
@@ -189,23 +179,23 @@ def check_layers(config: PreTrainedConfig, weights: int, where: object) -> None:
 def _check_sizes(
     name_or_path: str | Path, config: PreTrainedConfig, build: Callable[[], nn.Module], kwargs: dict[str, Any]
 ) -> None:
-    """Compare what the configuration asks for with what the files hold, before any memory is taken."""
+    """Compare what the configuration asks for with what the files hold, before any memory is allocated."""
     folder = _weight_folder(name_or_path, kwargs)
-    if folder is None or is_deepspeed_zero3_enabled():  # which would divide the model among processes
+    if folder is None or is_deepspeed_zero3_enabled():  # ZeRO-3 would shard the model
         return
     found = weight_shapes(folder)
     check_layers(config, len(found), folder)
     with torch.device("meta"):
         model = build()
-    # Totals, since some names are others in the files: Transformers renames, splits and joins weights.
+    # Totals, because names in the files may differ: Transformers renames, splits and joins weights.
     tied = getattr(model, "all_tied_weights_keys", {})
     expected = {name: tuple(value.shape) for name, value in model.named_parameters() if name not in tied}
-    held = sum(map(_numel, found.values()))
+    held = sum(map(math.prod, found.values()))
     if getattr(config, "quantization_config", None) is not None:
         held *= VALUES_PER_ELEMENT
-    if sum(map(_numel, expected.values())) > held:
+    if sum(map(math.prod, expected.values())) > held:
         wrong = {name: shape for name, shape in expected.items() if found.get(name) != shape}
-        name = max(wrong, key=lambda name: _numel(wrong[name]))
+        name = max(wrong, key=lambda name: math.prod(wrong[name]))
         raise ValueError(
             f"{folder} holds less than its {CONFIG_FILE} asks for: {name} must have shape {list(wrong[name])}, but "
             + (f"has {list(found[name])}" if name in found else "is not there")
@@ -213,36 +203,22 @@ def _check_sizes(
         )
 
 
-def _refuse_peft(name_or_path: str | Path, kwargs: dict[str, Any]) -> None:
-    """Transformers would attach an adapter that lies in the folder of a model, and PEFT read its settings unchecked."""
-    if find_file(name_or_path, PEFT_FILE, **kwargs) is not None:
-        raise ValueError(
-            f"{name_or_path} holds {PEFT_FILE} beside a model: move the adapter to a folder of its own, with the "
-            "metamorph_adapter.json that `metamorph train --lora_enable True` writes"
-        )
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
-
-
 def _weight_folder(name_or_path: str | Path, kwargs: dict[str, Any]) -> Path | None:
-    """The local folder of the weights, which are downloaded if need be; None if they are not in the usual files."""
+    """The local folder of the weights, downloaded if necessary; None if they are not in the usual files."""
     if any(kwargs.get(name) is not None for name in OTHER_SOURCES):
         return None
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
-    hub = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     try:
-        folder = Path(snapshot_download(str(name_or_path), allow_patterns=list(WEIGHT_PATTERNS), **hub))
+        folder = Path(snapshot_download(str(name_or_path), allow_patterns=list(WEIGHT_PATTERNS), **hub_options(kwargs)))
     except (HfHubHTTPError, OSError, ValueError):
-        return None  # `from_pretrained` will say what is wrong
+        return None  # `from_pretrained` reports what is wrong
     return folder if any(folder.glob("*.safetensors")) else None
 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Hides Transformers' table of weights that do not fit: one line of ours says it."""
+    """Silence Transformers' report of weights that do not fit: our errors name them."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -1,4 +1,4 @@
-"""The keyword arguments of the processor, in the groups of Transformers' processors; one that cannot act is refused."""
+"""Keyword arguments of the processor, in the groups of Transformers' processors; one without effect is refused."""
 
 # No `from __future__ import annotations` here: Transformers reads the groups off the annotations.
 from collections.abc import Mapping, Sequence
@@ -36,10 +36,8 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "do_convert_rgb": (True,),
     "verbose": (True,),
 }
-"""Values, beside those of the image processor, that ask for what happens anyway."""
-_NO_TRUNCATION = (None, False, "do_not_truncate")
-_UNLIMITED = 10**6
-"""Tokenizers without a longest sequence have a `model_max_length` above this."""
+"""Values that ask for what happens anyway, besides the image processor's own."""
+_UNLIMITED = 10**6  # tokenizers without a maximum length have a `model_max_length` above this
 
 
 def is_processor_argument(name: str) -> bool:
@@ -49,7 +47,7 @@ def is_processor_argument(name: str) -> bool:
 
 @dataclass(frozen=True)
 class ProcessorOptions:
-    """What the keyword arguments ask for."""
+    """The keyword arguments of one call, merged and checked."""
 
     padding: bool | str | None = None
     padding_side: str = "left"
@@ -74,23 +72,12 @@ class ProcessorOptions:
 
     @classmethod
     def of(cls, processor: ProcessorMixin, arguments: Mapping[str, Any]) -> "ProcessorOptions":
-        """Merge flat and grouped keyword arguments, and check them.
-
-        Args:
-            processor: The tokenizer's `padding_side` and `model_max_length` are defaults.
-            arguments: The keyword arguments.
-
-        Raises:
-            TypeError: If there is no such argument.
-            ValueError: If one asks for something that this processor does not do.
-        """
-        for name in [
-            name for name, value in arguments.items() if value is not None and not is_processor_argument(name)
-        ]:
-            names = {*_GROUPS, *_OTHERS, *_ACTING}
-            near = "".join(f"; is {match} meant?" for match in get_close_matches(name, names, n=1))
-            raise TypeError(f"{type(processor).__name__} takes no argument {name!r}{near}")
+        """Merge flat and grouped keyword arguments; refuse those that do not exist or have no effect."""
         known = {name: value for name, value in arguments.items() if is_processor_argument(name)}
+        if unknown := [name for name, value in arguments.items() if value is not None and name not in known]:
+            near = get_close_matches(unknown[0], {*_GROUPS, *_OTHERS, *_ACTING}, n=1)
+            hint = f"; is {near[0]} meant?" if near else ""
+            raise TypeError(f"{type(processor).__name__} takes no argument {unknown[0]!r}{hint}")
         merged = processor._merge_kwargs(MetaMorphProcessingKwargs, **known)
         text, images = merged["text_kwargs"], merged["images_kwargs"]
         for name, value in images.items():
@@ -108,15 +95,11 @@ class ProcessorOptions:
         )
 
     def pad(self, rows: Sequence[list[int]], value: int) -> list[list[int]]:
-        """Rows of equal length, if padding is asked for.
-
-        Args:
-            rows: Rows of any lengths.
-            value: What to pad with.
-        """
+        """Pad rows to equal length, if padding is asked for."""
+        # Not `tokenizer.pad`: it refuses tokenizers without a pad token, and does not pad `assistant_masks`.
         if self.padding in (None, False, "do_not_pad"):
             return list(rows)
-        length = max((len(row) for row in rows), default=0)
+        length = max(map(len, rows), default=0)
         if self.padding == "max_length":
             length = max(length, self.max_length or 0)
         if self.pad_to_multiple_of:
@@ -127,21 +110,19 @@ class ProcessorOptions:
 
 
 def _check_acts(name: str, value: Any, own: Any) -> None:
-    """Refuse a value that changes nothing, unless it asks for what happens anyway: `own`, or nothing."""
+    """Refuse a value without effect, unless it asks for what happens anyway: `own`, or nothing."""
     if name in _ACTING or value is None or value == (own or False) or value in _HARMLESS.get(name, ()):
         return
     raise ValueError(f"{name}={value!r} is not supported by MetaMorph's processor: leave it out")
 
 
 def _limit(truncation: Any, max_length: int | None, padding: Any, longest: int) -> int | None:
-    if truncation in _NO_TRUNCATION:
+    if truncation in (None, False, "do_not_truncate"):
         if max_length is not None and padding != "max_length":
             raise ValueError(f"max_length={max_length} does nothing without truncation=True or padding='max_length'")
         return None
     if truncation not in (True, "longest_first", "only_first"):
         raise ValueError(f"truncation={truncation!r} is unknown; use True, 'longest_first' or False")
-    if max_length is not None:
-        return max_length
-    if longest > _UNLIMITED:
-        raise ValueError("truncation needs max_length: the tokenizer has no longest sequence of its own")
-    return longest
+    if max_length is None and longest > _UNLIMITED:
+        raise ValueError("truncation needs max_length: the tokenizer has no maximum length")
+    return longest if max_length is None else max_length

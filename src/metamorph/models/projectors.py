@@ -1,6 +1,6 @@
-"""The two bridges: the connector into the language model, and the vision head back to vision features."""
+"""Connector into the language model, and vision head back to vision features."""
 
-import re
+from itertools import pairwise
 
 from torch import nn
 
@@ -8,10 +8,10 @@ from .configuration_metamorph import MetaMorphConfig
 
 
 def build_mm_projector(config: MetaMorphConfig) -> nn.Module:
-    """Builds the connector [..., D] -> [..., H] named by `mm_projector_type`.
+    """Build the connector [..., D] -> [..., H] that `mm_projector_type` names.
 
-    `mlp{N}x_gelu` has N linear layers with GELU between them. `mlpsoftmax` is `mlp2x_gelu` behind a softmax over the
-    features. Layer names match the original's, so that its connector files load.
+    `mlp{N}x_gelu` has N linear layers with GELU between them. `mlpsoftmax` is a softmax over the features followed by
+    `mlp2x_gelu`. Layer names match the original's, so its connector files load.
     """
     vision, hidden = config.vision_feature_size, config.text_config.hidden_size
     kind = config.mm_projector_type
@@ -21,13 +21,12 @@ def build_mm_projector(config: MetaMorphConfig) -> nn.Module:
         return nn.Linear(vision, hidden)
     if kind == "mlpsoftmax":
         return nn.Sequential(nn.Softmax(dim=-1), *_mlp(vision, hidden, hidden, depth=2))
-    match = re.fullmatch(r"mlp(\d+)x_gelu", kind)
-    assert match is not None  # the configuration validates the name
-    return nn.Sequential(*_mlp(vision, hidden, hidden, depth=int(match.group(1))))
+    depth = int(kind.removeprefix("mlp").removesuffix("x_gelu"))  # the configuration has checked the name
+    return nn.Sequential(*_mlp(vision, hidden, hidden, depth))
 
 
 def build_vision_head(config: MetaMorphConfig) -> nn.Module:
-    """Builds the vision head [..., H] -> [..., D]; its output is always the tower's feature size.
+    """Build the vision head [..., H] -> [..., D].
 
     `mlp` and `mlp2x_gelu` both name the two-layer MLP with hidden size H, as in the original's recipes.
     """
@@ -38,10 +37,6 @@ def build_vision_head(config: MetaMorphConfig) -> nn.Module:
 
 
 def _mlp(size_in: int, size_hidden: int, size_out: int, depth: int) -> list[nn.Module]:
-    sizes = [size_in] + [size_hidden] * (depth - 1) + [size_out]
-    layers: list[nn.Module] = []
-    for i in range(depth):
-        if i:
-            layers.append(nn.GELU())
-        layers.append(nn.Linear(sizes[i], sizes[i + 1]))
-    return layers
+    sizes = [size_in, *[size_hidden] * (depth - 1), size_out]
+    layers: list[nn.Module] = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.GELU())]
+    return layers[:-1]

@@ -1,8 +1,8 @@
 """`lm_head`, and the text loss without the logits of all supervised positions at once.
 
-Logits of 4,096 positions over Llama-3's vocabulary are 2.1 GB in float32, their gradient as much again. The loss is a
-sum over positions, so a few hundred of them at a time will do. It is computed inside the head's own forward: engines
-that shard parameters gather them when a module is called, and see one call, however many parts there are.
+Logits of 4,096 positions over Llama-3's vocabulary are 2.1 GB in float32, and so is their gradient. The loss is a sum
+over positions, so a few hundred at a time will do. It is computed in the forward of the head: engines that shard
+parameters gather them when a module is called, and see one call however many chunks there are.
 """
 
 import importlib.util
@@ -21,25 +21,25 @@ from .losses import text_loss
 
 
 TEXT_LOSSES = ("auto", "full", "chunked", "fused", "liger")
-"""Ways to compute the text loss, see [`TextLossOptions`]."""
+"""Values of `--text_loss`, see [`TextLossOptions`]."""
 MAX_LOGITS = 2**25
-"""Logits that `auto` allows at a time: 134 MB in float32, 261 positions of Llama-3's vocabulary."""
+"""Most logits at a time with `auto`: 134 MB in float32, 261 positions of Llama-3's vocabulary."""
 
 FinishLogits = Callable[[Tensor, Tensor], Tensor]
-"""(logits [positions, V], hidden states [positions, H]) -> final logits, for models that change what the head gives."""
+"""(logits [positions, V], hidden states [positions, H]) -> final logits, for models that scale or cap them."""
 
 
 @dataclass(frozen=True)
 class TextLossOptions:
-    """How the text loss is computed. All ways give the same loss and gradients, up to rounding."""
+    """How the text loss is computed. Every way gives the same loss and gradients, up to rounding."""
 
     kernel: str = "auto"
-    """`full`: the logits of all supervised positions. `chunked`: some positions at a time, whose logits are computed
-    again for the backward pass; the weight's gradient is summed in float32. `fused`:
-    `torch.nn.functional.linear_cross_entropy` (PyTorch 2.13), which takes some positions at a time too, and their
-    gradients at once; in float32, because it rounds the summed loss to the dtype of its input. `liger`: the kernel of
-    liger-kernel, on a GPU. `auto`: `full` where the logits are few; else `liger` if it is installed and this is a GPU,
-    `fused` in float32 if PyTorch has it, or `chunked`."""
+    """`full`: the logits of all supervised positions. `chunked`: a chunk of positions at a time, whose logits are
+    recomputed in the backward pass; the gradient of the weight is summed in float32. `fused`:
+    `torch.nn.functional.linear_cross_entropy` (PyTorch 2.13), also in chunks, with their gradients computed at once;
+    in float32, because it rounds the summed loss to the dtype of its input. `liger`: the kernel of liger-kernel, on a
+    GPU. `auto`: `full` for few logits; otherwise `liger` if it is installed and this is a GPU, `fused` in float32 if
+    PyTorch has it, or `chunked`."""
     max_logits: int = MAX_LOGITS
     """Logits at a time, except with `full` and `liger`."""
 
@@ -49,18 +49,11 @@ class TextLossOptions:
 
 
 class TextHead(nn.Linear):
-    """The language model's head [..., H] -> [..., V], which can also compute its loss.
-
-    Called with labels it returns the summed cross-entropy instead of logits.
-    """
+    """The language model's head [..., H] -> [..., V], or, called with labels, the summed cross-entropy."""
 
     @classmethod
     def from_linear(cls, head: nn.Module) -> nn.Module:
-        """The same parameters as a `TextHead`; modules that are not exactly `nn.Linear` are returned unchanged.
-
-        Args:
-            head: the head of a language model.
-        """
+        """Share the parameters of `head`; modules that are not exactly `nn.Linear` are returned unchanged."""
         if type(head) is not nn.Linear:
             return head
         new = cls(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
@@ -75,17 +68,14 @@ class TextHead(nn.Linear):
         finish: FinishLogits | None = None,
         finish_weights: tuple[nn.Parameter, ...] = (),
     ) -> Tensor:
-        """Logits, or the loss.
+        """Compute [..., V] logits, or with `labels` the summed cross-entropy, 0-d, float32.
 
         Args:
             hidden_states: [..., H]; with `labels` [positions, H].
-            labels: [positions] token ids, every one supervised.
+            labels: [positions] token ids, all supervised.
             options: how the loss is computed.
-            finish: what the model makes of the logits before the softmax.
+            finish: what the model does to logits before the softmax.
             finish_weights: parameters that `finish` uses.
-
-        Returns:
-            [..., V] logits; with `labels` the sum of the cross-entropy, a 0-d float32 tensor.
         """
         if labels is None:
             return super().forward(hidden_states)
@@ -109,14 +99,7 @@ class TextHead(nn.Linear):
 def choose_kernel(
     head: TextHead, hidden_states: Tensor, options: TextLossOptions, finish: FinishLogits | None = None
 ) -> str:
-    """The way that `options` mean for these hidden states: `full`, `chunked`, `fused` or `liger`.
-
-    Args:
-        head: the head.
-        hidden_states: [positions, H]
-        options: how the loss is computed.
-        finish: see [`TextHead.forward`]; logits that are changed are only known to `full` and `chunked`.
-    """
+    """Resolve `options.kernel` for [positions, H] hidden states; only `full` and `chunked` can apply `finish`."""
     positions = hidden_states.shape[0]
     if positions == 0:
         return "full"
@@ -134,15 +117,7 @@ def choose_kernel(
 
 
 def check_text_loss(kernel: str, *, half_precision: bool) -> None:
-    """Check `--text_loss` before anything is loaded.
-
-    Args:
-        kernel: its value.
-        half_precision: whether the run computes in bfloat16 or float16.
-
-    Raises:
-        ValueError: for an unknown way, or one that cannot be had here.
-    """
+    """Raise a `ValueError` if `--text_loss` is unknown or not available here, before anything is loaded."""
     if kernel not in TEXT_LOSSES:
         raise ValueError(f"--text_loss {kernel} is unknown: use one of {', '.join(TEXT_LOSSES)}")
     if kernel == "fused" and not has_fused():
@@ -167,10 +142,10 @@ def has_liger() -> bool:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The loss of some positions at a time, forward and again backward, with the weights' gradients in float32.
+    """The loss chunk by chunk, forward and again backward, with the weights' gradients summed in float32.
 
-    Autograd would sum the gradients of all parts in the dtype of the weight that the parts use, which is bfloat16 under
-    autocast, and lose more with every part.
+    Autograd would sum the gradients of all chunks in the dtype of the computation, bfloat16 under autocast, and
+    lose precision with every chunk.
     """
 
     @staticmethod
@@ -187,7 +162,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.loss, ctx.size, ctx.finish_weights = loss, size, finish_weights
         ctx.autocast = torch.is_autocast_enabled(hidden_states.device.type)
         ctx.dtype = _compute_dtype(hidden_states)
-        # The weights themselves: copies in the precision of the computation would be kept until the backward pass.
+        # The original weights: copies in the dtype of the computation would stay in memory until the backward pass.
         ctx.save_for_backward(labels, hidden_states, weight, bias)
         weight, bias = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
         total = torch.zeros((), device=hidden_states.device)
@@ -205,7 +180,7 @@ class _ChunkedLoss(torch.autograd.Function):
             None if value is None else value.detach().to(ctx.dtype).requires_grad_(needed)
             for value, needed in zip((weight, bias), ctx.needs_input_grad[4:6], strict=True)
         )
-        of_hidden: list[Tensor] = []
+        hidden_gradients: list[Tensor] = []
         sums: dict[int, Tensor] = {}
         for part, part_labels in zip(hidden_states.split(ctx.size), labels.split(ctx.size), strict=True):
             part = part.detach().requires_grad_(0 in wanted)
@@ -215,14 +190,14 @@ class _ChunkedLoss(torch.autograd.Function):
             gradients = torch.autograd.grad(loss, [values[index] for index in wanted], gradient)
             for index, value in zip(wanted, gradients, strict=True):
                 if index == 0:
-                    of_hidden.append(value)
+                    hidden_gradients.append(value)
                 elif index in sums:
                     sums[index] += value
                 else:
                     sums[index] = value.float()
         results: dict[int, Tensor] = {index: total.to(originals[index].dtype) for index, total in sums.items()}
-        if of_hidden:
-            results[0] = torch.cat(of_hidden)
+        if hidden_gradients:
+            results[0] = torch.cat(hidden_gradients)
         return None, None, None, *(results.get(index) for index in range(len(originals)))
 
 
@@ -232,7 +207,7 @@ def _compute_dtype(hidden_states: Tensor) -> torch.dtype:
 
 
 def _fused_loss(head: TextHead, hidden_states: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
-    # The size is given, because the operator's own choice took 31 s for 1,024 positions on a CPU.
+    # With its default chunk size the operator took 31 s for 1,024 positions on a CPU.
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None)
     bias = None if head.bias is None else head.bias.float()
     with torch.autocast(hidden_states.device.type, enabled=False):
@@ -242,7 +217,7 @@ def _fused_loss(head: TextHead, hidden_states: Tensor, labels: Tensor, chunk_siz
 
 
 def _liger_loss(head: TextHead, hidden_states: Tensor, labels: Tensor) -> Tensor:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # needs Triton, hence a GPU
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # needs Triton
 
     dtype = _compute_dtype(hidden_states)
     bias = None if head.bias is None else head.bias.to(dtype)

@@ -1,7 +1,6 @@
-"""The vision tower: frozen encoder, layer selection, token reduction, L2 norm. Pixels in, visual tokens out."""
+"""The vision tower: frozen encoder, layer selection, token reduction, normalisation. Pixels in, visual tokens out."""
 
 import copy
-import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,13 +19,11 @@ from .losses import SOFTMAX_TEMPERATURE
 from .pretrained import load_checked, load_config
 
 
-logger = logging.getLogger(__name__)
-
 VISION_TOWER_ALIASES = {"siglip/CLIP-ViT-SO400M-14-384": "google/siglip-so400m-patch14-384"}
-"""Names the training guide uses, and the Hub repositories they mean."""
+"""Name in the training guide -> Hub repository."""
 
 TOWER_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "image_size", "patch_size")
-"""What tells one architecture of vision towers from another."""
+"""Fields that tell architectures of towers apart."""
 
 _PREFIX_TOKENS: dict[str, Callable[[PreTrainedConfig], int]] = {
     "siglip_vision_model": lambda config: 0,
@@ -35,31 +32,23 @@ _PREFIX_TOKENS: dict[str, Callable[[PreTrainedConfig], int]] = {
     "dinov2": lambda config: 1,
     "dinov2_with_registers": lambda config: 1 + config.num_register_tokens,
 }
-"""Supported layouts: model type of the vision configuration -> tokens in front of the patch tokens."""
+"""Supported model types -> number of tokens before the patch tokens."""
 
 _NOT_OF_THE_TOWER = (
     r"^(text_model|text_projection|visual_projection|classifier|head|vision_model\.head)\.|^logit_(scale|bias)$"
 )
-"""What the checkpoint of a tower may hold unread: the text half of CLIP and SigLIP, heads for pooling and classes."""
+"""Weights of a tower's checkpoint that are not read: text half of CLIP and SigLIP, pooling and classification heads."""
 _FINAL_NORMS = ("post_layernorm", "layernorm")
 _LAYER_LISTS = ("encoder.layers", "encoder.layer")
 
 
 def resolve_vision_tower(name: str) -> str:
-    """Replaces a name of the training guide by the Hub repository it means; other names and paths pass unchanged."""
+    """Resolve an alias of the training guide to its Hub repository; other names and paths are returned unchanged."""
     return VISION_TOWER_ALIASES.get(name, name)
 
 
 def load_vision_config(name_or_path: str, **hub_kwargs: object) -> PreTrainedConfig:
-    """Reads the vision configuration of a tower without loading weights.
-
-    Args:
-        name_or_path: an alias of the guide, a Hub repository or a local folder. May hold a whole CLIP/SigLIP model.
-        **hub_kwargs: passed to `load_config` (`revision`, `token`, …).
-
-    Raises:
-        ValueError: the model type is not a tower MetaMorph knows the token layout of.
-    """
+    """Load the vision configuration of a tower, or of a CLIP or SigLIP model, and check that it is supported."""
     config = load_config(resolve_vision_tower(name_or_path), **hub_kwargs)
     config = getattr(config, "vision_config", config)
     if config.model_type not in _PREFIX_TOKENS:
@@ -71,17 +60,7 @@ def load_vision_config(name_or_path: str, **hub_kwargs: object) -> PreTrainedCon
 
 
 def check_same_tower(found: PreTrainedConfig, vision_tower: str, model: str) -> None:
-    """Refuses a `--vision_tower` of another architecture than a finished model's.
-
-    Args:
-        found: the vision configuration of the model.
-        vision_tower: value of the flag.
-        model: name of the model, for the message.
-
-    Raises:
-        ValueError: the tower is another, or of an unknown kind.
-        FileNotFoundError: there is no such tower.
-    """
+    """Check that `--vision_tower` has the architecture of `found`, the tower in a finished model."""
     with names_flag("--vision_tower", vision_tower):
         asked = load_vision_config(vision_tower)
     for name in TOWER_FIELDS:
@@ -94,38 +73,22 @@ def check_same_tower(found: PreTrainedConfig, vision_tower: str, model: str) -> 
 
 
 def load_vision_encoder(name_or_path: str, dtype: torch.dtype = torch.float32, **hub_kwargs: object) -> PreTrainedModel:
-    """Loads a pretrained vision encoder, without the pooling head that some have.
-
-    Args:
-        name_or_path: an alias of the guide, a Hub repository or a local folder.
-        dtype: of the loaded weights.
-        **hub_kwargs: passed to `from_pretrained` (`revision`, `token`, …).
-
-    Raises:
-        ValueError: unknown token layout, or weights of the encoder are missing, of another shape or not finite.
-    """
+    """Load a pretrained vision encoder, without its pooling head, and check that its weights are complete."""
     path = resolve_vision_tower(name_or_path)
     config = load_vision_config(name_or_path, **hub_kwargs)
     if hasattr(config, "vision_use_head"):
         config.vision_use_head = False  # the pooling head is never read
-
-    def build() -> nn.Module:
-        return AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False)
-
+    build = partial(AutoModel.from_config, copy.deepcopy(config), trust_remote_code=False)
     load = partial(AutoModel.from_pretrained, config=config)
     return load_checked(load, path, config, build, _NOT_OF_THE_TOWER, dtype=dtype, **hub_kwargs)[0]
 
 
 class VisionTower(nn.Module):
-    """Turns images into visual tokens.
+    """Turns images into visual tokens, by a loaded `encoder` that is cut in place, or one with random weights.
 
-    Keeps only the part of the encoder that feeds the selected hidden state: later layers, the final norm and pooling
-    heads are removed, so that they cost neither time nor memory, and DINOv2's mask token becomes a buffer. So no
-    parameter is without a gradient when the tower is trained. The rest of the encoder is used as Transformers wrote it.
-
-    Args:
-        config: the composite configuration.
-        encoder: a loaded vision encoder, which is cut in place; built with random weights when None.
+    Only the part of the encoder that computes the selected hidden state is kept: later layers, the final norm and
+    pooling heads are removed, and DINOv2's mask token becomes a buffer. They would cost time and memory, and have no
+    gradient when the tower is trained. The rest of the encoder is used as Transformers wrote it.
     """
 
     def __init__(self, config: MetaMorphConfig, encoder: PreTrainedModel | None = None):
@@ -145,9 +108,9 @@ class VisionTower(nn.Module):
         self.naflex_patch = vision_config.patch_size if vision_config.model_type == "siglip2_vision_model" else None
 
     def train(self, mode: bool = True) -> "VisionTower":
-        """Sets the mode of the reduction, and of the encoder only where it is trained.
+        """Set the mode of the reduction, and of the encoder only if it is trained.
 
-        Dropout in a frozen encoder would make inputs and targets random: two encodings of one picture would differ.
+        Dropout in a frozen encoder would make inputs and targets random: two encodings of one image would differ.
         """
         super().train(mode)
         if not self.is_trained:
@@ -160,17 +123,9 @@ class VisionTower(nn.Module):
         return any(parameter.requires_grad for parameter in self.encoder.parameters())
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encodes, reduces and normalises.
+        """Encode, reduce and normalise images: [images, 3, height, width] -> [images, N, D] visual tokens.
 
-        Args:
-            pixel_values: [images, 3, height, width], square and of the tower's image size.
-
-        Returns:
-            [images, N, D] visual tokens, see [`finish_visual_tokens`]. Gradients flow only into parts that require
-            them.
-
-        Raises:
-            ValueError: the images have another size than the tower was trained with, or are on another device.
+        The images must be square, and of the tower's size. Gradients flow only into parts that require them.
         """
         if pixel_values.shape[-2:] != (self.image_size, self.image_size):
             height, width = pixel_values.shape[-2:]
@@ -178,30 +133,25 @@ class VisionTower(nn.Module):
                 f"pixel_values are {height}x{width}, but the vision tower expects {self.image_size}x{self.image_size}; "
                 "prepare images with this model's own processor"
             )
-        # Engines that shard weights (FSDP2, ZeRO-3) gather them here: in inference mode none could be trained later.
-        sharded = any(
-            hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") for weight in self.encoder.parameters()
-        )
+        sharded = is_sharded(self.encoder)
         here, there = pixel_values.device, next(self.encoder.parameters()).device
         if not sharded and there.type == "cpu" != here.type:
             raise ValueError(
                 f"pixel_values are on {here}, but the vision tower is on {there}: move them to one device. A run with "
                 "--feature_cache keeps the tower in main memory, because its images are encoded already"
             )
-        if self.is_trained or sharded:
-            with nullcontext() if self.is_trained else torch.no_grad():
-                patches = self._encode(pixel_values)
-        else:
-            with torch.inference_mode():
-                patches = self._encode(pixel_values)
-            patches = patches.clone()  # what was made in inference mode cannot be kept for a backward pass
+        # Engines gather sharded weights here: gathered in inference mode, they could not be trained later.
+        with nullcontext() if self.is_trained else torch.no_grad() if sharded else torch.inference_mode():
+            patches = self._encode(pixel_values)  # (images, prefix + patches, hidden)
+        if patches.is_inference():
+            patches = patches.clone()  # autograd cannot save inference tensors for the backward pass
         patches = patches[:, self.num_prefix_tokens :]
         return finish_visual_tokens(self.reduction(patches), normalize=self.normalize, apply_softmax=self.apply_softmax)
 
     def _encode(self, pixel_values: Tensor) -> Tensor:
         """[images, 3, H, W] -> [images, prefix + patches, hidden] of the selected layer."""
         pixel_values = pixel_values.to(self.encoder.dtype)
-        if self.naflex_patch is None:
+        if self.naflex_patch is None:  # all but SigLIP 2 NaFlex, which takes patches instead of images
             return self.encoder(pixel_values).last_hidden_state
         images, channels, height, width = pixel_values.shape
         size, rows, columns = self.naflex_patch, height // self.naflex_patch, width // self.naflex_patch
@@ -213,16 +163,16 @@ class VisionTower(nn.Module):
         ).last_hidden_state
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether weights of `module` are sharded among ranks, by FSDP2 or ZeRO-3."""
+    return any(hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") for weight in module.parameters())
+
+
 def finish_visual_tokens(tokens: Tensor, *, normalize: bool, apply_softmax: bool) -> Tensor:
-    """Brings features into the scale of visual tokens: the same for encoded images and for predicted tokens.
+    """Bring [..., D] features, of the tower or of the vision head, into the scale of visual tokens, in float32.
 
-    Args:
-        tokens: [..., D] reduced features of the tower, or output of the vision head.
-        normalize: divide each by its L2 norm (`normalize_vision`).
-        apply_softmax: then turn each into a distribution over features, softmax(x / τ) with τ = 0.07.
-
-    Returns:
-        [..., D], computed in float32, in the dtype of `tokens`.
+    `normalize` divides each by its L2 norm (`normalize_vision`); `apply_softmax` then turns each into a distribution
+    over features, softmax(x / τ) with τ = 0.07.
     """
     finished = tokens.float()
     if normalize:
@@ -233,7 +183,7 @@ def finish_visual_tokens(tokens: Tensor, *, normalize: bool, apply_softmax: bool
 
 
 class _ModelWithoutLanguage(PreTrainedModel):
-    """A MetaMorph model of which only the tower is built; its weights have the names they have in the whole model."""
+    """A MetaMorph model with only the tower; its weights have the same names as in the full model."""
 
     config_class = MetaMorphConfig
 
@@ -245,16 +195,9 @@ class _ModelWithoutLanguage(PreTrainedModel):
 
 
 def load_tower_of(folder: str | Path) -> VisionTower:
-    """Loads the vision tower of a finished MetaMorph model, in float32, and no other weight of it.
-
-    Args:
-        folder: as written by `save_pretrained`, or a Hub repository.
-
-    Raises:
-        ValueError: weights of the tower are missing, of another shape or not finite.
-    """
+    """Load only the vision tower of a finished MetaMorph model (folder or Hub repository), in float32."""
     config = load_config(folder, MetaMorphConfig)
-    # Through Transformers: for some towers (DINOv2) the names in the files are not those of the modules.
+    # Through Transformers: some towers (DINOv2) have other names in the files than in the modules.
     model, _ = load_checked(
         _ModelWithoutLanguage.from_pretrained,
         folder,
@@ -269,7 +212,7 @@ def load_tower_of(folder: str | Path) -> VisionTower:
 class TokenReduction(nn.Module):
     """Reduces the tower's patch tokens [images, patches, hidden] to [images, N, D].
 
-    `interpolation` and `concat_interpolation` follow the original system; `mlpmixer` is the one reduction with
+    `interpolation` and `concat_interpolation` follow the original system. `mlpmixer` is the only reduction with
     weights, which are trained and saved together with the connector.
     """
 
@@ -299,29 +242,22 @@ class TokenReduction(nn.Module):
             return interpolate_tokens(patches, self.num_tokens)
         if self.method == "concat_interpolation":
             return concat_blocks(interpolate_tokens(patches, self.num_tokens * CONCAT_BLOCK))
+        # (images, patches, hidden) -> (images, hidden, patches) -> (images, N, hidden)
         tokens = self.token_mixer(self.token_norm(patches).transpose(1, 2)).transpose(1, 2)
         return tokens + self.channel_mixer(self.channel_norm(tokens))
 
 
 def interpolate_tokens(tokens: Tensor, count: int) -> Tensor:
-    """Bilinear reduction of a square token grid, computed in float32.
-
-    Args:
-        tokens: [images, side², hidden]
-        count: a square number.
-
-    Returns:
-        [images, count, hidden] in the dtype of `tokens`.
-    """
+    """Reduce a square token grid [images, side², hidden] to [images, count, hidden], bilinearly in float32."""
     images, patches, hidden = tokens.shape
     side, new_side = math.isqrt(patches), math.isqrt(count)
-    grid = tokens.transpose(1, 2).reshape(images, hidden, side, side).float()
+    grid = tokens.transpose(1, 2).reshape(images, hidden, side, side).float()  # (images, hidden, side, side)
     grid = F.interpolate(grid, size=(new_side, new_side), mode="bilinear", align_corners=False)
     return grid.flatten(2).transpose(1, 2).to(tokens.dtype)
 
 
 def concat_blocks(tokens: Tensor) -> Tensor:
-    """Joins 2×2 blocks of a token grid along the features: [images, 4N, hidden] -> [images, N, 4·hidden].
+    """Join 2×2 blocks of a token grid along the features: [images, 4N, hidden] -> [images, N, 4·hidden].
 
     Within a block the order is top left, top right, bottom left, bottom right.
     """
@@ -332,24 +268,18 @@ def concat_blocks(tokens: Tensor) -> Tensor:
 
 
 def _cut_encoder(encoder: PreTrainedModel, select_layer: int, num_layers: int) -> None:
-    """Removes everything behind hidden state `select_layer`, so that `last_hidden_state` is that hidden state."""
-    for name in _LAYER_LISTS:
-        try:
-            layers = encoder.get_submodule(name)
-        except AttributeError:
-            continue
-        keep = select_layer if select_layer >= 0 else num_layers + 1 + select_layer
-        del layers[keep:]
-        break
-    else:
+    """Remove everything after hidden state `select_layer`, which `last_hidden_state` is then."""
+    layers = next((module for name, module in encoder.named_modules() if name in _LAYER_LISTS), None)
+    if layers is None:
         raise ValueError(f"{type(encoder).__name__} has none of the layer lists {_LAYER_LISTS}: unknown layout")
+    del layers[select_layer if select_layer >= 0 else num_layers + 1 + select_layer :]
     for name in _FINAL_NORMS:
         if hasattr(encoder, name):
             setattr(encoder, name, nn.Identity())
     if getattr(encoder, "use_head", False):
         encoder.use_head = False
         del encoder.head
-    # DINOv2's stand-in for hidden patches, which are never hidden here. It keeps its name in checkpoints.
+    # DINOv2's mask token replaces masked patches, and none are masked here. It keeps its name in checkpoints.
     for module in [module for module in encoder.modules() if "mask_token" in module._parameters]:
         token = module.mask_token
         del module.mask_token

@@ -21,7 +21,7 @@ from metamorph.evaluation.losses import metric_names
 from metamorph.flags.checks import check_reachable, names_flag, refuse_tower
 from metamorph.models.adapters import forget_quantisation
 from metamorph.models.configuration_metamorph import MetaMorphConfig
-from metamorph.models.connector import check_connector, load_connector
+from metamorph.models.connector import find_connector, load_connector, read_connector
 from metamorph.models.image_processing import load_image_processor
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.pretrained import load_config, load_language_model, load_tokenizer
@@ -97,7 +97,7 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
     args.require_connector(continues)
     if args.pretrain_mm_mlp_adapter is not None:
         with names_flag("--pretrain_mm_mlp_adapter", args.pretrain_mm_mlp_adapter):
-            check_connector(args.pretrain_mm_mlp_adapter)
+            read_connector(find_connector(args.pretrain_mm_mlp_adapter))
     if continues:
         with names_flag("--model_name_or_path", args.model_name_or_path):
             template = _template_of_run(text_config.version, tokenizer, checkpoint)

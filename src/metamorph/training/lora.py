@@ -9,10 +9,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from metamorph.models.adapter_files import AdapterBase
 from metamorph.models.adapters import (
     ADAPTER_NAME,
     PARTS_NOT_QUANTISED,
+    AdapterBase,
     has_adapter,
     require_bitsandbytes,
     require_peft,

@@ -2,10 +2,10 @@
 
 Which templates does `--version` name?        `chat_templates.py`
 What of a template is learnt?                 `chat_template.py`; its date: `template_date.py`
-How long may a template compute?              `bounded_jinja.py`
-How do ids and labels grow together?          `conversations.py`, driven by `conversation_encoder.py`
-How is an answer taken apart?                 `answers.py`
+How is a template limited?                    `bounded_jinja.py`
+How are ids and labels built together?        `conversations.py`, called by `conversation_encoder.py`
+How are generated ids split?                  `conversations.py`
 How does text become ids, not control tokens? `text_encoding.py`
-Which tokens stand for images?                `image_tokens.py`
+Which tokens mark images?                     `image_tokens.py`
 Which values are shared?                      `constants.py`
 """

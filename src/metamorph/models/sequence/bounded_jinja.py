@@ -1,7 +1,7 @@
-"""Jinja for templates of strangers: what they may do is bounded in time and memory, in any thread.
+"""Jinja for untrusted templates, bounded in time and memory, in any thread.
 
-Transformers' sandbox keeps a template from files and Python objects, but not from loops in loops, nor from strings that
-double. Here every step of a loop, every call, and every value that is made is paid for from a budget of the rendering.
+Transformers' sandbox keeps a template from files and Python objects, but not from nested loops, nor from strings that
+double. Here every step of a loop, every call and every new value is charged to the budget of the rendering.
 """
 
 from __future__ import annotations
@@ -21,16 +21,11 @@ from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 
-BUDGET = 2_000_000
-"""Steps and characters that a rendering may take, whatever the conversation."""
-BUDGET_PER_CHARACTER = 100
-"""The same for each character of the conversation."""
-_MOST_AT_ONCE = 2**28
-"""Characters that one operation may make before they are counted."""
-_UNKNOWN = 100_000
-"""Taken for the length of an iterator: as many as `range` may have."""
-_CALL = 50
-"""Steps that a call or a filter stands for."""
+BUDGET = 2_000_000  # steps and characters of a rendering, whatever the conversation
+BUDGET_PER_CHARACTER = 100  # more of them for each character of the conversation
+_MOST_AT_ONCE = 2**28  # most characters that one operation may produce before they are charged
+_UNKNOWN = 100_000  # assumed length of an iterator: the longest `range`
+_CALL = 50  # cost of a call or a filter, in steps
 _METER = "metered"
 _WIDE_FORMAT = re.compile(r"%[^A-Za-z%]*(\*|\d{5})|\{[^{}]*(\{|\d{5})")
 
@@ -38,15 +33,9 @@ _left: ContextVar[list[int]] = ContextVar("left")
 
 
 def render(source: str, **values: Any) -> str:
-    """Render a chat template.
+    """Render a chat template in Transformers' dialect, with `messages`, `add_generation_prompt` and special tokens.
 
-    Args:
-        source: In the dialect of Transformers.
-        **values: What the template sees: `messages`, `add_generation_prompt`, special tokens.
-
-    Raises:
-        SecurityError: If it takes more than the budget.
-        TemplateError: If it is faulty.
+    A faulty one is a `TemplateError`, and one that takes more than the budget a `SecurityError`.
     """
     token = _left.set([BUDGET + BUDGET_PER_CHARACTER * _size(values)])
     try:
@@ -56,7 +45,7 @@ def render(source: str, **values: Any) -> str:
 
 
 def variables_of(source: str) -> frozenset[str]:
-    """Names that a chat template reads and does not set itself."""
+    """Names of variables that a chat template reads and does not set itself."""
     return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
 
 
@@ -67,12 +56,11 @@ def _compile(source: str) -> Template:
 
 @lru_cache(maxsize=1)
 def _environment() -> _BoundedEnvironment:
-    theirs = _compile_jinja_template("").environment
-    return _BoundedEnvironment(theirs)
+    return _BoundedEnvironment(_compile_jinja_template("").environment)
 
 
 class _Namespace(Namespace):
-    """Its text is short, also where namespaces hold each other."""
+    """Its text is short, even if namespaces contain each other."""
 
     def __repr__(self) -> str:
         return "<Namespace>"
@@ -86,7 +74,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=theirs.trim_blocks,
             lstrip_blocks=theirs.lstrip_blocks,
             extensions=[type(extension) for extension in theirs.extensions.values()],
-            optimized=False,  # constants would be computed when a template is compiled
+            optimized=False,  # or constants would be computed, uncharged, at compile time
             finalize=_metered,
         )
         self.filters = {name: _bounded(function) for name, function in theirs.filters.items()}
@@ -130,7 +118,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Meters(NodeTransformer):
-    """Puts a meter on everything that iterates, and on everything that makes a value without a call or an operator."""
+    """Charges everything that iterates, and everything that makes a value without a call or an operator."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         body = sum(1 for _ in node.find_all(nodes.Node))
@@ -157,9 +145,9 @@ class _Meters(NodeTransformer):
         return nodes.Filter(cast("nodes.Expr", node), _METER, list(args), [], None, None, lineno=node.lineno)
 
 
-@pass_context  # so that it is not computed when a template is compiled
+@pass_context  # not at compile time
 def _metered(_context: Any, value: Any, each: int | None = None) -> Any:
-    """Pay for a value: for all that is in it; for its own length (`each` 0); or for a loop over it."""
+    """Charge for everything in a value; for its own length only (`each` 0); or for a loop over it."""
     if each is None:
         return _pay(value)
     if each == 0:
@@ -182,7 +170,7 @@ def _counted(values: Iterable[Any], each: int) -> Iterator[Any]:
 
 
 def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose results are paid for."""
+    """A filter whose results are charged."""
     place = 1 if hasattr(function, "jinja_pass_arg") else 0
     joins = function.__name__ in ("do_join", "sync_do_join")
 
@@ -199,7 +187,7 @@ def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_growth(value: Any, others: list[Any], all_count: bool) -> None:
-    """Refuse an operation whose result could have the product of the sizes of its operands."""
+    """Refuse an operation whose result could be as large as the product of its operands' sizes."""
     product = _magnitude(value) if isinstance(value, int) else _size(value)
     for other in others:
         if isinstance(other, int):
@@ -230,13 +218,13 @@ def _take(amount: int) -> None:
     left[0] -= amount
     if left[0] < 0:
         raise SecurityError(
-            f"it takes more than the {BUDGET} steps and characters, and {BUDGET_PER_CHARACTER} for each character of "
-            "the conversation, that a template may take"
+            f"it takes more than {BUDGET} steps and characters, and {BUDGET_PER_CHARACTER} for each character of the "
+            "conversation, which is the limit"
         )
 
 
 def _size(value: Any) -> int:
-    """Characters and elements in a value, and in the values in it, up to what is left to pay with."""
+    """Characters and elements in a value and, recursively, in its elements, up to what is left of the budget."""
     if isinstance(value, str):
         return 1 + len(value)
     total, waiting = 0, [value]

@@ -1,8 +1,6 @@
-"""The conversation templates of `--version`: our own, or the tokenizer's."""
+"""The conversation templates of `--version`: ours, and the tokenizer's own."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,36 +15,31 @@ _CONTENT = (
     f"{{% set all.text = all.text + (part['text'] if part['type'] == 'text' else '{DEFAULT_IMAGE_TOKEN}') %}}"
     "{% endfor %}{{ all.text | trim }}{% endif %}{% endmacro %}"
 )
-"""A content may be a string with image markers, or a list of parts as multimodal chats have them."""
+"""A content is a string with image markers, or a list of parts as in multimodal chats."""
 
 _HEADERS = (
     "%(bos)s{%% for message in messages %%}"
     "{{ '%(start)s' + message['role'] + '%(after_role)s' + text_of(message['content']) + '%(end)s' }}{%% endfor %%}"
     "{%% if add_generation_prompt %%}{{ '%(start)sassistant%(after_role)s' }}{%% endif %%}"
 )
-"""A header with the role before each turn, and a token after it."""
+"""Each turn has a header with its role, and a token at its end."""
 
 _PLAIN = (
     "%(bos)s{%% for message in messages %%}{{ text_of(message['content']) }}"
     "{%% if message['role'] == 'assistant' %%}{{ eos_token }}{%% endif %%}{{ '\\n' }}{%% endfor %%}"
 )
-"""No roles: each turn on its own line. The format of caption data in stage 1, where the prompt is only an image."""
+"""No roles: one turn per line. For caption data in stage 1, where the prompt is only an image."""
 
 
 def get_chat_template(
     version: str, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
 ) -> ChatTemplate:
-    """Return the conversation template that `--version` names.
+    """Build the conversation template that `--version` names.
 
-    Args:
-        version: One of `VERSIONS`.
-        tokenizer: Decides whether conversations start with a BOS token; must know the format's control tokens.
-        chat_template: A Jinja template to use with `version="auto"` instead of the tokenizer's own.
-
-    Raises:
-        ValueError: For an unknown version, or a version that this tokenizer cannot express.
+    The tokenizer decides whether conversations start with a BOS token, and must have the format's control tokens.
+    `chat_template` is a Jinja template to use with `version="auto"` instead of the tokenizer's own.
     """
-    controls: tuple[str, ...]
+    controls: tuple[str, ...] = ()
     if version in ("llama3", "llama3_original"):
         controls = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
         newlines = r"\n\n" if version == "llama3" else r"\n"
@@ -62,7 +55,7 @@ def get_chat_template(
                 f"--version plain ends an answer with the end-of-sequence token, but {name_of(tokenizer)} has none; "
                 "set eos_token in its tokenizer_config.json"
             )
-        return _named(version, tokenizer, (), _PLAIN % {"bos": _automatic_bos(tokenizer)})
+        return _named(version, tokenizer, controls, _PLAIN % {"bos": _automatic_bos(tokenizer)})
     if version == "auto":
         if chat_template is None and tokenizer.chat_template is None:
             raise ValueError(
@@ -74,9 +67,9 @@ def get_chat_template(
 
 
 def _named(version: str, tokenizer: PreTrainedTokenizerBase, controls: Sequence[str], source: str) -> ChatTemplate:
-    """One of our own templates, once it is known that the tokenizer has the tokens it writes."""
-    encode: Callable[[str], list[int]] = lambda token: tokenizer.encode(token, add_special_tokens=False)  # noqa: E731
-    missing = [token for token in controls if len(ids := encode(token)) != 1 or ids[0] == tokenizer.unk_token_id]
+    """One of our own templates, if the tokenizer has the tokens it writes."""
+    ids = {token: tokenizer.encode(token, add_special_tokens=False) for token in controls}
+    missing = [token for token in controls if len(ids[token]) != 1 or ids[token][0] == tokenizer.unk_token_id]
     if missing:
         raise ValueError(
             f"--version {version} needs the tokens {', '.join(missing)}, which {name_of(tokenizer)} does not have; use "
@@ -86,7 +79,7 @@ def _named(version: str, tokenizer: PreTrainedTokenizerBase, controls: Sequence[
 
 
 def _automatic_bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Writes the BOS token if the tokenizer starts its sequences with one (ChatML tokenizers mostly do not)."""
+    """The BOS token if the tokenizer starts sequences with it (ChatML tokenizers mostly do not)."""
     if tokenizer.bos_token is None or tokenizer("").input_ids[:1] != [tokenizer.bos_token_id]:
         return ""
     return "{{ bos_token }}"

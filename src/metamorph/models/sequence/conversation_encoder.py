@@ -1,6 +1,4 @@
-"""A chat template at work: conversations to text, and to ids, labels and visual-target mask."""
-
-from __future__ import annotations
+"""Applies a chat template: conversations to text, and to ids, labels and visual-target mask."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,25 +8,16 @@ from transformers import PreTrainedTokenizerBase
 
 from metamorph.models.sequence.chat_template import ChatTemplate, Segment
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
-from metamorph.models.sequence.conversations import ImageMarker, Message, SequenceBuilder, with_placeholders
+from metamorph.models.sequence.conversations import IMAGE_MARKER, ImageMarker, Message, SequenceBuilder
 from metamorph.models.sequence.image_tokens import ImageTokens
 from metamorph.models.sequence.text_encoding import TextEncoder
 
 
-_CUT = "\ue005"
-"""Private-use character after the content of a message that is to be continued."""
+_CUT = "\ue005"  # private-use character after the content of a message to continue
 
 
 class ConversationEncoder:
-    """Writes conversations in a chat template and encodes them. It changes nothing, so threads may share it.
-
-    Args:
-        tokenizer: Its image tokens are added.
-        template: The chat template.
-        image_tokens: Ids of the image tokens.
-        image_token: Name of the placeholder.
-        num_image_tokens: Placeholders of one image.
-    """
+    """Writes conversations in a chat template and encodes them. Threads may share it."""
 
     def __init__(
         self,
@@ -43,40 +32,29 @@ class ConversationEncoder:
         self._image_token = image_token
         self._num_image_tokens = num_image_tokens
         self._text = TextEncoder(tokenizer, template)
-        # As in conversations, so that a text in the template has the ids that were trained.
+        # As in conversations: a text in the template must have the ids of training.
         self._adds_bos = template.writes_bos and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         self._bos = tokenizer.bos_token_id
 
     def write(self, messages: Sequence[Message], **options: Any) -> str:
-        """The text of a conversation.
-
-        Args:
-            messages: The conversation.
-            **options: `add_generation_prompt`, `continue_final_message` and `variables` as for `encode`.
-        """
+        """Text of a conversation; options as for `encode`."""
         text = "".join(segment.text for segment in self._segments(messages, **options))
         return self._text.reveal(text).replace(self._image_token, DEFAULT_IMAGE_TOKEN)
 
     def encode(self, messages: Sequence[Message], limit: int | None = None, **options: Any) -> SequenceBuilder:
-        """Ids, labels and visual-target mask of a conversation.
+        """Ids, labels and visual-target mask of a conversation, cut to `limit` tokens.
 
-        Args:
-            messages: The conversation.
-            limit: Most tokens.
-            **options: `add_generation_prompt`: whether to end with the header of the assistant's next answer.
-                `continue_final_message`: whether to end with the content of the last message, an answer's beginning.
-                `variables`: what the template may read, by name; then nothing is supervised.
-
-        Raises:
-            ValueError: If the template cannot express the conversation.
+        Options are `add_generation_prompt`: whether to end with the header of the assistant's next answer;
+        `continue_final_message`: whether to end with the content of the last message, the beginning of an answer; and
+        `variables` of the template, by name, with which nothing is supervised.
         """
         builder = SequenceBuilder(self._tokens, self._num_image_tokens, limit)
         before = ""
         for segment in self._segments(messages, **options):
-            encoded = self._text.encode_after(before, segment.text)
-            builder.remove(encoded.replaced)
-            builder.add(encoded.ids[: encoded.shared], supervised=False)
-            builder.add(encoded.ids[encoded.shared :], segment.supervised)
+            ids, replaced, shared = self._text.encode_after(before, segment.text)
+            builder.remove(replaced)
+            builder.add(ids[:shared], supervised=False)
+            builder.add(ids[shared:], segment.supervised)
             if builder.truncated:
                 return builder
             before += segment.text
@@ -89,14 +67,8 @@ class ConversationEncoder:
         return builder
 
     def encode_text(self, text: str, limit: int | None = None, add_bos: bool = True) -> tuple[SequenceBuilder, int]:
-        """Ids of a text that is in the template already, in which control tokens count; and its number of images.
-
-        Args:
-            text: Text with an `<image>` marker for each image.
-            limit: Most tokens.
-            add_bos: Whether to put the BOS token first if the tokenizer and the template do and the text does not.
-        """
-        ids = self._text.encode(self._text.escape(with_placeholders(text, self._image_token)))
+        """Ids of a text that is in the template already, in which control tokens count, and its number of images."""
+        ids = self._text.encode(self._text.escape(IMAGE_MARKER.sub(self._image_token, text)))
         if add_bos and self._adds_bos and ids[:1] != [self._bos]:
             ids = [self._bos, *ids]
         builder = SequenceBuilder(self._tokens, self._num_image_tokens, limit)
@@ -110,7 +82,7 @@ class ConversationEncoder:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> list[Segment]:
-        """A conversation with a placeholder for each image, and control tokens hidden in contents."""
+        """Segments with a placeholder for each image, and control tokens hidden in contents."""
         written = [{"role": message.role, "content": self._hidden(message)} for message in messages]
         if continue_final_message:
             if add_generation_prompt or not messages or messages[-1].role != "assistant":

@@ -1,12 +1,10 @@
-"""Messages taken apart into text and images, and the sequence that grows from them piece by piece."""
-
-from __future__ import annotations
+"""Messages parsed into text and images, the sequence that is built from them, and answers split into both again."""
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 import numpy as np
@@ -24,10 +22,10 @@ from metamorph.models.sequence.image_tokens import ImageTokens
 
 
 _WRAPPED_IMAGE = rf"{DEFAULT_IM_START_TOKEN}\s*{DEFAULT_IMAGE_TOKEN}\s*{DEFAULT_IM_END_TOKEN}"
-_IMAGE_MARKER = re.compile(rf"{_WRAPPED_IMAGE}|{DEFAULT_IMAGE_TOKEN}")
-"""An image in text. Data may hold the wrapped form already; both mean one image."""
+IMAGE_MARKER = re.compile(rf"{_WRAPPED_IMAGE}|{DEFAULT_IMAGE_TOKEN}")
+"""One image in text. Data may hold the wrapped form already."""
 IMAGE_KEYS = ("image", "path", "url", "base64")
-"""Where a part of a message may have its image, as in Transformers."""
+"""Keys under which a part of a message may hold its image, as in Transformers."""
 
 
 @dataclass
@@ -35,17 +33,17 @@ class EncodedConversation:
     """One conversation, ready for the model."""
 
     input_ids: torch.Tensor
-    """int64 `[sequence]`; each image is already expanded to its placeholders."""
+    """int64 `[sequence]`, each image expanded to its placeholders."""
     labels: torch.Tensor
-    """int64 `[sequence]`, unshifted: the id where text is learnt, `IGNORE_INDEX` elsewhere."""
+    """int64 `[sequence]`, not shifted: the id where text is learnt, `IGNORE_INDEX` elsewhere."""
     visual_target_mask: torch.Tensor
     """bool `[sequence]`: the placeholders of images in assistant turns."""
-    pixel_values: torch.Tensor | None
+    pixel_values: torch.Tensor | None = None
     """float32 `[images, 3, height, width]` in reading order; None without images."""
     visual_tokens: torch.Tensor | None = None
-    """`[images, num_image_tokens, vision_hidden]` of images that were given as visual tokens; None without."""
+    """`[images, num_image_tokens, vision_hidden]` of images that were given as visual tokens."""
     visual_tokens_index: torch.Tensor | None = None
-    """int64, which of all images, in reading order, `visual_tokens` are; None unless there are pixels, too."""
+    """int64 positions of `visual_tokens` among all images, if there are pixels too."""
     num_dropped_images: int = 0
     """Images that were cut off together with their placeholders."""
     truncated: bool = False
@@ -73,32 +71,32 @@ class ImagePart:
 
 
 _SINGLE_IMAGES = (Image.Image, ImagePart, str, bytes, os.PathLike, Mapping)
-"""Forms of one image, some of which could be iterated over."""
+"""Types of one image, some of which are iterable."""
 
 
+@dataclass(eq=False)
 class ImageMarker:
-    """Stands for one image in the parts of a message; `image` is None if the image is given elsewhere."""
+    """Stands for one image in the parts of a message; `image` is None if it is passed separately."""
 
-    def __init__(self, image: Any = None) -> None:
-        self.image = image
+    image: Any = None
 
 
 @dataclass
 class Message:
-    """One message, its content taken apart."""
+    """One message, its content parsed."""
 
     role: str
     parts: list[str | ImageMarker]
 
     @property
     def num_open_images(self) -> int:
-        """Markers whose image is not part of the message."""
+        """Number of markers whose image is not part of the message."""
         return sum(isinstance(part, ImageMarker) and part.image is None for part in self.parts)
 
 
 @dataclass
 class SequenceBuilder:
-    """Ids, labels and visual-target mask of one conversation; they grow together or not at all."""
+    """Ids, labels and visual-target mask of one conversation, built together."""
 
     tokens: ImageTokens
     num_image_tokens: int
@@ -125,31 +123,26 @@ class SequenceBuilder:
         self._append(ids, ids if supervised else [IGNORE_INDEX] * len(ids), [False] * len(ids))
 
     def add_image(self, is_answer: bool) -> None:
-        """Append a whole image, or cut the conversation before it."""
+        """Append an entire image, or cut the conversation before it."""
         start, end = ([] if token is None else [token] for token in (self.tokens.image_start, self.tokens.image_end))
         count = self.num_image_tokens
-        length = len(start) + count + len(end)
-        if self.truncated or (self.limit is not None and len(self.ids) + length > self.limit):
+        ids = [*start, *[self.tokens.image] * count, *end]
+        if self.truncated or (self.limit is not None and len(self.ids) + len(ids) > self.limit):
             self.truncated = True
             return
-        around = (start, end) if is_answer else ([IGNORE_INDEX] * len(start), [IGNORE_INDEX] * len(end))
-        self._append(
-            [*start, *[self.tokens.image] * count, *end],
-            [*around[0], *[IGNORE_INDEX] * count, *around[1]],
-            [*[False] * len(start), *[is_answer] * count, *[False] * len(end)],
-        )
+        labels = [*start, *[IGNORE_INDEX] * count, *end] if is_answer else [IGNORE_INDEX] * len(ids)
+        self._append(ids, labels, [is_answer and token == self.tokens.image for token in ids])
         self.num_images += 1
 
     def remove(self, count: int) -> None:
-        """Take the last ids away; they must be text."""
+        """Remove the last ids, which must be text."""
         for values in (self.ids, self.labels, self.targets):
             del values[len(values) - count :]
 
     def add(self, ids: list[int], supervised: bool) -> None:
-        """Append ids, and a whole image for each placeholder among them."""
+        """Append ids, and an entire image for each placeholder among them."""
         start = 0
-        for _ in range(ids.count(self.tokens.image)):
-            place = ids.index(self.tokens.image, start)
+        for place in [place for place, token in enumerate(ids) if token == self.tokens.image]:
             self.add_text(ids[start:place], supervised)
             self.add_image(supervised)
             start = place + 1
@@ -162,28 +155,24 @@ class SequenceBuilder:
 
 
 def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Take messages apart; their contents are strings with markers or lists of parts.
+    """Parse messages, whose contents are strings with markers or lists of parts.
 
-    A part is a dict `{"type": "text", "text": …}` or `{"type": "image", …}`, the image under one of `IMAGE_KEYS` or
-    given elsewhere; OpenAI's `{"type": "image_url", …}`; or a [`TextPart`] or [`ImagePart`] of an earlier answer.
-
-    Raises:
-        ValueError: For an unknown role or kind of part.
+    A part is a dict `{"type": "text", "text": …}` or `{"type": "image", …}`, with the image under one of `IMAGE_KEYS`
+    or passed separately; OpenAI's `{"type": "image_url", …}`; or a [`TextPart`] or [`ImagePart`] of an earlier answer.
     """
     parsed = []
     for index, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ValueError(f"message {index} has the role {role!r}; use one of {', '.join(ROLES)}")
-        parts = split_at_images(content) if isinstance(content, str) else _parse_parts(index, content)
+        if isinstance(content, str):
+            parts = split_at_images(content)
+        elif isinstance(content, (list, tuple)):
+            parts = [_parse_part(index, part) for part in content]
+        else:
+            raise ValueError(f"the content of message {index} must be a string or a list, not {type(content).__name__}")
         parsed.append(Message(role, _stripped(parts)))
     return parsed
-
-
-def _parse_parts(index: int, content: Any) -> list[str | ImageMarker]:
-    if not isinstance(content, (list, tuple)):
-        raise ValueError(f"the content of message {index} must be a string or a list, not {type(content).__name__}")
-    return [_parse_part(index, part) for part in content]
 
 
 def _parse_part(index: int, part: Any) -> str | ImageMarker:
@@ -212,14 +201,9 @@ def _parse_part(index: int, part: Any) -> str | ImageMarker:
     raise ValueError(f"message {index} has a part of type {kind!r}; use 'text' or 'image'")
 
 
-def with_placeholders(text: str, placeholder: str) -> str:
-    """Text with the token `placeholder` in place of each image marker, wrapped or not."""
-    return _IMAGE_MARKER.sub(placeholder, text)
-
-
 def split_at_images(text: str) -> list[str | ImageMarker]:
-    """Split text at its image markers, wrapped or not; nothing else of the text is changed."""
-    pieces = _IMAGE_MARKER.split(text)
+    """Split text at its image markers, wrapped or not; the rest of the text is unchanged."""
+    pieces = IMAGE_MARKER.split(text)
     parts: list[str | ImageMarker] = [pieces[0]]
     for piece in pieces[1:]:
         parts += [ImageMarker(), piece]
@@ -227,59 +211,49 @@ def split_at_images(text: str) -> list[str | ImageMarker]:
 
 
 def _stripped(parts: list[str | ImageMarker]) -> list[str | ImageMarker]:
-    """Neighbouring texts joined, without white space at the ends of the message."""
-    merged: list[str | ImageMarker] = []
+    """Join neighbouring texts, and strip white space at both ends of the message."""
+    merged: list[str | ImageMarker] = [""]
     for part in parts:
-        if isinstance(part, str) and merged and isinstance(merged[-1], str):
+        if isinstance(part, str) and isinstance(merged[-1], str):
             merged[-1] += part
         else:
             merged.append(part)
-    parts = merged
-    if parts and isinstance(parts[0], str):
-        parts[0] = parts[0].lstrip()
-    if parts and isinstance(parts[-1], str):
-        parts[-1] = parts[-1].rstrip()
-    return [part for part in parts if part != ""]
+    for end, strip in ((0, str.lstrip), (-1, str.rstrip)):
+        if isinstance(text := merged[end], str):
+            merged[end] = strip(text)
+    return [part for part in merged if part != ""]
 
 
-def assign_images(messages: Sequence[Message], images: Sequence[Any] | None, where: str = "the text") -> list[Any]:
+def assign_images(messages: Sequence[Message], images: Sequence[Any] | None) -> list[Any]:
     """All images in reading order: those inside the messages, and `images` for the other markers."""
-    check_image_count(sum(message.num_open_images for message in messages), len(images or ()), where)
+    _check_image_count(sum(message.num_open_images for message in messages), len(images or ()))
     rest = iter(images or ())
     markers = (part for message in messages for part in message.parts if isinstance(part, ImageMarker))
     return [next(rest) if marker.image is None else marker.image for marker in markers]
 
 
 def divide_images(images: Any, counts: Sequence[int], what: str) -> list[list[Any]]:
-    """The images of each prompt or conversation.
+    """Divide images among prompts or conversations (`what`), which have `counts` markers each.
 
-    Args:
-        images: All images in reading order, or a list of images for each prompt.
-        counts: How many markers each prompt has.
-        what: What messages call a prompt.
-
-    Raises:
-        ValueError: If the numbers of markers and images differ; the message names the prompt where images are nested.
+    `images` are all images in reading order, or a list of images for each prompt.
     """
     if isinstance(images, (list, tuple)) and images and all(isinstance(own, (list, tuple)) for own in images):
         if len(images) != len(counts):
             raise ValueError(f"there are {len(counts)} {what}s, but {len(images)} lists of images")
         rows = [flatten_images(own) for own in images]
         for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
-            check_image_count(count, len(row), f"{what} {number}" if len(rows) > 1 else "the text")
+            _check_image_count(count, len(row), f"{what} {number}" if len(rows) > 1 else "the text")
         return rows
     rest = flatten_images(images)
-    check_image_count(sum(counts), len(rest))
+    _check_image_count(sum(counts), len(rest))
     ends = list(accumulate(counts))
     return [rest[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
 def flatten_images(images: Any) -> list[Any]:
-    """The images of arbitrarily nested lists or other iterables, in reading order; none for None.
+    """Flatten nested lists or other iterables of images (also [`ImagePart`]), in reading order; None has none.
 
-    Args:
-        images: What [`metamorph.models.image_inputs.load_image`] takes, or an [`ImagePart`]; an array or tensor of
-            four dimensions is a batch of images.
+    An array or tensor of four dimensions is a batch of images.
     """
     if images is None:
         return []
@@ -290,14 +264,70 @@ def flatten_images(images: Any) -> list[Any]:
     return [image for item in images for image in flatten_images(item)]
 
 
-def check_image_count(num_markers: int, num_images: int, where: str = "the text") -> None:
-    """Make sure that there is one image for each marker.
-
-    Raises:
-        ValueError: If the numbers differ; the message names both.
-    """
+def _check_image_count(num_markers: int, num_images: int, where: str = "the text") -> None:
     if num_markers != num_images:
         raise ValueError(
             f"{where} has {num_markers} {DEFAULT_IMAGE_TOKEN} marker(s), but {num_images} image(s) were given; there "
             "must be exactly one marker for each image"
         )
+
+
+def interleave(
+    answers: Sequence[Any],
+    visual_tokens: torch.Tensor | None,
+    decode: Callable[[list[int]], str],
+    *,
+    ends: frozenset[int],
+    placeholder: int,
+    num_image_tokens: int,
+) -> list[list[TextPart | ImagePart]]:
+    """Split generated answers, without prompts, for `MetaMorphProcessor.decode_interleaved`; `ends` are ids that end
+    one.
+    """
+    features = [] if visual_tokens is None else list(visual_tokens)
+    rows: list[list[TextPart | ImagePart]] = []
+    used = 0
+    for answer in answers:
+        ids = answer.tolist() if isinstance(answer, torch.Tensor) else answer
+        parts: list[TextPart | ImagePart] = []
+        for run in _split_at_images(takewhile(lambda token: token not in ends, ids), placeholder, num_image_tokens):
+            if run is None:
+                if used < len(features):
+                    parts.append(ImagePart(features[used]))
+                used += 1
+            elif text := decode(run):
+                parts.append(TextPart(text))
+        rows.append(parts)
+    if used != len(features):
+        raise ValueError(
+            f"the sequences hold {used} generated image(s) of {num_image_tokens} placeholders, but visual_tokens has "
+            f"{len(features)}; is prompt_length the length of the prompt?"
+        )
+    return rows
+
+
+def _split_at_images(ids: Iterable[int], placeholder: int, num_image_tokens: int) -> Iterator[list[int] | None]:
+    """Ids of text, with None for each complete image between them."""
+    text: list[int] = []
+    placeholders = 0
+    for token in ids:
+        if token != placeholder:
+            text.append(token)
+            continue
+        placeholders += 1
+        if placeholders == num_image_tokens:
+            yield text
+            yield None
+            text, placeholders = [], 0
+    yield text
+
+
+def stack_visual_tokens(images: Sequence[ImagePart], num_image_tokens: int) -> torch.Tensor:
+    """Stack earlier generated images to `[images, num_image_tokens, vision_hidden]`."""
+    shapes = {tuple(image.visual_tokens.shape) for image in images}
+    if len(shapes) > 1 or any(len(shape) != 2 or shape[0] != num_image_tokens for shape in shapes):
+        raise ValueError(
+            f"an ImagePart must have visual tokens of shape [{num_image_tokens}, vision_hidden], as this model writes "
+            f"them; there are {sorted(shapes)}"
+        )
+    return torch.stack([image.visual_tokens for image in images])

@@ -1,38 +1,28 @@
-"""Templates that print the day: it is fixed once, so that a resumed run writes what the first one wrote."""
-
-from __future__ import annotations
+"""Chat templates that print the date: it is fixed once, so a resumed run writes the same text."""
 
 import re
 from datetime import datetime
 
 from transformers import PreTrainedTokenizerBase
 
-from metamorph.models.sequence.constants import VERSIONS
+from metamorph.models.sequence.constants import OTHER_VERSION
 
 
 _DATE = re.compile(r"""strftime_now\(\s*(['"])(.+?)\1\s*\)""")
 
 
 def with_fixed_date(source: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A template with today's date in place of the calls that ask for it.
-
-    Args:
-        source: The Jinja template.
-        tokenizer: Has its name in the message of an error.
-
-    Raises:
-        ValueError: If there is a call whose format is not written out.
-    """
+    """Replace calls for the date in a Jinja template by today's date; their formats must be literals."""
     now = datetime.now()
     fixed = _DATE.sub(lambda call: repr(now.strftime(call[2])), source)
     if "strftime_now(" in fixed:
         raise ValueError(
             f"the chat template of {name_of(tokenizer)} prints the date in a format that it computes, so that it would "
-            f"change during training; write the format out, or choose another --version ({', '.join(VERSIONS[:-1])})"
+            f"change during training; write the format out, or {OTHER_VERSION}"
         )
     return fixed
 
 
 def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What messages call a tokenizer."""
+    """Name of a tokenizer in messages."""
     return f"the tokenizer {tokenizer.name_or_path!r}" if tokenizer.name_or_path else "this tokenizer"

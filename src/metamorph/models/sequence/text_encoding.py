@@ -1,54 +1,33 @@
-"""Text to ids: the names of control tokens count where a template writes them, and are plain text in contents."""
-
-from __future__ import annotations
+"""Text to ids: names of control tokens count in the text of a template, and are plain text in contents."""
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from metamorph.models.sequence.chat_template import ChatTemplate, any_of
+from metamorph.models.sequence.chat_template import ChatTemplate, any_of, common_length
 
 
 _BREAK = "\ue002"
-"""Private-use character in a content that says: here is no control token. It breaks a name, or precedes one of a single
-character, which cannot be broken."""
+"""Private-use character in contents: no control token here. It breaks a name, or precedes one of a single character."""
 _ITSELF, _NOTHING = "\ue003", "\ue004"
-"""After `_BREAK`: a content happens to hold that character; and what it precedes is nothing."""
+"""After `_BREAK`: the content itself has that character; it precedes nothing."""
 _BREAKS = re.compile(f"{_BREAK}([{_ITSELF}{_NOTHING}]?)")
-_WORDS = re.compile(r"\A.*\S", re.DOTALL)
-"""A text without the white space at its end, which templates take off."""
-_CONTEXT = 64
-"""Characters at the end of a text in which a control token is looked for; no name is longer."""
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """Ids of text that follows other text."""
-
-    ids: list[int]
-    replaced: int = 0
-    """How many of the last ids of the other text they stand in place of."""
-    shared: int = 0
-    """How many of them begin in the other text."""
+_WORDS = re.compile(r"\A.*\S", re.DOTALL)  # a text without the white space at its end, which templates strip
+_CONTEXT = 64  # characters at the end of a text that are searched for a control token; no name is longer
 
 
 class TextEncoder:
-    """Encodes text in which contents cannot forge control tokens. It changes nothing, so threads may share it.
+    """Encodes text in which contents cannot forge control tokens. Threads may share it.
 
-    A tokenizer finds control tokens wherever their names stand. A content is therefore hidden before it is put into a
-    template: its names are broken by a character of their own. Text between two control tokens with such a character
-    in it is then spelt by the parts of the tokenizer (normalizer, pre-tokenizer, model), which know no added tokens.
-
-    Args:
-        tokenizer: Its image tokens are added.
-        template: Knows the tokens that contents must not give.
+    A tokenizer finds control tokens wherever their names occur. A content is therefore hidden before it is put into a
+    template: a character of our own breaks the names. Text between two control tokens that contains this character is
+    then spelt by the parts of the tokenizer (normalizer, pre-tokenizer, model), which know no added tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
         self._tokenizer = tokenizer
-        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)  # None: the tokenizer is written in Python
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)  # None for tokenizers in Python
         controls = template.control_tokens
         self._controls = frozenset(tokenizer.convert_tokens_to_ids(sorted(controls))) - {tokenizer.unk_token_id}
         self._forbidden = {False: _starts(controls), True: _starts(controls - template.thought_tokens)}
@@ -62,7 +41,7 @@ class TextEncoder:
             last: tuple(begun for begun in beginnings if begun[-1] == last) for last in {b[-1] for b in beginnings}
         }
         self._context_ids: dict[str, list[int]] = {}
-        # The tokenizer finds these in normalised text only: <|user|> in "<|USER|>", say.
+        # The tokenizer finds these in normalised text: <|user|> in "<|USER|>", for example.
         late = {token.content for token in tokenizer.added_tokens_decoder.values() if token.normalized} & controls
         self._late = {
             is_answer: any_of({self._normalized(name) for name in names}) if names else None
@@ -70,26 +49,21 @@ class TextEncoder:
         }
 
     def hide(self, content: str, is_answer: bool) -> str:
-        """Break the names of control tokens in a content.
-
-        Args:
-            content: Text of a message between two images.
-            is_answer: Whether it is the assistant's, which may give the tokens of its thoughts.
-        """
+        """Break the names of control tokens in a content; an answer may contain those of its thoughts."""
         hidden = self._forbidden[is_answer].sub(_break, self.escape(content))
         late = self._late[is_answer]
         if late is not None and late.search(self._normalized(hidden)):
-            # Of each piece the tokenizer would look at, so each is spelt.
+            # The tokenizer would normalise each piece, so each is spelt.
             pieces = self._added.split(hidden)
             pieces[::2] = [_WORDS.sub(rf"\g<0>{_BREAK}{_NOTHING}", piece) for piece in pieces[::2]]
             hidden = "".join(pieces)
         if hidden.endswith(self._begun.get(hidden[-1:], ())):
-            hidden += _BREAK + _NOTHING  # what follows in the template must not complete the name of a control token
+            hidden += _BREAK + _NOTHING  # the template must not complete the name
         return hidden
 
     @staticmethod
     def escape(text: str) -> str:
-        """Keep a character that happens to be the one which breaks names. Control tokens in the text count."""
+        """Keep a literal `_BREAK` in the text. Control tokens count."""
         return text.replace(_BREAK, _BREAK + _ITSELF)
 
     @staticmethod
@@ -97,39 +71,36 @@ class TextEncoder:
         """Undo `hide` or `escape`."""
         return _BREAKS.sub(lambda found: _BREAK if found[1] == _ITSELF else "", text) if _BREAK in text else text
 
-    def encode_after(self, before: str, text: str) -> Continuation:
-        """Ids of text with hidden contents after other text: together they are those of the whole.
+    def encode_after(self, before: str, text: str) -> tuple[list[int], int, int]:
+        """Ids of text with hidden contents that follows `before`: joined, they are the ids of both texts together.
 
-        Args:
-            before: Everything that precedes the text. Some tokenizers put a space before the first word of a text,
-                and some tokens take the white space after them.
-            text: The text.
+        Also returns how many of the last ids of `before` they replace, and how many of them begin in `before`. Some
+        tokenizers put a space before the first word of a text, and some tokens include the white space after them.
         """
         context = self._context(before)
         if not context:
-            return Continuation(self.encode(text))
+            return self.encode(text), 0, 0
         known = self._context_ids.get(context)
         if known is None:
             known = self._context_ids[context] = self.encode(context)
         ids = self.encode(context + text)
-        return Continuation(ids[len(known) :]) if ids[: len(known)] == known else self._joined(before, text)
+        return (ids[len(known) :], 0, 0) if ids[: len(known)] == known else self._joined(before, text)
 
-    def _joined(self, before: str, text: str) -> Continuation:
-        """The tokenizer joins the end of one text and the beginning of the next in a token."""
+    def _joined(self, before: str, text: str) -> tuple[list[int], int, int]:
+        """For a tokenizer that joins the end of one text and the beginning of the next in a token."""
         last = next(reversed(list(self._added.finditer(before))), None)
         before = before if last is None else before[last.start() :]
         old, new = self.encode(before), self.encode(before + text)
-        pairs = zip(old, new, strict=False)
-        common = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(old), len(new)))
+        common = common_length(old, new)
         length = len(self._decode(old))
         stop = next((stop for stop in range(common, len(new)) if len(self._decode(new[:stop])) >= length), len(new))
-        return Continuation(new[common:], replaced=len(old) - common, shared=stop - common)
+        return new[common:], len(old) - common, stop - common
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _context(self, before: str) -> str:
-        """The control token with which a text ends, else its last character."""
+        """The control token at the end of a text, else its last character."""
         end = before[-_CONTEXT:]
         if not end or end.endswith((_BREAK, _ITSELF, _NOTHING)):
             return ""
@@ -151,15 +122,12 @@ class TextEncoder:
     def _tokenize(self, text: str) -> list[int]:
         backend = self._backend
         if backend is None or backend.truncation or backend.padding or backend.encode_special_tokens:
-            # Somebody has switched something on in the tokenizer; this call switches it off.
+            # A switch of the tokenizer is on, which this call does not use.
             return self._tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False).input_ids
         return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _spell(self, text: str) -> list[int]:
-        """Ids of plain text, whatever names are in it.
-
-        `split_special_tokens=True` means the same for special tokens, but is a switch of the shared tokenizer.
-        """
+        """Ids of plain text. Not by `split_special_tokens=True`, which is a switch of the shared tokenizer."""
         if self._backend is None:
             ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         else:
@@ -169,7 +137,7 @@ class TextEncoder:
             ids = [token.id for word in words for token in self._backend.model.tokenize(word)]
         if self._controls.isdisjoint(ids):
             return ids
-        # A word-level tokenizer cannot spell the name of a control token; it is an unknown word then.
+        # A word-level tokenizer cannot spell the name of a control token: it is an unknown word.
         unknown = self._tokenizer.unk_token_id
         replaced = (unknown if token in self._controls else token for token in ids)
         return [token for token in replaced if token is not None]
@@ -180,7 +148,7 @@ class TextEncoder:
 
 
 def _starts(names: frozenset[str]) -> re.Pattern[str]:
-    """Matches the first character of each name in a text, also of names that overlap; its group is a name of one."""
+    """Matches the first character of each name in a text, also of overlapping ones; group 1 is a one-character name."""
     single = any_of({name for name in names if len(name) == 1}).pattern
     return re.compile(f"({single})|(?={any_of({name for name in names if len(name) > 1}).pattern}).", re.DOTALL)
 

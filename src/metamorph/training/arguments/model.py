@@ -7,7 +7,7 @@ from pathlib import Path
 from metamorph.files.model_files import read_json_object
 from metamorph.flags.checks import RemembersGiven, check_choice, check_model_reference
 from metamorph.mini import shipped_folder
-from metamorph.models.adapter_files import is_adapter_folder
+from metamorph.models.adapters import is_adapter_folder
 from metamorph.models.configuration_metamorph import check_options
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from metamorph.data.batching.packing import PACKING_VERSION, BatchPlanner
 from metamorph.data.dataset import MixtureDataset
 from metamorph.data.records import RecordError
-from metamorph.models.adapter_files import is_adapter_folder
+from metamorph.models.adapters import is_adapter_folder
 from metamorph.models.connector import is_full_model
 from metamorph.runs.checkpoint_files import CheckpointError, read_manifest
 from metamorph.runs.find_checkpoint import ResumePoint

@@ -62,7 +62,7 @@ def check_keeps_samples_apart(model: MetaMorphForConditionalGeneration) -> None:
         ValueError: If samples of one row would leak into each other.
     """
     decoder: Any = model.get_decoder()
-    table: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    table: torch.Tensor = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     first, other, second = torch.randn(3, 1, _SAMPLE, model.config.text_config.hidden_size, generator=generator)
     scale = table.detach().float().std().cpu()
