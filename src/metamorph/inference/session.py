@@ -31,12 +31,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Session:
-    """What [`load`] returns: answers prompts and draws the images of the answers."""
+    """A loaded model: answers prompts and draws the images of the answers."""
 
     model: MetaMorphForConditionalGeneration
-    """The model, in evaluation mode."""
     processor: MetaMorphProcessor
-    """Its processor."""
     pipeline: VisualizationPipeline | None = None
     """Draws visual tokens; None leaves images undrawn."""
 
@@ -104,7 +102,7 @@ def load(
         model: Folder or Hub id of a MetaMorph model or adapter; `mini` is the one that ships with the package.
         visualizer: Folder or Hub id of its visualizer, or `mini`. Without one, images stay visual tokens.
         device: By default the accelerator if there is one.
-        dtype: Of the weights of both; by default as saved.
+        dtype: Precision of the weights of both; by default as saved.
         dashes: What errors write in front of the names of arguments; `--` where they are flags.
 
     Raises:
@@ -130,12 +128,7 @@ def load(
 def load_pipeline(
     visualizer: str, flag: str = "--visualizer", dtype: torch.dtype | None = None
 ) -> VisualizationPipeline:
-    """Load a visualizer without its progress bars, on the CPU.
-
-    Args:
-        visualizer: Folder or Hub id.
-        flag: What errors call it.
-        dtype: Of its weights; float32 by default.
+    """Load a visualizer without its progress bars, on the CPU, by default in float32.
 
     Raises:
         FileNotFoundError: If it does not exist.
@@ -153,10 +146,6 @@ def load_pipeline(
 
 def check_visualizer_folder(visualizer: str, flag: str = "--visualizer") -> str:
     """Check a visualizer without loading its weights; returns its folder or Hub id.
-
-    Args:
-        visualizer: Folder or Hub id.
-        flag: What errors call it.
 
     Raises:
         FileNotFoundError: If it does not exist.
