@@ -160,7 +160,7 @@ def _chunks(images: Sequence[Image.Image], size: int) -> Iterator[tuple[int, lis
 
 
 def _tokens(pipeline: VisualizationPipeline, images: Sequence[Image.Image]) -> Tensor:
-    return pipeline.vision_tower.encode_pictures(images).cpu()
+    return pipeline.vision_tower.encode_images(images).cpu()
 
 
 def _compare_tokens(score: ScaleScores, drawn: Tensor, originals: Tensor, start: int) -> None:

@@ -1,4 +1,4 @@
-"""Opens a finished visualizer together with the vision tower whose tokens it draws."""
+"""Load a finished visualizer together with the vision tower whose tokens it draws."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def load_visualizer(
     num_tokens: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> VisualizationPipeline:
-    """Load a visualizer that can encode pictures.
+    """Load a visualizer that can encode images.
 
     Args:
-        folder: What `metamorph train-visualizer` has written, or a Hub id.
+        folder: Result of `metamorph train-visualizer`, or a Hub id.
         vision_tower: The tower, or the folder of a MetaMorph model. By default the one in the folder or, if there is
             none, the one that the visualizer was trained with, as visualizer_arguments.json names it.
-        num_tokens: Visual tokens per picture; by default as in training. Of no effect with the tower of the folder or
-            of a MetaMorph model, which know their number.
-        dtype: Of all weights.
+        num_tokens: Visual tokens per image; by default as in training. Has no effect with the tower of the folder or
+            of a MetaMorph model, which fix their number.
+        dtype: Precision of all weights.
 
     Raises:
         FileNotFoundError: If the folder or the tower cannot be loaded.
@@ -52,38 +52,33 @@ def load_visualizer(
     return pipeline
 
 
-def trained_token_options(folder: str | Path) -> dict[str, str | int | bool]:
-    """Vision tower and token options that the visualizer in `folder` was trained with; empty if it does not say."""
-    file = Path(folder).expanduser() / ARGUMENTS_FILE
-    if not file.is_file():
-        return {}
-    values = read_json_object(file)
-    options = {}
-    for field in fields(TokenOptions):
-        if field.name in values:
-            value = options[field.name] = values[field.name]
-            kind = type(field.default)
-            if type(value) is not kind:
-                raise ValueError(
-                    f"{file}: {field.name} must be a {kind.__name__}, not {value!r}: copy the folder again"
-                )
-    return options
-
-
 def _load_tower(folder: str | Path, vision_tower: str | None, num_tokens: int | None) -> VisualTokenEncoder:
-    options = trained_token_options(folder)
-    vision_tower = None if vision_tower is None else shipped_folder(vision_tower, "model")
-    given = {"vision_tower": vision_tower, "num_tokens": num_tokens}
-    options |= {name: value for name, value in given.items() if value is not None}
+    options = _trained_token_options(folder)
+    if vision_tower is not None:
+        options["vision_tower"] = shipped_folder(vision_tower, "model")
+    if num_tokens is not None:
+        options["num_tokens"] = num_tokens
     if "vision_tower" not in options:
         raise ValueError(
             f"--visualizer {folder} has neither a vision tower nor {ARGUMENTS_FILE}, which would name it: give "
             "--vision_tower, the tower it was trained with or the folder of the MetaMorph model"
         )
-    name = resolve_vision_tower(str(options["vision_tower"]))
-    check_reachable(name, "--vision_tower")
-    with names_flag("--vision_tower", str(options["vision_tower"])):
+    name = str(options["vision_tower"])
+    check_reachable(resolve_vision_tower(name), "--vision_tower")
+    with names_flag("--vision_tower", name):
         return load_encoder(adopt_token_options(TokenOptions(**options)))  # type: ignore[arg-type]
+
+
+def _trained_token_options(folder: str | Path) -> dict[str, str | int | bool]:
+    """Vision tower and token options that the visualizer was trained with, as far as its folder records them."""
+    file = Path(folder).expanduser() / ARGUMENTS_FILE
+    values = read_json_object(file) if file.is_file() else {}
+    options = {field.name: values[field.name] for field in fields(TokenOptions) if field.name in values}
+    for field in fields(TokenOptions):
+        kind = type(field.default)
+        if type(value := options.get(field.name, field.default)) is not kind:
+            raise ValueError(f"{file}: {field.name} must be a {kind.__name__}, not {value!r}: copy the folder again")
+    return options
 
 
 def _check_tokens(pipeline: VisualizationPipeline, folder: str | Path) -> None:
@@ -98,6 +93,6 @@ def _check_tokens(pipeline: VisualizationPipeline, folder: str | Path) -> None:
     count = pipeline.vision_tower.config.num_image_tokens
     if projector.num_positions and count != projector.num_positions:
         raise ValueError(
-            f"--vision_tower gives {count} visual tokens per picture, but --visualizer {folder} was trained on "
+            f"--vision_tower gives {count} visual tokens per image, but --visualizer {folder} was trained on "
             f"{projector.num_positions}: set --num_tokens {projector.num_positions}"
         )

@@ -1,4 +1,4 @@
-"""Visual tokens in, pictures out: projector, UNet, VAE and a noise scheduler as one diffusers pipeline."""
+"""Visual tokens to images: projector, UNet, VAE and a noise scheduler as one diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from metamorph.visualization.projector import VisualizationProjector, pad_condit
 
 
 class VisualizationPipeline(DiffusionPipeline):
-    """Draw the images that visual tokens stand for.
+    """Draw images from visual tokens.
 
-    The pipeline owns everything between tokens and pixels: projection, padding of the condition,
-    classifier-free guidance against the all-zero condition that training used for dropped samples, sampling
-    and decoding. A folder written by `metamorph train-visualizer` or `save_pretrained` loads with
+    The pipeline contains everything between tokens and pixels: projection, padding of the condition, classifier-free
+    guidance against the all-zero condition that training used for dropped samples, sampling and decoding. A folder
+    written by `metamorph train-visualizer` or `save_pretrained` loads with
     `VisualizationPipeline.from_pretrained(folder)`.
 
     Args:
         projector: Visual tokens `[images, N, D]` to condition tokens.
-        unet: Noise predictor with the `cross_attention_dim` of the projector's `output_dim`.
+        unet: Noise predictor whose `cross_attention_dim` is the projector's `output_dim`.
         vae: Latents to pixels.
-        scheduler: Any diffusers scheduler of the UNet's prediction type; `from_parts` makes it DPM-Solver.
-        vision_tower: Makes visual tokens of pictures, for calls with `images`. A folder need not have one.
+        scheduler: Any diffusers scheduler of the UNet's prediction type; `from_parts` uses DPM-Solver.
+        vision_tower: Encodes images for calls with `images`. Optional in a folder.
     """
 
     model_cpu_offload_seq = "vision_tower->projector->unet->vae"
@@ -53,8 +53,7 @@ class VisualizationPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(projector=projector, unet=unet, vae=vae, scheduler=scheduler, vision_tower=vision_tower)
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor(vae.config))
-        # None: show the bar on a terminal only.
-        self.set_progress_bar_config(disable=None)
+        self.set_progress_bar_config(disable=None)  # show the bar on a terminal only
 
     @classmethod
     def from_parts(
@@ -71,15 +70,15 @@ class VisualizationPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VisualizationPipeline:
-        """As in diffusers, of a folder that is checked first: it may hold the parts of a visualizer and no code.
+        """Check a folder or Hub id, which may hold the parts of a visualizer and no code, and load it as diffusers does.
 
         Args:
-            pretrained_model_name_or_path: What `metamorph train-visualizer` or `save_pretrained` wrote, or a Hub id.
+            pretrained_model_name_or_path: Result of `metamorph train-visualizer` or `save_pretrained`, or a Hub id.
             **kwargs: As in diffusers, without `custom_pipeline` and `trust_remote_code`.
 
         Raises:
             FileNotFoundError: If a file is missing.
-            ValueError: If the folder names classes that a visualizer does not consist of, or its weights are missing,
+            ValueError: If the folder names classes that are not part of a visualizer, or its weights are missing,
                 unexpected, of other sizes than its configuration says, or not finite.
         """
         for name in ("custom_pipeline", "trust_remote_code"):
@@ -97,14 +96,9 @@ class VisualizationPipeline(DiffusionPipeline):
     def compile(self, **options: Any) -> VisualizationPipeline:
         """Compile UNet, VAE decoder and projector with `torch.compile` on their first use.
 
-        They are compiled in place: names of weights, saving and loading stay as they are. The first call, and the
-        first with another number of pictures, takes long.
-
-        Args:
-            **options: Of `torch.compile`, for example `mode="max-autotune"`.
-
-        Returns:
-            The pipeline itself.
+        They are compiled in place, so names of weights, saving and loading do not change. The first call, and the first
+        with another number of images, takes long. `options` are those of `torch.compile`, for example
+        `mode="max-autotune"`. Returns the pipeline itself.
         """
         for module in (self.projector, self.unet, self.vae.decoder):
             module.compile(**options)
@@ -122,22 +116,22 @@ class VisualizationPipeline(DiffusionPipeline):
         return_dict: bool = True,
         images: Image.Image | Sequence[Image.Image] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Draw one picture per image of `visual_tokens` and guidance scale, all in one batch of the UNet.
+        """Draw one image per image of `visual_tokens` and guidance scale, all in one batch of the UNet.
 
         Args:
             visual_tokens: `[images, N, D]`, or `[N, D]` for one image.
-            guidance_scale: Strength w of guidance: `zero + w · (condition − zero)`. 1 switches it off and
-                halves the cost. Several scales draw every image at every scale, from the same noise: the
-                result then is image 1 at each scale, image 2 at each scale, and so on.
+            guidance_scale: Strength w of guidance: `zero + w · (condition − zero)`. 1 switches it off and halves the
+                cost. Several scales draw every image at every scale, from the same noise: the result then is image 1
+                at each scale, image 2 at each scale, and so on.
             num_inference_steps: Steps of the sampler.
-            generator: Source of the starting noise; with a list of one generator per image the picture of an
-                image does not depend on the batch it is drawn in.
-            latents: Starting noise `[images, channels, height, width]` in place of the generator's.
-            output_type: `pil`, `np` (`[images, height, width, 3]` in 0..1), `pt`
-                (`[images, 3, height, width]` in 0..1) or `latent`.
+            generator: Source of the starting noise. With a list of one generator per image, a drawing does not depend
+                on the batch it is drawn in.
+            latents: Starting noise `[images, channels, height, width]`, instead of the generator's.
+            output_type: `pil`, `np` (`[images, height, width, 3]` in 0..1), `pt` (`[images, 3, height, width]` in 0..1)
+                or `latent`.
             return_dict: False returns the tuple `(images,)`.
-            images: Pictures to draw again, in place of `visual_tokens`: the pipeline's vision tower encodes their
-                central squares.
+            images: Images to draw again, instead of `visual_tokens`: the pipeline's vision tower encodes their central
+                squares.
 
         Returns:
             `ImagePipelineOutput` whose `images` has one entry per image and guidance scale; none for no images.
@@ -150,23 +144,22 @@ class VisualizationPipeline(DiffusionPipeline):
         if not scales:
             raise ValueError("guidance_scale is an empty list; give one number or more.")
         visual_tokens = self._visual_tokens(visual_tokens, images)
-        if not visual_tokens.shape[0]:  # of an answer in words alone
+        if visual_tokens.shape[0]:
+            latents = self._starting_latents(visual_tokens.shape[0], generator, latents)
+            if len(scales) > 1 and isinstance(generator, list):
+                # A stochastic sampler gives all scales of an image the same noise.
+                generator = [each.clone_state() for each in generator for _ in scales]
+            batch = GuidedBatch(self._condition(visual_tokens), scales)
+            latents = self._denoise(batch, latents, num_inference_steps, generator)
+            drawn = self._decode(latents, output_type)
+            self.maybe_free_model_hooks()
+        else:  # an answer in words alone has no images
             drawn = self._nothing(output_type)
-            return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
-        latents = self._starting_latents(visual_tokens.shape[0], generator, latents)
-        if len(scales) > 1 and isinstance(generator, list):
-            # A stochastic sampler gives all scales of an image the same noise.
-            generator = [each.clone_state() for each in generator for _ in scales]
-        batch = GuidedBatch(self._condition(visual_tokens), scales)
-        latents = self._denoise(batch, latents, num_inference_steps, generator)
-        drawn = self._decode(latents, output_type)
-        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
 
     def _visual_tokens(
         self, visual_tokens: torch.Tensor | None, images: Image.Image | Sequence[Image.Image] | None
     ) -> torch.Tensor:
-        """`[images, N, D]`, given or encoded."""
         if (visual_tokens is None) == (images is None):
             raise ValueError("give either visual_tokens or images")
         if visual_tokens is None:
@@ -175,8 +168,7 @@ class VisualizationPipeline(DiffusionPipeline):
                     "this visualizer has no vision tower, so it cannot encode images: give visual_tokens, load it "
                     "with vision_tower=…, or train it with --save_vision_tower True"
                 )
-            pictures = [images] if isinstance(images, Image.Image) else images
-            return self.vision_tower.encode_pictures(pictures)
+            return self.vision_tower.encode_images([images] if isinstance(images, Image.Image) else images)
         return visual_tokens.unsqueeze(0) if visual_tokens.dim() == 2 else visual_tokens
 
     def _condition(self, visual_tokens: torch.Tensor) -> torch.Tensor:
@@ -192,8 +184,8 @@ class VisualizationPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """Noise `[images, channels, height, width]` at the level at which the scheduler starts."""
         sample_size = self.unet.config.sample_size
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        shape = (num_images, self.unet.config.in_channels, height, width)
+        sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        shape = (num_images, self.unet.config.in_channels, *sides)
         if isinstance(generator, list) and len(generator) != num_images:
             raise ValueError(
                 f"{len(generator)} generators for {num_images} images; give one generator, or one per image."
@@ -211,7 +203,7 @@ class VisualizationPipeline(DiffusionPipeline):
         num_inference_steps: int,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """Run the sampler from noise `[images, …]` to clean latents `[images · scales, …]`."""
+        """From noise `[images, …]` to clean latents `[images · scales, …]`."""
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
         latents = batch.start(latents * self.scheduler.init_noise_sigma)
         # Only stochastic samplers draw noise in a step.
@@ -220,7 +212,8 @@ class VisualizationPipeline(DiffusionPipeline):
 
         with self.progress_bar(total=num_inference_steps) as progress:
             for index, timestep in enumerate(self.scheduler.timesteps):
-                noisy, condition = batch.inputs(self.scheduler.scale_model_input(latents, timestep), index == 0)
+                scaled = self.scheduler.scale_model_input(latents, timestep)
+                noisy, condition = batch.inputs(scaled, index == 0)  # one row per prediction
                 prediction = self.unet(noisy, timestep, encoder_hidden_states=condition).sample
                 prediction = batch.combine(prediction, index == 0)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
@@ -228,7 +221,7 @@ class VisualizationPipeline(DiffusionPipeline):
         return latents
 
     def _nothing(self, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:
-        """What `_decode` gives for no images, which the VAE does not take."""
+        """What `_decode` would return for no images, which the VAE does not take."""
         latents = self._starting_latents(0, None, None)
         if output_type in ("latent", "pil"):
             return latents if output_type == "latent" else []
@@ -249,7 +242,7 @@ def vae_scale_factor(config: Mapping[str, Any]) -> int:
 
 
 def to_unet_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Bring the VAE's own latents to the unit scale in which the UNet works."""
+    """Scale the VAE's latents to unit variance, as the UNet takes them."""
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from metamorph.runs.cards import code, licences, render_card, shown, table, versions
+from metamorph.runs.cards import render_card
 from metamorph.visualizer_training.arguments import VisualizerArguments
 
 
@@ -20,45 +20,29 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate")
 
 
 def render_visualizer_card(
-    args: VisualizerArguments, pictures: int, num_processes: int, logged: Mapping[str, float]
+    args: VisualizerArguments, num_images: int, num_processes: int, logged: Mapping[str, float]
 ) -> str:
     """The text of the card.
 
     Args:
         args: The flags, with the resolution that was trained.
-        pictures: Number of training pictures, bad ones included.
-        num_processes: Each of them took `batch_size` pictures at a time.
+        num_images: Number of training images, including bad ones.
+        num_processes: Each of them took `batch_size` images at a time.
         logged: The values of the last log entry; empty if no step was done.
     """
-    parts = {"diffusion model": args.pretrained_model_name_or_path, "vision tower": args.vision_tower}
-    listed = "\n".join(f"- {part}: {code(shown(name))}" for part, name in parts.items())
-    named = [code(shown(name)) for name in (*args.image_jsons, args.image_folder) if name is not None]
-    source = f" from {', '.join(named)}" if named else ""
-    bad = f", of which {logged['skipped_records']:g} could not be read" if logged.get("skipped_records") else ""
-    sections = [
-        "A visualizer for MetaMorph: it turns the visual tokens that a model writes into pixels. Trained from\n\n"
-        f"{listed}\n\n```bash\nmetamorph generate --model MODEL --visualizer FOLDER --prompt 'Draw a red circle.' "
-        "--output circle.png\nmetamorph visualize --image photo.jpg --visualizer FOLDER --output again.png\n```\n\n"
-        "MODEL must have this vision tower and these token options: `mm_vision_select_layer` to `apply_softmax`.\n",
-        f"## Data\n\n{pictures} pictures{source}{bad}.\n",
-        table(
-            "Recipe",
-            "flag",
-            "value",
-            [
-                *((name, getattr(args, name)) for name in RECIPE_FLAGS),
-                ("num_processes", num_processes),
-                *versions(*LIBRARIES),
-            ],
-        ),
-        table(f"Metrics after {args.training_steps} steps", "metric", "last value", logged.items()),
-        licences(args.model_license, args.data_license),
-    ]
     return render_card(
+        "visualizer_card.md.jinja",
         Path(args.output_dir).expanduser().resolve().name,
-        sections,
-        parts=parts.values(),
-        license_name=args.model_license,
+        parts={"diffusion model": args.pretrained_model_name_or_path, "vision tower": args.vision_tower},
+        recipe={name: getattr(args, name) for name in RECIPE_FLAGS} | {"num_processes": num_processes},
+        libraries=LIBRARIES,
+        model_license=args.model_license,
+        data_license=args.data_license,
         tags=["metamorph", "vpit", "stable-diffusion"],
         pipeline_tag="image-to-image",
+        num_images=num_images,
+        num_bad=int(logged.get("skipped_records", 0)),
+        sources=[name for name in (*args.image_jsons, args.image_folder) if name is not None],
+        steps=args.training_steps,
+        metrics=logged,
     )
