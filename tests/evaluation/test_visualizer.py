@@ -19,7 +19,7 @@ from metamorph.miniature.world.render import render
 from metamorph.miniature.world.scenes import single_scenes
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, load_visualizer, train_visualizer
 from metamorph.visualization.pixels import crop_square
-from metamorph.visualization.token_options import load_encoder, load_tower
+from metamorph.visualization.token_options import load_encoder
 
 
 pytestmark = pytest.mark.integration
@@ -72,14 +72,14 @@ def write_pictures(folder: Path, pictures: list[Image.Image]) -> Path:
 
 def test_vision_tower_is_saved_with_the_pipeline_and_encodes_as_in_training(folder, tmp_path):
     pictures = random_images(3, size=(50, 32))
-    tower, pixel_format = load_tower(arguments(folder, "with_tower"))
+    encoder = load_encoder(arguments(folder, "with_tower"))
     with torch.no_grad():
-        expected = tower(torch.stack([pixel_format.pixels(crop_square(picture)) for picture in pictures]))
+        expected = encoder(torch.stack([encoder.pixel_format.pixels(crop_square(picture)) for picture in pictures]))
     pipeline = VisualizationPipeline.from_pretrained(folder / "with_tower")
-    assert torch.equal(pipeline.vision_tower.encode_pictures(pictures, batch_size=2), expected)
+    assert torch.equal(pipeline.vision_tower.encode_images(pictures, batch_size=2), expected)
     pipeline.save_pretrained(tmp_path)
     again = VisualizationPipeline.from_pretrained(tmp_path)
-    assert torch.equal(again.vision_tower.encode_pictures(pictures), expected)
+    assert torch.equal(again.vision_tower.encode_images(pictures), expected)
     assert str(folder) not in (folder / "with_tower" / "vision_tower" / "config.json").read_text()
 
 
@@ -88,7 +88,7 @@ def test_pictures_can_be_given_in_place_of_tokens(folder):
     assert pipeline.vision_tower is not None  # found through visualizer_arguments.json
     pipeline.set_progress_bar_config(disable=True)
     pictures = random_images(2)
-    tokens = load_encoder(arguments(folder, "plain")).encode_pictures(pictures)
+    tokens = load_encoder(arguments(folder, "plain")).encode_images(pictures)
     options = {"num_inference_steps": 2, "output_type": "pt"}
     drawn = pipeline(images=pictures, generator=[torch.Generator().manual_seed(i) for i in (1, 2)], **options).images
     expected = pipeline(tokens, generator=[torch.Generator().manual_seed(i) for i in (1, 2)], **options).images

@@ -37,7 +37,7 @@ def test_visualizer_learns_to_draw_unseen_scenes(tmp_path):
 
     records = [json.loads(line) for line in files.evaluation["visualizer"].read_text().splitlines()]
     pictures = [Image.open(files.image_folder / record["image"]).convert("RGB") for record in records]
-    tokens = pipeline.vision_tower.encode_pictures(pictures)
+    tokens = pipeline.vision_tower.encode_images(pictures)
     drawn = draw(pipeline, tokens, SamplerSettings(recipe.guidance_scale, recipe.sampling_steps))
     verdicts = [
         judge_scene(picture, Scene.from_dict(record["scene"])) for picture, record in zip(drawn, records, strict=True)

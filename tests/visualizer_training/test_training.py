@@ -20,9 +20,8 @@ from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError, chec
 from metamorph.runs.lock import only_run_in
 from metamorph.runs.preemption import MARKER_FILE, PREEMPTED, Interrupted, Preempted
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
-from metamorph.visualization.pixels import crop_square
 from metamorph.visualization.projector import PROJECTOR_MODES
-from metamorph.visualization.token_options import load_tower
+from metamorph.visualization.token_options import load_encoder
 from metamorph.visualizer_training.build import adopt_resolution, load_diffusion_parts
 
 
@@ -131,21 +130,21 @@ def test_latest_checkpoint_is_found_and_old_ones_are_removed(arguments, pictures
     assert anew.first_step == 0
 
 
-def test_signal_saves_and_the_same_command_goes_on(arguments, pictures, tmp_path):
+def test_signal_saves_and_the_same_command_resumes(arguments, pictures, tmp_path):
     unbroken = train_visualizer(arguments(output_dir=str(tmp_path / "whole"), training_steps=5), pictures)
     args = arguments(training_steps=5, logging_steps=2)
     with pytest.raises(Preempted) as stopped:
         train_visualizer(args, pictures, on_log=lambda step, values: os.kill(os.getpid(), signal.SIGUSR1))
     assert stopped.value.code == PREEMPTED
     marker = json.loads((tmp_path / "out" / MARKER_FILE).read_text())
-    # The signal comes behind the second step: the third is the next to end.
+    # The signal comes after the second step: the third is the next to end.
     assert (marker["step"], marker["checkpoint"], marker["signal"]) == (3, "checkpoint-3", "SIGUSR1")
     resumed = train_visualizer(args, pictures)
     assert (resumed.first_step, resumed.losses) == (3, unbroken.losses[3:])
     assert not (tmp_path / "out" / MARKER_FILE).exists()
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(arguments, pictures, tmp_path):
+def test_ctrl_c_saves_and_the_same_command_resumes(arguments, pictures, tmp_path):
     args = arguments(training_steps=5, logging_steps=2)
     with pytest.raises(
         Interrupted, match=r"after step 3; to resume: run the same command again, or --resume_from_checkpoint .*-3"
@@ -226,7 +225,7 @@ def test_ema_is_what_is_saved(arguments, pictures, tmp_path):
     assert not same(weights(averaged.output_dir, "projector"), weights(plain.output_dir, "projector"))
 
 
-def test_folder_of_pictures_validation_grids_and_log(arguments, tmp_path):
+def test_folder_of_images_validation_grids_and_log(arguments, tmp_path):
     (tmp_path / "pictures").mkdir()
     paths = [tmp_path / "pictures" / f"{index}.png" for index in range(3)]
     for path, picture in zip(paths, random_images(3), strict=True):
@@ -324,7 +323,7 @@ def test_result_has_a_model_card_and_is_not_replaced_silently(arguments, parts, 
     metadata = yaml.safe_load(head)
     assert (metadata["library_name"], metadata["license"]) == ("metamorph", "openrail")
     assert "base_model" not in metadata  # local folders, which the Hub does not know
-    assert "\n6 pictures.\n" in text
+    assert "\n6 images.\n" in text
     assert f"| `resolution` | {RESOLUTION} |" in text
     assert "| `lr` | 0.01 |" in text
     assert "Metrics after 3 steps" in text
@@ -351,7 +350,7 @@ def test_checkpoint_that_was_about_to_be_replaced_is_put_back_and_used(arguments
     assert train_visualizer(arguments(save_step=2), pictures).first_step == 3
 
 
-def test_projector_goes_on_from_a_finished_visualizer(arguments, pictures, tmp_path):
+def test_projector_starts_from_a_finished_visualizer(arguments, pictures, tmp_path):
     first = train_visualizer(arguments(output_dir=str(tmp_path / "first"), ema_decay=0.0), pictures)
     args = arguments(output_dir=str(tmp_path / "second"), pretrained_projector=str(first.output_dir), lr=1e-9)
     train_visualizer(args, pictures)
@@ -364,10 +363,8 @@ def test_alignment_brings_the_projector_to_known_conditions(arguments, pictures,
     """Conditions that another projector gives can be learned from the tokens alone."""
     teacher = train_visualizer(arguments(output_dir=str(tmp_path / "teacher"), learn_positions=True), pictures)
     projector = VisualizationPipeline.from_pretrained(teacher.output_dir).projector
-    tower, pixel_format = load_tower(arguments())
-    pixels = torch.stack([pixel_format.pixels(crop_square(picture)) for picture in pictures])
     with torch.no_grad():
-        tokens = tower(pixels)
+        tokens = load_encoder(arguments()).encode_images(pictures)
         conditions = projector(tokens)
     file = tmp_path / "conditions.safetensors"
     save_file({"conditions": conditions}, file)
@@ -381,7 +378,7 @@ def test_alignment_brings_the_projector_to_known_conditions(arguments, pictures,
         with torch.no_grad():
             errors.append((student(tokens) - conditions).square().mean().item())
     assert errors[0] < 0.1 * errors[1]
-    with pytest.raises(ValueError, match=r"\[5 pictures, tokens, features\]"):
+    with pytest.raises(ValueError, match=r"\[5 images, tokens, features\]"):
         train_visualizer(replace(aligned, output_dir=str(tmp_path / "five")), pictures[:5])
     with pytest.raises(ValueError, match="--num_query_tokens"):
         train_visualizer(replace(aligned, output_dir=str(tmp_path / "mode"), mode="xattn"), pictures)

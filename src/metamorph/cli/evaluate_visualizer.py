@@ -108,7 +108,7 @@ def list_pictures(folder: Path, most: int) -> list[Path]:
         FileNotFoundError: If there is no such folder.
         ValueError: If it holds no picture.
     """
-    from metamorph.visualizer_training.pictures.shards import IMAGE_SUFFIXES, is_image_name
+    from metamorph.visualizer_training.images.archives import IMAGE_SUFFIXES, is_image_name
 
     if not folder.expanduser().is_dir():
         raise FileNotFoundError(f"--images {folder} is not a folder")

@@ -70,7 +70,7 @@ class VisualizationPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VisualizationPipeline:
-        """Check a folder or Hub id, which may hold the parts of a visualizer and no code, and load it as diffusers does.
+        """Check a folder or Hub id, which may hold parts of a visualizer and no code, and load it as diffusers does.
 
         Args:
             pretrained_model_name_or_path: Result of `metamorph train-visualizer` or `save_pretrained`, or a Hub id.

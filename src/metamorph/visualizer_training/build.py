@@ -1,4 +1,4 @@
-"""Loads what the visualizer is made of: the vision tower, the parts of Stable Diffusion, and the projector."""
+"""Load the parts of the visualizer: UNet, VAE and noise schedule of Stable Diffusion, and the projector."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from metamorph.flags.checks import check_reachable, names_flag
-from metamorph.models.vision_tower import (
-    VisionTower,
-    resolve_vision_tower,
-)
+from metamorph.models.vision_tower import resolve_vision_tower
 from metamorph.visualization.folders import build_model, check_scheduler, load_model, local_folder, read_model_config
 from metamorph.visualization.pipeline import vae_scale_factor
-from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualization.projector import VisualizationProjector
 from metamorph.visualizer_training.arguments import VisualizerArguments
 
@@ -41,18 +37,18 @@ class DiffusionParts:
 
     @property
     def resolution(self) -> int:
-        """Side of the pictures in pixels."""
+        """Side of the images in pixels."""
         return self.unet.config.sample_size * vae_scale_factor(self.vae.config)
 
 
 def check_folders(args: VisualizerArguments) -> None:
-    """Refuse folders and Hub ids that cannot be what their flag says, before anything is loaded.
+    """Refuse folders and Hub ids that do not fit their flag, before anything is loaded.
 
     Raises:
-        ValueError: naming flag, folder and what is missing.
-        FileNotFoundError: if a name is neither a folder nor a model of the Hub.
+        ValueError: Naming flag, folder and what is missing.
+        FileNotFoundError: If a name is neither a folder nor a model of the Hub.
     """
-    for flag, name, files, mend in (
+    for flag, name, files, fix in (
         ("--vision_tower", args.vision_tower, ("config.json",), "a folder of a vision model"),
         (
             "--pretrained_model_name_or_path",
@@ -62,24 +58,20 @@ def check_folders(args: VisualizerArguments) -> None:
         ),
     ):
         folder = Path(name).expanduser()
-        if not folder.exists() and name.startswith((".", "/", "~")):
-            raise ValueError(f"{flag} {name} does not exist; give {mend}, or a Hub id")
-        missing = [file for file in files if folder.exists() and not (folder / file).is_file()]
-        if missing:
-            raise ValueError(f"{flag} {name} lacks {', '.join(missing)}; give {mend}")
-        if not folder.exists():
+        if folder.exists():
+            if missing := [file for file in files if not (folder / file).is_file()]:
+                raise ValueError(f"{flag} {name} lacks {', '.join(missing)}; give {fix}")
+        elif name.startswith((".", "/", "~")):
+            raise ValueError(f"{flag} {name} does not exist; give {fix}, or a Hub id")
+        else:
             check_reachable(resolve_vision_tower(name), flag, files[0])
 
 
 def load_diffusion_parts(args: VisualizerArguments, vae_dtype: torch.dtype = torch.float32) -> DiffusionParts:
     """Load UNet, VAE and noise schedule from `pretrained_model_name_or_path`.
 
-    Args:
-        args: The flags.
-        vae_dtype: Precision of the VAE.
-
     Raises:
-        ValueError: if the folder is not of that layout, or its parts do not fit each other.
+        ValueError: If the folder does not have that layout, or its parts do not fit each other.
     """
     try:
         folder = _diffusion_folder(args)
@@ -96,7 +88,7 @@ def load_diffusion_parts(args: VisualizerArguments, vae_dtype: torch.dtype = tor
         ) from error
     _check_fit(parts, args)
     if args.resolution is not None:
-        # The pipeline draws at the size of the UNet's configuration, so this must be the size that was trained.
+        # The pipeline draws at the size in the UNet's configuration: make it the size that is trained.
         unet.register_to_config(sample_size=args.resolution // vae_scale_factor(parts.vae.config))
     return parts
 
@@ -107,10 +99,10 @@ def load_vae(args: VisualizerArguments, dtype: torch.dtype) -> AutoencoderKL:
 
 
 def adopt_resolution(args: VisualizerArguments) -> VisualizerArguments:
-    """The flags with the resolution of the diffusion model in place of one that is not given; reads no weights.
+    """Return the flags with a resolution, by default that of the diffusion model; reads no weights.
 
     Raises:
-        ValueError: if the model cannot be loaded, does not state its resolution, or cannot draw at the given one.
+        ValueError: If the model cannot be loaded, does not state its resolution, or cannot draw at the given one.
     """
     name = args.pretrained_model_name_or_path
     try:
@@ -146,11 +138,11 @@ def build_projector(
 
     Args:
         args: The flags.
-        tokens: Number N and size D of the visual tokens of one image.
-        cross_attention_dim: Size of a condition token of the UNet.
+        tokens: Number N and feature size D of the visual tokens of an image.
+        cross_attention_dim: Feature size of the UNet's condition tokens.
 
     Raises:
-        ValueError: if a pretrained projector is missing or has other sizes.
+        ValueError: If a pretrained projector is missing or has other sizes.
     """
     num_tokens, feature_size = tokens
     if args.pretrained_projector is None:
@@ -181,15 +173,8 @@ def build_projector(
     return projector
 
 
-@torch.no_grad()
-def token_shape(tower: VisionTower, pixel_format: PixelFormat) -> tuple[int, int]:
-    """Number N and size D of the tower's visual tokens of one image."""
-    tokens = tower(torch.zeros(1, 3, pixel_format.size, pixel_format.size))
-    return tokens.shape[1], tokens.shape[2]
-
-
 def _blocks(config: dict[str, Any], file: Path) -> int:
-    """Number of blocks of a UNet or VAE; each but the last halves the sides."""
+    """Number of blocks of a UNet or VAE; all but the last halve the sides."""
     channels = config.get("block_out_channels")
     if not isinstance(channels, list) or not 0 < len(channels) <= _MAX_BLOCKS:
         raise ValueError(f"{file}: block_out_channels {channels!r} must be a list of 1 to {_MAX_BLOCKS} numbers")
@@ -197,7 +182,6 @@ def _blocks(config: dict[str, Any], file: Path) -> int:
 
 
 def _diffusion_folder(args: VisualizerArguments) -> Path:
-    """The parts of Stable Diffusion that are used, from the Hub if need be."""
     return local_folder(
         args.pretrained_model_name_or_path, ("unet", "vae", "scheduler"), args.variant, revision=args.revision
     )

@@ -1,4 +1,4 @@
-"""What training leaves: the pipeline folder, and grids of validation pictures."""
+"""Results of training: the pipeline folder, and grids of validation images."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from PIL import Image
 from metamorph.files.permissions import apply_umask
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.runs.cards import CARD_FILE
+from metamorph.visualization.encoder import VisualTokenEncoder
 from metamorph.visualization.folders import ARGUMENTS_FILE, INDEX_FILE
 from metamorph.visualization.grids import reconstruction_grid
 from metamorph.visualization.pipeline import VisualizationPipeline
-from metamorph.visualization.pixels import PixelFormat, crop_square
+from metamorph.visualization.pixels import crop_square
 from metamorph.visualization.projector import VisualizationProjector
 from metamorph.visualization.token_options import load_encoder
 from metamorph.visualizer_training.arguments import VisualizerArguments
 from metamorph.visualizer_training.build import DiffusionParts, load_vae
-from metamorph.visualizer_training.denoising import FrozenEncoders
 
 
 _VALIDATION_STEPS = 20
@@ -31,16 +31,8 @@ _VALIDATION_STEPS = 20
 def save_pipeline(
     output_dir: Path, projector: VisualizationProjector, parts: DiffusionParts, args: VisualizerArguments, card: str
 ) -> None:
-    """Write a `VisualizationPipeline` into `output_dir`, which may hold checkpoints too.
-
-    Args:
-        output_dir: Folder of the result.
-        projector: The trained projector.
-        parts: UNet, VAE and noise schedule.
-        args: The flags, kept beside the pipeline.
-        card: Text of the model card.
-    """
-    # Frozen parts are passed on as they came, not as training cast them.
+    """Write a `VisualizationPipeline`, its flags and its model card into `output_dir`, which may hold checkpoints."""
+    # Frozen parts are saved with the weights they were loaded with, not as training cast them.
     vae = parts.vae if parts.vae.dtype == torch.float32 else load_vae(args, torch.float32)
     tower = load_encoder(args) if args.save_vision_tower else None
     pipeline = VisualizationPipeline.from_parts(projector, parts.unet, vae, parts.noise_scheduler, tower)
@@ -51,7 +43,7 @@ def save_pipeline(
         text = json.dumps(args.to_dict(), indent=2) + "\n"
         (Path(partial) / ARGUMENTS_FILE).write_text(text, encoding="utf-8")
         (Path(partial) / CARD_FILE).write_text(card, encoding="utf-8")
-        # Without the index a folder does not load. It goes first and comes last, so what loads is complete.
+        # A folder does not load without the index. It is removed first and written last: what loads is complete.
         (output_dir / INDEX_FILE).unlink(missing_ok=True)
         for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == INDEX_FILE):
             target = output_dir / path.name
@@ -60,37 +52,24 @@ def save_pipeline(
             path.replace(target)
 
 
-@torch.no_grad()
 def draw_validation_grid(
     projector: VisualizationProjector,
     parts: DiffusionParts,
-    encoders: FrozenEncoders,
+    encoder: VisualTokenEncoder,
     images: Sequence[Image.Image],
-    tower_format: PixelFormat,
     args: VisualizerArguments,
 ) -> Image.Image:
-    """Draw pictures again from their visual tokens.
-
-    Args:
-        projector: The projector as trained so far.
-        parts: UNet, VAE and noise schedule.
-        encoders: Their vision tower makes the tokens.
-        images: Pictures of any size; their central square is used.
-        tower_format: What the tower takes.
-        args: Guidance scales and seed.
+    """Draw the central squares of images again from their visual tokens.
 
     Returns:
-        One row per picture: the original, then one drawing per guidance scale.
+        One row per image: the original, then one drawing per guidance scale.
     """
-    squares = [crop_square(image) for image in images]
-    pixels = torch.stack([tower_format.pixels(square) for square in squares]).to(parts.unet.device)
-    tokens = encoders.tower(pixels).float()
+    scales = args.validation_guidance_scales
     training = projector.training
     pipeline = VisualizationPipeline.from_parts(projector.eval(), parts.unet, parts.vae, parts.noise_scheduler)
     try:
-        drawn = draw(pipeline, tokens, SamplerSettings(args.validation_guidance_scales, _VALIDATION_STEPS, args.seed))
+        drawn = draw(pipeline, encoder.encode_images(images), SamplerSettings(scales, _VALIDATION_STEPS, args.seed))
     finally:
         projector.train(training)
-
-    originals = [square.resize((parts.resolution,) * 2, Image.Resampling.BICUBIC) for square in squares]
-    return reconstruction_grid(originals, drawn, args.validation_guidance_scales, side=parts.resolution)
+    originals = [crop_square(image).resize(drawn[0].size, Image.Resampling.BICUBIC) for image in images]
+    return reconstruction_grid(originals, drawn, scales, side=parts.resolution)
