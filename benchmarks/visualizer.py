@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
-from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel, TrainerCallback
 
 from data import machine
 from metamorph.mini import asset_path
@@ -189,7 +189,7 @@ def measure_training(shape: Shape, steps: int, folder: Path) -> list[dict[str, A
         for name, options in VARIANTS.items():
             ticks = []
             args = make_arguments(shape, str(folder / "out"), training_steps=steps + LOGGED, **options)
-            train_visualizer(args, pictures, on_log=lambda step, values, ticks=ticks: ticks.append(time.process_time()))
+            train_visualizer(args, pictures, callbacks=[Ticks(ticks)])
             times[f"train-visualizer, {name}"] += (np.diff(ticks) / LOGGED).tolist()
     seconds = {name: min(values) for name, values in times.items()}
     reference = seconds[REFERENCE]
@@ -204,6 +204,18 @@ def measure_training(shape: Shape, steps: int, folder: Path) -> list[dict[str, A
         }
         for name, value in seconds.items()
     ]
+
+
+class Ticks(TrainerCallback):
+    """Notes the process time at each training log entry."""
+
+    def __init__(self, ticks: list[float]) -> None:
+        self.ticks = ticks
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Add a tick."""
+        if "loss" in logs:
+            self.ticks.append(time.process_time())
 
 
 class Reference:

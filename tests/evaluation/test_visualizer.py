@@ -13,7 +13,8 @@ from PIL import Image
 from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
 
 from metamorph.cli import main
-from metamorph.evaluation.visualizer import ReconstructionSettings, ScaleScores, evaluate_visualizer
+from metamorph.evaluation.visualizer import ScaleScores, evaluate_visualizer
+from metamorph.inference.draw import SamplerSettings
 from metamorph.mini import shipped_folder
 from metamorph.miniature.world.render import render
 from metamorph.miniature.world.scenes import single_scenes
@@ -110,8 +111,8 @@ def test_tower_that_does_not_fit_is_refused(folder, tmp_path):
 def test_mini_draws_what_it_saw_and_finds_it_again(mini):
     """The shipped visualizer: its drawings are nearest to their own originals, and close to them."""
     pictures = world_pictures(10)
-    settings = ReconstructionSettings((1.0, 3.0), num_inference_steps=10, batch_size=4, keep=3)
-    found = evaluate_visualizer(mini, pictures, settings)
+    settings = SamplerSettings((1.0, 3.0), num_inference_steps=10, batch_size=4)
+    found = evaluate_visualizer(mini, pictures, settings, keep=3)
     for score in found.scales:
         assert all(score.is_nearest)
         assert min(score.cosine) > 0.95
@@ -124,7 +125,7 @@ def test_mini_draws_what_it_saw_and_finds_it_again(mini):
 def test_scores_do_not_depend_on_batches(mini):
     pictures = world_pictures(5)
     runs = [
-        evaluate_visualizer(mini, pictures, ReconstructionSettings((2.0,), num_inference_steps=3, batch_size=size))
+        evaluate_visualizer(mini, pictures, SamplerSettings(2.0, num_inference_steps=3, batch_size=size))
         for size in (2, 5)
     ]
     first, second = (run.scales[0] for run in runs)
@@ -140,7 +141,7 @@ def test_swapped_drawings_are_not_found(mini):
     blind.set_progress_bar_config(disable=True)
     for parameter in blind.projector.parameters():
         torch.nn.init.zeros_(parameter)
-    scores = evaluate_visualizer(blind, pictures, ReconstructionSettings((1.0,), 3)).scales[0].to_dict()
+    scores = evaluate_visualizer(blind, pictures, SamplerSettings(1.0, 3)).scales[0].to_dict()
     assert scores["retrieval_at_1"] <= 0.5
     assert scores["cosine"]["mean"] < 0.9
 

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel, TrainerCallback
 
 
 CROSS_ATTENTION_DIM = 16
 RESOLUTION = 32
+
+
+class OnLog(TrainerCallback):
+    """Calls a function with the step and the values of each training log entry."""
+
+    def __init__(self, function: Callable[[int, dict[str, float]], object]) -> None:
+        self.function = function
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.function(state.global_step, logs)
 
 
 def tiny_unet(seed: int = 0) -> UNet2DConditionModel:

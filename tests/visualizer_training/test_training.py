@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
+from visualization_parts import RESOLUTION, OnLog, random_images, write_tiny_diffusion, write_tiny_tower
 
 from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError, checkpoints, file_stamp
 from metamorph.runs.lock import only_run_in
@@ -134,7 +134,7 @@ def test_signal_saves_and_the_same_command_resumes(arguments, pictures, tmp_path
     unbroken = train_visualizer(arguments(output_dir=str(tmp_path / "whole"), training_steps=5), pictures)
     args = arguments(training_steps=5, logging_steps=2)
     with pytest.raises(Preempted) as stopped:
-        train_visualizer(args, pictures, on_log=lambda step, values: os.kill(os.getpid(), signal.SIGUSR1))
+        train_visualizer(args, pictures, callbacks=[OnLog(lambda step, values: os.kill(os.getpid(), signal.SIGUSR1))])
     assert stopped.value.code == PREEMPTED
     marker = json.loads((tmp_path / "out" / MARKER_FILE).read_text())
     # The signal comes after the second step: the third is the next to end.
@@ -149,7 +149,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(arguments, pictures, tmp_path
     with pytest.raises(
         Interrupted, match=r"after step 3; to resume: run the same command again, or --resume_from_checkpoint .*-3"
     ):
-        train_visualizer(args, pictures, on_log=lambda step, values: os.kill(os.getpid(), signal.SIGINT))
+        train_visualizer(args, pictures, callbacks=[OnLog(lambda step, values: os.kill(os.getpid(), signal.SIGINT))])
     assert not (tmp_path / "out" / MARKER_FILE).exists()  # which asks scripts to start the run again
     assert train_visualizer(args, pictures).first_step == 3
 
@@ -238,9 +238,8 @@ def test_folder_of_images_validation_grids_and_log(arguments, tmp_path):
     )
     logged = []
     seen = []
-    result = train_visualizer(
-        args, on_log=lambda step, values: (logged.append((step, values["loss"])), seen.append(values))
-    )
+    note = OnLog(lambda step, values: (logged.append((step, values["loss"])), seen.append(values)))
+    result = train_visualizer(args, callbacks=[note])
     assert [step for step, _ in logged] == [2, 3]
     assert {"loss", "learning_rate", "lr_projector", "grad_norm", "grad_norm_projector", "epoch"} <= seen[1].keys()
     assert seen[1]["samples_per_second"] > 0 <= seen[1]["data_wait_share"] < 1
@@ -494,7 +493,8 @@ def test_other_data_rates_and_pickles_at_resume(arguments, pictures, tmp_path, m
     with pytest.raises(CheckpointError, match="seed 0, now 1"):
         train_visualizer(replace(more, seed=1), pictures)
     seen = []
-    train_visualizer(more, pictures, on_log=lambda step, values: seen.append((step, values["lr_projector"])))
+    note = OnLog(lambda step, values: seen.append((step, values["lr_projector"])))
+    train_visualizer(more, pictures, callbacks=[note])
     assert seen == [(3, pytest.approx(2e-3 * 0.5))]  # one step of warm-up, two of decay
     monkeypatch.chdir(tmp_path)
     checkpoint = tmp_path / "out" / "checkpoint-3"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from visualization_parts import (
     RESOLUTION,
+    OnLog,
     random_images,
     write_damaged_shards,
     write_shard,
@@ -80,10 +81,11 @@ def test_damaged_archives_are_reported_and_left_out_within_the_cap(flags, tmp_pa
     with pytest.raises(TooManyBadRecordsError, match=r"1 of 9 images are bad.*\{'lost with damaged archives': 1\}"):
         train_visualizer(replace(args, on_bad_image="skip"))
     logged = []
+    note = OnLog(lambda step, values: logged.append(values))
     with caplog.at_level(logging.INFO, logger="metamorph"):
         result = train_visualizer(
             replace(args, on_bad_image="skip", max_bad_fraction=0.3),
-            on_log=lambda step, values: logged.append(values),
+            callbacks=[note],
         )
     assert len(result.losses) == 6
     assert logged[-1]["skipped_records"] == 2
@@ -94,7 +96,7 @@ def test_damaged_archives_are_reported_and_left_out_within_the_cap(flags, tmp_pa
     assert f"{paths[0]}:broken.jpg cannot be read" in caplog.text
     workers = replace(args, on_bad_image="skip", max_bad_fraction=0.3, dataloader_num_workers=2, training_steps=4)
     workers = replace(workers, output_dir=str(tmp_path / "workers"))
-    assert train_visualizer(workers, on_log=lambda step, values: logged.append(values)).losses
+    assert train_visualizer(workers, callbacks=[note]).losses
     assert logged[-1]["skipped_records"] == 2
 
 

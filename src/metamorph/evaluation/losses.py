@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.dataset import MixtureDataset
@@ -92,29 +92,6 @@ class SourceLoss:
         return {prefix + name: value for name, value in values.items() if value is not None}
 
 
-class SourceBatches(Sampler[list[int]]):
-    """This rank's batches of sample numbers, each of one source. All ranks have the same number; some may be empty."""
-
-    def __init__(self, dataset: MixtureDataset, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.batches: list[list[int]] = []
-        self.sources: list[str] = []
-        """The source of each batch."""
-        begin = 0
-        for source, count in dataset.sources.items():
-            samples = range(begin, begin + count)
-            for start in range(0, count, batch_size * world_size):
-                own = start + rank * batch_size
-                self.batches.append(list(samples[own : own + batch_size]))
-                self.sources.append(source)
-            begin += count
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-
 @torch.no_grad()
 def evaluate_losses(
     model: nn.Module,
@@ -140,10 +117,10 @@ def evaluate_losses(
         Losses by the name of the source. A source without usable records has no tokens.
     """
     config = accelerator.unwrap_model(model).config
-    batches = SourceBatches(dataset, batch_size, accelerator.process_index, accelerator.num_processes)
+    batches = _source_batches(dataset, batch_size, accelerator.process_index, accelerator.num_processes)
     loader = DataLoader(
         dataset,
-        batch_sampler=batches,
+        batch_sampler=[numbers for _, numbers in batches],
         collate_fn=PaddedCollator(dataset.processor.pad_token_id, config.image_token_id),
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
@@ -159,7 +136,7 @@ def evaluate_losses(
     was_training = model.training
     model.eval()
     try:
-        steps = zip(batches.sources, loader, strict=True)
+        steps = zip([source for source, _ in batches], loader, strict=True)
         for source, batch in Progress(steps, "evaluation", len(batches), unit="batch", delay=2):
             if config.image_start_token_id is not None:
                 batch["indices"]["image_starts"] = first_image_starts(
@@ -199,6 +176,21 @@ def total_loss(losses: dict[str, SourceLoss]) -> SourceLoss:
         torch.stack([loss.sums for loss in losses.values()]).sum(dim=0),
         torch.stack([loss.direction_sums for loss in losses.values()]).sum(dim=0),
     )
+
+
+def _source_batches(
+    dataset: MixtureDataset, batch_size: int, rank: int, world_size: int
+) -> list[tuple[str, list[int]]]:
+    """This rank's batches of sample numbers, each of one source. All ranks have the same number; some may be empty."""
+    batches = []
+    begin = 0
+    for source, count in dataset.sources.items():
+        samples = range(begin, begin + count)
+        for start in range(0, count, batch_size * world_size):
+            own = start + rank * batch_size
+            batches.append((source, list(samples[own : own + batch_size])))
+        begin += count
+    return batches
 
 
 def _mean(total: Tensor, count: int) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,22 +30,6 @@ _TIE = 1e-6
 """Cosines that differ by less count as equal: copies of an image are each other's originals."""
 _SMALLEST_CELL = 128
 """Pixels; drawings of smaller images are enlarged in grids."""
-
-
-@dataclass(frozen=True)
-class ReconstructionSettings:
-    """How images are drawn again."""
-
-    guidance_scales: tuple[float, ...] = (1.0, 3.0)
-    """Every image is drawn at each, from the same noise."""
-    num_inference_steps: int = 20
-    """Steps of the sampler."""
-    seed: int = 0
-    """Image `i` starts from the noise of `seed + i`, however images are batched."""
-    batch_size: int = 16
-    """Images drawn at once, each at all scales."""
-    keep: int = 8
-    """Number of images, from the first, whose drawings are kept for a grid."""
 
 
 @dataclass
@@ -98,8 +82,9 @@ class Reconstructions:
 def evaluate_visualizer(
     pipeline: VisualizationPipeline,
     pictures: Sequence[Image.Image],
-    settings: ReconstructionSettings = ReconstructionSettings(),
+    settings: SamplerSettings,
     *,
+    keep: int = 8,
     lpips: PictureFeatures | None = None,
     inception: PictureFeatures | None = None,
     on_progress: Callable[[int], object] | None = None,
@@ -110,7 +95,8 @@ def evaluate_visualizer(
         pipeline: A visualizer with its vision tower.
         pictures: One or more images of any size; their central squares count. May load an image when it is asked for:
             each is asked for twice. The tokens of all stay in memory (64 tokens of 1,152 features: 0.3 MB each).
-        settings: How to draw.
+        settings: How to draw. Each image is drawn at every guidance scale, from the same noise.
+        keep: Number of images, from the first, whose drawings are kept for a grid.
         lpips: Network of LPIPS, if there is one.
         inception: Network of FID, if there is one.
         on_progress: Called with the number of images just drawn.
@@ -122,16 +108,14 @@ def evaluate_visualizer(
         raise ValueError("the visualizer has no vision tower; load it with metamorph.visualization.load_visualizer")
     if not len(pictures):
         raise ValueError("there are no images to draw again; give at least one")
-    scores = [ScaleScores(scale) for scale in settings.guidance_scales]
+    scales = settings.guidance_scale
+    scores = [ScaleScores(scale) for scale in (scales if isinstance(scales, Sequence) else [scales])]
     features = [FeatureStatistics() for _ in (None, *scores)]  # of the originals, then at each scale
     keys = torch.cat([_tokens(pipeline, chunk) for _, chunk in _chunks(pictures, settings.batch_size)])
     kept_originals: list[Image.Image] = []
     kept_drawn: list[Image.Image] = []
     for start, chunk in _chunks(pictures, settings.batch_size):
-        sampler = SamplerSettings(
-            settings.guidance_scales, settings.num_inference_steps, settings.seed + start, settings.batch_size
-        )
-        drawn = draw(pipeline, keys[start : start + len(chunk)], sampler)
+        drawn = draw(pipeline, keys[start : start + len(chunk)], replace(settings, seed=settings.seed + start))
         originals = [crop_square(to_rgb(image)).resize(drawn[0].size, Image.Resampling.BICUBIC) for image in chunk]
         for number, score in enumerate(scores):
             at_scale = drawn[number :: len(scores)]
@@ -142,7 +126,7 @@ def evaluate_visualizer(
                 features[number + 1].add(inception(_pixels(at_scale)))
         if inception is not None:
             features[0].add(inception(_pixels(originals)))
-        room = max(0, settings.keep - len(kept_originals))
+        room = max(0, keep - len(kept_originals))
         kept_originals += originals[:room]
         kept_drawn += drawn[: room * len(scores)]
         if on_progress is not None:

@@ -40,11 +40,7 @@ class Session:
 
     @property
     def visualizer(self) -> VisualizationPipeline:
-        """The pipeline.
-
-        Raises:
-            ValueError: If there is none.
-        """
+        """The pipeline; a ValueError if there is none."""
         if self.pipeline is None:
             raise ValueError("there is no visualizer: give one to metamorph.load")
         return self.pipeline
@@ -128,12 +124,7 @@ def load(
 def load_pipeline(
     visualizer: str, flag: str = "--visualizer", dtype: torch.dtype | None = None
 ) -> VisualizationPipeline:
-    """Load a visualizer without its progress bars, on the CPU, by default in float32.
-
-    Raises:
-        FileNotFoundError: If it does not exist.
-        ValueError: If diffusers is not installed, or the folder is not a visualizer.
-    """
+    """Load a visualizer without its progress bars, on the CPU, by default in float32; see `check_visualizer_folder`."""
     visualizer = check_visualizer_folder(visualizer, flag)
     from metamorph.visualization.pipeline import VisualizationPipeline
 
@@ -162,11 +153,7 @@ def check_visualizer_folder(visualizer: str, flag: str = "--visualizer") -> str:
 
 
 def place_images(prompt: str, num_images: int) -> str:
-    """The prompt with an `<image>` marker for each image: in front, unless it has them.
-
-    Raises:
-        ValueError: If it has another number of markers.
-    """
+    """The prompt with an `<image>` marker for each image: in front, unless it has the right number of them."""
     markers = prompt.count(DEFAULT_IMAGE_TOKEN)
     if markers == 0:
         return f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + prompt
@@ -176,11 +163,7 @@ def place_images(prompt: str, num_images: int) -> str:
 
 
 def pick_device(device: str | torch.device | None = None, flag: str = "device") -> torch.device:
-    """The device of that name; by default the accelerator if there is one, else the CPU.
-
-    Raises:
-        ValueError: If there is no such device.
-    """
+    """The device of that name; by default the accelerator if there is one, else the CPU."""
     if device is None:
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:

@@ -65,11 +65,7 @@ def library_versions() -> dict[str, str]:
 
 
 def read_card(folder: Path) -> AssetCard:
-    """Read the card of the asset in `folder`.
-
-    Raises:
-        AssetError: If there is no card, or it has no valid head.
-    """
+    """Read the card of the asset in `folder`; an AssetError if there is none, or it has no valid head."""
     path = folder / CARD_FILE
     if not path.is_file():
         raise AssetError(f"{folder} has no model card {CARD_FILE}: it is no finished asset")
@@ -81,11 +77,7 @@ def read_card(folder: Path) -> AssetCard:
 
 
 def verify_folder(folder: Path) -> AssetCard:
-    """Check that the files in `folder` are those that its card lists, and return the card.
-
-    Raises:
-        AssetError: If a file is missing, changed, or not on the card; the message names it.
-    """
+    """Return the card; an AssetError names files that are missing, changed, or not on the card."""
     card = read_card(folder)
     found = file_hashes(folder)
     missing = sorted(card.sha256.keys() - found.keys())

@@ -31,18 +31,18 @@ def render_card(
     pipeline_tag: str,
     **values: Any,
 ) -> str:
-    """Render the card of a result.
+    """Render the card of the result `name`, a Hub id or folder.
 
     Args:
-        template: File in `metamorph/templates/`.
+        template: File in `metamorph/templates/`; `values` are those that only it names.
         name: Hub id or folder of the result.
         parts: Folders and Hub ids that the result was trained from.
         recipe: Flags of the run; those that are None are left out.
         libraries: Packages whose versions belong to the recipe.
-        model_license: Licence of the result; None for unknown.
+        model_license: None for unknown.
         tags: For the Hub's search.
         pipeline_tag: The Hub's name of the task.
-        **values: Further values that the template names.
+        **values: See `template`.
     """
     metadata = ModelCardData(
         library_name="metamorph",

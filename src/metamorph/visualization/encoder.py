@@ -87,14 +87,7 @@ class VisualTokenEncoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> torch.Tensor:
-        """Encode the central squares of images of any size and mode.
-
-        Returns:
-            `[images, N, D]` float32, on the device of the tower.
-
-        Raises:
-            ValueError: If there is no image.
-        """
+        """Encode the central squares of images of any size and mode: `[images, N, D]` float32 on the tower's device."""
         if not images:
             raise ValueError("there are no images to encode; give at least one")
         chunks = []

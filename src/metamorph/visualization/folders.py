@@ -1,6 +1,7 @@
 """Contents of visualizer and Stable Diffusion folders, checked before anything in them is imported or built.
 
-Such a folder is data: only its JSON and safetensors files are read, and only the classes named here are built.
+Such a folder is data: only its JSON and safetensors files are read, and only the classes named here are built. All
+checks raise a `FileNotFoundError` for a missing file, and else a `ValueError` that names the file and what is wrong.
 """
 
 from __future__ import annotations
@@ -75,9 +76,6 @@ def local_folder(name: str | Path, components: tuple[str, ...], variant: str | N
     """Return an existing folder, or download the JSON and safetensors files of these components of a Hub id.
 
     Of the `options` of `from_pretrained`, those of the Hub (`cache_dir`, `revision`, `token`, …) count.
-
-    Raises:
-        OSError: If the Hub has no such repository, or cannot be reached.
     """
     folder = Path(name).expanduser()
     if folder.exists():
@@ -95,12 +93,7 @@ def visualizer_folder(name: str | Path, variant: str | None = None, **options: A
 
 
 def check_visualizer(folder: Path, given: frozenset[str] = frozenset(), variant: str | None = None) -> None:
-    """Check that a folder describes a visualizer: its index, and all components but those `given` from elsewhere.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: Naming the file, and the component, class, field or weight that is wrong.
-    """
+    """Check that a folder describes a visualizer: its index, and all components but those `given` from elsewhere."""
     file = folder / INDEX_FILE
     index = read_json_object(file)
     if index.get("_class_name") != PIPELINE_CLASS:
@@ -122,12 +115,7 @@ def check_visualizer(folder: Path, given: frozenset[str] = frozenset(), variant:
 
 
 def check_model(kind: type[ModelMixin], folder: Path, variant: str | None = None) -> None:
-    """Compare the configuration of a component with the headers of its weights, before any memory is allocated.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If they do not belong together, or the configuration asks for what is not supported.
-    """
+    """Compare the configuration of a component with the headers of its weights, before any memory is allocated."""
     file = folder / "config.json"
     config = read_model_config(kind, folder)
     _check_one_kind_of_weights(folder, variant)
@@ -139,12 +127,7 @@ def check_model(kind: type[ModelMixin], folder: Path, variant: str | None = None
 
 
 def read_model_config(kind: type[ModelMixin], folder: Path) -> dict[str, Any]:
-    """Read a component's `config.json`; sizes that no weight depends on have limits.
-
-    Raises:
-        FileNotFoundError: If the file is missing.
-        ValueError: If it is damaged, or asks for what is not supported.
-    """
+    """Read a component's `config.json`; sizes that no weight depends on have limits."""
     file = folder / "config.json"
     config = read_json_object(file)
     if config.get("quantization_config") is not None:
@@ -160,13 +143,7 @@ def read_model_config(kind: type[ModelMixin], folder: Path) -> dict[str, Any]:
 
 
 def build_model(kind: type[Model], folder: Path) -> Model:
-    """Build a component with random weights from its configuration alone.
-
-    Raises:
-        FileNotFoundError: If the file is missing.
-        ValueError: If it is not the configuration of a `kind`, or of one with more layers or parameters than
-            `MAX_NEW_LAYERS` and `MAX_NEW_PARAMETERS`.
-    """
+    """Build a component with random weights from its configuration alone; its size is limited."""
     file = folder / "config.json"
     config = read_model_config(kind, folder)
     check_layer_counts(config, MAX_NEW_LAYERS, file)
@@ -177,12 +154,7 @@ def build_model(kind: type[Model], folder: Path) -> Model:
 
 
 def check_scheduler(kind: type[SchedulerMixin], folder: Path) -> None:
-    """Check that `scheduler_config.json` has no large numbers and that a scheduler can be built from it.
-
-    Raises:
-        FileNotFoundError: If the file is missing.
-        ValueError: If it does not fit `kind`, or a number is too large.
-    """
+    """Check that `scheduler_config.json` has no large numbers and that a scheduler can be built from it."""
     file = folder / "scheduler_config.json"
     config = read_json_object(file)
     for name, value in config.items():
@@ -192,12 +164,7 @@ def check_scheduler(kind: type[SchedulerMixin], folder: Path) -> None:
 
 
 def load_model(kind: type[Model], folder: Path, variant: str | None = None, **options: Any) -> Model:
-    """Check a component and load it from safetensors files; `options` are those of `from_pretrained`.
-
-    Raises:
-        FileNotFoundError: As `check_model`.
-        ValueError: As `check_model`, or if a weight is not finite.
-    """
+    """Check a component and load it from safetensors files; `options` are those of `from_pretrained`."""
     check_model(kind, folder, variant)
     model = kind.from_pretrained(folder, variant=variant, use_safetensors=True, **options)
     check_finite(model.state_dict().items(), folder)

@@ -23,9 +23,6 @@ def picture_grid(
         side: Width and height of a cell in pixels. Smaller images are enlarged without smoothing.
         labels: Written above the columns, unless these are narrower than 64 pixels.
         gap: Grey pixels between cells.
-
-    Raises:
-        ValueError: If there is no image, or rows or labels differ in length from the first row.
     """
     if not rows or not rows[0]:
         raise ValueError("a grid needs a row with an image")

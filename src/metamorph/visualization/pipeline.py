@@ -144,17 +144,17 @@ class VisualizationPipeline(DiffusionPipeline):
         if not scales:
             raise ValueError("guidance_scale is an empty list; give one number or more.")
         visual_tokens = self._visual_tokens(visual_tokens, images)
-        if visual_tokens.shape[0]:
+        if not visual_tokens.shape[0]:  # an answer in words alone has no images
+            latents = self._starting_latents(0, None, latents)
+        else:
             latents = self._starting_latents(visual_tokens.shape[0], generator, latents)
             if len(scales) > 1 and isinstance(generator, list):
                 # A stochastic sampler gives all scales of an image the same noise.
                 generator = [each.clone_state() for each in generator for _ in scales]
             batch = GuidedBatch(self._condition(visual_tokens), scales)
             latents = self._denoise(batch, latents, num_inference_steps, generator)
-            drawn = self._decode(latents, output_type)
-            self.maybe_free_model_hooks()
-        else:  # an answer in words alone has no images
-            drawn = self._nothing(output_type)
+        drawn = self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
 
     def _visual_tokens(
@@ -220,19 +220,14 @@ class VisualizationPipeline(DiffusionPipeline):
                 progress.update()
         return latents
 
-    def _nothing(self, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:
-        """What `_decode` would return for no images, which the VAE does not take."""
-        latents = self._starting_latents(0, None, None)
-        if output_type in ("latent", "pil"):
-            return latents if output_type == "latent" else []
-        height, width = (side * vae_scale_factor(self.vae.config) for side in latents.shape[-2:])
-        pixels = latents.new_empty(0, 3, height, width)
-        return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).float().cpu().numpy()
-
     def _decode(self, latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:
         if output_type == "latent":
             return latents
-        pixels = self.vae.decode(from_unet_latents(self.vae, latents).to(self.vae.dtype)).sample
+        if latents.shape[0]:
+            pixels = self.vae.decode(from_unet_latents(self.vae, latents).to(self.vae.dtype)).sample
+        else:  # which the VAE does not take
+            factor = vae_scale_factor(self.vae.config)
+            pixels = latents.new_empty(0, 3, *(side * factor for side in latents.shape[2:]))
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
 

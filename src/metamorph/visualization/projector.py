@@ -37,7 +37,8 @@ def pad_condition(condition: torch.Tensor, length: int = CONDITION_LENGTH) -> to
     This is the only place that pads, so training and inference cannot disagree. A longer condition is returned
     unchanged: the UNet's cross-attention takes any length, and cutting would discard parts of the image.
     """
-    return F.pad(condition, (0, 0, 0, max(0, length - condition.shape[1])))
+    missing = length - condition.shape[1]
+    return condition if missing <= 0 else F.pad(condition, (0, 0, 0, missing))
 
 
 class VisualizationProjector(ModelMixin, ConfigMixin):
@@ -92,11 +93,7 @@ class VisualizationProjector(ModelMixin, ConfigMixin):
             raise ValueError(f"mode={mode!r} is not a projector; --mode takes one of {', '.join(PROJECTOR_MODES)}.")
 
     def forward(self, visual_tokens: torch.Tensor) -> torch.Tensor:
-        """Project visual tokens `[images, N, input_dim]` to `[images, N', output_dim]`.
-
-        Raises:
-            ValueError: If the tokens have another shape than the configuration says.
-        """
+        """Project visual tokens `[images, N, input_dim]` to `[images, N', output_dim]`."""
         if visual_tokens.dim() != 3 or visual_tokens.shape[-1] != self.config.input_dim:
             raise ValueError(
                 f"The projector takes visual tokens [images, tokens, {self.config.input_dim}] but got "

@@ -10,6 +10,7 @@ from typing import TypeVar
 from PIL import Image
 
 from metamorph.files.model_files import read_json_object
+from metamorph.flags.checks import names_flag
 from metamorph.models.image_processing import load_image_processor
 from metamorph.models.vision_tower import (
     MetaMorphConfig,
@@ -68,13 +69,9 @@ def adopt_token_options(options: Options) -> Options:
 
 
 def load_encoder(options: TokenOptions) -> VisualTokenEncoder:
-    """Load the vision tower in float32, with the layer, reduction and normalisation of the MetaMorph model.
-
-    Raises:
-        ValueError: If the tower is of an unknown kind, lacks weights, or does not fit the token options.
-    """
+    """Load the vision tower in float32, with the layer, reduction and normalisation of the MetaMorph model."""
     path = expand_home(resolve_vision_tower(options.vision_tower))
-    try:
+    with names_flag("--vision_tower", options.vision_tower):
         if _is_metamorph(path):
             config = load_config(path, MetaMorphConfig)
             tower = load_tower_of(path)
@@ -94,8 +91,6 @@ def load_encoder(options: TokenOptions) -> VisualTokenEncoder:
             )
             tower = VisionTower(config, load_vision_encoder(path))
         processor = load_image_processor(path)
-    except OSError as error:
-        raise ValueError(f"--vision_tower {options.vision_tower} cannot be loaded: {error}") from error
     pixel_format = PixelFormat(
         size=config.vision_image_size,
         mean=tuple(processor.image_mean),

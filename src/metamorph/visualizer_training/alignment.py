@@ -27,11 +27,7 @@ _KEY = "conditions"
 
 
 def load_conditions(file: str | Path, num_images: int) -> torch.Tensor:
-    """Read the tensor `conditions` `[num_images, tokens, cross_attention_dim]` of a safetensors file, in float32.
-
-    Raises:
-        ValueError: If the file cannot be read, or the tensor is missing, not finite, or has another number of images.
-    """
+    """Read the tensor `conditions` `[num_images, tokens, cross_attention_dim]` of a safetensors file, in float32."""
     try:
         conditions = load_file(Path(file).expanduser()).get(_KEY)
     except (OSError, SafetensorError) as error:
@@ -64,9 +60,6 @@ def align_projector(
         steps: Optimizer steps, of 64 images each.
         lr: Peak learning rate.
         seed: Seed of the batches.
-
-    Raises:
-        ValueError: If the projector returns conditions of another shape.
     """
     device = next(projector.parameters()).device
     with torch.no_grad():

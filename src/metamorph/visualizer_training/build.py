@@ -1,4 +1,7 @@
-"""Load the parts of the visualizer: UNet, VAE and noise schedule of Stable Diffusion, and the projector."""
+"""Load the parts of the visualizer: UNet, VAE and noise schedule of Stable Diffusion, and the projector.
+
+Errors are a `ValueError` or `FileNotFoundError` that names the flag.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +45,7 @@ class DiffusionParts:
 
 
 def check_folders(args: VisualizerArguments) -> None:
-    """Refuse folders and Hub ids that do not fit their flag, before anything is loaded.
-
-    Raises:
-        ValueError: Naming flag, folder and what is missing.
-        FileNotFoundError: If a name is neither a folder nor a model of the Hub.
-    """
+    """Refuse folders and Hub ids that do not fit their flag, before anything is loaded."""
     for flag, name, files, fix in (
         ("--vision_tower", args.vision_tower, ("config.json",), "a folder of a vision model"),
         (
@@ -68,12 +66,8 @@ def check_folders(args: VisualizerArguments) -> None:
 
 
 def load_diffusion_parts(args: VisualizerArguments, vae_dtype: torch.dtype = torch.float32) -> DiffusionParts:
-    """Load UNet, VAE and noise schedule from `pretrained_model_name_or_path`.
-
-    Raises:
-        ValueError: If the folder does not have that layout, or its parts do not fit each other.
-    """
-    try:
+    """Load UNet, VAE and noise schedule from `pretrained_model_name_or_path`."""
+    with names_flag("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         folder = _diffusion_folder(args)
         check_scheduler(DDPMScheduler, folder / "scheduler")
         noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
@@ -82,11 +76,7 @@ def load_diffusion_parts(args: VisualizerArguments, vae_dtype: torch.dtype = tor
         else:
             unet = load_model(UNet2DConditionModel, folder / "unet", args.variant, torch_dtype=torch.float32)
         parts = DiffusionParts(unet, load_vae(args, vae_dtype), noise_scheduler)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded: {error}"
-        ) from error
-    _check_fit(parts, args)
+        _check_fit(parts)
     if args.resolution is not None:
         # The pipeline draws at the size in the UNet's configuration: make it the size that is trained.
         unet.register_to_config(sample_size=args.resolution // vae_scale_factor(parts.vae.config))
@@ -99,19 +89,13 @@ def load_vae(args: VisualizerArguments, dtype: torch.dtype) -> AutoencoderKL:
 
 
 def adopt_resolution(args: VisualizerArguments) -> VisualizerArguments:
-    """Return the flags with a resolution, by default that of the diffusion model; reads no weights.
-
-    Raises:
-        ValueError: If the model cannot be loaded, does not state its resolution, or cannot draw at the given one.
-    """
+    """Return the flags with a resolution that the diffusion model can draw, by default its own; reads no weights."""
     name = args.pretrained_model_name_or_path
-    try:
+    with names_flag("--pretrained_model_name_or_path", name):
         folder = _diffusion_folder(args)
         unet = read_model_config(UNet2DConditionModel, folder / "unet")
         vae = read_model_config(AutoencoderKL, folder / "vae")
         blocks = [_blocks(config, folder / part / "config.json") for part, config in (("unet", unet), ("vae", vae))]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--pretrained_model_name_or_path {name} cannot be loaded: {error}") from error
     factor = 2 ** (blocks[1] - 1)
     sample_size = unet.get("sample_size")
     native = sample_size * factor if isinstance(sample_size, int) else None
@@ -134,16 +118,7 @@ def adopt_resolution(args: VisualizerArguments) -> VisualizerArguments:
 def build_projector(
     args: VisualizerArguments, tokens: tuple[int, int], cross_attention_dim: int
 ) -> VisualizationProjector:
-    """The projector to train: a new one, or `pretrained_projector`.
-
-    Args:
-        args: The flags.
-        tokens: Number N and feature size D of the visual tokens of an image.
-        cross_attention_dim: Feature size of the UNet's condition tokens.
-
-    Raises:
-        ValueError: If a pretrained projector is missing or has other sizes.
-    """
+    """The projector to train, new or from `pretrained_projector`; `tokens` are the number and size of visual tokens."""
     num_tokens, feature_size = tokens
     if args.pretrained_projector is None:
         return VisualizationProjector(
@@ -187,16 +162,13 @@ def _diffusion_folder(args: VisualizerArguments) -> Path:
     )
 
 
-def _check_fit(parts: DiffusionParts, args: VisualizerArguments) -> None:
+def _check_fit(parts: DiffusionParts) -> None:
     unet, vae = parts.unet.config, parts.vae.config
-    where = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     if unet.in_channels != vae.latent_channels:
-        raise ValueError(f"{where}: the UNet takes {unet.in_channels} channels, the VAE has {vae.latent_channels}")
+        raise ValueError(f"the UNet takes {unet.in_channels} channels, the VAE has {vae.latent_channels}")
     if not isinstance(unet.cross_attention_dim, int):
-        raise ValueError(f"{where}: cross_attention_dim {unet.cross_attention_dim} differs between blocks of the UNet")
+        raise ValueError(f"cross_attention_dim {unet.cross_attention_dim} differs between blocks of the UNet")
     prediction_type = parts.noise_scheduler.config.prediction_type
     if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"{where}: prediction_type {prediction_type!r} of the scheduler is not supported; use one of "
-            f"{', '.join(PREDICTION_TYPES)}"
-        )
+        allowed = ", ".join(PREDICTION_TYPES)
+        raise ValueError(f"prediction_type {prediction_type!r} of the scheduler is not supported; use one of {allowed}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -112,30 +112,23 @@ class NoiseCollator:
         return batch | vars(RandomInputs.at(batch.pop("position"), self.latent_shape, **self.options))
 
 
+@dataclass(eq=False)
 class StreamBatches(Sampler[list[Sample]]):
     """Batches of one process: every image once per epoch, in a new order each epoch.
 
     The order depends only on the seed, so a run resumes at any sample, with any number of processes.
-
-    Args:
-        num_images: Images per epoch.
-        batch_size: Samples per batch of this process.
-        num_batches: Batches of the run.
-        seed: Seed of the orders.
-        rank: This process, from 0.
-        world_size: Number of processes.
     """
 
-    def __init__(
-        self, num_images: int, batch_size: int, num_batches: int, seed: int, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.num_batches = num_batches
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self._done, self._samples = 0, 0
+    num_images: int
+    batch_size: int
+    """Samples per batch of this process."""
+    num_batches: int
+    """Batches of the run."""
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    _done: int = field(default=0, init=False)
+    _samples: int = field(default=0, init=False)
 
     def resume(self, batches: int, samples: int) -> StreamBatches:
         """Resume after `batches` batches, in which training has seen `samples` samples over all processes.

@@ -55,8 +55,7 @@ def find_resume_point(
         data: What decides the order of images: `pictures` (their number), `digest` and `seed`.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint.
-        CheckpointError: If it belongs to another kind of run, or to other data or flags.
+        CheckpointError: If the checkpoint belongs to another kind of run, or to other data or flags.
     """
     folder = find_checkpoint(str(args.output_dir), args.resume_from_checkpoint, _check_kind, ARGUMENTS_FILE)
     if folder is None:

@@ -17,17 +17,11 @@ from metamorph.runs.preemption import Preemption
 from metamorph.training.base_trainer import open_run
 from metamorph.training.engines.prepare import configure_fsdp2
 from metamorph.training.optimizer import check_optimizer
-from metamorph.training.reporting.progress import ShowProgress
 from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualization.token_options import adopt_token_options, load_encoder
 from metamorph.visualizer_training.alignment import align_projector, load_conditions
 from metamorph.visualizer_training.arguments import VisualizerArguments
-from metamorph.visualizer_training.build import (
-    adopt_resolution,
-    build_projector,
-    check_folders,
-    load_diffusion_parts,
-)
+from metamorph.visualizer_training.build import adopt_resolution, build_projector, check_folders, load_diffusion_parts
 from metamorph.visualizer_training.dataset import (
     NoiseCollator,
     StreamBatches,
@@ -40,7 +34,7 @@ from metamorph.visualizer_training.fsdp2 import layers
 from metamorph.visualizer_training.images.bad_images import BadImages
 from metamorph.visualizer_training.images.sources import TrainingImages, open_images
 from metamorph.visualizer_training.resume import find_resume_point, flags_of_run
-from metamorph.visualizer_training.trainer import StepCallback, VisualizerResult, VisualizerTrainer
+from metamorph.visualizer_training.trainer import VisualizerResult, VisualizerTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -49,7 +43,6 @@ logger = logging.getLogger(__name__)
 def train_visualizer(
     args: VisualizerArguments,
     images: Sequence[Image.Image] | None = None,
-    on_log: StepCallback | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> VisualizerResult:
     """Train a visualizer and write it as a diffusers pipeline to `args.output_dir`.
@@ -60,8 +53,7 @@ def train_visualizer(
     Args:
         args: The flags.
         images: Images in memory, instead of `image_folder` and `image_jsons`.
-        on_log: Called in the main process every `logging_steps` steps and after the last one, instead of log lines.
-        callbacks: Callbacks of Transformers' Trainer, for example a progress display.
+        callbacks: Callbacks of Transformers' Trainer, for example to receive what is logged.
 
     Raises:
         ValueError: For parts, data or checkpoints that do not fit, or another run in the output folder, before training
@@ -77,18 +69,12 @@ def train_visualizer(
         source = TrainingImages(images)
     else:
         raise ValueError("images is empty; give at least one image")
-    if on_log is not None:
-        callbacks = [*callbacks, ShowProgress(VisualizerTrainer.title, log_entries=False)]
     with open_run(args) as preemption:
-        return _train(args, source, list(callbacks), on_log, preemption)
+        return _train(args, source, list(callbacks), preemption)
 
 
 def _train(
-    args: VisualizerArguments,
-    source: TrainingImages,
-    callbacks: list[TrainerCallback],
-    on_log: StepCallback | None,
-    preemption: Preemption,
+    args: VisualizerArguments, source: TrainingImages, callbacks: list[TrainerCallback], preemption: Preemption
 ) -> VisualizerResult:
     # 1. Everything that can be checked without weights.
     check_optimizer(args)
@@ -140,7 +126,6 @@ def _train(
         encoders=encoders,
         validation=validation,
         data=data,
-        on_log=on_log,
         batches=StreamBatches(
             len(source), args.batch_size, num_batches, args.seed, args.process_index, args.world_size
         ),

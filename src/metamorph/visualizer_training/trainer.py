@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -39,9 +39,6 @@ from metamorph.visualizer_training.schedule import DEFAULT_LR_SCHEDULER, log_war
 
 logger = logging.getLogger(__name__)
 
-StepCallback = Callable[[int, dict[str, float]], None]
-"""Called at each log entry with the number of steps done and the logged values."""
-
 
 @dataclass(frozen=True)
 class VisualizerResult:
@@ -67,7 +64,6 @@ class VisualizerTrainer(RunTrainer):
         encoders: Tower and VAE, which are never trained.
         validation: Images that are drawn again at every checkpoint.
         data: What decides the order of images, for checkpoints.
-        on_log: See `train_visualizer`.
         **kwargs: As for [`RunTrainer`].
     """
 
@@ -82,12 +78,11 @@ class VisualizerTrainer(RunTrainer):
         encoders: FrozenEncoders,
         validation: Sequence[Image.Image],
         data: dict[str, Any],
-        on_log: StepCallback | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.parts, self.encoders = parts, encoders
-        self.validation, self.data, self.on_log = validation, data, on_log
+        self.validation, self.data = validation, data
         self.losses: list[Tensor] = []
         """`[2]` for each step of this run: loss and number of good images, both divided by the number of all images."""
         self._sums: Tensor | None = None
@@ -153,8 +148,6 @@ class VisualizerTrainer(RunTrainer):
             logs["loss"] = _ratio(*self.accelerator.reduce(window, "mean").tolist())
             self._logged = len(self.losses)
         super().log(logs, start_time)
-        if "loss" in logs and self.on_log is not None and self.is_world_process_zero():
-            self.on_log(self.state.global_step, logs)
 
     # Checkpoints.
 
@@ -184,11 +177,7 @@ class VisualizerTrainer(RunTrainer):
         save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS_FILE)
 
     def read_weights(self, folder: str) -> None:
-        """Read the file of `write_weights` into a model that may be sharded.
-
-        Raises:
-            ValueError: If the folder was written by a run that trains other weights, or they are not finite.
-        """
+        """Read the file of `write_weights` into a model that may be sharded; other or infinite weights are an error."""
         weights = load_file(Path(folder) / WEIGHTS_FILE)
         check_finite(weights.items(), Path(folder) / WEIGHTS_FILE)
         parameters = trainable_parameters(self.plain_model)
@@ -271,10 +260,7 @@ class VisualizerTrainer(RunTrainer):
 
     @contextmanager
     def _finished_parts(self) -> Iterator[tuple[VisualizationProjector, DiffusionParts]]:
-        """Projector and parts with the moving average of the weights, unsharded in the main process.
-
-        All processes must enter it.
-        """
+        """Projector and parts with averaged weights, unsharded in the main process. All processes must enter it."""
         model = self.plain_model
         assert isinstance(model, Denoiser)
         keep = self.args.should_save

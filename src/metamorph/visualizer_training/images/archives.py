@@ -61,11 +61,8 @@ class TarImages:
     """All images in uncompressed tars, in the order of the tars and of their members.
 
     A member is an image if its name ends like one; captions, labels and other members are skipped. The places of the
-    images are found once and saved, in the same index as the tars of `metamorph train`.
-
-    Raises:
-        FileNotFoundError: If a tar does not exist.
-        ValueError: If none holds an image.
+    images are found once and saved, in the same index as the tars of `metamorph train`. A missing tar, or no image at
+    all, is an error.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -81,12 +78,7 @@ class TarImages:
         return len(self.index["files"])
 
     def load(self, index: int) -> Image.Image:
-        """Image `index` in upright RGB.
-
-        Raises:
-            MediaError: Naming archive and member, if it cannot be read as an image.
-            DataError: If the archive has changed since the start.
-        """
+        """Image `index` in upright RGB; a MediaError if it cannot be read, a DataError if the archive has changed."""
         start, end = self.index["spans"][index].tolist()
         content = self.index.read(start, end, int(self.index["files"][index]))
         return load_image(io.BytesIO(content), name=self.name(index))

@@ -15,10 +15,7 @@ logger = logging.getLogger(__name__)
 class BadImages(BadRecordLimit):
     """Bad images over all workers, processes and epochs, and those lost with damaged archives.
 
-    Args:
-        num_images: Number of readable and bad images.
-        on_bad_image: `raise`, or `skip` to leave bad images out.
-        max_bad_fraction: Largest share of bad images with `skip`.
+    `on_bad_image` is `raise`, or `skip` to leave out a share of up to `max_bad_fraction`.
     """
 
     unit = "images"
@@ -40,12 +37,7 @@ class BadImages(BadRecordLimit):
         return super().bad_by_kind() | ({"lost with damaged archives": self.num_lost} if self.num_lost else {})
 
     def add_lost(self, images: TarImages) -> None:
-        """Count what damaged archives have lost.
-
-        Raises:
-            ValueError: If an archive is damaged and bad images are not to be skipped.
-            TooManyBadRecordsError: If too many images are lost.
-        """
+        """Count what damaged archives have lost; an error if it is too much, or bad images are not to be skipped."""
         damaged = [archive for archive in images.archives if archive.is_damaged]
         if damaged and self.on_bad_record == "raise":
             raise ValueError(
@@ -57,12 +49,7 @@ class BadImages(BadRecordLimit):
         self.check()
 
     def note(self, index: int, error: MediaError) -> None:
-        """Count image `index`, which cannot be read.
-
-        Raises:
-            ValueError: If bad images are not to be skipped.
-            TooManyBadRecordsError: If there are too many.
-        """
+        """Count image `index`, which cannot be read; an error if there are too many, or they are not to be skipped."""
         if self.on_bad_record == "raise":
             raise ValueError(f"{error}. Or leave such images out: --on_bad_image skip") from error
         if self._log.note_bad(index, error.kind):

@@ -35,11 +35,7 @@ class TrainingImages:
         return len(self.files) + (0 if self.archives is None else len(self.archives))
 
     def load(self, index: int) -> Image.Image:
-        """Image `index` in upright RGB.
-
-        Raises:
-            MediaError: Naming the file, if it cannot be read as an image.
-        """
+        """Image `index` in upright RGB; a MediaError that names it if it cannot be read."""
         if self.archives is not None and index >= len(self.files):
             return self.archives.load(index - len(self.files))
         image = self.files[index]
