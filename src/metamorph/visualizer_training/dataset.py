@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,7 +83,7 @@ class TensorDataset(Dataset):
 
 
 def encode_all(
-    dataset: VisualizerDataset, encoders: FrozenEncoders, batch_size: int, num_workers: int, device: torch.device
+    dataset: VisualizerDataset, encoders: FrozenEncoders, batch_size: int, num_workers: int
 ) -> TensorDataset:
     """Visual tokens and moments of every image, on the CPU."""
     every = [Sample(index, index) for index in range(len(dataset))]
@@ -91,25 +91,17 @@ def encode_all(
     loader = DataLoader(dataset, batch_sampler=order, num_workers=num_workers, worker_init_fn=ignore_signals)
     chunks = []
     for batch in Progress(loader, "encoding images", unit="batch"):
-        pixels = {name: batch[name].to(device) for name in ("tower_pixels", "vae_pixels")}
-        encoded = {name: value.cpu() for name, value in encoders(**pixels).items()}
-        chunks.append({**encoded, "weight": batch["weight"]})
+        encoded = encoders(batch["tower_pixels"], batch["vae_pixels"]) | {"weight": batch["weight"]}
+        chunks.append({name: value.cpu() for name, value in encoded.items()})
     return TensorDataset({name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]})
 
 
-@dataclass(frozen=True)
-class NoiseCollator:
-    """Collate samples and add the fields of [`RandomInputs`], in the workers if there are any."""
-
-    latent_shape: tuple[int, ...]
-    """`(channels, height, width)`."""
-    options: Mapping[str, Any]
-    """Keyword arguments of [`RandomInputs.at`]."""
-
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """The tensors of a batch, without positions."""
-        batch = default_collate(samples)
-        return batch | vars(RandomInputs.at(batch.pop("position"), self.latent_shape, **self.options))
+def collate(
+    samples: list[dict[str, Any]], random_inputs: Callable[[torch.Tensor], RandomInputs]
+) -> dict[str, torch.Tensor]:
+    """Collate samples and replace positions by the fields of their random inputs, in a worker if there are any."""
+    batch = default_collate(samples)
+    return batch | vars(random_inputs(batch.pop("position")))
 
 
 @dataclass(eq=False)

@@ -39,9 +39,12 @@ class FrozenEncoders:
             of the variance of the latents, both float32. Latents are sampled from them in every step.
         """
         with torch.inference_mode():
-            moments = self.vae.encode(vae_pixels.to(self.vae.dtype)).latent_dist.parameters
+            moments = self.vae.encode(vae_pixels.to(self.vae.device, self.vae.dtype)).latent_dist.parameters
         # Autograd cannot save tensors made in inference mode, so copy them; the tower does so itself.
-        return {"visual_tokens": self.tower(tower_pixels).float(), "moments": moments.clone().float()}
+        return {
+            "visual_tokens": self.tower(tower_pixels.to(self.vae.device)).float(),
+            "moments": moments.clone().float(),
+        }
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ class Denoiser(nn.Module):
         predicts_velocity = scheduler.config.prediction_type == "v_prediction"
         target = scheduler.get_velocity(latents, noise, timesteps) if predicts_velocity else noise
         prediction = self.predict(noisy, timesteps, visual_tokens, random.keep_condition)
-        # float32: under bf16 autocast the squares of small differences would vanish.
+        # In float32, also under bf16 autocast.
         losses = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))  # (images,)
         if self.snr_gamma is not None:
             snr = compute_snr(scheduler, timesteps)

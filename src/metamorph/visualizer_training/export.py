@@ -9,33 +9,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from metamorph.files.permissions import apply_umask
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.runs.cards import CARD_FILE
-from metamorph.visualization.encoder import VisualTokenEncoder
 from metamorph.visualization.folders import ARGUMENTS_FILE, INDEX_FILE
 from metamorph.visualization.grids import reconstruction_grid
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.pixels import crop_square
-from metamorph.visualization.projector import VisualizationProjector
 from metamorph.visualization.token_options import load_encoder
 from metamorph.visualizer_training.arguments import VisualizerArguments
-from metamorph.visualizer_training.build import DiffusionParts, load_vae
+from metamorph.visualizer_training.build import load_vae
+from metamorph.visualizer_training.denoising import Denoiser, FrozenEncoders
 
 
 _VALIDATION_STEPS = 20
 
 
-def save_pipeline(
-    output_dir: Path, projector: VisualizationProjector, parts: DiffusionParts, args: VisualizerArguments, card: str
-) -> None:
+def save_pipeline(output_dir: Path, model: Denoiser, vae: AutoencoderKL, args: VisualizerArguments, card: str) -> None:
     """Write a `VisualizationPipeline`, its flags and its model card into `output_dir`, which may hold checkpoints."""
     # Frozen parts are saved with the weights they were loaded with, not as training cast them.
-    vae = parts.vae if parts.vae.dtype == torch.float32 else load_vae(args, torch.float32)
+    vae = vae if vae.dtype == torch.float32 else load_vae(args, torch.float32)
     tower = load_encoder(args) if args.save_vision_tower else None
-    pipeline = VisualizationPipeline.from_parts(projector, parts.unet, vae, parts.noise_scheduler, tower)
+    pipeline = VisualizationPipeline.from_parts(model.projector, model.unet, vae, model.noise_scheduler, tower)
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".partial-") as partial:
         pipeline.save_pretrained(partial)
@@ -53,23 +51,15 @@ def save_pipeline(
 
 
 def draw_validation_grid(
-    projector: VisualizationProjector,
-    parts: DiffusionParts,
-    encoder: VisualTokenEncoder,
-    images: Sequence[Image.Image],
-    args: VisualizerArguments,
+    model: Denoiser, encoders: FrozenEncoders, images: Sequence[Image.Image], args: VisualizerArguments
 ) -> Image.Image:
-    """Draw the central squares of images again from their visual tokens.
-
-    Returns:
-        One row per image: the original, then one drawing per guidance scale.
-    """
-    scales = args.validation_guidance_scales
-    training = projector.training
-    pipeline = VisualizationPipeline.from_parts(projector.eval(), parts.unet, parts.vae, parts.noise_scheduler)
+    """Draw the central squares of images again from their tokens: a row per image, one column per guidance scale."""
+    settings = SamplerSettings(args.validation_guidance_scales, _VALIDATION_STEPS, args.seed)
+    training = model.projector.training
+    pipeline = VisualizationPipeline.from_parts(model.projector.eval(), model.unet, encoders.vae, model.noise_scheduler)
     try:
-        drawn = draw(pipeline, encoder.encode_images(images), SamplerSettings(scales, _VALIDATION_STEPS, args.seed))
+        drawn = draw(pipeline, encoders.tower.encode_images(images), settings)
     finally:
-        projector.train(training)
+        model.projector.train(training)
     originals = [crop_square(image).resize(drawn[0].size, Image.Resampling.BICUBIC) for image in images]
-    return reconstruction_grid(originals, drawn, scales, side=parts.resolution)
+    return reconstruction_grid(originals, drawn, args.validation_guidance_scales, side=drawn[0].width)

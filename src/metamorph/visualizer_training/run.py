@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,14 +23,8 @@ from metamorph.visualization.token_options import adopt_token_options, load_enco
 from metamorph.visualizer_training.alignment import align_projector, load_conditions
 from metamorph.visualizer_training.arguments import VisualizerArguments
 from metamorph.visualizer_training.build import adopt_resolution, build_projector, check_folders, load_diffusion_parts
-from metamorph.visualizer_training.dataset import (
-    NoiseCollator,
-    StreamBatches,
-    TensorDataset,
-    VisualizerDataset,
-    encode_all,
-)
-from metamorph.visualizer_training.denoising import Denoiser, FrozenEncoders
+from metamorph.visualizer_training.dataset import StreamBatches, TensorDataset, VisualizerDataset, collate, encode_all
+from metamorph.visualizer_training.denoising import Denoiser, FrozenEncoders, RandomInputs
 from metamorph.visualizer_training.fsdp2 import layers
 from metamorph.visualizer_training.images.bad_images import BadImages
 from metamorph.visualizer_training.images.sources import TrainingImages, open_images
@@ -91,38 +86,37 @@ def _train(
 
     # 2. The parts, and what is trained of them.
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    tower = load_encoder(args)
+    encoder = load_encoder(args)
     set_seed(args.seed)
     parts = load_diffusion_parts(args, vae_dtype=dtype)
-    token_shape = (tower.config.num_image_tokens, tower.num_features)
+    token_shape = (encoder.config.num_image_tokens, encoder.num_features)
     projector = build_projector(args, token_shape, parts.unet.config.cross_attention_dim)
-    encoders = FrozenEncoders(tower.to(args.device, dtype), parts.vae.to(args.device))
+    encoder.tower.to(args.device, dtype)  # diffusers' own `to` warns about precisions
+    encoders = FrozenEncoders(encoder, parts.vae.to(args.device))
     parts.unet.requires_grad_(args.unfreeze_unet)
     model = Denoiser(projector, parts.unet, parts.noise_scheduler, args.snr_gamma)
     _prepare_engine(args, model)
 
     # 3. The data.
     vae_format = PixelFormat(parts.resolution)
-    images = VisualizerDataset(source, tower.pixel_format, vae_format, bad_images, args.random_crop, args.seed)
+    images = VisualizerDataset(source, encoder.pixel_format, vae_format, bad_images, args.random_crop, args.seed)
     dataset: Dataset = images
     if args.cache_latents:
-        dataset = encode_all(images, encoders, args.batch_size, args.dataloader_num_workers, args.device)
+        dataset = encode_all(images, encoders, args.batch_size, args.dataloader_num_workers)
     num_batches = args.training_steps * args.gradient_accumulation_steps
     side = parts.unet.config.sample_size
-    collator = NoiseCollator(
-        (parts.vae.config.latent_channels, side, side),
-        {
-            "seed": args.seed,
-            "num_timesteps": parts.noise_scheduler.config.num_train_timesteps,
-            "timestep_power": args.timestep_power,
-            "cfg_prob": args.cfg_prob,
-            "noise_offset": args.noise_offset,
-        },
+    random_inputs = partial(
+        RandomInputs.at,
+        latent_shape=(parts.vae.config.latent_channels, side, side),
+        seed=args.seed,
+        num_timesteps=parts.noise_scheduler.config.num_train_timesteps,
+        timestep_power=args.timestep_power,
+        cfg_prob=args.cfg_prob,
+        noise_offset=args.noise_offset,
     )
 
     # 4. Training.
     trainer = VisualizerTrainer(
-        parts=parts,
         encoders=encoders,
         validation=validation,
         data=data,
@@ -132,7 +126,7 @@ def _train(
         model=model,
         args=args,
         train_dataset=dataset,
-        data_collator=collator,
+        data_collator=partial(collate, random_inputs=random_inputs),
         callbacks=callbacks,
     )
     trainer.flags = flags

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,8 @@ from metamorph.runs.lock import check_lock
 from metamorph.training.base_trainer import RunTrainer
 from metamorph.training.optimizer import optimizer_groups
 from metamorph.training.reporting.monitor import RunMonitor
-from metamorph.visualization.projector import VisualizationProjector
 from metamorph.visualizer_training.arguments import VisualizerArguments
 from metamorph.visualizer_training.average import MovingAverage, trainable_parameters
-from metamorph.visualizer_training.build import DiffusionParts
 from metamorph.visualizer_training.dataset import StreamBatches
 from metamorph.visualizer_training.denoising import Denoiser, FrozenEncoders, RandomInputs, sample_latents
 from metamorph.visualizer_training.export import draw_validation_grid, save_pipeline
@@ -60,7 +58,6 @@ class VisualizerTrainer(RunTrainer):
     """Trains a [`Denoiser`] on images, or on their encodings.
 
     Args:
-        parts: Parts of the diffusion model; the model holds its UNet.
         encoders: Tower and VAE, which are never trained.
         validation: Images that are drawn again at every checkpoint.
         data: What decides the order of images, for checkpoints.
@@ -74,15 +71,13 @@ class VisualizerTrainer(RunTrainer):
     def __init__(
         self,
         *,
-        parts: DiffusionParts,
         encoders: FrozenEncoders,
         validation: Sequence[Image.Image],
         data: dict[str, Any],
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.parts, self.encoders = parts, encoders
-        self.validation, self.data = validation, data
+        self.encoders, self.validation, self.data = encoders, validation, data
         self.losses: list[Tensor] = []
         """`[2]` for each step of this run: loss and number of good images, both divided by the number of all images."""
         self._sums: Tensor | None = None
@@ -228,14 +223,14 @@ class VisualizerTrainer(RunTrainer):
         super()._save_checkpoint(model, trial)
         is_preempted = self.control.should_training_stop and self.state.global_step < self.state.max_steps
         if self.validation and not is_preempted:
-            with self.monitor.pause(), self._finished_parts() as finished:
+            with self.monitor.pause(), self._finished_model() as model:
                 if self.is_world_process_zero():
-                    self._validate(*finished)
+                    self._validate(model)
                 self.accelerator.wait_for_everyone()
 
-    def _validate(self, projector: VisualizationProjector, parts: DiffusionParts) -> None:
+    def _validate(self, model: Denoiser) -> None:
         """Draw the validation images from their tokens, to a file and to the trackers."""
-        grid = draw_validation_grid(projector, parts, self.encoders.tower, self.validation, self.args)
+        grid = draw_validation_grid(model, self.encoders, self.validation, self.args)
         path = Path(str(self.args.output_dir), "validation", f"step-{self.state.global_step:06d}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         grid.save(path)
@@ -248,19 +243,19 @@ class VisualizerTrainer(RunTrainer):
         """Write the pipeline folder. All processes must call it."""
         lines = [line for line in self.state.log_history if "loss" in line]
         logged = {name: value for name, value in lines[-1].items() if name != "step"} if lines else {}
-        with self._finished_parts() as (projector, parts):
+        with self._finished_model() as model:
             if self.is_world_process_zero():
                 folder = Path(str(self.args.output_dir))
                 card = render_visualizer_card(self.args, self.data["pictures"], self.accelerator.num_processes, logged)
                 check_lock(folder)
                 with explains_write_errors(folder, "the visualizer"):
-                    save_pipeline(folder, projector, parts, self.args, card)
+                    save_pipeline(folder, model, self.encoders.vae, self.args, card)
                 logger.info("Wrote the visualizer to %s", folder)
         self.accelerator.wait_for_everyone()
 
     @contextmanager
-    def _finished_parts(self) -> Iterator[tuple[VisualizationProjector, DiffusionParts]]:
-        """Projector and parts with averaged weights, unsharded in the main process. All processes must enter it."""
+    def _finished_model(self) -> Iterator[Denoiser]:
+        """The model with averaged weights, unsharded in the main process. All processes must enter it."""
         model = self.plain_model
         assert isinstance(model, Denoiser)
         keep = self.args.should_save
@@ -268,13 +263,12 @@ class VisualizerTrainer(RunTrainer):
             state = super().whole_state_dict()
             if self.average is not None:
                 state |= self.average.gather(keep=keep)
-            copy = unsharded_copy(model, state, self.accelerator.device) if keep else model
-            yield copy.projector, replace(self.parts, unet=copy.unet)
+            yield unsharded_copy(model, state, self.accelerator.device) if keep else model
         elif self.average is not None:
             with self.average.in_place():
-                yield model.projector, self.parts
+                yield model
         else:
-            yield model.projector, self.parts
+            yield model
 
 
 def _module_of(parameter_name: str) -> str:
