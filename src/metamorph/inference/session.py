@@ -128,9 +128,8 @@ def load_pipeline(
     visualizer = check_visualizer_folder(visualizer, flag)
     from metamorph.visualization.pipeline import VisualizationPipeline
 
-    precision = {} if dtype in (None, torch.float32) else {"torch_dtype": dtype}
     with names_flag(flag, visualizer):
-        pipeline = VisualizationPipeline.from_pretrained(visualizer, **precision)
+        pipeline = VisualizationPipeline.from_pretrained(visualizer, torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -189,7 +189,9 @@ def _check_component(component: str, value: Any, file: Path) -> None:
         hint = f"it must be one of diffusers' {', '.join(sorted(SCHEDULERS))}"
     elif component in MODELS:
         library, kind = MODELS[component]
-        allowed = [[library, kind.__name__], *([[None, None]] if component == "vision_tower" else [])]
+        allowed = [[library, kind.__name__]]
+        if component == "vision_tower":
+            allowed.append([None, None])
         hint = f"it must be {kind.__name__} of {library}: code that a folder names or brings along is never run"
     if value not in allowed:
         raise ValueError(f"{file}: {component} must not be {value!r}; {hint}")

@@ -39,11 +39,9 @@ def load_visualizer(
     """
     folder = shipped_folder(str(folder), "visualizer")
     check_reachable(folder, flag="--visualizer", file=INDEX_FILE)
-    # float32 is what diffusers loads anyway, without its warning that the option has a new name.
-    precision = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     with names_flag("--visualizer", str(folder)):
         folder = visualizer_folder(folder)
-        pipeline = VisualizationPipeline.from_pretrained(folder, **precision)
+        pipeline = VisualizationPipeline.from_pretrained(folder, torch_dtype=dtype)
     if vision_tower is not None or pipeline.vision_tower is None:
         encoder = _load_tower(folder, vision_tower, num_tokens)
         encoder.tower.to(dtype)

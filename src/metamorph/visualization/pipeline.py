@@ -87,6 +87,8 @@ class VisualizationPipeline(DiffusionPipeline):
         folder = visualizer_folder(pretrained_model_name_or_path, **kwargs)
         check_visualizer(folder, given=frozenset(kwargs), variant=kwargs.get("variant"))
         kwargs |= {"use_safetensors": True, "trust_remote_code": False}
+        if kwargs.get("torch_dtype") in (None, torch.float32):  # diffusers' default; it warns that the name is old
+            kwargs.pop("torch_dtype", None)
         pipeline = super().from_pretrained(str(folder), **kwargs)
         for name, module in pipeline.components.items():
             if isinstance(module, torch.nn.Module):

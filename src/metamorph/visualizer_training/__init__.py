@@ -5,7 +5,7 @@ What is it made of?                        `build.py`
 What happens in a step?                    `denoising.py`; the trainer around it `trainer.py`
 Which images, in which order?              `dataset.py`, `images/`
 What is the learning rate?                 `schedule.py`
-What is averaged and saved?                `average.py`; the result `export.py`, its card `model_card.py`
+What is averaged and saved?                `average.py`; the result and its card `export.py`
 How does a run resume?                     `resume.py`
 What does FSDP2 shard?                     `fsdp2.py`
 What may the projector start from?         `alignment.py`

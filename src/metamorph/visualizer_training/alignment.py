@@ -72,7 +72,6 @@ def align_projector(
     optimizer = torch.optim.AdamW(projector.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
-    loss = torch.zeros(())
     for _ in Progress(range(steps), "aligning projector", unit="step"):
         batch = torch.randint(len(visual_tokens), (BATCH_SIZE,), generator=generator)
         loss = F.mse_loss(projector(visual_tokens[batch].to(device)), conditions[batch].to(device))

@@ -16,8 +16,6 @@ from metamorph.visualization.token_options import TokenOptions
 from metamorph.visualizer_training.schedule import DEFAULT_LR_SCHEDULER, LR_SCHEDULERS
 
 
-MIXED_PRECISIONS = ("no", "bf16")
-SHARDINGS = ("ddp", "fsdp2")
 NAMES_IN_TRANSFORMERS = {
     "training_steps": "max_steps",
     "batch_size": "per_device_train_batch_size",
@@ -123,11 +121,9 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     """Folder with images (jpg, jpeg, png, webp) or tar archives of images, including its subfolders; or the root of
     paths in image_jsons."""
     image_jsons: list[str] = field(default_factory=list)
-    """JSON or JSONL files that list tar archives or images: paths, or records with a key image, jpg, jpeg, png or
-    webp."""
+    """JSON or JSONL lists of images or tar archives: paths, or records with a key image, jpg, jpeg, png or webp."""
     on_bad_image: str = "raise"
-    """What to do with an image that cannot be read, or an archive that is cut off: raise, or skip (count, log and leave
-    out)."""
+    """What to do with an image that cannot be read, or a damaged archive: raise, or skip (count, log and leave out)."""
     max_bad_fraction: float = 0.01
     """Largest share of skipped images, between 0 and 1; above it the run stops."""
     resolution: int | None = None
@@ -175,8 +171,7 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     seed: int = 0
     """Seed of initial weights, order of images, crops and noise."""
     full_determinism: bool = False
-    """Use deterministic algorithms on a GPU, too: the seed then decides the weights bit for bit; slower. A CPU always
-    does."""
+    """Use deterministic algorithms on a GPU, too, as a CPU always does: bit-identical runs, but slower."""
 
     save_step: int = 1000
     """Optimizer steps between checkpoints; 0 saves the final result only."""
@@ -185,8 +180,7 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     data_license: str | None = None
     """Licence of the images in the model card of the result; unknown by default."""
     save_vision_tower: bool = False
-    """Write the vision tower into the result, too, so that `pipe(images=…)` can encode images; the folder grows by its
-    size."""
+    """Write the vision tower, which may be large, into the result, too: `pipe(images=…)` can then encode images."""
     validation_images: list[str] = field(default_factory=list)
     """Images that are drawn again from their own tokens at every checkpoint."""
     validation_guidance_scales: list[float] = field(default_factory=lambda: [1.0, 3.0])
@@ -240,9 +234,9 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     def _check_choices(self) -> None:
         check_choice("--mode", self.mode, PROJECTOR_MODES)
         check_choice("--lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
-        check_choice("--mixed_precision", self.mixed_precision, MIXED_PRECISIONS)
+        check_choice("--mixed_precision", self.mixed_precision, ("no", "bf16"))
         check_choice("--on_bad_image", self.on_bad_image, ON_BAD_RECORD)
-        check_choice("--sharding", self.sharding, SHARDINGS)
+        check_choice("--sharding", self.sharding, ("ddp", "fsdp2"))
         for variable in _ENGINES if self.sharding == "ddp" else ():
             if os.environ.get(variable, "false").lower() == "true":
                 raise ValueError(

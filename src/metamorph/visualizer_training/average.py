@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from metamorph.visualizer_training.fsdp2 import gather, shard_like
 
@@ -41,15 +41,11 @@ class MovingAverage(TrainerCallback):
         """The averaged parameters, which an engine may have replaced."""
         return list(trainable_parameters(self.model).values())
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start from the weights before the first step."""
         _ = self.average
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Add the weights of a step."""
         self.average.step(self.parameters)
 

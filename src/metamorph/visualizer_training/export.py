@@ -1,11 +1,11 @@
-"""Results of training: the pipeline folder, and grids of validation images."""
+"""Results of training: the pipeline folder with its model card, and grids of validation images."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from PIL import Image
 
 from metamorph.files.permissions import apply_umask
 from metamorph.inference.draw import SamplerSettings, draw
-from metamorph.runs.cards import CARD_FILE
+from metamorph.runs.cards import CARD_FILE, render_card
 from metamorph.visualization.folders import ARGUMENTS_FILE, INDEX_FILE
 from metamorph.visualization.grids import reconstruction_grid
 from metamorph.visualization.pipeline import VisualizationPipeline
@@ -26,6 +26,13 @@ from metamorph.visualizer_training.denoising import Denoiser, FrozenEncoders
 
 
 _VALIDATION_STEPS = 20
+_CARD_FLAGS = (
+    *("mm_vision_select_layer", "num_tokens", "image_token_reduction", "normalize_vision", "apply_softmax"),
+    *("mode", "num_query_tokens", "hidden_dim", "num_layers", "num_heads", "normalize_input", "learn_positions"),
+    *("unfreeze_unet", "unet_from_scratch", "resolution", "random_crop", "training_steps", "batch_size"),
+    *("gradient_accumulation_steps", "lr", "unet_lr", "lr_scheduler", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("ema_decay", "mixed_precision", "cfg_prob", "timestep_power", "noise_offset", "snr_gamma", "seed"),
+)
 
 
 def save_pipeline(output_dir: Path, model: Denoiser, vae: AutoencoderKL, args: VisualizerArguments, card: str) -> None:
@@ -48,6 +55,35 @@ def save_pipeline(output_dir: Path, model: Denoiser, vae: AutoencoderKL, args: V
             if target.is_dir():
                 shutil.rmtree(target)
             path.replace(target)
+
+
+def render_visualizer_card(
+    args: VisualizerArguments, num_images: int, num_processes: int, logged: Mapping[str, float]
+) -> str:
+    """Render the model card.
+
+    Args:
+        args: The flags, with the resolution that was trained.
+        num_images: Number of training images, including bad ones.
+        num_processes: Each of them took `batch_size` images at a time.
+        logged: The values of the last log entry; empty if no step was done.
+    """
+    return render_card(
+        "visualizer_card.md.jinja",
+        Path(args.output_dir).expanduser().resolve().name,
+        parts={"diffusion model": args.pretrained_model_name_or_path, "vision tower": args.vision_tower},
+        recipe={name: getattr(args, name) for name in _CARD_FLAGS} | {"num_processes": num_processes},
+        libraries=("torch", "diffusers", "transformers", "accelerate"),
+        model_license=args.model_license,
+        data_license=args.data_license,
+        tags=["metamorph", "vpit", "stable-diffusion"],
+        pipeline_tag="image-to-image",
+        num_images=num_images,
+        num_bad=int(logged.get("skipped_records", 0)),
+        sources=[name for name in (*args.image_jsons, args.image_folder) if name is not None],
+        steps=args.training_steps,
+        metrics=logged,
+    )
 
 
 def draw_validation_grid(

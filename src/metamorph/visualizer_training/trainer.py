@@ -28,9 +28,8 @@ from metamorph.visualizer_training.arguments import VisualizerArguments
 from metamorph.visualizer_training.average import MovingAverage, trainable_parameters
 from metamorph.visualizer_training.dataset import StreamBatches
 from metamorph.visualizer_training.denoising import Denoiser, FrozenEncoders, RandomInputs, sample_latents
-from metamorph.visualizer_training.export import draw_validation_grid, save_pipeline
+from metamorph.visualizer_training.export import draw_validation_grid, render_visualizer_card, save_pipeline
 from metamorph.visualizer_training.fsdp2 import gather, shard_like, unsharded_copy
-from metamorph.visualizer_training.model_card import render_visualizer_card
 from metamorph.visualizer_training.resume import WEIGHTS_FILE
 from metamorph.visualizer_training.schedule import DEFAULT_LR_SCHEDULER, log_warmup_linear_decay
 
@@ -108,13 +107,7 @@ class VisualizerTrainer(RunTrainer):
 
     # A step.
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """Mean loss of one batch of pixels, or of tokens and moments with `cache_latents`."""
         encoded = inputs if self.args.cache_latents else self.encoders(inputs["tower_pixels"], inputs["vae_pixels"])
         random = RandomInputs(**{field.name: inputs[field.name] for field in fields(RandomInputs)})
