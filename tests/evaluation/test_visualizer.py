@@ -1,4 +1,4 @@
-"""A visualizer alone: pictures encoded, drawn again and compared, as library and as commands."""
+"""A visualizer alone: images encoded, drawn again and compared, in the library and in commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from perceptual_parts import save_networks
 from PIL import Image
-from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
+from visualization_parts import random_images, tiny_flags
 
 from metamorph.cli import main
 from metamorph.evaluation.visualizer import ScaleScores, evaluate_visualizer
@@ -43,19 +43,7 @@ def mini() -> VisualizationPipeline:
 
 
 def arguments(root: Path, name: str, **options) -> VisualizerArguments:
-    if not (root / "tower").is_dir():
-        write_tiny_tower(root / "tower")
-        write_tiny_diffusion(root / "diffusion")
-    defaults = {
-        "output_dir": str(root / name),
-        "vision_tower": str(root / "tower"),
-        "pretrained_model_name_or_path": str(root / "diffusion"),
-        "num_tokens": 4,
-        "hidden_dim": 16,
-        "resolution": RESOLUTION,
-        "training_steps": 1,
-        "batch_size": 2,
-    }
+    defaults = tiny_flags(root) | {"output_dir": str(root / name), "training_steps": 1}
     return VisualizerArguments(**(defaults | options))
 
 
@@ -84,7 +72,7 @@ def test_vision_tower_is_saved_with_the_pipeline_and_encodes_as_in_training(fold
     assert str(folder) not in (folder / "with_tower" / "vision_tower" / "config.json").read_text()
 
 
-def test_pictures_can_be_given_in_place_of_tokens(folder):
+def test_images_can_be_given_instead_of_tokens(folder):
     pipeline = load_visualizer(folder / "plain")
     assert pipeline.vision_tower is not None  # found through visualizer_arguments.json
     pipeline.set_progress_bar_config(disable=True)
@@ -134,7 +122,7 @@ def test_scores_do_not_depend_on_batches(mini):
 
 
 def test_swapped_drawings_are_not_found(mini):
-    """A visualizer whose projector ignores the tokens draws one picture for all: at most one is found."""
+    """A visualizer whose projector ignores the tokens draws the same image for all: at most one is found."""
     pictures = world_pictures(6)
     blind = VisualizationPipeline.from_pretrained(shipped_folder("mini", "visualizer"))
     blind.register_modules(vision_tower=mini.vision_tower)
@@ -146,7 +134,7 @@ def test_swapped_drawings_are_not_found(mini):
     assert scores["cosine"]["mean"] < 0.9
 
 
-def test_one_picture_has_no_others():
+def test_one_image_has_no_others():
     score = ScaleScores(1.0, cosine=[0.5], is_nearest=[True])
     assert score.to_dict() == {
         "guidance_scale": 1.0,

@@ -8,7 +8,7 @@ import logging
 
 import numpy as np
 import pytest
-from visualization_parts import random_images, write_damaged_shards, write_shard
+from visualization_parts import random_images, write_archive, write_damaged_archives
 
 from metamorph.models.image_files import MediaError
 from metamorph.visualizer_training.dataset import StreamBatches
@@ -21,9 +21,9 @@ def three_archives(tmp_path):
     """Archives of 3, 1 and 2 images, among other members."""
     pictures = random_images(6)
     first = {"0.png": pictures[0], "0.txt": b"text", "sub/1.webp": pictures[1], "2.png": pictures[2]}
-    write_shard(tmp_path / "a.tar", first)
-    write_shard(tmp_path / "b.tar", {"0.cls": b"7", "0.png": pictures[3], ".hidden.png": b"no"})
-    write_shard(tmp_path / "c.tar", {"0.PNG": pictures[4], "1.png": pictures[5]})
+    write_archive(tmp_path / "a.tar", first)
+    write_archive(tmp_path / "b.tar", {"0.cls": b"7", "0.png": pictures[3], ".hidden.png": b"no"})
+    write_archive(tmp_path / "c.tar", {"0.PNG": pictures[4], "1.png": pictures[5]})
     (tmp_path / "archives.json").write_text(json.dumps(["a.tar", "b.tar", "c.tar"]))
     return tmp_path, pictures
 
@@ -67,10 +67,10 @@ def test_archives_listed_twice_are_read_once(three_archives, caplog):
 
 
 def test_damage_is_reported_by_archive(tmp_path, caplog):
-    paths = write_damaged_shards(tmp_path, random_images(7))
+    paths = write_damaged_archives(tmp_path, random_images(7))
     (tmp_path / "4-noise.tar").write_bytes(b"<html>404</html>" * 100)
     (tmp_path / "5-nothing.tar").touch()
-    write_shard(tmp_path / "6-texts.tar", {"0.txt": b"text", "0.jpeg_": b"x"})
+    write_archive(tmp_path / "6-texts.tar", {"0.txt": b"text", "0.jpeg_": b"x"})
     source = open_images(image_folder=tmp_path).archives
     states = [(archive.num_images, archive.state) for archive in source.archives]
     assert states[:4] == [(3, COMPLETE), (1, CUT_OFF), (0, EMPTY), (3, COMPLETE)]
@@ -92,23 +92,23 @@ def test_damage_is_reported_by_archive(tmp_path, caplog):
 )
 def test_archives_cut_at_any_place_are_noticed(keep, state, tmp_path):
     """Also between two members, where Python's tarfile takes the missing header for the end."""
-    path = write_shard(tmp_path / "a.tar", {"0.txt": b"text", "1.txt": b"text"})
+    path = write_archive(tmp_path / "a.tar", {"0.txt": b"text", "1.txt": b"text"})
     with path.open("r+b") as file:
         file.truncate(keep)
-    write_shard(tmp_path / "b.tar", {"0.png": random_images(1)[0]})
+    write_archive(tmp_path / "b.tar", {"0.png": random_images(1)[0]})
     assert open_images(image_folder=tmp_path).archives.archives[0].state == state
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp", "JPG"])
 def test_r41_every_image_format_is_read_from_archives(suffix, tmp_path):
-    write_shard(tmp_path / "a.tar", {f"0.{suffix}": random_images(1)[0], "0.json": b"{}"})
+    write_archive(tmp_path / "a.tar", {f"0.{suffix}": random_images(1)[0], "0.json": b"{}"})
     source = open_images(image_folder=tmp_path)
     assert len(source) == 1
     assert source.load(0).size == (40, 32)
 
 
 def test_r41_archives_without_a_known_ending_are_refused(tmp_path):
-    write_shard(tmp_path / "a.tar", {"0.gif": b"GIF", "0.json": b"{}"})
+    write_archive(tmp_path / "a.tar", {"0.gif": b"GIF", "0.json": b"{}"})
     with pytest.raises(ValueError, match=r"none of 1 archives holds an image: .*a\.tar.*members end in gif, json"):
         open_images(image_folder=tmp_path)
 
@@ -126,5 +126,5 @@ def test_digest_follows_the_images_and_not_the_place(three_archives, tmp_path):
     for name in ("a.tar", "b.tar", "c.tar", "archives.json"):
         (tmp_path / "moved" / name).write_bytes((folder / name).read_bytes())
     assert open_images([tmp_path / "moved" / "archives.json"]).digest() == digest
-    write_shard(folder / "b.tar", {"1.png": pictures[3]})
+    write_archive(folder / "b.tar", {"1.png": pictures[3]})
     assert open_images([folder / "archives.json"]).digest() != digest

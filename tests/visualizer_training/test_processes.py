@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from visualization_parts import RESOLUTION, random_images, write_shard, write_tiny_diffusion, write_tiny_tower
+from visualization_parts import random_images, tiny_flags, write_archive
 
 from metamorph.runs.checkpoint_files import checkpoints
 from metamorph.visualization import VisualizerArguments, train_visualizer
@@ -27,21 +27,10 @@ def flags(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("visualizer")
     pictures = random_images(6)
     for name, first, last in (("a", 0, 3), ("b", 3, 4), ("c", 4, 6)):
-        write_shard(folder / f"{name}.tar", {f"{index}.png": pictures[index] for index in range(first, last)})
+        write_archive(folder / f"{name}.tar", {f"{index}.png": pictures[index] for index in range(first, last)})
     (folder / "archives.json").write_text('["a.tar", "b.tar", "c.tar"]')
-    return {
-        "pretrained_model_name_or_path": str(write_tiny_diffusion(folder / "diffusion")),
-        "vision_tower": str(write_tiny_tower(folder / "tower")),
-        "image_jsons": [str(folder / "archives.json")],
-        "num_tokens": 4,
-        "hidden_dim": 16,
-        "resolution": RESOLUTION,
-        "training_steps": 6,
-        "batch_size": 2,
-        "lr": 1e-3,
-        "unfreeze_unet": True,
-        "save_step": 2,
-    }
+    options = {"training_steps": 6, "lr": 1e-3, "unfreeze_unet": True, "save_step": 2}
+    return tiny_flags(folder) | options | {"image_jsons": [str(folder / "archives.json")]}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from visualization_parts import RESOLUTION, OnLog, random_images, write_tiny_diffusion, write_tiny_tower
+from visualization_parts import RESOLUTION, OnLog, random_images, tiny_flags
 
 from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError, checkpoints, file_stamp
 from metamorph.runs.lock import only_run_in
@@ -29,12 +29,13 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("visualizer_parts")
-    return {
-        "vision_tower": str(write_tiny_tower(folder / "tower")),
-        "pretrained_model_name_or_path": str(write_tiny_diffusion(folder / "diffusion", "epsilon")),
-    }
+def flags(tmp_path_factory) -> dict:
+    return tiny_flags(tmp_path_factory.mktemp("visualizer_parts"), "epsilon")
+
+
+@pytest.fixture(scope="module")
+def parts(flags) -> dict[str, str]:
+    return {name: flags[name] for name in ("vision_tower", "pretrained_model_name_or_path")}
 
 
 @pytest.fixture(scope="module")
@@ -43,23 +44,11 @@ def pictures() -> list:
 
 
 @pytest.fixture
-def arguments(parts, tmp_path):
+def arguments(flags, tmp_path):
     def build(**options) -> VisualizerArguments:
-        defaults = {
-            "output_dir": str(tmp_path / "out"),
-            "num_tokens": 4,
-            "num_query_tokens": 5,
-            "hidden_dim": 16,
-            "num_heads": 2,
-            "resolution": RESOLUTION,
-            "training_steps": 3,
-            "batch_size": 2,
-            "lr": 1e-2,
-            "lr_warmup_steps": 1,
-            "save_step": 0,
-            "ema_decay": 0.5,
-        }
-        return VisualizerArguments(**(parts | defaults | options))
+        sizes = {"num_query_tokens": 5, "num_heads": 2, "output_dir": str(tmp_path / "out")}
+        training = {"training_steps": 3, "lr": 1e-2, "lr_warmup_steps": 1, "save_step": 0, "ema_decay": 0.5}
+        return VisualizerArguments(**(flags | sizes | training | options))
 
     return build
 

@@ -8,15 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from visualization_parts import (
-    RESOLUTION,
-    OnLog,
-    random_images,
-    write_damaged_shards,
-    write_shard,
-    write_tiny_diffusion,
-    write_tiny_tower,
-)
+from visualization_parts import OnLog, random_images, tiny_flags, write_archive, write_damaged_archives
 
 from metamorph.data.bad_records import TooManyBadRecordsError
 from metamorph.visualization import VisualizerArguments, train_visualizer
@@ -31,19 +23,8 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("parts")
-    return {
-        "vision_tower": str(write_tiny_tower(folder / "tower")),
-        "pretrained_model_name_or_path": str(write_tiny_diffusion(folder / "diffusion")),
-        "num_tokens": 4,
-        "hidden_dim": 16,
-        "resolution": RESOLUTION,
-        "training_steps": 6,
-        "batch_size": 2,
-        "lr": 1e-2,
-        "lr_warmup_steps": 1,
-        "save_step": 0,
-    }
+    options = {"training_steps": 6, "lr": 1e-2, "lr_warmup_steps": 1, "save_step": 0}
+    return tiny_flags(tmp_path_factory.mktemp("parts")) | options
 
 
 def losses(flags: dict, output_dir: Path, **options) -> list[float]:
@@ -56,8 +37,8 @@ def test_archives_train_as_files_do(flags, tmp_path):
     for index, picture in enumerate(pictures):
         picture.save(tmp_path / "files" / f"{index}.png")
     (tmp_path / "shards").mkdir()
-    write_shard(tmp_path / "shards" / "a.tar", {f"{i}.png": pictures[i] for i in range(3)})
-    write_shard(tmp_path / "shards" / "b.tar", {f"{i}.png": pictures[i] for i in (3, 4)})
+    write_archive(tmp_path / "shards" / "a.tar", {f"{i}.png": pictures[i] for i in range(3)})
+    write_archive(tmp_path / "shards" / "b.tar", {f"{i}.png": pictures[i] for i in (3, 4)})
     expected = losses(flags, tmp_path / "one", image_folder=str(tmp_path / "files"))
     (tmp_path / "list.json").write_text(json.dumps(["shards/a.tar", "shards/b.tar"]))
     options = {"image_jsons": [str(tmp_path / "list.json")], "dataloader_num_workers": 2}
@@ -66,7 +47,7 @@ def test_archives_train_as_files_do(flags, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"random_crop": True}, {"cache_latents": True}])
 def test_r42_resume_on_archives_equals_uninterrupted(options, flags, tmp_path):
-    write_shard(tmp_path / "a.tar", {f"{i}.png": picture for i, picture in enumerate(random_images(5))})
+    write_archive(tmp_path / "a.tar", {f"{i}.png": picture for i, picture in enumerate(random_images(5))})
     options |= {"image_folder": str(tmp_path), "save_step": 4}
     whole = losses(flags, tmp_path / "whole", **options)
     rest = {"resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint-4")}
@@ -74,7 +55,7 @@ def test_r42_resume_on_archives_equals_uninterrupted(options, flags, tmp_path):
 
 
 def test_damaged_archives_are_reported_and_left_out_within_the_cap(flags, tmp_path, caplog):
-    paths = write_damaged_shards(tmp_path / "shards", random_images(8))
+    paths = write_damaged_archives(tmp_path / "shards", random_images(8))
     args = VisualizerArguments(output_dir=str(tmp_path / "out"), image_folder=str(tmp_path / "shards"), **flags)
     with pytest.raises(ValueError, match=r"1 of 4 archives are damaged: .*1-cut\.tar \(1 images\) is cut off.*skip"):
         train_visualizer(args)
@@ -109,7 +90,7 @@ def test_a_bad_image_changes_no_other_sample(options, flags, tmp_path):
     for name, bad in (("first", 0), ("second", 1), ("none", None)):
         folder = tmp_path / name
         folder.mkdir()
-        write_shard(folder / "a.tar", {f"{i}.png": b"no" if i == bad else pictures[i] for i in range(2)})
+        write_archive(folder / "a.tar", {f"{i}.png": b"no" if i == bad else pictures[i] for i in range(2)})
         (found[name],) = losses(flags, tmp_path / f"{name}-out", image_folder=str(folder))
     assert found["none"] == pytest.approx((found["first"] + found["second"]) / 2, abs=1e-5)
     assert found["first"] != pytest.approx(found["second"], abs=1e-3)

@@ -8,7 +8,7 @@ shows how much of it means nothing, and retrieval shows whether the drawing is n
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from metamorph.evaluation.perceptual import FeatureStatistics, PictureFeatures, frechet_distance, lpips_distances
-from metamorph.inference.draw import SamplerSettings, draw
+from metamorph.inference.draw import Progress, SamplerSettings, draw
 from metamorph.models.image_processing import to_rgb
 from metamorph.visualization.grids import reconstruction_grid
 from metamorph.visualization.pipeline import VisualizationPipeline
@@ -87,7 +87,7 @@ def evaluate_visualizer(
     keep: int = 8,
     lpips: PictureFeatures | None = None,
     inception: PictureFeatures | None = None,
-    on_progress: Callable[[int], object] | None = None,
+    on_progress: Progress | None = None,
 ) -> Reconstructions:
     """Encode, draw, encode again and compare.
 

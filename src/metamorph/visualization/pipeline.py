@@ -23,6 +23,9 @@ from metamorph.visualization.guidance import GuidedBatch
 from metamorph.visualization.projector import VisualizationProjector, pad_condition
 
 
+Generators = torch.Generator | list[torch.Generator] | None
+
+
 class VisualizationPipeline(DiffusionPipeline):
     """Draw images from visual tokens.
 
@@ -112,7 +115,7 @@ class VisualizationPipeline(DiffusionPipeline):
         visual_tokens: torch.Tensor | None = None,
         guidance_scale: float | Sequence[float] = 3.0,
         num_inference_steps: int = 20,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -146,10 +149,8 @@ class VisualizationPipeline(DiffusionPipeline):
         if not scales:
             raise ValueError("guidance_scale is an empty list; give one number or more.")
         visual_tokens = self._visual_tokens(visual_tokens, images)
-        if not visual_tokens.shape[0]:  # an answer in words alone has no images
-            latents = self._starting_latents(0, None, latents)
-        else:
-            latents = self._starting_latents(visual_tokens.shape[0], generator, latents)
+        latents = self._starting_latents(visual_tokens.shape[0], generator, latents)
+        if visual_tokens.shape[0]:  # an answer in words alone has no images
             if len(scales) > 1 and isinstance(generator, list):
                 # A stochastic sampler gives all scales of an image the same noise.
                 generator = [each.clone_state() for each in generator for _ in scales]
@@ -178,12 +179,7 @@ class VisualizationPipeline(DiffusionPipeline):
         tokens = visual_tokens.to(device=self._execution_device, dtype=self.projector.dtype)
         return pad_condition(self.projector(tokens)).to(self.unet.dtype)
 
-    def _starting_latents(
-        self,
-        num_images: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _starting_latents(self, num_images: int, generator: Generators, latents: torch.Tensor | None) -> torch.Tensor:
         """Noise `[images, channels, height, width]` at the level at which the scheduler starts."""
         sample_size = self.unet.config.sample_size
         sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
@@ -193,22 +189,19 @@ class VisualizationPipeline(DiffusionPipeline):
                 f"{len(generator)} generators for {num_images} images; give one generator, or one per image."
             )
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+            source = generator or None  # there may be no images
+            latents = randn_tensor(shape, generator=source, device=self._execution_device, dtype=self.unet.dtype)
         elif latents.shape != shape:
             raise ValueError(f"latents have shape {list(latents.shape)}, but the UNet takes {list(shape)} here.")
         return latents.to(device=self._execution_device, dtype=self.unet.dtype)
 
     def _denoise(
-        self,
-        batch: GuidedBatch,
-        latents: torch.Tensor,
-        num_inference_steps: int,
-        generator: torch.Generator | list[torch.Generator] | None,
+        self, batch: GuidedBatch, latents: torch.Tensor, num_inference_steps: int, generator: Generators
     ) -> torch.Tensor:
         """From noise `[images, …]` to clean latents `[images · scales, …]`."""
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
         latents = batch.start(latents * self.scheduler.init_noise_sigma)
-        # Only stochastic samplers draw noise in a step.
+        # Only stochastic samplers add noise in a step.
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_options = {"generator": generator} if takes_generator else {}
 

@@ -61,15 +61,11 @@ class TarImages:
     """All images in uncompressed tars, in the order of the tars and of their members.
 
     A member is an image if its name ends like one; captions, labels and other members are skipped. The places of the
-    images are found once and saved, in the same index as the tars of `metamorph train`. A missing tar, or no image at
-    all, is an error.
+    images are found once and saved, in the same index as the tars of `metamorph train`. There must be one.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
-        for path in self.paths:
-            if not path.is_file():
-                raise FileNotFoundError(f"the archive {path} does not exist or is not a file")
         self.index = index_files(self.paths, "pictures", lambda: _scan(self.paths))
         counts, states = self.index["counts"].tolist(), self.index["states"].tolist()
         self.archives = tuple(map(Archive, self.paths, counts, states))
