@@ -61,8 +61,10 @@ def _load_tower(folder: str | Path, vision_tower: str | None, num_tokens: int | 
             f"--visualizer {folder} has neither a vision tower nor {ARGUMENTS_FILE}, which would name it: give "
             "--vision_tower, the tower it was trained with or the folder of the MetaMorph model"
         )
-    check_reachable(resolve_vision_tower(str(options["vision_tower"])), "--vision_tower")
-    return load_encoder(adopt_token_options(TokenOptions(**options)))  # type: ignore[arg-type]
+    name = str(options["vision_tower"])
+    check_reachable(resolve_vision_tower(name), "--vision_tower")
+    with names_flag("--vision_tower", name):
+        return load_encoder(adopt_token_options(TokenOptions(**options)))  # type: ignore[arg-type]
 
 
 def _trained_token_options(folder: str | Path) -> dict[str, str | int | bool]:

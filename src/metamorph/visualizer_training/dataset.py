@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from metamorph.models.image_files import MediaError
@@ -34,8 +35,8 @@ class VisualizerDataset(Dataset):
     """Images as `{"tower_pixels": [3, S, S], "vae_pixels": [3, R, R], "weight": [], "position": int}`.
 
     The square is cut once, at the image's own resolution, and then resized for each encoder: both see the same part of
-    it, and neither sees it resized twice. An image that cannot be read is replaced by zeros of weight 0, so that all
-    others keep their places in the order.
+    it, and neither sees it resized twice. An image that cannot be read is replaced by a black one of weight 0, so that
+    all others keep their places in the order.
     """
 
     source: TrainingImages
@@ -52,18 +53,16 @@ class VisualizerDataset(Dataset):
 
     def __getitem__(self, sample: Sample) -> dict[str, Any]:
         try:
-            image = self.source.load(sample.index)
+            image, weight = self.source.load(sample.index), 1.0
         except MediaError as error:
             self.bad_images.note(sample.index, error)
-            sizes = {"tower_pixels": self.tower_format.size, "vae_pixels": self.vae_format.size}
-            pixels = {name: torch.zeros(3, size, size) for name, size in sizes.items()}
-            return {**pixels, "weight": torch.tensor(0.0), "position": sample.position}
+            image, weight = Image.new("RGB", (1, 1)), 0.0
         place = np.random.default_rng([self.seed, sample.position]).random() if self.random_crop else 0.5
         square = crop_square(image, place)
         return {
             "tower_pixels": self.tower_format.pixels(square),
             "vae_pixels": self.vae_format.pixels(square),
-            "weight": torch.tensor(1.0),
+            "weight": torch.tensor(weight),
             "position": sample.position,
         }
 
