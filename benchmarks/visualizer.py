@@ -225,11 +225,11 @@ class Reference:
         args = make_arguments(shape, "unused")
         encoder = load_encoder(args)
         self.tower, self.tower_format = encoder.tower.requires_grad_(False), encoder.pixel_format
-        parts = load_diffusion_parts(args)
-        self.unet, self.vae, self.scheduler = parts.unet.train(), parts.vae.requires_grad_(False), parts.noise_scheduler
+        unet, vae, self.scheduler = load_diffusion_parts(args)
+        self.unet, self.vae = unet.train(), vae.requires_grad_(False)
         sizes = (encoder.config.num_image_tokens, encoder.num_features)
         self.projector = build_projector(args, sizes, self.unet.config.cross_attention_dim).train()
-        self.args, self.vae_format = args, PixelFormat(parts.resolution)
+        self.args, self.vae_format = args, PixelFormat(args.resolution)
 
     def load(self, pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:
         """Pixels for the tower and for the VAE."""

@@ -133,15 +133,11 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     """Cut the square at a random place instead of from the centre."""
     cache_latents: bool = False
     """Encode every image once, before training, and keep tokens and latents in memory."""
-    dataloader_num_workers: int = 0
-    """Processes that load images; 0 loads them in the training process."""
 
     training_steps: int = 16_000
     """Optimizer steps, and the horizon of the learning-rate schedule."""
     batch_size: int = 32
     """Images per process and forward pass."""
-    gradient_accumulation_steps: int = 1
-    """Forward passes per optimizer step."""
     lr: float = 1e-4
     """Peak learning rate."""
     unet_lr: float | None = None
@@ -152,8 +148,6 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     """Optimizer steps of warm-up; by default a quarter of training_steps."""
     weight_decay: float = 1e-2
     """Weight decay of AdamW."""
-    max_grad_norm: float = 1.0
-    """Largest norm of the gradient; longer ones are scaled down. 0 switches clipping off."""
     optim: str = "adamw_torch"
     """Optimizer, by its name in Transformers."""
     ema_decay: float = 0.9999

@@ -6,7 +6,7 @@ Errors are a `ValueError` or `FileNotFoundError` that names the flag.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,6 @@ logger = logging.getLogger(__name__)
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _MAX_BLOCKS = 16
-
-
-@dataclass(frozen=True)
-class DiffusionParts:
-    """The parts of Stable Diffusion."""
-
-    unet: UNet2DConditionModel
-    """Noise predictor, in float32."""
-    vae: AutoencoderKL
-    """Pixels to latents and back; it is never trained and may be in bfloat16."""
-    noise_scheduler: DDPMScheduler
-    """Noise schedule and prediction type."""
-
-    @property
-    def resolution(self) -> int:
-        """Side of the images in pixels."""
-        return self.unet.config.sample_size * vae_scale_factor(self.vae.config)
 
 
 def check_folders(args: VisualizerArguments) -> None:
@@ -65,22 +48,24 @@ def check_folders(args: VisualizerArguments) -> None:
             check_reachable(resolve_vision_tower(name), flag, files[0])
 
 
-def load_diffusion_parts(args: VisualizerArguments, vae_dtype: torch.dtype = torch.float32) -> DiffusionParts:
-    """Load UNet, VAE and noise schedule from `pretrained_model_name_or_path`."""
+def load_diffusion_parts(
+    args: VisualizerArguments, vae_dtype: torch.dtype = torch.float32
+) -> tuple[UNet2DConditionModel, AutoencoderKL, DDPMScheduler]:
+    """Load UNet (in float32), VAE and noise schedule from `pretrained_model_name_or_path`."""
     with names_flag("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         folder = _diffusion_folder(args)
         check_scheduler(DDPMScheduler, folder / "scheduler")
-        noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
         if args.unet_from_scratch:
             unet = build_model(UNet2DConditionModel, folder / "unet")
         else:
             unet = load_model(UNet2DConditionModel, folder / "unet", args.variant, torch_dtype=torch.float32)
-        parts = DiffusionParts(unet, load_vae(args, vae_dtype), noise_scheduler)
-        _check_fit(parts)
+        vae = load_vae(args, vae_dtype)
+        _check_fit(unet.config, vae.config, scheduler.config.prediction_type)
     if args.resolution is not None:
         # The pipeline draws at the size in the UNet's configuration: make it the size that is trained.
-        unet.register_to_config(sample_size=args.resolution // vae_scale_factor(parts.vae.config))
-    return parts
+        unet.register_to_config(sample_size=args.resolution // vae_scale_factor(vae.config))
+    return unet, vae, scheduler
 
 
 def load_vae(args: VisualizerArguments, dtype: torch.dtype) -> AutoencoderKL:
@@ -162,13 +147,11 @@ def _diffusion_folder(args: VisualizerArguments) -> Path:
     )
 
 
-def _check_fit(parts: DiffusionParts) -> None:
-    unet, vae = parts.unet.config, parts.vae.config
+def _check_fit(unet: Any, vae: Any, prediction_type: str) -> None:
     if unet.in_channels != vae.latent_channels:
         raise ValueError(f"the UNet takes {unet.in_channels} channels, the VAE has {vae.latent_channels}")
     if not isinstance(unet.cross_attention_dim, int):
         raise ValueError(f"cross_attention_dim {unet.cross_attention_dim} differs between blocks of the UNet")
-    prediction_type = parts.noise_scheduler.config.prediction_type
     if prediction_type not in PREDICTION_TYPES:
         allowed = ", ".join(PREDICTION_TYPES)
         raise ValueError(f"prediction_type {prediction_type!r} of the scheduler is not supported; use one of {allowed}")

@@ -88,28 +88,28 @@ def _train(
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     encoder = load_encoder(args)
     set_seed(args.seed)
-    parts = load_diffusion_parts(args, vae_dtype=dtype)
+    unet, vae, scheduler = load_diffusion_parts(args, vae_dtype=dtype)
     token_shape = (encoder.config.num_image_tokens, encoder.num_features)
-    projector = build_projector(args, token_shape, parts.unet.config.cross_attention_dim)
+    projector = build_projector(args, token_shape, unet.config.cross_attention_dim)
     encoder.tower.to(args.device, dtype)  # diffusers' own `to` warns about precisions
-    encoders = FrozenEncoders(encoder, parts.vae.to(args.device))
-    parts.unet.requires_grad_(args.unfreeze_unet)
-    model = Denoiser(projector, parts.unet, parts.noise_scheduler, args.snr_gamma)
+    encoders = FrozenEncoders(encoder, vae.to(args.device))
+    model = Denoiser(projector, unet.requires_grad_(args.unfreeze_unet), scheduler, args.snr_gamma)
     _prepare_engine(args, model)
 
     # 3. The data.
-    vae_format = PixelFormat(parts.resolution)
-    images = VisualizerDataset(source, encoder.pixel_format, vae_format, bad_images, args.random_crop, args.seed)
+    assert args.resolution is not None  # adopt_resolution has set it
+    formats = encoder.pixel_format, PixelFormat(args.resolution)
+    images = VisualizerDataset(source, *formats, bad_images, args.random_crop, args.seed)
     dataset: Dataset = images
     if args.cache_latents:
         dataset = encode_all(images, encoders, args.batch_size, args.dataloader_num_workers)
     num_batches = args.training_steps * args.gradient_accumulation_steps
-    side = parts.unet.config.sample_size
+    side = unet.config.sample_size
     random_inputs = partial(
         RandomInputs.at,
-        latent_shape=(parts.vae.config.latent_channels, side, side),
+        latent_shape=(vae.config.latent_channels, side, side),
         seed=args.seed,
-        num_timesteps=parts.noise_scheduler.config.num_train_timesteps,
+        num_timesteps=scheduler.config.num_train_timesteps,
         timestep_power=args.timestep_power,
         cfg_prob=args.cfg_prob,
         noise_offset=args.noise_offset,
