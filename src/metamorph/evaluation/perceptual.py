@@ -25,13 +25,7 @@ FID_PICTURES = 2048
 
 
 class PictureFeatures:
-    """A TorchScript network from images to features.
-
-    Args:
-        file: The TorchScript file.
-        flag: Flag that errors name.
-        device: Where to compute.
-        options: Keyword arguments of the network's forward.
+    """A TorchScript network from images to features; `options` are keyword arguments of its forward.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -143,11 +143,11 @@ def check_visualizer_folder(visualizer: str, flag: str = "--visualizer") -> str:
     """
     check_reachable(visualizer, flag=flag, file="model_index.json")
     try:
-        from metamorph.visualization.folders import check_visualizer, visualizer_folder
+        from metamorph.visualization.folders import check_visualizer, local_folder
     except ModuleNotFoundError as error:
         raise ValueError(f"{flag} {visualizer} needs {error.name}: {install_command('visualization')}") from error
     with names_flag(flag, visualizer):
-        check_visualizer(visualizer_folder(visualizer))
+        check_visualizer(local_folder(visualizer))
     return visualizer
 
 

@@ -6,6 +6,7 @@ checks raise a `FileNotFoundError` for a missing file, and else a `ValueError` t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,7 +73,9 @@ _BUILD_ERRORS = (
 Model = TypeVar("Model", bound=ModelMixin)
 
 
-def local_folder(name: str | Path, components: tuple[str, ...], variant: str | None = None, **options: Any) -> Path:
+def local_folder(
+    name: str | Path, components: Sequence[str] = (*MODELS, "scheduler"), variant: str | None = None, **options: Any
+) -> Path:
     """Return an existing folder, or download the JSON and safetensors files of these components of a Hub id.
 
     Of the `options` of `from_pretrained`, those of the Hub (`cache_dir`, `revision`, `token`, …) count.
@@ -85,11 +88,6 @@ def local_folder(name: str | Path, components: tuple[str, ...], variant: str | N
     patterns = [f"{component}/{file}" for component in components for file in ("*.json", *weights)]
     hub = {option: options[option] for option in _HUB_OPTIONS if option in options}
     return Path(snapshot_download(str(name), allow_patterns=[INDEX_FILE, ARGUMENTS_FILE, *patterns], **hub))
-
-
-def visualizer_folder(name: str | Path, variant: str | None = None, **options: Any) -> Path:
-    """`local_folder` with all components of a visualizer."""
-    return local_folder(name, (*MODELS, "scheduler"), variant, **options)
 
 
 def check_visualizer(folder: Path, given: frozenset[str] = frozenset(), variant: str | None = None) -> None:

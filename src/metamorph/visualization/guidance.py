@@ -19,11 +19,7 @@ class GuidedBatch:
 
     The guided prediction is `zero + w · (condition − zero)`. Two shortcuts save work. An image at scale 1 needs no
     unconditional half. And all scales of an image start from the same noise, so in the first step one prediction with
-    and one without the condition serve them all; afterwards they differ.
-
-    Args:
-        condition: `[images, tokens, features]`.
-        scales: One number or more.
+    and one without the condition serve them all; afterwards they differ. `condition` is `[images, tokens, features]`.
     """
 
     def __init__(self, condition: torch.Tensor, scales: list[float]) -> None:

@@ -12,7 +12,7 @@ from metamorph.flags.checks import check_reachable, names_flag
 from metamorph.mini import shipped_folder
 from metamorph.models.vision_tower import resolve_vision_tower
 from metamorph.visualization.encoder import VisualTokenEncoder
-from metamorph.visualization.folders import ARGUMENTS_FILE, INDEX_FILE, visualizer_folder
+from metamorph.visualization.folders import ARGUMENTS_FILE, INDEX_FILE, local_folder
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.token_options import TokenOptions, adopt_token_options, load_encoder
 
@@ -40,13 +40,23 @@ def load_visualizer(
     folder = shipped_folder(str(folder), "visualizer")
     check_reachable(folder, flag="--visualizer", file=INDEX_FILE)
     with names_flag("--visualizer", str(folder)):
-        folder = visualizer_folder(folder)
+        folder = local_folder(folder)
         pipeline = VisualizationPipeline.from_pretrained(folder, torch_dtype=dtype)
     if vision_tower is not None or pipeline.vision_tower is None:
         encoder = _load_tower(folder, vision_tower, num_tokens)
         encoder.tower.to(dtype)
         pipeline.register_modules(vision_tower=encoder)
-    _check_tokens(pipeline, folder)
+    projector, encoder = pipeline.projector.config, pipeline.vision_tower
+    if encoder.num_features != projector.input_dim:
+        raise ValueError(
+            f"--vision_tower gives visual tokens of {encoder.num_features} features, but --visualizer {folder} was "
+            f"trained on {projector.input_dim}: give the tower it was trained with"
+        )
+    if projector.num_positions and projector.num_positions != encoder.config.num_image_tokens:
+        raise ValueError(
+            f"--vision_tower gives {encoder.config.num_image_tokens} visual tokens per image, but --visualizer "
+            f"{folder} was trained on {projector.num_positions}: set --num_tokens {projector.num_positions}"
+        )
     return pipeline
 
 
@@ -77,20 +87,3 @@ def _trained_token_options(folder: str | Path) -> dict[str, str | int | bool]:
         if type(value := options.get(field.name, field.default)) is not kind:
             raise ValueError(f"{file}: {field.name} must be a {kind.__name__}, not {value!r}: copy the folder again")
     return options
-
-
-def _check_tokens(pipeline: VisualizationPipeline, folder: str | Path) -> None:
-    """Compare sizes before anything is drawn."""
-    size = pipeline.vision_tower.num_features
-    projector = pipeline.projector.config
-    if size != projector.input_dim:
-        raise ValueError(
-            f"--vision_tower gives visual tokens of {size} features, but --visualizer {folder} was trained on "
-            f"{projector.input_dim}: give the tower it was trained with"
-        )
-    count = pipeline.vision_tower.config.num_image_tokens
-    if projector.num_positions and count != projector.num_positions:
-        raise ValueError(
-            f"--vision_tower gives {count} visual tokens per image, but --visualizer {folder} was trained on "
-            f"{projector.num_positions}: set --num_tokens {projector.num_positions}"
-        )

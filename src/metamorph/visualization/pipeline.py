@@ -18,7 +18,7 @@ from PIL import Image
 
 from metamorph.files.model_files import check_finite
 from metamorph.visualization.encoder import VisualTokenEncoder
-from metamorph.visualization.folders import check_visualizer, visualizer_folder
+from metamorph.visualization.folders import check_visualizer, local_folder
 from metamorph.visualization.guidance import GuidedBatch
 from metamorph.visualization.projector import VisualizationProjector, pad_condition
 
@@ -87,7 +87,7 @@ class VisualizationPipeline(DiffusionPipeline):
         for name in ("custom_pipeline", "trust_remote_code"):
             if kwargs.pop(name, None):
                 raise ValueError(f"{name} is not supported: code that comes with a visualizer is never run")
-        folder = visualizer_folder(pretrained_model_name_or_path, **kwargs)
+        folder = local_folder(pretrained_model_name_or_path, **kwargs)
         check_visualizer(folder, given=frozenset(kwargs), variant=kwargs.get("variant"))
         kwargs |= {"use_safetensors": True, "trust_remote_code": False}
         if kwargs.get("torch_dtype") in (None, torch.float32):  # diffusers' default; it warns that the name is old

@@ -51,13 +51,12 @@ def align_projector(
     lr: float,
     seed: int,
 ) -> None:
-    """Fit the projector to known conditions by mean squared error, with AdamW and a cosine schedule to 0.
+    """Fit the projector in place by mean squared error, with AdamW and a cosine schedule to 0, in batches of 64 images.
 
     Args:
-        projector: Changed in place.
         visual_tokens: `[images, N, D]`, on the CPU.
         conditions: `[images, N', cross_attention_dim]`, on the CPU: the targets.
-        steps: Optimizer steps, of 64 images each.
+        steps: Optimizer steps.
         lr: Peak learning rate.
         seed: Seed of the batches.
     """

@@ -109,11 +109,8 @@ def sample_latents(vae: AutoencoderKL, moments: torch.Tensor, latent_noise: torc
 class Denoiser(nn.Module):
     """Projector and UNet as the one module that is trained; its forward pass returns the loss, as Trainer expects.
 
-    Args:
-        projector: Visual tokens to condition tokens.
-        unet: Noise predictor; frozen parameters stay frozen.
-        noise_scheduler: Schedule and prediction type (`epsilon` or `v_prediction`).
-        snr_gamma: Weight images by min(SNR, gamma)/SNR (Hang et al., 2023), /(SNR + 1) for v-prediction.
+    The prediction type of `noise_scheduler` is `epsilon` or `v_prediction`. With `snr_gamma`, images are weighted by
+    min(SNR, gamma)/SNR (Hang et al., 2023), /(SNR + 1) for v-prediction.
     """
 
     def __init__(

@@ -60,14 +60,7 @@ def save_pipeline(output_dir: Path, model: Denoiser, vae: AutoencoderKL, args: V
 def render_visualizer_card(
     args: VisualizerArguments, num_images: int, num_processes: int, logged: Mapping[str, float]
 ) -> str:
-    """Render the model card.
-
-    Args:
-        args: The flags, with the resolution that was trained.
-        num_images: Number of training images, including bad ones.
-        num_processes: Each of them took `batch_size` images at a time.
-        logged: The values of the last log entry; empty if no step was done.
-    """
+    """Render the model card; `num_images` includes bad ones, and `logged` is the last log entry, or empty."""
     return render_card(
         "visualizer_card.md.jinja",
         Path(args.output_dir).expanduser().resolve().name,

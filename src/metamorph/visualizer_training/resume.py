@@ -48,11 +48,7 @@ def find_resume_point(
     """Find the checkpoint that a run resumes, and its place in the data, before any weights are loaded.
 
     Steps keep their number, whatever the size of a batch; the next sample is the one after those of the checkpoint.
-
-    Args:
-        args: The flags.
-        flags: Result of `flags_of_run`.
-        data: What decides the order of images: `pictures` (their number), `digest` and `seed`.
+    `data` is what decides the order of images: `pictures` (their number), `digest` and `seed`.
 
     Raises:
         CheckpointError: If the checkpoint belongs to another kind of run, or to other data or flags.

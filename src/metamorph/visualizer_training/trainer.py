@@ -56,11 +56,7 @@ class VisualizerResult:
 class VisualizerTrainer(RunTrainer):
     """Trains a [`Denoiser`] on images, or on their encodings.
 
-    Args:
-        encoders: Tower and VAE, which are never trained.
-        validation: Images that are drawn again at every checkpoint.
-        data: What decides the order of images, for checkpoints.
-        **kwargs: As for [`RunTrainer`].
+    At every checkpoint it draws the `validation` images again and records `data`, which decides the order of images.
     """
 
     title = "visualizer"
@@ -216,19 +212,15 @@ class VisualizerTrainer(RunTrainer):
         super()._save_checkpoint(model, trial)
         is_preempted = self.control.should_training_stop and self.state.global_step < self.state.max_steps
         if self.validation and not is_preempted:
-            with self.monitor.pause(), self._finished_model() as model:
+            with self.monitor.pause(), self._finished_model() as finished:
                 if self.is_world_process_zero():
-                    self._validate(model)
+                    grid = draw_validation_grid(finished, self.encoders, self.validation, self.args)
+                    path = Path(str(self.args.output_dir), "validation", f"step-{self.state.global_step:06d}.png")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    grid.save(path)
+                    for tracker in self.trackers:
+                        tracker.log_media({}, {"validation": grid}, self.state.global_step)
                 self.accelerator.wait_for_everyone()
-
-    def _validate(self, model: Denoiser) -> None:
-        """Draw the validation images from their tokens, to a file and to the trackers."""
-        grid = draw_validation_grid(model, self.encoders, self.validation, self.args)
-        path = Path(str(self.args.output_dir), "validation", f"step-{self.state.global_step:06d}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(path)
-        for tracker in self.trackers:
-            tracker.log_media({}, {"validation": grid}, self.state.global_step)
 
     # The result.
 
