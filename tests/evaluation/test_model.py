@@ -49,7 +49,7 @@ def learnt(parts, tmp_path_factory):
 def test_learnt_answers_are_right_and_others_wrong(learnt):
     model, processor = learnt
     questions = [Question("colour", Prompt("<image>\nWhich colour?", (plain_image(color),)), color) for color in COLORS]
-    assert ask(model, processor, questions).accuracy == 1.0
+    assert ask(model, processor, questions).to_dict()["accuracy"] == 1.0
     swapped = [Question("colour", question.prompt, "green") for question in questions]
     assert ask(model, processor, swapped).to_dict()["accuracy"] == 0.0
 

@@ -157,7 +157,7 @@ def evaluate_losses(
     }
 
 
-def metric_names(sources: Iterable[str], *, visual_loss: bool, prefix: str = "eval") -> list[str]:
+def metric_names(sources: Iterable[str], *, visual_loss: bool) -> list[str]:
     """Names of the losses that validation may log; a source without visual targets lacks some of them.
 
     A single source has no names of its own. `visual_loss` is False for a model without one.
@@ -166,7 +166,7 @@ def metric_names(sources: Iterable[str], *, visual_loss: bool, prefix: str = "ev
     sums[4] = float(visual_loss)
     every = SourceLoss(sums, torch.ones(1, 1, dtype=torch.float64))
     names = list(sources)
-    prefixes = [f"{prefix}_", *(f"{prefix}_{name}_" for name in names if len(names) > 1)]
+    prefixes = ["eval_", *(f"eval_{name}_" for name in names if len(names) > 1)]
     return [name for each in prefixes for name in every.as_metrics(each, 1.0)]
 
 

@@ -49,11 +49,6 @@ class QuestionResults:
     answered: tuple[AnsweredQuestion, ...]
     """In the order in which the questions were asked."""
 
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers, 0 to 1."""
-        return fraction([item.is_right for item in self.answered])
-
     def to_dict(self) -> dict[str, Any]:
         """`{"n", "accuracy", "per_type": {type: accuracy}, "n_per_type": {type: number}}`, types in order."""
         verdicts: dict[str, list[bool]] = {kind: [] for kind in sorted({item.question.kind for item in self.answered})}
@@ -61,7 +56,7 @@ class QuestionResults:
             verdicts[item.question.kind].append(item.is_right)
         return {
             "n": len(self.answered),
-            "accuracy": self.accuracy,
+            "accuracy": fraction([item.is_right for item in self.answered]),
             "per_type": {kind: fraction(found) for kind, found in verdicts.items()},
             "n_per_type": {kind: len(found) for kind, found in verdicts.items()},
         }
@@ -71,19 +66,11 @@ def ask(
     model: MetaMorphForConditionalGeneration,
     processor: MetaMorphProcessor,
     questions: Sequence[Question],
-    *,
-    batch_size: int = 64,
     on_progress: Progress | None = None,
 ) -> QuestionResults:
     """Ask every question and compare the answers."""
-    replies = reply_to(
-        model,
-        processor,
-        [question.prompt for question in questions],
-        batch_size=batch_size,
-        max_new_tokens=answer_budget(processor),
-        on_progress=on_progress,
-    )
+    prompts = [question.prompt for question in questions]
+    replies = reply_to(model, processor, prompts, max_new_tokens=answer_budget(processor), on_progress=on_progress)
     return QuestionResults(tuple(map(AnsweredQuestion, questions, replies)))
 
 

@@ -31,13 +31,13 @@ CONDITION_LENGTH = 77
 _QUERY_INIT_STD = 0.02
 
 
-def pad_condition(condition: torch.Tensor, length: int = CONDITION_LENGTH) -> torch.Tensor:
-    """Append zeros to `[images, tokens, cross_attention_dim]` until there are `length` tokens.
+def pad_condition(condition: torch.Tensor) -> torch.Tensor:
+    """Append zeros to `[images, tokens, cross_attention_dim]` until there are `CONDITION_LENGTH` tokens.
 
     This is the only place that pads, so training and inference cannot disagree. A longer condition is returned
     unchanged: the UNet's cross-attention takes any length, and cutting would discard parts of the image.
     """
-    missing = length - condition.shape[1]
+    missing = CONDITION_LENGTH - condition.shape[1]
     return condition if missing <= 0 else F.pad(condition, (0, 0, 0, missing))
 
 
