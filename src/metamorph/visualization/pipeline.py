@@ -121,7 +121,7 @@ class VisualizationPipeline(DiffusionPipeline):
         return_dict: bool = True,
         images: Image.Image | Sequence[Image.Image] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Draw one image per image of `visual_tokens` and guidance scale, all in one batch of the UNet.
+        """Draw each image of `visual_tokens` at each guidance scale, all in one batch of the UNet.
 
         Args:
             visual_tokens: `[images, N, D]`, or `[N, D]` for one image.

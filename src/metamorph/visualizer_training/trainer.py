@@ -64,12 +64,7 @@ class VisualizerTrainer(RunTrainer):
     batches: StreamBatches
 
     def __init__(
-        self,
-        *,
-        encoders: FrozenEncoders,
-        validation: Sequence[Image.Image],
-        data: dict[str, Any],
-        **kwargs: Any,
+        self, *, encoders: FrozenEncoders, validation: Sequence[Image.Image], data: dict[str, Any], **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.encoders, self.validation, self.data = encoders, validation, data
