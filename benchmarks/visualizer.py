@@ -29,15 +29,15 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
-from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel, TrainerCallback
 
 from data import machine
 from metamorph.mini import asset_path
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
 from metamorph.visualization.pixels import PixelFormat, crop_square
-from metamorph.visualization.token_options import load_tower
-from metamorph.visualizer_training.build import build_projector, load_diffusion_parts, token_shape
-from metamorph.visualizer_training.denoising import Denoiser, Draws
+from metamorph.visualization.token_options import load_encoder
+from metamorph.visualizer_training.build import build_projector, load_diffusion_parts
+from metamorph.visualizer_training.denoising import Denoiser, RandomInputs
 
 
 NUM_PICTURES = 64
@@ -189,7 +189,7 @@ def measure_training(shape: Shape, steps: int, folder: Path) -> list[dict[str, A
         for name, options in VARIANTS.items():
             ticks = []
             args = make_arguments(shape, str(folder / "out"), training_steps=steps + LOGGED, **options)
-            train_visualizer(args, pictures, on_log=lambda step, values, ticks=ticks: ticks.append(time.process_time()))
+            train_visualizer(args, pictures, callbacks=[Ticks(ticks)])
             times[f"train-visualizer, {name}"] += (np.diff(ticks) / LOGGED).tolist()
     seconds = {name: min(values) for name, values in times.items()}
     reference = seconds[REFERENCE]
@@ -206,18 +206,30 @@ def measure_training(shape: Shape, steps: int, folder: Path) -> list[dict[str, A
     ]
 
 
+class Ticks(TrainerCallback):
+    """Notes the process time at each training log entry."""
+
+    def __init__(self, ticks: list[float]) -> None:
+        self.ticks = ticks
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Add a tick."""
+        if "loss" in logs:
+            self.ticks.append(time.process_time())
+
+
 class Reference:
     """The parts, in float32, as a plain loop uses them."""
 
     def __init__(self, shape: Shape) -> None:
         args = make_arguments(shape, "unused")
-        self.tower, self.tower_format = load_tower(args)
-        self.tower.requires_grad_(False)
-        parts = load_diffusion_parts(args)
-        self.unet, self.vae, self.scheduler = parts.unet.train(), parts.vae.requires_grad_(False), parts.noise_scheduler
-        sizes = token_shape(self.tower, self.tower_format)
+        encoder = load_encoder(args)
+        self.tower, self.tower_format = encoder.tower.requires_grad_(False), encoder.pixel_format
+        unet, vae, self.scheduler = load_diffusion_parts(args)
+        self.unet, self.vae = unet.train(), vae.requires_grad_(False)
+        sizes = (encoder.config.num_image_tokens, encoder.num_features)
         self.projector = build_projector(args, sizes, self.unet.config.cross_attention_dim).train()
-        self.args, self.vae_format = args, PixelFormat(parts.resolution)
+        self.args, self.vae_format = args, PixelFormat(args.resolution)
 
     def load(self, pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:
         """Pixels for the tower and for the VAE."""
@@ -274,10 +286,10 @@ def check_same_loss(shape: Shape, pictures: list[Image.Image]) -> None:
     reference = Reference(shape)
     tower_pixels, vae_pixels = reference.load(pictures[: shape.batch_size])
     latents = reference.latents(vae_pixels)
-    draws = Draws.at(torch.arange(len(latents)), latents.shape[1:], seed=0, num_timesteps=1000, cfg_prob=0.3)
-    plain = reference.loss(tower_pixels, latents, draws.noise, draws.timesteps, draws.keep_condition).item()
+    random = RandomInputs.at(torch.arange(len(latents)), latents.shape[1:], seed=0, num_timesteps=1000, cfg_prob=0.3)
+    plain = reference.loss(tower_pixels, latents, random.noise, random.timesteps, random.keep_condition).item()
     model = Denoiser(reference.projector, reference.unet, reference.scheduler)
-    ours = model(latents, reference.tower(tower_pixels), draws)["loss"].item()
+    ours = model(latents, reference.tower(tower_pixels), random)["loss"].item()
     if abs(plain - ours) > 1e-4 * plain:
         raise RuntimeError(f"{shape.name}: the reference has loss {plain}, the package {ours}")
 

@@ -24,7 +24,7 @@ from train_gpu import PEAKS
 from metamorph.models.vision_tower import MetaMorphConfig, VisionTower
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector
-from metamorph.visualizer_training.denoising import Denoiser, Draws, FrozenEncoders, sample_latents
+from metamorph.visualizer_training.denoising import Denoiser, FrozenEncoders, RandomInputs, sample_latents
 from metamorph.visualizer_training.fsdp2 import layers
 
 
@@ -126,11 +126,11 @@ def training_case(batch: int, compiled: bool, flops: float, peak: float) -> dict
     def step(number: int) -> None:
         encoded = encoders(**pixels)
         positions = torch.arange(number * batch, (number + 1) * batch)
-        draws = Draws.at(positions, (4, 64, 64), seed=0, num_timesteps=1000, cfg_prob=0.1)
-        draws = Draws(**{name: value.cuda() for name, value in vars(draws).items()})
-        latents = sample_latents(encoders.vae, encoded["moments"], draws.latent_noise)
+        random = RandomInputs.at(positions, (4, 64, 64), seed=0, num_timesteps=1000, cfg_prob=0.1)
+        random = RandomInputs(**{name: value.cuda() for name, value in vars(random).items()})
+        latents = sample_latents(encoders.vae, encoded["moments"], random.latent_noise)
         with torch.autocast("cuda", torch.bfloat16):
-            loss = model(latents, encoded["visual_tokens"], draws)["loss"]
+            loss = model(latents, encoded["visual_tokens"], random)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()

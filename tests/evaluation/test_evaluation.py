@@ -15,11 +15,11 @@ from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector
 
 
-NO_PICTURES = torch.empty(0, 4, 8)
-ONE_PICTURE = torch.ones(1, 4, 8)
+NO_IMAGES = torch.empty(0, 4, 8)
+ONE_IMAGE = torch.ones(1, 4, 8)
 
 
-def answered(given: str, right: str = "red", kind: str = "color", tokens=NO_PICTURES) -> AnsweredQuestion:
+def answered(given: str, right: str = "red", kind: str = "color", tokens=NO_IMAGES) -> AnsweredQuestion:
     return AnsweredQuestion(Question(kind, Prompt("what colour?"), right), Reply(given, tokens))
 
 
@@ -31,8 +31,8 @@ def test_answers_are_compared_word_for_word(given, is_right):
     assert answered(given).is_right is is_right
 
 
-def test_an_answer_with_a_picture_nobody_asked_for_is_wrong():
-    assert not answered("red", tokens=ONE_PICTURE).is_right
+def test_an_answer_with_an_unwanted_image_is_wrong():
+    assert not answered("red", tokens=ONE_IMAGE).is_right
 
 
 def test_accuracy_is_counted_for_each_type():
@@ -51,10 +51,10 @@ def test_the_share_of_nothing_is_zero():
     assert fraction([]) == 0.0
 
 
-def test_a_task_without_a_picture_counts_as_wrong():
+def test_a_task_without_an_image_counts_as_wrong():
     task = DrawingTask(Prompt("draw"), "target")
-    drawn = Drawing(task, Reply("", ONE_PICTURE), Image.new("RGB", (8, 8)), {"all": True, "color": True})
-    missing = Drawing(task, Reply("no", NO_PICTURES), None, {})
+    drawn = Drawing(task, Reply("", ONE_IMAGE), Image.new("RGB", (8, 8)), {"all": True, "color": True})
+    missing = Drawing(task, Reply("no", NO_IMAGES), None, {})
     assert summarise([drawn, missing], ("all", "color")) == {"n": 2, "all": 0.5, "color": 0.5}
 
 
@@ -79,7 +79,7 @@ def pipeline():
     return made
 
 
-def test_a_picture_does_not_depend_on_the_batch_it_is_drawn_in(pipeline):
+def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in(pipeline):
     tokens = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1))
     finished = []
     together = draw(pipeline, tokens, SamplerSettings(num_inference_steps=2), finished.append)

@@ -1,4 +1,4 @@
-"""Evaluation of a model that has learnt four records by heart: what it knows is right, what it cannot know is not."""
+"""Evaluation of a model that has memorised four records: what it knows is right, what it cannot know is wrong."""
 
 import pytest
 import torch
@@ -22,20 +22,20 @@ pytestmark = pytest.mark.integration
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 
 
-def plain_picture(color: str) -> Image.Image:
+def plain_image(color: str) -> Image.Image:
     return Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), COLORS[color])
 
 
 @pytest.fixture(scope="module")
 def learnt(parts, tmp_path_factory):
-    """A model that says the colour of two pictures and draws both when asked."""
+    """A model that names the colour of two images and draws both when asked."""
     folder = tmp_path_factory.mktemp("learnt")
     for name in ("llm", "tower"):
         (folder / name).symlink_to(parts / name)
     (folder / "images").mkdir()
     records = []
     for color in COLORS:
-        plain_picture(color).save(folder / "images" / f"{color}.png")
+        plain_image(color).save(folder / "images" / f"{color}.png")
         turns = {"ask": ("<image>\nWhich colour?", color), "draw": (f"Draw {color}", "<image>")}
         for name, (human, gpt) in turns.items():
             talk = [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
@@ -48,10 +48,8 @@ def learnt(parts, tmp_path_factory):
 
 def test_learnt_answers_are_right_and_others_wrong(learnt):
     model, processor = learnt
-    questions = [
-        Question("colour", Prompt("<image>\nWhich colour?", (plain_picture(color),)), color) for color in COLORS
-    ]
-    assert ask(model, processor, questions).accuracy == 1.0
+    questions = [Question("colour", Prompt("<image>\nWhich colour?", (plain_image(color),)), color) for color in COLORS]
+    assert ask(model, processor, questions).to_dict()["accuracy"] == 1.0
     swapped = [Question("colour", question.prompt, "green") for question in questions]
     assert ask(model, processor, swapped).to_dict()["accuracy"] == 0.0
 
@@ -60,9 +58,9 @@ def test_replies_keep_their_order_in_any_batch(learnt):
     model, processor = learnt
     prompts = [
         Prompt("Draw red"),
-        Prompt("<image>\nWhich colour?", (plain_picture("blue"),)),
+        Prompt("<image>\nWhich colour?", (plain_image("blue"),)),
         Prompt("Draw blue"),
-        Prompt("<image>\nWhich colour?", (plain_picture("red"),)),
+        Prompt("<image>\nWhich colour?", (plain_image("red"),)),
     ]
     together, apart = reply_to(model, processor, prompts), reply_to(model, processor, prompts, batch_size=1)
     assert [reply.text for reply in together] == [reply.text for reply in apart] == ["", "blue", "", "red"]
@@ -71,9 +69,9 @@ def test_replies_keep_their_order_in_any_batch(learnt):
         torch.testing.assert_close(one.visual_tokens, other.visual_tokens, atol=1e-4, rtol=1e-4)
 
 
-def test_drawn_tokens_are_nearest_to_the_picture_asked_for(learnt):
+def test_drawn_tokens_are_nearest_to_the_requested_image(learnt):
     model, processor = learnt
-    candidates = encode_pictures(model, processor, [plain_picture(color) for color in COLORS])
+    candidates = encode_pictures(model, processor, [plain_image(color) for color in COLORS])
     replies = reply_to(model, processor, [Prompt(f"Draw {color}") for color in COLORS])
     tokens = torch.cat([reply.visual_tokens for reply in replies])
     assert nearest_candidates(tokens, candidates).tolist() == [0, 1]
@@ -87,13 +85,13 @@ def test_drawings_are_judged_with_their_own_target(learnt):
     pipeline = VisualizationPipeline.from_parts(projector, tiny_unet(), tiny_vae(), tiny_scheduler())
     tasks = [
         DrawingTask(Prompt("Draw red"), "first"),
-        DrawingTask(Prompt("<image>\nWhich colour?", (plain_picture("red"),)), "no picture"),
+        DrawingTask(Prompt("<image>\nWhich colour?", (plain_image("red"),)), "no image"),
         DrawingTask(Prompt("Draw blue"), "third"),
     ]
     judged = []
 
-    def judge(picture, target):
-        judged.append((picture.size, target))
+    def judge(image, target):
+        judged.append((image.size, target))
         return {"all": target == "third"}
 
     drawings = draw_tasks(model, processor, pipeline, tasks, judge, SamplerSettings(num_inference_steps=2))

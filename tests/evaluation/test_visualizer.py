@@ -1,4 +1,4 @@
-"""A visualizer alone: pictures encoded, drawn again and compared, as library and as commands."""
+"""A visualizer alone: images encoded, drawn again and compared, in the library and in commands."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import pytest
 import torch
 from perceptual_parts import save_networks
 from PIL import Image
-from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
+from visualization_parts import random_images, tiny_flags
 
 from metamorph.cli import main
-from metamorph.evaluation.visualizer import ReconstructionSettings, ScaleScores, evaluate_visualizer
+from metamorph.evaluation.visualizer import ScaleScores, evaluate_visualizer
+from metamorph.inference.draw import SamplerSettings
 from metamorph.mini import shipped_folder
 from metamorph.miniature.world.render import render
 from metamorph.miniature.world.scenes import single_scenes
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, load_visualizer, train_visualizer
 from metamorph.visualization.pixels import crop_square
-from metamorph.visualization.token_options import load_encoder, load_tower
+from metamorph.visualization.token_options import load_encoder
 
 
 pytestmark = pytest.mark.integration
@@ -42,19 +43,7 @@ def mini() -> VisualizationPipeline:
 
 
 def arguments(root: Path, name: str, **options) -> VisualizerArguments:
-    if not (root / "tower").is_dir():
-        write_tiny_tower(root / "tower")
-        write_tiny_diffusion(root / "diffusion")
-    defaults = {
-        "output_dir": str(root / name),
-        "vision_tower": str(root / "tower"),
-        "pretrained_model_name_or_path": str(root / "diffusion"),
-        "num_tokens": 4,
-        "hidden_dim": 16,
-        "resolution": RESOLUTION,
-        "training_steps": 1,
-        "batch_size": 2,
-    }
+    defaults = tiny_flags(root) | {"output_dir": str(root / name), "training_steps": 1}
     return VisualizerArguments(**(defaults | options))
 
 
@@ -72,23 +61,23 @@ def write_pictures(folder: Path, pictures: list[Image.Image]) -> Path:
 
 def test_vision_tower_is_saved_with_the_pipeline_and_encodes_as_in_training(folder, tmp_path):
     pictures = random_images(3, size=(50, 32))
-    tower, pixel_format = load_tower(arguments(folder, "with_tower"))
+    encoder = load_encoder(arguments(folder, "with_tower"))
     with torch.no_grad():
-        expected = tower(torch.stack([pixel_format.pixels(crop_square(picture)) for picture in pictures]))
+        expected = encoder(torch.stack([encoder.pixel_format.pixels(crop_square(picture)) for picture in pictures]))
     pipeline = VisualizationPipeline.from_pretrained(folder / "with_tower")
-    assert torch.equal(pipeline.vision_tower.encode_pictures(pictures, batch_size=2), expected)
+    assert torch.equal(pipeline.vision_tower.encode_images(pictures, batch_size=2), expected)
     pipeline.save_pretrained(tmp_path)
     again = VisualizationPipeline.from_pretrained(tmp_path)
-    assert torch.equal(again.vision_tower.encode_pictures(pictures), expected)
+    assert torch.equal(again.vision_tower.encode_images(pictures), expected)
     assert str(folder) not in (folder / "with_tower" / "vision_tower" / "config.json").read_text()
 
 
-def test_pictures_can_be_given_in_place_of_tokens(folder):
+def test_images_can_be_given_instead_of_tokens(folder):
     pipeline = load_visualizer(folder / "plain")
     assert pipeline.vision_tower is not None  # found through visualizer_arguments.json
     pipeline.set_progress_bar_config(disable=True)
     pictures = random_images(2)
-    tokens = load_encoder(arguments(folder, "plain")).encode_pictures(pictures)
+    tokens = load_encoder(arguments(folder, "plain")).encode_images(pictures)
     options = {"num_inference_steps": 2, "output_type": "pt"}
     drawn = pipeline(images=pictures, generator=[torch.Generator().manual_seed(i) for i in (1, 2)], **options).images
     expected = pipeline(tokens, generator=[torch.Generator().manual_seed(i) for i in (1, 2)], **options).images
@@ -110,8 +99,8 @@ def test_tower_that_does_not_fit_is_refused(folder, tmp_path):
 def test_mini_draws_what_it_saw_and_finds_it_again(mini):
     """The shipped visualizer: its drawings are nearest to their own originals, and close to them."""
     pictures = world_pictures(10)
-    settings = ReconstructionSettings((1.0, 3.0), num_inference_steps=10, batch_size=4, keep=3)
-    found = evaluate_visualizer(mini, pictures, settings)
+    settings = SamplerSettings((1.0, 3.0), num_inference_steps=10, batch_size=4)
+    found = evaluate_visualizer(mini, pictures, settings, keep=3)
     for score in found.scales:
         assert all(score.is_nearest)
         assert min(score.cosine) > 0.95
@@ -124,7 +113,7 @@ def test_mini_draws_what_it_saw_and_finds_it_again(mini):
 def test_scores_do_not_depend_on_batches(mini):
     pictures = world_pictures(5)
     runs = [
-        evaluate_visualizer(mini, pictures, ReconstructionSettings((2.0,), num_inference_steps=3, batch_size=size))
+        evaluate_visualizer(mini, pictures, SamplerSettings(2.0, num_inference_steps=3, batch_size=size))
         for size in (2, 5)
     ]
     first, second = (run.scales[0] for run in runs)
@@ -133,19 +122,19 @@ def test_scores_do_not_depend_on_batches(mini):
 
 
 def test_swapped_drawings_are_not_found(mini):
-    """A visualizer whose projector ignores the tokens draws one picture for all: at most one is found."""
+    """A visualizer whose projector ignores the tokens draws the same image for all: at most one is found."""
     pictures = world_pictures(6)
     blind = VisualizationPipeline.from_pretrained(shipped_folder("mini", "visualizer"))
     blind.register_modules(vision_tower=mini.vision_tower)
     blind.set_progress_bar_config(disable=True)
     for parameter in blind.projector.parameters():
         torch.nn.init.zeros_(parameter)
-    scores = evaluate_visualizer(blind, pictures, ReconstructionSettings((1.0,), 3)).scales[0].to_dict()
+    scores = evaluate_visualizer(blind, pictures, SamplerSettings(1.0, 3)).scales[0].to_dict()
     assert scores["retrieval_at_1"] <= 0.5
     assert scores["cosine"]["mean"] < 0.9
 
 
-def test_one_picture_has_no_others():
+def test_one_image_has_no_others():
     score = ScaleScores(1.0, cosine=[0.5], is_nearest=[True])
     assert score.to_dict() == {
         "guidance_scale": 1.0,

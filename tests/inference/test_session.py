@@ -1,4 +1,4 @@
-"""`metamorph.load`: one object that answers and draws, and says what is wrong before it computes."""
+"""`metamorph.load`: one object that answers and draws, and reports bad input before it computes."""
 
 import logging
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_an_answer_in_words_has_no_images(session, tmp_path: Path) -> None:
 
 
 def test_an_image_can_be_asked_for(session) -> None:
-    """With `draw` the answer begins with an image, in a batch beside prompts without it, too."""
+    """With `draw` the answer begins with an image, in a batch with prompts without it, too."""
     prompts = [Prompt("how are you?", draw=True), Prompt("how are you?"), Prompt("draw a red circle", draw=True)]
     together = reply_to(session.model, session.processor, prompts, max_new_tokens=40)
     assert [type(reply.parts[0]) for reply in together] == [ImagePart, TextPart, ImagePart]

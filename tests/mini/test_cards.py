@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from metamorph.mini import ASSETS, asset_path
-from metamorph.mini.cards import AssetCard, AssetError, verify_folder, write_card
+from metamorph.mini.cards import AssetCard, AssetError, verify_folder
+from tools.miniature.cards import write_card
 from tools.miniature.rebuild import rebuild
 from tools.miniature.training_state import TrainingPlan, train
 

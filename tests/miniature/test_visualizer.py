@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from metamorph.evaluation.visualizer import ReconstructionSettings, evaluate_visualizer
+from metamorph.evaluation.visualizer import evaluate_visualizer
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.mini import PARTS, asset_path
 from metamorph.miniature.quickstart.evaluate import judge_scene
@@ -37,7 +37,7 @@ def test_visualizer_learns_to_draw_unseen_scenes(tmp_path):
 
     records = [json.loads(line) for line in files.evaluation["visualizer"].read_text().splitlines()]
     pictures = [Image.open(files.image_folder / record["image"]).convert("RGB") for record in records]
-    tokens = pipeline.vision_tower.encode_pictures(pictures)
+    tokens = pipeline.vision_tower.encode_images(pictures)
     drawn = draw(pipeline, tokens, SamplerSettings(recipe.guidance_scale, recipe.sampling_steps))
     verdicts = [
         judge_scene(picture, Scene.from_dict(record["scene"])) for picture, record in zip(drawn, records, strict=True)
@@ -46,7 +46,7 @@ def test_visualizer_learns_to_draw_unseen_scenes(tmp_path):
     assert sum(verdict["all"] for verdict in verdicts) >= 0.8 * HELD_OUT
     assert sum(verdict["position"] for verdict in verdicts) >= 0.95 * HELD_OUT
 
-    scores = evaluate_visualizer(pipeline, pictures, ReconstructionSettings((2.0,), recipe.sampling_steps)).scales[0]
+    scores = evaluate_visualizer(pipeline, pictures, SamplerSettings(2.0, recipe.sampling_steps)).scales[0]
     found = scores.to_dict()
     assert found["retrieval_at_1"] >= 0.9
     assert found["cosine"]["mean"] > 0.97 > 0.5 > found["cosine_to_others"]["mean"]

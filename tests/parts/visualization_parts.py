@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel, TrainerCallback
 
 
 CROSS_ATTENTION_DIM = 16
 RESOLUTION = 32
+
+
+class OnLog(TrainerCallback):
+    """Calls a function with the step and the values of each training log entry."""
+
+    def __init__(self, function: Callable[[int, dict[str, float]], object]) -> None:
+        self.function = function
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.function(state.global_step, logs)
 
 
 def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
@@ -65,7 +78,7 @@ def write_tiny_diffusion(folder: Path, prediction_type: str = "v_prediction") ->
 
 
 def random_images(count: int, size: tuple[int, int] = (40, 32), seed: int = 0) -> list[Image.Image]:
-    """Pictures of `(width, height)` with a coloured rectangle each."""
+    """Images of `(width, height)` with a coloured rectangle each."""
     rng = np.random.default_rng(seed)
     images = []
     for _ in range(count):
@@ -92,8 +105,20 @@ def write_tiny_tower(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_shard(path: Path, members: dict[str, Image.Image | bytes]) -> Path:
-    """Write a tar of pictures, in the format that their names end in, and of other files."""
+def tiny_flags(folder: Path, prediction_type: str = "v_prediction") -> dict[str, Any]:
+    """Write a tiny tower and diffusion model; returns them and their sizes as flags of `VisualizerArguments`."""
+    return {
+        "vision_tower": str(write_tiny_tower(folder / "tower")),
+        "pretrained_model_name_or_path": str(write_tiny_diffusion(folder / "diffusion", prediction_type)),
+        "num_tokens": 4,
+        "hidden_dim": 16,
+        "resolution": RESOLUTION,
+        "batch_size": 2,
+    }
+
+
+def write_archive(path: Path, members: dict[str, Image.Image | bytes]) -> Path:
+    """Write a tar of images, in the format that their names end in, and of other files."""
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
             if isinstance(content, Image.Image):
@@ -107,8 +132,8 @@ def write_shard(path: Path, members: dict[str, Image.Image | bytes]) -> Path:
     return path
 
 
-def write_damaged_shards(folder: Path, pictures: list[Image.Image]) -> list[Path]:
-    """Write four tars: with a corrupt JPEG as its second member, cut off within its last picture, empty, and whole.
+def write_damaged_archives(folder: Path, pictures: list[Image.Image]) -> list[Path]:
+    """Write four tars: with a corrupt JPEG as its second member, cut off within its last image, empty, and complete.
 
     Args:
         folder: Where; created if missing.
@@ -117,12 +142,12 @@ def write_damaged_shards(folder: Path, pictures: list[Image.Image]) -> list[Path
     """
     folder.mkdir(parents=True, exist_ok=True)
     members = [("a.png", pictures[0]), ("broken.jpg", b"\xff\xd8 no picture"), ("b.png", pictures[1])]
-    corrupt = write_shard(folder / "0-corrupt.tar", dict(members))
-    cut = write_shard(folder / "1-cut.tar", {"c.png": pictures[2], "d.png": pictures[3]})
+    corrupt = write_archive(folder / "0-corrupt.tar", dict(members))
+    cut = write_archive(folder / "1-cut.tar", {"c.png": pictures[2], "d.png": pictures[3]})
     with tarfile.open(cut) as tar:
         end = tar.getmembers()[1].offset_data + 8
     with cut.open("r+b") as file:
         file.truncate(end)
-    empty = write_shard(folder / "2-empty.tar", {})
-    whole = write_shard(folder / "3-whole.tar", {f"{i}.png": picture for i, picture in enumerate(pictures[4:])})
+    empty = write_archive(folder / "2-empty.tar", {})
+    whole = write_archive(folder / "3-whole.tar", {f"{i}.png": picture for i, picture in enumerate(pictures[4:])})
     return [corrupt, cut, empty, whole]

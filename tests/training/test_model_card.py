@@ -43,7 +43,7 @@ def test_the_card_states_data_recipe_and_metrics(parts: Path, stage_1: TrainResu
 
 
 def test_names_in_a_card_are_no_markdown(parts: Path, tmp_path: Path) -> None:
-    """Names of data may be a stranger's."""
+    """Names of data may be untrusted."""
     name = "d`<img src=x>`|\x1b[31m[a](b)"
     mixture = [{"path": str(parts / "data.jsonl"), "image_folder": str(parts / "images"), "name": name}]
     (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(mixture, allow_unicode=False))
@@ -66,8 +66,8 @@ def test_licences_are_unknown_unless_given(parts: Path, stage_1: TrainResult, tm
     assert "Training data: cc-by-4.0" in text
 
 
-def test_what_is_pushed_is_whole(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network is replaced, and the folder looked at when it would be uploaded."""
+def test_what_is_pushed_is_complete(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is replaced, and the folder is inspected when it would be uploaded."""
     pushed: list[tuple[str, set[str]]] = []
 
     def create_repo(self: HfApi, name: str, **kwargs: object) -> SimpleNamespace:

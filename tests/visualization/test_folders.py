@@ -1,4 +1,4 @@
-"""Visualizer and Stable Diffusion folders of others: nothing in them runs, and what is wrong is refused by name."""
+"""Untrusted visualizer and Stable Diffusion folders: nothing in them runs, and errors name what is wrong."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def set_vision(**values: Any) -> Spoil:
     return spoil
 
 
-def test_a_whole_folder_loads(folder: Path) -> None:
+def test_a_complete_folder_loads(folder: Path) -> None:
     check_visualizer(folder)
     assert load_visualizer(folder).vision_tower is not None
 

@@ -1,4 +1,4 @@
-"""Pictures in rows and columns."""
+"""Images in rows and columns."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_wide_columns_have_labels_and_gaps():
 def test_misfits_are_refused():
     with pytest.raises(ValueError, match="needs a row"):
         picture_grid([], side=8)
-    with pytest.raises(ValueError, match="have 2 pictures, but one has 1"):
+    with pytest.raises(ValueError, match="have 2 images, but one has 1"):
         picture_grid([[plain("red")] * 2, [plain("red")]], side=8)
     with pytest.raises(ValueError, match="1 labels for 2 columns"):
         picture_grid([[plain("red")] * 2], side=8, labels=["one"])

@@ -20,7 +20,8 @@ restore_callback_states_from_checkpoint resume_from_checkpoint debug do_train
 dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
 dataloader_multiprocessing_context logging_strategy logging_first_step logging_nan_inf_filter logging_dir log_level
 log_level_replica log_on_each_node disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
-trackio_static_space_id skip_memory_metrics logging_steps save_total_limit
+trackio_static_space_id skip_memory_metrics logging_steps save_total_limit gradient_accumulation_steps max_grad_norm
+dataloader_num_workers
 """
 """Flags of Transformers that do for the visualizer what they do elsewhere."""
 

@@ -1,9 +1,8 @@
-"""Pictures for the visualizer: crops, formats, sources and order."""
+"""Training samples of the visualizer: crops, formats, sources and order."""
 
 from __future__ import annotations
 
 import json
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -14,7 +13,8 @@ from visualization_parts import random_images
 
 from metamorph.visualization.pixels import PixelFormat, crop_square
 from metamorph.visualizer_training.dataset import Sample, StreamBatches, VisualizerDataset
-from metamorph.visualizer_training.pictures.sources import ImageFiles, ImageList, open_pictures
+from metamorph.visualizer_training.images.bad_images import BadImages
+from metamorph.visualizer_training.images.sources import TrainingImages, open_images
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -24,13 +24,15 @@ def gradient(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.stack([columns, rows, np.zeros_like(rows)], axis=-1).astype(np.uint8))
 
 
+def crops(width: int, height: int, *formats: int, **options) -> VisualizerDataset:
+    source = TrainingImages([gradient(width, height)])
+    return VisualizerDataset(source, *map(PixelFormat, formats), BadImages(1), **options)
+
+
 @pytest.mark.parametrize("size", [(96, 32), (32, 96), (48, 48)])
 @pytest.mark.parametrize("random_crop", [False, True])
 def test_r44_tower_and_vae_see_the_same_crop(size, random_crop):
-    dataset = VisualizerDataset(
-        ImageList([gradient(*size)]), PixelFormat(16), PixelFormat(32), random_crop=random_crop, seed=3
-    )
-    sample = dataset[Sample(index=0, position=7)]
+    sample = crops(*size, 16, 32, random_crop=random_crop, seed=3)[Sample(index=0, position=7)]
     assert sample["tower_pixels"].shape == (3, 16, 16)
     assert sample["vae_pixels"].shape == (3, 32, 32)
     shrunk = torch.nn.functional.avg_pool2d(sample["vae_pixels"], 2)
@@ -44,7 +46,7 @@ def test_r44_crop_is_the_centre_and_keeps_the_aspect():
 
 
 def test_random_crop_is_a_function_of_seed_and_position():
-    dataset = VisualizerDataset(ImageList([gradient(90, 30)]), PixelFormat(8), PixelFormat(8), random_crop=True)
+    dataset = crops(90, 30, 8, 8, random_crop=True)
     first, second = (dataset[Sample(0, position)]["vae_pixels"] for position in (1, 2))
     assert torch.equal(first, dataset[Sample(0, 1)]["vae_pixels"])
     assert not torch.equal(first, second)
@@ -58,41 +60,37 @@ def test_tower_pixels_are_those_of_the_siglip_processor():
 
 @pytest.mark.parametrize("count", [1, 5, 8])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_every_picture_once_per_epoch_in_a_new_order(count, world_size):
-    ranks = [StreamBatches(count, 2, seed=1, rank=rank, world_size=world_size) for rank in range(world_size)]
-    streams = [islice(iter(rank), 2 * count) for rank in ranks]
-    samples = sorted((s for stream in streams for batch in stream for s in batch), key=lambda s: s.position)
+def test_every_image_once_per_epoch_in_a_new_order(count, world_size):
+    ranks = [StreamBatches(count, 2, 2 * count, seed=1, rank=rank, world_size=world_size) for rank in range(world_size)]
+    samples = sorted((s for rank in ranks for batch in rank for s in batch), key=lambda s: s.position)
     assert [s.position for s in samples] == list(range(len(samples)))
     epochs = [[s.index for s in samples[at : at + count]] for at in range(0, 4 * count, count)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert count < 5 or epochs[0] != epochs[1]
 
 
-def test_r42_order_goes_on_where_it_stopped():
-    whole = list(islice(StreamBatches(7, 3, seed=0), 10))
-    assert list(islice(StreamBatches(7, 3, seed=0).resume(0, 12), 6)) == whole[4:]
-
-
-def test_r42_order_goes_on_with_another_number_of_processes():
-    whole = [s for batch in islice(StreamBatches(7, 3, seed=0), 8) for s in batch]
-    ranks = [islice(StreamBatches(7, 2, seed=0, rank=rank, world_size=2).resume(0, 12), 3) for rank in range(2)]
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_r42_order_resumes_with_any_number_of_processes(world_size):
+    expected = [s for batch in StreamBatches(7, 3, 10, seed=0) for s in batch]
+    ranks = [StreamBatches(7, 2, 5, 0, rank, world_size).resume(2, 12) for rank in range(world_size)]
+    assert [len(batch) for batch in ranks[0]] == [0, 0, 2, 2, 2]  # Trainer skips those that are done
     resumed = sorted((s for rank in ranks for batch in rank for s in batch), key=lambda s: s.position)
-    assert resumed == whole[12:24]
+    assert resumed == expected[12 : 12 + 6 * world_size]
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp", "JPG"])
-def test_r41_every_picture_format_is_read(suffix, tmp_path):
+def test_r41_every_image_format_is_read(suffix, tmp_path):
     (tmp_path / "sub").mkdir()
     random_images(1)[0].save(tmp_path / "sub" / f"a.{suffix}")
-    (tmp_path / "notes.txt").write_text("no picture")
-    source = ImageFiles.from_folder(tmp_path)
+    (tmp_path / "notes.txt").write_text("no image")
+    source = open_images(image_folder=tmp_path)
     assert len(source) == 1
     assert source.load(0).mode == "RGB"
 
 
-def test_r41_a_folder_without_pictures_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no picture"):
-        ImageFiles.from_folder(tmp_path)
+def test_r41_a_folder_without_images_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no image ending in .*, and no \.tar archive"):
+        open_images(image_folder=tmp_path)
 
 
 def test_records_of_every_form(tmp_path):
@@ -101,8 +99,8 @@ def test_records_of_every_form(tmp_path):
     records = ["a.png", {"image": "b.png"}, {"image": ["c.png", "d.png"]}, {"jpg": "e.png"}, {"conversations": []}]
     (tmp_path / "list.json").write_text(json.dumps(records))
     (tmp_path / "lines.jsonl").write_text('{"id": 1, "webp": "f.png"}\n\n')
-    source = open_pictures([tmp_path / "list.json", tmp_path / "lines.jsonl"])
-    assert [path.name for path in source.paths] == [f"{name}.png" for name in "abcdef"]
+    source = open_images([tmp_path / "list.json", tmp_path / "lines.jsonl"])
+    assert [path.name for path in source.files] == [f"{name}.png" for name in "abcdef"]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +113,7 @@ def test_records_of_every_form(tmp_path):
         ('["../outside.png"]', "record 1: the path '../outside.png' leaves"),
         ('["a/../../outside.tar"]', "record 1: the path .* leaves"),
         ('{"image": 3}', "record 1: 3 is not the path"),
-        ('{"text": "none"}', "lists no picture"),
+        ('{"text": "none"}', "lists no image"),
     ],
 )
 def test_wrong_lists_name_file_and_record(text, message, tmp_path):
@@ -124,13 +122,13 @@ def test_wrong_lists_name_file_and_record(text, message, tmp_path):
         random_images(1)[0].save(tmp_path / place)
     (tmp_path / "lists" / "list.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        open_pictures([tmp_path / "lists" / "list.json"])
+        open_images([tmp_path / "lists" / "list.json"])
 
 
-def test_missing_and_broken_pictures_are_named(tmp_path):
+def test_missing_and_broken_images_are_named(tmp_path):
     (tmp_path / "list.json").write_text('["gone.png"]')
-    with pytest.raises(FileNotFoundError, match=r"record 1: picture .*gone\.png"):
-        open_pictures([tmp_path / "list.json"])
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(FileNotFoundError, match=r"record 1: image .*gone\.png"):
+        open_images([tmp_path / "list.json"])
+    (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
-        ImageFiles.from_folder(tmp_path).load(0)
+        open_images(image_folder=tmp_path).load(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -9,15 +11,15 @@ from torch import nn
 from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae
 
 from metamorph.visualization.projector import VisualizationProjector, pad_condition
-from metamorph.visualizer_training.denoising import Denoiser, Draws, sample_latents
+from metamorph.visualizer_training.denoising import Denoiser, RandomInputs, sample_latents
 
 
 LATENT_SHAPE = (4, 16, 16)
 
 
-def draws_at(*positions: int, **options) -> Draws:
+def random_at(*positions: int, **options) -> RandomInputs:
     defaults = {"seed": 0, "num_timesteps": 1000, "cfg_prob": 0.5, "noise_offset": 0.0}
-    return Draws.at(torch.tensor(positions), LATENT_SHAPE, **(defaults | options))
+    return RandomInputs.at(torch.tensor(positions), LATENT_SHAPE, **(defaults | options))
 
 
 @pytest.fixture
@@ -47,21 +49,21 @@ class Oracle(nn.Module):
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
 def test_target_is_the_schedulers_own(prediction_type, snr_gamma):
     scheduler = tiny_scheduler(prediction_type)
-    latents, draws = torch.randn(3, *LATENT_SHAPE), draws_at(0, 1, 2)
-    model = Denoiser(nn.Identity(), Oracle(scheduler, latents, draws.noise), scheduler, snr_gamma)
-    loss = model(latents, torch.zeros(3, 4, 12), draws)["loss"]
+    latents, random = torch.randn(3, *LATENT_SHAPE), random_at(0, 1, 2)
+    model = Denoiser(nn.Identity(), Oracle(scheduler, latents, random.noise), scheduler, snr_gamma)
+    loss = model(latents, torch.zeros(3, 4, 12), random)["loss"]
     assert loss.item() == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_min_snr_weights(prediction_type, model):
     scheduler, latents, tokens = tiny_scheduler(prediction_type), torch.randn(1, *LATENT_SHAPE), torch.randn(1, 4, 12)
-    draws = draws_at(0)
+    random = random_at(0)
     model.noise_scheduler = scheduler
-    plain = model(latents, tokens, draws)["loss"]
+    plain = model(latents, tokens, random)["loss"]
     model.snr_gamma = 0.5
-    weighted = model(latents, tokens, draws)["loss"]
-    alpha = scheduler.alphas_cumprod[draws.timesteps]
+    weighted = model(latents, tokens, random)["loss"]
+    alpha = scheduler.alphas_cumprod[random.timesteps]
     snr = (alpha / (1 - alpha)).item()
     divisor = snr if prediction_type == "epsilon" else snr + 1
     assert weighted.item() == pytest.approx(plain.item() * min(snr, 0.5) / divisor, rel=1e-5)
@@ -82,41 +84,40 @@ def test_dropped_sample_is_the_pipelines_zero_condition(model):
 def test_dropped_samples_give_the_projector_no_gradient(model):
     def gradient(keep: list[bool]) -> float:
         model.zero_grad()
-        draws = draws_at(0, 1)
         tokens, latents = torch.ones(2, 4, 12), torch.ones(2, *LATENT_SHAPE)
-        draws = Draws(draws.noise, draws.latent_noise, draws.timesteps, torch.tensor(keep))
-        model(latents, tokens, draws)["loss"].backward()
+        random = replace(random_at(0, 1), keep_condition=torch.tensor(keep))
+        model(latents, tokens, random)["loss"].backward()
         return sum(p.grad.abs().sum().item() for p in model.projector.parameters())
 
     assert gradient([False, False]) == 0
     assert gradient([True, False]) > 0
 
 
-def test_draws_depend_on_position_only():
-    together, alone = draws_at(3, 8), draws_at(8)
+def test_random_inputs_depend_on_position_only():
+    together, alone = random_at(3, 8), random_at(8)
     for name in ("noise", "latent_noise", "timesteps", "keep_condition"):
         assert torch.equal(getattr(together, name)[1:], getattr(alone, name))
     assert not torch.equal(together.noise[0], together.noise[1])
     assert not torch.equal(together.noise[0], together.latent_noise[0])
-    assert not torch.equal(alone.noise, draws_at(8, seed=1).noise)
+    assert not torch.equal(alone.noise, random_at(8, seed=1).noise)
 
 
 @pytest.mark.parametrize("cfg_prob", [0.0, 0.3])
 def test_share_of_dropped_conditions(cfg_prob):
-    keep = draws_at(*range(2000), cfg_prob=cfg_prob).keep_condition
+    keep = random_at(*range(2000), cfg_prob=cfg_prob).keep_condition
     assert (~keep).float().mean().item() == pytest.approx(cfg_prob, abs=0.04)
 
 
 def test_timesteps_cover_the_schedule_and_power_favours_high_noise():
-    uniform = draws_at(*range(2000)).timesteps
+    uniform = random_at(*range(2000)).timesteps
     assert 0 <= uniform.min() < 20
     assert 980 < uniform.max() <= 999
     assert uniform.float().mean().item() == pytest.approx(500, abs=25)
-    assert draws_at(*range(2000), timestep_power=0.5).timesteps.float().mean().item() == pytest.approx(667, abs=25)
+    assert random_at(*range(2000), timestep_power=0.5).timesteps.float().mean().item() == pytest.approx(667, abs=25)
 
 
-def test_noise_offset_shifts_whole_channels():
-    difference = draws_at(0, noise_offset=0.5).noise - draws_at(0).noise
+def test_noise_offset_is_constant_over_a_channel():
+    difference = random_at(0, noise_offset=0.5).noise - random_at(0).noise
     assert difference.std(dim=(2, 3)).max() < 1e-6
     assert difference.abs().min() > 0
 

@@ -1,4 +1,4 @@
-"""Several processes train the visualizer as one does, and a run that is killed goes on as if it had not been."""
+"""Several processes train the visualizer as one does, and a killed run resumes as if uninterrupted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from visualization_parts import RESOLUTION, random_images, write_shard, write_tiny_diffusion, write_tiny_tower
+from visualization_parts import random_images, tiny_flags, write_archive
 
 from metamorph.runs.checkpoint_files import checkpoints
 from metamorph.visualization import VisualizerArguments, train_visualizer
@@ -23,36 +23,25 @@ WORKER = str(Path(__file__).with_name("visualizer_worker.py"))
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory) -> dict:
-    """Six pictures in three shards; six steps of two pictures are two epochs."""
+    """Six images in three archives; six steps of two images are two epochs."""
     folder = tmp_path_factory.mktemp("visualizer")
     pictures = random_images(6)
     for name, first, last in (("a", 0, 3), ("b", 3, 4), ("c", 4, 6)):
-        write_shard(folder / f"{name}.tar", {f"{index}.png": pictures[index] for index in range(first, last)})
-    (folder / "shards.json").write_text('["a.tar", "b.tar", "c.tar"]')
-    return {
-        "pretrained_model_name_or_path": str(write_tiny_diffusion(folder / "diffusion")),
-        "vision_tower": str(write_tiny_tower(folder / "tower")),
-        "image_jsons": [str(folder / "shards.json")],
-        "num_tokens": 4,
-        "hidden_dim": 16,
-        "resolution": RESOLUTION,
-        "training_steps": 6,
-        "batch_size": 2,
-        "lr": 1e-3,
-        "unfreeze_unet": True,
-        "save_step": 2,
-    }
+        write_archive(folder / f"{name}.tar", {f"{index}.png": pictures[index] for index in range(first, last)})
+    (folder / "archives.json").write_text('["a.tar", "b.tar", "c.tar"]')
+    options = {"training_steps": 6, "lr": 1e-3, "unfreeze_unet": True, "save_step": 2}
+    return tiny_flags(folder) | options | {"image_jsons": [str(folder / "archives.json")]}
 
 
 @pytest.fixture(scope="module")
 def one(flags, tmp_path_factory) -> tuple[Path, list[float]]:
-    """Folder and losses of one process that nothing interrupts."""
+    """Folder and losses of an uninterrupted process."""
     folder = tmp_path_factory.mktemp("one")
     return folder, train_visualizer(VisualizerArguments(output_dir=str(folder), **flags)).losses
 
 
 def start(folder: Path, flags: dict, *words: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """Train in other processes, with the result in `folder`."""
+    """Train in other processes; the result is in `folder`."""
     folder.mkdir(exist_ok=True)
     (folder / "flags.json").write_text(json.dumps(flags | {"output_dir": str(folder)}))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -61,27 +50,25 @@ def start(folder: Path, flags: dict, *words: str, processes: int = 1) -> subproc
 
 
 def seen(folder: Path) -> list[str]:
-    """Names of the pictures that processes have read."""
-    return [line for file in folder.glob("pictures-*.txt") for line in file.read_text().splitlines()]
+    """Numbers of the images that processes have read."""
+    return [line for file in folder.glob("images-*.txt") for line in file.read_text().splitlines()]
 
 
-def test_r40_two_processes_see_three_shards_once_and_one_process_goes_on(flags, one, tmp_path):
+def test_r40_two_processes_see_three_archives_once_and_one_process_resumes(flags, one, tmp_path):
     expected = one[1]
     two = tmp_path / "two"
     assert start(two, flags | {"batch_size": 1, "save_total_limit": None}, processes=2).returncode == 0
     assert json.loads((two / "losses.json").read_text()) == pytest.approx(expected, abs=1e-4)
-    names = seen(two)
-    assert len(list(two.glob("pictures-*.txt"))) == 2
-    assert len(names) == 12
-    assert sorted(names) == sorted([*set(names), *set(names)])  # all six, once in each of two epochs
+    assert len(list(two.glob("images-*.txt"))) == 2
+    assert sorted(seen(two)) == sorted([*"012345"] * 2)  # all six, once in each of two epochs
     rest = tmp_path / "rest"
     assert start(rest, flags | {"resume_from_checkpoint": str(two / "checkpoint-4")}).returncode == 0
     assert json.loads((rest / "losses.json").read_text()) == pytest.approx(expected[4:], abs=1e-4)
-    ranks = [file.read_text().splitlines()[4:] for file in two.glob("pictures-*.txt")]
-    assert sorted(seen(rest)) == sorted(name for rank in ranks for name in rank)
+    ranks = [file.read_text().splitlines()[4:] for file in two.glob("images-*.txt")]
+    assert sorted(seen(rest)) == sorted(number for rank in ranks for number in rank)
 
 
-def test_r42_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(flags, one, tmp_path):
+def test_r42_killed_while_saving_it_resumes_from_the_checkpoint_before(flags, one, tmp_path):
     folder, expected = one
     assert start(tmp_path, flags, "2").returncode == -signal.SIGKILL
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]

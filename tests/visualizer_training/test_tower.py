@@ -12,7 +12,7 @@ from visualization_parts import random_images, write_tiny_tower
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.visualization.pixels import crop_square
-from metamorph.visualization.token_options import adopt_token_options, load_tower
+from metamorph.visualization.token_options import adopt_token_options, load_encoder
 from metamorph.visualizer_training.arguments import VisualizerArguments
 
 
@@ -65,12 +65,12 @@ def test_tokens_equal_those_of_the_model(family, reduction, apply_softmax, tmp_p
     model = write_model(tmp_path, family, image_token_reduction=reduction, apply_softmax=apply_softmax)
     args = adopt_token_options(VisualizerArguments("out", vision_tower=str(tmp_path / "model")))
     assert (args.num_tokens, args.mm_vision_select_layer, args.image_token_reduction) == (4, -2, reduction)
-    tower, pixel_format = load_tower(args)
+    encoder = load_encoder(args)
     images = [crop_square(image) for image in random_images(2)]
     processor = SiglipImageProcessorPil.from_pretrained(tmp_path / "model")
     with torch.no_grad():
         expected = model.get_visual_tokens(processor(images, return_tensors="pt").pixel_values)
-        tokens = tower.eval()(torch.stack([pixel_format.pixels(image) for image in images]))
+        tokens = encoder(torch.stack([encoder.pixel_format.pixels(image) for image in images]))
     torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-6)
 
 
@@ -80,13 +80,13 @@ def test_model_folder_without_weights_of_its_tower(tmp_path):
     kept = {name: value for name, value in weights.items() if not name.endswith("position_embedding.weight")}
     save_file(kept, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 weights, for example model\.vision_tower"):
-        load_tower(VisualizerArguments("out", vision_tower=str(tmp_path / "model")))
+        load_encoder(VisualizerArguments("out", vision_tower=str(tmp_path / "model")))
 
 
 @torch.no_grad()
 def test_plain_tower_with_softmax_gives_distributions(tmp_path):
     args = VisualizerArguments("out", vision_tower=str(write_tiny_tower(tmp_path)), num_tokens=4, apply_softmax=True)
-    tokens = load_tower(args)[0](torch.randn(1, 3, 32, 32))
+    tokens = load_encoder(args)(torch.randn(1, 3, 32, 32))
     torch.testing.assert_close(tokens.sum(dim=-1), torch.ones(1, 4))
     assert tokens.min() > 0
 
@@ -99,4 +99,4 @@ def test_plain_tower_cannot_have_a_trained_reduction(tmp_path):
         image_token_reduction="mlpmixer",
     )
     with pytest.raises(ValueError, match="folder of the MetaMorph model"):
-        load_tower(args)
+        load_encoder(args)

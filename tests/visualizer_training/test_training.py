@@ -14,15 +14,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from visualization_parts import RESOLUTION, random_images, write_tiny_diffusion, write_tiny_tower
+from visualization_parts import RESOLUTION, OnLog, random_images, tiny_flags
 
 from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError, checkpoints, file_stamp
 from metamorph.runs.lock import only_run_in
 from metamorph.runs.preemption import MARKER_FILE, PREEMPTED, Interrupted, Preempted
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
-from metamorph.visualization.pixels import crop_square
 from metamorph.visualization.projector import PROJECTOR_MODES
-from metamorph.visualization.token_options import load_tower
+from metamorph.visualization.token_options import load_encoder
 from metamorph.visualizer_training.build import adopt_resolution, load_diffusion_parts
 
 
@@ -30,12 +29,13 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("visualizer_parts")
-    return {
-        "vision_tower": str(write_tiny_tower(folder / "tower")),
-        "pretrained_model_name_or_path": str(write_tiny_diffusion(folder / "diffusion", "epsilon")),
-    }
+def flags(tmp_path_factory) -> dict:
+    return tiny_flags(tmp_path_factory.mktemp("visualizer_parts"), "epsilon")
+
+
+@pytest.fixture(scope="module")
+def parts(flags) -> dict[str, str]:
+    return {name: flags[name] for name in ("vision_tower", "pretrained_model_name_or_path")}
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +44,11 @@ def pictures() -> list:
 
 
 @pytest.fixture
-def arguments(parts, tmp_path):
+def arguments(flags, tmp_path):
     def build(**options) -> VisualizerArguments:
-        defaults = {
-            "output_dir": str(tmp_path / "out"),
-            "num_tokens": 4,
-            "num_query_tokens": 5,
-            "hidden_dim": 16,
-            "num_heads": 2,
-            "resolution": RESOLUTION,
-            "training_steps": 3,
-            "batch_size": 2,
-            "lr": 1e-2,
-            "lr_warmup_steps": 1,
-            "save_step": 0,
-            "ema_decay": 0.5,
-        }
-        return VisualizerArguments(**(parts | defaults | options))
+        sizes = {"num_query_tokens": 5, "num_heads": 2, "output_dir": str(tmp_path / "out")}
+        training = {"training_steps": 3, "lr": 1e-2, "lr_warmup_steps": 1, "save_step": 0, "ema_decay": 0.5}
+        return VisualizerArguments(**(flags | sizes | training | options))
 
     return build
 
@@ -131,26 +119,26 @@ def test_latest_checkpoint_is_found_and_old_ones_are_removed(arguments, pictures
     assert anew.first_step == 0
 
 
-def test_signal_saves_and_the_same_command_goes_on(arguments, pictures, tmp_path):
+def test_signal_saves_and_the_same_command_resumes(arguments, pictures, tmp_path):
     unbroken = train_visualizer(arguments(output_dir=str(tmp_path / "whole"), training_steps=5), pictures)
     args = arguments(training_steps=5, logging_steps=2)
     with pytest.raises(Preempted) as stopped:
-        train_visualizer(args, pictures, on_log=lambda step, values: os.kill(os.getpid(), signal.SIGUSR1))
+        train_visualizer(args, pictures, callbacks=[OnLog(lambda step, values: os.kill(os.getpid(), signal.SIGUSR1))])
     assert stopped.value.code == PREEMPTED
     marker = json.loads((tmp_path / "out" / MARKER_FILE).read_text())
-    # The signal comes behind the second step: the third is the next to end.
+    # The signal comes after the second step: the third is the next to end.
     assert (marker["step"], marker["checkpoint"], marker["signal"]) == (3, "checkpoint-3", "SIGUSR1")
     resumed = train_visualizer(args, pictures)
     assert (resumed.first_step, resumed.losses) == (3, unbroken.losses[3:])
     assert not (tmp_path / "out" / MARKER_FILE).exists()
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(arguments, pictures, tmp_path):
+def test_ctrl_c_saves_and_the_same_command_resumes(arguments, pictures, tmp_path):
     args = arguments(training_steps=5, logging_steps=2)
     with pytest.raises(
         Interrupted, match=r"after step 3; to resume: run the same command again, or --resume_from_checkpoint .*-3"
     ):
-        train_visualizer(args, pictures, on_log=lambda step, values: os.kill(os.getpid(), signal.SIGINT))
+        train_visualizer(args, pictures, callbacks=[OnLog(lambda step, values: os.kill(os.getpid(), signal.SIGINT))])
     assert not (tmp_path / "out" / MARKER_FILE).exists()  # which asks scripts to start the run again
     assert train_visualizer(args, pictures).first_step == 3
 
@@ -226,7 +214,7 @@ def test_ema_is_what_is_saved(arguments, pictures, tmp_path):
     assert not same(weights(averaged.output_dir, "projector"), weights(plain.output_dir, "projector"))
 
 
-def test_folder_of_pictures_validation_grids_and_log(arguments, tmp_path):
+def test_folder_of_images_validation_grids_and_log(arguments, tmp_path):
     (tmp_path / "pictures").mkdir()
     paths = [tmp_path / "pictures" / f"{index}.png" for index in range(3)]
     for path, picture in zip(paths, random_images(3), strict=True):
@@ -239,9 +227,8 @@ def test_folder_of_pictures_validation_grids_and_log(arguments, tmp_path):
     )
     logged = []
     seen = []
-    result = train_visualizer(
-        args, on_log=lambda step, values: (logged.append((step, values["loss"])), seen.append(values))
-    )
+    note = OnLog(lambda step, values: (logged.append((step, values["loss"])), seen.append(values)))
+    result = train_visualizer(args, callbacks=[note])
     assert [step for step, _ in logged] == [2, 3]
     assert {"loss", "learning_rate", "lr_projector", "grad_norm", "grad_norm_projector", "epoch"} <= seen[1].keys()
     assert seen[1]["samples_per_second"] > 0 <= seen[1]["data_wait_share"] < 1
@@ -324,7 +311,7 @@ def test_result_has_a_model_card_and_is_not_replaced_silently(arguments, parts, 
     metadata = yaml.safe_load(head)
     assert (metadata["library_name"], metadata["license"]) == ("metamorph", "openrail")
     assert "base_model" not in metadata  # local folders, which the Hub does not know
-    assert "\n6 pictures.\n" in text
+    assert "\n6 images.\n" in text
     assert f"| `resolution` | {RESOLUTION} |" in text
     assert "| `lr` | 0.01 |" in text
     assert "Metrics after 3 steps" in text
@@ -351,7 +338,7 @@ def test_checkpoint_that_was_about_to_be_replaced_is_put_back_and_used(arguments
     assert train_visualizer(arguments(save_step=2), pictures).first_step == 3
 
 
-def test_projector_goes_on_from_a_finished_visualizer(arguments, pictures, tmp_path):
+def test_projector_starts_from_a_finished_visualizer(arguments, pictures, tmp_path):
     first = train_visualizer(arguments(output_dir=str(tmp_path / "first"), ema_decay=0.0), pictures)
     args = arguments(output_dir=str(tmp_path / "second"), pretrained_projector=str(first.output_dir), lr=1e-9)
     train_visualizer(args, pictures)
@@ -364,10 +351,8 @@ def test_alignment_brings_the_projector_to_known_conditions(arguments, pictures,
     """Conditions that another projector gives can be learned from the tokens alone."""
     teacher = train_visualizer(arguments(output_dir=str(tmp_path / "teacher"), learn_positions=True), pictures)
     projector = VisualizationPipeline.from_pretrained(teacher.output_dir).projector
-    tower, pixel_format = load_tower(arguments())
-    pixels = torch.stack([pixel_format.pixels(crop_square(picture)) for picture in pictures])
     with torch.no_grad():
-        tokens = tower(pixels)
+        tokens = load_encoder(arguments()).encode_images(pictures)
         conditions = projector(tokens)
     file = tmp_path / "conditions.safetensors"
     save_file({"conditions": conditions}, file)
@@ -381,7 +366,7 @@ def test_alignment_brings_the_projector_to_known_conditions(arguments, pictures,
         with torch.no_grad():
             errors.append((student(tokens) - conditions).square().mean().item())
     assert errors[0] < 0.1 * errors[1]
-    with pytest.raises(ValueError, match=r"\[5 pictures, tokens, features\]"):
+    with pytest.raises(ValueError, match=r"\[5 images, tokens, features\]"):
         train_visualizer(replace(aligned, output_dir=str(tmp_path / "five")), pictures[:5])
     with pytest.raises(ValueError, match="--num_query_tokens"):
         train_visualizer(replace(aligned, output_dir=str(tmp_path / "mode"), mode="xattn"), pictures)
@@ -497,7 +482,8 @@ def test_other_data_rates_and_pickles_at_resume(arguments, pictures, tmp_path, m
     with pytest.raises(CheckpointError, match="seed 0, now 1"):
         train_visualizer(replace(more, seed=1), pictures)
     seen = []
-    train_visualizer(more, pictures, on_log=lambda step, values: seen.append((step, values["lr_projector"])))
+    note = OnLog(lambda step, values: seen.append((step, values["lr_projector"])))
+    train_visualizer(more, pictures, callbacks=[note])
     assert seen == [(3, pytest.approx(2e-3 * 0.5))]  # one step of warm-up, two of decay
     monkeypatch.chdir(tmp_path)
     checkpoint = tmp_path / "out" / "checkpoint-3"

@@ -12,20 +12,20 @@ from accelerate.utils import DistributedType
 
 from metamorph.training.arguments import sharding
 from metamorph.visualization import VisualizerArguments, train_visualizer
-from metamorph.visualizer_training.pictures.sources import ImageFiles, ShardedImages
+from metamorph.visualizer_training.images.sources import TrainingImages
 from metamorph.visualizer_training.trainer import VisualizerTrainer
 
 
-def note_pictures(folder: Path) -> None:
-    """Append the name of every picture that is read to `pictures-RANK.txt`."""
-    for kind in (ImageFiles, ShardedImages):
+def note_images(folder: Path) -> None:
+    """Append the number of every image that is read to `images-RANK.txt`."""
+    original = TrainingImages.load
 
-        def load(self, index, original=kind.load):
-            with (folder / f"pictures-{os.environ.get('RANK', 0)}.txt").open("a") as file:
-                file.write(f"{self.name(index)}\n")
-            return original(self, index)
+    def load(self, index):
+        with (folder / f"images-{os.environ.get('RANK', 0)}.txt").open("a") as file:
+            file.write(f"{index}\n")
+        return original(self, index)
 
-        kind.load = load
+    TrainingImages.load = load
 
 
 def die_in_checkpoint(number: int) -> None:
@@ -59,7 +59,7 @@ if __name__ == "__main__":
     file = Path(sys.argv[1])
     if json.loads(file.read_text()).get("sharding") == "fsdp2":
         shard_on_cpu()
-    note_pictures(file.parent)
+    note_images(file.parent)
     if len(sys.argv) > 2:
         die_in_checkpoint(int(sys.argv[2]))
     save_result = VisualizerTrainer.save_result

@@ -18,8 +18,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from metamorph.files.permissions import save_file
-from metamorph.mini.cards import AssetCard, AssetError, library_versions, write_card
+from metamorph.mini.cards import AssetCard, AssetError, library_versions
 from metamorph.miniature.quickstart.conditions import ENCODER_FILE, AttributeEncoder, load_asset
+from tools.miniature.cards import write_card
 from tools.miniature.sd_unet import (
     GUIDANCE_SCALE,
     SAMPLING_STEPS,

@@ -57,21 +57,21 @@ def run(flags: argparse.Namespace) -> None:
     check_drawing_flags(flags)
     files = list_pictures(flags.images, flags.max_images)
     from metamorph.evaluation.perceptual import PictureFeatures
-    from metamorph.evaluation.visualizer import ReconstructionSettings, evaluate_visualizer
+    from metamorph.evaluation.visualizer import evaluate_visualizer
+    from metamorph.inference.draw import SamplerSettings
     from metamorph.runs.progress import Progress
 
     device = choose_device(flags.device)
     lpips = PictureFeatures.lpips(flags.lpips_weights, device) if flags.lpips_weights else None
     inception = PictureFeatures.inception(flags.inception_weights, device) if flags.inception_weights else None
     pipeline = open_pipeline(flags)
-    settings = ReconstructionSettings(
-        tuple(flags.guidance_scale), flags.steps, flags.seed, flags.batch_size, flags.grid_rows
-    )
+    settings = SamplerSettings(tuple(flags.guidance_scale), flags.steps, flags.seed, flags.batch_size)
     with Progress(desc="drawing", total=len(files), unit="picture") as progress:
         found = evaluate_visualizer(
             pipeline,
             PictureFiles(files),
             settings,
+            keep=flags.grid_rows,
             lpips=lpips,
             inception=inception,
             on_progress=progress.update,
@@ -108,7 +108,7 @@ def list_pictures(folder: Path, most: int) -> list[Path]:
         FileNotFoundError: If there is no such folder.
         ValueError: If it holds no picture.
     """
-    from metamorph.visualizer_training.pictures.shards import IMAGE_SUFFIXES, is_image_name
+    from metamorph.visualizer_training.images.archives import IMAGE_SUFFIXES, is_image_name
 
     if not folder.expanduser().is_dir():
         raise FileNotFoundError(f"--images {folder} is not a folder")

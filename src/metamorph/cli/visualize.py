@@ -52,12 +52,13 @@ def main(argv: Sequence[str]) -> None:
         check_picture_file(flags.output, overwrite=flags.overwrite)
     pictures = open_pictures(flags.image)
     pipeline = open_pipeline(flags)
-    from metamorph.evaluation.visualizer import ReconstructionSettings, evaluate_visualizer
+    from metamorph.evaluation.visualizer import evaluate_visualizer
+    from metamorph.inference.draw import SamplerSettings
     from metamorph.visualization.grids import picture_grid
 
     scales = tuple(flags.guidance_scale)
-    settings = ReconstructionSettings(scales, flags.steps, flags.seed, keep=len(pictures))
-    found = evaluate_visualizer(pipeline, pictures, settings)
+    settings = SamplerSettings(scales, flags.steps, flags.seed, batch_size=16)
+    found = evaluate_visualizer(pipeline, pictures, settings, keep=len(pictures))
     output = flags.output or next(file for file in numbered(DEFAULT_OUTPUT) if flags.overwrite or not file.exists())
     output.parent.mkdir(parents=True, exist_ok=True)
     if flags.drawings_only:

@@ -1,6 +1,6 @@
-"""Generated pictures: prompt → visual tokens → pixels → verdict.
+"""Generated images: prompt → visual tokens → pixels → verdict.
 
-What makes a picture right is the caller's: a judge is any function from a picture and a target to named verdicts.
+The caller decides what makes an image right: a judge is any function from an image and a target to named verdicts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from metamorph.visualization.pipeline import VisualizationPipeline
 
 
 Judge = Callable[[Image.Image, Any], Mapping[str, bool]]
-"""From a picture and what it should show to verdicts by name, for example `{"color": True, "all": False}`."""
+"""Maps an image and what it should show to verdicts by name, for example `{"color": True, "all": False}`."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,20 @@ class DrawingTask:
     """Something to draw."""
 
     prompt: Prompt
-    """What the model is asked."""
     target: Any
-    """What the picture should show, in the judge's terms."""
+    """What the image should show, in the judge's terms."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A task with what came of it."""
+    """A task and its result."""
 
     task: DrawingTask
-    """What was asked."""
     reply: Reply
-    """The model's words and visual tokens."""
     picture: Image.Image | None = field(repr=False)
-    """The first picture of the reply, drawn; None if the model did not draw."""
+    """The first image of the reply; None if the model did not draw."""
     verdict: dict[str, bool]
-    """The judge's verdicts; empty without a picture."""
+    """The judge's verdicts; empty without an image."""
 
     def is_right(self, name: str = "all") -> bool:
         """The verdict of that name; False if the model did not draw."""
@@ -62,34 +59,24 @@ def draw_tasks(
     settings: SamplerSettings,
     on_progress: Progress | None = None,
 ) -> list[Drawing]:
-    """Ask for every picture, draw it and judge it.
+    """Ask for every image, draw it and judge it.
 
-    Args:
-        model: The model.
-        processor: Its processor.
-        pipeline: Draws what the model's visual tokens stand for.
-        tasks: What to ask for.
-        judge: Says what is right.
-        settings: How to draw.
-        on_progress: Called with a number of tasks just answered, and again of tasks just drawn.
-
-    Returns:
-        One drawing per task, in order.
+    `on_progress` is called twice for every task: when it is answered, and when it is drawn.
     """
     prompts = [task.prompt for task in tasks]
     replies = reply_to(model, processor, prompts, max_new_tokens=answer_budget(processor), on_progress=on_progress)
     drew = [index for index, reply in enumerate(replies) if reply.num_images]
-    pictures: dict[int, Image.Image] = {}
+    images: dict[int, Image.Image] = {}
     if drew:
         tokens = torch.stack([replies[index].visual_tokens[0] for index in drew])
-        pictures = dict(zip(drew, draw(pipeline, tokens, settings, on_progress), strict=True))
+        images = dict(zip(drew, draw(pipeline, tokens, settings, on_progress), strict=True))
     if on_progress is not None:
-        on_progress(len(tasks) - len(drew))  # there is nothing to draw
+        on_progress(len(tasks) - len(drew))  # nothing to draw
     drawings = []
     for index, (task, reply) in enumerate(zip(tasks, replies, strict=True)):
-        picture = pictures.get(index)
-        verdict = {} if picture is None else dict(judge(picture, task.target))
-        drawings.append(Drawing(task, reply, picture, verdict))
+        image = images.get(index)
+        verdict = {} if image is None else dict(judge(image, task.target))
+        drawings.append(Drawing(task, reply, image, verdict))
     return drawings
 
 
@@ -105,14 +92,7 @@ def encode_pictures(
     pictures: Sequence[Image.Image],
     batch_size: int = 128,
 ) -> Tensor:
-    """The true visual tokens of pictures, [pictures, N, D] float32 on the CPU.
-
-    Args:
-        model: Its vision tower makes the tokens.
-        processor: Its image processor prepares the pictures.
-        pictures: One or more.
-        batch_size: Pictures encoded at once.
-    """
+    """The true visual tokens of one or more images, `[images, N, D]` float32 on the CPU."""
     model.eval()
     chunks = []
     for start in range(0, len(pictures), batch_size):

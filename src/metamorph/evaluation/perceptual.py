@@ -1,8 +1,8 @@
 """LPIPS and FID, for those who have the weights of their networks.
 
 Neither network ships with a library that MetaMorph needs, and nothing is downloaded. Both are published as TorchScript
-files, among others with NVIDIA's StyleGAN3 metrics (`vgg16.pt`, `inception-2015-12-05.pt`), and such a file is what the
-flags take. A TorchScript file is a program: use one from a source that you trust.
+files, for example with NVIDIA's StyleGAN3 metrics (`vgg16.pt`, `inception-2015-12-05.pt`); the flags take such a file.
+A TorchScript file is a program: use one from a source that you trust.
 """
 
 from __future__ import annotations
@@ -21,21 +21,15 @@ NOT_MEASURED = {
 }
 """Metric → why it was not measured."""
 FID_PICTURES = 2048
-"""With fewer pictures than features the covariance is singular, and FID much too large."""
+"""With fewer images than features the covariance is singular, and FID is much too large."""
 
 
 class PictureFeatures:
-    """A TorchScript network from pictures to features.
-
-    Args:
-        file: The file.
-        flag: Flag that errors name.
-        device: Where to compute.
-        options: Keyword arguments of its forward.
+    """A TorchScript network from images to features; `options` are keyword arguments of its forward.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no TorchScript file.
+        ValueError: If it is not a TorchScript file.
     """
 
     def __init__(self, file: str | Path, flag: str, device: torch.device | str = "cpu", **options: Any) -> None:
@@ -60,12 +54,12 @@ class PictureFeatures:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 `[pictures, 3, height, width]` to float64 `[pictures, features]` on the CPU."""
+        """uint8 `[images, 3, height, width]` to float64 `[images, features]` on the CPU."""
         return self._network(pixels.to(self._device), **self._options).flatten(1).double().cpu()
 
 
 def lpips_distances(network: PictureFeatures, first: Tensor, second: Tensor) -> list[float]:
-    """LPIPS between pictures of two batches, uint8 `[pictures, 3, height, width]`."""
+    """LPIPS between the images of two batches, uint8 `[images, 3, height, width]`."""
     return (network(first) - network(second)).square().sum(dim=1).tolist()
 
 
@@ -78,7 +72,7 @@ class FeatureStatistics:
         self._products: Tensor | float = 0.0
 
     def add(self, features: Tensor) -> None:
-        """Take `[pictures, features]` in."""
+        """Add a batch `[images, features]`."""
         self.count += len(features)
         self._sum = self._sum + features.sum(dim=0)
         self._products = self._products + features.T @ features
@@ -90,7 +84,7 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> Tensor:
-        """`[features, features]`, of the sample (divided by the count less 1)."""
+        """`[features, features]`, with Bessel's correction."""
         products = torch.as_tensor(self._products) - self.count * torch.outer(self.mean, self.mean)
         return products / max(self.count - 1, 1)
 
@@ -99,6 +93,6 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) between two normal distributions (Heusel et al., 2017)."""
     mean = (first.mean - second.mean).square().sum()
     one, two = first.covariance, second.covariance
-    # Σ₁ Σ₂ has the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which are not negative; what rounding makes of 0 is cut off.
+    # Σ₁ Σ₂ has the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, none of them negative: below 0 there are only rounding errors.
     roots = torch.linalg.eigvals(one @ two).real.clamp(min=0).sqrt().sum()
     return (mean + one.trace() + two.trace() - 2 * roots).item()

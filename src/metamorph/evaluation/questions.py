@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,35 +13,31 @@ from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 
 WORDS = 24
-"""New tokens of an answer for words, beside those of one image."""
+"""New tokens for the words of an answer, besides those of one image."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its right answer."""
+    """A question and its right answer."""
 
     kind: str
     """Type of the question; results are reported for each type."""
     prompt: Prompt
-    """The question and its pictures."""
     answer: str
-    """The right answer."""
 
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """A question with the model's answer."""
+    """A question and the model's answer."""
 
     question: Question
-    """What was asked."""
     reply: Reply
-    """What the model said."""
 
     @property
     def is_right(self) -> bool:
-        """Whether the answer is the right one word for word and no picture came with it.
+        """Whether the answer is right word for word and comes without an image.
 
-        Capitals, spaces at the ends and a final full stop do not count.
+        Case, surrounding spaces and a final full stop do not count.
         """
         return not self.reply.num_images and _plain(self.reply.text) == _plain(self.question.answer)
 
@@ -52,29 +47,18 @@ class QuestionResults:
     """Answers to a set of questions."""
 
     answered: tuple[AnsweredQuestion, ...]
-    """Every question, in the order asked."""
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers, 0 to 1."""
-        return fraction([item.is_right for item in self.answered])
-
-    @property
-    def per_type(self) -> dict[str, float]:
-        """Share of right answers for each type, in alphabetical order."""
-        kinds = sorted({item.question.kind for item in self.answered})
-        return {
-            kind: fraction([item.is_right for item in self.answered if item.question.kind == kind]) for kind in kinds
-        }
+    """In the order in which the questions were asked."""
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"n", "accuracy", "per_type": {type: accuracy}, "n_per_type": {type: number}}`."""
-        counts = Counter(item.question.kind for item in self.answered)
+        """`{"n", "accuracy", "per_type": {type: accuracy}, "n_per_type": {type: number}}`, types in order."""
+        verdicts: dict[str, list[bool]] = {kind: [] for kind in sorted({item.question.kind for item in self.answered})}
+        for item in self.answered:
+            verdicts[item.question.kind].append(item.is_right)
         return {
             "n": len(self.answered),
-            "accuracy": self.accuracy,
-            "per_type": self.per_type,
-            "n_per_type": {kind: counts[kind] for kind in sorted(counts)},
+            "accuracy": fraction([item.is_right for item in self.answered]),
+            "per_type": {kind: fraction(found) for kind, found in verdicts.items()},
+            "n_per_type": {kind: len(found) for kind, found in verdicts.items()},
         }
 
 
@@ -82,40 +66,21 @@ def ask(
     model: MetaMorphForConditionalGeneration,
     processor: MetaMorphProcessor,
     questions: Sequence[Question],
-    *,
-    batch_size: int = 64,
     on_progress: Progress | None = None,
 ) -> QuestionResults:
-    """Ask every question and compare the answers.
-
-    Args:
-        model: The model.
-        processor: Its processor.
-        questions: What to ask.
-        batch_size: Questions per batch.
-        on_progress: Called with the number of questions just answered.
-    """
+    """Ask every question and compare the answers."""
     prompts = [question.prompt for question in questions]
-    replies = reply_to(
-        model,
-        processor,
-        prompts,
-        batch_size=batch_size,
-        max_new_tokens=answer_budget(processor),
-        on_progress=on_progress,
-    )
-    return QuestionResults(
-        tuple(AnsweredQuestion(question, reply) for question, reply in zip(questions, replies, strict=True))
-    )
+    replies = reply_to(model, processor, prompts, max_new_tokens=answer_budget(processor), on_progress=on_progress)
+    return QuestionResults(tuple(map(AnsweredQuestion, questions, replies)))
 
 
 def answer_budget(processor: MetaMorphProcessor) -> int:
-    """New tokens of an answer: one image fits, since whether the model draws when it should not is measured, too."""
+    """New tokens of an answer. One image fits: whether the model draws when it should not is measured, too."""
     return processor.num_image_tokens + 2 + WORDS
 
 
 def fraction(verdicts: Sequence[bool]) -> float:
-    """Share of true values, rounded to four digits; 0 of none."""
+    """Share of true values, rounded to four digits; 0 if there are none."""
     return round(sum(verdicts) / len(verdicts), 4) if verdicts else 0.0
 
 

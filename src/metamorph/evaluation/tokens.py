@@ -1,7 +1,7 @@
-"""Generated visual tokens against true ones: cosine, and which of many candidates is the nearest.
+"""Compare generated visual tokens with true ones: their cosine, and the nearest of many candidates.
 
 Cosine alone misleads: two scenes that differ in one attribute may have tokens with a cosine of 0.97. The nearest
-neighbour among all candidate scenes says which scene was meant.
+neighbour among all candidate scenes shows which scene was meant.
 """
 
 from __future__ import annotations
@@ -12,27 +12,16 @@ from torch import Tensor
 
 
 def mean_cosine(generated: Tensor, true: Tensor) -> Tensor:
-    """Mean over the tokens of an image of the cosine between generated and true token.
-
-    Args:
-        generated: [images, N, D]
-        true: [images, N, D]
-
-    Returns:
-        [images], each -1 to 1.
-    """
+    """Cosine of generated and true tokens `[images, N, D]`, averaged over the tokens of an image: `[images]`."""
     return F.cosine_similarity(generated, true, dim=-1).mean(dim=-1)
 
 
 def nearest_candidates(generated: Tensor, candidates: Tensor) -> Tensor:
-    """Index of the candidate with the largest mean cosine.
+    """Index of the candidate with the largest mean cosine, int64 `[images]`.
 
     Args:
-        generated: [images, N, D]
-        candidates: [candidates, N, D]
-
-    Returns:
-        [images] int64.
+        generated: `[images, N, D]`.
+        candidates: `[candidates, N, D]`.
     """
     if not candidates.shape[0]:
         raise ValueError("candidates is empty; give at least one image to compare with")

@@ -1,14 +1,15 @@
-"""How good a visualizer is alone: pictures are encoded, drawn again, and compared with what they were.
+"""How good a visualizer is alone: images are encoded, drawn again and compared with the originals.
 
 The comparison is made in the space in which the model draws: the vision tower encodes the drawing, and its tokens are
-held against those of the original. Tokens of any two pictures have a high cosine, so the cosine to *other* originals
-says how much of it means nothing, and retrieval says whether the drawing is nearest to its own original.
+compared with those of the original. Tokens of any two images have a high cosine, so the cosine to *other* originals
+shows how much of it means nothing, and retrieval shows whether the drawing is nearest to its own original.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from metamorph.evaluation.perceptual import FeatureStatistics, PictureFeatures, frechet_distance, lpips_distances
-from metamorph.inference.draw import SamplerSettings, draw
+from metamorph.inference.draw import Progress, SamplerSettings, draw
 from metamorph.models.image_processing import to_rgb
 from metamorph.visualization.grids import reconstruction_grid
 from metamorph.visualization.pipeline import VisualizationPipeline
@@ -26,37 +27,20 @@ from metamorph.visualization.pixels import crop_square
 
 
 _TIE = 1e-6
-"""Cosines that differ by less count as equal: copies of a picture are each other's originals."""
+"""Cosines that differ by less count as equal: copies of an image are each other's originals."""
 _SMALLEST_CELL = 128
-"""Pixels; drawings of smaller pictures are enlarged in grids."""
-
-
-@dataclass(frozen=True)
-class ReconstructionSettings:
-    """How pictures are drawn again."""
-
-    guidance_scales: tuple[float, ...] = (1.0, 3.0)
-    """Every picture is drawn at each, from the same noise."""
-    num_inference_steps: int = 20
-    """Steps of the sampler."""
-    seed: int = 0
-    """Picture `i` starts from the noise of `seed + i`, however pictures are batched."""
-    batch_size: int = 16
-    """Pictures drawn at once, each at all scales."""
-    keep: int = 8
-    """Pictures, from the first, whose drawings are kept for a grid."""
+"""Pixels; drawings of smaller images are enlarged in grids."""
 
 
 @dataclass
 class ScaleScores:
-    """What was measured at one guidance scale; lists have one entry per picture."""
+    """Scores at one guidance scale; lists have one entry per image."""
 
     guidance_scale: float
-    """The scale."""
     cosine: list[float] = field(default_factory=list)
-    """Mean over tokens of the cosine between drawing and original."""
+    """Cosine of drawing and original, averaged over tokens."""
     cosine_to_others: list[float] = field(default_factory=list)
-    """The same with the other originals, their mean; empty if there is one picture only."""
+    """Mean cosine with the other originals; empty if there is only one image."""
     is_nearest: list[bool] = field(default_factory=list)
     """Whether no original has a larger cosine with the drawing than its own."""
     lpips: list[float] = field(default_factory=list)
@@ -65,12 +49,13 @@ class ScaleScores:
     """Fréchet distance between features of drawings and originals; None without weights."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Means and standard deviations over pictures, ready for JSON."""
+        """Means and standard deviations over images, ready for JSON."""
         found: dict[str, Any] = {"guidance_scale": self.guidance_scale, "n": len(self.cosine)}
         for name in ("cosine", "cosine_to_others", "lpips"):
             if values := getattr(self, name):
-                found[name] = {"mean": round(_mean(values), 5), "std": round(_std(values), 5)}
-        found["retrieval_at_1"] = round(_mean(self.is_nearest), 5)
+                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+                found[name] = {"mean": round(statistics.fmean(values), 5), "std": round(deviation, 5)}
+        found["retrieval_at_1"] = round(statistics.fmean(self.is_nearest), 5)
         if self.fid is not None:
             found["fid"] = round(self.fid, 4)
         return found
@@ -78,17 +63,17 @@ class ScaleScores:
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """Scores of every scale, and the first pictures with their drawings."""
+    """Scores at every scale, and the first images with their drawings."""
 
     scales: list[ScaleScores]
     """One for each guidance scale, in their order."""
     originals: list[Image.Image] = field(repr=False)
-    """The central squares of the first pictures, in the size of the drawings."""
+    """The central squares of the first images, in the size of the drawings."""
     drawn: list[Image.Image] = field(repr=False)
-    """Their drawings: picture 1 at each scale, picture 2 at each, …"""
+    """Their drawings: image 1 at each scale, image 2 at each, …"""
 
     def grid(self) -> Image.Image:
-        """One row per kept picture: the original, then its drawing at each scale."""
+        """One row per kept image: the original, then its drawing at each scale."""
         side = max(_SMALLEST_CELL, self.drawn[0].width)
         scales = [score.guidance_scale for score in self.scales]
         return reconstruction_grid(self.originals, self.drawn, scales, side=side, gap=2)
@@ -97,93 +82,82 @@ class Reconstructions:
 def evaluate_visualizer(
     pipeline: VisualizationPipeline,
     pictures: Sequence[Image.Image],
-    settings: ReconstructionSettings = ReconstructionSettings(),
+    settings: SamplerSettings,
     *,
+    keep: int = 8,
     lpips: PictureFeatures | None = None,
     inception: PictureFeatures | None = None,
-    on_progress: Callable[[int], object] | None = None,
+    on_progress: Progress | None = None,
 ) -> Reconstructions:
     """Encode, draw, encode again and compare.
 
     Args:
         pipeline: A visualizer with its vision tower.
-        pictures: One or more, of any size; their central squares count. May load a picture when it is asked for it:
+        pictures: One or more images of any size; their central squares count. May load an image when it is asked for:
             each is asked for twice. The tokens of all stay in memory (64 tokens of 1,152 features: 0.3 MB each).
-        settings: How to draw.
+        settings: How to draw. Each image is drawn at every guidance scale, from the same noise.
+        keep: Number of images, from the first, whose drawings are kept for a grid.
         lpips: Network of LPIPS, if there is one.
         inception: Network of FID, if there is one.
-        on_progress: Called with the number of pictures just drawn.
+        on_progress: Called with the number of images just drawn.
 
     Raises:
-        ValueError: If there is no picture, or the pipeline has no vision tower.
+        ValueError: If there is no image, or the pipeline has no vision tower.
     """
     if pipeline.vision_tower is None:
         raise ValueError("the visualizer has no vision tower; load it with metamorph.visualization.load_visualizer")
     if not len(pictures):
-        raise ValueError("there are no pictures to draw again; give at least one")
-    scores = [ScaleScores(scale) for scale in settings.guidance_scales]
-    statistics = [FeatureStatistics() for _ in (None, *scores)]  # of the originals, then of each scale
+        raise ValueError("there are no images to draw again; give at least one")
+    scales = settings.guidance_scale
+    scores = [ScaleScores(scale) for scale in (scales if isinstance(scales, Sequence) else [scales])]
+    features = [FeatureStatistics() for _ in (None, *scores)]  # of the originals, then at each scale
     keys = torch.cat([_tokens(pipeline, chunk) for _, chunk in _chunks(pictures, settings.batch_size)])
     kept_originals: list[Image.Image] = []
     kept_drawn: list[Image.Image] = []
     for start, chunk in _chunks(pictures, settings.batch_size):
-        sampler = SamplerSettings(
-            settings.guidance_scales, settings.num_inference_steps, settings.seed + start, settings.batch_size
-        )
-        drawn = draw(pipeline, keys[start : start + len(chunk)], sampler)
-        originals = [crop_square(to_rgb(picture)).resize(drawn[0].size, Image.Resampling.BICUBIC) for picture in chunk]
+        drawn = draw(pipeline, keys[start : start + len(chunk)], replace(settings, seed=settings.seed + start))
+        originals = [crop_square(to_rgb(image)).resize(drawn[0].size, Image.Resampling.BICUBIC) for image in chunk]
         for number, score in enumerate(scores):
-            of_scale = drawn[number :: len(scores)]
-            _compare_tokens(score, _tokens(pipeline, of_scale), keys, start)
+            at_scale = drawn[number :: len(scores)]
+            _compare_tokens(score, _tokens(pipeline, at_scale), keys, start)
             if lpips is not None:
-                score.lpips += lpips_distances(lpips, _pixels(originals), _pixels(of_scale))
+                score.lpips += lpips_distances(lpips, _pixels(originals), _pixels(at_scale))
             if inception is not None:
-                statistics[number + 1].add(inception(_pixels(of_scale)))
+                features[number + 1].add(inception(_pixels(at_scale)))
         if inception is not None:
-            statistics[0].add(inception(_pixels(originals)))
-        room = max(0, settings.keep - len(kept_originals))
+            features[0].add(inception(_pixels(originals)))
+        room = max(0, keep - len(kept_originals))
         kept_originals += originals[:room]
         kept_drawn += drawn[: room * len(scores)]
         if on_progress is not None:
             on_progress(len(chunk))
     if inception is not None and len(pictures) > 1:
-        for score, found in zip(scores, statistics[1:], strict=True):
-            score.fid = frechet_distance(statistics[0], found)
+        for score, found in zip(scores, features[1:], strict=True):
+            score.fid = frechet_distance(features[0], found)
     return Reconstructions(scores, kept_originals, kept_drawn)
 
 
-def _chunks(pictures: Sequence[Image.Image], size: int) -> Any:
-    """Pairs of the index of the first picture and the next `size` pictures."""
-    for start in range(0, len(pictures), size):
-        yield start, [pictures[index] for index in range(start, min(start + size, len(pictures)))]
+def _chunks(images: Sequence[Image.Image], size: int) -> Iterator[tuple[int, list[Image.Image]]]:
+    """Pairs of the index of the first image and the next `size` images."""
+    for start in range(0, len(images), size):
+        yield start, [images[index] for index in range(start, min(start + size, len(images)))]
 
 
-def _tokens(pipeline: VisualizationPipeline, pictures: Sequence[Image.Image]) -> Tensor:
-    return pipeline.vision_tower.encode_pictures(pictures).cpu()
+def _tokens(pipeline: VisualizationPipeline, images: Sequence[Image.Image]) -> Tensor:
+    return pipeline.vision_tower.encode_images(images).cpu()
 
 
 def _compare_tokens(score: ScaleScores, drawn: Tensor, originals: Tensor, start: int) -> None:
-    """Add to `score` the cosines of `drawn [images, N, D]`, drawings of the `originals [all, N, D]` from `start`."""
+    """Add the cosines of `drawn [images, N, D]`, drawings of the `originals [all, N, D]` from `start` on."""
     queries, keys = (F.normalize(tokens, dim=-1).flatten(1) for tokens in (drawn, originals))
-    similarity = queries @ keys.T / drawn.shape[1]  # [images, all]: the mean over tokens of their cosines
-    places = torch.arange(start, start + len(drawn))
-    own = similarity[torch.arange(len(drawn)), places]
+    similarity = queries @ keys.T / drawn.shape[1]  # [images, all]: cosines, averaged over tokens
+    own = similarity.diagonal(start)
     score.cosine += own.tolist()
     score.is_nearest += (own >= similarity.amax(dim=1) - _TIE).tolist()
     if len(originals) > 1:
         score.cosine_to_others += ((similarity.sum(dim=1) - own) / (len(originals) - 1)).tolist()
 
 
-def _pixels(pictures: Sequence[Image.Image]) -> Tensor:
-    """uint8 `[pictures, 3, height, width]`."""
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _std(values: Sequence[float]) -> float:
-    """The sample's standard deviation; 0 of one value."""
-    mean = _mean(values)
-    return (sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)) ** 0.5
+def _pixels(images: Sequence[Image.Image]) -> Tensor:
+    """uint8 `[images, 3, height, width]`."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Visual tokens to images, in batches, each image from a noise of its own."""
+"""Draw images from visual tokens in batches; each image starts from its own noise."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def draw(
     settings = settings or SamplerSettings()
     visual_tokens = visual_tokens[None] if visual_tokens.dim() == 2 else visual_tokens
     images: list[Image.Image] = []
-    for start in range(0, visual_tokens.shape[0], settings.batch_size):
+    for start in range(0, len(visual_tokens), settings.batch_size):
         chunk = visual_tokens[start : start + settings.batch_size]
-        seeds = range(settings.seed + start, settings.seed + start + chunk.shape[0])
+        first = settings.seed + start
         drawn: Any = pipeline(
             chunk,
             guidance_scale=settings.guidance_scale,
             num_inference_steps=settings.num_inference_steps,
             # On the CPU, so that every device starts from the same noise.
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(first, first + len(chunk))],
         )
         images += drawn.images
         if on_progress is not None:
-            on_progress(chunk.shape[0])
+            on_progress(len(chunk))
     return images

@@ -16,17 +16,15 @@ from metamorph.models.processing_metamorph import ImagePart, MetaMorphProcessor,
 
 
 TEXT_BUDGET = 256
-"""New tokens left for text, beside those of one image."""
+"""New tokens for text, besides those of one image."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a user asks: text with an `<image>` marker for each image."""
+    """A user's turn: text with an `<image>` marker for each image."""
 
     text: str
-    """The user's turn."""
     images: tuple[Image.Image, ...] = ()
-    """One image for each marker."""
     draw: bool = False
     """Whether the answer begins with an image, however the model would begin it."""
 
@@ -38,7 +36,7 @@ class Reply:
     text: str
     """Its words, without control tokens and images."""
     visual_tokens: Tensor = field(repr=False)
-    """[images, N, D] float32 on the CPU: its images in order; often none or one."""
+    """`[images, N, D]` float32 on the CPU: its images in order; often none or one."""
     parts: tuple[TextPart | ImagePart, ...] = field(default=(), repr=False)
     """Texts and images in the order in which the model wrote them."""
     images: list[Image.Image] = field(default_factory=list)
@@ -46,7 +44,7 @@ class Reply:
 
     @property
     def num_images(self) -> int:
-        """How many images the model emitted, drawn or not."""
+        """Number of images that the model emitted, drawn or not."""
         return self.visual_tokens.shape[0]
 
 
@@ -61,10 +59,10 @@ def reply_to(
     on_progress: Progress | None = None,
     **generate_kwargs: Any,
 ) -> list[Reply]:
-    """Answer prompts, those of similar length together; greedily unless told otherwise.
+    """Answer prompts in batches of similar length, greedily unless `generate_kwargs` ask for sampling.
 
     Args:
-        model: Decodes in evaluation mode; its mode is as before on return.
+        model: Decodes in evaluation mode; its mode is restored.
         processor: The model's own.
         prompts: One turn each.
         batch_size: Prompts per batch, padded on the left. It does not change the answers.
@@ -84,8 +82,8 @@ def reply_to(
     options = {"max_new_tokens": budget, "do_sample": False, **generate_kwargs}
     was_training = model.training
     model.eval()
+    replies: dict[int, Reply] = {}
     try:
-        replies: dict[int, Reply] = {}
         for batch in _batches(prompts, batch_size):
             answers = _reply_to_batch(model, processor, [prompts[index] for index in batch], options)
             replies.update(zip(batch, answers, strict=True))
@@ -103,10 +101,7 @@ def can_draw(model: MetaMorphForConditionalGeneration) -> bool:
 
 def _batches(prompts: Sequence[Prompt], batch_size: int) -> Iterable[list[int]]:
     """Numbers of prompts that share a batch: little padding, and all or none of them begin with an image."""
-    order = sorted(
-        range(len(prompts)),
-        key=lambda index: (prompts[index].draw, len(prompts[index].images), len(prompts[index].text)),
-    )
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index].images), len(prompts[index].text)))
     for draw in (False, True):
         same = [index for index in order if prompts[index].draw == draw]
         for start in range(0, len(same), batch_size):
@@ -130,8 +125,7 @@ def _reply_to_batch(
     if prompts[0].draw:
         # The prompt ends where an image begins, so the first token generated is a visual one.
         for name, value in (("input_ids", model.config.image_start_token_id), ("attention_mask", 1)):
-            tensor = inputs[name]
-            inputs[name] = torch.cat([tensor, tensor.new_full((len(tensor), 1), value)], dim=1)
+            inputs[name] = torch.nn.functional.pad(inputs[name], (0, 1), value=value)
     output: Any = model.generate(
         **inputs,
         eos_token_id=processor.end_of_turn_token_ids,

@@ -31,22 +31,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Session:
-    """What [`load`] returns: answers prompts and draws the images of the answers."""
+    """A loaded model: answers prompts and draws the images of the answers."""
 
     model: MetaMorphForConditionalGeneration
-    """The model, in evaluation mode."""
     processor: MetaMorphProcessor
-    """Its processor."""
     pipeline: VisualizationPipeline | None = None
     """Draws visual tokens; None leaves images undrawn."""
 
     @property
     def visualizer(self) -> VisualizationPipeline:
-        """The pipeline.
-
-        Raises:
-            ValueError: If there is none.
-        """
+        """The pipeline; a ValueError if there is none."""
         if self.pipeline is None:
             raise ValueError("there is no visualizer: give one to metamorph.load")
         return self.pipeline
@@ -104,7 +98,7 @@ def load(
         model: Folder or Hub id of a MetaMorph model or adapter; `mini` is the one that ships with the package.
         visualizer: Folder or Hub id of its visualizer, or `mini`. Without one, images stay visual tokens.
         device: By default the accelerator if there is one.
-        dtype: Of the weights of both; by default as saved.
+        dtype: Precision of the weights of both; by default as saved.
         dashes: What errors write in front of the names of arguments; `--` where they are flags.
 
     Raises:
@@ -130,23 +124,12 @@ def load(
 def load_pipeline(
     visualizer: str, flag: str = "--visualizer", dtype: torch.dtype | None = None
 ) -> VisualizationPipeline:
-    """Load a visualizer without its progress bars, on the CPU.
-
-    Args:
-        visualizer: Folder or Hub id.
-        flag: What errors call it.
-        dtype: Of its weights; float32 by default.
-
-    Raises:
-        FileNotFoundError: If it does not exist.
-        ValueError: If diffusers is not installed, or the folder is not a visualizer.
-    """
+    """Load a visualizer without its progress bars, on the CPU, by default in float32; see `check_visualizer_folder`."""
     visualizer = check_visualizer_folder(visualizer, flag)
     from metamorph.visualization.pipeline import VisualizationPipeline
 
-    precision = {} if dtype in (None, torch.float32) else {"torch_dtype": dtype}
     with names_flag(flag, visualizer):
-        pipeline = VisualizationPipeline.from_pretrained(visualizer, **precision)
+        pipeline = VisualizationPipeline.from_pretrained(visualizer, torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -154,30 +137,22 @@ def load_pipeline(
 def check_visualizer_folder(visualizer: str, flag: str = "--visualizer") -> str:
     """Check a visualizer without loading its weights; returns its folder or Hub id.
 
-    Args:
-        visualizer: Folder or Hub id.
-        flag: What errors call it.
-
     Raises:
         FileNotFoundError: If it does not exist.
         ValueError: If diffusers is not installed, or the folder is not a visualizer.
     """
     check_reachable(visualizer, flag=flag, file="model_index.json")
     try:
-        from metamorph.visualization.folders import check_visualizer, visualizer_folder
+        from metamorph.visualization.folders import check_visualizer, local_folder
     except ModuleNotFoundError as error:
         raise ValueError(f"{flag} {visualizer} needs {error.name}: {install_command('visualization')}") from error
     with names_flag(flag, visualizer):
-        check_visualizer(visualizer_folder(visualizer))
+        check_visualizer(local_folder(visualizer))
     return visualizer
 
 
 def place_images(prompt: str, num_images: int) -> str:
-    """The prompt with an `<image>` marker for each image: in front, unless it has them.
-
-    Raises:
-        ValueError: If it has another number of markers.
-    """
+    """The prompt with an `<image>` marker for each image: in front, unless it has the right number of them."""
     markers = prompt.count(DEFAULT_IMAGE_TOKEN)
     if markers == 0:
         return f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + prompt
@@ -187,11 +162,7 @@ def place_images(prompt: str, num_images: int) -> str:
 
 
 def pick_device(device: str | torch.device | None = None, flag: str = "device") -> torch.device:
-    """The device of that name; by default the accelerator if there is one, else the CPU.
-
-    Raises:
-        ValueError: If there is no such device.
-    """
+    """The device of that name; by default the accelerator if there is one, else the CPU."""
     if device is None:
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:

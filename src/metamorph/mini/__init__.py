@@ -3,7 +3,7 @@
 As the real system starts from pretrained SigLIP, Llama and Stable Diffusion, the quickstart starts from three
 small models of the same classes. Each is an ordinary Hugging Face folder of bf16 safetensors with a model card
 that names its recipe, figures and hashes. `mini` is built from them: a trained MetaMorph model and its
-visualizer. `cards.py` writes and verifies the cards; `tools/miniature` in a checkout builds all of it again.
+visualizer. `cards.py` verifies the cards; `tools/miniature` in a checkout builds all of it again.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Visual tokens to pixels: the network and what uses it; `visualizer_training` trains it.
+"""Visual tokens to pixels: the network and its pipeline; `visualizer_training` trains it.
 
 How do visual tokens become a condition?   `projector.py`
 How is an image drawn?                     `pipeline.py`
 Where is classifier-free guidance?         `guidance.py`: drop and combine
 How does an image become visual tokens?    `encoder.py`, `pixels.py`; which tower and how: `token_options.py`
-How is a finished folder opened?           `loading.py`; what it may hold: `folders.py`
-How are images laid out for the eye?       `grids.py`
+How is a finished folder loaded?           `loading.py`; what it may contain: `folders.py`
+How are images arranged in a grid?         `grids.py`
 
 `projector.py` and `encoder.py` are a file format: `model_index.json` of every visualizer names their classes by module.
 Names are imported on first use, so that `import metamorph.visualization` does not need diffusers.
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from metamorph.visualization.pipeline import VisualizationPipeline
     from metamorph.visualization.projector import VisualizationProjector, pad_condition
     from metamorph.visualizer_training.arguments import VisualizerArguments
-    from metamorph.visualizer_training.run import VisualizerResult, train_visualizer
+    from metamorph.visualizer_training.run import train_visualizer
+    from metamorph.visualizer_training.trainer import VisualizerResult
 
 _HOMES = {
     "VisualizationPipeline": "metamorph.visualization.pipeline",

@@ -1,4 +1,4 @@
-"""The vision tower with all that turns pictures into visual tokens, as one part of a diffusers pipeline."""
+"""The vision tower and what prepares images for it, as one part of a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from metamorph.visualization.pixels import PixelFormat, crop_square
 
 
 class VisualTokenEncoder(ModelMixin, ConfigMixin):
-    """Pictures to visual tokens `[images, N, D]`, with the crop, size and token options of the visualizer's training.
+    """Images to visual tokens `[images, N, D]`, with the crop, size and token options of the visualizer's training.
 
     Args:
         vision_config: Configuration of the tower, with its `model_type`.
         mm_vision_select_layer: Hidden state of the tower that becomes visual tokens.
-        num_image_tokens: Visual tokens per picture, N.
+        num_image_tokens: Visual tokens per image, N.
         image_token_reduction: How the tower's patches become N tokens.
         normalize_vision: Whether every token is divided by its L2 norm.
         apply_softmax: Whether every token then becomes a distribution over its features.
@@ -63,16 +63,10 @@ class VisualTokenEncoder(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_tower(cls, tower: VisionTower, config: MetaMorphConfig, pixel_format: PixelFormat) -> VisualTokenEncoder:
-        """Around a tower that is loaded already.
-
-        Args:
-            tower: With its weights.
-            config: The configuration that it was built with.
-            pixel_format: What it takes; its size is that of `config`.
-        """
+        """Wrap a loaded tower that was built with `config`."""
         vision_config = config.vision_config.to_dict()
         vision_config.pop("_name_or_path", None)  # a path of this machine
-        with torch.device("meta"):  # the weights of this one are not used
+        with torch.device("meta"):  # these weights are replaced
             encoder = cls(
                 vision_config=vision_config,
                 mm_vision_select_layer=config.mm_vision_select_layer,
@@ -88,28 +82,17 @@ class VisualTokenEncoder(ModelMixin, ConfigMixin):
         return encoder.eval()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`[images, 3, S, S]` as the tower wants them to visual tokens `[images, N, D]`."""
+        """Encode `pixel_values` `[images, 3, S, S]` in the tower's own format to visual tokens `[images, N, D]`."""
         return self.tower(pixel_values)
 
     @torch.no_grad()
-    def encode_pictures(self, pictures: Sequence[Image.Image], batch_size: int = 64) -> torch.Tensor:
-        """Encode the central squares of pictures.
-
-        Args:
-            pictures: One or more, of any size and mode.
-            batch_size: Pictures encoded at once.
-
-        Returns:
-            `[pictures, N, D]` float32, on the device of the tower.
-
-        Raises:
-            ValueError: If there is no picture.
-        """
-        if not pictures:
-            raise ValueError("there are no pictures to encode; give at least one")
+    def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> torch.Tensor:
+        """Encode the central squares of images of any size and mode: `[images, N, D]` float32 on the tower's device."""
+        if not images:
+            raise ValueError("there are no images to encode; give at least one")
         chunks = []
-        for start in range(0, len(pictures), batch_size):
-            squares = [crop_square(to_rgb(picture)) for picture in pictures[start : start + batch_size]]
+        for start in range(0, len(images), batch_size):
+            squares = [crop_square(to_rgb(image)) for image in images[start : start + batch_size]]
             pixels = torch.stack([self.pixel_format.pixels(square) for square in squares])
             chunks.append(self(pixels.to(self.device)).float())
         return torch.cat(chunks)

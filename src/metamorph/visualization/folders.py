@@ -1,10 +1,12 @@
-"""What visualizer and Stable Diffusion folders may hold, checked before anything in them is imported or built.
+"""Contents of visualizer and Stable Diffusion folders, checked before anything in them is imported or built.
 
-Such a folder is data: of its files only JSON and safetensors are read, and only the classes named here are built.
+Such a folder is data: only its JSON and safetensors files are read, and only the classes named here are built. All
+checks raise a `FileNotFoundError` for a missing file, and else a `ValueError` that names the file and what is wrong.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +31,7 @@ from metamorph.visualization.projector import VisualizationProjector
 
 
 ARGUMENTS_FILE = "visualizer_arguments.json"
-"""Beside the pipeline: the flags it was trained with, among them those of the vision tower."""
+"""Next to the pipeline: the flags it was trained with, including those of the vision tower."""
 INDEX_FILE = "model_index.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
 PIPELINE_CLASS = "VisualizationPipeline"
@@ -39,23 +41,23 @@ MODELS: dict[str, tuple[str, type[ModelMixin]]] = {
     "vae": ("diffusers", AutoencoderKL),
     "vision_tower": ("metamorph.visualization.encoder", VisualTokenEncoder),
 }
-"""The models of a visualizer: component -> library and class. A vision tower may be missing."""
+"""The models of a visualizer: component → library and class. The vision tower is optional."""
 SCHEDULERS = frozenset(scheduler.name for scheduler in KarrasDiffusionSchedulers)
-"""The samplers of diffusers that can stand in for each other."""
+"""The samplers of diffusers that can replace each other."""
 MAX_SCHEDULER_NUMBER = 100_000
 """Limit of every integer of a scheduler's configuration; Stable Diffusion has 1000 time steps."""
 LIMITS: dict[type[ModelMixin], tuple[str, int]] = {
     UNet2DConditionModel: ("sample_size", 512),
     VisualTokenEncoder: ("num_image_tokens", 128**2),
 }
-"""Sizes that no weight depends on: latents along a side of a picture, and visual tokens per picture."""
+"""Sizes that no weight depends on: latents along a side of an image, and visual tokens per image."""
 MAX_NEW_LAYERS = 256
 MAX_NEW_PARAMETERS = 5_000_000_000
-"""Of a model that is built without weight files: twice as many parameters as the UNet of Stable Diffusion XL has."""
+"""Limit for a model that is built without weight files: twice the size of the UNet of Stable Diffusion XL."""
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Layers of the attention of a VAE in the folders of early Stable Diffusion -> their present names."""
+"""Attention layers of a VAE in the folders of early Stable Diffusion → their present names."""
 _BUILD_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -66,22 +68,17 @@ _BUILD_ERRORS = (
     TypeError,
     ValueError,
 )
-"""What constructors of diffusers and Transformers raise for values that nobody has thought of."""
+"""What constructors of diffusers and Transformers raise for values that they do not check."""
 
 Model = TypeVar("Model", bound=ModelMixin)
 
 
-def local_folder(name: str | Path, components: tuple[str, ...], variant: str | None = None, **options: Any) -> Path:
-    """A local folder as it is; of a Hub id, the files that are read, and no others, are downloaded.
+def local_folder(
+    name: str | Path, components: Sequence[str] = (*MODELS, "scheduler"), variant: str | None = None, **options: Any
+) -> Path:
+    """Return an existing folder, or download the JSON and safetensors files of these components of a Hub id.
 
-    Args:
-        name: Folder or Hub id.
-        components: Subfolders that are needed.
-        variant: As in diffusers.
-        **options: Of `from_pretrained`; those of the Hub (`cache_dir`, `revision`, `token`, …) count.
-
-    Raises:
-        OSError: if the Hub has no such repository, or cannot be reached.
+    Of the `options` of `from_pretrained`, those of the Hub (`cache_dir`, `revision`, `token`, …) count.
     """
     folder = Path(name).expanduser()
     if folder.exists():
@@ -93,23 +90,8 @@ def local_folder(name: str | Path, components: tuple[str, ...], variant: str | N
     return Path(snapshot_download(str(name), allow_patterns=[INDEX_FILE, ARGUMENTS_FILE, *patterns], **hub))
 
 
-def visualizer_folder(name: str | Path, variant: str | None = None, **options: Any) -> Path:
-    """As `local_folder`, with all components of a visualizer."""
-    return local_folder(name, (*MODELS, "scheduler"), variant, **options)
-
-
 def check_visualizer(folder: Path, given: frozenset[str] = frozenset(), variant: str | None = None) -> None:
-    """Check everything that a visualizer folder says about itself against what a visualizer is made of.
-
-    Args:
-        folder: Local folder.
-        given: Components that come from elsewhere: they are not read.
-        variant: As in diffusers.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: naming the file, and the component, class, field or weight that is not as it must be.
-    """
+    """Check that a folder describes a visualizer: its index, and all components but those `given` from elsewhere."""
     file = folder / INDEX_FILE
     index = read_json_object(file)
     if index.get("_class_name") != PIPELINE_CLASS:
@@ -118,8 +100,8 @@ def check_visualizer(folder: Path, given: frozenset[str] = frozenset(), variant:
             "`metamorph train-visualizer`"
         )
     for component, value in index.items():
-        if not component.startswith("_") and value not in _allowed(component):
-            raise ValueError(f"{file}: {component} must not be {value!r}; {_hint(component)}")
+        if not component.startswith("_"):
+            _check_component(component, value, file)
     required = {*MODELS, "scheduler"} - {"vision_tower"} - given
     if missing := sorted(required - index.keys()):
         raise ValueError(f"{file} lacks {', '.join(missing)}: give a folder written by `metamorph train-visualizer`")
@@ -131,17 +113,7 @@ def check_visualizer(folder: Path, given: frozenset[str] = frozenset(), variant:
 
 
 def check_model(kind: type[ModelMixin], folder: Path, variant: str | None = None) -> None:
-    """Compare the configuration of a component with the headers of its weights, before any memory is taken.
-
-    Args:
-        kind: Class of the component.
-        folder: Its subfolder, with `config.json` and `diffusion_pytorch_model.safetensors`.
-        variant: As in diffusers.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if they do not belong together, or the configuration asks for what is not supported.
-    """
+    """Compare the configuration of a component with the headers of its weights, before any memory is allocated."""
     file = folder / "config.json"
     config = read_model_config(kind, folder)
     _check_one_kind_of_weights(folder, variant)
@@ -153,38 +125,23 @@ def check_model(kind: type[ModelMixin], folder: Path, variant: str | None = None
 
 
 def read_model_config(kind: type[ModelMixin], folder: Path) -> dict[str, Any]:
-    """The JSON of a component's configuration; its sizes that no weight depends on have limits.
-
-    Args:
-        kind: Class of the component.
-        folder: Its subfolder, with `config.json`.
-
-    Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if it is damaged, or asks for what is not supported.
-    """
+    """Read a component's `config.json`; sizes that no weight depends on have limits."""
     file = folder / "config.json"
     config = read_json_object(file)
     if config.get("quantization_config") is not None:
         raise ValueError(f"{file} has a quantization_config: give a folder whose weights are not quantised")
     check_implementations(config, file)
     if kind in LIMITS:
-        _check_size(config, *LIMITS[kind], file)
+        name, limit = LIMITS[kind]
+        value = config.get(name)
+        for size in value if isinstance(value, list) else [value]:
+            if size is not None and not (isinstance(size, int) and 0 < size <= limit):
+                raise ValueError(f"{file}: {name} {value!r} must be an integer from 1 to {limit}")
     return config
 
 
 def build_model(kind: type[Model], folder: Path) -> Model:
-    """Build a component with random weights from its configuration alone.
-
-    Args:
-        kind: Class of the component.
-        folder: Its subfolder, with `config.json`.
-
-    Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if it is not the configuration of a `kind`, or of one with more layers or parameters than
-            `MAX_NEW_LAYERS` and `MAX_NEW_PARAMETERS`.
-    """
+    """Build a component with random weights from its configuration alone; its size is limited."""
     file = folder / "config.json"
     config = read_model_config(kind, folder)
     check_layer_counts(config, MAX_NEW_LAYERS, file)
@@ -195,88 +152,56 @@ def build_model(kind: type[Model], folder: Path) -> Model:
 
 
 def check_scheduler(kind: type[SchedulerMixin], folder: Path) -> None:
-    """Build a scheduler once its numbers are known to be small.
-
-    Args:
-        kind: Class of the scheduler.
-        folder: With `scheduler_config.json`.
-
-    Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if it does not fit `kind`, or a number is too large.
-    """
+    """Check that `scheduler_config.json` has no large numbers and that a scheduler can be built from it."""
     file = folder / "scheduler_config.json"
     config = read_json_object(file)
     for name, value in config.items():
         if isinstance(value, int) and abs(value) > MAX_SCHEDULER_NUMBER:
             raise ValueError(f"{file}: {name} {value} is larger than {MAX_SCHEDULER_NUMBER}, which no sampler needs")
-    try:
-        kind.from_config(config)
-    except (*_BUILD_ERRORS, ImportError) as error:
-        raise ValueError(f"{file} is not the configuration of a {kind.__name__}: {_reason(error)}") from error
+    _build(kind, config, file, "cpu")
 
 
 def load_model(kind: type[Model], folder: Path, variant: str | None = None, **options: Any) -> Model:
-    """Load a component from its subfolder: checked, from safetensors files only, and finite.
-
-    Args:
-        kind: Class of the component.
-        folder: Local subfolder.
-        variant: As in diffusers.
-        **options: Of `from_pretrained`, such as `torch_dtype`.
-
-    Raises:
-        FileNotFoundError: as `check_model`.
-        ValueError: as `check_model`, or if a weight is not finite.
-    """
+    """Check a component and load it from safetensors files; `options` are those of `from_pretrained`."""
     check_model(kind, folder, variant)
     model = kind.from_pretrained(folder, variant=variant, use_safetensors=True, **options)
     check_finite(model.state_dict().items(), folder)
     return model
 
 
-def _build(kind: type[Model], config: dict[str, Any], file: Path, device: str) -> Model:
+def _build(kind: Any, config: dict[str, Any], file: Path, device: str) -> Any:
     try:
         with torch.device(device):
             return kind.from_config(config)
-    except _BUILD_ERRORS as error:
-        raise ValueError(f"{file} is not the configuration of a {kind.__name__}: {_reason(error)}") from error
+    except (*_BUILD_ERRORS, ImportError) as error:  # the latter: a sampler may need SciPy
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{file} is not the configuration of a {kind.__name__}: {reason}") from error
 
 
-def _allowed(component: str) -> list[list[str | None]]:
-    """The pairs of library and class that the index may name for a component."""
+def _check_component(component: str, value: Any, file: Path) -> None:
+    """Check the library and class that the index names for a component."""
+    allowed: list[list[str | None]] = []
+    hint = f"a visualizer consists of {', '.join((*MODELS, 'scheduler'))} only"
     if component == "scheduler":
-        return [["diffusers", name] for name in SCHEDULERS]
-    if component not in MODELS:
-        return []
-    library, kind = MODELS[component]
-    pairs: list[list[str | None]] = [[library, kind.__name__]]
-    return [*pairs, [None, None]] if component == "vision_tower" else pairs
-
-
-def _hint(component: str) -> str:
-    if component == "scheduler":
-        return f"it must be one of diffusers' {', '.join(sorted(SCHEDULERS))}"
-    if component in MODELS:
+        allowed = [["diffusers", name] for name in SCHEDULERS]
+        hint = f"it must be one of diffusers' {', '.join(sorted(SCHEDULERS))}"
+    elif component in MODELS:
         library, kind = MODELS[component]
-        return f"it must be {kind.__name__} of {library}: code that a folder names or brings along is never run"
-    return f"a visualizer consists of {', '.join((*MODELS, 'scheduler'))} only"
+        allowed = [[library, kind.__name__]]
+        if component == "vision_tower":
+            allowed.append([None, None])
+        hint = f"it must be {kind.__name__} of {library}: code that a folder names or brings along is never run"
+    if value not in allowed:
+        raise ValueError(f"{file}: {component} must not be {value!r}; {hint}")
 
 
 def _check_one_kind_of_weights(folder: Path, variant: str | None) -> None:
-    """Diffusers would read an index rather than the single file that `weight_shapes` reads, also one of an old name."""
+    """Diffusers would prefer an index, even one of an old name, to the single file that `weight_shapes` reads."""
     infix = f".{variant}" if variant else ""
     names = (f"{infix}.safetensors", f".safetensors.index{infix}.json", f".safetensors{infix}.index.json")
     files = [file for name in dict.fromkeys(names) if (file := folder / f"{WEIGHTS_STEM}{name}").is_file()]
     if len(files) > 1:
         raise ValueError(f"{folder} holds weights twice, {files[0].name} and {files[1].name}: remove one of them")
-
-
-def _check_size(config: dict[str, Any], name: str, limit: int, file: Path) -> None:
-    value = config.get(name)
-    for size in value if isinstance(value, list) else [value]:
-        if size is not None and not (isinstance(size, int) and 0 < size <= limit):
-            raise ValueError(f"{file}: {name} {value!r} must be a whole number of 1 to {limit}")
 
 
 def _present_name(name: str, expected: dict[str, tuple[int, ...]]) -> str:
@@ -286,7 +211,3 @@ def _present_name(name: str, expected: dict[str, tuple[int, ...]]) -> str:
     parent, _, layer = path.rpartition(".")
     present = f"{parent}.{_OLD_NAMES.get(layer, layer)}.{parameter}"
     return present if present in expected else name
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Pictures in rows and columns, as one picture."""
+"""Images in rows and columns, as one image."""
 
 from __future__ import annotations
 
@@ -16,22 +16,19 @@ _MIN_LABEL_SIDE = 64
 def picture_grid(
     rows: Sequence[Sequence[Image.Image]], *, side: int, labels: Sequence[str] = (), gap: int = 0
 ) -> Image.Image:
-    """Paste pictures into a grid.
+    """Paste images into a grid.
 
     Args:
-        rows: Pictures of each row, as many in each.
-        side: Width and height of a cell in pixels. Smaller pictures are enlarged without smoothing.
-        labels: One for each column, written above it; left out where columns are narrower than 64 pixels.
+        rows: Images of each row, the same number in each.
+        side: Width and height of a cell in pixels. Smaller images are enlarged without smoothing.
+        labels: Written above the columns, unless these are narrower than 64 pixels.
         gap: Grey pixels between cells.
-
-    Raises:
-        ValueError: If there is no picture, or rows or labels are of another length than the first row.
     """
     if not rows or not rows[0]:
-        raise ValueError("a grid needs a row with a picture")
+        raise ValueError("a grid needs a row with an image")
     columns = len(rows[0])
     if lengths := {len(row) for row in rows} - {columns}:
-        raise ValueError(f"rows of a grid have {columns} pictures, but one has {lengths.pop()}")
+        raise ValueError(f"rows of a grid have {columns} images, but one has {lengths.pop()}")
     if labels and len(labels) != columns:
         raise ValueError(f"{len(labels)} labels for {columns} columns")
     top = HEADER_HEIGHT if labels and side >= _MIN_LABEL_SIDE else 0
@@ -39,10 +36,9 @@ def picture_grid(
     grid = Image.new("RGB", (columns * step - gap, top + len(rows) * step - gap), _GAP_COLOUR)
     grid.paste("white", (0, 0, grid.width, top))
     for number, row in enumerate(rows):
-        for column, picture in enumerate(row):
-            enlarge = picture.width < side
-            cell = picture.resize((side, side), Image.Resampling.NEAREST if enlarge else Image.Resampling.BICUBIC)
-            grid.paste(cell, (column * step, top + number * step))
+        for column, image in enumerate(row):
+            resample = Image.Resampling.NEAREST if image.width < side else Image.Resampling.BICUBIC
+            grid.paste(image.resize((side, side), resample), (column * step, top + number * step))
     if top:
         pen, font = ImageDraw.Draw(grid), ImageFont.load_default(size=12)
         for column, label in enumerate(labels):
@@ -58,15 +54,7 @@ def reconstruction_grid(
     side: int,
     gap: int = 0,
 ) -> Image.Image:
-    """One row per picture: the original, then its drawing at each guidance scale.
-
-    Args:
-        originals: Square pictures.
-        drawn: As `VisualizationPipeline` returns them: picture 1 at each scale, picture 2 at each, …
-        guidance_scales: The scales.
-        side: Width and height of a cell in pixels.
-        gap: Grey pixels between cells.
-    """
+    """One row per square original, followed by its drawing at each guidance scale; `drawn` is in that order, too."""
     count = len(guidance_scales)
     rows = [[original, *drawn[row * count : (row + 1) * count]] for row, original in enumerate(originals)]
     labels = ["original", *(f"scale {scale:g}" for scale in guidance_scales)]

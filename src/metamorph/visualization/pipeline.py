@@ -1,4 +1,4 @@
-"""Visual tokens in, pictures out: projector, UNet, VAE and a noise scheduler as one diffusers pipeline."""
+"""Visual tokens to images: projector, UNet, VAE and a noise scheduler as one diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ from PIL import Image
 
 from metamorph.files.model_files import check_finite
 from metamorph.visualization.encoder import VisualTokenEncoder
-from metamorph.visualization.folders import check_visualizer, visualizer_folder
+from metamorph.visualization.folders import check_visualizer, local_folder
 from metamorph.visualization.guidance import GuidedBatch
 from metamorph.visualization.projector import VisualizationProjector, pad_condition
 
 
-class VisualizationPipeline(DiffusionPipeline):
-    """Draw the images that visual tokens stand for.
+Generators = torch.Generator | list[torch.Generator] | None
 
-    The pipeline owns everything between tokens and pixels: projection, padding of the condition,
-    classifier-free guidance against the all-zero condition that training used for dropped samples, sampling
-    and decoding. A folder written by `metamorph train-visualizer` or `save_pretrained` loads with
+
+class VisualizationPipeline(DiffusionPipeline):
+    """Draw images from visual tokens.
+
+    The pipeline contains everything between tokens and pixels: projection, padding of the condition, classifier-free
+    guidance against the all-zero condition that training used for dropped samples, sampling and decoding. A folder
+    written by `metamorph train-visualizer` or `save_pretrained` loads with
     `VisualizationPipeline.from_pretrained(folder)`.
 
     Args:
         projector: Visual tokens `[images, N, D]` to condition tokens.
-        unet: Noise predictor with the `cross_attention_dim` of the projector's `output_dim`.
+        unet: Noise predictor whose `cross_attention_dim` is the projector's `output_dim`.
         vae: Latents to pixels.
-        scheduler: Any diffusers scheduler of the UNet's prediction type; `from_parts` makes it DPM-Solver.
-        vision_tower: Makes visual tokens of pictures, for calls with `images`. A folder need not have one.
+        scheduler: Any diffusers scheduler of the UNet's prediction type; `from_parts` uses DPM-Solver.
+        vision_tower: Encodes images for calls with `images`. Optional in a folder.
     """
 
     model_cpu_offload_seq = "vision_tower->projector->unet->vae"
@@ -53,8 +56,7 @@ class VisualizationPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(projector=projector, unet=unet, vae=vae, scheduler=scheduler, vision_tower=vision_tower)
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor(vae.config))
-        # None: show the bar on a terminal only.
-        self.set_progress_bar_config(disable=None)
+        self.set_progress_bar_config(disable=None)  # show the bar on a terminal only
 
     @classmethod
     def from_parts(
@@ -71,23 +73,25 @@ class VisualizationPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VisualizationPipeline:
-        """As in diffusers, of a folder that is checked first: it may hold the parts of a visualizer and no code.
+        """Check a folder or Hub id, which may hold parts of a visualizer and no code, and load it as diffusers does.
 
         Args:
-            pretrained_model_name_or_path: What `metamorph train-visualizer` or `save_pretrained` wrote, or a Hub id.
+            pretrained_model_name_or_path: Result of `metamorph train-visualizer` or `save_pretrained`, or a Hub id.
             **kwargs: As in diffusers, without `custom_pipeline` and `trust_remote_code`.
 
         Raises:
             FileNotFoundError: If a file is missing.
-            ValueError: If the folder names classes that a visualizer does not consist of, or its weights are missing,
+            ValueError: If the folder names classes that are not part of a visualizer, or its weights are missing,
                 unexpected, of other sizes than its configuration says, or not finite.
         """
         for name in ("custom_pipeline", "trust_remote_code"):
             if kwargs.pop(name, None):
                 raise ValueError(f"{name} is not supported: code that comes with a visualizer is never run")
-        folder = visualizer_folder(pretrained_model_name_or_path, **kwargs)
+        folder = local_folder(pretrained_model_name_or_path, **kwargs)
         check_visualizer(folder, given=frozenset(kwargs), variant=kwargs.get("variant"))
         kwargs |= {"use_safetensors": True, "trust_remote_code": False}
+        if kwargs.get("torch_dtype") in (None, torch.float32):  # diffusers' default; it warns that the name is old
+            kwargs.pop("torch_dtype", None)
         pipeline = super().from_pretrained(str(folder), **kwargs)
         for name, module in pipeline.components.items():
             if isinstance(module, torch.nn.Module):
@@ -97,14 +101,9 @@ class VisualizationPipeline(DiffusionPipeline):
     def compile(self, **options: Any) -> VisualizationPipeline:
         """Compile UNet, VAE decoder and projector with `torch.compile` on their first use.
 
-        They are compiled in place: names of weights, saving and loading stay as they are. The first call, and the
-        first with another number of pictures, takes long.
-
-        Args:
-            **options: Of `torch.compile`, for example `mode="max-autotune"`.
-
-        Returns:
-            The pipeline itself.
+        They are compiled in place, so names of weights, saving and loading do not change. The first call, and the first
+        with another number of images, takes long. `options` are those of `torch.compile`, for example
+        `mode="max-autotune"`. Returns the pipeline itself.
         """
         for module in (self.projector, self.unet, self.vae.decoder):
             module.compile(**options)
@@ -116,28 +115,28 @@ class VisualizationPipeline(DiffusionPipeline):
         visual_tokens: torch.Tensor | None = None,
         guidance_scale: float | Sequence[float] = 3.0,
         num_inference_steps: int = 20,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         images: Image.Image | Sequence[Image.Image] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Draw one picture per image of `visual_tokens` and guidance scale, all in one batch of the UNet.
+        """Draw each image of `visual_tokens` at each guidance scale, all in one batch of the UNet.
 
         Args:
             visual_tokens: `[images, N, D]`, or `[N, D]` for one image.
-            guidance_scale: Strength w of guidance: `zero + w · (condition − zero)`. 1 switches it off and
-                halves the cost. Several scales draw every image at every scale, from the same noise: the
-                result then is image 1 at each scale, image 2 at each scale, and so on.
+            guidance_scale: Strength w of guidance: `zero + w · (condition − zero)`. 1 switches it off and halves the
+                cost. Several scales draw every image at every scale, from the same noise: the result then is image 1
+                at each scale, image 2 at each scale, and so on.
             num_inference_steps: Steps of the sampler.
-            generator: Source of the starting noise; with a list of one generator per image the picture of an
-                image does not depend on the batch it is drawn in.
-            latents: Starting noise `[images, channels, height, width]` in place of the generator's.
-            output_type: `pil`, `np` (`[images, height, width, 3]` in 0..1), `pt`
-                (`[images, 3, height, width]` in 0..1) or `latent`.
+            generator: Source of the starting noise. With a list of one generator per image, a drawing does not depend
+                on the batch it is drawn in.
+            latents: Starting noise `[images, channels, height, width]`, instead of the generator's.
+            output_type: `pil`, `np` (`[images, height, width, 3]` in 0..1), `pt` (`[images, 3, height, width]` in 0..1)
+                or `latent`.
             return_dict: False returns the tuple `(images,)`.
-            images: Pictures to draw again, in place of `visual_tokens`: the pipeline's vision tower encodes their
-                central squares.
+            images: Images to draw again, instead of `visual_tokens`: the pipeline's vision tower encodes their central
+                squares.
 
         Returns:
             `ImagePipelineOutput` whose `images` has one entry per image and guidance scale; none for no images.
@@ -150,15 +149,13 @@ class VisualizationPipeline(DiffusionPipeline):
         if not scales:
             raise ValueError("guidance_scale is an empty list; give one number or more.")
         visual_tokens = self._visual_tokens(visual_tokens, images)
-        if not visual_tokens.shape[0]:  # of an answer in words alone
-            drawn = self._nothing(output_type)
-            return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
         latents = self._starting_latents(visual_tokens.shape[0], generator, latents)
-        if len(scales) > 1 and isinstance(generator, list):
-            # A stochastic sampler gives all scales of an image the same noise.
-            generator = [each.clone_state() for each in generator for _ in scales]
-        batch = GuidedBatch(self._condition(visual_tokens), scales)
-        latents = self._denoise(batch, latents, num_inference_steps, generator)
+        if visual_tokens.shape[0]:  # an answer in words alone has no images
+            if len(scales) > 1 and isinstance(generator, list):
+                # A stochastic sampler gives all scales of an image the same noise.
+                generator = [each.clone_state() for each in generator for _ in scales]
+            batch = GuidedBatch(self._condition(visual_tokens), scales)
+            latents = self._denoise(batch, latents, num_inference_steps, generator)
         drawn = self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
@@ -166,7 +163,6 @@ class VisualizationPipeline(DiffusionPipeline):
     def _visual_tokens(
         self, visual_tokens: torch.Tensor | None, images: Image.Image | Sequence[Image.Image] | None
     ) -> torch.Tensor:
-        """`[images, N, D]`, given or encoded."""
         if (visual_tokens is None) == (images is None):
             raise ValueError("give either visual_tokens or images")
         if visual_tokens is None:
@@ -175,8 +171,7 @@ class VisualizationPipeline(DiffusionPipeline):
                     "this visualizer has no vision tower, so it cannot encode images: give visual_tokens, load it "
                     "with vision_tower=…, or train it with --save_vision_tower True"
                 )
-            pictures = [images] if isinstance(images, Image.Image) else images
-            return self.vision_tower.encode_pictures(pictures)
+            return self.vision_tower.encode_images([images] if isinstance(images, Image.Image) else images)
         return visual_tokens.unsqueeze(0) if visual_tokens.dim() == 2 else visual_tokens
 
     def _condition(self, visual_tokens: torch.Tensor) -> torch.Tensor:
@@ -184,62 +179,50 @@ class VisualizationPipeline(DiffusionPipeline):
         tokens = visual_tokens.to(device=self._execution_device, dtype=self.projector.dtype)
         return pad_condition(self.projector(tokens)).to(self.unet.dtype)
 
-    def _starting_latents(
-        self,
-        num_images: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _starting_latents(self, num_images: int, generator: Generators, latents: torch.Tensor | None) -> torch.Tensor:
         """Noise `[images, channels, height, width]` at the level at which the scheduler starts."""
         sample_size = self.unet.config.sample_size
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        shape = (num_images, self.unet.config.in_channels, height, width)
+        sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        shape = (num_images, self.unet.config.in_channels, *sides)
         if isinstance(generator, list) and len(generator) != num_images:
             raise ValueError(
                 f"{len(generator)} generators for {num_images} images; give one generator, or one per image."
             )
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+            source = generator or None  # there may be no images
+            latents = randn_tensor(shape, generator=source, device=self._execution_device, dtype=self.unet.dtype)
         elif latents.shape != shape:
             raise ValueError(f"latents have shape {list(latents.shape)}, but the UNet takes {list(shape)} here.")
         return latents.to(device=self._execution_device, dtype=self.unet.dtype)
 
     def _denoise(
-        self,
-        batch: GuidedBatch,
-        latents: torch.Tensor,
-        num_inference_steps: int,
-        generator: torch.Generator | list[torch.Generator] | None,
+        self, batch: GuidedBatch, latents: torch.Tensor, num_inference_steps: int, generator: Generators
     ) -> torch.Tensor:
-        """Run the sampler from noise `[images, …]` to clean latents `[images · scales, …]`."""
+        """From noise `[images, …]` to clean latents `[images · scales, …]`."""
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
         latents = batch.start(latents * self.scheduler.init_noise_sigma)
-        # Only stochastic samplers draw noise in a step.
+        # Only stochastic samplers add noise in a step.
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_options = {"generator": generator} if takes_generator else {}
 
         with self.progress_bar(total=num_inference_steps) as progress:
             for index, timestep in enumerate(self.scheduler.timesteps):
-                noisy, condition = batch.inputs(self.scheduler.scale_model_input(latents, timestep), index == 0)
+                scaled = self.scheduler.scale_model_input(latents, timestep)
+                noisy, condition = batch.inputs(scaled, index == 0)  # one row per prediction
                 prediction = self.unet(noisy, timestep, encoder_hidden_states=condition).sample
                 prediction = batch.combine(prediction, index == 0)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
                 progress.update()
         return latents
 
-    def _nothing(self, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:
-        """What `_decode` gives for no images, which the VAE does not take."""
-        latents = self._starting_latents(0, None, None)
-        if output_type in ("latent", "pil"):
-            return latents if output_type == "latent" else []
-        height, width = (side * vae_scale_factor(self.vae.config) for side in latents.shape[-2:])
-        pixels = latents.new_empty(0, 3, height, width)
-        return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).float().cpu().numpy()
-
     def _decode(self, latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:
         if output_type == "latent":
             return latents
-        pixels = self.vae.decode(from_unet_latents(self.vae, latents).to(self.vae.dtype)).sample
+        if latents.shape[0]:
+            pixels = self.vae.decode(from_unet_latents(self.vae, latents).to(self.vae.dtype)).sample
+        else:  # which the VAE does not take
+            factor = vae_scale_factor(self.vae.config)
+            pixels = latents.new_empty(0, 3, *(side * factor for side in latents.shape[2:]))
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
 
@@ -249,7 +232,7 @@ def vae_scale_factor(config: Mapping[str, Any]) -> int:
 
 
 def to_unet_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Bring the VAE's own latents to the unit scale in which the UNet works."""
+    """Scale the VAE's latents to unit variance, as the UNet takes them."""
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 

@@ -23,7 +23,7 @@ class PixelFormat:
     """Filter for resizing."""
 
     def pixels(self, square: Image.Image) -> torch.Tensor:
-        """A square RGB picture as a tensor `[3, size, size]`."""
+        """A square RGB image as a tensor `[3, size, size]`."""
         if square.size != (self.size, self.size):
             square = square.resize((self.size, self.size), self.resample)
         values = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
@@ -32,7 +32,7 @@ class PixelFormat:
 
 
 def crop_square(image: Image.Image, place: float = 0.5) -> Image.Image:
-    """The largest square of a picture; `place` in 0..1 moves it along the longer side (0.5: centre)."""
+    """The largest square of an image; `place` in 0..1 moves it along the longer side (0.5: centre)."""
     width, height = image.size
     side = min(width, height)
     left, top = round((width - side) * place), round((height - side) * place)

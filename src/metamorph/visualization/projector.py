@@ -1,7 +1,7 @@
-"""From visual tokens to the conditioning of a diffusion UNet: one network for training and inference alike.
+"""From visual tokens to the conditioning of a diffusion UNet: one network for training and inference.
 
-A Stable Diffusion UNet attends to a sequence of text embeddings `[images, 77, cross_attention_dim]`. The
-projector puts visual tokens `[images, N, D]` in their place. It has four forms, as in the original MetaMorph:
+A Stable Diffusion UNet attends to a sequence of text embeddings `[images, 77, cross_attention_dim]`. The projector
+replaces them by visual tokens `[images, N, D]`. It has four forms, as in the original MetaMorph:
 
 | mode          | tokens out         | what it is                                                    |
 |---------------|--------------------|---------------------------------------------------------------|
@@ -31,24 +31,14 @@ CONDITION_LENGTH = 77
 _QUERY_INIT_STD = 0.02
 
 
-def pad_condition(condition: torch.Tensor, length: int = CONDITION_LENGTH) -> torch.Tensor:
-    """Append zero tokens until the condition is `length` tokens long.
+def pad_condition(condition: torch.Tensor) -> torch.Tensor:
+    """Append zeros to `[images, tokens, cross_attention_dim]` until there are `CONDITION_LENGTH` tokens.
 
-    This is the only place that pads, so training and inference cannot disagree. A condition that already has
-    `length` tokens or more is returned as it is: the UNet's cross-attention takes any length, and cutting
-    would throw parts of the image away.
-
-    Args:
-        condition: `[images, tokens, cross_attention_dim]`.
-        length: Least number of tokens of the result.
-
-    Returns:
-        `[images, max(tokens, length), cross_attention_dim]`.
+    This is the only place that pads, so training and inference cannot disagree. A longer condition is returned
+    unchanged: the UNet's cross-attention takes any length, and cutting would discard parts of the image.
     """
-    missing = length - condition.shape[1]
-    if missing <= 0:
-        return condition
-    return F.pad(condition, (0, 0, 0, missing))
+    missing = CONDITION_LENGTH - condition.shape[1]
+    return condition if missing <= 0 else F.pad(condition, (0, 0, 0, missing))
 
 
 class VisualizationProjector(ModelMixin, ConfigMixin):
@@ -58,18 +48,16 @@ class VisualizationProjector(ModelMixin, ConfigMixin):
 
     Args:
         input_dim: Feature size D of the visual tokens.
-        hidden_dim: Width of the hidden layers of `mlp` and `transformer`; `xattn` and `xattnffn` work in
-            `output_dim`.
+        hidden_dim: Hidden width of `mlp` and `transformer`; `xattn` and `xattnffn` work in `output_dim`.
         output_dim: `cross_attention_dim` of the UNet.
-        num_tokens: Number of learned queries, and so of tokens that leave the modes that have queries.
-        num_layers: Linear layers (`mlp`), attention layers, or layers of the encoder and of the decoder each.
-        num_heads: Attention heads of the modes that attend.
+        num_tokens: Number of learned queries, and so of output tokens, in the modes that have queries.
+        num_layers: Linear layers (`mlp`), attention layers, or layers of encoder and decoder each.
+        num_heads: Attention heads.
         mode: One of `mlp`, `xattn`, `xattnffn`, `transformer`.
-        normalize_input: Apply a LayerNorm to the visual tokens first. L2-normalised tokens have entries of
-            about 1/√D; this brings them to 1. Off in the original.
-        num_positions: With a number N > 0, add a learned embedding to each of the N visual tokens of an
-            image, so that a network which sees one token at a time knows where it lies. Off (0) in the
-            original.
+        normalize_input: Apply a LayerNorm to the visual tokens first. L2-normalised tokens have entries of about 1/√D;
+            this scales them to 1. Off in the original.
+        num_positions: With N > 0, add a learned embedding to each of the N visual tokens of an image, because `mlp`
+            sees one token at a time and not its place. Off (0) in the original.
     """
 
     @register_to_config
@@ -90,7 +78,7 @@ class VisualizationProjector(ModelMixin, ConfigMixin):
         self.position_embeddings = None
         if num_positions:
             self.position_embeddings = nn.Parameter(torch.empty(1, num_positions, input_dim))
-            # The embedding must be of the size of what it is added to, or it is either noise or unheard.
+            # As large as the tokens it is added to: larger it would be noise, smaller it would have no effect.
             nn.init.normal_(self.position_embeddings, std=1.0 if normalize_input else input_dim**-0.5)
         self.network: nn.Module
         if mode == "mlp":
@@ -105,18 +93,7 @@ class VisualizationProjector(ModelMixin, ConfigMixin):
             raise ValueError(f"mode={mode!r} is not a projector; --mode takes one of {', '.join(PROJECTOR_MODES)}.")
 
     def forward(self, visual_tokens: torch.Tensor) -> torch.Tensor:
-        """Project visual tokens `[images, N, input_dim]` to `[images, N', output_dim]`.
-
-        Raises:
-            ValueError: If the tokens have another shape than the configuration says.
-        """
-        self._check(visual_tokens)
-        tokens = self.input_layer_norm(visual_tokens)
-        if self.position_embeddings is not None:
-            tokens = tokens + self.position_embeddings
-        return self.network(tokens)
-
-    def _check(self, visual_tokens: torch.Tensor) -> None:
+        """Project visual tokens `[images, N, input_dim]` to `[images, N', output_dim]`."""
         if visual_tokens.dim() != 3 or visual_tokens.shape[-1] != self.config.input_dim:
             raise ValueError(
                 f"The projector takes visual tokens [images, tokens, {self.config.input_dim}] but got "
@@ -129,10 +106,14 @@ class VisualizationProjector(ModelMixin, ConfigMixin):
                 f"The projector has {positions} position embeddings but each image has "
                 f"{visual_tokens.shape[1]} visual tokens; use the num_image_tokens that it was trained with."
             )
+        tokens = self.input_layer_norm(visual_tokens)
+        if self.position_embeddings is not None:
+            tokens = tokens + self.position_embeddings
+        return self.network(tokens)
 
 
 class _MlpProjector(nn.Module):
-    """`num_layers` times Linear and LayerNorm, with ReLU between: `[images, N, in]` to `[images, N, out]`."""
+    """`num_layers` of Linear and LayerNorm with ReLU between: `[images, N, in]` to `[images, N, out]`."""
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int) -> None:
         super().__init__()
@@ -143,25 +124,16 @@ class _MlpProjector(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes[1:])
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        last = len(self.layers) - 1
         for index, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
-            tokens = norm(layer(tokens))
-            if index < last:
-                tokens = F.relu(tokens)
+            tokens = norm(layer(F.relu(tokens) if index else tokens))
         return tokens
 
 
 class _CrossAttentionProjector(nn.Module):
-    """Learned queries that read the projected tokens: `[images, N, in]` to `[images, num_tokens, out]`."""
+    """Learned queries that attend to the projected tokens: `[images, N, in]` to `[images, num_tokens, out]`."""
 
     def __init__(
-        self,
-        input_dim: int,
-        output_dim: int,
-        num_tokens: int,
-        num_layers: int,
-        num_heads: int,
-        feed_forward: bool,
+        self, input_dim: int, output_dim: int, num_tokens: int, num_layers: int, num_heads: int, feed_forward: bool
     ) -> None:
         super().__init__()
         _check_heads(output_dim, num_heads, "the UNet's cross_attention_dim")
@@ -174,15 +146,15 @@ class _CrossAttentionProjector(nn.Module):
         )
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        source = self.input_norm(self.proj(tokens))
-        queries = self.token_embeddings.expand(tokens.shape[0], -1, -1)
+        source = self.input_norm(self.proj(tokens))  # (images, N, out)
+        queries = self.token_embeddings.expand(tokens.shape[0], -1, -1)  # (images, num_tokens, out)
         for layer in self.cross_attn_layers:
             queries = layer(queries, source)
         return queries
 
 
 class _CrossAttentionLayer(nn.Module):
-    """Post-norm cross-attention from `queries [images, Q, C]` to `source [images, N, C]`, then perhaps an FFN."""
+    """Post-norm cross-attention from `queries [images, Q, C]` to `source [images, N, C]`, optionally with an FFN."""
 
     def __init__(self, dim: int, num_heads: int, feed_forward: bool) -> None:
         super().__init__()
@@ -205,13 +177,7 @@ class _TransformerProjector(nn.Module):
     """A pre-norm encoder over the tokens and a decoder over learned queries: `[images, num_tokens, out]`."""
 
     def __init__(
-        self,
-        input_dim: int,
-        hidden_dim: int,
-        output_dim: int,
-        num_tokens: int,
-        num_layers: int,
-        num_heads: int,
+        self, input_dim: int, hidden_dim: int, output_dim: int, num_tokens: int, num_layers: int, num_heads: int
     ) -> None:
         super().__init__()
         _check_heads(hidden_dim, num_heads, "--hidden_dim")
@@ -227,7 +193,7 @@ class _TransformerProjector(nn.Module):
             dropout=0.0,
             norm_first=True,
             batch_first=True,
-            # The default encoder, but for a switch that pre-norm layers do not support and warn about.
+            # The default encoder, without nested tensors: pre-norm layers do not support them, and warn.
             custom_encoder=nn.TransformerEncoder(
                 encoder_layer, num_layers, nn.LayerNorm(hidden_dim), enable_nested_tensor=False
             ),

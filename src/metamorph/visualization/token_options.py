@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from PIL import Image
-from transformers import PreTrainedConfig
 
 from metamorph.files.model_files import read_json_object
+from metamorph.flags.checks import names_flag
 from metamorph.models.image_processing import load_image_processor
 from metamorph.models.vision_tower import (
     MetaMorphConfig,
@@ -34,8 +34,7 @@ class TokenOptions:
 
     vision_tower: str = "siglip/CLIP-ViT-SO400M-14-384"
     """Vision encoder whose tokens are drawn: the folder or Hub id that the MetaMorph model was trained with, or the
-    folder of the finished MetaMorph model, whose tower and token options are then used whatever the five flags below
-    say."""
+    folder of the finished MetaMorph model. The latter's tower and token options override the five flags below."""
     mm_vision_select_layer: int = -1
     """Hidden state of the tower that becomes visual tokens, as in `metamorph train`."""
     num_tokens: int = 64
@@ -52,7 +51,7 @@ Options = TypeVar("Options", bound=TokenOptions)
 
 
 def adopt_token_options(options: Options) -> Options:
-    """The options of the MetaMorph model, if `vision_tower` is the folder of one; else `options` as they are."""
+    """The options of the MetaMorph model, if `vision_tower` is the folder of one; else `options` unchanged."""
     if not _is_metamorph(options.vision_tower):
         return options
     config = load_config(expand_home(options.vision_tower), MetaMorphConfig)
@@ -69,33 +68,29 @@ def adopt_token_options(options: Options) -> Options:
     )
 
 
-def load_tower(options: TokenOptions) -> tuple[VisionTower, PixelFormat]:
-    """Load the vision tower with the layer, reduction and normalisation of the MetaMorph model, and its format.
-
-    Raises:
-        ValueError: as `load_encoder`.
-    """
-    encoder = load_encoder(options)
-    return encoder.tower, encoder.pixel_format
-
-
 def load_encoder(options: TokenOptions) -> VisualTokenEncoder:
-    """Load the vision tower, in float32, as a part of a pipeline.
-
-    Raises:
-        ValueError: if the tower is of an unknown kind, lacks weights, or does not fit the token options.
-    """
+    """Load the vision tower in float32, with the layer, reduction and normalisation of the MetaMorph model."""
     path = expand_home(resolve_vision_tower(options.vision_tower))
-    try:
+    with names_flag("--vision_tower", options.vision_tower):
         if _is_metamorph(path):
             config = load_config(path, MetaMorphConfig)
             tower = load_tower_of(path)
         else:
-            config = _token_config(options, load_vision_config(path))
+            if options.image_token_reduction == "mlpmixer":
+                raise ValueError(
+                    "--image_token_reduction mlpmixer has trained weights: give the folder of the MetaMorph model that "
+                    "holds them as --vision_tower"
+                )
+            config = MetaMorphConfig(
+                vision_config=load_vision_config(path),
+                mm_vision_select_layer=options.mm_vision_select_layer,
+                num_image_tokens=options.num_tokens,
+                image_token_reduction=options.image_token_reduction,
+                normalize_vision=options.normalize_vision,
+                apply_softmax=options.apply_softmax,
+            )
             tower = VisionTower(config, load_vision_encoder(path))
         processor = load_image_processor(path)
-    except OSError as error:
-        raise ValueError(f"--vision_tower {options.vision_tower} cannot be loaded: {error}") from error
     pixel_format = PixelFormat(
         size=config.vision_image_size,
         mean=tuple(processor.image_mean),
@@ -105,25 +100,8 @@ def load_encoder(options: TokenOptions) -> VisualTokenEncoder:
     return VisualTokenEncoder.from_tower(tower, config, pixel_format)
 
 
-def _token_config(options: TokenOptions, vision_config: PreTrainedConfig) -> MetaMorphConfig:
-    """The configuration of a MetaMorph model with these token options."""
-    if options.image_token_reduction == "mlpmixer":
-        raise ValueError(
-            "--image_token_reduction mlpmixer has weights of its own: give the folder of the MetaMorph model that "
-            "holds them as --vision_tower"
-        )
-    return MetaMorphConfig(
-        vision_config=vision_config,
-        mm_vision_select_layer=options.mm_vision_select_layer,
-        num_image_tokens=options.num_tokens,
-        image_token_reduction=options.image_token_reduction,
-        normalize_vision=options.normalize_vision,
-        apply_softmax=options.apply_softmax,
-    )
-
-
 def expand_home(name: str) -> str:
-    """A path in the home folder in full: recipes may hold `~`. Other paths and Hub ids as they are."""
+    """Expand `~`, which recipes may hold; other paths and Hub ids are returned unchanged."""
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 

@@ -1,12 +1,12 @@
-"""How the visualizer learns: `run.py` is the narrative, from flags to the pipeline folder.
+"""Training of the visualizer; `run.py` is the narrative, from flags to the pipeline folder.
 
 Which flags are there?                     `arguments.py`
 What is it made of?                        `build.py`
 What happens in a step?                    `denoising.py`; the trainer around it `trainer.py`
-Which images, in which order?              `dataset.py`, `pictures/`
+Which images, in which order?              `dataset.py`, `images/`
 What is the learning rate?                 `schedule.py`
-What is averaged and saved?                `average.py`; the result `export.py`, its card `model_card.py`
+What is averaged and saved?                `average.py`; the result and its card `export.py`
 How does a run resume?                     `resume.py`
-What does FSDP2 divide?                    `fsdp2.py`
+What does FSDP2 shard?                     `fsdp2.py`
 What may the projector start from?         `alignment.py`
 """

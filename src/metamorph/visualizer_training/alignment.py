@@ -1,8 +1,8 @@
 """A quick start for the projector: fit it to conditions that the diffusion model already understands.
 
-Training through a frozen UNet is slow at first, for a UNet makes nothing of conditions unlike those it knows. Where the
-right conditions of the pictures are known (from the diffusion model's own condition encoder), regression to them
-takes the projector most of the way without running the UNet at all.
+Training through a frozen UNet is slow at first, because a UNet cannot use conditions unlike those it knows. Where the
+right conditions of the images are known (from the diffusion model's own condition encoder), regression to them takes
+the projector most of the way without running the UNet.
 """
 
 from __future__ import annotations
@@ -27,15 +27,7 @@ _KEY = "conditions"
 
 
 def load_conditions(file: str | Path, num_images: int) -> torch.Tensor:
-    """Read the tensor `conditions` `[images, tokens, cross_attention_dim]` of a safetensors file, in float32.
-
-    Args:
-        file: The file.
-        num_images: Pictures in the training data; condition i is that of picture i.
-
-    Raises:
-        ValueError: if the file cannot be read, or the tensor is missing, not finite, or has another number of images.
-    """
+    """Read the tensor `conditions` `[num_images, tokens, cross_attention_dim]` of a safetensors file, in float32."""
     try:
         conditions = load_file(Path(file).expanduser()).get(_KEY)
     except (OSError, SafetensorError) as error:
@@ -43,8 +35,8 @@ def load_conditions(file: str | Path, num_images: int) -> torch.Tensor:
     if conditions is None or conditions.dim() != 3 or len(conditions) != num_images:
         found = "nothing" if conditions is None else list(conditions.shape)
         raise ValueError(
-            f"--alignment_conditions {file} must hold a tensor {_KEY!r} [{num_images} pictures, tokens, features] in "
-            f"the order of the pictures; it holds {found}"
+            f"--alignment_conditions {file} must hold a tensor {_KEY!r} [{num_images} images, tokens, features] in "
+            f"the order of the images; it holds {found}"
         )
     check_finite([(_KEY, conditions)], f"--alignment_conditions {file}")
     return conditions.float()
@@ -58,43 +50,33 @@ def align_projector(
     steps: int,
     lr: float,
     seed: int,
-) -> float:
-    """Train the projector by the mean squared error to known conditions, with AdamW and a cosine to 0.
+) -> None:
+    """Fit the projector in place by mean squared error, with AdamW and a cosine schedule to 0, in batches of 64 images.
 
     Args:
-        projector: Changed in place.
         visual_tokens: `[images, N, D]`, on the CPU.
-        conditions: `[images, N', cross_attention_dim]`, on the CPU, as the projector should give them.
-        steps: Optimizer steps, of 64 pictures each.
+        conditions: `[images, N', cross_attention_dim]`, on the CPU: the targets.
+        steps: Optimizer steps.
         lr: Peak learning rate.
         seed: Seed of the batches.
-
-    Returns:
-        The error of the last batch.
-
-    Raises:
-        ValueError: if the projector gives conditions of another shape.
     """
     device = next(projector.parameters()).device
     with torch.no_grad():
         shape = projector(visual_tokens[:1].to(device)).shape[1:]
     if shape != conditions.shape[1:]:
         raise ValueError(
-            f"--alignment_conditions have shape {list(conditions.shape[1:])} per picture, but the projector gives "
+            f"--alignment_conditions have shape {list(conditions.shape[1:])} per image, but the projector gives "
             f"{list(shape)}; choose --mode and --num_query_tokens to match"
         )
     optimizer = torch.optim.AdamW(projector.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
-    loss = torch.zeros(())
     for _ in Progress(range(steps), "aligning projector", unit="step"):
-        chosen = torch.randint(len(visual_tokens), (BATCH_SIZE,), generator=generator)
-        loss = F.mse_loss(projector(visual_tokens[chosen].to(device)), conditions[chosen].to(device))
+        batch = torch.randint(len(visual_tokens), (BATCH_SIZE,), generator=generator)
+        loss = F.mse_loss(projector(visual_tokens[batch].to(device)), conditions[batch].to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
     optimizer.zero_grad(set_to_none=True)
-    error = loss.item()
-    logger.info("Aligned the projector with known conditions: mean squared error %.4f after %d steps", error, steps)
-    return error
+    logger.info("Aligned the projector with known conditions: MSE %.4f after %d steps", loss.item(), steps)

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from metamorph.data.records import ON_BAD_RECORD
 from metamorph.flags.checks import check_choice
 from metamorph.mini import shipped_folder
 from metamorph.training.arguments.shared import RunTrainingArguments
@@ -15,9 +16,6 @@ from metamorph.visualization.token_options import TokenOptions
 from metamorph.visualizer_training.schedule import DEFAULT_LR_SCHEDULER, LR_SCHEDULERS
 
 
-MIXED_PRECISIONS = ("no", "bf16")
-SHARDINGS = ("ddp", "fsdp2")
-ON_BAD_IMAGE = ("raise", "skip")
 NAMES_IN_TRANSFORMERS = {
     "training_steps": "max_steps",
     "batch_size": "per_device_train_batch_size",
@@ -25,11 +23,9 @@ NAMES_IN_TRANSFORMERS = {
     "lr_scheduler": "lr_scheduler_type",
     "save_step": "save_steps",
 }
-"""Flags that Transformers' Trainer knows by another name, which is understood, too."""
+"""Flags that have another name in Transformers' Trainer; both are accepted."""
 _ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 """Variables by which `accelerate launch` asks for an engine."""
-
-
 _REFUSED = {
     "training draws --validation_images at its checkpoints; `metamorph evaluate visualizer` measures": (
         "batch_eval_metrics bf16_full_eval do_eval do_predict eval_accumulation_steps eval_delay eval_on_start "
@@ -64,19 +60,19 @@ UNSUPPORTED = {
     for item in fields(RunTrainingArguments)
     if item.name in names.split()
 }
-"""Flags of Transformers that would do nothing here: the value that is accepted, and why no other one is."""
+"""Flags of Transformers that would have no effect here: the only accepted value, and the reason."""
 
 
 @dataclass
 class VisualizerArguments(TokenOptions, RunTrainingArguments):
-    """What the visualizer is made of, what it sees and how it is trained.
+    """Parts, data and training of the visualizer.
 
-    The flags of `transformers.TrainingArguments` that act here are understood, too; where one of them has a shorter
-    name here (`NAMES_IN_TRANSFORMERS`), that counts if both are given.
+    Flags of `transformers.TrainingArguments` that have an effect here are accepted, too. Some have a shorter name here
+    (`NAMES_IN_TRANSFORMERS`), which counts if both are given.
 
     Raises:
-        ValueError: for a value outside its domain; the message names the flag and the mend.
-        FileNotFoundError: for files and folders of data that do not exist.
+        ValueError: For a value outside its domain; the message names the flag and the fix.
+        FileNotFoundError: For files and folders of data that do not exist.
     """
 
     pretrained_model_name_or_path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -90,17 +86,16 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     unet_from_scratch: bool = False
     """Start from a randomly initialised UNet of the same configuration; needs unfreeze_unet."""
     sharding: str = "ddp"
-    """What several processes share: ddp keeps the whole model on each, fsdp2 divides weights, gradients and optimizer
-    among them."""
+    """What several processes share: ddp keeps the full model on each, fsdp2 shards weights, gradients and optimizer."""
     torch_compile: bool = False
-    """Compile the projector and the blocks of the UNet: the first steps take minutes, the others less time."""
+    """Compile the projector and the blocks of the UNet: the first steps take minutes, later ones are faster."""
     gradient_checkpointing: bool = False
     """Recompute the UNet's activations in the backward pass: less memory, more time."""
 
     mode: str = "mlp"
     """Form of the projector: mlp, xattn, xattnffn or transformer."""
     num_query_tokens: int = CONDITION_LENGTH
-    """Condition tokens that leave xattn, xattnffn and transformer; mlp emits as many as it receives."""
+    """Condition tokens that xattn, xattnffn and transformer return; mlp returns one for each visual token."""
     hidden_dim: int = 2048
     """Hidden width of the projector in modes mlp and transformer."""
     num_layers: int = 2
@@ -110,45 +105,39 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     normalize_input: bool = False
     """Apply a LayerNorm to the visual tokens before the projector."""
     learn_positions: bool = False
-    """Add a learned embedding of its place to each visual token before the projector."""
+    """Add a learned position embedding to each visual token before the projector."""
     pretrained_projector: str | None = None
     """Start from the projector in this folder: a finished visualizer, or its subfolder projector."""
 
     alignment_conditions: str | None = None
-    """Safetensors file with the diffusion model's own `conditions` [pictures, tokens, features] of the pictures, in
-    their order: the projector is fitted to them before training. Needs cache_latents."""
+    """Safetensors file with the diffusion model's own `conditions` [images, tokens, features] of the images, in their
+    order: the projector is fitted to them before training. Needs cache_latents."""
     alignment_steps: int = 1000
     """Optimizer steps of that fit; they do not run the UNet."""
     alignment_lr: float = 3e-3
     """Peak learning rate of that fit."""
 
     image_folder: str | None = None
-    """Folder of pictures (jpg, jpeg, png, webp) or of tar shards with pictures, searched with its subfolders; or the
-    root of paths in image_jsons."""
+    """Folder with images (jpg, jpeg, png, webp) or tar archives of images, including its subfolders; or the root of
+    paths in image_jsons."""
     image_jsons: list[str] = field(default_factory=list)
-    """JSON or JSONL files that list tar shards or pictures: paths, or records with a key image, jpg, jpeg, png or
-    webp."""
+    """JSON or JSONL lists of images or tar archives: paths, or records with a key image, jpg, jpeg, png or webp."""
     on_bad_image: str = "raise"
-    """What happens with a picture that cannot be read, or a shard that is cut off: raise, or skip (count, log and leave
-    out)."""
+    """What to do with an image that cannot be read, or a damaged archive: raise, or skip (count, log and leave out)."""
     max_bad_fraction: float = 0.01
-    """Largest share of skipped pictures, between 0 and 1; above it the run stops."""
+    """Largest share of skipped images, between 0 and 1; above it the run stops."""
     resolution: int | None = None
-    """Side of the pictures in pixels; by default that of the diffusion model: the sample_size of its UNet × the scale
+    """Side of the images in pixels; by default that of the diffusion model: the sample_size of its UNet × the scale
     factor of its VAE."""
     random_crop: bool = False
     """Cut the square at a random place instead of from the centre."""
     cache_latents: bool = False
-    """Encode every picture once, before training, and keep tokens and latents in memory."""
-    dataloader_num_workers: int = 0
-    """Processes that load pictures; 0 loads them in the training process."""
+    """Encode every image once, before training, and keep tokens and latents in memory."""
 
     training_steps: int = 16_000
     """Optimizer steps, and the horizon of the learning-rate schedule."""
     batch_size: int = 32
-    """Pictures per process and forward pass."""
-    gradient_accumulation_steps: int = 1
-    """Forward passes per optimizer step."""
+    """Images per process and forward pass."""
     lr: float = 1e-4
     """Peak learning rate."""
     unet_lr: float | None = None
@@ -159,39 +148,35 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     """Optimizer steps of warm-up; by default a quarter of training_steps."""
     weight_decay: float = 1e-2
     """Weight decay of AdamW."""
-    max_grad_norm: float = 1.0
-    """Largest norm of the gradient; longer ones are scaled down. 0 switches clipping off."""
     optim: str = "adamw_torch"
     """Optimizer, by its name in Transformers."""
     ema_decay: float = 0.9999
-    """Decay of the moving average of the weights, which is what is saved; 0 switches it off."""
+    """Decay of the moving average of the weights, which is saved instead of them; 0 switches it off."""
     mixed_precision: str = "no"
     """Compute in bf16 or, with no, in float32."""
     cfg_prob: float = 0.1
-    """Share of samples whose whole condition is replaced by zeros, for classifier-free guidance."""
+    """Share of samples whose condition is replaced by zeros, for classifier-free guidance."""
     timestep_power: float = 1.0
-    """Timesteps are drawn as T·u^power with uniform u; below 1 favours high noise, where the layout is decided."""
+    """Timesteps are sampled as T·u^power with uniform u; below 1 favours high noise, where the layout is decided."""
     noise_offset: float = 0.0
-    """Size of an extra noise that is constant over each channel of a picture."""
+    """Size of an additional noise that is constant over each channel of an image."""
     snr_gamma: float | None = None
-    """Cap of the signal-to-noise ratio in min-SNR loss weights; no weights by default."""
+    """Limit of the signal-to-noise ratio in min-SNR loss weights; no weights by default."""
     seed: int = 0
-    """Seed of initial weights, order of pictures, crops and noise."""
+    """Seed of initial weights, order of images, crops and noise."""
     full_determinism: bool = False
-    """Deterministic algorithms on a GPU, too, so that the seed decides the weights bit for bit; slower. On a CPU it is
-    always so."""
+    """Use deterministic algorithms on a GPU, too, as a CPU always does: bit-identical runs, but slower."""
 
     save_step: int = 1000
     """Optimizer steps between checkpoints; 0 saves the final result only."""
     model_license: str | None = None
-    """Licence that the model card of the result names; without it the card calls the licence unknown."""
+    """Licence of the result in its model card; unknown by default."""
     data_license: str | None = None
-    """Licence of the pictures that the model card of the result names; without it the card calls it unknown."""
+    """Licence of the images in the model card of the result; unknown by default."""
     save_vision_tower: bool = False
-    """Write the vision tower into the result too, so that `pipe(images=…)` can encode pictures; a large tower makes the
-    folder as much larger."""
+    """Write the vision tower, which may be large, into the result, too: `pipe(images=…)` can then encode images."""
     validation_images: list[str] = field(default_factory=list)
-    """Pictures that are drawn again from their own tokens at every checkpoint."""
+    """Images that are drawn again from their own tokens at every checkpoint."""
     validation_guidance_scales: list[float] = field(default_factory=lambda: [1.0, 3.0])
     """Guidance scales of these drawings, one column each."""
 
@@ -210,7 +195,7 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
         super().__post_init__()
 
     def _read_names_of_transformers(self) -> None:
-        """Take over what is given by a name of Transformers only."""
+        """Copy values that are given only by their name in Transformers."""
 
         def only(theirs: str, ours: str) -> bool:
             return self.is_given(theirs) and not self.is_given(ours)
@@ -232,28 +217,25 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
         self.max_steps, self.per_device_train_batch_size = self.training_steps, self.batch_size
         self.learning_rate, self.bf16 = self.lr, self.mixed_precision == "bf16"
         self.warmup_steps = self.training_steps // 4 if self.lr_warmup_steps is None else self.lr_warmup_steps
-        if self.lr_scheduler != DEFAULT_LR_SCHEDULER:  # which is not one of Transformers'
+        if self.lr_scheduler != DEFAULT_LR_SCHEDULER:  # Transformers does not have that one
             self.lr_scheduler_type = self.lr_scheduler
         self.save_strategy, self.save_steps = ("steps", self.save_step) if self.save_step else ("no", 1)
         if hasattr(self, "activation_checkpointing"):  # from Transformers 5.23 on the other name is deprecated
             self.activation_checkpointing = self.gradient_checkpointing
-        if self.sharding == "fsdp2":  # set anew, also for a changed copy
+        if self.sharding == "fsdp2":  # derived again, also for a changed copy
             self.fsdp = self.fsdp_config = None
 
     def _check_choices(self) -> None:
-        for name, allowed in (
-            ("mode", PROJECTOR_MODES),
-            ("lr_scheduler", LR_SCHEDULERS),
-            ("mixed_precision", MIXED_PRECISIONS),
-            ("on_bad_image", ON_BAD_IMAGE),
-            ("sharding", SHARDINGS),
-        ):
-            check_choice(f"--{name}", getattr(self, name), allowed)
+        check_choice("--mode", self.mode, PROJECTOR_MODES)
+        check_choice("--lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
+        check_choice("--mixed_precision", self.mixed_precision, ("no", "bf16"))
+        check_choice("--on_bad_image", self.on_bad_image, ON_BAD_RECORD)
+        check_choice("--sharding", self.sharding, ("ddp", "fsdp2"))
         for variable in _ENGINES if self.sharding == "ddp" else ():
             if os.environ.get(variable, "false").lower() == "true":
                 raise ValueError(
                     f"accelerate launch has set {variable}: start the visualizer with torchrun, or with a "
-                    "configuration without it; --sharding fsdp2 divides the model"
+                    "configuration without it; --sharding fsdp2 shards the model"
                 )
 
     def _check_ranges(self) -> None:
@@ -281,11 +263,11 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
                 f"--unet_lr {self.unet_lr} has no effect without --unfreeze_unet; set it or drop --unet_lr"
             )
         if self.alignment_conditions is not None and not self.cache_latents:
-            raise ValueError("--alignment_conditions needs the tokens of all pictures; set --cache_latents")
+            raise ValueError("--alignment_conditions needs the tokens of all images; set --cache_latents")
         if self.alignment_conditions is not None and self.sharding != "ddp":
-            raise ValueError(f"--alignment_conditions needs the whole projector; drop --sharding {self.sharding}")
+            raise ValueError(f"--alignment_conditions needs an unsharded projector; drop --sharding {self.sharding}")
         if self.cache_latents and self.random_crop:
-            raise ValueError("--cache_latents keeps one crop of each picture; drop it or --random_crop")
+            raise ValueError("--cache_latents keeps one crop of each image; drop it or --random_crop")
         if not self.validation_guidance_scales:
             raise ValueError("--validation_guidance_scales is empty; give at least one number")
         if (least := min(self.validation_guidance_scales)) < 0:
@@ -294,12 +276,9 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     def _check_paths(self) -> None:
         if self.image_folder is not None and not Path(self.image_folder).expanduser().is_dir():
             raise FileNotFoundError(f"--image_folder {self.image_folder} is not a folder")
-        conditions = [] if self.alignment_conditions is None else [self.alignment_conditions]
-        for flag, paths in (
-            ("--image_jsons", self.image_jsons),
-            ("--validation_images", self.validation_images),
-            ("--alignment_conditions", conditions),
-        ):
-            for path in paths:
-                if not Path(path).expanduser().is_file():
-                    raise FileNotFoundError(f"{flag} {path} is not a file")
+        files = [("--image_jsons", file) for file in self.image_jsons]
+        files += [("--validation_images", file) for file in self.validation_images]
+        files += [("--alignment_conditions", self.alignment_conditions)] if self.alignment_conditions else []
+        for flag, file in files:
+            if not Path(file).expanduser().is_file():
+                raise FileNotFoundError(f"{flag} {file} is not a file")

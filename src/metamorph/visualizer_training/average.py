@@ -1,4 +1,4 @@
-"""The moving average of the weights, which is what a visualizer is saved with."""
+"""The moving average of the weights, with which a visualizer is saved."""
 
 from __future__ import annotations
 
@@ -11,26 +11,21 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
-from metamorph.visualizer_training.fsdp2 import divided_like, whole
+from metamorph.visualizer_training.fsdp2 import gather, shard_like
 
 
 AVERAGE_FILE = "moving_average.pt"
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
+    """The trained parameters by name."""
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
 class MovingAverage(TrainerCallback):
-    """diffusers' `EMAModel` of the trained weights, which may be sharded once training has begun.
-
-    Args:
-        model: What is trained.
-        decay: Of the average.
-    """
+    """diffusers' `EMAModel` of the trained weights of `model`, which may be sharded once training has begun."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = model
@@ -38,48 +33,44 @@ class MovingAverage(TrainerCallback):
 
     @cached_property
     def average(self) -> EMAModel:
-        """The average; it starts from the weights that the model has when it is first asked for."""
+        """The average, which starts from the weights that the model has at the first access."""
         return EMAModel(self.parameters, decay=self.decay)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is averaged."""
+        """The averaged parameters, which an engine may have replaced."""
         return list(trainable_parameters(self.model).values())
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start from the weights before the first step."""
         _ = self.average
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take in the weights of a step."""
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Add the weights of a step."""
         self.average.step(self.parameters)
 
     def save(self, folder: Path, *, keep: bool) -> None:
-        """Write the whole average. For all processes, of which those that `keep` write."""
-        values = whole(self.average.state_dict(), keep=keep)
+        """Write the unsharded average. All processes must call it; those with `keep` write."""
+        values = gather(self.average.state_dict(), keep=keep)
         if keep:
             torch.save(values, folder / AVERAGE_FILE)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` has written; the decay stays that of this run."""
+        """Read the file of `save`; the decay stays that of this run."""
         values = torch.load(folder / AVERAGE_FILE, map_location="cpu", weights_only=True)
         shadows = zip(values["shadow_params"], self.parameters, strict=True)
-        values["shadow_params"] = [divided_like(*pair) for pair in shadows]
+        values["shadow_params"] = [shard_like(*pair) for pair in shadows]
         self.average.load_state_dict(values)
         self.average.to(device=self.parameters[0].device)
         self.average.decay = self.decay
 
-    def whole_weights(self, *, keep: bool) -> dict[str, torch.Tensor]:
-        """The averages by the names of their weights. For all processes; those that `keep` get them whole."""
-        return dict(zip(trainable_parameters(self.model), whole(self.average.shadow_params, keep=keep), strict=True))
+    def gather(self, *, keep: bool) -> dict[str, torch.Tensor]:
+        """The averages by parameter name. All processes must call it; those with `keep` get them unsharded."""
+        return dict(zip(trainable_parameters(self.model), gather(self.average.shadow_params, keep=keep), strict=True))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the model has the averages in place of its weights."""
+        """Replace the model's weights by the averages within the context."""
         self.average.store(self.parameters)
         self.average.copy_to(self.parameters)
         try:

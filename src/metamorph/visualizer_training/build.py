@@ -1,9 +1,12 @@
-"""Loads what the visualizer is made of: the vision tower, the parts of Stable Diffusion, and the projector."""
+"""Load the parts of the visualizer: UNet, VAE and noise schedule of Stable Diffusion, and the projector.
+
+Errors are a `ValueError` or `FileNotFoundError` that names the flag.
+"""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,9 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from metamorph.flags.checks import check_reachable, names_flag
-from metamorph.models.vision_tower import (
-    VisionTower,
-    resolve_vision_tower,
-)
+from metamorph.models.vision_tower import resolve_vision_tower
 from metamorph.visualization.folders import build_model, check_scheduler, load_model, local_folder, read_model_config
 from metamorph.visualization.pipeline import vae_scale_factor
-from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualization.projector import VisualizationProjector
 from metamorph.visualizer_training.arguments import VisualizerArguments
 
@@ -28,31 +27,9 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 _MAX_BLOCKS = 16
 
 
-@dataclass(frozen=True)
-class DiffusionParts:
-    """The parts of Stable Diffusion."""
-
-    unet: UNet2DConditionModel
-    """Noise predictor, in float32."""
-    vae: AutoencoderKL
-    """Pixels to latents and back; it is never trained and may be in bfloat16."""
-    noise_scheduler: DDPMScheduler
-    """Noise schedule and prediction type."""
-
-    @property
-    def resolution(self) -> int:
-        """Side of the pictures in pixels."""
-        return self.unet.config.sample_size * vae_scale_factor(self.vae.config)
-
-
 def check_folders(args: VisualizerArguments) -> None:
-    """Refuse folders and Hub ids that cannot be what their flag says, before anything is loaded.
-
-    Raises:
-        ValueError: naming flag, folder and what is missing.
-        FileNotFoundError: if a name is neither a folder nor a model of the Hub.
-    """
-    for flag, name, files, mend in (
+    """Refuse folders and Hub ids that do not fit their flag, before anything is loaded."""
+    for flag, name, files, fix in (
         ("--vision_tower", args.vision_tower, ("config.json",), "a folder of a vision model"),
         (
             "--pretrained_model_name_or_path",
@@ -62,43 +39,33 @@ def check_folders(args: VisualizerArguments) -> None:
         ),
     ):
         folder = Path(name).expanduser()
-        if not folder.exists() and name.startswith((".", "/", "~")):
-            raise ValueError(f"{flag} {name} does not exist; give {mend}, or a Hub id")
-        missing = [file for file in files if folder.exists() and not (folder / file).is_file()]
-        if missing:
-            raise ValueError(f"{flag} {name} lacks {', '.join(missing)}; give {mend}")
-        if not folder.exists():
+        if folder.exists():
+            if missing := [file for file in files if not (folder / file).is_file()]:
+                raise ValueError(f"{flag} {name} lacks {', '.join(missing)}; give {fix}")
+        elif name.startswith((".", "/", "~")):
+            raise ValueError(f"{flag} {name} does not exist; give {fix}, or a Hub id")
+        else:
             check_reachable(resolve_vision_tower(name), flag, files[0])
 
 
-def load_diffusion_parts(args: VisualizerArguments, vae_dtype: torch.dtype = torch.float32) -> DiffusionParts:
-    """Load UNet, VAE and noise schedule from `pretrained_model_name_or_path`.
-
-    Args:
-        args: The flags.
-        vae_dtype: Precision of the VAE.
-
-    Raises:
-        ValueError: if the folder is not of that layout, or its parts do not fit each other.
-    """
-    try:
+def load_diffusion_parts(
+    args: VisualizerArguments, vae_dtype: torch.dtype = torch.float32
+) -> tuple[UNet2DConditionModel, AutoencoderKL, DDPMScheduler]:
+    """Load UNet (in float32), VAE and noise schedule from `pretrained_model_name_or_path`."""
+    with names_flag("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         folder = _diffusion_folder(args)
         check_scheduler(DDPMScheduler, folder / "scheduler")
-        noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
         if args.unet_from_scratch:
             unet = build_model(UNet2DConditionModel, folder / "unet")
         else:
             unet = load_model(UNet2DConditionModel, folder / "unet", args.variant, torch_dtype=torch.float32)
-        parts = DiffusionParts(unet, load_vae(args, vae_dtype), noise_scheduler)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded: {error}"
-        ) from error
-    _check_fit(parts, args)
+        vae = load_vae(args, vae_dtype)
+        _check_fit(unet.config, vae.config, scheduler.config.prediction_type)
     if args.resolution is not None:
-        # The pipeline draws at the size of the UNet's configuration, so this must be the size that was trained.
-        unet.register_to_config(sample_size=args.resolution // vae_scale_factor(parts.vae.config))
-    return parts
+        # The pipeline draws at the size in the UNet's configuration: make it the size that is trained.
+        unet.register_to_config(sample_size=args.resolution // vae_scale_factor(vae.config))
+    return unet, vae, scheduler
 
 
 def load_vae(args: VisualizerArguments, dtype: torch.dtype) -> AutoencoderKL:
@@ -107,19 +74,13 @@ def load_vae(args: VisualizerArguments, dtype: torch.dtype) -> AutoencoderKL:
 
 
 def adopt_resolution(args: VisualizerArguments) -> VisualizerArguments:
-    """The flags with the resolution of the diffusion model in place of one that is not given; reads no weights.
-
-    Raises:
-        ValueError: if the model cannot be loaded, does not state its resolution, or cannot draw at the given one.
-    """
+    """Return the flags with a resolution that the diffusion model can draw, by default its own; reads no weights."""
     name = args.pretrained_model_name_or_path
-    try:
+    with names_flag("--pretrained_model_name_or_path", name):
         folder = _diffusion_folder(args)
         unet = read_model_config(UNet2DConditionModel, folder / "unet")
         vae = read_model_config(AutoencoderKL, folder / "vae")
         blocks = [_blocks(config, folder / part / "config.json") for part, config in (("unet", unet), ("vae", vae))]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--pretrained_model_name_or_path {name} cannot be loaded: {error}") from error
     factor = 2 ** (blocks[1] - 1)
     sample_size = unet.get("sample_size")
     native = sample_size * factor if isinstance(sample_size, int) else None
@@ -142,16 +103,7 @@ def adopt_resolution(args: VisualizerArguments) -> VisualizerArguments:
 def build_projector(
     args: VisualizerArguments, tokens: tuple[int, int], cross_attention_dim: int
 ) -> VisualizationProjector:
-    """The projector to train: a new one, or `pretrained_projector`.
-
-    Args:
-        args: The flags.
-        tokens: Number N and size D of the visual tokens of one image.
-        cross_attention_dim: Size of a condition token of the UNet.
-
-    Raises:
-        ValueError: if a pretrained projector is missing or has other sizes.
-    """
+    """The projector to train, new or from `pretrained_projector`; `tokens` are the number and size of visual tokens."""
     num_tokens, feature_size = tokens
     if args.pretrained_projector is None:
         return VisualizationProjector(
@@ -181,15 +133,8 @@ def build_projector(
     return projector
 
 
-@torch.no_grad()
-def token_shape(tower: VisionTower, pixel_format: PixelFormat) -> tuple[int, int]:
-    """Number N and size D of the tower's visual tokens of one image."""
-    tokens = tower(torch.zeros(1, 3, pixel_format.size, pixel_format.size))
-    return tokens.shape[1], tokens.shape[2]
-
-
 def _blocks(config: dict[str, Any], file: Path) -> int:
-    """Number of blocks of a UNet or VAE; each but the last halves the sides."""
+    """Number of blocks of a UNet or VAE; all but the last halve the sides."""
     channels = config.get("block_out_channels")
     if not isinstance(channels, list) or not 0 < len(channels) <= _MAX_BLOCKS:
         raise ValueError(f"{file}: block_out_channels {channels!r} must be a list of 1 to {_MAX_BLOCKS} numbers")
@@ -197,22 +142,16 @@ def _blocks(config: dict[str, Any], file: Path) -> int:
 
 
 def _diffusion_folder(args: VisualizerArguments) -> Path:
-    """The parts of Stable Diffusion that are used, from the Hub if need be."""
     return local_folder(
         args.pretrained_model_name_or_path, ("unet", "vae", "scheduler"), args.variant, revision=args.revision
     )
 
 
-def _check_fit(parts: DiffusionParts, args: VisualizerArguments) -> None:
-    unet, vae = parts.unet.config, parts.vae.config
-    where = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+def _check_fit(unet: Any, vae: Any, prediction_type: str) -> None:
     if unet.in_channels != vae.latent_channels:
-        raise ValueError(f"{where}: the UNet takes {unet.in_channels} channels, the VAE has {vae.latent_channels}")
+        raise ValueError(f"the UNet takes {unet.in_channels} channels, the VAE has {vae.latent_channels}")
     if not isinstance(unet.cross_attention_dim, int):
-        raise ValueError(f"{where}: cross_attention_dim {unet.cross_attention_dim} differs between blocks of the UNet")
-    prediction_type = parts.noise_scheduler.config.prediction_type
+        raise ValueError(f"cross_attention_dim {unet.cross_attention_dim} differs between blocks of the UNet")
     if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"{where}: prediction_type {prediction_type!r} of the scheduler is not supported; use one of "
-            f"{', '.join(PREDICTION_TYPES)}"
-        )
+        allowed = ", ".join(PREDICTION_TYPES)
+        raise ValueError(f"prediction_type {prediction_type!r} of the scheduler is not supported; use one of {allowed}")

@@ -13,51 +13,48 @@ from diffusers.training_utils import compute_snr
 from torch import nn
 from torch.nn import functional as F
 
-from metamorph.models.vision_tower import VisionTower
 from metamorph.visualization.guidance import drop
 from metamorph.visualization.pipeline import to_unet_latents
 from metamorph.visualization.projector import VisualizationProjector, pad_condition
 
 
 class FrozenEncoders:
-    """The two encoders that are never trained.
+    """The vision tower (pixels to visual tokens) and the VAE, which are never trained."""
 
-    Args:
-        tower: Vision tower.
-        vae: Autoencoder of the latents.
-    """
-
-    def __init__(self, tower: VisionTower, vae: AutoencoderKL) -> None:
-        self.tower = tower.requires_grad_(False).eval()
-        # The layout that convolutions like best: a third less time on a CPU.
+    def __init__(self, tower: nn.Module, vae: AutoencoderKL) -> None:
+        self.tower: Any = tower.requires_grad_(False).eval()
+        # The fastest layout for convolutions: a third less time on a CPU.
         self.vae = vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def __call__(self, tower_pixels: torch.Tensor, vae_pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode pictures.
+        """Encode images.
 
         Args:
-            tower_pixels: `[images, 3, S, S]` as the tower wants them.
+            tower_pixels: `[images, 3, S, S]`, normalised as the tower takes them.
             vae_pixels: `[images, 3, R, R]` in −1..1.
 
         Returns:
-            `visual_tokens [images, N, D]` and `moments [images, 2 · channels, height, width]`, the mean and
-            logarithm of the variance of the latents, both float32. The latents are drawn anew each time.
+            `visual_tokens [images, N, D]` and `moments [images, 2 · channels, height, width]`, the mean and logarithm
+            of the variance of the latents, both float32. Latents are sampled from them in every step.
         """
         with torch.inference_mode():
-            moments = self.vae.encode(vae_pixels.to(self.vae.dtype)).latent_dist.parameters
-        # What was made in inference mode cannot be kept for a backward pass; the tower sees to this itself.
-        return {"visual_tokens": self.tower(tower_pixels).float(), "moments": moments.clone().float()}
+            moments = self.vae.encode(vae_pixels.to(self.vae.device, self.vae.dtype)).latent_dist.parameters
+        # Autograd cannot save tensors made in inference mode, so copy them; the tower does so itself.
+        return {
+            "visual_tokens": self.tower(tower_pixels.to(self.vae.device)).float(),
+            "moments": moments.clone().float(),
+        }
 
 
 @dataclass(frozen=True)
-class Draws:
+class RandomInputs:
     """Everything random about a batch."""
 
     noise: torch.Tensor
-    """`[images, channels, height, width]`, normal: what is added to the latents."""
+    """`[images, channels, height, width]`, normal: added to the latents."""
     latent_noise: torch.Tensor
-    """`[images, channels, height, width]`, normal: which latents are drawn from the VAE's distribution."""
+    """`[images, channels, height, width]`, normal: samples the latents from the VAE's distribution."""
     timesteps: torch.Tensor
     """`[images]` long: how much noise is added."""
     keep_condition: torch.Tensor
@@ -74,14 +71,13 @@ class Draws:
         timestep_power: float = 1.0,
         cfg_prob: float = 0.0,
         noise_offset: float = 0.0,
-    ) -> Draws:
-        """Draw for the samples at `positions` of the training stream.
+    ) -> RandomInputs:
+        """The random inputs of the samples at `positions` `[images]` of the training stream.
 
-        Every sample has a generator of its own, seeded by `(seed, position)`. So what happens to it does not
-        depend on the batch size, accumulation, number of processes, or on where a run was interrupted.
+        They do not depend on the batch size, accumulation, number of processes, or on interruptions.
 
         Args:
-            positions: `[images]`, places in the stream.
+            positions: Places in the stream.
             latent_shape: `(channels, height, width)`.
             seed: Seed of the run.
             num_timesteps: Timesteps T of the noise schedule.
@@ -91,8 +87,10 @@ class Draws:
         """
         noise, latent_noise, timesteps, keep = [], [], [], []
         for position in positions.tolist():
+            # One generator per sample. SeedSequence mixes both numbers: neighbours must not share a stream.
             state = np.random.SeedSequence([seed, position]).generate_state(1)
             generator = torch.Generator().manual_seed(int(state[0]))
+            # The order of these calls decides the numbers; runs that resume rely on it.
             offset = noise_offset * torch.randn(latent_shape[0], 1, 1, generator=generator)
             noise.append(torch.randn(latent_shape, generator=generator) + offset)
             latent_noise.append(torch.randn(latent_shape, generator=generator))
@@ -103,19 +101,16 @@ class Draws:
 
 
 def sample_latents(vae: AutoencoderKL, moments: torch.Tensor, latent_noise: torch.Tensor) -> torch.Tensor:
-    """Latents at the UNet's scale, `[images, channels, height, width]`, drawn from `moments` with given noise."""
+    """Sample latents at the UNet's scale, `[images, channels, height, width]`, from `moments` with given noise."""
     distribution = DiagonalGaussianDistribution(moments)
     return to_unet_latents(vae, distribution.mean + distribution.std * latent_noise)
 
 
 class Denoiser(nn.Module):
-    """Projector and UNet as the one module that is trained. Its forward pass gives the loss, as Trainer wants it.
+    """Projector and UNet as the one module that is trained; its forward pass returns the loss, as Trainer expects.
 
-    Args:
-        projector: Visual tokens to condition tokens.
-        unet: Noise predictor; frozen parameters stay as they are.
-        noise_scheduler: Schedule and prediction type (`epsilon` or `v_prediction`).
-        snr_gamma: Weigh images by min(SNR, gamma)/SNR (Hang et al., 2023), /(SNR + 1) for v-prediction.
+    The prediction type of `noise_scheduler` is `epsilon` or `v_prediction`. With `snr_gamma`, images are weighted by
+    min(SNR, gamma)/SNR (Hang et al., 2023), /(SNR + 1) for v-prediction.
     """
 
     def __init__(
@@ -138,42 +133,42 @@ class Denoiser(nn.Module):
         visual_tokens: torch.Tensor,
         keep_condition: torch.Tensor,
     ) -> torch.Tensor:
-        """Predict the scheduler's target.
-
-        Args:
-            noisy_latents: `[images, channels, height, width]`.
-            timesteps: `[images]`.
-            visual_tokens: `[images, N, D]`.
-            keep_condition: `[images]` bool; where False, the whole condition of the image is zero.
-
-        Returns:
-            `[images, channels, height, width]`.
-        """
-        condition = drop(pad_condition(self.projector(visual_tokens)), keep_condition)
+        """Predict the scheduler's target `[images, channels, height, width]` from noisy latents of that shape."""
+        condition = pad_condition(self.projector(visual_tokens))  # (images, >= 77, cross_attention_dim)
+        # After padding, so that a dropped condition is the all-zero one that the pipeline guides with.
+        condition = drop(condition, keep_condition)
         return self.unet(noisy_latents, timesteps, encoder_hidden_states=condition).sample
 
     def forward(
-        self, latents: torch.Tensor, visual_tokens: torch.Tensor, draws: Draws, weights: torch.Tensor | None = None
+        self,
+        latents: torch.Tensor,
+        visual_tokens: torch.Tensor,
+        random: RandomInputs,
+        weights: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Mean squared error on the scheduler's own target, the mean over images, as `{"loss": []}`.
+        """Mean squared error on the scheduler's own target, averaged over images, as `{"loss": []}`.
 
         Args:
             latents: `[images, channels, height, width]` at the UNet's scale.
             visual_tokens: `[images, N, D]`.
-            draws: Noise, timesteps and dropped conditions.
-            weights: `[images]`; 0 for an image that is left out, else 1. The number of images divides in either case,
-                so the gradient of a batch is the sum of those of its parts, however it is divided among processes.
+            random: Noise, timesteps and dropped conditions.
+            weights: `[images]`; 0 for an image that is left out, else 1.
         """
-        scheduler, noise, timesteps = self.noise_scheduler, draws.noise, draws.timesteps
+        scheduler, noise, timesteps = self.noise_scheduler, random.noise, random.timesteps
         noisy = scheduler.add_noise(latents, noise, timesteps)
         predicts_velocity = scheduler.config.prediction_type == "v_prediction"
         target = scheduler.get_velocity(latents, noise, timesteps) if predicts_velocity else noise
-        prediction = self.predict(noisy, timesteps, visual_tokens, draws.keep_condition)
-        losses = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        prediction = self.predict(noisy, timesteps, visual_tokens, random.keep_condition)
+        # In float32, also under bf16 autocast.
+        losses = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))  # (images,)
         if self.snr_gamma is not None:
             snr = compute_snr(scheduler, timesteps)
             losses = losses * snr.clamp(max=self.snr_gamma) / (snr + 1 if predicts_velocity else snr)
-        return {"loss": (losses if weights is None else losses * weights).mean()}
+        if weights is not None:
+            losses = losses * weights
+        # Divided by all images, also those left out: the gradient of a batch then is the sum of those of its parts,
+        # however it is split into micro-batches and among processes.
+        return {"loss": losses.mean()}
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
         """Recompute the UNet's activations; Trainer calls it with `--gradient_checkpointing`."""

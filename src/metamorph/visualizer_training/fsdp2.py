@@ -1,6 +1,7 @@
-"""FSDP2 for the visualizer: which modules are sharded, and the way from sharded tensors to whole ones and back.
+"""FSDP2 for the visualizer: which modules are sharded, and conversion of tensors to and from shards.
 
-Checkpoints hold whole tensors whatever the engine, so a run may resume with the other one or with other processes.
+Checkpoints hold unsharded tensors with every engine, so a run may resume with another one or another number of
+processes.
 """
 
 from __future__ import annotations
@@ -26,37 +27,30 @@ def layers(model: Denoiser) -> Iterator[nn.Module]:
     yield from model.unet.up_blocks
 
 
-def whole(values: Any, keep: bool = True) -> Any:
-    """Put sharded tensors together, in dicts and lists of any depth. For all processes, if there are any such tensors.
+def gather(values: Any, keep: bool = True) -> Any:
+    """Gather the sharded tensors in nested dicts and lists; other values are returned unchanged.
 
-    Args:
-        values: Tensors, and other values, which are passed on.
-        keep: Whether this process wants the result (on the CPU, where it was sharded).
+    If there are sharded tensors, all processes must call it. Those with `keep` get them on the CPU, the others None.
     """
     if isinstance(values, DTensor):
         full = values.full_tensor().detach()
         return full.cpu() if keep else None
     if isinstance(values, dict):
-        return {key: whole(value, keep) for key, value in values.items()}
+        return {key: gather(value, keep) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
-        return type(values)(whole(value, keep) for value in values)
+        return type(values)(gather(value, keep) for value in values)
     return values
 
 
-def divided_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, the same on all processes, divided as `parameter` is; as it is where that is whole.
-
-    Args:
-        value: Of the parameter's shape, or a scalar, which is left as it is.
-        parameter: A parameter of the model.
-    """
+def shard_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Shard a tensor, which is the same on all processes, like a parameter of its shape; scalars stay unchanged."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
-def whole_copy(model: Denoiser, state: dict[str, torch.Tensor], device: torch.device) -> Denoiser:
-    """A sharded model as one process has it, of its whole weights."""
+def unsharded_copy(model: Denoiser, state: dict[str, torch.Tensor], device: torch.device) -> Denoiser:
+    """A plain copy of a sharded model, with its unsharded weights `state`."""
     projector = VisualizationProjector.from_config(model.projector.config)
     copy = Denoiser(projector, UNet2DConditionModel.from_config(model.unet.config), model.noise_scheduler)
     copy.load_state_dict(state)

@@ -1,6 +1,6 @@
-"""How a run of the visualizer resumes: the checkpoint's kind, its data and flags, and the sample at which it goes on.
+"""How a run of the visualizer resumes: check the checkpoint's kind, data and flags, and find its place in the data.
 
-The rest is that of every run: `runs/find_checkpoint.py` and `training/base_trainer.py`.
+The rest is shared by all runs: `runs/find_checkpoint.py` and `training/base_trainer.py`.
 """
 
 from __future__ import annotations
@@ -20,48 +20,23 @@ from metamorph.visualizer_training.average import AVERAGE_FILE
 
 WEIGHTS_FILE = "trained_weights.safetensors"
 ACTING = (
-    "lr",
-    "unet_lr",
-    "weight_decay",
-    "max_grad_norm",
-    "ema_decay",
-    "mixed_precision",
-    "training_steps",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
+    *("lr", "unet_lr", "weight_decay", "max_grad_norm", "ema_decay", "mixed_precision", "training_steps"),
+    *("batch_size", "gradient_accumulation_steps", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
-"""Flags that act from the next step on; the log names those that have changed."""
+"""Flags that may change at a resume; the log names those that have."""
 FIXED = (
     *(field.name for field in fields(TokenOptions)),
-    "pretrained_model_name_or_path",
-    "revision",
-    "variant",
-    "num_heads",
-    "resolution",
-    "random_crop",
-    "lr_scheduler",
-    "lr_warmup_steps",
-    "cfg_prob",
-    "timestep_power",
-    "noise_offset",
-    "snr_gamma",
-    "optim",
+    *("pretrained_model_name_or_path", "revision", "variant", "num_heads", "resolution", "random_crop"),
+    *("lr_scheduler", "lr_warmup_steps", "cfg_prob", "timestep_power", "noise_offset", "snr_gamma", "optim"),
     "optim_args",
 )
-"""Flags that decide what is learnt, and that do not show in the sizes of the weights."""
+"""Flags that decide what is learnt, and that the sizes of the weights do not show."""
 _DATA = {"pictures": "--image_folder, --image_jsons", "digest": "--image_folder, --image_jsons", "seed": "--seed"}
 """What describes the data, and the flags that decide it."""
 
 
 def flags_of_run(args: VisualizerArguments) -> dict[str, Any]:
-    """The flags that are compared, as they are written into a checkpoint.
-
-    Args:
-        args: Result of `adopt_resolution` and `adopt_token_options`.
-    """
+    """The flags that a checkpoint records, from the result of `adopt_resolution` and `adopt_token_options`."""
     known = args.to_dict()
     flags = {name: known[name] for name in (*ACTING, *FIXED)}
     return flags | {name: describe_model(flags[name]) for name in MODELS if name in flags}
@@ -70,30 +45,25 @@ def flags_of_run(args: VisualizerArguments) -> dict[str, Any]:
 def find_resume_point(
     args: VisualizerArguments, flags: dict[str, Any], data: dict[str, Any]
 ) -> tuple[str, ResumePoint] | tuple[None, None]:
-    """The checkpoint that a run resumes, and its place in the data; before any weights are loaded.
+    """Find the checkpoint that a run resumes, and its place in the data, before any weights are loaded.
 
     Steps keep their number, whatever the size of a batch; the next sample is the one after those of the checkpoint.
-
-    Args:
-        args: The flags.
-        flags: Result of `flags_of_run`.
-        data: What decides which picture comes when: `pictures`, `digest` and `seed`.
+    `data` is what decides the order of images: `pictures` (their number), `digest` and `seed`.
 
     Raises:
-        FileNotFoundError: if there is no such checkpoint.
-        CheckpointError: if it belongs to another kind of run, to other data or flags.
+        CheckpointError: If the checkpoint belongs to another kind of run, or to other data or flags.
     """
     folder = find_checkpoint(str(args.output_dir), args.resume_from_checkpoint, _check_kind, ARGUMENTS_FILE)
     if folder is None:
         return None, None
     manifest = read_manifest(folder)
-    assert manifest is not None  # it has been found undamaged
+    assert manifest is not None  # find_checkpoint returns undamaged ones only
     compare_flags(folder, manifest["flags"], flags, FIXED)
     for name, given in _DATA.items():
         if manifest["data"].get(name) != data[name]:
             raise CheckpointError(
                 f"{folder} was trained on other data ({name} {manifest['data'].get(name)}, now {data[name]}): give it "
-                f"the {given} that it had. To go on with other data, start a new run in another --output_dir with the "
+                f"the {given} that it had. To train on other data, start a new run in another --output_dir with the "
                 "projector and the UNet of a finished one"
             )
     if (Path(folder) / AVERAGE_FILE).is_file() != bool(args.ema_decay):
@@ -105,7 +75,7 @@ def _check_kind(folder: str) -> None:
     if (Path(folder) / "state.json").is_file():
         raise CheckpointError(
             f"{folder} was written by an earlier version of MetaMorph, whose checkpoints of the visualizer cannot be "
-            "resumed: finish that run with that version, or start anew with --resume_from_checkpoint False"
+            "resumed: finish that run with that version, or start over with --resume_from_checkpoint False"
         )
     if not (Path(folder) / WEIGHTS_FILE).is_file():
         raise CheckpointError(f"{folder} is a checkpoint, but not one of the visualizer: it has no {WEIGHTS_FILE}")

@@ -1,11 +1,11 @@
-"""The visualizer's trainer: what it adds to `RunTrainer`: frozen encoders, losses, moving average, drawings, result."""
+"""The visualizer's trainer: `RunTrainer` with frozen encoders, a moving average, validation images and the result."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +24,29 @@ from metamorph.runs.lock import check_lock
 from metamorph.training.base_trainer import RunTrainer
 from metamorph.training.optimizer import optimizer_groups
 from metamorph.training.reporting.monitor import RunMonitor
-from metamorph.visualization.pixels import PixelFormat
-from metamorph.visualization.projector import VisualizationProjector
 from metamorph.visualizer_training.arguments import VisualizerArguments
 from metamorph.visualizer_training.average import MovingAverage, trainable_parameters
-from metamorph.visualizer_training.build import DiffusionParts
 from metamorph.visualizer_training.dataset import StreamBatches
-from metamorph.visualizer_training.denoising import Denoiser, Draws, FrozenEncoders, sample_latents
-from metamorph.visualizer_training.export import draw_validation_grid, save_pipeline
-from metamorph.visualizer_training.fsdp2 import divided_like, whole, whole_copy
-from metamorph.visualizer_training.model_card import render_visualizer_card
+from metamorph.visualizer_training.denoising import Denoiser, FrozenEncoders, RandomInputs, sample_latents
+from metamorph.visualizer_training.export import draw_validation_grid, render_visualizer_card, save_pipeline
+from metamorph.visualizer_training.fsdp2 import gather, shard_like, unsharded_copy
 from metamorph.visualizer_training.resume import WEIGHTS_FILE
 from metamorph.visualizer_training.schedule import DEFAULT_LR_SCHEDULER, log_warmup_linear_decay
 
 
 logger = logging.getLogger(__name__)
 
-StepCallback = Callable[[int, dict[str, float]], None]
-"""Called at each log entry with the number of steps done and the logged values."""
-_DRAWS = ("noise", "latent_noise", "timesteps", "keep_condition")
-
 
 @dataclass(frozen=True)
 class VisualizerResult:
-    """What a run of the trainer leaves."""
+    """Result of a run."""
 
     output_dir: Path
     """Pipeline folder: `VisualizationPipeline.from_pretrained(output_dir)`."""
     losses: list[float]
     """Mean loss of each optimizer step of this run, over all processes."""
     first_step: int
-    """Steps that were done before this run (0 unless resumed)."""
+    """Steps done before this run (0 unless resumed)."""
     seconds: float
     """Duration of the training loop."""
     is_main_process: bool
@@ -62,16 +54,9 @@ class VisualizerResult:
 
 
 class VisualizerTrainer(RunTrainer):
-    """Trains a [`Denoiser`] on pictures, or on what the frozen encoders have made of them.
+    """Trains a [`Denoiser`] on images, or on their encodings.
 
-    Args:
-        parts: The parts of the diffusion model; the model holds its UNet.
-        encoders: Tower and VAE, which are never trained.
-        tower_format: What the tower takes.
-        validation: Pictures that are drawn again at every checkpoint.
-        data: What decides which picture comes when, for checkpoints.
-        on_log: See `train_visualizer`.
-        **kwargs: As for [`RunTrainer`].
+    At every checkpoint it draws the `validation` images again and records `data`, which decides the order of images.
     """
 
     title = "visualizer"
@@ -79,21 +64,12 @@ class VisualizerTrainer(RunTrainer):
     batches: StreamBatches
 
     def __init__(
-        self,
-        *,
-        parts: DiffusionParts,
-        encoders: FrozenEncoders,
-        tower_format: PixelFormat,
-        validation: Sequence[Image.Image],
-        data: dict[str, Any],
-        on_log: StepCallback | None = None,
-        **kwargs: Any,
+        self, *, encoders: FrozenEncoders, validation: Sequence[Image.Image], data: dict[str, Any], **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.parts, self.encoders, self.tower_format = parts, encoders, tower_format
-        self.validation, self.data, self.on_log = validation, data, on_log
+        self.encoders, self.validation, self.data = encoders, validation, data
         self.losses: list[Tensor] = []
-        """`[2]` of each step of this run: losses and number of good pictures, both divided by that of all pictures."""
+        """`[2]` for each step of this run: loss and number of good images, both divided by the number of all images."""
         self._sums: Tensor | None = None
         self._micro_batches = self._logged = 0
         self.average = MovingAverage(self.plain_model, self.args.ema_decay) if self.args.ema_decay else None
@@ -101,7 +77,7 @@ class VisualizerTrainer(RunTrainer):
             self.add_callback(self.average)
 
     def create_monitor(self) -> RunMonitor:
-        """What measures samples."""
+        """A monitor that counts samples."""
         return RunMonitor(self.accelerator, _module_of)
 
     def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -122,45 +98,35 @@ class VisualizerTrainer(RunTrainer):
 
     # A step.
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """Mean loss of one batch of pixels, or of tokens and moments with `cache_latents`."""
         encoded = inputs if self.args.cache_latents else self.encoders(inputs["tower_pixels"], inputs["vae_pixels"])
-        draws = Draws(**{name: inputs[name] for name in _DRAWS})
-        latents = sample_latents(self.encoders.vae, encoded["moments"], draws.latent_noise)
-        outputs = model(latents=latents, visual_tokens=encoded["visual_tokens"], draws=draws, weights=inputs["weight"])
-        self._note(outputs["loss"].detach(), inputs["weight"].mean())
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-
-    def _note(self, loss: Tensor, share: Tensor) -> None:
-        """Sum what the log and the result tell of a micro-batch, on the device."""
-        sums = torch.stack([loss, share]) / self.args.gradient_accumulation_steps
+        random = RandomInputs(**{field.name: inputs[field.name] for field in fields(RandomInputs)})
+        latents = sample_latents(self.encoders.vae, encoded["moments"], random.latent_noise)
+        weights = inputs["weight"]
+        outputs = model(latents=latents, visual_tokens=encoded["visual_tokens"], random=random, weights=weights)
+        # Summed over the micro-batches of a step on the device: reading a value would make the host wait.
+        sums = torch.stack([outputs["loss"].detach(), weights.mean()]) / self.args.gradient_accumulation_steps
         self._sums = sums if self._sums is None else self._sums + sums
         self._micro_batches += 1
         if self._micro_batches % self.args.gradient_accumulation_steps == 0:
             self.losses.append(self._sums)
             self._sums = None
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def step_losses(self) -> list[float]:
-        """Mean loss of each step of this run, over all processes, which must all call it."""
+        """Mean loss of each step of this run over all processes, which must all call it."""
         sums = torch.stack([torch.zeros(2, device=self.args.device), *self.losses])  # there may be no step at all
         return [_ratio(*values) for values in self.accelerator.reduce(sums, "mean").tolist()[1:]]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The loss of a training log line is the mean over good pictures."""
+        """Log the mean loss over good images."""
         self.state.epoch = self.samples_seen / self.data["pictures"]
         if "loss" in logs:
             window = torch.stack(self.losses[self._logged :]).mean(dim=0)
             logs["loss"] = _ratio(*self.accelerator.reduce(window, "mean").tolist())
             self._logged = len(self.losses)
         super().log(logs, start_time)
-        if "loss" in logs and self.on_log is not None and self.is_world_process_zero():
-            self.on_log(self.state.global_step, logs)
 
     # Checkpoints.
 
@@ -176,15 +142,13 @@ class VisualizerTrainer(RunTrainer):
             self.batches.resume(point.step * self.args.gradient_accumulation_steps, point.trained_rows)
 
     def record(self) -> dict[str, Any]:
-        """The place in the data, and what the data are."""
+        """The place in the data, and what identifies the data."""
         return {"samples": self.samples_seen, "data": self.data}
 
     def whole_state_dict(self) -> dict[str, Tensor]:
-        """See [`RunTrainer`]; of the trained weights."""
-        return whole(
-            {name: value.detach() for name, value in trainable_parameters(self.plain_model).items()},
-            keep=self.args.should_save,
-        )
+        """See [`RunTrainer`]; the trained weights only."""
+        weights = {name: value.detach() for name, value in trainable_parameters(self.plain_model).items()}
+        return gather(weights, keep=self.args.should_save)
 
     def write_weights(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
         """Write the trained weights."""
@@ -192,11 +156,7 @@ class VisualizerTrainer(RunTrainer):
         save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS_FILE)
 
     def read_weights(self, folder: str) -> None:
-        """Read what `write_weights` has written, into a model that may be sharded.
-
-        Raises:
-            ValueError: if the folder was written by a run that trains other weights, or they are not finite.
-        """
+        """Read the file of `write_weights` into a model that may be sharded; other or infinite weights are an error."""
         weights = load_file(Path(folder) / WEIGHTS_FILE)
         check_finite(weights.items(), Path(folder) / WEIGHTS_FILE)
         parameters = trainable_parameters(self.plain_model)
@@ -213,7 +173,7 @@ class VisualizerTrainer(RunTrainer):
                         f"--resume_from_checkpoint {folder}: {name} has shape {list(value.shape)} there but "
                         f"{list(parameters[name].shape)} here; use the options it was trained with"
                     )
-                parameters[name].copy_(divided_like(value, parameters[name]))
+                parameters[name].copy_(shard_like(value, parameters[name]))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.read_weights(resume_from_checkpoint)
@@ -221,9 +181,9 @@ class VisualizerTrainer(RunTrainer):
             self.average.load(Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As Trainer does on one process, whatever the engine; and the moving average."""
+        """Write what Trainer writes on a single process, with every engine, and the moving average."""
         keep = self.args.should_save
-        optimizer = whole(self.create_optimizer().state_dict(), keep=keep)
+        optimizer = gather(self.create_optimizer().state_dict(), keep=keep)
         if keep:
             torch.save(optimizer, Path(output_dir, OPTIMIZER_NAME))
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
@@ -231,69 +191,64 @@ class VisualizerTrainer(RunTrainer):
             self.average.save(Path(output_dir), keep=keep)
 
     def load_optimizer(self, checkpoint: str | None) -> None:
-        """Load what `_save_optimizer_and_scheduler` has written, into whole or sharded tensors."""
+        """Load the files of `_save_optimizer_and_scheduler` into plain or sharded tensors."""
         if checkpoint is None:
             return
         optimizer = self.create_optimizer()
         state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
         parameters = [value for group in optimizer.param_groups for value in group["params"]]
         for index, values in state["state"].items():
-            state["state"][index] = {name: divided_like(value, parameters[index]) for name, value in values.items()}
+            state["state"][index] = {name: shard_like(value, parameters[index]) for name, value in values.items()}
         optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """See [`RunTrainer`]; then draw the validation pictures, unless a signal has left little time."""
+        """See [`RunTrainer`]; then draw the validation images, unless a signal leaves little time."""
         super()._save_checkpoint(model, trial)
         is_preempted = self.control.should_training_stop and self.state.global_step < self.state.max_steps
         if self.validation and not is_preempted:
-            with self.monitor.pause(), self._finished_parts() as finished:
+            with self.monitor.pause(), self._finished_model() as finished:
                 if self.is_world_process_zero():
-                    self._validate(*finished)
+                    grid = draw_validation_grid(finished, self.encoders, self.validation, self.args)
+                    path = Path(str(self.args.output_dir), "validation", f"step-{self.state.global_step:06d}.png")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    grid.save(path)
+                    for tracker in self.trackers:
+                        tracker.log_media({}, {"validation": grid}, self.state.global_step)
                 self.accelerator.wait_for_everyone()
-
-    def _validate(self, projector: VisualizationProjector, parts: DiffusionParts) -> None:
-        """Draw the validation pictures from their tokens, to a file and to the trackers."""
-        grid = draw_validation_grid(projector, parts, self.encoders, self.validation, self.tower_format, self.args)
-        path = Path(str(self.args.output_dir), "validation", f"step-{self.state.global_step:06d}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(path)
-        for tracker in self.trackers:
-            tracker.log_media({}, {"validation": grid}, self.state.global_step)
 
     # The result.
 
     def save_result(self) -> None:
-        """Write the pipeline folder. For all processes."""
+        """Write the pipeline folder. All processes must call it."""
         lines = [line for line in self.state.log_history if "loss" in line]
         logged = {name: value for name, value in lines[-1].items() if name != "step"} if lines else {}
-        with self._finished_parts() as (projector, parts):
+        with self._finished_model() as model:
             if self.is_world_process_zero():
                 folder = Path(str(self.args.output_dir))
                 card = render_visualizer_card(self.args, self.data["pictures"], self.accelerator.num_processes, logged)
                 check_lock(folder)
                 with explains_write_errors(folder, "the visualizer"):
-                    save_pipeline(folder, projector, parts, self.args, card)
+                    save_pipeline(folder, model, self.encoders.vae, self.args, card)
                 logger.info("Wrote the visualizer to %s", folder)
         self.accelerator.wait_for_everyone()
 
     @contextmanager
-    def _finished_parts(self) -> Iterator[tuple[VisualizationProjector, DiffusionParts]]:
-        """Projector and parts with the moving average of the weights, whole in the main process. For all processes."""
+    def _finished_model(self) -> Iterator[Denoiser]:
+        """The model with averaged weights, unsharded in the main process. All processes must enter it."""
         model = self.plain_model
         assert isinstance(model, Denoiser)
         keep = self.args.should_save
         if self.is_sharded:
             state = super().whole_state_dict()
             if self.average is not None:
-                state |= self.average.whole_weights(keep=keep)
-            copy = whole_copy(model, state, self.accelerator.device) if keep else model
-            yield copy.projector, replace(self.parts, unet=copy.unet)
+                state |= self.average.gather(keep=keep)
+            yield unsharded_copy(model, state, self.accelerator.device) if keep else model
         elif self.average is not None:
             with self.average.in_place():
-                yield model.projector, self.parts
+                yield model
         else:
-            yield model.projector, self.parts
+            yield model
 
 
 def _module_of(parameter_name: str) -> str:

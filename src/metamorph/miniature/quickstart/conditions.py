@@ -21,7 +21,7 @@ from metamorph.miniature.world.cells import ATTRIBUTES, GRID, cell_labels
 from metamorph.miniature.world.checker import read_image
 from metamorph.miniature.world.scenes import BACKGROUNDS, Scene
 from metamorph.runs.progress import Progress
-from metamorph.visualizer_training.pictures.sources import ImageFiles
+from metamorph.visualizer_training.images.sources import TrainingImages, open_images
 
 
 ENCODER_FILE = "condition_encoder.safetensors"
@@ -42,9 +42,9 @@ def write_conditions(pictures: Path, mini_sd: Path, file: Path) -> Path:
     Raises:
         ValueError: if a picture is not one of the miniature world; the message names it.
     """
-    files = ImageFiles.from_folder(pictures)
-    indices = Progress(range(len(files)), "reading scenes", unit="picture", delay=2)
-    scenes = [_read_scene(files, index) for index in indices]
+    images = open_images(image_folder=pictures)
+    indices = Progress(range(len(images)), "reading scenes", unit="image", delay=2)
+    scenes = [_read_scene(images, index) for index in indices]
     _, _, condition_encoder = load_asset(mini_sd)
     with torch.no_grad():
         conditions = condition_encoder.encode(scenes)
@@ -53,10 +53,10 @@ def write_conditions(pictures: Path, mini_sd: Path, file: Path) -> Path:
     return file
 
 
-def _read_scene(files: ImageFiles, index: int) -> Scene:
-    scene = read_image(files.load(index)).scene
+def _read_scene(images: TrainingImages, index: int) -> Scene:
+    scene = read_image(images.load(index)).scene
     if scene is None:
-        raise ValueError(f"{files.paths[index]} shows no scene of the miniature world: its objects cannot be read")
+        raise ValueError(f"{images.files[index]} shows no scene of the miniature world: its objects cannot be read")
     return scene
 
 

@@ -1,4 +1,4 @@
-"""The visualizer's trainer on tar shards, some of them damaged."""
+"""The visualizer's trainer on tar archives, some of them damaged."""
 
 from __future__ import annotations
 
@@ -8,21 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from visualization_parts import (
-    RESOLUTION,
-    random_images,
-    write_damaged_shards,
-    write_shard,
-    write_tiny_diffusion,
-    write_tiny_tower,
-)
+from visualization_parts import OnLog, random_images, tiny_flags, write_archive, write_damaged_archives
 
 from metamorph.data.bad_records import TooManyBadRecordsError
 from metamorph.visualization import VisualizerArguments, train_visualizer
 from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualizer_training.dataset import Sample, VisualizerDataset
-from metamorph.visualizer_training.pictures.bad_pictures import BadPictures
-from metamorph.visualizer_training.pictures.sources import ImageFiles
+from metamorph.visualizer_training.images.bad_images import BadImages
+from metamorph.visualizer_training.images.sources import open_images
 
 
 pytestmark = pytest.mark.integration
@@ -30,33 +23,22 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("parts")
-    return {
-        "vision_tower": str(write_tiny_tower(folder / "tower")),
-        "pretrained_model_name_or_path": str(write_tiny_diffusion(folder / "diffusion")),
-        "num_tokens": 4,
-        "hidden_dim": 16,
-        "resolution": RESOLUTION,
-        "training_steps": 6,
-        "batch_size": 2,
-        "lr": 1e-2,
-        "lr_warmup_steps": 1,
-        "save_step": 0,
-    }
+    options = {"training_steps": 6, "lr": 1e-2, "lr_warmup_steps": 1, "save_step": 0}
+    return tiny_flags(tmp_path_factory.mktemp("parts")) | options
 
 
 def losses(flags: dict, output_dir: Path, **options) -> list[float]:
     return train_visualizer(VisualizerArguments(output_dir=str(output_dir), **(flags | options))).losses
 
 
-def test_shards_train_as_files_do(flags, tmp_path):
+def test_archives_train_as_files_do(flags, tmp_path):
     pictures = random_images(5)
     (tmp_path / "files").mkdir()
     for index, picture in enumerate(pictures):
         picture.save(tmp_path / "files" / f"{index}.png")
     (tmp_path / "shards").mkdir()
-    write_shard(tmp_path / "shards" / "a.tar", {f"{i}.png": pictures[i] for i in range(3)})
-    write_shard(tmp_path / "shards" / "b.tar", {f"{i}.png": pictures[i] for i in (3, 4)})
+    write_archive(tmp_path / "shards" / "a.tar", {f"{i}.png": pictures[i] for i in range(3)})
+    write_archive(tmp_path / "shards" / "b.tar", {f"{i}.png": pictures[i] for i in (3, 4)})
     expected = losses(flags, tmp_path / "one", image_folder=str(tmp_path / "files"))
     (tmp_path / "list.json").write_text(json.dumps(["shards/a.tar", "shards/b.tar"]))
     options = {"image_jsons": [str(tmp_path / "list.json")], "dataloader_num_workers": 2}
@@ -64,70 +46,68 @@ def test_shards_train_as_files_do(flags, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"random_crop": True}, {"cache_latents": True}])
-def test_r42_resume_on_shards_equals_uninterrupted(options, flags, tmp_path):
-    write_shard(tmp_path / "a.tar", {f"{i}.png": picture for i, picture in enumerate(random_images(5))})
+def test_r42_resume_on_archives_equals_uninterrupted(options, flags, tmp_path):
+    write_archive(tmp_path / "a.tar", {f"{i}.png": picture for i, picture in enumerate(random_images(5))})
     options |= {"image_folder": str(tmp_path), "save_step": 4}
     whole = losses(flags, tmp_path / "whole", **options)
     rest = {"resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint-4")}
     assert losses(flags, tmp_path / "rest", **options, **rest) == whole[4:]
 
 
-def test_damaged_shards_are_reported_and_left_out_within_the_cap(flags, tmp_path, caplog):
-    paths = write_damaged_shards(tmp_path / "shards", random_images(8))
+def test_damaged_archives_are_reported_and_left_out_within_the_cap(flags, tmp_path, caplog):
+    paths = write_damaged_archives(tmp_path / "shards", random_images(8))
     args = VisualizerArguments(output_dir=str(tmp_path / "out"), image_folder=str(tmp_path / "shards"), **flags)
-    with pytest.raises(ValueError, match=r"1 of 4 shards are damaged: .*1-cut\.tar \(1 pictures\) is cut off.*skip"):
+    with pytest.raises(ValueError, match=r"1 of 4 archives are damaged: .*1-cut\.tar \(1 images\) is cut off.*skip"):
         train_visualizer(args)
-    with pytest.raises(TooManyBadRecordsError, match=r"1 of 9 pictures are bad.*\{'lost with damaged shards': 1\}"):
+    with pytest.raises(TooManyBadRecordsError, match=r"1 of 9 images are bad.*\{'lost with damaged archives': 1\}"):
         train_visualizer(replace(args, on_bad_image="skip"))
     logged = []
+    note = OnLog(lambda step, values: logged.append(values))
     with caplog.at_level(logging.INFO, logger="metamorph"):
         result = train_visualizer(
             replace(args, on_bad_image="skip", max_bad_fraction=0.3),
-            on_log=lambda step, values: logged.append(values),
+            callbacks=[note],
         )
     assert len(result.losses) == 6
     assert logged[-1]["skipped_records"] == 2
-    assert "4 shards with 8 pictures, 0 to 4 each" in caplog.text
-    assert f"{paths[1]} (1 pictures) is cut off" in caplog.text
-    assert f"{paths[2]} (0 pictures) is empty" in caplog.text
-    assert caplog.text.count("left out: ") == 1  # 12 samples of 8 pictures meet it more than once
+    assert "4 archives with 8 images, 0 to 4 each" in caplog.text
+    assert f"{paths[1]} (1 images) is cut off" in caplog.text
+    assert f"{paths[2]} (0 images) is empty" in caplog.text
+    assert caplog.text.count("left out: ") == 1  # 12 samples of 8 images meet it more than once
     assert f"{paths[0]}:broken.jpg cannot be read" in caplog.text
     workers = replace(args, on_bad_image="skip", max_bad_fraction=0.3, dataloader_num_workers=2, training_steps=4)
     workers = replace(workers, output_dir=str(tmp_path / "workers"))
-    assert train_visualizer(workers, on_log=lambda step, values: logged.append(values)).losses
+    assert train_visualizer(workers, callbacks=[note]).losses
     assert logged[-1]["skipped_records"] == 2
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_latents": True}, {"gradient_accumulation_steps": 2, "batch_size": 1}])
-def test_a_bad_picture_changes_no_other_sample(options, flags, tmp_path):
-    """The loss of two pictures is the mean of those with either of them bad, each at its place in the order."""
+def test_a_bad_image_changes_no_other_sample(options, flags, tmp_path):
+    """The loss of two images is the mean of those with either of them bad, each at its place in the order."""
     pictures = random_images(2)
     flags = flags | {"training_steps": 1, "on_bad_image": "skip", "max_bad_fraction": 0.5} | options
     found = {}
     for name, bad in (("first", 0), ("second", 1), ("none", None)):
         folder = tmp_path / name
         folder.mkdir()
-        write_shard(folder / "a.tar", {f"{i}.png": b"no" if i == bad else pictures[i] for i in range(2)})
+        write_archive(folder / "a.tar", {f"{i}.png": b"no" if i == bad else pictures[i] for i in range(2)})
         (found[name],) = losses(flags, tmp_path / f"{name}-out", image_folder=str(folder))
     assert found["none"] == pytest.approx((found["first"] + found["second"]) / 2, abs=1e-5)
     assert found["first"] != pytest.approx(found["second"], abs=1e-3)
 
 
-def test_bad_pictures_are_counted_once_and_raise_by_default(tmp_path, caplog):
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+def test_bad_images_are_counted_once_and_raise_by_default(tmp_path, caplog):
+    (tmp_path / "bad.png").write_bytes(b"no image")
     random_images(1)[0].save(tmp_path / "good.png")
-    source = ImageFiles.from_folder(tmp_path)
-    dataset = VisualizerDataset(source, PixelFormat(8), PixelFormat(16))
+    parts = (open_images(image_folder=tmp_path), PixelFormat(8), PixelFormat(16))
     with pytest.raises(ValueError, match=r"bad\.png cannot be read.*--on_bad_image skip"):
-        dataset[Sample(0, 0)]
-    bad = BadPictures(2, "skip", 0.5)
-    dataset = VisualizerDataset(source, PixelFormat(8), PixelFormat(16), bad_pictures=bad)
+        VisualizerDataset(*parts, BadImages(2))[Sample(0, 0)]
+    bad = BadImages(2, "skip", 0.5)
+    dataset = VisualizerDataset(*parts, bad)
     samples = [dataset[Sample(0, position)] for position in (0, 4)] + [dataset[Sample(1, 1)]]
     assert [sample["weight"].item() for sample in samples] == [0, 0, 1]
     assert samples[0]["vae_pixels"].shape == (3, 16, 16)
     assert bad.num_bad == 1
     assert caplog.text.count("left out: ") == 1
-    with pytest.raises(TooManyBadRecordsError, match=r"1 of 2 pictures are bad.*The last one: .*bad\.png"):
-        VisualizerDataset(source, PixelFormat(8), PixelFormat(16), bad_pictures=BadPictures(2, "skip", 0.4))[
-            Sample(0, 0)
-        ]
+    with pytest.raises(TooManyBadRecordsError, match=r"1 of 2 images are bad.*The last one: .*bad\.png"):
+        VisualizerDataset(*parts, BadImages(2, "skip", 0.4))[Sample(0, 0)]
