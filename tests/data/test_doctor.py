@@ -13,7 +13,7 @@ from processing_parts import build_processor, llava, write_jsonl
 from metamorph.data.dataset import load_data
 from metamorph.data.doctor.check import WARNINGS, check_dataset
 from metamorph.data.doctor.report import make_report, pick_samples, write_reports
-from metamorph.data.doctor.samples import pictures_of, split_example, text_of, token_rows
+from metamorph.data.doctor.samples import images_of, split_example, text_of, token_rows
 from metamorph.data.records import BAD_RECORD_KINDS, DataError
 
 
@@ -97,7 +97,7 @@ def broken_records() -> dict[str, tuple[object, str, str]]:
         "mute": (llava("mute", "Say something.", " \n"), "empty_turn", "only the end of the turn would be learnt"),
         "templated": (llava("templated", "Hi<|eot_id|>", "Hi."), "control_token", r"holds <\|eot_id\|> as text"),
         "tagged": (llava("tagged", "<image_start>Hi", "Hi."), "control_token", "holds <image_start> as text"),
-        "same": (llava("same", "Again?", "Yes."), "duplicate_id", "the id is that of .*broken.jsonl:"),
+        "same": (llava("same", "Again?", "Yes."), "duplicate_id", "the id is also that of .*broken.jsonl:"),
     }
 
 
@@ -133,7 +133,7 @@ def test_every_fault_of_a_broken_set_is_found(folder, processor, num_workers):
         assert [problem.source for problem in found] == ["broken"], name
         assert re.search(words, found[0].detail), found[0].detail
         assert found[0].id == (None if kind in ("broken_line", "not_an_object") else name)
-    assert (len(diagnosis.probes), diagnosis.num_ok) == (len(lines) + 1, 1 + len(good))
+    assert (len(diagnosis.rows), diagnosis.num_ok) == (len(lines) + 1, 1 + len(good))
 
 
 def test_faults_of_tasks_are_found(folder, processor):
@@ -260,7 +260,7 @@ def test_cut_examples_are_measured_whole(folder, processor):
     path = write_jsonl(folder / "data.jsonl", [llava("x", "Hi", answer, image=["good.png"] * 3)])
     tokens, images, answers, _ = opened(path, processor, None).measure(0)
     for limit in range(30, tokens + 2):
-        (row,) = check_dataset(opened(path, processor, limit)).probes
+        (row,) = check_dataset(opened(path, processor, limit)).rows
         assert (row["tokens"], row["images"], row["answer_images"]) == (tokens, images, answers)
         assert row["problems"] == (limit < tokens)
 
@@ -331,7 +331,7 @@ def test_a_clean_set_has_no_problem(folder, processor):
 def test_a_limit_spreads_over_the_file(folder, processor):
     path = write_jsonl(folder / "data.jsonl", [llava(number, "Hi", "Hi.") for number in range(100)])
     diagnosis = check_file(path, processor, limit=5)
-    assert diagnosis.probes["index"].tolist() == [0, 24, 49, 74, 99]
+    assert diagnosis.rows["index"].tolist() == [0, 24, 49, 74, 99]
     assert make_report(diagnosis)["statistics"]["total_records"] == 100
     with pytest.raises(ValueError, match="--limit 0 must be at least 1"):
         check_file(path, processor, limit=0)
@@ -377,6 +377,6 @@ def test_pieces_cover_the_example_and_agree_with_its_masks(folder, processor):
 
 def test_pictures_are_those_the_tower_sees(folder, processor):
     path = write_jsonl(folder / "data.jsonl", [llava("x", "<image>", "A cat.", image="good.png")])
-    (picture,) = pictures_of(opened(path, processor, None)[0], processor.image_processor)
+    (picture,) = images_of(opened(path, processor, None)[0], processor.image_processor)
     expected = Image.open(folder / "good.png").resize((112, 112), resample=processor.image_processor.resample)
     assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected)).max() <= 1

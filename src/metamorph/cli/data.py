@@ -227,7 +227,7 @@ def run_show(flags: argparse.Namespace) -> int:
     data = open_data(flags)
     if flags.index >= len(data):
         raise ValueError(f"--index {flags.index} does not exist: {flags.path} has the records 0 to {len(data) - 1}")
-    from metamorph.data.doctor.samples import pictures_of, split_example, token_rows
+    from metamorph.data.doctor.samples import images_of, split_example, token_rows
 
     example = data[flags.index]
     record = data.record(flags.index)
@@ -241,10 +241,10 @@ def run_show(flags: argparse.Namespace) -> int:
     for *columns, loss in token_rows(split_example(example, data.processor), data.processor):
         table.add_row(*(Text(column) for column in columns), Text(loss), style=styles[loss])
     Console().print(table)
-    for number, picture in enumerate(pictures_of(example, data.processor.image_processor)):
+    for number, image in enumerate(images_of(example, data.processor.image_processor)):
         flags.output_dir.mkdir(parents=True, exist_ok=True)
         path = flags.output_dir / f"{flags.index}-image-{number}.png"
-        picture.save(path)
+        image.save(path)
         print(f"image {number}: {path}")
     return 0
 
@@ -364,7 +364,7 @@ def print_summary(diagnosis: "Diagnosis") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    print(f"{diagnosis.num_ok} of {len(diagnosis.probes)} records are in order")
+    print(f"{diagnosis.num_ok} of {len(diagnosis.rows)} records are in order")
     if diagnosis.note:
         print(diagnosis.note)
     if not diagnosis.problems:
