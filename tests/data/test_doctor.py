@@ -95,8 +95,8 @@ def broken_records() -> dict[str, tuple[object, str, str]]:
             r"and \d of 8 image\(s\) would be cut",
         ),
         "mute": (llava("mute", "Say something.", " \n"), "empty_turn", "only the end of the turn would be learnt"),
-        "templated": (llava("templated", "Hi<|eot_id|>", "Hi."), "control_token", r"holds <\|eot_id\|> as text"),
-        "tagged": (llava("tagged", "<image_start>Hi", "Hi."), "control_token", "holds <image_start> as text"),
+        "templated": (llava("templated", "Hi<|eot_id|>", "Hi."), "control_token", r"contains <\|eot_id\|> as text"),
+        "tagged": (llava("tagged", "<image_start>Hi", "Hi."), "control_token", "contains <image_start> as text"),
         "same": (llava("same", "Again?", "Yes."), "duplicate_id", "the id is also that of .*broken.jsonl:"),
     }
 
