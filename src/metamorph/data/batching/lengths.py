@@ -59,17 +59,6 @@ class Lengths:
         return cls(np.ones(num_samples, dtype=np.int32), nothing, nothing, nothing)
 
 
-def measure(self, index: int) -> tuple[int, int, int, int]:
-        """Tokens, images, answer images and text targets of a sample before any cut; no media are opened.
-
-        Raises:
-            RecordError: If the record is bad.
-        """
-
-    def fingerprint(self) -> str:
-        """Changes whenever the conversations may have changed: files, tasks, their options, the seed."""
-
-
 def measure(dataset: MixtureDataset, num_workers: int = 0, cache_dir: str | os.PathLike[str] | None = None) -> Lengths:
     """Tokenize all samples and collect their sizes; no image is opened.
 

@@ -142,7 +142,7 @@ class BatchPlanner:
         return float(self._tokens.sum() / (self.num_rows * self.max_length))
 
     def plan(self, epoch: int, trained_rows: int = 0) -> BatchPlan:
-        """The batches of an epoch (counted from 0) without its first `trained_rows` rows; the others keep their steps."""
+        """The batches of an epoch (counted from 0) without its first `trained_rows` rows; others keep their step."""
         slots = np.full((self.steps, self.world_size, self.rows_per_batch), -1, dtype=np.int64)
         slots.reshape(-1)[trained_rows : self.num_rows] = self.row_order(epoch)[trained_rows:]
         rows = self.rows(epoch)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from metamorph.data.doctor.boxes import check_boxes
-from metamorph.data.media.stores import MediaError
+from metamorph.data.media.stores import media_of
 from metamorph.data.records import Record, RecordError, Turn, UnsupervisedRecordError
 from metamorph.data.remarks import remarks
 from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -130,10 +130,8 @@ class _Findings(Dataset[Finding]):
             paths, what = list(dict.fromkeys(image.path for image in conversation.images)), "image"
             warnings += remarks(record, conversation.turns, paths)
         store = self.dataset.store(index)
-        try:
+        with media_of(record):
             missing = [path for path in paths if not store.exists(path)]
-        except MediaError as error:
-            raise record.error(error.kind, error.detail) from error
         error = None
         if missing:
             detail = f"there is no {what} file {missing[0]}; is {media_place} right?"

@@ -27,7 +27,7 @@ CHUNK_BYTES = 8 * 2**20
 _SPACE = b" \t\r\n"
 _SIGN = re.compile(r"[^ \t\r\n]")
 _MARGIN = 16
-"""A value that ends, or a fault that is found, this close to the end of the text may only be cut off there: `-1e` is -1."""
+"""A value that ends this close to the end of the text, or a fault there, may only be cut off: `-1e` is read as -1."""
 
 
 class JsonlSource:

@@ -35,7 +35,7 @@ def open_source(path: str | os.PathLike[str], flag: str = "--data_path") -> Sour
     """Open files of records. A file that begins with `[` is a JSON array, any other JSON Lines.
 
     Args:
-        path: A `.json` or `.jsonl` file, or tar files: one, or a pattern such as `shard-{000..099}.tar` or `shard-*.tar`.
+        path: A `.json` or `.jsonl` file, or tars: one, or a pattern such as `shard-{000..099}.tar` or `shard-*.tar`.
         flag: Name of the flag in error messages.
 
     Raises:
