@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from metamorph.flags.checks import printable
@@ -45,6 +45,8 @@ VIDEO_MARKER = "<video>"
 _MAPPING = "fields: {{{turns}from: role, value: content}}"
 """How to read a source whose turns have other names, for error messages."""
 
+_NEEDS_TURNS = 'the record needs "conversations": a list of {"from": "human" or "gpt", "value": text}'
+
 ON_BAD_RECORD = ("raise", "skip")
 """The values of `--on_bad_record`."""
 
@@ -70,7 +72,7 @@ BAD_RECORD_KINDS = {
     "missing_video": "there is no such video file, or the task needs one and the record names none",
     "unreadable_video": "the file is not a video, or is broken",
     "too_few_frames": "the video is too short for the task",
-    "no_answer_image": "the task is to draw, but no answer has an image",
+    "no_answer_image": "the task trains drawing, but no answer has an image",
     "unsupervised": "the record has nothing to learn, or nothing is left of it after truncation",
     "other": "any other kind",
 }
@@ -212,14 +214,10 @@ def parse_record(value: Any, where: str) -> Record:
         RecordError: If one of these fields is wrong.
     """
     if not isinstance(value, Mapping):
-        raise RecordError.at(where, "not_an_object", f"a record must be a JSON object, not {_type(value)}")
-    record_id = str(value["id"]) if value.get("id") is not None else where
-    try:
-        images, video = _parse_media(value.get("image"), value.get("video"))
-        turns = _parse_turns(value.get("conversations"))
-    except _Problem as problem:
-        raise RecordError.at(where, problem.kind, problem.detail, record_id) from None
-    return Record(record_id, where, images, video, turns, value)
+        raise RecordError.at(where, "not_an_object", f"a record must be a JSON object, not {type(value).__name__}")
+    record = Record(str(value["id"]) if value.get("id") is not None else where, where, fields=value)
+    images, video = _parse_media(record)
+    return replace(record, images=images, video=video, turns=_parse_turns(record))
 
 
 def check_conversation(record: Record, turns: Sequence[Turn], num_images: int) -> None:
@@ -229,17 +227,24 @@ def check_conversation(record: Record, turns: Sequence[Turn], num_images: int) -
         RecordError: Of kind `no_conversations`, `role_order`, `image_count` or `broken_line`.
     """
     if not turns:
+        raise record.error("no_conversations", f"{_NEEDS_TURNS}. {_other_turns(record.fields)}")
+    _check_order(record, turns)
+    for number, turn in enumerate(turns, 1):
+        try:
+            turn.text.encode()
+        except UnicodeEncodeError as error:  # half of an emoji, say: JSON can express it, but no tokenizer accepts it
+            raise record.error(
+                "broken_line",
+                f"turn {number} has {turn.text[error.start]!r} at character {error.start}, half a character that "
+                "cannot be written as UTF-8; remove or complete it",
+            ) from None
+    markers = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
+    if markers != num_images:
         raise record.error(
-            "no_conversations",
-            'the record needs "conversations": a list of {"from": "human" or "gpt", "value": text}. '
-            f"{_other_turns(record.fields)}",
+            "image_count",
+            f"the turns have {markers} {DEFAULT_IMAGE_TOKEN} marker(s), but the record names {num_images} image(s); "
+            "write exactly one marker where each image belongs",
         )
-    try:
-        _check_order(turns)
-        _check_text(turns)
-        _check_markers(turns, num_images)
-    except _Problem as problem:
-        raise record.error(problem.kind, problem.detail) from None
 
 
 def _other_turns(fields: Mapping[str, Any]) -> str:
@@ -251,104 +256,65 @@ def _other_turns(fields: Mapping[str, Any]) -> str:
     return "If it is of another kind, such as a caption, declare its task in a mixture"
 
 
-class _Problem(Exception):
-    """The kind and detail of a `RecordError`, which the caller raises with the place."""
-
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(detail)
-        self.kind = kind
-        self.detail = detail
-
-
 def is_video(path: str) -> bool:
     """Whether a path ends with one of `VIDEO_SUFFIXES`, in any case."""
     return path.lower().endswith(VIDEO_SUFFIXES)
 
 
-def _parse_media(image: Any, video: Any) -> tuple[tuple[str, ...], str | None]:
+def _parse_media(record: Record) -> tuple[tuple[str, ...], str | None]:
     """Paths of the images, and of the video, which either field may name."""
-    paths = _parse_paths(image, "bad_image_field", '"image" must be a path or a list of paths')
-    videos = _parse_paths(video, "bad_video_field", '"video" must be a path')
-    videos += [path for path in paths if is_video(path)]
+    paths = _parse_paths(record, "image", "a path or a list of paths")
+    videos = _parse_paths(record, "video", "a path") + [path for path in paths if is_video(path)]
     images = [path for path in paths if not is_video(path)]
     if len(videos) > 1:
-        raise _Problem("bad_video_field", f"a record has at most one video, not {len(videos)}; make a record of each")
-    if videos and images:
-        raise _Problem(
-            "bad_video_field", f"a record has either a video or images, not both {videos[0]!r} and {images[0]!r}"
-        )
-    return tuple(images), videos[0] if videos else None
+        fault = f"a record has at most one video, not {len(videos)}; make a record of each"
+    elif videos and images:
+        fault = f"a record has either a video or images, not both {videos[0]!r} and {images[0]!r}"
+    else:
+        return tuple(images), videos[0] if videos else None
+    raise record.error("bad_video_field", fault)
 
 
-def _parse_paths(value: Any, kind: str, demand: str) -> list[str]:
+def _parse_paths(record: Record, name: str, demand: str) -> list[str]:
+    value = record.fields.get(name)
     paths = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise _Problem(kind, f"{demand}, not {value!r:.80}")
-    return list(paths)
+        raise record.error(f"bad_{name}_field", f'"{name}" must be {demand}, not {value!r:.80}')
+    return paths
 
 
-def _parse_turns(value: Any) -> tuple[Turn, ...]:
+def _parse_turns(record: Record) -> tuple[Turn, ...]:
+    value = record.fields.get("conversations")
     if value is None:
         return ()
     if not isinstance(value, list) or not value:
-        raise _Problem(
-            "no_conversations",
-            'the record needs "conversations": a list of {"from": "human" or "gpt", "value": text}, '
-            f"not {value!r:.80}",
-        )
+        raise record.error("no_conversations", f"{_NEEDS_TURNS}, not {value!r:.80}")
     turns = []
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, Mapping):
-            raise _Problem("bad_turn", f"turn {number} must be a JSON object, not {_type(turn)}")
+            raise record.error("bad_turn", f"turn {number} must be a JSON object, not {type(turn).__name__}")
         speaker, text = turn.get("from"), turn.get("value")
         if not isinstance(speaker, str) or speaker not in ROLE_OF_SPEAKER:
             detail = f'turn {number} has "from": {speaker!r}; use one of {", ".join(ROLE_OF_SPEAKER)}'
             if speaker is None:
                 detail += f", or name the field of the turns in a mixture: {_MAPPING.format(turns='')}"
-            raise _Problem("unknown_speaker", detail)
+            raise record.error("unknown_speaker", detail)
         if not isinstance(text, str):
-            raise _Problem("bad_turn", f'turn {number} has "value": {text!r:.80}; it must be a string')
+            raise record.error("bad_turn", f'turn {number} has "value": {text!r:.80}; it must be a string')
         turns.append(Turn(ROLE_OF_SPEAKER[speaker], text))
     return tuple(turns)
 
 
-def _check_order(turns: Sequence[Turn]) -> None:
+def _check_order(record: Record, turns: Sequence[Turn]) -> None:
     """A system turn may come first; then human and gpt alternate, human first."""
     expected = "user"
     for number, turn in enumerate(turns, 1):
         if turn.role == "system" and number == 1:
             continue
         if turn.role != expected:
-            raise _Problem(
+            raise record.error(
                 "role_order",
                 f"turn {number} is spoken by the {turn.role} where the {expected} is expected; a conversation is: "
                 "system (optional), then human and gpt alternating; join or remove turns",
             )
         expected = "assistant" if expected == "user" else "user"
-
-
-def _check_text(turns: Sequence[Turn]) -> None:
-    """Refuse half characters (of an emoji, say), which JSON can express, but no tokenizer accepts."""
-    for number, turn in enumerate(turns, 1):
-        try:
-            turn.text.encode()
-        except UnicodeEncodeError as error:
-            raise _Problem(
-                "broken_line",
-                f"turn {number} has {turn.text[error.start]!r} at character {error.start}, half a character that "
-                "cannot be written as UTF-8; remove or complete it",
-            ) from None
-
-
-def _check_markers(turns: Sequence[Turn], num_images: int) -> None:
-    markers = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
-    if markers != num_images:
-        raise _Problem(
-            "image_count",
-            f"the turns have {markers} {DEFAULT_IMAGE_TOKEN} marker(s), but the record names {num_images} image(s); "
-            "write exactly one marker where each image belongs",
-        )
-
-
-def _type(value: Any) -> str:
-    return type(value).__name__

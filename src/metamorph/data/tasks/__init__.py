@@ -1,8 +1,8 @@
-"""Kinds of training data: each task turns a record into a conversation. A source's task is declared, never guessed.
+"""Data tasks: each turns a record into a conversation. The task of a source is declared, never guessed.
 
-To add one: write a module with a frozen dataclass of options and a function `build(record, rng, options, video)` to a
-`Conversation` (`instruction.py` is the shortest), name both in a `Task`, and add that to `_ALL` below. Wordings belong
-in `wording.py`; what all tasks share is in `base.py`. The present ones: `instruction.py`, `pictures.py` (drawing and
+To add one: write a module with a frozen dataclass of options and a function `build(record, rng, options, video)` that
+returns a `Conversation` (`instruction.py` is the shortest), name both in a `Task`, and add that to `_ALL` below.
+Wordings belong in `wording.py`; shared code is in `base.py`. The tasks: `instruction.py`, `pictures.py` (drawing and
 editing), `regions.py` (a detail first), `video_qa.py`, `frame_prediction.py`.
 """
 
@@ -34,7 +34,7 @@ def get_task(name: str) -> Task:
     """The task of that name.
 
     Raises:
-        ValueError: If there is none; the message lists them all.
+        ValueError: If there is none; the message lists all tasks.
     """
     if name not in TASKS:
         raise ValueError(f"task {name!r} is unknown{_nearest(str(name), TASKS)}; use one of {', '.join(TASKS)}")
@@ -42,17 +42,10 @@ def get_task(name: str) -> Task:
 
 
 def parse_options(task: Task, values: Mapping[str, Any] | None = None) -> Any:
-    """Options of a task from a mapping, as a mixture file holds them.
-
-    Args:
-        task: The task.
-        values: Values by name; what is left out keeps its default.
-
-    Returns:
-        A `task.options_type`.
+    """Create the `task.options_type` from a mapping, as in a mixture file.
 
     Raises:
-        ValueError: If an option is unknown, naming the nearest one, or its value is not allowed.
+        ValueError: If an option is unknown (the message names the nearest one), or its value is not allowed.
     """
     values = values or {}
     known = [field.name for field in fields(task.options_type)]
