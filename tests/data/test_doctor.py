@@ -369,7 +369,7 @@ def test_pieces_cover_the_example_and_agree_with_its_masks(folder, processor):
         mask = example["visual_target_mask"][span] if piece.image is not None else example["labels"][span] != -100
         assert mask.tolist() == [piece.is_learnt] * len(piece.ids)
     assert [piece.kind for piece in pieces if piece.image is not None] == ["image", "image", "answer_image"]
-    assert "".join(text_of(piece, processor) for piece in pieces if piece.kind == "learnt").startswith("This:")
+    assert "".join(text_of(piece.ids, processor) for piece in pieces if piece.kind == "learnt").startswith("This:")
     rows = list(token_rows(pieces, processor))
     assert sum(loss == "text" for *_, loss in rows) == int((example["labels"] != -100).sum())
     assert [row[2:] for row in rows if row[3] == "visual target"] == [("image 2: 16 visual tokens", "visual target")]

@@ -42,24 +42,19 @@ def load_data(
 ) -> MixtureDataset:
     """Open the data that `--data_path` names, for training, for the data check and for caching features.
 
+    The other arguments, and errors, are those of [`ConversationDataset`], applied to all sources.
+
     Args:
         data_path: A JSON or JSONL file, tars (`shard-{000..099}.tar`), or a mixture (YAML, see [`read_specs`]).
         processor: Makes the sequences.
-        image_folder: Folder of relative media paths of sources that do not name one; by default the folder of each
-            file.
-        model_max_length: Longest sequence; longer ones are truncated.
-        seed: Seed of the records that are picked from a source, and of the random choices of tasks.
-        on_bad_record: As for [`ConversationDataset`].
-        max_bad_fraction: Largest share of bad records, over all sources.
-        check: Whether to check the records now.
+        image_folder: For sources that do not name a folder.
+        model_max_length: Longest sequence.
+        seed: Also picks records by `weight` and `max_samples`.
         weighted: Whether `weight` and `max_samples` count; False gives every record of every source once.
-        features: Cached visual tokens, with which images are not opened.
-        folder_flag: Name of the flag for `image_folder` in error messages.
 
     Raises:
         DataError: If a source or the mixture is unusable.
         FileNotFoundError: If there is no file of that name.
-        ValueError: For a value that is not allowed.
     """
     datasets, indices = [], []
     for spec in read_specs(data_path):

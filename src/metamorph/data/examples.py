@@ -44,9 +44,6 @@ logger = logging.getLogger(__name__)
 class ConversationDataset(Dataset[dict[str, Any]]):
     """The records of one source as training examples, with random access.
 
-    At most 20,000 records, evenly spread, are checked at the start: whether they can be parsed, and whether their media
-    files exist.
-
     An example is `{"id": str, "source": str, "input_ids": int64 [sequence], "labels": int64 [sequence],
     "visual_target_mask": bool [sequence], "pixel_values": float32 [images, 3, height, width]}`, without `pixel_values`
     if it has no image. With `features`, it has `"visual_tokens"` `[images, N, D]` instead. With `on_bad_record="skip"`
@@ -66,7 +63,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         seed: Seed of the random choices of tasks.
         on_bad_record: `raise`, or `skip` to count, log and leave out.
         max_bad_fraction: Largest share of bad records with `skip`; above it training stops.
-        check: Whether to check the records now.
+        check: Whether to [`check`][metamorph.data.examples.ConversationDataset.check] the records now.
         features: Cached visual tokens, used instead of the images.
         fields: Names of our fields in the records, see [`metamorph.data.fields.FieldMap`].
         folder_flag: Name of the flag for `image_folder` in error messages.
@@ -171,10 +168,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         except ValueError as error:
             raise record.error("role_order", str(error)) from error
 
-    def source_name(self, index: int) -> str:
-        """Name of the source of record `index`."""
-        return self.name
-
     def fingerprint(self) -> str:
         """Changes whenever the conversations may have changed: with the files, the task, its options, the seed."""
         parts = [self.source.fingerprint(), self.name, self.task.name, repr(self.options), str(self.seed)]
@@ -209,21 +202,15 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """
         problems, remark = find_problems(self, range(len(self)) if indices is None else indices)
         if problems and self.limit.on_bad_record == "raise":
-            raise DataError(summary(self.place, [problems[index] for index in sorted(problems)], remark))
+            raise DataError(summary(self.source.path, [problems[index] for index in sorted(problems)], remark))
         for index in sorted(problems):
             self._skip(index, problems[index])
 
     @property
-    def place(self) -> str:
-        """Path of the records, for error messages."""
-        return str(self.source.path)
-
-    @property
     def media_place(self) -> str:
         """Where media files are looked for, for error messages."""
-        return (
-            "the sample in the tar" if isinstance(self.source, TarSource) else f"{self.folder_flag} {self.image_folder}"
-        )
+        in_tar = isinstance(self.source, TarSource)
+        return "the sample in the tar" if in_tar else f"{self.folder_flag} {self.image_folder}"
 
     def _converse(self, index: int, record: Record) -> Conversation:
         video = None

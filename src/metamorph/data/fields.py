@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from metamorph.data.records import VIDEO_MARKER, RecordError
+from metamorph.flags.parser import nearest
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 
@@ -38,6 +38,13 @@ _MARKERS = {
 _SPEAKERS_OF_OTHERS = {"developer": "system"}
 
 
+def unknown_key(key: Any, known: Sequence[str]) -> str:
+    """Error text for a key of a mixture that is not among the known ones."""
+    near = nearest(str(key), known)
+    hint = f"did you mean {near!r}? " if near else ""
+    return f"unknown key {key!r}: {hint}Keys are {', '.join(known)}"
+
+
 class FieldMap:
     """Renames fields, joins the parts of turns to text, and makes a system field the first turn.
 
@@ -52,9 +59,7 @@ class FieldMap:
         self.names = dict(names or {})
         for ours, theirs in self.names.items():
             if ours not in NAMES:
-                nearest = difflib.get_close_matches(str(ours), NAMES, n=1, cutoff=0.5)
-                hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-                raise ValueError(f"fields has the unknown key {ours!r}: {hint}Keys are {', '.join(NAMES)}")
+                raise ValueError(f"fields has the {unknown_key(ours, NAMES)}")
             texts = theirs if ours == IGNORE and isinstance(theirs, list) else [theirs]
             if not all(isinstance(text, str) and text for text in texts):
                 raise ValueError(f"fields: {ours} must be the name of a field in the records, not {theirs!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import zlib
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from metamorph.data.fields import FieldMap
+from metamorph.data.fields import FieldMap, unknown_key
 from metamorph.data.records import DataError
 from metamorph.data.sources.open import ALLOWED, expand_pattern, is_tar_pattern
 from metamorph.data.tasks import get_task, parse_options
@@ -139,9 +138,7 @@ def _parse_entry(entry: Any, folder: Path, taken: set[str]) -> SourceSpec:
     known = [item.name for item in fields_of(SourceSpec)]
     for key in entry:
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-            raise ValueError(f"unknown key {key!r}: {hint}Keys are {', '.join(known)}")
+            raise ValueError(unknown_key(key, known))
     if "path" not in entry:
         raise ValueError("path is required: the file of the records")
     values = {key: value for key, value in entry.items() if value is not None}

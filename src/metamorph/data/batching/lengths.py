@@ -86,31 +86,26 @@ def measure(dataset: MixtureDataset, num_workers: int = 0, cache_dir: str | os.P
     return Lengths(*sizes)
 
 
-class _Chunks(Dataset[torch.Tensor]):
-    """Sizes of chunks of samples, for the workers of a data loader."""
+class _Sizes(Dataset[torch.Tensor]):
+    """int32 `[4]` sizes of each sample, for the workers of a data loader."""
 
-    def __init__(self, dataset: MixtureDataset, indices: Sequence[int]) -> None:
+    def __init__(self, dataset: MixtureDataset) -> None:
         self.dataset = dataset
-        self.indices = indices
 
-    def __len__(self) -> int:
-        return -(-len(self.indices) // _CHUNK)
-
-    def __getitem__(self, chunk: int) -> torch.Tensor:
-        indices = self.indices[chunk * _CHUNK : (chunk + 1) * _CHUNK]
-        return torch.tensor([self._sizes(index) for index in indices], dtype=torch.int32)
-
-    def _sizes(self, index: int) -> tuple[int, int, int, int]:
+    def __getitem__(self, index: int) -> torch.Tensor:
         try:
-            return self.dataset.measure(index)
+            sizes = self.dataset.measure(index)
         except RecordError:  # training reports it, or skips it
-            return 0, 0, 0, 0
+            sizes = (0, 0, 0, 0)
+        return torch.tensor(sizes, dtype=torch.int32)
 
 
 def _measure(dataset: MixtureDataset, indices: Sequence[int], num_workers: int) -> np.ndarray:
     """int32 `[4, len(indices)]`."""
     workers = num_workers if len(indices) >= _WORTH_WORKERS else 0
-    loader = DataLoader(_Chunks(dataset, indices), batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
+    loader = DataLoader(
+        _Sizes(dataset), batch_size=_CHUNK, sampler=indices, num_workers=workers, worker_init_fn=ignore_signals
+    )
     parts = []
     with Progress(desc="measuring lengths", total=len(indices), unit="sample", delay=2) as bar:
         for part in loader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,7 +45,7 @@ def find_problems(
     if len(indices) > MAX_CHECKED:
         logger.info(
             "%s: checking %d of %d records; `metamorph data check` checks all of them",
-            dataset.place,
+            dataset.source.path,
             MAX_CHECKED,
             len(indices),
         )
@@ -54,7 +55,7 @@ def find_problems(
     first_warning: dict[str, RecordError] = {}
     first_missing: RecordError | None = None
     num_paths = num_missing = 0
-    for found in walk(dataset, chosen, f"checking {dataset.place}", media_place=dataset.media_place):
+    for found in walk(dataset, chosen, f"checking {dataset.source.path}", media_place=dataset.media_place):
         for kind, detail in found.warnings:
             num_warnings[kind] += 1
             first_warning.setdefault(kind, RecordError.at(found.where, kind, detail, found.record_id))
@@ -67,7 +68,7 @@ def find_problems(
         if num_missing == num_paths >= _WRONG_FOLDER:
             break
     for kind, count in num_warnings.items():
-        logger.warning("%s: %s in %d record(s); the first: %s", dataset.place, kind, count, first_warning[kind])
+        logger.warning("%s: %s in %d record(s); the first: %s", dataset.source.path, kind, count, first_warning[kind])
     if num_paths and num_missing == num_paths:
         raise DataError(
             f"none of the {num_paths} image(s) or video(s) that were looked for is there, so {dataset.media_place} is "
@@ -76,7 +77,7 @@ def find_problems(
     return problems, f", and {num_missing} of {num_paths} media file(s) are missing" if num_missing else ""
 
 
-def summary(place: str, problems: Sequence[RecordError], remark: str) -> str:
+def summary(place: Path, problems: Sequence[RecordError], remark: str) -> str:
     """The error message for a source with bad records."""
     lines = "\n  ".join(str(problem) for problem in problems[:_SHOWN])
     more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,14 +46,8 @@ _BINS = 24
 """Bars of a histogram, at most."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """An example for the page."""
-
-    title: str
-    """Source, line and id."""
-    example: dict[str, Any]
-    """An item of the data set."""
+Sample = tuple[str, dict[str, Any]]
+"""An example for the page: a title (source, line and id), and the item of the data set."""
 
 
 def write_reports(
@@ -86,7 +80,7 @@ def pick_samples(dataset: MixtureDataset, diagnosis: Diagnosis, count: int) -> l
             record = dataset.record(index)
             title = f"{name}:{line_of(record.where, index)}" + (f" · {record.id}" if record.id != record.where else "")
             title = title.encode("utf-8", "backslashreplace").decode()  # an id may contain half a character
-            samples.append(Sample(title, dataset[index]))
+            samples.append((title, dataset[index]))
     return samples
 
 
@@ -140,15 +134,6 @@ def render_page(
     """The page as HTML, images included."""
     usable = diagnosis.rows[diagnosis.rows["tokens"] >= 0]
     statistics = report["statistics"]
-    kinds = [
-        {
-            "name": kind,
-            "count": count,
-            "meaning": {**BAD_RECORD_KINDS, **WARNINGS}.get(kind, ""),
-            "problems": [problem for problem in diagnosis.problems if problem.kind == kind][:SHOWN_PER_KIND],
-        }
-        for kind, count in report["by_kind"].items()
-    ]
     histograms = [
         _histogram("Tokens of a record", usable["tokens"], diagnosis.model_max_length),
         _histogram("Tokens with text loss", usable["text_targets"]),
@@ -160,9 +145,10 @@ def render_page(
         "data_check.html.jinja",
         report=report,
         statistics=statistics,
-        kinds=kinds,
+        meanings={**BAD_RECORD_KINDS, **WARNINGS},
+        shown_per_kind=SHOWN_PER_KIND,
         histograms=[item for item in histograms if item],
-        samples=[_sample_card(sample, processor) for sample in samples],
+        samples=[_sample_card(*sample, processor) for sample in samples],
         quantities=QUANTITIES,
     )
 
@@ -252,18 +238,18 @@ def _bin_width(largest: int) -> int:
     return next(width for scale in range(12) for step in (1, 2, 5) if largest // (width := step * 10**scale) < _BINS)
 
 
-def _sample_card(sample: Sample, processor: MetaMorphProcessor) -> dict[str, Any]:
-    images = [_data_url(image) for image in images_of(sample.example, processor.image_processor)]
+def _sample_card(title: str, example: dict[str, Any], processor: MetaMorphProcessor) -> dict[str, Any]:
+    images = [_data_url(image) for image in images_of(example, processor.image_processor)]
     pieces = [
         {
             "kind": piece.kind,
             "image": None if piece.image is None else images[piece.image],
-            "text": text_of(piece, processor) if piece.image is None else "",
+            "text": text_of(piece.ids, processor),
             "tokens": len(piece.ids),
         }
-        for piece in split_example(sample.example, processor)
+        for piece in split_example(example, processor)
     ]
-    return {"title": sample.title, "pieces": pieces, "tokens": len(sample.example["input_ids"])}
+    return {"title": title, "pieces": pieces, "tokens": len(example["input_ids"])}
 
 
 def _data_url(image: Image.Image) -> str:

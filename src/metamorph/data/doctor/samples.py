@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,13 +66,13 @@ def token_rows(pieces: list[Piece], processor: MetaMorphProcessor) -> Iterator[t
             yield f"{piece.start}–{last}", str(piece.ids[0]), text, "visual target" if piece.is_learnt else ""
             continue
         for offset, token in enumerate(piece.ids):
-            text = processor.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            text = text_of([token], processor)
             yield str(piece.start + offset), str(token), repr(text)[1:-1], "text" if piece.is_learnt else ""
 
 
-def text_of(piece: Piece, processor: MetaMorphProcessor) -> str:
-    """The text of a piece, control tokens included."""
-    return processor.tokenizer.decode(list(piece.ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def text_of(ids: Sequence[int], processor: MetaMorphProcessor) -> str:
+    """The text of tokens, including control tokens."""
+    return processor.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def images_of(example: dict[str, Any], image_processor: BaseImageProcessor) -> list[Image.Image]:

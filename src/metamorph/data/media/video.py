@@ -55,44 +55,33 @@ class VideoInfo:
     """Time of each frame in seconds; ascending, at least one, the first is 0."""
     duration: float
     """Length in seconds, including the time for which the last frame is shown."""
-    width: int
-    """In pixels, as stored (before any rotation)."""
-    height: int
 
     @property
     def num_frames(self) -> int:
         """Number of frames."""
         return len(self.times)
 
-    @property
-    def fps(self) -> float:
-        """Mean number of frames per second; 0 if the duration is unknown."""
-        return self.num_frames / self.duration if self.duration > 0 else 0.0
-
     def frame_at(self, time: float) -> int:
         """Index of the frame that is shown at `time` seconds; the first before the start, the last after the end."""
         return max(bisect_right(self.times, time + _ROUNDING) - 1, 0)
 
 
-def probe_video(file: VideoFile, *, name: str | None = None, max_pixels: int = MAX_IMAGE_PIXELS) -> VideoInfo:
+def probe_video(file: VideoFile, *, name: str | None = None) -> VideoInfo:
     """Read the times of the frames of a video. Nothing is decoded, but the file is read to its end.
 
     Args:
         file: The video.
         name: Its name in error messages; by default its path.
-        max_pixels: Largest number of pixels of a frame.
 
     Raises:
-        MediaError: If there is no such file, it is not a video of one of `CONTAINERS` and `CODECS`, or its frames are
-            too large.
+        MediaError: If there is no such file, it is not a video of one of `CONTAINERS` and `CODECS`, or its frames have
+            more than `MAX_IMAGE_PIXELS`.
         ModuleNotFoundError: Without PyAV.
     """
-    return _index(file, name, max_pixels).info
+    return _index(file, name).info
 
 
-def read_frames(
-    file: VideoFile, times: Sequence[float], *, name: str | None = None, max_pixels: int = MAX_IMAGE_PIXELS
-) -> list[Image.Image]:
+def read_frames(file: VideoFile, times: Sequence[float], *, name: str | None = None) -> list[Image.Image]:
     """Decode the frames that are shown at `times` (in any order), as upright RGB.
 
     Decoding jumps from keyframe to keyframe, and no frame is decoded twice.
@@ -101,9 +90,9 @@ def read_frames(
         MediaError: As [`probe_video`], or if a frame cannot be decoded.
         ModuleNotFoundError: Without PyAV.
     """
-    index = _index(file, name, max_pixels)
+    index = _index(file, name)
     wanted = [index.stamps[index.info.frame_at(time)] for time in times]
-    with _decoding(file, name, max_pixels) as (container, stream, name):
+    with _decoding(file, name) as (container, stream, name):
         decoded = {stamp: _upright(frame) for stamp, frame in _decode(container, stream, sorted({*wanted}), index)}
     if len(decoded) < len({*wanted}):
         raise MediaError("unreadable_video", f"{name} has no frame that can be decoded; replace it")
@@ -121,23 +110,23 @@ class _Index:
     """Time stamps of the frames at which decoding can start, ascending; the first frame is always included."""
 
 
-def _index(file: VideoFile, name: str | None, max_pixels: int) -> _Index:
+def _index(file: VideoFile, name: str | None) -> _Index:
     """The index of a video. That of a file on disk is cached, because its frames are read soon after."""
     if isinstance(file, (str, os.PathLike)) and os.path.isfile(file):
         status = os.stat(file)
-        return _index_of_path(os.fspath(file), name, max_pixels, status.st_size, status.st_mtime_ns)
-    with _decoding(file, name, max_pixels) as (container, stream, _):
+        return _index_of_path(os.fspath(file), name, status.st_size, status.st_mtime_ns)
+    with _decoding(file, name) as (container, stream, _):
         return _scan(container, stream)
 
 
 @lru_cache(maxsize=16)
-def _index_of_path(path: str, name: str | None, max_pixels: int, size: int, mtime_ns: int) -> _Index:
-    with _decoding(path, name, max_pixels) as (container, stream, _):
+def _index_of_path(path: str, name: str | None, size: int, mtime_ns: int) -> _Index:
+    with _decoding(path, name) as (container, stream, _):
         return _scan(container, stream)
 
 
 @contextmanager
-def _decoding(file: VideoFile, name: str | None, max_pixels: int) -> Iterator[tuple[Any, Any, str]]:
+def _decoding(file: VideoFile, name: str | None) -> Iterator[tuple[Any, Any, str]]:
     """Container, video stream and name of a file; any error becomes a [`MediaError`]."""
     try:
         import av
@@ -155,20 +144,21 @@ def _decoding(file: VideoFile, name: str | None, max_pixels: int) -> Iterator[tu
         opened = file
     try:
         # FFmpeg checks the limit before it allocates memory for a frame: later frames may be larger.
-        limits = {"max_pixels": str(max_pixels), "codec_whitelist": ",".join(CODECS)}
+        limits = {"max_pixels": str(MAX_IMAGE_PIXELS), "codec_whitelist": ",".join(CODECS)}
         formats = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
         with av.open(opened, options=limits, container_options=formats) as container:
             stream = container.streams.best("video")
-            if stream is None or stream.codec_context is None or stream.codec_context.codec.name not in CODECS:
+            codec = None if stream is None else stream.codec_context
+            if codec is None or codec.codec.name not in CODECS:
                 raise MediaError("unreadable_video", f"{name} has no video stream that can be decoded; replace it")
-            if stream.codec_context.width * stream.codec_context.height > max_pixels:
+            if codec.width * codec.height > MAX_IMAGE_PIXELS:
                 raise MediaError(
                     "image_too_large",
-                    f"the frames of {name} have {stream.codec_context.width}x{stream.codec_context.height} pixels, "
-                    f"more than the limit of {max_pixels}; resize it",
+                    f"the frames of {name} have {codec.width}x{codec.height} pixels, more than the limit of "
+                    f"{MAX_IMAGE_PIXELS}; resize it",
                 )
-            stream.codec_context.options = limits
-            stream.codec_context.thread_count = 1  # the workers of the data loader are the parallelism
+            codec.options = limits
+            codec.thread_count = 1  # the workers of the data loader are the parallelism
             yield container, stream, name
     except MediaError:
         raise
@@ -177,7 +167,8 @@ def _decoding(file: VideoFile, name: str | None, max_pixels: int) -> Iterator[tu
     except (av.FFmpegError, OSError, ValueError) as error:
         reason: Any = error
         if isinstance(error, av.ArgumentError):  # FFmpeg gives no reason for what the options forbid
-            reason = f"its container is none of {', '.join(CONTAINERS)}, or a frame has more than {max_pixels} pixels"
+            known = ", ".join(CONTAINERS)
+            reason = f"its container is none of {known}, or a frame has more than {MAX_IMAGE_PIXELS} pixels"
         raise MediaError("unreadable_video", f"{name} cannot be read as a video ({reason}); replace it") from error
 
 
@@ -198,8 +189,6 @@ def _scan(container: Any, stream: Any) -> _Index:
     info = VideoInfo(
         times=tuple(float((stamp - first) * unit) for stamp in sorted(stamps)),
         duration=float((max(end, *stamps, first) - first) * unit),
-        width=stream.codec_context.width,
-        height=stream.codec_context.height,
     )
     return _Index(info, tuple(sorted(stamps)), tuple(sorted(keys | {first})))
 

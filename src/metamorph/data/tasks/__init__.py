@@ -8,7 +8,6 @@ editing), `regions.py` (a detail first), `video_qa.py`, `frame_prediction.py`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from types import MappingProxyType
@@ -21,6 +20,7 @@ from metamorph.data.tasks.instruction import INSTRUCTION
 from metamorph.data.tasks.pictures import IMAGE_EDIT, TEXT_TO_IMAGE
 from metamorph.data.tasks.regions import VISUAL_COT, VSTAR
 from metamorph.data.tasks.video_qa import VIDEO_QA
+from metamorph.flags.parser import nearest, unknown_choice
 
 
 _ALL = (INSTRUCTION, TEXT_TO_IMAGE, IMAGE_EDIT, VISUAL_COT, VSTAR, VIDEO_QA, FRAME_PREDICTION)
@@ -31,13 +31,9 @@ __all__ = ["TASKS", "Box", "Conversation", "ImageRef", "Task", "get_task", "pars
 
 
 def get_task(name: str) -> Task:
-    """The task of that name.
-
-    Raises:
-        ValueError: If there is none; the message lists all tasks.
-    """
+    """The task of that name; a `ValueError` lists all tasks if there is none."""
     if name not in TASKS:
-        raise ValueError(f"task {name!r} is unknown{_nearest(str(name), TASKS)}; use one of {', '.join(TASKS)}")
+        raise ValueError(f"task {unknown_choice(name, TASKS)}")
     return TASKS[name]
 
 
@@ -52,13 +48,10 @@ def parse_options(task: Task, values: Mapping[str, Any] | None = None) -> Any:
     for name in values:
         if name not in known:
             allowed = f"its options are {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"task {task.name} has no option {name!r}{_nearest(str(name), known)}; {allowed}")
+            near = nearest(str(name), known)
+            hint = f" (did you mean {near!r}?)" if near else ""
+            raise ValueError(f"task {task.name} has no option {name!r}{hint}; {allowed}")
     try:
         return task.options_type(**values)
     except ValueError as error:
         raise ValueError(f"options of task {task.name}: {error}") from error
-
-
-def _nearest(name: str, known: Any) -> str:
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {found[0]!r}?)" if found else ""
