@@ -52,18 +52,8 @@ class Problem:
     """What is wrong, where, and how to fix it."""
 
 
-ROW = np.dtype(
-    [
-        ("index", np.int64),
-        ("source", np.int32),
-        ("tokens", np.int32),
-        ("kept_tokens", np.int32),
-        ("text_targets", np.int32),
-        ("images", np.int32),
-        ("answer_images", np.int32),
-        ("problems", np.int32),
-    ]
-)
+_NUMBERS = ("source", "tokens", "kept_tokens", "text_targets", "images", "answer_images", "problems")
+ROW = np.dtype([("index", np.int64), *((name, np.int32) for name in _NUMBERS)])
 """Numbers on one record: 36 bytes, so that ten million records fit into memory. `tokens`, `images` and `answer_images`
 are those before truncation; the five sizes are -1 if the record is bad."""
 

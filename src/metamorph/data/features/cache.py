@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from metamorph.data.media.refs import ImageRef
-from metamorph.data.media.stores import FolderStore, MediaError, MediaStore
+from metamorph.data.media.stores import MediaError, MediaStore
 from metamorph.data.records import DataError
 from metamorph.data.sources.tars import TarSample
 from metamorph.files.model_files import file_shapes, read_json_object
@@ -251,7 +251,7 @@ def image_key(ref: ImageRef, store: MediaStore) -> tuple[int, int]:
     if isinstance(store, TarSample):
         file, member = Path(store.tar), f"{store.key}\0{ref.path}"
     else:
-        file = cast("FolderStore", store).open(ref.path)
+        file = store.open(ref.path)
     try:
         stat = file.stat()
     except OSError as error:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -14,6 +14,7 @@ from metamorph.data.media.images import BOX_COLOURS, draw_box, resolve_image_pat
 from metamorph.data.media.refs import Box, ImageRef
 from metamorph.data.media.video import VideoInfo, probe_video, read_frames
 from metamorph.data.records import Record
+from metamorph.data.sources.tars import TarSample
 from metamorph.models.image_files import MAX_IMAGE_PIXELS, MediaError, load_image, read_size
 
 
@@ -31,25 +32,6 @@ __all__ = [
 ]
 
 
-class MediaStore(Protocol):
-    """The images and videos of a source, by the paths in its records: a folder, or a sample of a tar."""
-
-    def open(self, path: str) -> Path | BinaryIO:
-        """The path of a file, which need not exist, or an open, seekable file that the caller closes.
-
-        Raises:
-            MediaError: If the path is not allowed.
-            FileNotFoundError: If there is no such file, and the store knows that without opening it.
-        """
-
-    def exists(self, path: str) -> bool:
-        """Whether there is such a file.
-
-        Raises:
-            MediaError: If the path is not allowed.
-        """
-
-
 class FolderStore:
     """Files in a folder.
 
@@ -61,15 +43,20 @@ class FolderStore:
         self.image_folder = Path(image_folder)
 
     def open(self, path: str) -> Path:
-        """See [`MediaStore`]."""
+        """Join a path to the folder; the file need not exist."""
         return resolve_image_path(path, self.image_folder)
 
     def exists(self, path: str) -> bool:
-        """See [`MediaStore`]."""
+        """Whether there is such a file."""
         try:
             return self.open(path).is_file()
         except OSError:  # a name that is too long, or a folder without permission
             return False
+
+
+MediaStore = FolderStore | TarSample
+"""The images and videos of a record. `open(path)` returns a path, or an open file that the caller closes; it raises a
+[`MediaError`] if the path is not allowed."""
 
 
 def load(ref: ImageRef, store: MediaStore) -> Image.Image:

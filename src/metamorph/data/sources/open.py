@@ -31,11 +31,12 @@ Source = JsonlSource | TarSource
 `DataError` if its file has changed since it was indexed."""
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
+def open_source(path: str | os.PathLike[str], flag: str = "--data_path") -> Source:
     """Open files of records. A file that begins with `[` is a JSON array, any other JSON Lines.
 
     Args:
         path: A `.json` or `.jsonl` file, or tars: one, or a pattern such as `shard-{000..099}.tar` or `shard-*.tar`.
+        flag: Name of the flag in error messages.
 
     Raises:
         DataError: If there is no such file, it has no records, or an array or a tar cannot be read.
@@ -45,15 +46,15 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     path = Path(path)
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
-        raise DataError(f"--data_path {path} {found}; give {ALLOWED}")
+        raise DataError(f"{flag} {path} {found}; give {ALLOWED}")
     with path.open("rb") as file:
         start = file.read(4096)
     if b"\0" in start:
-        raise DataError(f"--data_path {path} is not UTF-8 text (compressed, perhaps?); give {ALLOWED}")
+        raise DataError(f"{flag} {path} is not UTF-8 text (compressed, perhaps?); give {ALLOWED}")
     is_array = start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
     source: Source = JsonArraySource(path) if is_array else JsonlSource(path)
     if len(source) == 0:
-        raise DataError(f"--data_path {path} has no records")
+        raise DataError(f"{flag} {path} has no records")
     return source
 
 

@@ -5,9 +5,8 @@ Each template distributes frames over the turns. A turn gets one marker for each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 
@@ -41,50 +40,45 @@ class _Part:
     """For `{seconds}` in the wording."""
 
 
-def _forward(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
-    """The first frame is seen, all others are drawn."""
-    return _seen_and_drawn(rng, wording.FORWARD, frames[:1], frames[1:])
+TEMPLATES = {
+    "forward": wording.FORWARD,
+    "split": wording.SPLIT,
+    "backward": wording.BACKWARD,
+    "alternate": wording.ALTERNATE,
+    "reorder": wording.REORDER,
+    "interval": wording.INTERVAL,
+    "next_k": wording.NEXT_K,
+}
+"""Wordings of each way to distribute the frames of a video over turns, see `_distribute`."""
 
 
-def _split(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
-    """The frames before a random place are seen, those after it are drawn."""
-    place = int(rng.integers(1, len(frames)))
-    return _seen_and_drawn(rng, wording.SPLIT, frames[:place], frames[place:])
-
-
-def _backward(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
-    """The last frame is seen, the others are drawn in reverse order."""
-    return _seen_and_drawn(rng, wording.BACKWARD, frames[-1:], frames[-2::-1])
-
-
-def _alternate(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
-    """Frames are alternately seen and drawn."""
-    parts: list[_Part] = []
-    for index in range(0, len(frames) - 1, 2):
-        wordings = wording.ALTERNATE if parts else wording.ALTERNATE_FIRST
-        parts += _seen_and_drawn(rng, wordings, frames[index : index + 1], frames[index + 1 : index + 2])
-    return parts
-
-
-def _reorder(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
-    """All frames are seen out of order and drawn in order."""
-    shuffled = list(frames)
-    while shuffled == list(frames):
-        rng.shuffle(shuffled)
-    return _seen_and_drawn(rng, wording.REORDER, shuffled, frames)
-
-
-def _interval(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
-    """One frame is seen, and the one a stated number of seconds later is drawn."""
-    first, later = sorted(rng.choice(len(frames), size=2, replace=False).tolist())
-    return _seen_and_drawn(rng, wording.INTERVAL, frames[first : first + 1], frames[later : later + 1])
-
-
-def _next_k(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
-    """Some frames are seen, and a stated number of the following ones is drawn."""
-    count = int(rng.integers(1, min(max_next, len(frames) - 1) + 1))
-    place = int(rng.integers(1, len(frames) - count + 1))
-    return _seen_and_drawn(rng, wording.NEXT_K, frames[:place], frames[place : place + count])
+def _distribute(template: str, frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
+    """Distribute two or more frames over the turns of a conversation; at least one of them is drawn."""
+    if template == "alternate":  # frames are alternately seen and drawn
+        parts: list[_Part] = []
+        for index in range(0, len(frames) - 1, 2):
+            wordings = wording.ALTERNATE if parts else wording.ALTERNATE_FIRST
+            parts += _seen_and_drawn(rng, wordings, frames[index : index + 1], frames[index + 1 : index + 2])
+        return parts
+    if template == "forward":  # the first frame is seen, all others are drawn
+        seen, drawn = frames[:1], frames[1:]
+    elif template == "split":  # the frames before a random place are seen, those after it are drawn
+        place = int(rng.integers(1, len(frames)))
+        seen, drawn = frames[:place], frames[place:]
+    elif template == "backward":  # the last frame is seen, the others are drawn in reverse order
+        seen, drawn = frames[-1:], frames[-2::-1]
+    elif template == "reorder":  # all frames are seen out of order and drawn in order
+        seen, drawn = list(frames), frames
+        while seen == list(frames):
+            rng.shuffle(seen)
+    elif template == "interval":  # one frame is seen, and the one a stated number of seconds later is drawn
+        first, later = sorted(rng.choice(len(frames), size=2, replace=False).tolist())
+        seen, drawn = frames[first : first + 1], frames[later : later + 1]
+    else:  # next_k: some frames are seen, and a stated number of the following ones is drawn
+        count = int(rng.integers(1, min(max_next, len(frames) - 1) + 1))
+        place = int(rng.integers(1, len(frames) - count + 1))
+        seen, drawn = frames[:place], frames[place : place + count]
+    return _seen_and_drawn(rng, TEMPLATES[template], seen, drawn)
 
 
 def _seen_and_drawn(
@@ -92,22 +86,6 @@ def _seen_and_drawn(
 ) -> list[_Part]:
     question = _Part("user", pick(rng, wordings), tuple(seen), len(drawn), drawn[-1] - seen[-1])
     return [question, _Part("assistant", "{frames}", tuple(drawn))]
-
-
-Template = Callable[[Sequence[float], np.random.Generator, int], list[_Part]]
-
-TEMPLATES: Mapping[str, Template] = MappingProxyType(
-    {
-        "forward": _forward,
-        "split": _split,
-        "backward": _backward,
-        "alternate": _alternate,
-        "reorder": _reorder,
-        "interval": _interval,
-        "next_k": _next_k,
-    }
-)
-"""Each takes at least two frames, of which at least one is drawn."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +125,7 @@ def _frame_prediction(
             "too_few_frames", f"{record.video!r} has one frame, so there is none to predict; remove the record"
         )
     frames = _stretch(video, rng, options)
-    parts = TEMPLATES[pick(rng, options.templates)](frames, rng, options.max_next)
+    parts = _distribute(pick(rng, options.templates), frames, rng, options.max_next)
     turns = [
         Turn(
             part.role,
