@@ -67,7 +67,7 @@ def test_unusable_data_give_2(check, parts: Path, tmp_path: Path, capsys: pytest
         "does not exist": (tmp_path / "nothing.jsonl", None),
         "--image-folder": (parts / "data.jsonl", tmp_path / "nowhere"),
         "is wrong": (parts / "data.jsonl", tmp_path),
-        "holds no records": (write_records(tmp_path / "empty.jsonl", []), None),
+        "has no records": (write_records(tmp_path / "empty.jsonl", []), None),
     }
     for words, (path, folder) in cases.items():
         code, report = check(path, folder=folder)

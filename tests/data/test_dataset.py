@@ -99,9 +99,9 @@ def test_a_cut_is_logged_once_with_its_id(build, caplog):
     with caplog.at_level(logging.WARNING, logger="metamorph.data.examples"):
         for index in (0, 1, 0):
             dataset[index]
-    assert [record.getMessage() for record in caplog.records if "was cut" in record.getMessage()] == [
-        f"{dataset.source.path}:1 (id 'vqa') was cut to --model_max_length 50; 0 image(s) dropped. "
-        "Further cuts are counted."
+    assert [record.getMessage() for record in caplog.records if "was truncated" in record.getMessage()] == [
+        f"{dataset.source.path}:1 (id 'vqa') was truncated to --model_max_length 50; 0 image(s) dropped. "
+        "Further ones are only counted."
     ]
     assert dataset.statistics()["truncated"] == 2
 

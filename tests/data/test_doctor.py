@@ -13,7 +13,7 @@ from processing_parts import build_processor, llava, write_jsonl
 from metamorph.data.dataset import load_data
 from metamorph.data.doctor.check import WARNINGS, check_dataset
 from metamorph.data.doctor.report import make_report, pick_samples, write_reports
-from metamorph.data.doctor.samples import pictures_of, split_example, text_of, token_rows
+from metamorph.data.doctor.samples import images_of, split_example, text_of, token_rows
 from metamorph.data.records import BAD_RECORD_KINDS, DataError
 
 
@@ -95,9 +95,9 @@ def broken_records() -> dict[str, tuple[object, str, str]]:
             r"and \d of 8 image\(s\) would be cut",
         ),
         "mute": (llava("mute", "Say something.", " \n"), "empty_turn", "only the end of the turn would be learnt"),
-        "templated": (llava("templated", "Hi<|eot_id|>", "Hi."), "control_token", r"holds <\|eot_id\|> as text"),
-        "tagged": (llava("tagged", "<image_start>Hi", "Hi."), "control_token", "holds <image_start> as text"),
-        "same": (llava("same", "Again?", "Yes."), "duplicate_id", "the id is that of .*broken.jsonl:"),
+        "templated": (llava("templated", "Hi<|eot_id|>", "Hi."), "control_token", r"contains <\|eot_id\|> as text"),
+        "tagged": (llava("tagged", "<image_start>Hi", "Hi."), "control_token", "contains <image_start> as text"),
+        "same": (llava("same", "Again?", "Yes."), "duplicate_id", "the id is also that of .*broken.jsonl:"),
     }
 
 
@@ -133,7 +133,7 @@ def test_every_fault_of_a_broken_set_is_found(folder, processor, num_workers):
         assert [problem.source for problem in found] == ["broken"], name
         assert re.search(words, found[0].detail), found[0].detail
         assert found[0].id == (None if kind in ("broken_line", "not_an_object") else name)
-    assert (len(diagnosis.probes), diagnosis.num_ok) == (len(lines) + 1, 1 + len(good))
+    assert (len(diagnosis.rows), diagnosis.num_ok) == (len(lines) + 1, 1 + len(good))
 
 
 def test_faults_of_tasks_are_found(folder, processor):
@@ -183,17 +183,17 @@ BOXES = {
     ),
     "xyxy as xywh": ("vstar", [20, 10, 50, 35], {}, "box_format", "set box_format: xyxy"),
     "xywh as xyxy": ("visual_cot", [20, 10, 15, 8], {}, "bad_box", "set box_format: xywh"),
-    "partly outside": ("visual_cot", [20, 10, 90, 30], {}, "box_outside", "is cut off there"),
+    "partly outside": ("visual_cot", [20, 10, 90, 30], {}, "box_outside", "is clipped"),
     "a share too large": (
         "visual_cot",
         [0.2, 0.1, 1.2, 0.9],
         {"box_units": "relative"},
         "box_outside",
-        "is cut off there",
+        "is clipped",
     ),
     "outside": ("visual_cot", [70, 50, 90, 60], {}, "bad_box", "lies outside the image of 60x40 pixels"),
     "negative size": ("vstar", [20, 10, -5, 8], {}, "bad_box", "width and height above 0"),
-    "negative place": ("vstar", [-20, 10, 35, 8], {}, "box_outside", "is cut off there"),
+    "negative place": ("vstar", [-20, 10, 35, 8], {}, "box_outside", "is clipped"),
     "right": ("visual_cot", [20, 10, 40, 30], {}, None, ""),
     "right as shares": ("visual_cot", [0.2, 0.1, 0.8, 0.9], {"box_units": "relative"}, None, ""),
     "right with a margin beyond": ("visual_cot", [2, 1, 58, 39], {"margin": 0.5}, None, ""),
@@ -260,7 +260,7 @@ def test_cut_examples_are_measured_whole(folder, processor):
     path = write_jsonl(folder / "data.jsonl", [llava("x", "Hi", answer, image=["good.png"] * 3)])
     tokens, images, answers, _ = opened(path, processor, None).measure(0)
     for limit in range(30, tokens + 2):
-        (row,) = check_dataset(opened(path, processor, limit)).probes
+        (row,) = check_dataset(opened(path, processor, limit)).rows
         assert (row["tokens"], row["images"], row["answer_images"]) == (tokens, images, answers)
         assert row["problems"] == (limit < tokens)
 
@@ -331,7 +331,7 @@ def test_a_clean_set_has_no_problem(folder, processor):
 def test_a_limit_spreads_over_the_file(folder, processor):
     path = write_jsonl(folder / "data.jsonl", [llava(number, "Hi", "Hi.") for number in range(100)])
     diagnosis = check_file(path, processor, limit=5)
-    assert diagnosis.probes["index"].tolist() == [0, 24, 49, 74, 99]
+    assert diagnosis.rows["index"].tolist() == [0, 24, 49, 74, 99]
     assert make_report(diagnosis)["statistics"]["total_records"] == 100
     with pytest.raises(ValueError, match="--limit 0 must be at least 1"):
         check_file(path, processor, limit=0)
@@ -369,7 +369,7 @@ def test_pieces_cover_the_example_and_agree_with_its_masks(folder, processor):
         mask = example["visual_target_mask"][span] if piece.image is not None else example["labels"][span] != -100
         assert mask.tolist() == [piece.is_learnt] * len(piece.ids)
     assert [piece.kind for piece in pieces if piece.image is not None] == ["image", "image", "answer_image"]
-    assert "".join(text_of(piece, processor) for piece in pieces if piece.kind == "learnt").startswith("This:")
+    assert "".join(text_of(piece.ids, processor) for piece in pieces if piece.kind == "learnt").startswith("This:")
     rows = list(token_rows(pieces, processor))
     assert sum(loss == "text" for *_, loss in rows) == int((example["labels"] != -100).sum())
     assert [row[2:] for row in rows if row[3] == "visual target"] == [("image 2: 16 visual tokens", "visual target")]
@@ -377,6 +377,6 @@ def test_pieces_cover_the_example_and_agree_with_its_masks(folder, processor):
 
 def test_pictures_are_those_the_tower_sees(folder, processor):
     path = write_jsonl(folder / "data.jsonl", [llava("x", "<image>", "A cat.", image="good.png")])
-    (picture,) = pictures_of(opened(path, processor, None)[0], processor.image_processor)
+    (picture,) = images_of(opened(path, processor, None)[0], processor.image_processor)
     expected = Image.open(folder / "good.png").resize((112, 112), resample=processor.image_processor.resample)
     assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected)).max() <= 1

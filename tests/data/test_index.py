@@ -1,4 +1,4 @@
-"""Indexes: made once, shared by processes, made anew when a file changes."""
+"""Indexes: made once, shared by processes, made again when a file changes."""
 
 import errno
 import json
@@ -54,7 +54,7 @@ def test_an_index_is_uint64_mapped_and_made_once(path, cache):
 
 
 @pytest.mark.parametrize("layout", ["lines", "array"])
-def test_a_changed_file_is_indexed_anew(tmp_path, cache, caplog, layout):
+def test_a_changed_file_is_indexed_again(tmp_path, cache, caplog, layout):
     path = tmp_path / "data.json"
 
     def write(records):
@@ -65,9 +65,9 @@ def test_a_changed_file_is_indexed_anew(tmp_path, cache, caplog, layout):
     write([{"id": 3}, {"id": 4}, {"id": 5}])
     with caplog.at_level(logging.INFO):
         assert [record.value["id"] for record in open_source(path)] == [3, 4, 5]
-    assert f"{path} has changed: its index is made anew" in caplog.text
+    assert f"{path} has changed: it was indexed again" in caplog.text
     assert len(folders(cache)) == 1
-    with pytest.raises(DataError, match=r"data.json has changed since it was indexed; start again"):
+    with pytest.raises(DataError, match=r"data.json has changed since it was indexed; restart"):
         old[0]
     os.utime(path, ns=(0, 0))
     open_source(path)
@@ -113,7 +113,7 @@ def test_where_nothing_can_be_saved_every_process_has_its_own(path, cache, caplo
     cache.parent.write_text("a file where the folder should be")
     source = open_source(path)
     assert len(source) == 100
-    assert "set METAMORPH_CACHE to a folder that can be written to" in caplog.text
+    assert "set METAMORPH_CACHE to a writable folder" in caplog.text
     assert pickle.loads(pickle.dumps(source))[3].value["id"] == 3  # noqa: S301
 
 

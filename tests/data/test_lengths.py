@@ -1,4 +1,4 @@
-"""Lengths measured by tokenization are those of the examples, and are kept until something changes."""
+"""Lengths measured by tokenization are those of the examples, and are saved until something changes."""
 
 import os
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_the_processor_measures_every_template() -> None:
         assert processor.measure_conversation(messages) == (len(encoded.input_ids), 2, 1, text_targets)
 
 
-def test_no_picture_is_opened(folder: Path) -> None:
+def test_no_image_is_opened(folder: Path) -> None:
     dataset = dataset_of(folder)
     expected = measure(dataset)
     (folder / "a.png").unlink()
@@ -131,7 +131,7 @@ def test_what_could_not_be_measured_is_tried_again(folder: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 20, 135])
-def test_a_broken_cache_is_made_anew(
+def test_a_broken_cache_is_made_again(
     kept_bytes: int, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lengths_module, "_WORTH_KEEPING", 1)
@@ -141,7 +141,7 @@ def test_a_broken_cache_is_made_anew(
     (kept,) = cache.iterdir()
     kept.write_bytes(kept.read_bytes()[:kept_bytes])
     assert np.array_equal(measure(dataset, cache_dir=cache).tokens, expected.tokens)
-    assert "measuring lengths anew" in caplog.text
+    assert "measuring lengths again" in caplog.text
     assert np.array_equal(measure(dataset, cache_dir=cache).tokens, expected.tokens)
 
 

@@ -70,7 +70,7 @@ def test_a_mixture_of_three_kinds_of_sources(folder, processor, caplog):
     for index, example in zip((0, 10, 14), examples, strict=True):
         assert dataset.measure(index)[0] == len(example["input_ids"])
         assert dataset.source_name(index) == example["source"]
-    with pytest.raises(IndexError, match="no sample 15: the sources hold 15"):
+    with pytest.raises(IndexError, match="no sample 15: the sources have 15"):
         dataset[15]
 
 
@@ -216,8 +216,8 @@ def test_workers_read_what_this_process_reads(folder, processor):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path: a.jsonl", r"must hold a list of sources, each with path: and task:"),
-        ("[]", "must hold a list of sources"),
+        ("path: a.jsonl", r"must be a list of sources, each with path: and task:"),
+        ("[]", "must be a list of sources"),
         ("- path: [", "is not valid YAML"),
         ("- just text", "source 1: a source must be a mapping"),
         ("- task: instruction", "source 1: path is required"),

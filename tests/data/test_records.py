@@ -72,14 +72,14 @@ BAD = {
     "half a character": (
         llava("x", "Hi", "Yes \ud83d"),
         "broken_line",
-        r"turn 2 holds '\\ud83d' at character 4, half a character",
+        r"turn 2 has '\\ud83d' at character 4, half a character",
     ),
     "image is a number": ({**GOOD, "image": 3}, "bad_image_field", '"image" must be a path or a list of paths'),
     "image in a list of lists": ({**GOOD, "image": [["a.png"]]}, "bad_image_field", '"image" must be a path'),
     "empty image path": ({**GOOD, "image": ""}, "bad_image_field", '"image" must be a path'),
     "video is a number": ({**GOOD, "video": 3}, "bad_video_field", '"video" must be a path, not 3'),
     "two videos": ({"id": "x", "image": ["a.mp4", "b.mp4"]}, "bad_video_field", "at most one video, not 2"),
-    "video and image": ({**GOOD, "video": "a.mp4"}, "bad_video_field", "not 'a.mp4' beside 'a.png'"),
+    "video and image": ({**GOOD, "video": "a.mp4"}, "bad_video_field", "not both 'a.mp4' and 'a.png'"),
     "more markers": (llava("x", "<image><image>", "Yes.", image="a.png"), "image_count", r"2 <image> .* names 1 image"),
     "more images": (llava("x", "Hi", "Yes.", image=["a.png"]), "image_count", r"0 <image> .* names 1 image"),
     "gpt begins": (

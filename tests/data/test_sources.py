@@ -34,7 +34,7 @@ def test_json_lines_are_read_in_any_order(tmp_path):
     assert source[10].where == f"{path}:13"  # the blank lines count
     copy = pickle.loads(pickle.dumps(source))  # noqa: S301
     assert copy[11].value == records[11]
-    with pytest.raises(IndexError, match="has no record 20: it holds 20"):
+    with pytest.raises(IndexError, match="has no record 20: it has 20"):
         source[20]
 
 
@@ -87,6 +87,8 @@ TRICKY = [
     {"text": 'quotes " and \\ brackets ]},[{', "é": "ü€😀", "list": [[], {}, [1, {"a": None}]]},
     {},
     {"number": -1.5e-7, "long": "x" * 100},
+    -1e308,
+    -1e-7,
     [1, 2],
     "text, ]",
     12345,
@@ -152,8 +154,8 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
     [
         (b'[{"id": 1},\n {"id": }]', r"data.json:2:9: not a valid JSON array \(Expecting value\); correct the file"),
         (b'[{"id": 1}\n {"id": 2}]', r"data.json:2:2: .*a comma or the end of the array is missing"),
-        (b'[{"id": 1},\n]', r"data.json:2:1: .*a comma stands before the end"),
-        (b'[{"id": 1}] {"id": 2}', r"data.json:1:13: .*something stands behind the end of the array"),
+        (b'[{"id": 1},\n]', r"data.json:2:1: .*there is a comma before the end"),
+        (b'[{"id": 1}] {"id": 2}', r"data.json:1:13: .*there is more text after the end of the array"),
         (b'[{"id": 1}, {"id": "tex', r"data.json:1:20: .*Unterminated string"),
         (b'[{"id": 1},', r"data.json:1:12: .*Expecting value"),
         (b'[{"id": 1}', r"data.json:1:11: .*a comma or the end of the array is missing"),
@@ -186,7 +188,7 @@ def test_what_is_no_source_is_named(tmp_path):
         open_source(tmp_path / "data.jsonl.gz")
     for name, text in (("empty.jsonl", "\n\n"), ("nothing.jsonl", ""), ("empty.json", " [ ]")):
         (tmp_path / name).write_text(text)
-        with pytest.raises(DataError, match="holds no records"):
+        with pytest.raises(DataError, match="has no records"):
             open_source(tmp_path / name)
 
 

@@ -159,7 +159,7 @@ def test_damaged_and_compressed_tars_are_refused(tmp_path, damage):
             tar.addfile(tarfile.TarInfo("a.txt"))
     with pytest.raises(DataError, match=rf"{path} cannot be read as a tar .*decompress it"):
         open_source(path)
-    with pytest.raises(DataError, match="the tars hold no files"):
+    with pytest.raises(DataError, match="the tars contain no files"):
         open_source(write_tar(tmp_path / "nothing.tar", {}))
 
 

@@ -134,7 +134,7 @@ def test_broken_line(bare: Path, capsys) -> None:
 
 
 def test_empty_data(bare: Path, capsys) -> None:
-    assert "holds no records" in train(bare, capsys, data_path=write_records(bare / "none.jsonl", []))
+    assert "has no records" in train(bare, capsys, data_path=write_records(bare / "none.jsonl", []))
 
 
 def test_token_count_that_is_not_a_square(bare: Path, capsys) -> None:

@@ -224,7 +224,7 @@ def test_what_changes_while_training_is_refused(parts: Path, cache: Path, tmp_pa
 def test_an_unfinished_cache_is_refused(parts: Path, cache: Path, tmp_path: Path) -> None:
     shutil.copytree(cache, tmp_path / "half")
     (tmp_path / "half" / "feature_cache.json").unlink()
-    with pytest.raises(DataError, match="is no feature cache, or an unfinished one"):
+    with pytest.raises(DataError, match="is not a feature cache, or is unfinished"):
         train(parts, tmp_path, feature_cache=str(tmp_path / "half"))
 
 

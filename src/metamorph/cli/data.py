@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 MINIATURE_NOTE = (
-    "Without --model_name_or_path the tokens are those of the quickstart's small tokenizer: texts come out too long, "
-    "and whether records are too long was not judged."
+    "Without --model_name_or_path, tokens are counted by the quickstart's small tokenizer: texts come out too long, so "
+    "the check did not judge whether records are too long."
 )
 SAMPLES = 12
 PROCESSOR_DEFAULTS = {
@@ -29,13 +29,13 @@ PROCESSOR_DEFAULTS = {
     "mm_use_im_patch_token": False,
     "image_aspect_ratio": "square",
 }
-"""How training makes sequences by default; a finished model has decided."""
+"""Training's defaults; a finished model has its own values."""
 OWN_FLAGS = ("command", "run", "path", "config", "output_dir", "workers", "limit", "index")
-"""Flags that a recipe of training does not set."""
+"""Flags that a training recipe does not set."""
 CACHE_FEATURES = "cache-features"
 CACHE_USAGE = (
     "cache-features [PATH] --feature_cache DIR [--config RECIPE] [--feature_dtype bfloat16|float32]\n"
-    "       and the flags of `metamorph train`, of which it needs those of the model and of the data"
+    "       and the model and data flags of `metamorph train`"
 )
 
 
@@ -48,31 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     check = commands.add_parser("check", help="dry-run all records and report what is wrong with them")
-    add_data_flags(check)
-    add_processor_flags(check)
-    check.add_argument(
-        "--output-dir",
-        type=output_folder,
-        default=Path("data-check"),
-        help="folder of the report (default: %(default)s)",
-    )
+    add_data_flags(check, "data-check", "report")
     check.add_argument(
         "--workers", type=at_least(0), default=min(os.cpu_count() or 1, 8), help="processes (default: %(default)s)"
     )
     check.add_argument("--limit", type=at_least(1), help="check at most this many records, evenly spread")
     check.set_defaults(run=run_check)
     show = commands.add_parser("show", help="print one training example and write its images")
-    add_data_flags(show)
-    add_processor_flags(show)
-    show.add_argument(
-        "--index", type=at_least(0), default=0, help="which record, counted from 0 (default: %(default)s)"
-    )
-    show.add_argument(
-        "--output-dir",
-        type=output_folder,
-        default=Path("data-show"),
-        help="folder of the images (default: %(default)s)",
-    )
+    add_data_flags(show, "data-show", "images")
+    show.add_argument("--index", type=at_least(0), default=0, help="record, counted from 0 (default: %(default)s)")
     show.set_defaults(run=run_show)
     commands.add_parser(
         CACHE_FEATURES, help="run the frozen tower once over all images", usage=f"metamorph data {CACHE_USAGE}"
@@ -81,68 +65,55 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where the data is.
-
-    Args:
-        parser: Where to.
-    """
-    parser.add_argument("path", nargs="?", metavar="PATH", help="what training takes as --data_path")
+def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, output: str) -> None:
+    """Add the flags of the data, of the processor (with the defaults of training), and of the output folder."""
+    parser.add_argument("path", nargs="?", metavar="PATH", help="the data, as for --data_path of training")
     parser.add_argument(
-        "--config", metavar="RECIPE", help="recipe of a training: its values are the defaults of the flags below"
+        "--config", metavar="RECIPE", help="training recipe: its values are the defaults of the flags below"
     )
     parser.add_argument("--image-folder", help="folder of relative image paths (default: the file's own)")
-
-
-def add_processor_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how training would make sequences, with its defaults.
-
-    Args:
-        parser: Where to.
-    """
+    parser.add_argument(
+        "--output-dir",
+        type=output_folder,
+        default=Path(output_dir),
+        help=f"folder of the {output} (default: %(default)s)",
+    )
     parser.add_argument(
         "--model_name_or_path",
-        help="the language model, or a finished MetaMorph model (mini is the one that ships with MetaMorph): its "
-        "tokenizer counts (default: a small stand-in)",
+        help="the language model, or a finished MetaMorph model (mini is the one that ships with MetaMorph), whose "
+        "tokenizer counts tokens (default: a small stand-in)",
     )
     parser.add_argument(
         "--vision_tower",
         "--vision-tower",
-        help="the vision tower: its image processor makes the images (default: that of a finished model, else 384 "
+        help="the vision tower, whose image processor prepares the images (default: that of a finished model, else 384 "
         "pixels a side, as SigLIP-SO400M has)",
     )
     for name, kind, default, text in (
-        ("model_max_length", at_least(2), 4096, "longest sequence; not judged without a model"),
+        ("model_max_length", at_least(2), 4096, "longest sequence; not checked without a model"),
         ("version", str, None, "conversation template"),
         ("num_image_tokens", at_least(1), None, "visual tokens per image"),
-        ("mm_use_im_start_end", boolean, None, "whether images stand between <image_start> and <image_end>"),
+        ("mm_use_im_start_end", boolean, None, "whether images are wrapped in <image_start> and <image_end>"),
         ("mm_use_im_patch_token", boolean, None, "whether the placeholder is <im_patch>"),
         ("image_aspect_ratio", str, None, "square or pad"),
-        ("seed", at_least(0), 42, "seed of what tasks draw at random"),
+        ("seed", at_least(0), 42, "seed of the random choices of tasks"),
     ):
         shown = f"that of a finished model, else {PROCESSOR_DEFAULTS[name]}" if default is None else default
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {shown})")
 
 
 def boolean(text: str) -> bool:
-    """Read `True` or `False`, in any case.
-
-    Args:
-        text: The value of a flag.
-    """
+    """Parse `True` or `False`, in any case."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() == "true"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; a recipe gives the defaults of the flags that say how training makes sequences.
-
-    Args:
-        argv: Command line after `data`.
+    """Parse the command line. A recipe gives the defaults of the data and processor flags.
 
     Raises:
-        ValueError: if there is no path, or a value of the recipe is of the wrong type.
+        ValueError: If there is no path, or a value of the recipe has the wrong type.
     """
     parser = build_parser()
     flags = parser.parse_args(argv)
@@ -155,22 +126,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         words = [f"--{names[key]}={value}" for key, value in recipe.items() if key in names and value is not None]
         path = [] if flags.path else [word.removeprefix("--path=") for word in words if word.startswith("--path=")]
         words = [word for word in words if not word.startswith("--path=")]
-        flags = parser.parse_args([argv[0], *path, *words, *argv[1:]])  # what comes later counts
+        flags = parser.parse_args([argv[0], *path, *words, *argv[1:]])  # later flags take precedence
     if flags.path is None:
         raise ValueError("PATH is required: a file of records or a mixture, or a --config that names one as data_path")
     return flags
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one of the commands.
-
-    Args:
-        argv: Command line after `data`.
-
-    Returns:
-        Exit status: 0, or 1 if `check` found problems.
-    """
-    if list(argv[:1]) == [CACHE_FEATURES]:  # takes the flags of training, so that it makes what training needs
+    """Run one of the commands; the exit status is 1 if `check` found problems."""
+    if list(argv[:1]) == [CACHE_FEATURES]:  # takes the flags of training
         from metamorph.cli import cache_features
 
         cache_features.main(argv[1:])
@@ -181,14 +145,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_check(flags: argparse.Namespace) -> int:
-    """Check all records, print a summary and write the report.
-
-    Args:
-        flags: The command line.
-
-    Returns:
-        0 if all is well, 1 if there are problems.
-    """
+    """Check all records, print a summary and write the report; the exit status is 1 if there are problems."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are parallel already
     data = open_data(flags)
     from metamorph.data.doctor.check import check_dataset
@@ -212,14 +169,7 @@ def run_check(flags: argparse.Namespace) -> int:
 
 
 def run_show(flags: argparse.Namespace) -> int:
-    """Print one example token by token, and write its images.
-
-    Args:
-        flags: The command line.
-
-    Returns:
-        0.
-    """
+    """Print one example token by token, and write its images."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -227,7 +177,7 @@ def run_show(flags: argparse.Namespace) -> int:
     data = open_data(flags)
     if flags.index >= len(data):
         raise ValueError(f"--index {flags.index} does not exist: {flags.path} has the records 0 to {len(data) - 1}")
-    from metamorph.data.doctor.samples import pictures_of, split_example, token_rows
+    from metamorph.data.doctor.samples import images_of, split_example, token_rows
 
     example = data[flags.index]
     record = data.record(flags.index)
@@ -241,30 +191,21 @@ def run_show(flags: argparse.Namespace) -> int:
     for *columns, loss in token_rows(split_example(example, data.processor), data.processor):
         table.add_row(*(Text(column) for column in columns), Text(loss), style=styles[loss])
     Console().print(table)
-    for number, picture in enumerate(pictures_of(example, data.processor.image_processor)):
+    for number, image in enumerate(images_of(example, data.processor.image_processor)):
         flags.output_dir.mkdir(parents=True, exist_ok=True)
         path = flags.output_dir / f"{flags.index}-image-{number}.png"
-        picture.save(path)
+        image.save(path)
         print(f"image {number}: {path}")
     return 0
 
 
 def open_data(flags: argparse.Namespace) -> "MixtureDataset":
-    """Open the data with the processor that training would use.
-
-    Args:
-        flags: The command line.
-
-    Raises:
-        DataError: if the data cannot be used at all.
-        FileNotFoundError: if a file or folder does not exist.
-        ValueError: if a flag contradicts a finished model.
-    """
+    """Open the data with the processor that training would use."""
     if flags.image_folder is not None and not Path(flags.image_folder).is_dir():
         raise FileNotFoundError(f"--image-folder {flags.image_folder} does not exist or is not a folder")
     from metamorph.data.dataset import load_data
 
-    # Lengths in the stand-in's tokens are no reason to call a record too long.
+    # Lengths in tokens of the stand-in do not make a record too long.
     limit = flags.model_max_length if flags.model_name_or_path is not None else None
     return load_data(
         flags.path,
@@ -278,17 +219,14 @@ def open_data(flags: argparse.Namespace) -> "MixtureDataset":
 
 
 def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
-    """The processor of a finished model, or one made from a language model's tokenizer.
+    """The processor of a finished model, or a new one with a language model's tokenizer.
 
-    Without `--vision_tower`, the images get the size of the default one (384 pixels) where no finished model says
-    otherwise: that changes no length, because every image becomes `num_image_tokens` tokens.
-
-    Args:
-        flags: The command line.
+    Without `--vision_tower` or a finished model, images get the size of the default tower (384 pixels). That changes no
+    length, because every image becomes `num_image_tokens` tokens.
 
     Raises:
-        FileNotFoundError: if the model or the tower does not exist.
-        ValueError: if a flag contradicts a finished model, or the tower is of an unknown kind.
+        FileNotFoundError: If the model or the tower does not exist.
+        ValueError: If a flag contradicts a finished model, or the tower is of an unknown kind.
     """
     name = flags.model_name_or_path
     given = {field: getattr(flags, field) for field in PROCESSOR_DEFAULTS if getattr(flags, field) is not None}
@@ -324,7 +262,7 @@ def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
 
 
 def _image_processor(vision_tower: str | None) -> "BaseImageProcessor":
-    """What makes the pixel values of a tower; for the default tower it is known without a download."""
+    """The image processor of a tower; that of the default tower is known without a download."""
     from metamorph.models.image_processing import (
         SiglipImageProcessorPil,
         load_image_processor,
@@ -338,12 +276,12 @@ def _image_processor(vision_tower: str | None) -> "BaseImageProcessor":
     with names_flag("--vision_tower", vision_tower):
         config = load_vision_config(vision_tower)
         processor = load_image_processor(vision_tower)
-        # A NaFlex tower of SigLIP 2 has no size of its own: its processor has.
+        # A NaFlex tower of SigLIP 2 has no size: its processor has one.
         return square_image_processor(processor, None if hasattr(processor, "max_num_patches") else config.image_size)
 
 
 def _as_trained(processor: "MetaMorphProcessor", name: str, given: dict[str, Any]) -> "MetaMorphProcessor":
-    """The processor of a finished model; as in training, only how images become square may still be chosen."""
+    """The processor of a finished model; as in training, only `image_aspect_ratio` may still be changed."""
     processor.image_aspect_ratio = given.pop("image_aspect_ratio", processor.image_aspect_ratio)
     for field, asked in given.items():
         found = getattr(processor, field)
@@ -355,16 +293,12 @@ def _as_trained(processor: "MetaMorphProcessor", name: str, given: dict[str, Any
 
 
 def print_summary(diagnosis: "Diagnosis") -> None:
-    """Print how many records are in order, and the kinds of problems with an example of each.
-
-    Args:
-        diagnosis: What was found.
-    """
+    """Print how many records are in order, and the kinds of problems with an example of each."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    print(f"{diagnosis.num_ok} of {len(diagnosis.probes)} records are in order")
+    print(f"{diagnosis.num_ok} of {len(diagnosis.rows)} records are in order")
     if diagnosis.note:
         print(diagnosis.note)
     if not diagnosis.problems:

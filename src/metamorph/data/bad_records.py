@@ -1,4 +1,4 @@
-"""What happened to each record, counted once however often it is read and in whichever process."""
+"""Counts of bad and truncated records: each counts once, however often and in whichever process it is read."""
 
 from __future__ import annotations
 
@@ -14,30 +14,25 @@ from metamorph.data.records import BAD_RECORD_KINDS, ON_BAD_RECORD, DataError
 
 _KINDS = tuple(BAD_RECORD_KINDS)
 _SLOTS = 257
-"""One counter for the main process and one for each of 256 workers of a data loader."""
+"""One counter for the main process, and one for each of 256 workers of a data loader."""
 
 
 class RecordLog:
-    """Notes on the records of one data set, in memory that the workers of a data loader share.
-
-    Args:
-        num_records: Number of records.
-    """
+    """Notes on the records of one data set, in memory that the workers of a data loader share."""
 
     def __init__(self, num_records: int) -> None:
-        # One byte (or two) a record, so that a second epoch counts nothing twice.
+        # One or two bytes per record, so that a second epoch counts nothing twice.
         self._kinds = torch.zeros(num_records, dtype=torch.uint8).share_memory_()
         self._truncated = torch.zeros(num_records, dtype=torch.bool).share_memory_()
         self._dropped = torch.zeros(num_records, dtype=torch.int16).share_memory_()
-        # Totals that can be read at every bad record. Each process adds to a counter of its own: no locks.
+        # Totals, cheap enough to read at every bad record. Each process has its own counter, so there are no locks.
         self._num_bad = torch.zeros(_SLOTS, dtype=torch.int64).share_memory_()
         self._num_truncated = torch.zeros(_SLOTS, dtype=torch.int64).share_memory_()
 
     def note_bad(self, index: int, kind: str) -> bool:
-        """Record `index` is bad; `kind` is one of `BAD_RECORD_KINDS`, any other counts as `other`.
+        """Note that record `index` is bad, and return whether that is new.
 
-        Returns:
-            Whether that is news.
+        A `kind` that is not in `BAD_RECORD_KINDS` counts as `other`.
         """
         is_new = not self._kinds[index]
         if is_new:
@@ -46,7 +41,7 @@ class RecordLog:
         return is_new
 
     def merge(self, reduce_max: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Take over the bad records that other ranks have met. Every rank must call it.
+        """Add the bad records of other ranks. Every rank must call it.
 
         Args:
             reduce_max: Returns the element-wise maximum over all ranks of a uint8 `[records]` tensor.
@@ -57,7 +52,7 @@ class RecordLog:
         self._num_bad[_slot()] += new.sum()
 
     def note_truncated(self, index: int, num_dropped_images: int) -> None:
-        """Record `index` was cut to `model_max_length` and lost this many images."""
+        """Note that record `index` was truncated to `model_max_length`, and lost this number of images."""
         if not self._truncated[index]:
             self._num_truncated[_slot()] += 1
         self._truncated[index] = True
@@ -65,22 +60,22 @@ class RecordLog:
 
     @property
     def num_bad(self) -> int:
-        """Number of bad records met so far."""
+        """Number of bad records so far."""
         return int(self._num_bad.sum())
 
     def bad_by_kind(self) -> dict[str, int]:
-        """Number of bad records met so far, for each kind that occurred."""
+        """Number of bad records so far, for each kind that occurred."""
         counts = torch.bincount(self._kinds, minlength=len(_KINDS) + 1).tolist()
         return {kind: count for kind, count in zip(_KINDS, counts[1:], strict=True) if count}
 
     @property
     def num_truncated(self) -> int:
-        """Number of records met so far that were cut."""
+        """Number of records so far that were truncated."""
         return int(self._num_truncated.sum())
 
     @property
     def num_dropped_images(self) -> int:
-        """Number of images that were cut off with their placeholders."""
+        """Number of images that truncation removed."""
         return int(self._dropped.sum())
 
 
@@ -89,7 +84,7 @@ class TooManyBadRecordsError(DataError):
 
 
 class BadRecordLimit:
-    """How many bad records stop a run, counted over all its sources.
+    """Stops a run with too many bad records, counted over all its sources.
 
     Args:
         on_bad_record: `raise`, or `skip` to leave bad records out.
@@ -112,32 +107,32 @@ class BadRecordLimit:
         self._logs: list[RecordLog] = []
 
     def add(self, log: RecordLog, num_records: int) -> None:
-        """Count the bad records of `log`, too, out of `num_records` that can be met."""
+        """Count also the bad records of `log`, out of `num_records` that are used."""
         self._logs.append(log)
         self.num_records += num_records
 
     @property
     def num_bad(self) -> int:
-        """Number of bad records that this process and its workers have met so far, and other ranks until `merge`."""
+        """Number of bad records so far: of this process and its workers, and of other ranks until the last `merge`."""
         return sum(log.num_bad for log in self._logs)
 
     def merge(self, reduce_max: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Take over the bad records that other ranks have met, see [`RecordLog.merge`]. Every rank must call it."""
+        """Add the bad records of other ranks, see [`RecordLog.merge`]. Every rank must call it."""
         for log in self._logs:
             log.merge(reduce_max)
 
     def bad_by_kind(self) -> dict[str, int]:
-        """Number of bad records met so far, for each kind that occurred."""
+        """Number of bad records so far, for each kind that occurred."""
         return dict(sum((Counter(log.bad_by_kind()) for log in self._logs), Counter()))
 
     def check(self, last: ValueError | None = None) -> None:
-        """Stop when too many records are bad.
+        """Stop if too many records are bad.
 
         Args:
-            last: The bad record met last, for the message.
+            last: The error of the last bad record, for the message.
 
         Raises:
-            TooManyBadRecordsError: If it is more than `max_bad_fraction` of all records.
+            TooManyBadRecordsError: If they are more than `max_bad_fraction` of all records.
         """
         num_bad = self.num_bad
         if num_bad > self.max_bad_fraction * self.num_records:
@@ -149,12 +144,12 @@ class BadRecordLimit:
 
 
 def merge_ranks(counted: BadRecordLimit, merged: int, device: torch.device) -> int:
-    """Join the counts of all ranks, if any of them has met another bad record. All must call it at the same point.
+    """Merge the counts of all ranks if any of them is new. All ranks must call it at the same point.
 
     Args:
         counted: The count of this rank.
-        merged: What the last call returned; at first a number that `num_bad` cannot be, or 0.
-        device: Where the process group communicates.
+        merged: Result of the last call; at first 0, or a number that `num_bad` cannot be.
+        device: Device of the process group.
 
     Returns:
         `merged` if there is nothing new, else the number of bad records of all ranks.
@@ -175,6 +170,5 @@ def merge_ranks(counted: BadRecordLimit, merged: int, device: torch.device) -> i
 
 
 def _slot() -> int:
-    """The counter of this process."""
     worker = get_worker_info()
     return 0 if worker is None else 1 + worker.id % (_SLOTS - 1)

@@ -1,4 +1,4 @@
-"""What `--data_path` names as one data set of training examples."""
+"""`--data_path` as one data set of training examples."""
 
 from __future__ import annotations
 
@@ -40,26 +40,21 @@ def load_data(
     features: FeatureCache | None = None,
     folder_flag: str = "--image_folder",
 ) -> MixtureDataset:
-    """Open what `--data_path` names: the one entrance for training, for checking data and for caching features.
+    """Open the data that `--data_path` names, for training, for the data check and for caching features.
+
+    The other arguments, and errors, are those of [`ConversationDataset`], applied to all sources.
 
     Args:
         data_path: A JSON or JSONL file, tars (`shard-{000..099}.tar`), or a mixture (YAML, see [`read_specs`]).
         processor: Makes the sequences.
-        image_folder: Folder of relative media paths for sources that name none themselves; by default the folder of
-            each file.
-        model_max_length: Longest sequence; longer ones are cut.
-        seed: Chooses the records of sources that are not used as a whole, and what tasks draw.
-        on_bad_record: As for [`ConversationDataset`].
-        max_bad_fraction: Largest share of bad records, over all sources.
-        check: Whether to look at the records at once.
+        image_folder: For sources that do not name a folder.
+        model_max_length: Longest sequence.
+        seed: Also picks records by `weight` and `max_samples`.
         weighted: Whether `weight` and `max_samples` count; False gives every record of every source once.
-        features: Cached visual tokens; images are not opened then.
-        folder_flag: What messages call `image_folder`.
 
     Raises:
         DataError: If a source or the mixture is unusable.
         FileNotFoundError: If there is no file of that name.
-        ValueError: For a value that is not allowed.
     """
     datasets, indices = [], []
     for spec in read_specs(data_path):
@@ -84,13 +79,13 @@ def load_data(
 
 
 class MixtureDataset(Dataset[dict[str, Any]]):
-    """Several sources as one data set: first all samples of the first source, then those of the second, and so on.
+    """Several sources as one data set: all samples of the first source, then those of the second, and so on.
 
     Args:
-        datasets: The sources, of one processor and one length; their names differ.
+        datasets: The sources, with the same processor and length; their names differ.
         indices: For each source, int64 `[samples]` record numbers; None takes each record once.
-        limit: What happens with bad records, counted over all sources.
-        check: Whether to look at the records at once.
+        limit: Counts bad records over all sources.
+        check: Whether to check the records now.
 
     Raises:
         DataError: As for [`ConversationDataset`], if `check`.
@@ -101,12 +96,12 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         datasets: Sequence[ConversationDataset],
         indices: Sequence[np.ndarray | None],
         *,
-        limit: BadRecordLimit | None = None,
-        check: bool = True,
+        limit: BadRecordLimit,
+        check: bool,
     ) -> None:
         self.datasets = list(datasets)
         self.indices = list(indices)
-        self.limit = limit or BadRecordLimit()
+        self.limit = limit
         self.processor = self.datasets[0].processor
         self.model_max_length = self.datasets[0].model_max_length
         counts = []
@@ -135,7 +130,6 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Build example `index`; see [`ConversationDataset`]."""
         dataset, number = self.locate(index)
         return dataset[number]
 
@@ -146,7 +140,7 @@ class MixtureDataset(Dataset[dict[str, Any]]):
             IndexError: If there is no such sample.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"there is no sample {index}: the sources hold {len(self)}")
+            raise IndexError(f"there is no sample {index}: the sources have {len(self)}")
         source = int(np.searchsorted(self._ends, index, side="right"))
         number = int(index) - (int(self._ends[source - 1]) if source else 0)
         chosen = self.indices[source]
@@ -163,7 +157,7 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         return dataset.conversation(number)
 
     def measure(self, index: int) -> tuple[int, int, int, int]:
-        """The size of sample `index`; see [`ConversationDataset.measure`]."""
+        """Sizes of sample `index`; see [`ConversationDataset.measure`]."""
         dataset, number = self.locate(index)
         return dataset.measure(number)
 
@@ -177,7 +171,7 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         return self.locate(index)[0].name
 
     def fingerprint(self) -> str:
-        """Changes whenever the conversations may have changed, or which of them are used."""
+        """Changes whenever the conversations may have changed, or the choice of them."""
         digest = hashlib.sha256()
         for dataset, chosen in zip(self.datasets, self.indices, strict=True):
             digest.update(dataset.fingerprint().encode())
@@ -185,7 +179,7 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         return digest.hexdigest()[:16]
 
     def statistics(self) -> dict[str, Any]:
-        """The statistics of all sources together, and those of each under `"sources"`, by its name."""
+        """The sum of the statistics of all sources, and those of each under `"sources"`, by its name."""
         sources = {dataset.name: dataset.statistics() for dataset in self.datasets}
         total = {
             name: sum(source[name] for source in sources.values())

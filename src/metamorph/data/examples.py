@@ -1,13 +1,13 @@
-"""The records of one source as training examples: one index, one record, never a neighbour in its place.
+"""The records of one source as training examples: each index is one record.
 
 A line of a JSONL file becomes ids and labels in these steps (`ConversationDataset.__getitem__`):
 
-1. `sources`: the line is found by its offset and read as JSON.
-2. `fields` renames what the source calls otherwise, and `records.parse_record` makes a typed `Record` of it, or an
-   error that names its place.
-3. `Task.build`: the source's task makes a `Conversation` of it: messages, and references to images.
-4. `media.stores.load_all`: the references become images.
-5. `MetaMorphProcessor.encode_conversation`: ids, labels and visual targets grow together, segment by segment. Text of
+1. `sources`: find the line by its offset, and read it as JSON.
+2. `fields`: rename fields of other layouts. `records.parse_record`: make a typed `Record`, or an error that names the
+   place.
+3. `Task.build`: the source's task makes a `Conversation`: messages, and references to images.
+4. `media.stores.load_all`: load the images.
+5. `MetaMorphProcessor.encode_conversation`: build ids, labels and visual targets together, segment by segment. Text of
    an assistant's turn is a label, all other text and every placeholder is -100, and placeholders of an assistant's
    images are visual targets.
 """
@@ -18,8 +18,7 @@ import hashlib
 import logging
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from metamorph.data.bad_records import BadRecordLimit, RecordLog
 from metamorph.data.doctor.preflight import find_problems, summary
 from metamorph.data.features.cache import FeatureCache
 from metamorph.data.fields import FieldMap
-from metamorph.data.media.stores import FolderStore, MediaError, MediaStore, load_all, probe
+from metamorph.data.media.stores import FolderStore, MediaStore, load_all, media_of, probe
 from metamorph.data.records import DataError, Record, RecordError, UnsupervisedRecordError, parse_record
 from metamorph.data.sources.open import Source, TarSource, open_source
 from metamorph.data.tasks import Conversation, get_task, parse_options
@@ -45,36 +44,32 @@ logger = logging.getLogger(__name__)
 class ConversationDataset(Dataset[dict[str, Any]]):
     """The records of one source as training examples, with random access.
 
-    Records are looked at at once (all, or 20,000 of more), and whether their media files are there, so that neither a
-    typing error nor a wrong folder shows after an hour only.
-
     An example is `{"id": str, "source": str, "input_ids": int64 [sequence], "labels": int64 [sequence],
     "visual_target_mask": bool [sequence], "pixel_values": float32 [images, 3, height, width]}`, without `pixel_values`
-    if it has no image, and with `"visual_tokens"` `[images, N, D]` in its place if there are `features`. With
-    `on_bad_record="skip"` a bad record gives `{"id": str, "source": str, "skipped": kind}`, which the collator leaves
-    out.
+    if it has no image. With `features`, it has `"visual_tokens"` `[images, N, D]` instead. With `on_bad_record="skip"`
+    a bad record gives `{"id": str, "source": str, "skipped": kind}`, which the collator leaves out.
 
-    What a task draws at random for a record depends on `seed`, the source's name and the record's id (or its index),
-    so it is the same in every process and in every epoch.
+    The random choices of a task depend on `seed`, the source's name and the record's id (or its index), so they are
+    the same in every process and in every epoch.
 
     Args:
-        source: What [`open_source`] takes, or an opened source.
+        source: Path or pattern for [`open_source`], or an open source.
         processor: Makes the sequences.
-        image_folder: Folder of relative media paths; by default the folder of the file. Tars bring their media.
-        model_max_length: Longest sequence; longer ones are cut as `encode_conversation` says, and counted.
-        task: What is made of the records, see `metamorph.data.tasks`.
+        image_folder: Folder of relative media paths; by default the folder of the file. Tars contain their media.
+        model_max_length: Longest sequence; longer ones are truncated by `encode_conversation`, and counted.
+        task: How records become conversations, see `metamorph.data.tasks`.
         options: Options of the task.
-        name: Name in logs and reports; by default the file's, without its ending.
-        seed: Seed of what tasks draw.
+        name: Name in logs and reports; by default that of the file, without suffix.
+        seed: Seed of the random choices of tasks.
         on_bad_record: `raise`, or `skip` to count, log and leave out.
         max_bad_fraction: Largest share of bad records with `skip`; above it training stops.
-        check: Whether to look at the records at once.
-        features: Cached visual tokens, which stand in for the images.
-        fields: What the records call the fields of ours, see [`metamorph.data.fields.FieldMap`].
-        folder_flag: What messages call the image folder.
+        check: Whether to [`check`][metamorph.data.examples.ConversationDataset.check] the records now.
+        features: Cached visual tokens, used instead of the images.
+        fields: Names of our fields in the records, see [`metamorph.data.fields.FieldMap`].
+        folder_flag: Name of the flag for `image_folder` in error messages.
 
     Raises:
-        DataError: If the source is unusable; with `on_bad_record="raise"` also if any record is seen to be bad.
+        DataError: If the source is unusable; with `on_bad_record="raise"` also if the check finds a bad record.
         ValueError: For a value that is not allowed.
     """
 
@@ -145,7 +140,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             return parse_record(self.fields.apply(raw.value, raw.where), raw.where)
 
     def conversation(self, index: int) -> Conversation:
-        """What the task makes of record `index`. No image is opened, and of a video only the times of its frames.
+        """The conversation that the task makes of record `index`.
+
+        No image is opened, and of a video only the times of its frames are read.
 
         Raises:
             RecordError: If the record is bad, or does not fit the task.
@@ -157,7 +154,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return self.source.store(index) if isinstance(self.source, TarSource) else self._folder
 
     def measure(self, index: int) -> tuple[int, int, int, int]:
-        """The numbers of tokens, images, answer images and text targets of example `index` before any cut.
+        """The numbers of tokens, images, answer images and text targets of example `index` before truncation.
 
         No image is opened.
 
@@ -171,10 +168,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         except ValueError as error:
             raise record.error("role_order", str(error)) from error
 
-    def source_name(self, index: int) -> str:
-        """Name of the source of record `index`."""
-        return self.name
-
     def fingerprint(self) -> str:
         """Changes whenever the conversations may have changed: with the files, the task, its options, the seed."""
         parts = [self.source.fingerprint(), self.name, self.task.name, repr(self.options), str(self.seed)]
@@ -184,7 +177,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def statistics(self) -> dict[str, Any]:
-        """What has been met so far, over all workers: `{"records", "bad", "truncated", "dropped_images"}`."""
+        """Counts so far, over all workers: `{"records", "bad", "truncated", "dropped_images"}`."""
         return {
             "records": len(self),
             "bad": self.log.bad_by_kind(),
@@ -193,12 +186,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         }
 
     def set_limit(self, limit: BadRecordLimit, num_records: int) -> None:
-        """Count bad records together with those of other sources.
-
-        Args:
-            limit: The limit of all sources.
-            num_records: How many records of this one are used.
-        """
+        """Count the bad records of the `num_records` that are used with `limit`, which other sources share."""
         self.limit = limit
         limit.add(self.log, num_records)
 
@@ -206,37 +194,29 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Look for broken records, records that do not fit the task, and missing files; no media are opened.
 
         Args:
-            indices: Which records; by default all. Of more than `preflight.MAX_CHECKED` only some are looked at.
+            indices: Which records, by default all; at most `preflight.MAX_CHECKED` of them are checked.
 
         Raises:
-            DataError: If no media file at all is found; with `on_bad_record="raise"` also if any record is bad.
+            DataError: If none of the media files exists; with `on_bad_record="raise"` also if any record is bad.
             TooManyBadRecordsError: If more than `max_bad_fraction` of all records are bad, with `skip`.
         """
         problems, remark = find_problems(self, range(len(self)) if indices is None else indices)
         if problems and self.limit.on_bad_record == "raise":
-            raise DataError(summary(self.place, [problems[index] for index in sorted(problems)], remark))
+            raise DataError(summary(self.source.path, [problems[index] for index in sorted(problems)], remark))
         for index in sorted(problems):
             self._skip(index, problems[index])
 
     @property
-    def place(self) -> str:
-        """Path of the records, for messages."""
-        return str(self.source.path)
-
-    @property
     def media_place(self) -> str:
-        """Where media are looked for, for messages."""
-        return (
-            "the sample in the tar" if isinstance(self.source, TarSource) else f"{self.folder_flag} {self.image_folder}"
-        )
+        """Where media files are looked for, for error messages."""
+        in_tar = isinstance(self.source, TarSource)
+        return "the sample in the tar" if in_tar else f"{self.folder_flag} {self.image_folder}"
 
     def _converse(self, index: int, record: Record) -> Conversation:
         video = None
         if self.task.needs_video and record.video is not None:  # the task refuses records without one
-            try:
+            with media_of(record):
                 video = probe(record.video, self.store(index))
-            except MediaError as error:
-                raise record.error(error.kind, error.detail) from error
         own_id = str(index) if record.id == record.where else record.id
         words = [zlib.crc32(text.encode(errors="surrogatepass")) for text in (self.name, own_id)]
         with self.fields.explains_errors():
@@ -247,7 +227,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         conversation = self._converse(index, record)
         images: Sequence[Any] = conversation.images
         if self.features is None:
-            with _blames(record):
+            with media_of(record):
                 images = load_all(conversation.images, self.store(index))
         try:
             encoded = self.processor.encode_conversation(
@@ -273,7 +253,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             example["pixel_values"] = encoded.pixel_values
         if self.features is not None:
             kept = conversation.images[: len(images) - encoded.num_dropped_images]
-            with _blames(record):
+            with media_of(record):
                 tokens = self.features.read(kept, self.store(index))
             if tokens is not None:
                 example["visual_tokens"] = tokens
@@ -282,16 +262,14 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def _unsupervised(self, record: Record, encoded: EncodedConversation) -> RecordError:
         detail = "the record has no gpt turn, so there is nothing to learn; add an answer or remove the record"
         if encoded.truncated:
-            detail = (
-                f"nothing of the answer is left within --model_max_length {self.model_max_length}; raise it or shorten "
-                "the record"
-            )
+            limit = f"--model_max_length {self.model_max_length}"
+            detail = f"nothing of the answer is left within {limit}; raise it or shorten the record"
         return UnsupervisedRecordError.at(record.where, "unsupervised", detail, record.id)
 
     def _note_truncated(self, index: int, record: Record, encoded: EncodedConversation) -> None:
         logger.log(
             logging.DEBUG if self.log.num_truncated else logging.WARNING,
-            "%s (id %r) was cut to --model_max_length %s; %d image(s) dropped. Further cuts are counted.",
+            "%s (id %r) was truncated to --model_max_length %s; %d image(s) dropped. Further ones are only counted.",
             record.where,
             record.id,
             self.model_max_length,
@@ -300,16 +278,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.log.note_truncated(index, encoded.num_dropped_images)
 
     def _skip(self, index: int, error: RecordError) -> None:
-        """Count and log a bad record (in later epochs for the curious only), and stop when there are too many."""
+        """Count and log a bad record (in later epochs at level DEBUG), and stop if there are too many."""
         is_new = self.log.note_bad(index, error.kind)
         logger.log(logging.WARNING if is_new else logging.DEBUG, "Skipping a bad record (%s): %s", error.kind, error)
         self.limit.check(last=error)
-
-
-@contextmanager
-def _blames(record: Record) -> Iterator[None]:
-    """Turn an error of a picture into one of the record that names it."""
-    try:
-        yield
-    except MediaError as error:
-        raise record.error(error.kind, error.detail) from error

@@ -1,32 +1,31 @@
-"""`fields:` of a source: records of another layout, read as the records that `docs/data.md` describes."""
+"""`fields:` of a source: reads records of another layout like those that `docs/data.md` describes."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from metamorph.data.records import VIDEO_MARKER, RecordError
+from metamorph.flags.parser import nearest
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 
 OPTIONAL = ("id", "image", "video", "system")
 """Fields that some records of a source may lack."""
 NEEDED = ("conversations", "caption", "source", "instruction", "target", "target_instances")
-"""Fields that every record has, if `fields:` names them."""
+"""Fields that every record must have if `fields:` names them."""
 OF_TURNS = ("from", "value")
-"""Fields of a turn."""
 SPEAKERS = ("human", "gpt")
 """Values of `from`."""
 IGNORE = "ignore"
-"""Names a list of fields that are not meant to be read."""
+"""Names a list of fields to leave unread."""
 NAMES = (*OPTIONAL, *NEEDED, *OF_TURNS, *SPEAKERS, IGNORE)
 """The keys of `fields:`."""
 
 _MEDIA = ("image", "video", "source", "target")
 _PATHS = ("path", "url", "image", "image_url", "video", "video_url")
-"""Where a part of a turn, or an image that is an object, may have its path."""
+"""Keys of the path in a part of a turn, or in an image that is an object."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MARKERS = {
     "image": DEFAULT_IMAGE_TOKEN,
@@ -35,15 +34,22 @@ _MARKERS = {
     "video": VIDEO_MARKER,
     "video_url": VIDEO_MARKER,
 }
-"""Types of parts other than text, and what stands for them in the text."""
+"""Types of parts other than text, and their markers in the text."""
 _SPEAKERS_OF_OTHERS = {"developer": "system"}
 
 
+def unknown_key(key: Any, known: Sequence[str]) -> str:
+    """Error text for a key of a mixture that is not among the known ones."""
+    near = nearest(str(key), known)
+    hint = f"did you mean {near!r}? " if near else ""
+    return f"unknown key {key!r}: {hint}Keys are {', '.join(known)}"
+
+
 class FieldMap:
-    """Renames fields, joins the parts of turns to texts, and makes a system field the first turn.
+    """Renames fields, joins the parts of turns to text, and makes a system field the first turn.
 
     Args:
-        names: Our name of a field and what the records call it; empty leaves records as they are.
+        names: Maps our name of a field to its name in the records; empty leaves records as they are.
 
     Raises:
         ValueError: If a key is not one of `NAMES`, or a value is not a name.
@@ -53,9 +59,7 @@ class FieldMap:
         self.names = dict(names or {})
         for ours, theirs in self.names.items():
             if ours not in NAMES:
-                nearest = difflib.get_close_matches(str(ours), NAMES, n=1, cutoff=0.5)
-                hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-                raise ValueError(f"fields has the unknown key {ours!r}: {hint}Keys are {', '.join(NAMES)}")
+                raise ValueError(f"fields has the {unknown_key(ours, NAMES)}")
             texts = theirs if ours == IGNORE and isinstance(theirs, list) else [theirs]
             if not all(isinstance(text, str) and text for text in texts):
                 raise ValueError(f"fields: {ours} must be the name of a field in the records, not {theirs!r}")
@@ -68,11 +72,7 @@ class FieldMap:
         return repr(sorted(self.names.items()))
 
     def apply(self, value: Any, where: str) -> Any:
-        """The record as it would stand in a file of our layout.
-
-        Args:
-            value: The JSON of a record; anything but an object is returned as it is.
-            where: Its file and line (or index).
+        """Convert the JSON of a record to our layout; anything but an object is returned as it is.
 
         Raises:
             RecordError: If a field is missing, or cannot be read.
@@ -104,7 +104,7 @@ class FieldMap:
 
     @contextmanager
     def explains_errors(self) -> Iterator[None]:
-        """Add to errors of records what these call the fields that the message quotes."""
+        """Add the records' names of the fields that an error message quotes."""
         try:
             yield
         except RecordError as error:
@@ -115,7 +115,7 @@ class FieldMap:
             raise type(error).at(error.where, error.kind, detail, error.record_id) from error
 
     def _read_turns(self, record: dict[str, Any]) -> None:
-        """Replace the turns by ours, and append the media that they name to the record's."""
+        """Convert the turns to our layout, and move the media that they name to the fields of the record."""
         media: dict[str, list[Any]] = {DEFAULT_IMAGE_TOKEN: [], VIDEO_MARKER: []}
         turns = []
         for number, turn in enumerate(record["conversations"], 1):
@@ -128,18 +128,18 @@ class FieldMap:
             turns.append(turn)
         if "system" in self._of_record and (system := record.pop("system", None)):
             if turns and isinstance(turns[0], Mapping) and turns[0]["from"] == "system":
-                raise ValueError('there is a system turn beside the field "system"; keep one of them')
+                raise ValueError('there is both a system turn and the field "system"; keep one of them')
             turns.insert(0, {"from": "system", "value": system})
         record["conversations"] = turns
         for name, marker in (("image", DEFAULT_IMAGE_TOKEN), ("video", VIDEO_MARKER)):
             if media[marker] and record.get(name):
-                raise ValueError(f'{name}s stand in the turns and in the field "{name}"; keep one of them')
+                raise ValueError(f'{name}s are named both in the turns and in the field "{name}"; keep one of them')
             if media[marker]:
                 record[name] = media[marker]
 
 
 def _joined(parts: list[Any], number: int, media: dict[str, list[Any]]) -> str:
-    """The text of a turn that is a list of parts, with markers; the paths of its media are appended to `media`."""
+    """The text of a turn that is a list of parts, with markers. The paths of its media are appended to `media`."""
     texts = []
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -150,7 +150,7 @@ def _joined(parts: list[Any], number: int, media: dict[str, list[Any]]) -> str:
         elif kind in _MARKERS:
             texts.append(_MARKERS[kind])
             path = _path_of(part)
-            if path is not part:  # else the next of the record's own images is meant
+            if path is not part:  # else it means the next of the record's own images
                 media[_MARKERS[kind]].append(path)
         else:
             known = ", ".join((*_TEXT_PARTS, *_MARKERS))
@@ -159,7 +159,7 @@ def _joined(parts: list[Any], number: int, media: dict[str, list[Any]]) -> str:
 
 
 def _with_path(value: Any) -> Any:
-    """The path of a medium that is an object, or of each one in a list; what has no path is left as it is."""
+    """The path of an object, or of each one in a list; a value without a path is left as it is."""
     return [_path_of(item) for item in value] if isinstance(value, list) else _path_of(value)
 
 

@@ -1,8 +1,7 @@
-"""Mixtures: a YAML list of sources, each with its task, and how much of each an epoch holds."""
+"""Mixtures: a YAML list of sources, each with its task and its share of an epoch."""
 
 from __future__ import annotations
 
-import difflib
 import os
 import zlib
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from metamorph.data.fields import FieldMap
+from metamorph.data.fields import FieldMap, unknown_key
 from metamorph.data.records import DataError
 from metamorph.data.sources.open import ALLOWED, expand_pattern, is_tar_pattern
 from metamorph.data.tasks import get_task, parse_options
@@ -21,9 +20,8 @@ from metamorph.files.yaml_files import read_yaml
 
 
 MAX_WEIGHT = 1000
-"""Highest `weight` of a source."""
 MAX_SAMPLES = 2**31
-"""Most samples of a source in an epoch: their numbers alone take 16 GiB."""
+"""Maximum number of samples of a source in an epoch: their numbers alone take 16 GiB."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +33,15 @@ class SourceSpec:
     image_folder: str | None = None
     """Folder of the media; by default `--image_folder`, else the folder of the file. Tars bring their own."""
     task: str = "instruction"
-    """What is made of the records."""
+    """How records become conversations."""
     weight: float = 1.0
-    """How often an epoch holds each record: 2 is twice; 0.5 is every second one, chosen by the seed."""
+    """How often an epoch has each record: 2 is twice; 0.5 is every second one, picked by the seed."""
     max_samples: int | None = None
-    """Instead of `weight`: at most this many records, chosen by the seed."""
+    """Instead of `weight`: at most this many records, picked by the seed."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the task."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """What the records call the fields of ours, see [Other layouts](#other-layouts)."""
+    """Names of our fields in the records, see [Other layouts](#other-layouts)."""
     name: str = ""
     """Name in logs and reports; by default the file's, without its ending."""
 
@@ -73,17 +71,13 @@ class SourceSpec:
         FieldMap(self.fields)
 
     def choose(self, num_records: int, seed: int) -> np.ndarray | None:
-        """Which records an epoch holds.
-
-        Args:
-            num_records: Number of records of the source.
-            seed: Chooses where not all records are taken equally often.
+        """Which of the records an epoch has.
 
         Returns:
             int64 `[samples]` record numbers, or None for every record once.
 
         Raises:
-            DataError: If these are more than `MAX_SAMPLES`.
+            DataError: If there are more than `MAX_SAMPLES`.
         """
         wanted = round(self.weight * num_records) if self.max_samples is None else min(self.max_samples, num_records)
         wanted = max(wanted, 1)
@@ -99,23 +93,15 @@ class SourceSpec:
         return np.concatenate([np.tile(np.arange(num_records), copies), chosen])
 
 
-def is_mixture(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a mixture."""
-    return str(path).lower().endswith((".yaml", ".yml"))
-
-
 def read_specs(path: str | os.PathLike[str]) -> list[SourceSpec]:
-    """What `--data_path` names, as a list of sources; their files are looked for, but not read.
-
-    Args:
-        path: A mixture, or a single JSON file, JSONL file or pattern of tars.
+    """The sources that `--data_path` names: those of a mixture, or a single one. Their files must exist.
 
     Raises:
         FileNotFoundError: If there is no such file.
         DataError: If a mixture is not valid; the message names the file and the entry.
     """
-    path = os.path.expanduser(path)
-    if not is_mixture(path):
+    path = os.path.expanduser(os.fspath(path))
+    if not path.lower().endswith((".yaml", ".yml")):
         _check_path(path, f"--data_path {path}")
         return [SourceSpec(path)]
     if not os.path.isfile(path):
@@ -125,7 +111,7 @@ def read_specs(path: str | os.PathLike[str]) -> list[SourceSpec]:
     except ValueError as error:
         raise DataError(f"{path} cannot be read as a mixture: {error}") from error
     if not isinstance(entries, list) or not entries:
-        raise DataError(f"{path} must hold a list of sources, each with path: and task:, not {entries!r:.80}")
+        raise DataError(f"{path} must be a list of sources, each with path: and task:, not {entries!r:.80}")
     specs: list[SourceSpec] = []
     for number, entry in enumerate(entries, 1):
         try:
@@ -152,9 +138,7 @@ def _parse_entry(entry: Any, folder: Path, taken: set[str]) -> SourceSpec:
     known = [item.name for item in fields_of(SourceSpec)]
     for key in entry:
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-            raise ValueError(f"unknown key {key!r}: {hint}Keys are {', '.join(known)}")
+            raise ValueError(unknown_key(key, known))
     if "path" not in entry:
         raise ValueError("path is required: the file of the records")
     values = {key: value for key, value in entry.items() if value is not None}

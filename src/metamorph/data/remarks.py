@@ -1,4 +1,4 @@
-"""What a record holds that is not read or teaches nothing: media under other names, questions without an answer."""
+"""Warnings about records: media fields that are not read, and questions without an answer."""
 
 from __future__ import annotations
 
@@ -14,29 +14,24 @@ REMARKS = {
     "unread_marker": "a marker of a video or of audio that is not read is plain text",
     "no_answer": "the last human turn has no answer, so nothing is learnt from it",
 }
-"""Kinds of remarks: training accepts the record."""
+"""Kinds of remarks. Training accepts these records."""
 
 VIDEO_NAMES = frozenset(("videos", "video_path", "video_paths", "video_file", "video_url"))
 AUDIO_NAMES = frozenset(("audio", "audios", "audio_path"))
 MEDIA_NAMES = VIDEO_NAMES | AUDIO_NAMES
 MEDIA_NAMES |= {"images", "image_path", "image_paths", "image_file", "image_files", "image_name", "image_url"}
 MEDIA_NAMES |= {"image_urls", "img", "imgs", "img_path", "img_paths", "picture", "pictures", "photo", "photos"}
-"""Fields in which other layouts keep media; whatever else holds the name of an image or video counts as well."""
+"""Media fields of other layouts; any other field with the name of an image or video file counts as well."""
 SYSTEM_NAMES = ("system", "system_prompt", "system_message")
-"""Fields in which other layouts keep the system turn."""
+"""Fields of the system turn in other layouts."""
 
 _READ = ("image", "video", "conversations")
 _MARKER = re.compile(r"^\s*<(video|audio)>|<(video|audio)>\s*$")
-"""At the begin or end of a turn; in between, it may be HTML that the text is about."""
+"""At the beginning or end of a turn; in between, it may be HTML that the text is about."""
 
 
 def unread_media(record: Record, paths: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Name and value of each field that looks like media and is not among what is read.
-
-    Args:
-        record: The record.
-        paths: What is read of it.
-    """
+    """Name and value of each field that looks like media, but is not among the `paths` that are read."""
     read = {path.rpartition("/")[2] for path in (*paths, *record.images, record.video) if path}
     for name, value in record.fields.items():
         if name in _READ or name.endswith(("id", "key")):
@@ -52,11 +47,7 @@ def unread_media(record: Record, paths: Collection[str] = ()) -> Iterator[tuple[
 
 
 def refuse_unread(record: Record, cause: RecordError | None = None) -> None:
-    """Refuse a record of whose media none is read.
-
-    Args:
-        record: The record; one with images or a video is not refused.
-        cause: What the task said of it, if it has found fault.
+    """Refuse a record that has media, none of which is read; `cause` is the task's own error, if any.
 
     Raises:
         RecordError: Of kind `unread_media`.
@@ -64,18 +55,13 @@ def refuse_unread(record: Record, cause: RecordError | None = None) -> None:
     for name, value in () if record.images or record.video else unread_media(record):
         raise record.error(
             "unread_media",
-            f'"{name}": {_short(value)} looks like media, but is not read, and no other image or video is; '
-            f"{mend(name, value)}",
+            f'"{name}": {value!r:.60} looks like media, but is not read, and no other image or video is; '
+            f"{_fix(name, value)}",
         ) from cause
 
 
-def mend(name: str, value: Any) -> str:
-    """How a field that is not read can be read.
-
-    Args:
-        name: Its name.
-        value: What it holds.
-    """
+def _fix(name: str, value: Any) -> str:
+    """How to have a field read."""
     if name in AUDIO_NAMES:
         return f"audio is not supported: leave it out on purpose with fields: {{ignore: [{name}]}} in a mixture"
     first = value[0] if isinstance(value, list) and value else value
@@ -88,20 +74,20 @@ def mend(name: str, value: Any) -> str:
 
 
 def remarks(record: Record, turns: Sequence[Turn], paths: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Kind and detail of what a record holds that is not read, or that nothing is learnt from.
+    """Kind and detail of anything in a record that is not read, or that nothing is learnt from.
 
     Args:
         record: The record.
-        turns: The conversation that its task made of it.
+        turns: Its conversation.
         paths: Its media that are read.
     """
     for name, value in unread_media(record, paths):
-        yield "unread_field", f'"{name}": {_short(value)} looks like media, but is not read; {mend(name, value)}'
+        yield "unread_field", f'"{name}": {value!r:.60} looks like media, but is not read; {_fix(name, value)}'
     for name in SYSTEM_NAMES:
         if isinstance(value := record.fields.get(name), str) and value.strip():
             yield (
                 "unread_field",
-                f'"{name}": {_short(value)} looks like a system prompt, but is not read; declare the source in a '
+                f'"{name}": {value!r:.60} looks like a system prompt, but is not read; declare the source in a '
                 f"mixture with fields: {{system: {name}}}, or leave it out on purpose with fields: "
                 f"{{ignore: [{name}]}}",
             )
@@ -110,7 +96,7 @@ def remarks(record: Record, turns: Sequence[Turn], paths: Collection[str]) -> It
             yield (
                 "unread_marker",
                 f"turn {number} has {found[0].strip()}, which is plain text to the task; remove it, or declare the "
-                "source with task: video_qa if it stands for a video",
+                "source with task: video_qa if it marks a video",
             )
     roles = [turn.role for turn in turns]
     if "assistant" in roles and roles[-1] == "user":
@@ -119,16 +105,12 @@ def remarks(record: Record, turns: Sequence[Turn], paths: Collection[str]) -> It
 
 
 def _name_of(value: Any) -> str:
-    """The name of a file that a value may stand for, without its folder; empty if it names none."""
+    """The file name in a path or an object with a path; empty if there is none."""
     if isinstance(value, Mapping):
         value = next((value[name] for name in ("path", "url", "file_name") if isinstance(value.get(name), str)), "")
     return value.rpartition("/")[2] if isinstance(value, str) else ""
 
 
 def _is_file(name: str) -> bool:
-    """Whether a text is the name of an image or a video, and no sentence that ends with one."""
+    """Whether a text is the name of an image or a video, and not a sentence that ends with one."""
     return name.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)) and not re.search(r"\s", name)
-
-
-def _short(value: Any) -> str:
-    return f"{value!r:.60}"

@@ -12,7 +12,7 @@ import torch
 from transformers import IntervalStrategy, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
-from metamorph.data.batching.lengths import Lengths, Measurable, measure
+from metamorph.data.batching.lengths import Lengths, measure
 from metamorph.data.batching.packing import BatchPlanner
 from metamorph.data.dataset import MixtureDataset, load_data
 from metamorph.data.features.cache import FeatureCache, describe_tower
@@ -214,7 +214,7 @@ def load_validation(
     return validation
 
 
-def plan_run(dataset: Measurable, model_max_length: int, args: MetaMorphTrainingArguments) -> BatchPlanner:
+def plan_run(dataset: MixtureDataset, model_max_length: int, args: MetaMorphTrainingArguments) -> BatchPlanner:
     """Decide which samples make which batch, from lengths that are measured now if anything depends on them.
 
     One process of each machine measures, with workers of its own, and the others read what it has kept.

@@ -1,4 +1,4 @@
-"""From samples to batches, from lengths alone.
+"""From samples to batches.
 
 How long is each sample?                 `lengths.py`
 Which samples share a row and a batch?   `packing.py`

@@ -1,4 +1,4 @@
-"""Examples of different lengths as one batch: padded on the right, or several in one row."""
+"""Collators: examples of different lengths as one batch, padded on the right or several per row."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _PER_TOKEN = ("input_ids", "labels", "visual_target_mask")
 class PaddedCollator:
     """Pads examples of a [`ConversationDataset`] to the longest of the batch.
 
-    The attention mask is made from lengths, so the pad token may well occur inside samples.
+    The attention mask is made from lengths, so the pad token may occur inside samples.
     """
 
     pad_token_id: int
     """Id to pad with; any id will do, see `MetaMorphProcessor.pad_token_id`."""
     image_token_id: int | None = None
-    """Id of the image placeholder. With it batches bring their `indices`, so that a GPU need not look them up."""
+    """Id of the image placeholder. If given, the batch includes its `indices`, which a GPU then need not search for."""
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch.
 
         Args:
             examples: Examples of the data set; skipped ones are left out. If none is left, the batch is one row of
-                one padding token without any target, so that all processes still take the same number of steps.
+                one padding token without any target, so that all ranks still take the same number of steps.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (int64) and `visual_target_mask` (bool) `[batch, sequence]`;
@@ -56,30 +56,22 @@ class PaddedCollator:
 class PackedCollator:
     """Joins the examples of each row of a [`BatchPlan`], and pads rows to the longest of the batch.
 
-    `position_ids` restart at every sample, and there is no attention mask: from these two Transformers knows that
-    rows are packed, and keeps samples apart (SDPA, eager and flex attention). Its flash attention finds the
-    boundaries in a single row only, so it is told them.
+    `position_ids` restart at every sample, and there is no attention mask. From this Transformers infers that rows are
+    packed, and keeps samples apart (SDPA, eager and flex attention). Its flash attention can infer the boundaries of a
+    single row only, so with `flash_attention` the batch includes them, see [`flash_attention_boundaries`].
     """
 
     pad_token_id: int
-    """Id to pad with; any id will do, see `MetaMorphProcessor.pad_token_id`."""
     flash_attention: bool = False
-    """Whether to add what flash attention needs: see [`flash_attention_boundaries`]."""
     image_token_id: int | None = None
-    """Id of the image placeholder. With it batches bring their `indices`, so that a GPU need not look them up."""
+    """As for [`PaddedCollator`]."""
 
     def __call__(self, rows: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-        """Make a batch.
-
-        Args:
-            rows: Examples of the data set for each row; skipped ones are left out. If none is left at all, the batch
-                is one row of one padding token without any target, as for [`PaddedCollator`].
+        """Make a batch from the examples of each row; see [`PaddedCollator`] for skipped ones.
 
         Returns:
-            `input_ids`, `labels`, `position_ids` (int64) and `visual_target_mask` (bool) `[rows, sequence]`;
-            `pixel_values` float32 `[images, 3, height, width]` of all rows in reading order, only if there are
-            images; with `image_token_id` also `indices`, see `BatchIndices`. The padding of a row counts as one more
-            sample of its own, that supervises nothing.
+            The same as [`PaddedCollator`], but with `position_ids` int64 `[rows, sequence]` instead of the attention
+            mask. The padding of a row counts as one more sample, without targets.
 
         Raises:
             ValueError: If a sample begins with an image to draw: nothing precedes it that could predict it.
@@ -96,7 +88,7 @@ class PackedCollator:
             spans = [*lengths[row], length - sum(lengths[row])]
             batch["position_ids"][row] = torch.cat([torch.arange(span) for span in spans])
         is_start = batch["position_ids"] == 0
-        # The last token of one sample does not predict the first of the next, as position 0 is never predicted.
+        # The last token of one sample must not learn to predict the first of the next.
         batch["labels"][is_start] = IGNORE_INDEX
         if batch["visual_target_mask"][is_start].any():
             raise ValueError("a sample begins with an image to draw, which nothing precedes: put text before it")
@@ -108,17 +100,13 @@ class PackedCollator:
 
 
 def flash_attention_boundaries(position_ids: torch.Tensor) -> dict[str, Any]:
-    """Where samples begin, in the form of Transformers' `FlashAttentionKwargs`.
+    """Boundaries of the samples as Transformers' `FlashAttentionKwargs`.
 
     Args:
         position_ids: int64 `[rows, sequence]`, 0 at the beginning of each sample and nowhere else.
-
-    Returns:
-        `cu_seq_lens_q` and `cu_seq_lens_k` int32 `[samples + 1]`, boundaries in the flattened batch, and
-        `max_length_q` and `max_length_k`, the number of tokens of the longest sample.
     """
-    starts = (position_ids.flatten() == 0).nonzero().squeeze(-1)
-    boundaries = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)
+    starts = (position_ids.flatten() == 0).nonzero().squeeze(-1)  # in the flattened batch
+    boundaries = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)  # (samples + 1,)
     longest = int(boundaries.diff().max())
     return {
         "cu_seq_lens_q": boundaries,
@@ -147,7 +135,7 @@ def _indices(
     collator: PaddedCollator | PackedCollator,
     is_token: torch.Tensor,
 ) -> dict[str, Any]:
-    """Positions of images, targets and tokens, found on the CPU; nothing if the collator does not know the images."""
+    """Positions of images, targets and tokens, which are cheap to find here, on the CPU."""
     if collator.image_token_id is None:
         return {}
     indices = index_batch(batch["input_ids"], batch["labels"], batch["visual_target_mask"], collator.image_token_id)
@@ -157,7 +145,7 @@ def _indices(
 
 
 def _pixels(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The images of all examples in reading order, as pixels or (with a feature cache) as visual tokens."""
+    """The images of all examples in reading order, as pixels or (from a feature cache) as visual tokens."""
     names = ("pixel_values", "visual_tokens")
     found = {name: [example[name] for example in examples if example.get(name) is not None] for name in names}
     return {name: torch.cat(images) for name, images in found.items() if images}

@@ -1,4 +1,4 @@
-"""How long each sample is, by tokenization alone: measured once, in parallel, and kept."""
+"""Lengths of all samples, from tokenization alone: measured once, in parallel, and cached."""
 
 from __future__ import annotations
 
@@ -11,82 +11,62 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from metamorph.data.records import RecordError
-from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.runs.checkpoint_files import sync
 from metamorph.runs.preemption import ignore_signals
 from metamorph.runs.progress import Progress
 
+
+if TYPE_CHECKING:
+    from metamorph.data.dataset import MixtureDataset
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 512
 """Samples that a worker measures at a time."""
 _WORTH_WORKERS = 8 * _CHUNK
-"""Fewer samples are measured sooner than workers start."""
+"""Fewer samples are measured faster than workers start."""
 _WORTH_KEEPING = 8 * _CHUNK
 """Fewer samples are measured at every start: it takes a second."""
 _VERSION = 2
-"""Of the rules by which lengths are measured; another number makes older caches useless."""
+"""Raise it when lengths are measured differently, to invalidate older caches."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Sizes of the samples of a data set, before any cut. A sample that cannot be measured counts as 0 tokens."""
+    """int32 `[samples]` sizes before truncation. All are 0 for a sample that cannot be measured."""
 
     tokens: np.ndarray
-    """int32 `[samples]`: tokens, those of images included."""
+    """Including those of images."""
     images: np.ndarray
-    """int32 `[samples]`: images."""
     answer_images: np.ndarray
-    """int32 `[samples]`: images in answers."""
     text_targets: np.ndarray
-    """int32 `[samples]`: tokens with text loss."""
+    """Tokens with text loss."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @classmethod
     def unknown(cls, num_samples: int) -> Lengths:
-        """Stand-in where nothing depends on lengths: one token each, no images."""
+        """For plans that do not depend on lengths: one token each, no images."""
         nothing = np.zeros(num_samples, dtype=np.int32)
         return cls(np.ones(num_samples, dtype=np.int32), nothing, nothing, nothing)
 
 
-class Measurable(Protocol):
-    """What measuring needs of a data set."""
-
-    @property
-    def processor(self) -> MetaMorphProcessor:
-        """Makes the sequences."""
-
-    def __len__(self) -> int: ...
-
-    def measure(self, index: int) -> tuple[int, int, int, int]:
-        """Tokens, images, answer images and text targets of a sample before any cut; no media are opened.
-
-        Raises:
-            RecordError: If the record is bad.
-        """
-
-    def fingerprint(self) -> str:
-        """Changes whenever the conversations may have changed: files, tasks, their options, the seed."""
-
-
-def measure(dataset: Measurable, num_workers: int = 0, cache_dir: str | os.PathLike[str] | None = None) -> Lengths:
-    """Tokenize all samples and note their sizes; no picture is opened.
+def measure(dataset: MixtureDataset, num_workers: int = 0, cache_dir: str | os.PathLike[str] | None = None) -> Lengths:
+    """Tokenize all samples and collect their sizes; no image is opened.
 
     Args:
-        dataset: The data set.
-        num_workers: Processes that tokenize beside this one; few samples are measured without.
-        cache_dir: Folder in which the result is kept for the next run, unless it is a matter of a second. A changed
-            file, task, tokenizer, template or number of image tokens makes a new one. None keeps nothing.
+        dataset: The data.
+        num_workers: Processes that tokenize; few samples are measured in this process.
+        cache_dir: Folder in which the result is saved for the next run, unless measuring takes only a second. It is
+            measured again when a file, task, tokenizer, template or the number of image tokens has changed.
     """
     path = None
     if cache_dir is not None and len(dataset) >= _WORTH_KEEPING:
@@ -97,7 +77,7 @@ def measure(dataset: Measurable, num_workers: int = 0, cache_dir: str | os.PathL
         if path is not None:
             _save(path, sizes)
     elif path is not None and len(failed := np.flatnonzero(sizes[0] == 0)):
-        # A video that was missing then may be there now: what counts as nothing would overfill its row.
+        # A video that was missing may be there now: a sample that counts as 0 tokens would overfill its row.
         again = _measure(dataset, failed.tolist(), num_workers)
         if again.any():
             sizes = np.array(sizes)
@@ -106,33 +86,26 @@ def measure(dataset: Measurable, num_workers: int = 0, cache_dir: str | os.PathL
     return Lengths(*sizes)
 
 
-class _Chunks(Dataset[torch.Tensor]):
-    """Sizes of the samples, some at a time, for the workers of a data loader."""
+class _Sizes(Dataset[torch.Tensor]):
+    """int32 `[4]` sizes of each sample, for the workers of a data loader."""
 
-    def __init__(self, dataset: Measurable, indices: Sequence[int]) -> None:
+    def __init__(self, dataset: MixtureDataset) -> None:
         self.dataset = dataset
-        self.indices = indices
 
-    def __len__(self) -> int:
-        return -(-len(self.indices) // _CHUNK)
-
-    def __getitem__(self, chunk: int) -> torch.Tensor:
-        indices = self.indices[chunk * _CHUNK : (chunk + 1) * _CHUNK]
-        return torch.tensor([_sizes(self.dataset, index) for index in indices], dtype=torch.int32)
-
-
-def _sizes(dataset: Measurable, index: int) -> tuple[int, int, int, int]:
-    """Of one sample; zeros if its record is bad. Training will report it by its own rules."""
-    try:
-        return dataset.measure(index)
-    except RecordError:
-        return 0, 0, 0, 0
+    def __getitem__(self, index: int) -> torch.Tensor:
+        try:
+            sizes = self.dataset.measure(index)
+        except RecordError:  # training reports it, or skips it
+            sizes = (0, 0, 0, 0)
+        return torch.tensor(sizes, dtype=torch.int32)
 
 
-def _measure(dataset: Measurable, indices: Sequence[int], num_workers: int) -> np.ndarray:
+def _measure(dataset: MixtureDataset, indices: Sequence[int], num_workers: int) -> np.ndarray:
     """int32 `[4, len(indices)]`."""
     workers = num_workers if len(indices) >= _WORTH_WORKERS else 0
-    loader = DataLoader(_Chunks(dataset, indices), batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
+    loader = DataLoader(
+        _Sizes(dataset), batch_size=_CHUNK, sampler=indices, num_workers=workers, worker_init_fn=ignore_signals
+    )
     parts = []
     with Progress(desc="measuring lengths", total=len(indices), unit="sample", delay=2) as bar:
         for part in loader:
@@ -142,37 +115,37 @@ def _measure(dataset: Measurable, indices: Sequence[int], num_workers: int) -> n
 
 
 def _load(path: Path | None, num_samples: int) -> np.ndarray | None:
-    """The kept result, mapped into memory so that the ranks of a machine share it; None if there is none."""
+    """The saved sizes, memory-mapped so that the ranks of a machine share them; None if there are none."""
     if path is None or not path.is_file():
         return None
     try:
         sizes = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        logger.warning("%s cannot be read (%s): measuring lengths anew", path, error)
+        logger.warning("%s cannot be read (%s): measuring lengths again", path, error)
         return None
     if sizes.shape != (4, num_samples) or sizes.dtype != np.int32:
-        logger.warning("%s is not for %d samples: measuring lengths anew", path, num_samples)
+        logger.warning("%s is not for %d samples: measuring lengths again", path, num_samples)
         return None
     return sizes
 
 
 def _save(path: Path, sizes: np.ndarray) -> None:
-    # Not named by the process: numbers of processes repeat on the machines that share a folder.
+    # Not named after the process id, which may repeat on machines that share a folder.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             np.save(file, sizes, allow_pickle=False)
         sync(temporary)
-        temporary.replace(path)  # at once: another process never sees half a file
-    except OSError as error:  # a folder that cannot be written to costs time, not the run
+        temporary.replace(path)  # atomic: another process never sees half a file
+    except OSError as error:  # a read-only folder must not stop the run
         with suppress(OSError):
             temporary.unlink()
-        logger.warning("lengths cannot be kept in %s (%s): the next run measures them again", path.parent, error)
+        logger.warning("lengths cannot be saved in %s (%s): the next run will measure them again", path.parent, error)
 
 
-def _fingerprint(dataset: Measurable) -> str:
-    """Of all that the lengths depend on."""
+def _fingerprint(dataset: MixtureDataset) -> str:
+    """A digest of everything that the lengths depend on."""
     processor = dataset.processor
     tokenizer = processor.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)  # absent where a tokenizer is written in Python

@@ -1,7 +1,8 @@
-"""`metamorph data check`: what is wrong with data, before anything is trained on it.
+"""Checks of data before training.
 
-What is checked?                              `check.py`, boxes by `boxes.py`
-What does training itself look at first?      `preflight.py`
-What does the report hold?                    `report.py`, its HTML `page.py`
-How does an example look to the model?        `samples.py`
+What is checked in each record?          `walk.py`; boxes: `boxes.py`
+What does `metamorph data check` do?     `check.py`
+What does a run check at its start?      `preflight.py`
+What is in the report?                   `report.py`; its HTML is `metamorph/templates/data_check.html.jinja`
+How does the model see an example?       `samples.py`
 """

@@ -1,4 +1,4 @@
-"""Boxes of regions, beside the images that they lie in: units, forms, areas."""
+"""Checks of boxes against the sizes of their images: units, formats, areas."""
 
 from __future__ import annotations
 
@@ -9,27 +9,20 @@ from metamorph.data.media.stores import MediaStore, image_size
 
 
 BOX_WARNINGS = {
-    "box_outside": "a box reaches beyond its image, and is cut off there",
+    "box_outside": "a box reaches beyond its image, and is clipped",
     "box_format": "right and bottom of a box seem to be read as its width and height",
 }
-"""Kinds of boxes that training accepts."""
+"""Problems of boxes that training accepts."""
 
 _ROUNDING = 1.0
-"""Pixels by which annotation tools exceed the image."""
+"""Pixels by which annotation tools may exceed the image."""
 
 
 def check_boxes(images: Sequence[ImageRef], store: MediaStore) -> tuple[list[tuple[str, str]], list[float]]:
-    """Compare the boxes of a conversation with the sizes of their images; only headers of the files are read.
-
-    Args:
-        images: The images of the conversation.
-        store: Where their files are.
+    """Compare the boxes of a conversation with the sizes of their images, from the headers of the files.
 
     Returns:
-        Kind and detail of what is wrong, and the share of its image that each box covers.
-
-    Raises:
-        MediaError: If an image cannot be opened.
+        Kind and detail of each problem, and the share of its image that each box covers.
     """
     found, shares = [], []
     for ref in images:
@@ -54,11 +47,11 @@ def _fault(box: Box, width: int, height: int) -> tuple[str, str] | None:
     if box.from_size and 0 <= left < third <= width + _ROUNDING and 0 <= top < fourth <= height + _ROUNDING:
         return (
             "box_format",
-            f"{numbers} reaches beyond the image, but would lie in it if its last two numbers were right and bottom; "
+            f"{numbers} reaches beyond the image, but would fit if its last two numbers were right and bottom; "
             "set box_format: xyxy in the source's options if they are",
         )
     return (
         "box_outside",
-        f"{numbers} reaches beyond the image and is cut off there; correct it, or box_units, or the size of the image: "
-        "boxes count pixels of the file as it is now, upright",
+        f"{numbers} reaches beyond the image and is clipped; correct it, or box_units, or the size of the image: boxes "
+        "are in pixels of the upright image as the file is now",
     )

@@ -1,8 +1,8 @@
-"""Training examples for the eye: which tokens are learnt, and the pictures as the vision tower sees them."""
+"""Training examples as people can read them: which tokens are learnt, and the images as the vision tower sees them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ class Piece:
     start: int
     """Position of the first token."""
     ids: tuple[int, ...]
-    """The tokens."""
     is_learnt: bool
     """Whether they have a loss: text loss for text, visual loss for an image."""
     image: int | None = None
@@ -37,12 +36,7 @@ class Piece:
 
 
 def split_example(example: dict[str, Any], processor: MetaMorphProcessor) -> list[Piece]:
-    """Split an example where the kind of its tokens changes.
-
-    Args:
-        example: With `input_ids`, `labels` and `visual_target_mask`, all `[sequence]`.
-        processor: Made the example.
-    """
+    """Split an example of the data set where the kind of its tokens changes."""
     ids = example["input_ids"].tolist()
     learnt = (example["labels"] != IGNORE_INDEX).tolist()
     targets = example["visual_target_mask"].tolist()
@@ -64,12 +58,7 @@ def split_example(example: dict[str, Any], processor: MetaMorphProcessor) -> lis
 
 
 def token_rows(pieces: list[Piece], processor: MetaMorphProcessor) -> Iterator[tuple[str, str, str, str]]:
-    """Position, id, text and loss of each token, as text; the tokens of an image are one row.
-
-    Args:
-        pieces: Result of [`split_example`].
-        processor: Made the example.
-    """
+    """Position, id, text and loss of each token, as text; the tokens of an image are one row."""
     for piece in pieces:
         if piece.image is not None:
             last = piece.start + len(piece.ids) - 1
@@ -77,30 +66,23 @@ def token_rows(pieces: list[Piece], processor: MetaMorphProcessor) -> Iterator[t
             yield f"{piece.start}–{last}", str(piece.ids[0]), text, "visual target" if piece.is_learnt else ""
             continue
         for offset, token in enumerate(piece.ids):
-            text = processor.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            text = text_of([token], processor)
             yield str(piece.start + offset), str(token), repr(text)[1:-1], "text" if piece.is_learnt else ""
 
 
-def text_of(piece: Piece, processor: MetaMorphProcessor) -> str:
-    """The text of a piece, control tokens included."""
-    return processor.tokenizer.decode(list(piece.ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def text_of(ids: Sequence[int], processor: MetaMorphProcessor) -> str:
+    """The text of tokens, including control tokens."""
+    return processor.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def pictures_of(example: dict[str, Any], image_processor: BaseImageProcessor) -> list[Image.Image]:
-    """The images of an example as the vision tower sees them: square, and at its resolution.
-
-    Args:
-        example: With `pixel_values` `[images, 3, height, width]`, or without for none.
-        image_processor: Made the pixel values.
-    """
-    if example.get("pixel_values") is None:
-        return []
-    return [to_picture(pixels, image_processor) for pixels in example["pixel_values"]]
+def images_of(example: dict[str, Any], image_processor: BaseImageProcessor) -> list[Image.Image]:
+    """The images of an example as the vision tower sees them: square, and at its resolution."""
+    return [to_image(pixels, image_processor) for pixels in example.get("pixel_values", ())]
 
 
-def to_picture(pixels: torch.Tensor, image_processor: BaseImageProcessor) -> Image.Image:
-    """Undo rescaling and normalising of one image: float32 `[3, height, width]`."""
-    values = pixels.numpy().transpose(1, 2, 0)
+def to_image(pixels: torch.Tensor, image_processor: BaseImageProcessor) -> Image.Image:
+    """Undo rescaling and normalisation of one image: float32 `[3, height, width]`."""
+    values = pixels.numpy().transpose(1, 2, 0)  # (height, width, 3)
     if image_processor.do_normalize:
         values = values * np.asarray(image_processor.image_std) + np.asarray(image_processor.image_mean)
     if image_processor.do_rescale:

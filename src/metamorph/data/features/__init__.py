@@ -1,5 +1,5 @@
-"""Visual tokens of a frozen tower, computed once and read in its place.
+"""Visual tokens of a frozen tower, computed once and read while training.
 
-What is kept, and when is it valid?   `cache.py`
+What is saved, and when is it valid?   `cache.py`
 Which images are encoded?             `images.py`
 """

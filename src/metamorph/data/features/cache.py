@@ -1,7 +1,7 @@
-"""Visual tokens of all images of a data set, computed once by the frozen tower and read in its place while training.
+"""Feature cache: visual tokens of all images of a data set, computed once by the frozen tower and read while training.
 
-A cache is a folder: shards of tokens as safetensors, an index from images to rows, and `feature_cache.json`, which is
-written last and says which tower and which reduction made it.
+A cache is a folder of token files (safetensors), an index from images to rows, and `feature_cache.json`, which is
+written last and describes the tower and the token reduction.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 MANIFEST = "feature_cache.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-"""How tokens may be kept."""
+"""Dtypes in which tokens can be saved."""
 
 _FORMAT = 1
 _KEYS_FILE, _ROWS_FILE = "keys.npy", "rows.npy"
@@ -54,11 +55,11 @@ def describe_tower(config: Any, processor: MetaMorphProcessor) -> dict[str, Any]
         processor: Makes the pixel values.
 
     Raises:
-        ValueError: If the reduction has weights that are trained: its tokens change with every step.
+        ValueError: If the token reduction is trained, so that its tokens change with every step.
     """
     if config.image_token_reduction == _TRAINED_REDUCTION:
         raise ValueError(
-            f"--image_token_reduction {_TRAINED_REDUCTION} is trained, so its visual tokens cannot be kept: use "
+            f"--image_token_reduction {_TRAINED_REDUCTION} is trained, so its visual tokens cannot be cached: use "
             "another reduction, or no --feature_cache"
         )
     images = processor.image_processor
@@ -74,11 +75,7 @@ def describe_tower(config: Any, processor: MetaMorphProcessor) -> dict[str, Any]
 
 
 def hash_weights(tower: nn.Module) -> str:
-    """A digest of all weights of a vision tower as float32; another precision in memory gives another one.
-
-    Args:
-        tower: The tower.
-    """
+    """A digest of all weights of a vision tower, as float32; it depends on their precision in memory."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -87,16 +84,14 @@ def hash_weights(tower: nn.Module) -> str:
 
 
 class FeatureCache:
-    """The visual tokens of a data set's images.
-
-    Only what is asked for is read; workers of a data loader share the pages that the system keeps.
+    """Reads the visual tokens of images, on demand; workers of a data loader share the page cache of the system.
 
     Args:
         folder: As written by [`write_features`].
         tower: Result of [`describe_tower`] for the model that will be trained.
 
     Raises:
-        DataError: If the folder is no complete cache, or was made with another tower or reduction.
+        DataError: If the folder is not a complete cache, or was made with another tower or reduction.
     """
 
     def __init__(self, folder: str | os.PathLike[str], tower: Mapping[str, Any]) -> None:
@@ -111,7 +106,7 @@ class FeatureCache:
         return len(self._rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies in spawned workers open the files for themselves."""
+        """Copies in spawned workers open the files themselves."""
         return {**self.__dict__, "_keys": None, "_rows": None, "_shards": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -120,23 +115,15 @@ class FeatureCache:
         self._rows = np.load(self.folder / _ROWS_FILE, mmap_mode="r", allow_pickle=False)
 
     def holds(self, keys: Iterable[tuple[int, int]], dtype: str) -> bool:
-        """Whether the cache has the visual tokens of all these images.
-
-        Args:
-            keys: Results of [`image_key`].
-            dtype: How the tokens must be kept, a key of `DTYPES`.
-        """
+        """Whether the cache has the visual tokens of all images with these keys ([`image_key`]), in this dtype."""
         own = set(zip(self._keys[0].tolist(), self._keys[1].tolist(), strict=True))
         return self.manifest.get("dtype") == dtype and own.issuperset(keys)
 
     def check_weights(self, tower: nn.Module) -> None:
-        """Make sure that the tokens came from this very tower.
-
-        Args:
-            tower: The tower of the model that will be trained.
+        """Check that the tokens come from this tower.
 
         Raises:
-            DataError: If its weights are others.
+            DataError: If its weights differ.
         """
         found = hash_weights(tower)
         if found != self.manifest[_WEIGHTS]:
@@ -147,17 +134,13 @@ class FeatureCache:
             )
 
     def read(self, refs: Sequence[ImageRef], store: MediaStore) -> Tensor | None:
-        """The visual tokens of the images of a conversation.
-
-        Args:
-            refs: The images.
-            store: Where their files are; they are not opened.
+        """The visual tokens of the images of a conversation, whose files are not opened.
 
         Returns:
             `[images, num_image_tokens, features]` in the dtype of the cache; None for no images.
 
         Raises:
-            MediaError: If an image is missing in the cache, or its file has changed.
+            MediaError: If the cache lacks an image, or its file has changed.
         """
         if not refs:
             return None
@@ -173,7 +156,7 @@ class FeatureCache:
         raise MediaError(
             "missing_features",
             f"--feature_cache {self.folder} has no visual tokens of {ref.path}: it was made from other data, or the "
-            "file has changed since; make it again with `metamorph data cache-features`",
+            "file has changed since then; make it again with `metamorph data cache-features`",
         )
 
     def _row(self, row: int) -> Tensor:
@@ -207,20 +190,17 @@ def write_features(
     batch_size: int = 16,
     images_per_shard: int = 8192,
 ) -> int:
-    """Encode images and write their visual tokens.
+    """Encode images, write their visual tokens, and return the number of images.
 
     Args:
-        folder: Where to; made if needed. A cache that is there already is replaced.
+        folder: Where to; an existing cache is replaced.
         images: Key and pixel values (float32 `[3, height, width]`) of each image; each key once.
         encode: The vision tower, on `device`: `[images, 3, height, width]` to `[images, N, D]`.
         tower: Result of [`describe_tower`].
-        device: Where the tower is.
+        device: Device of the tower.
         dtype: A key of `DTYPES`.
-        batch_size: Images that the tower encodes at a time.
+        batch_size: Images per forward pass of the tower.
         images_per_shard: Images in one file.
-
-    Returns:
-        The number of images.
 
     Raises:
         ValueError: For an unknown `dtype`.
@@ -229,22 +209,21 @@ def write_features(
         raise ValueError(f"--dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     folder.mkdir(parents=True, exist_ok=True)
     for file in (folder / MANIFEST, *folder.glob("features-*.safetensors")):
-        file.unlink(missing_ok=True)  # the manifest first: half a cache must not look like a whole one
+        file.unlink(missing_ok=True)  # the manifest first: half a cache must not look complete
     keys: list[tuple[int, int]] = []
-    pending: list[Tensor] = []
-    num_pending = num_shards = 0
-    for batch_keys, pixels in _batches(images, batch_size):
+    pending: list[Tensor] = []  # tokens of one file, (images, N, D) each
+    iterator = iter(images)
+    num_shards = 0
+    while batch := list(islice(iterator, batch_size)):
+        keys += [key for key, _ in batch]
         with torch.inference_mode():
-            tokens = encode(pixels.to(device)).to("cpu", DTYPES[dtype])
-        keys += batch_keys
+            tokens = encode(torch.stack([pixels for _, pixels in batch]).to(device)).to("cpu", DTYPES[dtype])
         pending.append(tokens)
-        num_pending += len(tokens)
-        while num_pending >= images_per_shard:
+        while len(keys) >= (num_shards + 1) * images_per_shard:
             joined = torch.cat(pending)
             _write_shard(folder, num_shards, joined[:images_per_shard])
             pending, num_shards = [joined[images_per_shard:]], num_shards + 1
-            num_pending -= images_per_shard
-    if num_pending:
+    if len(keys) > num_shards * images_per_shard:
         _write_shard(folder, num_shards, torch.cat(pending))
     ordered = np.array(keys, dtype=np.uint64).reshape(-1, 2)
     order = np.lexsort((ordered[:, 1], ordered[:, 0]))
@@ -263,11 +242,7 @@ def write_features(
 
 
 def image_key(ref: ImageRef, store: MediaStore) -> tuple[int, int]:
-    """128 bits that stand for a picture: its file with size and date, and which part or frame of it is meant.
-
-    Args:
-        ref: The picture.
-        store: Where its file is; it is not opened.
+    """A 128-bit key of an image: a digest of its file's path, size and date, and of the part or frame that is used.
 
     Raises:
         MediaError: If there is no such file, or its path is not allowed.
@@ -276,10 +251,7 @@ def image_key(ref: ImageRef, store: MediaStore) -> tuple[int, int]:
     if isinstance(store, TarSample):
         file, member = Path(store.tar), f"{store.key}\0{ref.path}"
     else:
-        found = store.open(ref.path)
-        if not isinstance(found, Path):
-            raise TypeError(f"{type(store).__name__} gives open files: their features cannot be told apart")
-        file = found
+        file = store.open(ref.path)
     try:
         stat = file.stat()
     except OSError as error:
@@ -291,21 +263,6 @@ def image_key(ref: ImageRef, store: MediaStore) -> tuple[int, int]:
     text = json.dumps([os.path.abspath(file), stat.st_size, stat.st_mtime_ns, member, crop, boxes, ref.time])
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
-
-
-def _batches(
-    images: Iterable[tuple[tuple[int, int], Tensor]], batch_size: int
-) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
-    keys: list[tuple[int, int]] = []
-    pixels: list[Tensor] = []
-    for key, values in images:
-        keys.append(key)
-        pixels.append(values)
-        if len(keys) == batch_size:
-            yield keys, torch.stack(pixels)
-            keys, pixels = [], []
-    if keys:
-        yield keys, torch.stack(pixels)
 
 
 def _shard_name(number: int) -> str:
@@ -320,7 +277,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(
-            f"--feature_cache {folder} is no feature cache, or an unfinished one: it has no {MANIFEST}. Make it with "
+            f"--feature_cache {folder} is not a feature cache, or is unfinished: it has no {MANIFEST}. Make it with "
             "`metamorph data cache-features`"
         )
     try:
@@ -338,11 +295,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _read_index(folder: Path, manifest: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and rows of all images, once they and the headers of the shards are known to belong together.
-
-    Raises:
-        DataError: If a file is missing, damaged, or of another cache.
-    """
+    """Keys and rows of all images, after a check that they match the headers of the token files."""
     count, size = manifest["images"], manifest["images_per_shard"]
     try:
         keys = np.load(folder / _KEYS_FILE, mmap_mode="r", allow_pickle=False)

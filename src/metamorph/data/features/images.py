@@ -1,48 +1,32 @@
-"""All pictures of a data set, each once, as pixels for the tower that caches their features."""
+"""All images of a data set, each once, as pixels for the tower whose features are cached."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from metamorph.data.features.cache import image_key
-from metamorph.data.media.stores import MediaError, MediaStore, load_all
-from metamorph.data.records import ON_BAD_RECORD, Record, RecordError
-from metamorph.data.tasks import Conversation
-from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.data.media.stores import load_all, media_of
+from metamorph.data.records import ON_BAD_RECORD, RecordError
 from metamorph.runs.progress import Progress
 
+
+if TYPE_CHECKING:
+    from metamorph.data.dataset import MixtureDataset
 
 logger = logging.getLogger(__name__)
 
 Keyed = list[tuple[tuple[int, int], Tensor]]
 
 
-class Conversations(Protocol):
-    """What is needed of a data set to find its pictures."""
-
-    processor: MetaMorphProcessor
-
-    def __len__(self) -> int: ...
-
-    def record(self, index: int) -> Record:
-        """Record `index`."""
-
-    def conversation(self, index: int) -> Conversation:
-        """What the task makes of it."""
-
-    def store(self, index: int) -> MediaStore:
-        """Where its media are."""
-
-
 class PictureSet(Dataset[Keyed]):
-    """Records that bring a picture which no earlier one has, as keys and pixel values.
+    """The records with an image that no earlier record has, as keys and pixel values.
 
-    An item is a list of key and float32 `[3, height, width]` for each new picture of one record.
+    An item is a list of key and float32 `[3, height, width]` for each new image of one record.
 
     Args:
         dataset: The data.
@@ -53,19 +37,29 @@ class PictureSet(Dataset[Keyed]):
         ValueError: For an unknown `on_bad_record`.
     """
 
-    def __init__(self, dataset: Conversations, on_bad_record: str = "raise") -> None:
+    def __init__(self, dataset: MixtureDataset, on_bad_record: str = "raise") -> None:
         if on_bad_record not in ON_BAD_RECORD:
             raise ValueError(f"--on_bad_record {on_bad_record!r} is unknown; use one of {', '.join(ON_BAD_RECORD)}")
         self.dataset = dataset
         self.on_bad_record = on_bad_record
         self.num_bad = 0
         self.keys: set[tuple[int, int]] = set()
-        self._new: list[tuple[int, list[int]]] = []
-        self._find_new()
+        self._new: list[tuple[int, list[int]]] = []  # index of a record, and which of its images are new
+        for index in Progress(range(len(dataset)), "finding images", unit="record", delay=2):
+            try:
+                keys = self._keys(index)
+            except RecordError as error:
+                self._skip(error)
+                self.num_bad += 1
+                continue
+            new = {key: number for number, key in reversed([*enumerate(keys)]) if key not in self.keys}
+            self.keys |= new.keys()
+            if new:
+                self._new.append((index, sorted(new.values())))
 
     @property
     def num_images(self) -> int:
-        """Number of different pictures."""
+        """Number of different images."""
         return len(self.keys)
 
     def __len__(self) -> int:
@@ -74,58 +68,32 @@ class PictureSet(Dataset[Keyed]):
     def __getitem__(self, place: int) -> Keyed:
         index, numbers = self._new[place]
         try:
-            return self._read(index, numbers)
+            store = self.dataset.store(index)
+            images = self.dataset.conversation(index).images
+            refs = [images[number] for number in numbers]
+            with media_of(self.dataset.record(index)):
+                loaded = load_all(refs, store)
+            pixels = self.dataset.processor(images=loaded)["pixel_values"]
+            return [(image_key(ref, store), values) for ref, values in zip(refs, pixels, strict=True)]
         except RecordError as error:
-            if self.on_bad_record == "raise":
-                raise
-            logger.warning("Leaving out a bad record (%s): %s", error.kind, error)
+            self._skip(error)
             return []
 
     def images(self, num_workers: int = 0) -> Iterator[tuple[tuple[int, int], Tensor]]:
-        """Key and pixel values of every picture.
-
-        Args:
-            num_workers: Processes that read pictures beside this one.
-        """
+        """Key and pixel values of every image, read by this number of worker processes."""
         loader = DataLoader(self, batch_size=None, num_workers=num_workers)
         with Progress(desc="encoding images", total=self.num_images, unit="image", delay=2) as bar:
             for items in loader:
                 yield from items
                 bar.update(len(items))
 
-    def _find_new(self) -> None:
-        for index in Progress(range(len(self.dataset)), "finding images", unit="record", delay=2):
-            try:
-                keys = self._keys(index)
-            except RecordError as error:
-                if self.on_bad_record == "raise":
-                    raise
-                self.num_bad += 1
-                logger.warning("Leaving out a bad record (%s): %s", error.kind, error)
-                continue
-            numbers = []
-            for number, key in enumerate(keys):
-                if key not in self.keys:
-                    self.keys.add(key)
-                    numbers.append(number)
-            if numbers:
-                self._new.append((index, numbers))
-
     def _keys(self, index: int) -> list[tuple[int, int]]:
         store = self.dataset.store(index)
         refs = self.dataset.conversation(index).images
-        try:
+        with media_of(self.dataset.record(index)):
             return [image_key(ref, store) for ref in refs]
-        except MediaError as error:
-            raise self.dataset.record(index).error(error.kind, error.detail) from error
 
-    def _read(self, index: int, numbers: list[int]) -> Keyed:
-        store = self.dataset.store(index)
-        images = self.dataset.conversation(index).images
-        refs = [images[number] for number in numbers]
-        try:
-            pictures = load_all(refs, store)
-        except MediaError as error:
-            raise self.dataset.record(index).error(error.kind, error.detail) from error
-        pixels = self.dataset.processor(images=pictures)["pixel_values"]
-        return [(image_key(ref, store), values) for ref, values in zip(refs, pixels, strict=True)]
+    def _skip(self, error: RecordError) -> None:
+        if self.on_bad_record == "raise":
+            raise error
+        logger.warning("Leaving out a bad record (%s): %s", error.kind, error)

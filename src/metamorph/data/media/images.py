@@ -1,4 +1,4 @@
-"""Images of records: where their paths lead, and boxes drawn into them."""
+"""Paths of images, and boxes drawn into images."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from metamorph.models.image_files import MediaError
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _MAX_PATH = 4096
-"""Bytes of the longest path that Linux opens."""
+"""Longest path in bytes that Linux opens."""
 BOX_COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan")
-"""Colours of drawn boxes, in their order."""
 
 
 def resolve_image_path(path: str, image_folder: str | os.PathLike[str]) -> Path:
     """Join a path from a record to the image folder, which relative paths may not leave.
 
     Raises:
-        MediaError: If a relative path leaves the folder, or it is the content of a file instead of its path.
+        MediaError: If a relative path leaves the folder, or if it is an address or the content of a file.
     """
     if path.startswith("data:") or len(path) > _MAX_PATH or not _is_path(path):
         raise MediaError(
             "missing_image",
-            f"{path[:40]!r}… ({len(path)} characters) is not the path of a file; content cannot stand in a record: "
+            f"{path[:40]!r}… ({len(path)} characters) is not the path of a file; a record cannot contain an image: "
             "save it as a file and name that",
         )
     if _ADDRESS.match(path):
@@ -43,14 +42,14 @@ def resolve_image_path(path: str, image_folder: str | os.PathLike[str]) -> Path:
 
 
 def draw_box(image: Image.Image, box: tuple[int, int, int, int], name: str, colour: str) -> None:
-    """Draw a frame and its name into an image.
+    """Draw a frame and its name into an RGB image, in place.
 
-    Lines and letters grow with the image, so that they are still seen when it is resized for the vision tower.
+    Lines and letters scale with the image, so that they stay visible when it is resized for the vision tower.
 
     Args:
-        image: RGB image, which is changed.
-        box: Left, top, right and bottom; the right column and bottom row belong to the outside.
-        name: Written above the frame where there is room, else inside it; may be empty.
+        image: The image.
+        box: Left, top, right and bottom; right and bottom are exclusive.
+        name: Written above the frame if there is room, else inside it; may be empty.
         colour: Name of the colour.
     """
     left, top, right, bottom = box
@@ -66,7 +65,7 @@ def draw_box(image: Image.Image, box: tuple[int, int, int, int], name: str, colo
 
 
 def _is_path(text: str) -> bool:
-    """Whether a file may have that name: no NUL, and no half character, which cannot be encoded."""
+    """Whether a file can have that name: no NUL, and no half character, which cannot be encoded."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:

@@ -17,11 +17,11 @@ class Box:
     relative: bool = False
     """Whether the sides are shares of width and height (0 to 1) instead of pixels."""
     from_size: bool = field(default=False, compare=False)
-    """Whether right and bottom were computed from a width and a height; only checks look at it."""
+    """Whether right and bottom were computed from a width and a height; only the data check reads it."""
 
     @property
     def numbers(self) -> tuple[float, float, float, float, bool]:
-        """What tells one box from another."""
+        """The values that identify a box."""
         return (self.left, self.top, self.right, self.bottom, self.relative)
 
     def grown(self, margin: float) -> Box:
@@ -30,17 +30,13 @@ class Box:
         return replace(self, left=self.left - x, top=self.top - y, right=self.right + x, bottom=self.bottom + y)
 
     def share(self, width: int, height: int) -> float:
-        """The share of an image of that size that the box covers, 0 to 1."""
+        """The share of an image of this size that the box covers, 0 to 1."""
         x, y = (1, 1) if self.relative else (width, height)
         sides = (min(self.right / x, 1) - max(self.left / x, 0), min(self.bottom / y, 1) - max(self.top / y, 0))
         return max(sides[0], 0) * max(sides[1], 0)
 
     def pixels(self, width: int, height: int) -> tuple[int, int, int, int] | None:
-        """Left, top, right and bottom in whole pixels of an image of that size, as far as they are in it.
-
-        Returns:
-            At least one pixel in each direction, or None if the box lies outside the image.
-        """
+        """Left, top, right and bottom in integer pixels, clipped to an image of this size; None if nothing is left."""
         x, y = (width, height) if self.relative else (1, 1)
         left, top = max(math.floor(self.left * x), 0), max(math.floor(self.top * y), 0)
         right, bottom = min(math.ceil(self.right * x), width), min(math.ceil(self.bottom * y), height)
@@ -49,15 +45,15 @@ class Box:
 
 @dataclass(frozen=True)
 class ImageRef:
-    """A picture that has not been read yet: what it is made from."""
+    """Describes an image that has not been loaded yet."""
 
     path: str
     """Path of an image or a video, as written in the record."""
     crop: Box | None = None
-    """The part of the image to cut out; None for all of it."""
+    """The part of the image to crop to; None for all of it."""
     boxes: tuple[tuple[str, Box], ...] = ()
-    """Names and boxes to draw into the image (before it is cropped)."""
+    """Names and boxes to draw into the image, before it is cropped."""
     time: float | None = None
     """Seconds from the first frame, if `path` is a video; None for an image."""
     box: Box | None = field(default=None, compare=False)
-    """The box that the record gives for `crop`, which may show a margin around it; only checks look at it."""
+    """The box in the record; `crop` may have a margin around it. Only the data check reads it."""

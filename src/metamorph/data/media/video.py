@@ -1,7 +1,7 @@
-"""Videos through PyAV: when each frame is shown, and the frames that are shown at given times.
+"""Videos through PyAV: the times of all frames, and the frames at given times.
 
-All times are seconds from the first frame. A frame is shown from its own time until the next one's, so a video of
-variable frame rate, or of less than one frame a second, has a frame at every time of its length.
+All times are seconds from the first frame. A frame is shown until the time of the next one, so also a video with a
+variable frame rate, or with less than one frame per second, has a frame at every time.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ VideoFile = str | os.PathLike[str] | BinaryIO
 """A path, or an open, seekable binary file, which stays open."""
 
 CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpeg", "mpegts", "mpegvideo", "asf", "flv")
-"""What is read, by FFmpeg's names. It knows many more, among them playlists, which read other files, and text, which
-it draws: not for data from strangers."""
+"""Supported containers, by FFmpeg's names. Others, such as playlists (which read other files) and text (which FFmpeg
+draws), are not safe for files from untrusted sources."""
 CODECS = (
     *("h264", "hevc", "libdav1d", "libaom-av1", "av1", "vp8", "libvpx", "vp9", "libvpx-vp9"),
     *("mpeg1video", "mpeg2video", "mpeg4", "h263", "flv", "msmpeg4v1", "msmpeg4v2", "msmpeg4"),
     *("wmv1", "wmv2", "wmv3", "vc1", "mjpeg", "png", "ffv1", "huffyuv", "prores", "dnxhd", "rawvideo"),
 )
-"""What is decoded, by the names of FFmpeg's decoders."""
+"""Supported codecs, by the names of FFmpeg's decoders."""
 _ROUNDING = 1e-6
-"""Seconds by which a time may lie before a frame and still mean it."""
+"""Seconds by which a time may precede a frame and still mean it."""
 _HD_LINES = 720
-"""Videos with at least as many lines use the colours of BT.709 when they do not say which; smaller ones BT.601."""
+"""Videos without a colour space use BT.709 from this number of lines on, and BT.601 below."""
 _UNSPECIFIED = 2
-"""Code of a colour space that is not told (ITU-T H.273)."""
+"""Code of an unspecified colour space (ITU-T H.273)."""
 _QUARTER_TURNS = {
     90: Image.Transpose.ROTATE_90,
     180: Image.Transpose.ROTATE_180,
@@ -49,71 +49,50 @@ _QUARTER_TURNS = {
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known of a video without decoding it."""
+    """Facts about a video that are known without decoding it."""
 
     times: tuple[float, ...]
-    """When each frame begins to be shown, in seconds; ascending, at least one, the first is 0."""
+    """Time of each frame in seconds; ascending, at least one, the first is 0."""
     duration: float
-    """Length in seconds, the time for which the last frame is shown included."""
-    width: int
-    """Width in pixels, as stored."""
-    height: int
-    """Height in pixels, as stored."""
+    """Length in seconds, including the time for which the last frame is shown."""
 
     @property
     def num_frames(self) -> int:
         """Number of frames."""
         return len(self.times)
 
-    @property
-    def fps(self) -> float:
-        """Mean number of frames in a second; 0 if the duration is not known."""
-        return self.num_frames / self.duration if self.duration > 0 else 0.0
-
     def frame_at(self, time: float) -> int:
         """Index of the frame that is shown at `time` seconds; the first before the start, the last after the end."""
         return max(bisect_right(self.times, time + _ROUNDING) - 1, 0)
 
 
-def probe_video(file: VideoFile, *, name: str | None = None, max_pixels: int = MAX_IMAGE_PIXELS) -> VideoInfo:
-    """Read when the frames of a video are shown. Nothing is decoded, but the file is read to its end.
+def probe_video(file: VideoFile, *, name: str | None = None) -> VideoInfo:
+    """Read the times of the frames of a video. Nothing is decoded, but the file is read to its end.
 
     Args:
         file: The video.
-        name: What messages call it; by default its path.
-        max_pixels: Largest number of pixels of a frame.
+        name: Its name in error messages; by default its path.
 
     Raises:
-        MediaError: If there is no such file, it is no video in one of `CONTAINERS` and `CODECS`, or its frames are
-            too large.
+        MediaError: If there is no such file, it is not a video of one of `CONTAINERS` and `CODECS`, or its frames have
+            more than `MAX_IMAGE_PIXELS`.
         ModuleNotFoundError: Without PyAV.
     """
-    return _index(file, name, max_pixels).info
+    return _index(file, name).info
 
 
-def read_frames(
-    file: VideoFile, times: Sequence[float], *, name: str | None = None, max_pixels: int = MAX_IMAGE_PIXELS
-) -> list[Image.Image]:
-    """Decode the frames that are shown at `times`, as upright RGB.
+def read_frames(file: VideoFile, times: Sequence[float], *, name: str | None = None) -> list[Image.Image]:
+    """Decode the frames that are shown at `times` (in any order), as upright RGB.
 
-    What lies between is skipped from keyframe to keyframe, and no frame is decoded twice.
-
-    Args:
-        file: The video.
-        times: Seconds from the first frame, in any order.
-        name: What messages call the file; by default its path.
-        max_pixels: Largest number of pixels of a frame.
-
-    Returns:
-        One image for each time.
+    Decoding jumps from keyframe to keyframe, and no frame is decoded twice.
 
     Raises:
         MediaError: As [`probe_video`], or if a frame cannot be decoded.
         ModuleNotFoundError: Without PyAV.
     """
-    index = _index(file, name, max_pixels)
+    index = _index(file, name)
     wanted = [index.stamps[index.info.frame_at(time)] for time in times]
-    with _decoding(file, name, max_pixels) as (container, stream, name):
+    with _decoding(file, name) as (container, stream, name):
         decoded = {stamp: _upright(frame) for stamp, frame in _decode(container, stream, sorted({*wanted}), index)}
     if len(decoded) < len({*wanted}):
         raise MediaError("unreadable_video", f"{name} has no frame that can be decoded; replace it")
@@ -128,28 +107,27 @@ class _Index:
     stamps: tuple[int, ...]
     """Time stamp of each frame, ascending."""
     keys: tuple[int, ...]
-    """Time stamps of the frames at which decoding can start, ascending; the first frame is always one."""
+    """Time stamps of the frames at which decoding can start, ascending; the first frame is always included."""
 
 
-def _index(file: VideoFile, name: str | None, max_pixels: int) -> _Index:
-    """The index of a video; it is remembered for files on disk, because frames are read soon after it is made."""
+def _index(file: VideoFile, name: str | None) -> _Index:
+    """The index of a video. That of a file on disk is cached, because its frames are read soon after."""
     if isinstance(file, (str, os.PathLike)) and os.path.isfile(file):
         status = os.stat(file)
-        return _index_of_path(os.fspath(file), name, max_pixels, status.st_size, status.st_mtime_ns)
-    with _decoding(file, name, max_pixels) as (container, stream, _):
+        return _index_of_path(os.fspath(file), name, status.st_size, status.st_mtime_ns)
+    with _decoding(file, name) as (container, stream, _):
         return _scan(container, stream)
 
 
 @lru_cache(maxsize=16)
-def _index_of_path(path: str, name: str | None, max_pixels: int, size: int, mtime_ns: int) -> _Index:
-    """The index of a file of that size and age."""
-    with _decoding(path, name, max_pixels) as (container, stream, _):
+def _index_of_path(path: str, name: str | None, size: int, mtime_ns: int) -> _Index:
+    with _decoding(path, name) as (container, stream, _):
         return _scan(container, stream)
 
 
 @contextmanager
-def _decoding(file: VideoFile, name: str | None, max_pixels: int) -> Iterator[tuple[Any, Any, str]]:
-    """Container, video stream and name of a file; what goes wrong with them becomes a [`MediaError`]."""
+def _decoding(file: VideoFile, name: str | None) -> Iterator[tuple[Any, Any, str]]:
+    """Container, video stream and name of a file; any error becomes a [`MediaError`]."""
     try:
         import av
     except ModuleNotFoundError as error:
@@ -159,27 +137,28 @@ def _decoding(file: VideoFile, name: str | None, max_pixels: int) -> Iterator[tu
     name = str(file) if name is None else name
     if isinstance(file, (str, os.PathLike)):
         check_regular(file, "unreadable_video", f"{name} cannot be read as a video")
-        # Spelt as a URL of a file, so that no part of a name can be taken for another protocol.
+        # A file URL, so that no part of a name can be taken for another protocol.
         opened: Any = f"file:{Path(file).absolute()}"
     else:
         file.seek(0)
         opened = file
     try:
-        # The limit of pixels holds for every frame, before memory is taken for it: later ones may be larger.
-        limits = {"max_pixels": str(max_pixels), "codec_whitelist": ",".join(CODECS)}
+        # FFmpeg checks the limit before it allocates memory for a frame: later frames may be larger.
+        limits = {"max_pixels": str(MAX_IMAGE_PIXELS), "codec_whitelist": ",".join(CODECS)}
         formats = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
         with av.open(opened, options=limits, container_options=formats) as container:
             stream = container.streams.best("video")
-            if stream is None or stream.codec_context is None or stream.codec_context.codec.name not in CODECS:
+            codec = None if stream is None else stream.codec_context
+            if codec is None or codec.codec.name not in CODECS:
                 raise MediaError("unreadable_video", f"{name} has no video stream that can be decoded; replace it")
-            if stream.codec_context.width * stream.codec_context.height > max_pixels:
+            if codec.width * codec.height > MAX_IMAGE_PIXELS:
                 raise MediaError(
                     "image_too_large",
-                    f"the frames of {name} have {stream.codec_context.width}x{stream.codec_context.height} pixels, "
-                    f"more than the limit of {max_pixels}; resize it",
+                    f"the frames of {name} have {codec.width}x{codec.height} pixels, more than the limit of "
+                    f"{MAX_IMAGE_PIXELS}; resize it",
                 )
-            stream.codec_context.options = limits
-            stream.codec_context.thread_count = 1  # the workers of the data loader are the parallelism
+            codec.options = limits
+            codec.thread_count = 1  # the workers of the data loader are the parallelism
             yield container, stream, name
     except MediaError:
         raise
@@ -187,13 +166,14 @@ def _decoding(file: VideoFile, name: str | None, max_pixels: int) -> Iterator[tu
         raise MediaError("missing_video", f"there is no video file {name}; is the image folder right?") from error
     except (av.FFmpegError, OSError, ValueError) as error:
         reason: Any = error
-        if isinstance(error, av.ArgumentError):  # all that FFmpeg says of what the options forbid
-            reason = f"its container is none of {', '.join(CONTAINERS)}, or a frame has more than {max_pixels} pixels"
+        if isinstance(error, av.ArgumentError):  # FFmpeg gives no reason for what the options forbid
+            known = ", ".join(CONTAINERS)
+            reason = f"its container is none of {known}, or a frame has more than {MAX_IMAGE_PIXELS} pixels"
         raise MediaError("unreadable_video", f"{name} cannot be read as a video ({reason}); replace it") from error
 
 
 def _scan(container: Any, stream: Any) -> _Index:
-    """Read the time stamps of all packets. Headers are not trusted: many give no number of frames, or a wrong one."""
+    """Read the time stamps of all packets. The number of frames in a header is often missing or wrong."""
     stamps, keys, end = set(), set(), 0
     for packet in container.demux(stream):
         stamp = packet.dts if packet.pts is None else packet.pts
@@ -209,17 +189,13 @@ def _scan(container: Any, stream: Any) -> _Index:
     info = VideoInfo(
         times=tuple(float((stamp - first) * unit) for stamp in sorted(stamps)),
         duration=float((max(end, *stamps, first) - first) * unit),
-        width=stream.codec_context.width,
-        height=stream.codec_context.height,
     )
     return _Index(info, tuple(sorted(stamps)), tuple(sorted(keys | {first})))
 
 
 def _decode(container: Any, stream: Any, wanted: Sequence[int], index: _Index) -> Iterator[tuple[int, Any]]:
-    """Each of the ascending time stamps, with its frame.
-
-    Where the decoder has no frame of exactly that time (packets may hold none that is shown), the one before is
-    taken, as a player does.
+    """Each of the ascending time stamps with its frame; where there is none (a packet may have no visible frame), the
+    one before it, as in a player.
     """
     frames = _stamped(container, stream)
     shown, following = None, next(frames, None)
@@ -239,14 +215,14 @@ def _decode(container: Any, stream: Any, wanted: Sequence[int], index: _Index) -
 
 
 def _stamped(container: Any, stream: Any, seek_to: int | None = None) -> Iterator[Any]:
-    """Frames in the order in which they are shown, from the keyframe at or before a time stamp."""
+    """Frames in order of time, from the keyframe at or before a time stamp."""
     if seek_to is not None:
         container.seek(seek_to, stream=stream)
     return (frame for frame in container.decode(stream) if frame.pts is not None)
 
 
 def _upright(frame: Any) -> Image.Image:
-    """A frame as an RGB image, turned as its player would."""
+    """A frame as an RGB image, rotated as a player would."""
     colours = {}
     if frame.colorspace == _UNSPECIFIED and frame.height >= _HD_LINES and not frame.format.is_rgb:
         colours["src_colorspace"] = "ITU709"

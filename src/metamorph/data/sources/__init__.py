@@ -2,6 +2,6 @@
 
 Which reader opens a path?            `open.py`
 JSON Lines and JSON arrays            `json_files.py`
-WebDataset tars                       `tars.py`
-Where does each record begin?         `index.py`: found once and kept
+WebDataset tar archives               `tars.py`
+Where does each record begin?         `index.py`: found once and saved
 """

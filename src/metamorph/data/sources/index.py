@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
 
 from metamorph.data.records import DataError
 from metamorph.runs.checkpoint_files import file_stamp, sync
@@ -28,16 +28,16 @@ CACHE_VARIABLE = "METAMORPH_CACHE"
 MIN_CACHED_BYTES = 16 * 2**20
 """Smaller sources are indexed at every start: that takes less than a tenth of a second."""
 _VERSION = 2
-"""To be raised when the arrays of an index change their meaning, or the way they are saved."""
+"""Raise it when the arrays of an index change their meaning, or the way they are saved."""
 _ABOUT = "index.json"
-"""Name of the file that says what an index is of, and what its arrays must be."""
+"""Lists the indexed files, and the sizes and digests of the saved arrays."""
 _MAX_OPEN_FILES = 64
 
 
 def cache_folder() -> Path:
-    """Where indexes are kept: `$METAMORPH_CACHE`, else `metamorph` in the user's cache folder.
+    """Where indexes are saved: `$METAMORPH_CACHE`, else `metamorph` in the user's cache folder.
 
-    The folder may be deleted at any time; what is needed is made again.
+    The folder may be deleted at any time; its content is made again when needed.
     """
     named = os.environ.get(CACHE_VARIABLE)
     if named:
@@ -47,14 +47,12 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class FileStamp:
-    """A file, and what changes when it is written to."""
+    """A file, with its size in bytes and the time of its last change."""
 
     path: str
     """Absolute path."""
     size: int
-    """Bytes."""
     mtime_ns: int
-    """Time of the last change, in nanoseconds."""
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> FileStamp:
@@ -62,11 +60,11 @@ class FileStamp:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            DataError: If it is no regular file. A pipe could be read only once, and opening it may wait for ever.
+            DataError: If it is not a regular file. A pipe could be read only once, and opening it may block forever.
         """
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{path} is not a regular file, so it cannot be read at any place; copy it to a file")
+            raise DataError(f"{path} is not a regular file, so it does not allow random access; copy it to a file")
         return cls(os.path.abspath(path), status.st_size, status.st_mtime_ns)
 
 
@@ -77,14 +75,18 @@ class Index:
 
     Args:
         stamps: The files as they were when the arrays were made.
-        arrays: The arrays, or the folder that holds them.
+        arrays: The arrays, or the folder that contains them.
     """
 
     def __init__(self, stamps: Sequence[FileStamp], arrays: Mapping[str, np.ndarray] | Path) -> None:
         self.stamps = tuple(stamps)
         self._open: OrderedDict[int, int] = OrderedDict()
         self._folder = arrays if isinstance(arrays, Path) else None
-        self._arrays = dict(arrays) if isinstance(arrays, Mapping) else _map_arrays(arrays)
+        self._arrays = (
+            {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in arrays.glob("*.npy")}
+            if isinstance(arrays, Path)
+            else dict(arrays)
+        )
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The array of that name; do not write to it."""
@@ -98,12 +100,7 @@ class Index:
         return _digest(*(f"{stamp.path}\0{stamp.size}\0{stamp.mtime_ns}" for stamp in self.stamps))
 
     def read(self, start: int, end: int, file: int = 0) -> bytes:
-        """Read the bytes from `start` to `end` of a file. No position is shared, so forked copies do not disturb.
-
-        Args:
-            start: Offset of the first byte.
-            end: Offset behind the last byte.
-            file: Number of the file.
+        """Read the bytes `[start, end)` of a file. Forked copies share no file position.
 
         Raises:
             DataError: If the file has changed since it was indexed, or has no such bytes.
@@ -115,7 +112,7 @@ class Index:
         return os.pread(self._descriptor(file), end - start, start)
 
     def _descriptor(self, file: int) -> int:
-        """An open file; of many, only those used last stay open."""
+        """An open file; only those used last stay open."""
         if file in self._open:
             self._open.move_to_end(file)
             return self._open[file]
@@ -124,7 +121,7 @@ class Index:
         status = os.fstat(descriptor)
         if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
             os.close(descriptor)
-            raise DataError(f"{stamp.path} has changed since it was indexed; start again to index it anew")
+            raise DataError(f"{stamp.path} has changed since it was indexed; restart to index it again")
         self._open[file] = descriptor
         if len(self._open) > _MAX_OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
@@ -145,20 +142,17 @@ class Index:
 def index_files(files: Sequence[Path], kind: str, build: Callable[[], dict[str, np.ndarray]]) -> Index:
     """Open the saved index of files, or make and save it.
 
-    Several processes may ask at once, as the ranks of a run do: the first makes it, the others wait. If the files
-    have changed since it was saved (in size or time of change), or the saved index is damaged, it is made again. Where
-    the cache folder cannot be written to, each process keeps an index of its own.
+    Several processes may ask at once, as the ranks of a run do: the first makes the index, the others wait. If the
+    files have changed since it was saved (in size or time of change), or the saved index is damaged, it is made again.
+    If the cache folder is not writable, each process makes its own index.
 
     Args:
         files: The files.
-        kind: What the index is of; indexes of several kinds do not disturb each other.
+        kind: What the index is of; indexes of different kinds do not disturb each other.
         build: Makes the arrays; none may be empty.
 
-    Returns:
-        The index; its arrays are memory-mapped if it is saved.
-
     Raises:
-        DataError: If a file is no regular one, or changes meanwhile.
+        DataError: If a file is not a regular file, or changes meanwhile.
         FileNotFoundError: If a file does not exist.
     """
     stamps = [FileStamp.of(file) for file in files]
@@ -167,46 +161,44 @@ def index_files(files: Sequence[Path], kind: str, build: Callable[[], dict[str, 
     of_files = f"{kind}-{_digest(str(_VERSION), *(stamp.path for stamp in stamps))}"
     of_state = _digest(*(f"{stamp.size}\0{stamp.mtime_ns}" for stamp in stamps))
     folder = cache_folder() / "index" / f"{of_files}-{of_state}"
-    if not _is_whole(folder):
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = _wait_for(folder.parent / f"{of_files}.lock", files[0])
-        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-            _warn_unsaved(files[0], folder.parent, error)
-            return Index(stamps, build())
-        with lock:
-            if not _is_whole(folder):  # else another process has made it meanwhile
-                if folder.is_dir():
-                    logger.warning("The index of %s in %s is damaged: it is made again", files[0], folder)
-                    shutil.rmtree(folder, ignore_errors=True)
-                arrays = _build(stamps, build)
-                if not _save(folder, folder.parent / f".new-{of_files}", stamps, arrays):
-                    return Index(stamps, arrays)
-                _remove_stale(folder, of_files, files[0])
-    return Index(stamps, folder)
-
-
-def _wait_for(path: Path, file: Path) -> AcquireReturnProxy:
-    """Take the lock of an index; the end of a `with` releases it."""
-    lock = FileLock(path)
+    if _is_complete(folder):
+        return Index(stamps, folder)
     try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("Waiting for another process to index %s", file)
-        return lock.acquire()
-
-
-def _build(stamps: Sequence[FileStamp], build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Make the arrays, of files that do not change meanwhile."""
-    arrays = build()
-    for stamp in stamps:
-        if FileStamp.of(stamp.path) != stamp:
-            raise DataError(f"{stamp.path} changed while it was indexed; wait until it is complete, then start again")
-    return arrays
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.parent / f"{of_files}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("Waiting for another process to index %s", files[0])
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        _warn_unsaved(files[0], folder.parent, error)
+        return Index(stamps, build())
+    try:
+        if _is_complete(folder):  # another process has made it meanwhile
+            return Index(stamps, folder)
+        if folder.is_dir():
+            logger.warning("The index of %s in %s is damaged: it is made again", files[0], folder)
+            shutil.rmtree(folder, ignore_errors=True)
+        arrays = build()
+        for stamp in stamps:
+            if FileStamp.of(stamp.path) != stamp:
+                raise DataError(
+                    f"{stamp.path} changed while it was indexed; wait until it is complete, then start again"
+                )
+        if not _save(folder, folder.parent / f".new-{of_files}", stamps, arrays):
+            return Index(stamps, arrays)
+        for old in folder.parent.glob(f"{of_files}-*"):
+            if old != folder:  # of an earlier state; a process that has mapped it keeps its memory
+                logger.info("%s has changed: it was indexed again", files[0])
+                shutil.rmtree(old, ignore_errors=True)
+        return Index(stamps, folder)
+    finally:
+        lock.release()
 
 
 def _save(folder: Path, temporary: Path, stamps: Sequence[FileStamp], arrays: Mapping[str, np.ndarray]) -> bool:
-    """Save the arrays, so that the folder appears as a whole or not at all; False if the disk is full, say."""
+    """Save the arrays, so that the folder appears complete or not at all; False if that failed (a full disk, say)."""
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed; the lock keeps others out
     try:
         temporary.mkdir()
@@ -225,8 +217,8 @@ def _save(folder: Path, temporary: Path, stamps: Sequence[FileStamp], arrays: Ma
     return True
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether an index is saved in a folder, with its arrays as they were written."""
+def _is_complete(folder: Path) -> bool:
+    """Whether the folder has an index whose arrays are as they were written."""
     try:
         written = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))["arrays"]
         return all(file_stamp(folder / name) == stamp for name, stamp in written.items())
@@ -236,25 +228,12 @@ def _is_whole(folder: Path) -> bool:
 
 def _warn_unsaved(file: Path, folder: Path, error: Exception) -> None:
     logger.warning(
-        "The index of %s cannot be saved in %s (%s), so every process makes its own; set %s to a folder that can be "
-        "written to",
+        "The index of %s was not saved in %s (%s), so every process makes its own; set %s to a writable folder",
         file,
         folder,
         error,
         CACHE_VARIABLE,
     )
-
-
-def _remove_stale(folder: Path, of_files: str, file: Path) -> None:
-    """Remove indexes of earlier states of the files; whoever has mapped them keeps them until the end."""
-    for old in folder.parent.glob(f"{of_files}-*"):
-        if old != folder:
-            logger.info("%s has changed: its index is made anew", file)
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _map_arrays(folder: Path) -> dict[str, np.ndarray]:
-    return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in folder.glob("*.npy")}
 
 
 def _digest(*parts: str) -> str:

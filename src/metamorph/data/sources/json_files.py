@@ -1,4 +1,4 @@
-"""JSON Lines and JSON arrays with random access: offsets are kept, and a record is read when it is asked for."""
+"""JSON Lines and JSON arrays with random access: only offsets are kept, and a record is read when it is needed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +25,13 @@ from metamorph.runs.progress import Progress
 CHUNK_BYTES = 8 * 2**20
 """Bytes read at a time while a file is scanned."""
 _SPACE = b" \t\r\n"
-_NO_SPACE = re.compile(r"[^ \t\r\n]")
+_SIGN = re.compile(r"[^ \t\r\n]")
+_MARGIN = 16
+"""A value that ends this close to the end of the text, or a fault there, may only be cut off: `-1e` is read as -1."""
 
 
 class JsonlSource:
-    """JSON Lines: one record on each line, blank lines ignored.
-
-    Args:
-        path: The file.
-    """
+    """JSON Lines: one record on each line, blank lines ignored."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -50,19 +47,18 @@ class JsonlSource:
     def __getitem__(self, index: int) -> RawRecord:
         """Read one record; see [`metamorph.data.sources.open.Source`]."""
         if not 0 <= index < len(self):
-            raise IndexError(f"{self.path} has no record {index}: it holds {len(self)}")
-        start, end = self.index["offsets"][index : index + 2].tolist()
-        number = int(self.index["lines"][index]) if "lines" in self.index else index + 1
-        where = f"{self.path}:{number}"
+            raise IndexError(f"{self.path} has no record {index}: it has {len(self)}")
+        where, start, end = self._locate(index)
         check_length(end - start, where)
         return RawRecord(where, parse_json(self.index.read(start, end).rstrip(_SPACE), where))
 
+    def _locate(self, index: int) -> tuple[str, int, int]:
+        number = int(self.index["lines"][index]) if "lines" in self.index else index + 1
+        return f"{self.path}:{number}", *self.index["offsets"][index : index + 2].tolist()
 
-class JsonArraySource:
+
+class JsonArraySource(JsonlSource):
     """A JSON array of records.
-
-    Args:
-        path: The file.
 
     Raises:
         DataError: If the file is not a JSON array.
@@ -72,28 +68,15 @@ class JsonArraySource:
         self.path = Path(path)
         self.index = index_files([self.path], "array", lambda: scan_array(self.path))
 
-    def fingerprint(self) -> str:
-        """Changes when the file does."""
-        return self.index.fingerprint()
-
     def __len__(self) -> int:
         return len(self.index["spans"]) - 1
 
-    def __getitem__(self, index: int) -> RawRecord:
-        """Read one record; see [`metamorph.data.sources.open.Source`]."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.path} has no record {index}: it holds {len(self)}")
-        start, end = self.index["spans"][index + 1].tolist()
-        where = f"{self.path}[{index}]"
-        check_length(end - start, where)
-        return RawRecord(where, parse_json(self.index.read(start, end), where))
+    def _locate(self, index: int) -> tuple[str, int, int]:
+        return f"{self.path}[{index}]", *self.index["spans"][index + 1].tolist()
 
 
 def scan_lines(path: Path) -> dict[str, np.ndarray]:
     """Find the lines of a file that are not blank.
-
-    Args:
-        path: The file.
 
     Returns:
         `offsets` uint64 `[records + 1]`: where each record begins, and the size of the file. Blank lines between two
@@ -114,162 +97,144 @@ def scan_lines(path: Path) -> dict[str, np.ndarray]:
             if at_start:
                 begins = begins[:-1]
             starts.append((begins + offset).astype(np.uint64))
-            # What begins with a letter is not blank; the few other lines are looked at afterwards.
+            # A line that begins with a letter is not blank; the few others are read below.
             suspects.append(starts[-1][np.isin(chunk[begins], list(_SPACE))])
             offset += count
             bar.update(count)
     offsets = np.concatenate([*starts, [np.uint64(offset)]]).astype(np.uint64)
     blank = _blank_lines(path, offsets, np.concatenate(suspects) if suspects else offsets[:0])
-    if not len(blank):
+    if not blank:
         return {"offsets": offsets}
     kept = np.delete(np.arange(len(offsets) - 1, dtype=np.uint64), blank)
     return {"offsets": np.append(offsets[kept], offsets[-1]), "lines": kept + np.uint64(1)}
 
 
-def _mark_length(start: bytearray) -> int:
+def _mark_length(start: bytes | bytearray) -> int:
     return len(BYTE_ORDER_MARK) if start.startswith(BYTE_ORDER_MARK) else 0
 
 
-def _blank_lines(path: Path, offsets: np.ndarray, suspects: np.ndarray) -> np.ndarray:
-    """Which lines hold white space only.
-
-    Args:
-        path: The file.
-        offsets: uint64 `[lines + 1]` where the lines begin, and the file's size.
-        suspects: Those offsets whose line begins with white space.
-    """
-    numbers = np.searchsorted(offsets, suspects)
+def _blank_lines(path: Path, offsets: np.ndarray, suspects: np.ndarray) -> list[int]:
+    """Numbers of the lines that are only white space, among those that begin at the offsets `suspects`."""
     blank = []
     with path.open("rb") as file:
-        for number in numbers.tolist():
+        for number in np.searchsorted(offsets, suspects).tolist():
             start, end = offsets[number : number + 2].tolist()
             file.seek(start)
             while start < end and not file.read(min(end - start, CHUNK_BYTES)).strip(_SPACE):
                 start += CHUNK_BYTES
             if start >= end:
                 blank.append(number)
-    return np.array(blank, dtype=np.int64)
+    return blank
 
 
 def scan_array(path: Path) -> dict[str, np.ndarray]:
-    """Find the elements of a JSON array, of which only some are in memory at a time.
-
-    Args:
-        path: The file.
+    """Find the elements of a JSON array. Only a part of the file is in memory at a time.
 
     Returns:
-        `spans` uint64 `[records + 1, 2]`: where each record begins and ends, behind a first row of zeros (an array
+        `spans` uint64 `[records + 1, 2]`: where each record begins and ends, after a first row of zeros (an array
         without elements could not be memory-mapped).
 
     Raises:
         DataError: If the file is not a JSON array; the message names line and column.
     """
     spans = array("Q", (0, 0))
-    with _progress(path, path.stat().st_size) as bar:
-        for start, end in _elements(path):
-            spans.extend((start, end))
-            bar.update(end - bar.n)
+    with _Window(path) as window, _progress(path, path.stat().st_size) as bar:
+        if window.next_sign() != "[":
+            raise window.error("the file must contain a JSON array of records")
+        window.cursor += 1
+        while window.next_sign() != "]":
+            spans.extend(window.next_value())
+            sign = window.next_sign()
+            if sign not in (",", "]"):
+                raise window.error("a comma or the end of the array is missing")
+            if sign == ",":
+                window.cursor += 1
+                if window.next_sign() == "]":
+                    raise window.error("there is a comma before the end of the array")
+            bar.update(window.position - bar.n)
+        window.cursor += 1
+        if window.next_sign():
+            raise window.error("there is more text after the end of the array")
     return {"spans": np.frombuffer(spans, dtype=np.uint64).reshape(-1, 2)}
 
 
-def _elements(path: Path) -> Iterator[tuple[int, int]]:
-    """Byte offsets of the elements of a JSON array."""
-    with path.open("rb") as file:
-        text = _Window(path, file.fileno())
-        position = text.skip_space(_mark_length(bytearray(file.read(len(BYTE_ORDER_MARK)))))
-        if text.at(position) != "[":
-            raise text.error("the file must hold a JSON array of records", position)
-        position = text.skip_space(position + 1)
-        while text.at(position) != "]":
-            end = text.end_of_value(position)
-            yield position, end
-            position = text.skip_space(end)
-            if text.at(position) == ",":
-                position = text.skip_space(position + 1)
-                if text.at(position) == "]":
-                    raise text.error("a comma stands before the end of the array", position)
-            elif text.at(position) != "]":
-                raise text.error("a comma or the end of the array is missing", position)
-        position = text.skip_space(position + 1)
-        if text.at(position):
-            raise text.error("something stands behind the end of the array", position)
-
-
 class _Window:
-    """A part of a file that moves forward, as text in which each character is one byte.
+    """A part of a JSON file that moves forward.
 
-    The signs that structure JSON are ASCII, and bytes of other characters only occur inside strings; so Latin-1 serves
-    for finding where a value ends, and positions are byte offsets.
+    Bytes are read as Latin-1, so that each character is one byte: the signs that structure JSON are ASCII, and other
+    bytes occur only inside strings. Text that is not UTF-8 becomes an error of its record when that is parsed.
     """
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = descriptor
+        self._file = path.open("rb")
         self._decoder = json.JSONDecoder(parse_int=str)  # any number of digits: they are parsed with the record
-        self._start = 0
-        self._text = ""
+        start = self._file.read(len(BYTE_ORDER_MARK))
+        self._start = _mark_length(start)  # offset of the window in the file
+        self._text = start[self._start :].decode("latin-1")
+        self.cursor = 0  # within the window
 
-    def at(self, position: int) -> str:
-        """The character at a position, empty at the end of the file. Positions before it may be forgotten."""
-        if position - self._start >= len(self._text):
-            self._move(position, CHUNK_BYTES)
-        return self._text[position - self._start : position - self._start + 1]
+    def __enter__(self) -> _Window:
+        return self
 
-    def skip_space(self, position: int) -> int:
-        """The next position that is not white space."""
-        while (character := self.at(position)) and character in " \t\r\n":
-            found = _NO_SPACE.search(self._text, position - self._start)
-            if found:
-                return self._start + found.start()
-            position = self._start + len(self._text)
-        return position
-
-    def end_of_value(self, position: int) -> int:
-        """The position behind the value that begins at `position`."""
-        size = CHUNK_BYTES
-        while True:
-            try:
-                _, end = self._decoder.raw_decode(self._text, position - self._start)
-            except json.JSONDecodeError as error:
-                # Was the value cut off by the end of the window? Strings may have begun far before it.
-                is_cut = error.pos > len(self._text) - 16 or error.msg.startswith("Unterminated string")
-                fault, where = error.msg, self._start + error.pos
-            except RecursionError:
-                raise self.error("the record is nested too deeply", position) from None
-            else:
-                is_cut = end == len(self._text)  # of a number, say, more digits may follow
-                fault, where = "", self._start + end
-            if not is_cut or self._is_at_end:
-                if fault:
-                    raise self.error(fault, where)
-                return where
-            if len(self._text) - (position - self._start) >= MAX_RECORD_BYTES:
-                raise self.error(f"a record is longer than {MAX_RECORD_BYTES >> 20} MiB", position)
-            self._move(position, size)
-            size *= 2
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
     @property
-    def _is_at_end(self) -> bool:
-        return not os.pread(self._file, 1, self._start + len(self._text))
+    def position(self) -> int:
+        """Offset of the cursor in the file."""
+        return self._start + self.cursor
 
-    def _move(self, position: int, size: int) -> None:
-        """Begin at `position`, and read `size` bytes more than are there."""
-        self._text = self._text[position - self._start :]
-        self._start = position
-        self._text += os.pread(self._file, size, position + len(self._text)).decode("latin-1")
+    def next_sign(self) -> str:
+        """Skip white space, and return the next character; empty at the end of the file."""
+        while (found := _SIGN.search(self._text, self.cursor)) is None:
+            self.cursor = len(self._text)
+            if not self._extend():
+                return ""
+        self.cursor = found.start()
+        return found[0]
 
-    def error(self, fault: str, position: int) -> DataError:
-        """An error that names line and column of a position."""
+    def next_value(self) -> tuple[int, int]:
+        """Skip a value, and return the offsets of its beginning and end."""
+        while True:
+            fault = ""
+            try:
+                _, end = self._decoder.raw_decode(self._text, self.cursor)
+            except json.JSONDecodeError as error:
+                fault, end = error.msg, error.pos
+            except RecursionError:
+                raise self.error("the record is nested too deeply") from None
+            # A string that is cut off is reported where it begins.
+            is_cut = end > len(self._text) - _MARGIN or fault.startswith("Unterminated string")
+            size = len(self._text) - self.cursor
+            if not is_cut or not self._extend():
+                break
+            if size >= MAX_RECORD_BYTES + _MARGIN:
+                raise self.error(f"a record is longer than {MAX_RECORD_BYTES >> 20} MiB")
+        start, self.cursor = self.position, end
+        if fault:
+            raise self.error(fault)
+        return start, self.position
+
+    def _extend(self) -> bool:
+        """Drop what has been skipped, and read as much again as is left; False at the end of the file."""
+        new = self._file.read(max(CHUNK_BYTES, len(self._text) - self.cursor))
+        if new:
+            self._start += self.cursor
+            self._text, self.cursor = self._text[self.cursor :] + new.decode("latin-1"), 0
+        return bool(new)
+
+    def error(self, fault: str) -> DataError:
+        """An error that names line and column of the cursor."""
+        line, line_start, offset = 1, 0, 0
         with self._path.open("rb") as file:
-            line, rest = 1, position
-            last = b""
-            while chunk := file.read(min(rest, CHUNK_BYTES)):
-                rest -= len(chunk)
+            while chunk := file.read(min(self.position - offset, CHUNK_BYTES)):
                 line += chunk.count(b"\n")
-                last = (last + chunk).rpartition(b"\n")[2]
+                line_start = offset + chunk.rfind(b"\n") + 1 if b"\n" in chunk else line_start
+                offset += len(chunk)
         return DataError(
-            f"{self._path}:{line}:{len(last) + 1}: not a valid JSON array ({fault}); correct the file, or keep one "
-            "record on each line (.jsonl)"
+            f"{self._path}:{line}:{self.position - line_start + 1}: not a valid JSON array ({fault}); correct the "
+            "file, or write one record per line (.jsonl)"
         )
 
 

@@ -1,4 +1,4 @@
-"""What `--data_path` can name, opened: JSON Lines, a JSON array, or WebDataset tars."""
+"""Open the files that `--data_path` names: JSON Lines, a JSON array, or WebDataset tars."""
 
 from __future__ import annotations
 
@@ -8,55 +8,38 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Protocol
 
-from metamorph.data.records import BYTE_ORDER_MARK, DataError, RawRecord
+from metamorph.data.records import BYTE_ORDER_MARK, DataError
 from metamorph.data.sources.json_files import JsonArraySource, JsonlSource
 from metamorph.data.sources.tars import TarSource
 
 
 __all__ = ["JsonArraySource", "JsonlSource", "Source", "TarSource", "expand_pattern", "is_tar_pattern", "open_source"]
 
-ALLOWED = "a .json or .jsonl file of records, tars (shard-{000..099}.tar), or a mixture (.yaml)"
-"""What `--data_path` takes, for messages."""
+ALLOWED = "a .json or .jsonl file of records, tar files (shard-{000..099}.tar), or a mixture (.yaml)"
+"""What `--data_path` accepts, for error messages."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
 MAX_FILES = 1_000_000
-"""Most files that the braces of a pattern may name."""
+"""Maximum number of files that the braces of a pattern may name."""
 MAX_PATTERN = 4096
-"""Most characters of a pattern: as many as a path may have."""
+"""Maximum number of characters of a pattern: that of a path."""
 
 
-class Source(Protocol):
-    """A sequence of raw records, in files that are read at any place."""
-
-    path: Path
-    """The file, or the first of them."""
-
-    def fingerprint(self) -> str:
-        """Changes when one of the files does."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> RawRecord:
-        """Read one record.
-
-        Raises:
-            RecordError: If it is not JSON.
-            DataError: If its file has changed since it was indexed.
-            IndexError: If there is no such record.
-        """
+Source = JsonlSource | TarSource
+"""A sequence of raw records with random access. `source[index]` raises a `RecordError` if the record is not JSON, and a
+`DataError` if its file has changed since it was indexed."""
 
 
 def open_source(path: str | os.PathLike[str], flag: str = "--data_path") -> Source:
-    """Open records; whether a file is a JSON array or JSON Lines shows in its first character.
+    """Open files of records. A file that begins with `[` is a JSON array, any other JSON Lines.
 
     Args:
-        path: A `.json` or `.jsonl` file, or tars: one, or a pattern as `shard-{000..099}.tar` or `shard-*.tar`.
-        flag: What messages call it.
+        path: A `.json` or `.jsonl` file, or tars: one, or a pattern such as `shard-{000..099}.tar` or `shard-*.tar`.
+        flag: Name of the flag in error messages.
 
     Raises:
-        DataError: If there is no such file, it holds no records, or an array or a tar cannot be read.
+        DataError: If there is no such file, it has no records, or an array or a tar cannot be read.
     """
     if is_tar_pattern(path):
         return TarSource(expand_pattern(path))
@@ -71,12 +54,12 @@ def open_source(path: str | os.PathLike[str], flag: str = "--data_path") -> Sour
     is_array = start.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
     source: Source = JsonArraySource(path) if is_array else JsonlSource(path)
     if len(source) == 0:
-        raise DataError(f"{flag} {path} holds no records")
+        raise DataError(f"{flag} {path} has no records")
     return source
 
 
 def is_tar_pattern(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names tars; a compressed tar does, so that it is refused with its reason."""
+    """Whether a path names tar files. Compressed ones count, so that the error says why they are refused."""
     return str(path).lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2"))
 
 
@@ -84,8 +67,8 @@ def expand_pattern(pattern: str | os.PathLike[str]) -> list[Path]:
     """The files that a pattern names, in order.
 
     Args:
-        pattern: With any number of `{000..099}` (leading zeros are kept), `{a,b}`, `*`, `?` and `[...]`. A file whose
-            name is the pattern itself comes before all that.
+        pattern: May contain `{000..099}` (leading zeros are kept), `{a,b}`, `*`, `?` and `[...]`. A file whose name is
+            the pattern itself takes precedence.
 
     Raises:
         DataError: If a file that the braces name is missing, nothing matches, a file is named twice, or the pattern is
@@ -116,11 +99,7 @@ def expand_pattern(pattern: str | os.PathLike[str]) -> list[Path]:
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:
-    """All names of a pattern whose braces are not nested; the leftmost braces change slowest.
-
-    Raises:
-        DataError: If they are more than `MAX_FILES`.
-    """
+    """All names of a pattern whose braces are not nested; the leftmost braces change slowest."""
     pieces = _BRACES.split(pattern)  # texts and, between them, insides of braces
     choices: list[Sequence[str]] = []
     num_files = 1

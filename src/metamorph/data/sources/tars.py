@@ -1,4 +1,4 @@
-"""WebDataset tars with random access: members are read where they lie in the tar, and never extracted to disk."""
+"""WebDataset tar archives with random access: members are read from within the tar, and never extracted to disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from metamorph.runs.progress import Progress
 
 
 MAX_ATTRIBUTE_BYTES = 2**20
-"""Most bytes that may stand before one member to give it a long name and the like."""
+"""Maximum number of bytes before one member that give it a long name or other attributes."""
 
 _BLOCK = tarfile.BLOCKSIZE
 _ATTRIBUTE_TYPES = (
@@ -42,12 +42,12 @@ _ATTRIBUTE_TYPES = (
 class TarSource:
     """Samples of WebDataset tars: consecutive members whose names agree up to the first dot of the file name.
 
-    A sample becomes the record in its `.json` member. Its images (or its video) are `"image"` (`"video"`) unless the
-    JSON says so itself; its text members are fields, too: `key.txt` is `"caption"`, `key.edit.txt` is `"edit"`.
-    Without a `.json` member the record is made of the others alone. Its id is the key, if the JSON has no `"id"`.
+    The `.json` member of a sample is its record. `"image"` (`"video"`) are its image (video) members, unless the JSON
+    has such a field; text members become fields: `key.txt` is `"caption"`, `key.edit.txt` is `"edit"`. Without a
+    `.json` member, the record consists of the others alone. Its id is the key, unless the JSON has an `"id"`.
 
     Args:
-        paths: The tars, not compressed.
+        paths: The uncompressed tars.
 
     Raises:
         DataError: If one is missing, damaged or compressed.
@@ -72,7 +72,7 @@ class TarSource:
         return RawRecord(where, _read_record(sample, where))
 
     def store(self, index: int) -> TarSample:
-        """The members of one sample, where the paths of its record are found."""
+        """The members of one sample, in which the paths of its record are looked up."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has no sample {index}: there are {len(self)}")
         return TarSample(self.index, index)
@@ -81,12 +81,8 @@ class TarSource:
 class TarSample:
     """The members of one sample, by name.
 
-    A path means the member of that name; else the one whose name ends like it: `photos/7.jpg` is found as `7.jpg`, and
-    `source.jpg` as `000007.source.jpg`.
-
-    Args:
-        index: Index of the tars.
-        number: Number of the sample.
+    A path means the member of that name; else the one whose name ends like it: `photos/7.jpg` finds `7.jpg`, and
+    `source.jpg` finds `000007.source.jpg`.
     """
 
     def __init__(self, index: Index, number: int) -> None:
@@ -101,25 +97,21 @@ class TarSample:
 
     @property
     def tar(self) -> str:
-        """Path of the tar."""
+        """Path of the archive."""
         return self._index.stamps[self._file].path
 
     @property
     def names(self) -> list[str]:
-        """Names of the members, in their order in the tar."""
+        """Names of the members, in the order of the archive."""
         return list(self._spans)
 
     @property
     def key(self) -> str:
-        """What the names of the members have in common."""
+        """The part that the names of the members share."""
         return split_name(self.names[0])[0]
 
     def open(self, path: str) -> BinaryIO:
-        """A member as an open file in memory; see [`metamorph.data.media.stores.MediaStore`].
-
-        Raises:
-            FileNotFoundError: If the sample has no such member.
-        """
+        """A member as an open file in memory; see [`metamorph.data.media.stores.MediaStore`]."""
         return io.BytesIO(self.read(path))
 
     def exists(self, path: str) -> bool:
@@ -141,7 +133,7 @@ class TarSample:
         return self._index.read(start, end, self._file)
 
     def size(self, name: str) -> int:
-        """Bytes of the member of exactly that name."""
+        """Size in bytes of the member of exactly that name."""
         start, end = self._spans[name]
         return end - start
 
@@ -155,13 +147,10 @@ class TarSample:
 def scan_tars(paths: Sequence[Path]) -> dict[str, np.ndarray]:
     """Find the members of tars and the samples that they form, reading headers only.
 
-    Args:
-        paths: The tars.
-
     Returns:
-        For all members, one tar after the other: `spans` uint64 `[members, 2]`, where the content begins and ends;
-        `files` uint32 `[members]`, number of the tar; `names` uint8, all names in a row, and `name_ends` uint64
-        `[members + 1]`, where each begins and ends therein. `samples` uint64 `[samples + 1]`: the first member of each.
+        For all members, tar by tar: `spans` uint64 `[members, 2]`, where the content begins and ends; `files` uint32
+        `[members]`, number of the tar; `names` uint8, all names concatenated, and `name_ends` uint64 `[members + 1]`,
+        their boundaries. `samples` uint64 `[samples + 1]`: the first member of each sample.
 
     Raises:
         DataError: If a tar is missing, damaged or compressed, or none holds a file.
@@ -176,13 +165,13 @@ def scan_tars(paths: Sequence[Path]) -> dict[str, np.ndarray]:
                 key = new_key
             table.add(number, member)
     if not len(table):
-        raise DataError(f"--data_path {paths[0]}: the tars hold no files")
+        raise DataError(f"--data_path {paths[0]}: the tars contain no files")
     samples.append(len(table))
     return {**table.arrays(), "samples": np.frombuffer(samples, dtype=np.uint64)}
 
 
 class MemberTable:
-    """Where members of tars lie and what they are called, in arrays that an index can save."""
+    """Places and names of the members of tars, as arrays that an index can save."""
 
     def __init__(self) -> None:
         self._spans, self._files, self._name_ends, self._names = array("Q"), array("I"), array("Q", [0]), bytearray()
@@ -215,13 +204,10 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def read_members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar; hidden ones, folders, links and devices are passed over.
-
-    Args:
-        path: The tar.
+    """The regular files of a tar; hidden ones, folders, links and devices are skipped.
 
     Raises:
-        DataError: Behind the members that could be found, if the tar is missing, damaged, cut off or compressed.
+        DataError: After the members that could be found, if the tar is missing, damaged, truncated or compressed.
     """
     try:
         with path.open("rb", buffering=0) as file:
@@ -233,16 +219,16 @@ def read_members(path: Path) -> Iterator[tarfile.TarInfo]:
         raise DataError(f"--data_path {path} does not exist; check the names and the numbers in braces") from None
     except (tarfile.TarError, OSError) as error:
         raise DataError(
-            f"{path} cannot be read as a tar ({error}); it may be incomplete or compressed: copy it anew, or "
+            f"{path} cannot be read as a tar ({error}); it may be incomplete or compressed: copy it again, or "
             "decompress it (random access needs plain .tar)"
         ) from error
 
 
 def _headers(file: int) -> Iterator[tarfile.TarInfo]:
-    """The headers of all members, whose content is known to lie in the file.
+    """The headers of all members, after a check that their content lies within the file.
 
-    `tarfile` reads single headers here, and does not walk through the file: it trusts sizes. One that is negative
-    leads it in circles, and a large one of a name fills the memory.
+    `tarfile` reads only single headers here, because it trusts sizes when it walks through a file: a negative size
+    leads it in circles, and a large size of a name fills the memory.
     """
     file_size = os.fstat(file).st_size
     offset = attributes_start = 0
@@ -276,7 +262,7 @@ def _headers(file: int) -> Iterator[tarfile.TarInfo]:
 
 
 def _end_of_sparse_map(file: int, header: bytes, offset: int) -> int:
-    """Where the content of a sparse file of GNU tar begins: behind further blocks that say where its holes are."""
+    """Where the content of a sparse file of GNU tar begins: after further blocks that list its holes."""
     is_extended = header[482]
     while is_extended:
         block = os.pread(file, _BLOCK, offset)
@@ -288,7 +274,7 @@ def _end_of_sparse_map(file: int, header: bytes, offset: int) -> int:
 
 
 def _parse_attributes(kind: bytes, content: bytes) -> dict[bytes, bytes]:
-    """What stands before a member because its header has no room for it, by the names of the pax format.
+    """Attributes of a member that its header has no room for, by the names of the pax format.
 
     Args:
         kind: Type of the header of the attributes.
@@ -297,11 +283,11 @@ def _parse_attributes(kind: bytes, content: bytes) -> dict[bytes, bytes]:
     if kind == tarfile.GNUTYPE_LONGNAME:
         return {b"path": content.partition(b"\0")[0]}
     if kind not in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-        return {}  # targets of links, and what is said of the archive as a whole
+        return {}  # targets of links, and attributes of the entire archive
     attributes = {}
     start = 0
     while start < len(content):
-        length = content[start : start + 20].partition(b" ")[0]  # of the whole record "LENGTH NAME=VALUE\n"
+        length = content[start : start + 20].partition(b" ")[0]  # of the entire record "LENGTH NAME=VALUE\n"
         end = start + int(length) if length.isdigit() else 0
         name, equals, value = content[start + len(length) + 1 : end].partition(b"=")
         if not equals or not start < end <= len(content):
@@ -312,7 +298,7 @@ def _parse_attributes(kind: bytes, content: bytes) -> dict[bytes, bytes]:
 
 
 def _apply(attributes: dict[bytes, bytes], member: tarfile.TarInfo) -> None:
-    """Give a member the attributes that were found before it."""
+    """Set the attributes that preceded a member."""
     if b"path" in attributes:
         member.name = attributes[b"path"].decode("utf-8", "surrogateescape").rstrip("/")
     if b"size" in attributes:
@@ -325,7 +311,7 @@ def _apply(attributes: dict[bytes, bytes], member: tarfile.TarInfo) -> None:
 
 
 def _read_record(sample: TarSample, where: str) -> Any:
-    """The record of a sample; whatever the JSON holds is left as it is."""
+    """The record of a sample; fields of its JSON take precedence."""
     texts = [name for name in sample.names if name.lower().endswith((".json", ".txt"))]
     jsons = [name for name in texts if name.lower().endswith(".json")]
     if len(jsons) > 1:

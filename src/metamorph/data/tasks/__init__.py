@@ -1,14 +1,13 @@
-"""Kinds of training data: each task turns a record into a conversation. A source's task is declared, never guessed.
+"""Data tasks: each turns a record into a conversation. The task of a source is declared, never guessed.
 
-To add one: write a module with a frozen dataclass of options and a function `build(record, rng, options, video)` to a
-`Conversation` (`instruction.py` is the shortest), name both in a `Task`, and add that to `_ALL` below. Wordings belong
-in `wording.py`; what all tasks share is in `base.py`. The present ones: `instruction.py`, `pictures.py` (drawing and
+To add one: write a module with a frozen dataclass of options and a function `build(record, rng, options, video)` that
+returns a `Conversation` (`instruction.py` is the shortest), name both in a `Task`, and add that to `_ALL` below.
+Wordings belong in `wording.py`; shared code is in `base.py`. The tasks: `instruction.py`, `pictures.py` (drawing and
 editing), `regions.py` (a detail first), `video_qa.py`, `frame_prediction.py`.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from types import MappingProxyType
@@ -21,6 +20,7 @@ from metamorph.data.tasks.instruction import INSTRUCTION
 from metamorph.data.tasks.pictures import IMAGE_EDIT, TEXT_TO_IMAGE
 from metamorph.data.tasks.regions import VISUAL_COT, VSTAR
 from metamorph.data.tasks.video_qa import VIDEO_QA
+from metamorph.flags.parser import nearest, unknown_choice
 
 
 _ALL = (INSTRUCTION, TEXT_TO_IMAGE, IMAGE_EDIT, VISUAL_COT, VSTAR, VIDEO_QA, FRAME_PREDICTION)
@@ -31,41 +31,27 @@ __all__ = ["TASKS", "Box", "Conversation", "ImageRef", "Task", "get_task", "pars
 
 
 def get_task(name: str) -> Task:
-    """The task of that name.
-
-    Raises:
-        ValueError: If there is none; the message lists them all.
-    """
+    """The task of that name; a `ValueError` lists all tasks if there is none."""
     if name not in TASKS:
-        raise ValueError(f"task {name!r} is unknown{_nearest(str(name), TASKS)}; use one of {', '.join(TASKS)}")
+        raise ValueError(f"task {unknown_choice(name, TASKS)}")
     return TASKS[name]
 
 
 def parse_options(task: Task, values: Mapping[str, Any] | None = None) -> Any:
-    """Options of a task from a mapping, as a mixture file holds them.
-
-    Args:
-        task: The task.
-        values: Values by name; what is left out keeps its default.
-
-    Returns:
-        A `task.options_type`.
+    """Create the `task.options_type` from a mapping, as in a mixture file.
 
     Raises:
-        ValueError: If an option is unknown, naming the nearest one, or its value is not allowed.
+        ValueError: If an option is unknown (the message names the nearest one), or its value is not allowed.
     """
     values = values or {}
     known = [field.name for field in fields(task.options_type)]
     for name in values:
         if name not in known:
             allowed = f"its options are {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"task {task.name} has no option {name!r}{_nearest(str(name), known)}; {allowed}")
+            near = nearest(str(name), known)
+            hint = f" (did you mean {near!r}?)" if near else ""
+            raise ValueError(f"task {task.name} has no option {name!r}{hint}; {allowed}")
     try:
         return task.options_type(**values)
     except ValueError as error:
         raise ValueError(f"options of task {task.name}: {error}") from error
-
-
-def _nearest(name: str, known: Any) -> str:
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {found[0]!r}?)" if found else ""

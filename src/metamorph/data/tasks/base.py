@@ -1,4 +1,4 @@
-"""What a task is: a pure function from a record to a conversation and the pictures that belong into it."""
+"""A task: a pure function from a record to a conversation and its images."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Chosen = TypeVar("Chosen")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns and their pictures."""
+    """Turns and their images."""
 
     turns: tuple[Turn, ...]
-    """What is said, with one `<image>` marker for each picture."""
+    """With one `<image>` marker for each image."""
     images: tuple[ImageRef, ...]
-    """The pictures in reading order."""
+    """In reading order."""
 
     @property
     def num_answer_images(self) -> int:
-        """Number of pictures in assistant turns: those that the model learns to draw."""
+        """Number of images in assistant turns: those that the model learns to draw."""
         return sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in self.turns if turn.role == "assistant")
 
 
@@ -41,39 +41,32 @@ Build = Callable[[Record, np.random.Generator, Any, VideoInfo | None], Conversat
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of training data.
-
-    Args:
-        name: Name in mixture files.
-        options_type: Frozen dataclass of the options, all with defaults; its constructor checks their values.
-        build: Makes the conversation; pure, so the same record, generator state, options and video give the same.
-        needs_video: Whether records name a video, whose [`VideoInfo`] `build` needs.
-        draws: Whether every conversation must have a picture in an answer.
-    """
+    """One kind of training data."""
 
     name: str
+    """Name in mixture files."""
     options_type: type
+    """Frozen dataclass of the options, all with defaults; its constructor checks their values."""
     build: Build
+    """Makes the conversation; pure, so the same record, generator state, options and video give the same result."""
     needs_video: bool = False
+    """Whether records name a video, whose [`VideoInfo`] `build` needs."""
     draws: bool = False
+    """Whether every conversation must have an image in an answer."""
 
     def __call__(
         self, record: Record, rng: np.random.Generator, options: Any, video: VideoInfo | None = None
     ) -> Conversation:
-        """Make the conversation of a record; no file is opened.
+        """Make the conversation of a record, and check it; no file is opened.
 
         Args:
             record: The record.
-            rng: Draws wordings, templates and frames.
+            rng: Picks wordings, templates and frames.
             options: An `options_type`, see [`parse_options`].
-            video: What is known of the record's video, for tasks that need one.
-
-        Returns:
-            A conversation whose turns alternate and whose markers and pictures agree in number.
+            video: Facts about the record's video, for tasks that need one.
 
         Raises:
             RecordError: If the record does not fit the task.
-            ValueError: If the task needs a video and `video` is missing although the record names one.
         """
         if self.needs_video and record.video is None:
             refuse_unread(record)
@@ -81,8 +74,6 @@ class Task:
                 "missing_video",
                 f'the task {self.name} needs a video; name its path in "video", or declare another task',
             )
-        if self.needs_video and video is None:
-            raise ValueError(f"the task {self.name} needs the VideoInfo of {record.video!r}; pass video=")
         try:
             conversation = self.build(record, rng, options, video)
             check_conversation(record, conversation.turns, len(conversation.images))
@@ -93,50 +84,38 @@ class Task:
         if not conversation.images:
             refuse_unread(record)
         if self.draws and not conversation.num_answer_images:
-            raise record.error("no_answer_image", f"the task {self.name} is to draw, but no answer has an image")
+            raise record.error("no_answer_image", f"the task {self.name} trains drawing, but no answer has an image")
         return conversation
 
 
 def without_markers(text: str) -> str:
-    """The text without its image markers, wrapped or not, and without white space at its ends."""
+    """The text without its image markers, wrapped or not, and stripped."""
     return "".join(part for part in split_at_images(text) if isinstance(part, str)).strip()
 
 
-def draw(rng: np.random.Generator, choices: Sequence[Chosen]) -> Chosen:
+def pick(rng: np.random.Generator, choices: Sequence[Chosen]) -> Chosen:
     """One of the choices, each with the same probability."""
     return choices[int(rng.integers(len(choices)))]
 
 
 def fill(wording: str, **values: str) -> str:
-    """Put values into the `{slots}` of a wording; braces in the values mean nothing."""
+    """Fill the `{slots}` of a wording; braces in the values are literal."""
     return re.sub(r"\{(\w+)\}", lambda slot: values[slot[1]], wording)
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Check an option that must be a number above 0.
-
-    Raises:
-        ValueError: With name and value.
-    """
+    """Check an option that must be a number above 0."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a number above 0, not {value!r}")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Check an option that must be a whole number.
-
-    Raises:
-        ValueError: With name and value.
-    """
+    """Check an option that must be a whole number."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number, at least {least}, not {value!r}")
 
 
 def check_field_name(name: str, value: Any) -> None:
-    """Check an option that names a field of the records, or is None.
-
-    Raises:
-        ValueError: With name and value.
-    """
+    """Check an option that names a field of the records, or is None."""
     if value is not None and (not isinstance(value, str) or not value):
         raise ValueError(f"{name} must be the name of a field, not {value!r}")

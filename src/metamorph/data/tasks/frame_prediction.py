@@ -1,14 +1,12 @@
 """`frame_prediction`: the model sees some frames of a video and draws others.
 
-Each template hands out the frames between the turns; how many markers a turn has follows from the frames it is given,
-so the two cannot disagree.
+Each template distributes frames over the turns. A turn gets one marker for each of its frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 
@@ -22,8 +20,8 @@ from metamorph.data.tasks.base import (
     check_count,
     check_field_name,
     check_positive,
-    draw,
     fill,
+    pick,
     without_markers,
 )
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
@@ -31,84 +29,63 @@ from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 @dataclass(frozen=True)
 class _Part:
-    """One turn: what is said, and the frames shown in it."""
+    """One turn, and its frames."""
 
     role: str
     wording: str
     frames: tuple[float, ...]
     count: int = 0
-    """Number that the wording may speak of."""
+    """For `{count}` in the wording."""
     seconds: float = 0.0
-    """Time that the wording may speak of."""
+    """For `{seconds}` in the wording."""
 
 
-def _forward(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
-    """The first frame is seen, all others are drawn."""
-    return _seen_and_drawn(rng, wording.FORWARD, frames[:1], frames[1:])
+TEMPLATES = {
+    "forward": wording.FORWARD,
+    "split": wording.SPLIT,
+    "backward": wording.BACKWARD,
+    "alternate": wording.ALTERNATE,
+    "reorder": wording.REORDER,
+    "interval": wording.INTERVAL,
+    "next_k": wording.NEXT_K,
+}
+"""Wordings of each way to distribute the frames of a video over turns, see `_distribute`."""
 
 
-def _split(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
-    """The frames before some place are seen, those behind it drawn."""
-    place = int(rng.integers(1, len(frames)))
-    return _seen_and_drawn(rng, wording.SPLIT, frames[:place], frames[place:])
-
-
-def _backward(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
-    """The last frame is seen, the others are drawn from there back to the first."""
-    return _seen_and_drawn(rng, wording.BACKWARD, frames[-1:], frames[-2::-1])
-
-
-def _alternate(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
-    """Frames are seen and drawn in turns."""
-    parts: list[_Part] = []
-    for index in range(0, len(frames) - 1, 2):
-        wordings = wording.ALTERNATE if parts else wording.ALTERNATE_FIRST
-        parts += _seen_and_drawn(rng, wordings, frames[index : index + 1], frames[index + 1 : index + 2])
-    return parts
-
-
-def _reorder(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
-    """All frames are seen out of order and drawn in order."""
-    shuffled = list(frames)
-    while shuffled == list(frames):
-        rng.shuffle(shuffled)
-    return _seen_and_drawn(rng, wording.REORDER, shuffled, frames)
-
-
-def _interval(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
-    """One frame is seen, and the one a stated number of seconds later is drawn."""
-    first, later = sorted(rng.choice(len(frames), size=2, replace=False).tolist())
-    return _seen_and_drawn(rng, wording.INTERVAL, frames[first : first + 1], frames[later : later + 1])
-
-
-def _next_k(frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
-    """Some frames are seen, and a stated number of those that follow is drawn."""
-    count = int(rng.integers(1, min(max_next, len(frames) - 1) + 1))
-    place = int(rng.integers(1, len(frames) - count + 1))
-    return _seen_and_drawn(rng, wording.NEXT_K, frames[:place], frames[place : place + count])
+def _distribute(template: str, frames: Sequence[float], rng: np.random.Generator, max_next: int) -> list[_Part]:
+    """Distribute two or more frames over the turns of a conversation; at least one of them is drawn."""
+    if template == "alternate":  # frames are alternately seen and drawn
+        parts: list[_Part] = []
+        for index in range(0, len(frames) - 1, 2):
+            wordings = wording.ALTERNATE if parts else wording.ALTERNATE_FIRST
+            parts += _seen_and_drawn(rng, wordings, frames[index : index + 1], frames[index + 1 : index + 2])
+        return parts
+    if template == "forward":  # the first frame is seen, all others are drawn
+        seen, drawn = frames[:1], frames[1:]
+    elif template == "split":  # the frames before a random place are seen, those after it are drawn
+        place = int(rng.integers(1, len(frames)))
+        seen, drawn = frames[:place], frames[place:]
+    elif template == "backward":  # the last frame is seen, the others are drawn in reverse order
+        seen, drawn = frames[-1:], frames[-2::-1]
+    elif template == "reorder":  # all frames are seen out of order and drawn in order
+        seen, drawn = list(frames), frames
+        while seen == list(frames):
+            rng.shuffle(seen)
+    elif template == "interval":  # one frame is seen, and the one a stated number of seconds later is drawn
+        first, later = sorted(rng.choice(len(frames), size=2, replace=False).tolist())
+        seen, drawn = frames[first : first + 1], frames[later : later + 1]
+    else:  # next_k: some frames are seen, and a stated number of the following ones is drawn
+        count = int(rng.integers(1, min(max_next, len(frames) - 1) + 1))
+        place = int(rng.integers(1, len(frames) - count + 1))
+        seen, drawn = frames[:place], frames[place : place + count]
+    return _seen_and_drawn(rng, TEMPLATES[template], seen, drawn)
 
 
 def _seen_and_drawn(
     rng: np.random.Generator, wordings: Sequence[str], seen: Sequence[float], drawn: Sequence[float]
 ) -> list[_Part]:
-    question = _Part("user", draw(rng, wordings), tuple(seen), len(drawn), drawn[-1] - seen[-1])
+    question = _Part("user", pick(rng, wordings), tuple(seen), len(drawn), drawn[-1] - seen[-1])
     return [question, _Part("assistant", "{frames}", tuple(drawn))]
-
-
-Template = Callable[[Sequence[float], np.random.Generator, int], list[_Part]]
-
-TEMPLATES: Mapping[str, Template] = MappingProxyType(
-    {
-        "forward": _forward,
-        "split": _split,
-        "backward": _backward,
-        "alternate": _alternate,
-        "reorder": _reorder,
-        "interval": _interval,
-        "next_k": _next_k,
-    }
-)
-"""How frames are handed out; each takes at least two frames and has at least one of them drawn."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +93,15 @@ class FramePredictionOptions:
     """Options of `frame_prediction`."""
 
     fps: float = 1.0
-    """Frames taken of each second; fewer where the video itself has fewer."""
+    """Frames per second of the sample; fewer if the video has fewer."""
     max_frames: int = 6
-    """Most frames of a conversation, at least 2. Of longer videos a stretch of that many frames is drawn."""
+    """Most frames of a conversation, at least 2. A longer video contributes a random stretch of this number."""
     templates: tuple[str, ...] = tuple(TEMPLATES)
-    """Names of the templates of which one is drawn for each record."""
+    """Names of the templates, one of which is picked for each record."""
     max_next: int = 3
     """Most frames that `next_k` asks for."""
     caption_field: str | None = None
-    """Field of a text that tells what happens in the video, said before the question; none by default."""
+    """Field of a text that describes the video, which precedes the question; none by default."""
 
     def __post_init__(self) -> None:
         check_positive("fps", self.fps)
@@ -148,7 +125,7 @@ def _frame_prediction(
             "too_few_frames", f"{record.video!r} has one frame, so there is none to predict; remove the record"
         )
     frames = _stretch(video, rng, options)
-    parts = TEMPLATES[draw(rng, options.templates)](frames, rng, options.max_next)
+    parts = _distribute(pick(rng, options.templates), frames, rng, options.max_next)
     turns = [
         Turn(
             part.role,
@@ -167,12 +144,12 @@ def _frame_prediction(
 
 
 def _stretch(video: VideoInfo, rng: np.random.Generator, options: FramePredictionOptions) -> list[float]:
-    """Times of two or more different frames that follow each other at the wanted rate, from a drawn place on."""
+    """Times of two or more different frames at the wanted rate, from a random place on."""
     span = video.times[-1]
     count = min(int(span * options.fps) + 1, options.max_frames)
     start = rng.uniform(0, max(span - (count - 1) / options.fps, 0))
     places = sorted({video.frame_at(start + index / options.fps) for index in range(count)})
-    if len(places) == 1:  # the video is shorter, or its frames are further apart, than frames are wanted
+    if len(places) == 1:  # the video is too short, or its frames are too far apart
         first = min(places[0], video.num_frames - 2)
         places = [first, max(video.frame_at(video.times[first] + 1 / options.fps), first + 1)]
     return [video.times[place] for place in places]
@@ -183,9 +160,9 @@ def _caption(record: Record, rng: np.random.Generator, field: str | None) -> str
         return ""
     caption = record.fields.get(field)
     if not isinstance(caption, str) or not without_markers(caption):
-        raise record.error("bad_field", f'"{field}" must tell what the video shows, not {caption!r:.80}')
-    return fill(draw(rng, wording.SHOWN_IN_VIDEO), caption=without_markers(caption))
+        raise record.error("bad_field", f'"{field}" must describe the video, not {caption!r:.80}')
+    return fill(pick(rng, wording.SHOWN_IN_VIDEO), caption=without_markers(caption))
 
 
 FRAME_PREDICTION = Task("frame_prediction", FramePredictionOptions, _frame_prediction, needs_video=True, draws=True)
-"""A video alone: the model predicts frames from other frames."""
+"""A video without text: the model predicts frames from other frames."""

@@ -1,4 +1,4 @@
-"""`text_to_image` and `image_edit`: the answer is a picture."""
+"""`text_to_image` and `image_edit`: the answer is an image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from metamorph.data.media.refs import ImageRef
 from metamorph.data.media.video import VideoInfo
 from metamorph.data.records import Record, Turn
 from metamorph.data.tasks import wording
-from metamorph.data.tasks.base import Conversation, Task, check_field_name, draw, fill, without_markers
+from metamorph.data.tasks.base import Conversation, Task, check_field_name, fill, pick, without_markers
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 
@@ -26,8 +26,8 @@ class TextToImageOptions:
     """Options of `text_to_image`."""
 
     caption_field: str | None = None
-    """Field of the caption: a text, or a list of texts of which one is drawn. By default the first of `caption`,
-    `text` and `captions` that is there, else the first `gpt` turn."""
+    """Field of the caption: a text, or a list of texts of which one is picked. By default the first of `caption`,
+    `text` and `captions` that the record has, else the first `gpt` turn."""
 
     def __post_init__(self) -> None:
         check_field_name("caption_field", self.caption_field)
@@ -38,13 +38,13 @@ class ImageEditOptions:
     """Options of `image_edit`."""
 
     source_field: str | None = None
-    """Field of the path of the image to edit; by default one that is usual (`source`, `input`, `original_image`, …),
+    """Field of the path of the image to edit; by default one of the usual (`source`, `input`, `original_image`, …),
     else the first path of `image`."""
     target_field: str | None = None
-    """Field of the path of the edited image; by default one that is usual (`target`, `output`, `edited_image`, …),
+    """Field of the path of the edited image; by default one of the usual (`target`, `output`, `edited_image`, …),
     else the second path of `image`."""
     instruction_field: str | None = None
-    """Field of what to do: a text, or a list of texts of which one is drawn; by default one that is usual
+    """Field of the instruction: a text, or a list of texts of which one is picked; by default one of the usual
     (`instruction`, `edit`, `edit_prompt`, …), else the first `human` turn."""
 
     def __post_init__(self) -> None:
@@ -62,8 +62,8 @@ def _text_to_image(
     caption = _text(record, rng, options.caption_field, CAPTION_FIELDS, "assistant", "caption")
     return Conversation(
         turns=(
-            Turn("user", fill(draw(rng, wording.DRAW), caption=caption)),
-            Turn("assistant", fill(draw(rng, wording.DRAWN), image=DEFAULT_IMAGE_TOKEN)),
+            Turn("user", fill(pick(rng, wording.DRAW), caption=caption)),
+            Turn("assistant", fill(pick(rng, wording.DRAWN), image=DEFAULT_IMAGE_TOKEN)),
         ),
         images=(ImageRef(record.images[0]),),
     )
@@ -77,15 +77,15 @@ def _image_edit(
     instruction = _text(record, rng, options.instruction_field, INSTRUCTION_FIELDS, "user", "instruction")
     return Conversation(
         turns=(
-            Turn("user", fill(draw(rng, wording.EDIT), image=DEFAULT_IMAGE_TOKEN, instruction=instruction)),
-            Turn("assistant", fill(draw(rng, wording.EDITED), image=DEFAULT_IMAGE_TOKEN)),
+            Turn("user", fill(pick(rng, wording.EDIT), image=DEFAULT_IMAGE_TOKEN, instruction=instruction)),
+            Turn("assistant", fill(pick(rng, wording.EDITED), image=DEFAULT_IMAGE_TOKEN)),
         ),
         images=(ImageRef(source), ImageRef(target)),
     )
 
 
 def _path(record: Record, chosen: str | None, usual: tuple[str, ...], place: int, what: str) -> str:
-    """A path from a field, or from its place in `image` if there is none of the usual fields."""
+    """A path from a field, or from its place in `image` if the record has none of the usual fields."""
     name = _field(record, chosen, usual)
     if name is not None:
         value = record.fields.get(name)
@@ -104,14 +104,14 @@ def _path(record: Record, chosen: str | None, usual: tuple[str, ...], place: int
 def _text(
     record: Record, rng: np.random.Generator, chosen: str | None, usual: tuple[str, ...], role: str, what: str
 ) -> str:
-    """A text from a field, or from the first turn of a role if there is none of the usual fields."""
+    """A text from a field, or from the first turn of a role if the record has none of the usual fields."""
     name = _field(record, chosen, usual)
     value: Any = None if name is None else record.fields.get(name)
     if name is None:
         name = "conversations"
         value = next((turn.text for turn in record.turns if turn.role == role), None)
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        value = draw(rng, value)
+        value = pick(rng, value)
     if not isinstance(value, str) or not without_markers(value):
         raise record.error(
             "bad_field", f'there is no {what}: "{name}" has {value!r:.80}; write it as text in "{usual[0]}"'

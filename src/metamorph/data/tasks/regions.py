@@ -1,4 +1,4 @@
-"""`visual_cot` and `vstar`: before the answer in words, a picture of what it depends on."""
+"""`visual_cot` and `vstar`: before the answer in words, an image of the region that it depends on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from metamorph.data.media.refs import Box, ImageRef
 from metamorph.data.media.video import VideoInfo
 from metamorph.data.records import Record, Turn
 from metamorph.data.tasks import wording
-from metamorph.data.tasks.base import Conversation, Task, draw, fill, without_markers
+from metamorph.data.tasks.base import Conversation, Task, fill, pick, without_markers
 from metamorph.flags.checks import check_choice
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
@@ -22,11 +22,11 @@ from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 BOX_UNITS = ("pixels", "relative")
 BOX_FORMATS = ("xyxy", "xywh")
 _LARGEST = 1e9
-"""No image has so many pixels; what is not finite is not below it, either."""
+"""Larger than any image; NaN and infinity are not below it, either."""
 _LARGEST_SHARE = 2
-"""Beyond it, a number is no share of an image's side, however carelessly it was drawn."""
+"""A larger number cannot be a share of an image's side, however carelessly the box was drawn."""
 BOX_MARK = "###"
-"""Stands between path and box in the data of Visual CoT."""
+"""Separates path and box in the data of Visual CoT."""
 _ASKS_FOR_BOX = re.compile(r"[^.?!\n]*\bbounding box[^.?!\n]*[.?!]?", re.IGNORECASE)
 
 
@@ -55,9 +55,9 @@ class VstarOptions:
     box_units: str = "pixels"
     """`pixels` of the upright image, or `relative`: shares of its width and height."""
     box_format: str = "xywh"
-    """`xywh` (left, top, width, height), as the V* data have them, or `xyxy` (left, top, right, bottom)."""
+    """`xywh` (left, top, width, height), as in the V* data, or `xyxy` (left, top, right, bottom)."""
     draw_names: bool = True
-    """Whether the name of an object is written at its box."""
+    """Whether to write the name of an object at its box."""
 
     def __post_init__(self) -> None:
         check_choice("box_units", self.box_units, BOX_UNITS)
@@ -78,7 +78,7 @@ def _visual_cot(
             f'least one of each: ["a.jpg", "a.jpg{BOX_MARK}[x1, y1, x2, y2]"]',
         )
     system, question, answer = _question_and_answer(record)
-    # The data may ask for coordinates in words; here the part itself is shown.
+    # The data may ask for coordinates in words, but here the answer shows the region.
     without_request = _ASKS_FOR_BOX.sub("", question).strip()
     if without_markers(without_request):  # else the question itself is about a box
         question = without_request
@@ -88,15 +88,15 @@ def _visual_cot(
     return Conversation(
         turns=(
             *system,
-            Turn("user", f"{question}\n{draw(rng, wording.LOOK_CLOSER)}"),
-            Turn("assistant", fill(draw(rng, wording.LOOKED_CLOSER), images=images, answer=answer)),
+            Turn("user", f"{question}\n{pick(rng, wording.LOOK_CLOSER)}"),
+            Turn("assistant", fill(pick(rng, wording.LOOKED_CLOSER), images=images, answer=answer)),
         ),
         images=(*whole, *crops),
     )
 
 
 def _question_and_answer(record: Record) -> tuple[list[Turn], str, str]:
-    """System turns, the first question and the last answer; between them the data speak of the box."""
+    """System turns, the first question and the last answer; turns between them are about the box."""
     questions = [turn.text for turn in record.turns if turn.role == "user"]
     answers = [turn.text for turn in record.turns if turn.role == "assistant"]
     if not 1 <= len(questions) <= 2 or len(answers) != len(questions) or not without_markers(answers[-1]):
@@ -118,32 +118,24 @@ def _parse_crop(record: Record, text: str, options: VisualCotOptions) -> ImageRe
         values = []
     if not path or not (numbers.startswith("[") and numbers.endswith("]")):
         values = []
-    box = parse_box(
-        record,
-        values,
-        f"{text!r}",
-        relative=options.box_units == "relative",
-        width_and_height=options.box_format == "xywh",
-    )
+    box = _parse_box(record, values, f"{text!r}", options)
     return ImageRef(path, crop=box.grown(options.margin), box=box)
 
 
-def parse_box(record: Record, values: Any, where: str, *, relative: bool, width_and_height: bool = False) -> Box:
+def _parse_box(record: Record, values: Any, where: str, options: VisualCotOptions | VstarOptions) -> Box:
     """Make a box of four numbers.
 
     Args:
-        record: The record, for messages.
+        record: The record, for errors.
         values: Left, top, right and bottom.
-        where: What the message quotes.
-        relative: Whether they are shares of the image's sides.
-        width_and_height: Whether the last two are width and height instead.
+        where: The text that errors quote.
+        options: Say what the numbers mean.
 
     Raises:
-        RecordError: If they are not four numbers that enclose an area, or evidently of the other unit.
+        RecordError: If they are not four numbers that enclose an area, or obviously in the other unit.
     """
-    form = (
-        "[x, y, width, height], width and height above 0" if width_and_height else "[x1, y1, x2, y2], x1 < x2, y1 < y2"
-    )
+    relative, has_size = options.box_units == "relative", options.box_format == "xywh"
+    form = "[x, y, width, height], width and height above 0" if has_size else "[x1, y1, x2, y2], x1 < x2, y1 < y2"
     if (
         not isinstance(values, Sequence)
         or len(values) != 4
@@ -151,10 +143,10 @@ def parse_box(record: Record, values: Any, where: str, *, relative: bool, width_
     ):
         raise record.error("bad_box", f"{where} has no box of the form {form}; correct it, or the source's options")
     left, top, third, fourth = values
-    right, bottom = (left + third, top + fourth) if width_and_height else (third, fourth)
+    right, bottom = (left + third, top + fourth) if has_size else (third, fourth)
     if not (left < right and top < bottom):
         swap = ""
-        if not width_and_height and third > 0 and fourth > 0:
+        if not has_size and third > 0 and fourth > 0:
             swap = "; if its last two numbers are width and height, set box_format: xywh"
         raise record.error(
             "bad_box", f"{where} has no box of the form {form}{swap}; correct it, or the source's options"
@@ -168,10 +160,10 @@ def parse_box(record: Record, values: Any, where: str, *, relative: bool, width_
     if relative and (left >= 1 or top >= 1 or max(right, bottom) > _LARGEST_SHARE):
         raise record.error(
             "box_units",
-            f"{where} has a box far outside of its image: its numbers are no shares of the image's sides; set "
+            f"{where} has a box far outside its image: its numbers are not shares of the image's sides; set "
             "box_units: pixels in the source's options, or divide them by width and height",
         )
-    return Box(left, top, right, bottom, relative, from_size=width_and_height)
+    return Box(left, top, right, bottom, relative, from_size=has_size)
 
 
 def _vstar(record: Record, rng: np.random.Generator, options: VstarOptions, video: VideoInfo | None) -> Conversation:
@@ -183,8 +175,8 @@ def _vstar(record: Record, rng: np.random.Generator, options: VstarOptions, vide
     if "user" not in roles or "assistant" not in roles:
         raise record.error("no_conversations", "the task vstar needs a question and an answer in the conversations")
     question, answer = roles.index("user"), roles.index("assistant")
-    turns[question] = Turn("user", f"{DEFAULT_IMAGE_TOKEN}\n{turns[question].text}\n{draw(rng, wording.MARK)}")
-    marked = fill(draw(rng, wording.MARKED), image=DEFAULT_IMAGE_TOKEN, answer=turns[answer].text)
+    turns[question] = Turn("user", f"{DEFAULT_IMAGE_TOKEN}\n{turns[question].text}\n{pick(rng, wording.MARK)}")
+    marked = fill(pick(rng, wording.MARKED), image=DEFAULT_IMAGE_TOKEN, answer=turns[answer].text)
     turns[answer] = Turn("assistant", marked)
     path = record.images[0]
     return Conversation(tuple(turns), (ImageRef(path), ImageRef(path, boxes=boxes)))
@@ -196,24 +188,19 @@ def _parse_instances(record: Record, options: VstarOptions) -> tuple[tuple[str, 
         raise record.error(
             "bad_field",
             'the task vstar needs "target_instances": a list of {"name": text, "bbox": four numbers}, not '
-            f"{instances!r:.80}; records without objects belong into a source with task: instruction",
+            f"{instances!r:.80}; records without objects belong in a source with task: instruction",
         )
     boxes = []
     for number, instance in enumerate(instances, 1):
         if not isinstance(instance, Mapping) or not isinstance(instance.get("name"), str):
             raise record.error("bad_field", f'target instance {number} has no "name": {instance!r:.80}')
-        box = parse_box(
-            record,
-            instance.get("bbox"),
-            f'"bbox" of target instance {number}: {instance.get("bbox")!r:.80}',
-            relative=options.box_units == "relative",
-            width_and_height=options.box_format == "xywh",
-        )
+        values = instance.get("bbox")
+        box = _parse_box(record, values, f'"bbox" of target instance {number}: {values!r:.80}', options)
         boxes.append((instance["name"] if options.draw_names else "", box))
     return tuple(boxes)
 
 
 VISUAL_COT = Task("visual_cot", VisualCotOptions, _visual_cot, draws=True)
-"""A question about a part of an image: the answer shows that part, then says the answer."""
+"""A question about a region of an image: the region is shown, then the question is answered in words."""
 VSTAR = Task("vstar", VstarOptions, _vstar, draws=True)
-"""A question about objects in an image: the answer shows the image with these marked, then says the answer."""
+"""A question about objects in an image: it is shown with the objects marked, then answered in words."""

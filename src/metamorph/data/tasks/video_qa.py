@@ -1,4 +1,4 @@
-"""`video_qa`: questions about a video, which is read as a few of its frames."""
+"""`video_qa`: questions about a video, which the model sees as a few frames."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class VideoQaOptions:
     """Options of `video_qa`."""
 
     fps: float = 1.0
-    """Frames taken of each second; fewer where the video itself has fewer."""
+    """Frames per second of the sample; fewer if the video has fewer."""
     max_frames: int = 8
-    """Most frames of a video; of longer videos so many are taken, evenly spread from beginning to end."""
+    """Most frames of a video; from a longer one this number is taken, evenly spread from beginning to end."""
 
     def __post_init__(self) -> None:
         check_positive("fps", self.fps)
@@ -38,7 +38,7 @@ def _video_qa(
     places = [index for index, turn in enumerate(turns) for _ in range(turn.text.count(DEFAULT_IMAGE_TOKEN))]
     questions = [index for index, turn in enumerate(turns) if turn.role == "user"]
     if len(places) > 1:
-        raise record.error("image_count", f"the turns hold {len(places)} markers, but there is one video; leave one")
+        raise record.error("image_count", f"the turns have {len(places)} markers, but there is one video; keep one")
     if not questions or not set(places) <= set(questions):
         raise record.error(
             "role_order", "the task video_qa shows the video in a human turn, and answers it in words in a gpt turn"
@@ -53,23 +53,17 @@ def _video_qa(
 
 
 def _with_frames(text: str, frames: str) -> str:
-    """The text with `frames` in the place of its marker, wrapped or not."""
+    """The text with `frames` instead of its marker, wrapped or not."""
     return "".join(part if isinstance(part, str) else frames for part in split_at_images(text))
 
 
 def sample_times(video: VideoInfo, fps: float, max_frames: int) -> list[float]:
-    """Times of different frames of a video, evenly spread.
+    """Times of different frames of a video in seconds, ascending and evenly spread.
 
-    Args:
-        video: The video.
-        fps: Frames of each second, from the first frame on.
-        max_frames: Most frames; a video that has more at that rate is spread over so many, the first and last among
-            them.
-
-    Returns:
-        The frames' own times in seconds, ascending; fewer where the same frame is shown at several of the times.
+    Frames are taken at `fps`, from the first one on. If these are more than `max_frames`, that number is spread from
+    the first to the last. There are fewer if several times fall into the same frame.
     """
-    # The last frame's length is often missing in files: what counts is when frames begin.
+    # Files often lack the length of the last frame, so only the beginnings of frames count.
     count = math.floor(max(video.times[-1], math.nextafter(video.duration, 0)) * fps) + 1
     grid = np.arange(count) / fps if count <= max_frames else np.linspace(0, (count - 1) / fps, max_frames)
     return [video.times[index] for index in sorted({video.frame_at(time) for time in grid.tolist()})]

@@ -1,6 +1,6 @@
-"""What tasks say: several wordings of each prompt and answer, of which one is drawn for each record.
+"""Wordings of prompts and answers, one of which is picked for each record.
 
-Words in braces are filled in; `{image}`, `{images}` and `{frames}` become image markers.
+Names in braces are filled in; `{image}`, `{images}` and `{frames}` become image markers.
 """
 
 DRAW = (

@@ -1,0 +1,203 @@
+"""The walk over records that `metamorph data check` and the check at the start of a run share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from metamorph.data.doctor.boxes import check_boxes
+from metamorph.data.media.stores import media_of
+from metamorph.data.records import Record, RecordError, Turn, UnsupervisedRecordError
+from metamorph.data.remarks import remarks
+from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.models.sequence.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, IGNORE_INDEX
+from metamorph.models.sequence.conversations import split_at_images
+from metamorph.runs.progress import Progress
+
+
+if TYPE_CHECKING:
+    from metamorph.data.dataset import MixtureDataset
+    from metamorph.data.examples import ConversationDataset
+
+_BATCH = 16
+_IMAGE_WRAPPERS = 2
+"""`<image_start>` and `<image_end>`: truncation removes at most one image more than the limit requires."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of checking one record."""
+
+    index: int
+    where: str
+    """File and line (or index); empty if not even the record could be read."""
+    record_id: str | None
+    warnings: tuple[tuple[str, str], ...]
+    """Kind and detail of what training would accept."""
+    error: RecordError | None = None
+    """Why the record cannot be trained on."""
+    paths: tuple[str, ...] = ()
+    """Media files that the record needs."""
+    num_missing: int = 0
+    """Those of them that do not exist."""
+    sizes: tuple[int, int, int, int, int] = (-1,) * 5
+    """Tokens before and after truncation, tokens with text loss, images, answer images; -1 if there is an error."""
+    box_shares: tuple[float, ...] = ()
+    """Share of its image that each box covers, 0 to 1."""
+
+
+def walk(
+    dataset: ConversationDataset | MixtureDataset,
+    indices: Sequence[int],
+    desc: str,
+    *,
+    media_place: str | None = None,
+    num_workers: int = 0,
+) -> Iterator[Finding]:
+    """Check records one by one.
+
+    Args:
+        dataset: The data; it must raise the errors of its records (`record` and `conversation` always do).
+        indices: Which records.
+        desc: Text of the progress bar.
+        media_place: None builds every training example, so media are decoded. Otherwise the check only looks whether
+            the media files exist, and this is where error messages say it looked.
+        num_workers: Processes that check records; 0 checks them in this one.
+    """
+    loader: DataLoader[Finding] = DataLoader(
+        _Findings(dataset, indices, media_place),
+        batch_size=_BATCH,
+        num_workers=num_workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # a loader's seed must not come from the random numbers of the run
+    )
+    with Progress(desc=desc, total=len(indices), unit="record", delay=2) as bar:
+        for batch in loader:
+            yield from batch
+            bar.update(len(batch))
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """At most `limit` of the numbers below `count`, evenly spread."""
+    return list(range(count)) if count <= limit else np.linspace(0, count - 1, limit).astype(int).tolist()
+
+
+class _Findings(Dataset[Finding]):
+    """The walk as a data set, so that the workers of a data loader can share it."""
+
+    def __init__(
+        self, dataset: ConversationDataset | MixtureDataset, indices: Sequence[int], media_place: str | None
+    ) -> None:
+        self.dataset = dataset
+        self.indices = indices
+        self.media_place = media_place
+        self.control_tokens = _control_tokens(dataset.processor)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> Finding:
+        index = int(self.indices[place])
+        warnings: list[tuple[str, str]] = []
+        values: dict[str, Any] = {"where": "", "record_id": None}
+        try:
+            record = self.dataset.record(index)
+            values |= {"where": record.where, "record_id": record.id}
+            if self.media_place is None:
+                values |= self._try_out(index, record, warnings)
+            else:
+                values |= self._look_for_media(index, record, warnings, self.media_place)
+        except RecordError as error:
+            values |= {"error": error, "where": error.where, "record_id": error.record_id or values["record_id"]}
+            if isinstance(error, UnsupervisedRecordError):  # perhaps because it was truncated
+                warnings += self._over_long(self.dataset.measure(index), None)
+        return Finding(index, warnings=tuple(warnings), **values)
+
+    def _look_for_media(
+        self, index: int, record: Record, warnings: list[tuple[str, str]], media_place: str
+    ) -> dict[str, Any]:
+        """Check that the files of a record exist. A video is not opened, so its conversation is not built."""
+        if record.video is not None:
+            paths, what = [record.video], "video"
+        else:
+            conversation = self.dataset.conversation(index)
+            paths, what = list(dict.fromkeys(image.path for image in conversation.images)), "image"
+            warnings += remarks(record, conversation.turns, paths)
+        store = self.dataset.store(index)
+        with media_of(record):
+            missing = [path for path in paths if not store.exists(path)]
+        error = None
+        if missing:
+            detail = f"there is no {what} file {missing[0]}; is {media_place} right?"
+            error = record.error(f"missing_{what}", detail)
+        return {"paths": tuple(paths), "num_missing": len(missing), "error": error}
+
+    def _try_out(self, index: int, record: Record, warnings: list[tuple[str, str]]) -> dict[str, Any]:
+        """Build the example of a record, and measure it."""
+        conversation = self.dataset.conversation(index)
+        paths = tuple(ref.path for ref in conversation.images)
+        warnings += _faults_of_turns(conversation.turns, self.control_tokens)
+        warnings += remarks(record, conversation.turns, paths)
+        example = self.dataset[index]
+        tokens, images, answer_images = lengths = self._lengths(index, example)
+        faults, shares = check_boxes(conversation.images, self.dataset.store(index))
+        warnings += faults
+        warnings += self._over_long(lengths, example)
+        text_targets = int((example["labels"] != IGNORE_INDEX).sum())
+        sizes = (tokens, len(example["input_ids"]), text_targets, images, answer_images)
+        return {"paths": paths, "sizes": sizes, "box_shares": tuple(shares)}
+
+    def _lengths(self, index: int, example: dict[str, Any]) -> tuple[int, int, int]:
+        """Tokens, images and answer images before truncation; measured only if the example may have been truncated."""
+        count = self.dataset.processor.num_image_tokens
+        tokens, limit = len(example["input_ids"]), self.dataset.model_max_length
+        if limit is not None and tokens > limit - count - _IMAGE_WRAPPERS:
+            return self.dataset.measure(index)[:3]
+        images = example.get("pixel_values")
+        answers = int(example["visual_target_mask"].sum()) // count
+        return tokens, 0 if images is None else len(images), answers
+
+    def _over_long(self, lengths: Sequence[int], example: dict[str, Any] | None) -> list[tuple[str, str]]:
+        """What training would cut off; `example` is None if nothing to learn would be left."""
+        limit = self.dataset.model_max_length
+        tokens, images = lengths[:2]
+        if limit is None or tokens <= limit:
+            return []
+        text = f"the record has {tokens} tokens, more than --model_max_length {limit}: "
+        if example is None:
+            return [("over_long", f"{text}nothing to learn is left at that length; shorten or split it")]
+        pixels = example.get("pixel_values")
+        lost = images - (0 if pixels is None else len(pixels))
+        dropped = f" and {lost} of {images} image(s)" if lost else ""
+        text += f"its last {tokens - len(example['input_ids'])} tokens{dropped} would be cut off; shorten or split it"
+        return [("over_long", text)]
+
+
+def _faults_of_turns(turns: Sequence[Turn], control_tokens: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+    for number, turn in enumerate(turns, 1):
+        parts = split_at_images(turn.text)
+        texts = [part for part in parts if isinstance(part, str)]
+        if not "".join(texts).strip() and len(texts) == len(parts):
+            learnt = "only the end of the turn would be learnt" if turn.role == "assistant" else "it says nothing"
+            yield "empty_turn", f"turn {number} ({turn.role}) is empty: {learnt}; write a text or remove the record"
+        names = sorted({match[0] for text in texts for match in control_tokens.finditer(text)})
+        if names:
+            yield (
+                "control_token",
+                f"turn {number} ({turn.role}) contains {', '.join(names)} as text, which would be tokenized like any "
+                "other text, because the template adds control tokens itself: remove it",
+            )
+
+
+def _control_tokens(processor: MetaMorphProcessor) -> re.Pattern[str]:
+    """Matches the names of the tokens that the template writes, but not `<image>`, which is a marker."""
+    names = processor.template.control_tokens - processor.template.thought_tokens
+    names |= {DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN}
+    # Short ones are ordinary markup: <s> strikes out, <b> is bold.
+    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if len(name) > 4))
