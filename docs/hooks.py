@@ -1,9 +1,8 @@
-"""Fills in what the documentation takes from the code.
+"""MkDocs hooks: tables of flags and lists of tests, generated from the code.
 
-`{{ flags module:Class }}` becomes a table of that class (`{{ options module:Class }}` one without dashes before the
-names), `{{ tests r07 }}` the tests named after that fault.
-What is missing is a warning, which `mkdocs build --strict` turns into a failure. In docstrings, names
-in Transformers' way, [`Name`], and in Sphinx's, :func:`name`, are shown as plain code.
+`{{ flags module:Class }}` becomes a table of the fields of a dataclass, `{{ options module:Class }}` the same without
+dashes before the names, `{{ tests r07 }}` a list of the regression tests of that fault. A placeholder without a match
+is a warning, which fails `mkdocs build --strict`. Names in docstrings, [`Name`] and :func:`name`, become plain code.
 """
 
 import dataclasses
@@ -25,18 +24,18 @@ TEST_FOLDER = Path(__file__).parent.parent / "tests"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replaces every placeholder of a page; MkDocs calls this by its name."""
+    """Fill in the placeholders of a page; MkDocs calls this function by name."""
     markdown = FLAGS.sub(lambda match: flag_table(match[2], match[3], "--" * (match[1] == "flags")), markdown)
     return TESTS.sub(lambda match: guarding_tests(match[1]), markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Takes brackets and roles off names in docstrings; MkDocs calls this by its name."""
+    """Strip brackets and Sphinx roles from names in docstrings; MkDocs calls this function by name."""
     return MARKED_NAME.sub(lambda match: match[1] or match[2], html)
 
 
 def flag_table(module: str, name: str, dashes: str = "--") -> str:
-    """A Markdown table of the flags or options that a dataclass of ours defines or inherits from another of ours."""
+    """Return a Markdown table of the documented fields of a dataclass, inherited ones included."""
     cls = getattr(importlib.import_module(module), name)
     documented = attribute_docs(cls)
     rows = [f"| {'Flag' if dashes else 'Option'} | Default | Meaning |", "|---|---|---|"]
@@ -50,7 +49,7 @@ def flag_table(module: str, name: str, dashes: str = "--") -> str:
 
 
 def guarding_tests(number: str) -> str:
-    """A Markdown list of the tests whose names begin with `test_<number>_`."""
+    """Return a Markdown list of the tests named `test_<number>_…`."""
     found = [f"- `{file}::{name}`" for file, name in _tests() if name.startswith(f"test_{number}_")]
     if not found:
         logger.warning("no test is named test_%s_…: write it, or leave the fault out of the page", number)
@@ -59,7 +58,7 @@ def guarding_tests(number: str) -> str:
 
 @cache
 def _tests() -> list[tuple[str, str]]:
-    """File and name of every test function, in order."""
+    """Return file and name of every test function, sorted by file."""
     return [
         (path.relative_to(TEST_FOLDER.parent).as_posix(), name)
         for path in sorted(TEST_FOLDER.rglob("test_*.py"))

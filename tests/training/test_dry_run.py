@@ -97,7 +97,7 @@ def test_stage_2_of_the_8b_recipe(large: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_memory_table_of_the_documentation(stage: int, large: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = (DOCS / "training.md").read_text(encoding="utf-8")
+    page = (DOCS / "multi_gpu.md").read_text(encoding="utf-8")
     engines = re.findall(r"`(\w+)`", re.search(r"^\| Stage, `--recompute` .*$", page, re.MULTILINE)[0])
     numbers = re.search(rf"^\| {stage}, `full` \| (.*) \|$", page, re.MULTILINE)[1].split(" | ")
     report = dry_run(

@@ -181,11 +181,11 @@ def _card(seed: int, seconds: float, recipe: Recipe, figures: dict[str, Any]) ->
     return AssetCard(
         name=NAME,
         summary=(
-            "The finished miniature: `model`, a MetaMorph model made of mini-siglip and mini-llama, and `visualizer`, "
-            "mini-sd with a projector for its visual tokens. Both were trained by the stages of the quickstart, for "
-            "longer. Questions count when the answer is exactly right; drawings when the "
-            "pixel checker finds the right objects with the right colours, shapes, sizes and positions and nothing "
-            "else. Scenes are ones that no training saw, and the weights are those of this folder, in bf16." + verdict
+            "A trained MetaMorph: `model`, built from mini-siglip and mini-llama, and `visualizer`, mini-sd with a "
+            "projector for the model's visual tokens. Both were trained by the stages of the quickstart, for "
+            "longer. An answer counts as right if it is exact; an image, if the pixel checker finds the right "
+            "objects with the right colours, shapes, sizes and positions and nothing else. The figures are for "
+            "scenes that were never trained on, with the bf16 weights of this folder." + verdict
         ),
         build_command="python -m tools.miniature.rebuild mini",
         seed=seed,

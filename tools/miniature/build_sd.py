@@ -159,13 +159,13 @@ def _card(seed: int, seconds: float, recipe: SdRecipe, figures: dict[str, float]
     return AssetCard(
         name=NAME,
         summary=(
-            "A Stable Diffusion in miniature: `AutoencoderKL` (64×64 pictures, 16×16×4 latents), "
-            "`UNet2DConditionModel` (v-prediction, conditioned by cross-attention alone) and its noise schedule. "
-            "The UNet was pretrained on the attributes of drawn scenes: one condition token for each cell of a 4×4 "
-            "grid, padded with zeros to 77 tokens; `condition_encoder.safetensors` holds the embeddings of those "
-            "attributes. No scene that is reserved for evaluation was trained on. The figures `vae.*` are shares of "
-            "reconstructions, `attributes.*` of pictures drawn from attributes, that the pixel checker reads right "
-            "in every attribute (or in the one named), on reserved scenes, with the bf16 weights of this folder."
+            "Stable Diffusion in miniature: `AutoencoderKL` (64×64 images, 16×16×4 latents), `UNet2DConditionModel` "
+            "(v-prediction, conditioned by cross-attention alone) and its noise schedule. The UNet was pretrained "
+            "on the attributes of drawn scenes: one condition token for each cell of a 4×4 grid, padded with zeros "
+            "to 77 tokens; `condition_encoder.safetensors` holds the embeddings of those attributes. Scenes "
+            "reserved for evaluation were not trained on. `vae.*` are the fractions of reconstructions, "
+            "`attributes.*` of images drawn from attributes, in which the pixel checker reads every attribute (or "
+            "the named one) right, on reserved scenes, with the bf16 weights of this folder."
         ),
         build_command="python -m tools.miniature.rebuild sd",
         seed=seed,

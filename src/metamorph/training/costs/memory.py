@@ -1,6 +1,6 @@
 """How much memory a training run will need on each GPU, from shapes alone.
 
-An estimate with its terms named, so that what does not fit is known before weights are loaded. `docs/training.md` has
+An estimate with its terms named, so that what does not fit is known before weights are loaded. `docs/multi_gpu.md` has
 the formulas; the term for activations is compared with what autograd keeps in `tests/training/test_memory.py`. Not
 counted are temporary results inside single operations and the fragmentation of the allocator: leave a tenth of the
 GPU free.
