@@ -7,7 +7,6 @@ import logging
 import math
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,17 +29,14 @@ from metamorph.runs.checkpoint_files import (
     PREFIX,
     CheckpointError,
     begin_checkpoint,
-    clean_up,
     commit_checkpoint,
     delete_old,
     explains_write_errors,
     flush,
 )
-from metamorph.runs.determinism import deterministic_algorithms
 from metamorph.runs.find_checkpoint import ResumePoint
-from metamorph.runs.lock import check_lock, only_run_in
-from metamorph.runs.preemption import Preemption, clear_marker, ignore_signals
-from metamorph.training.arguments.shared import RunTrainingArguments
+from metamorph.runs.lock import check_lock
+from metamorph.runs.preemption import Preemption, ignore_signals
 from metamorph.training.callbacks import StopOnBadRecords, StopWhenPreempted
 from metamorph.training.checkpoints.weights import ARGUMENTS_FILE, TRAINER_STATE_FILE
 from metamorph.training.engines.weights import gather_weights
@@ -54,22 +50,6 @@ logger = logging.getLogger(__name__)
 
 _GIVEN_BY_FLAGS = ("initial_lr", "weight_decay", "betas", "eps")
 """Values of an optimizer's groups that a checkpoint does not decide; of the rates, the scheduler takes care."""
-
-
-@contextmanager
-def open_run(args: RunTrainingArguments) -> Iterator[Preemption]:
-    """The output folder for this run alone, signals caught, and deterministic algorithms where they belong.
-
-    Raises:
-        CheckpointError: If another run uses the output folder.
-    """
-    deterministic = deterministic_algorithms(args.device, full=args.full_determinism, seed=args.seed)
-    with Preemption(args.ddp_timeout_delta) as preemption, only_run_in(args.output_dir), deterministic:
-        if args.process_index == 0:
-            clear_marker(args.output_dir)
-        if args.should_save:  # with --save_on_each_node one process of each machine
-            clean_up(args.output_dir)
-        yield preemption
 
 
 class RunTrainer(Trainer):
