@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 from visualization_parts import (
     RESOLUTION,
     random_images,
@@ -72,6 +73,16 @@ def test_r42_resume_on_shards_equals_uninterrupted(options, flags, tmp_path):
     assert losses(flags, tmp_path / "rest", **options, **rest) == whole[4:]
 
 
+class Lines(TrainerCallback):
+    """Keeps all log entries, that of the run included."""
+
+    def __init__(self, lines):
+        self.lines = lines
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.lines.append(dict(logs))
+
+
 def test_damaged_shards_are_reported_and_left_out_within_the_cap(flags, tmp_path, caplog):
     paths = write_damaged_shards(tmp_path / "shards", random_images(8))
     args = VisualizerArguments(output_dir=str(tmp_path / "out"), image_folder=str(tmp_path / "shards"), **flags)
@@ -82,11 +93,11 @@ def test_damaged_shards_are_reported_and_left_out_within_the_cap(flags, tmp_path
     logged = []
     with caplog.at_level(logging.INFO, logger="metamorph"):
         result = train_visualizer(
-            replace(args, on_bad_image="skip", max_bad_fraction=0.3),
-            on_log=lambda step, values: logged.append(values),
+            replace(args, on_bad_image="skip", max_bad_fraction=0.3, logging_steps=6), callbacks=[Lines(logged)]
         )
     assert len(result.losses) == 6
-    assert logged[-1]["skipped_records"] == 2
+    assert logged[0]["skipped_records"] == 2
+    assert logged[-1]["train_loss"] == pytest.approx(logged[0]["loss"])  # bad pictures count in neither
     assert "4 shards with 8 pictures, 0 to 4 each" in caplog.text
     assert f"{paths[1]} (1 pictures) is cut off" in caplog.text
     assert f"{paths[2]} (0 pictures) is empty" in caplog.text

@@ -115,6 +115,9 @@ class RunTrainer(Trainer):
         """Read into the model, which no engine has sharded yet, what `write_weights` has written."""
         raise NotImplementedError
 
+    def prepare_model(self) -> None:
+        """Change the model for training; not called where there is nothing left to train."""
+
     # Running.
 
     def run(
@@ -166,6 +169,7 @@ class RunTrainer(Trainer):
                     self._load_from_checkpoint(resume_from_checkpoint if best is None else best)
                     self.state = state
                     return TrainOutput(state.global_step, math.nan, {})
+            self.prepare_model()
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except pickle.UnpicklingError as error:  # all of its files are read with weights_only=True
             raise CheckpointError(
