@@ -243,8 +243,9 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
         self.save_strategy, self.save_steps = ("steps", self.save_step) if self.save_step else ("no", 1)
         if hasattr(self, "activation_checkpointing"):  # from Transformers 5.23 on the other name is deprecated
             self.activation_checkpointing = self.gradient_checkpointing
-        if self.fsdp or self.fsdp_config:
-            config = self.fsdp_config if isinstance(self.fsdp_config, dict) else {"file": self.fsdp_config}
+        fsdp, config = vars(self)["fsdp"], vars(self)["fsdp_config"]
+        if fsdp or config:
+            config = config if isinstance(config, dict) else {"file": config}
             if self.sharding != "fsdp2" or any(item not in _FSDP_CONFIG.items() for item in config.items()):
                 raise ValueError("--fsdp and --fsdp_config are not supported: --sharding fsdp2 sets them")
             self.fsdp = self.fsdp_config = None  # of the flags that this is a changed copy of: they are set again
