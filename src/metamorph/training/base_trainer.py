@@ -55,10 +55,9 @@ _GIVEN_BY_FLAGS = ("initial_lr", "weight_decay", "betas", "eps")
 class RunTrainer(Trainer):
     """The base of the trainers of the model and of the visualizer.
 
-    Checkpoints are written to a folder beside and renamed when they are complete. Some methods of Trainer that are
-    overridden here are private, without a public hook; they are the same in all versions that we support. A subclass
-    says what is trained on (`batches`, `examples`), what is saved (`write_weights`, `read_weights`, `record`) and which
-    parameters share a rate (`optimizer_groups`).
+    Checkpoints are written to a folder beside and renamed when complete. Some overridden methods of Trainer are private,
+    without a public hook; all supported versions have them. A subclass says what is trained on (`batches`, `examples`),
+    what is saved (`write_weights`, `read_weights`, `record`) and which parameters share a rate (`optimizer_groups`).
 
     Args:
         batches: Batch sampler of this process; its order does not depend on workers or interruptions.
