@@ -55,7 +55,7 @@ _GIVEN_BY_FLAGS = ("initial_lr", "weight_decay", "betas", "eps")
 class RunTrainer(Trainer):
     """The base of the trainers of the model and of the visualizer.
 
-    Checkpoints are written to a folder beside and renamed when complete. Some overridden methods of Trainer are private,
+    Checkpoints are written to a folder beside and renamed when complete. Some overridden methods of Trainer are private
     without a public hook; all supported versions have them. A subclass says what is trained on (`batches`, `examples`),
     what is saved (`write_weights`, `read_weights`, `record`) and which parameters share a rate (`optimizer_groups`).
 
