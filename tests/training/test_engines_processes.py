@@ -66,6 +66,9 @@ def two(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for engine in ("zero2", "zero3"):
         checkpoint = str(folder / f"{engine}-stage_2" / "checkpoint-6")
         runs[f"{engine}-resumed"] = runs[f"{engine}-stage_2"] | {"resume_from_checkpoint": checkpoint}
+    mixer = STAGE_2 | {"max_steps": 2, "save_steps": 2, "image_token_reduction": "mlpmixer", "sharding": "zero2"}
+    runs["mixer"] = mixer | {"per_device_train_batch_size": 1}
+    runs["mixer-finished"] = runs["mixer"] | {"resume_from_checkpoint": str(folder / "mixer" / "checkpoint-2")}
     (folder / "runs.json").write_text(json.dumps(runs))
     subprocess.run(
         [
@@ -146,6 +149,15 @@ def test_zero_resumes_where_it_was(two: Path, engine: str) -> None:
     assert resumed["trained"] == STAGE_2["max_steps"]
     assert resumed["steps"][-4:] == whole["steps"][-4:]
     assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-5)
+
+
+def test_a_finished_run_whose_reduction_was_trained_is_only_loaded(two: Path) -> None:
+    again, result = (
+        load_file(two / "mixer-finished" / "model.safetensors"),
+        load_file(two / "mixer" / "model.safetensors"),
+    )
+    assert all(torch.equal(again[name], weight) for name, weight in result.items())
+    assert not ranks(two, "mixer-finished")[0]["steps"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

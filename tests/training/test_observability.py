@@ -99,6 +99,10 @@ def observed(parts: Path, validation: Path, visualizer: Path, tmp_path_factory: 
     )
 
 
+def test_without_a_logging_strategy_there_are_no_log_lines(parts: Path, tmp_path: Path) -> None:
+    assert not lines(stage_2(parts, tmp_path, max_steps=1, logging_strategy="no"), "loss")
+
+
 def test_every_log_line_tells_speed_and_memory(observed: TrainResult) -> None:
     logged = lines(observed, "text_loss")
     assert [line["step"] for line in logged] == [1, 2, 3]  # the first, every second, the last

@@ -18,7 +18,7 @@ accelerator_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_bu
 ddp_timeout fsdp fsdp_config local_rank use_cpu tf32 torch_compile_backend torch_compile_mode torch_empty_cache_steps
 restore_callback_states_from_checkpoint resume_from_checkpoint debug do_train
 dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
-dataloader_multiprocessing_context logging_strategy logging_first_step logging_nan_inf_filter logging_dir log_level
+dataloader_multiprocessing_context logging_strategy logging_first_step logging_dir log_level
 log_level_replica log_on_each_node disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
 trackio_static_space_id skip_memory_metrics logging_steps save_total_limit gradient_accumulation_steps max_grad_norm
 dataloader_num_workers
@@ -67,16 +67,37 @@ def test_names_of_transformers_and_changed_copies():
     assert changed.save_strategy == "steps"
 
 
-def test_engines_of_accelerate_launch_are_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"accelerate launch has set ACCELERATE_USE_FSDP.*--sharding fsdp2"):
-        VisualizerArguments("out")
+@pytest.mark.parametrize(
+    ("sharding", "variable"),
+    [("ddp", "ACCELERATE_USE_FSDP"), ("ddp", "ACCELERATE_USE_DEEPSPEED"), ("fsdp2", "ACCELERATE_USE_DEEPSPEED")],
+)
+def test_engines_of_accelerate_launch_are_refused(monkeypatch, sharding, variable):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=rf"accelerate launch has set {variable}.*--sharding fsdp2"):
+        VisualizerArguments("out", sharding=sharding)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_precision_of_accelerate_launch_does_not_replace_that_of_the_flags(monkeypatch, precision):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    args = VisualizerArguments("out")
+    assert (args.mixed_precision, args.bf16, args.fp16) == ("no", False, False)
+    assert VisualizerArguments("out", mixed_precision="bf16").mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("config", [{"cpu_offload": True}, {"version": 1}, "fsdp.json"])
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_another_configuration_of_fsdp_is_refused(sharding, config):
+    with pytest.raises(ValueError, match="--sharding fsdp2 sets them"):
+        VisualizerArguments("out", sharding=sharding, fsdp=True, fsdp_config=config)
 
 
 def test_warmup_is_a_quarter_by_default():
     assert VisualizerArguments("out").warmup_steps == 4000
     assert VisualizerArguments("out", training_steps=100).warmup_steps == 25
     assert VisualizerArguments("out", lr_warmup_steps=7).warmup_steps == 7
+    # Transformers' own name, also as a share of the run.
+    assert VisualizerArguments("out", training_steps=101, warmup_steps=0.1).lr_warmup_steps == 11
 
 
 @pytest.mark.parametrize(

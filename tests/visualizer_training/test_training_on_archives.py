@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from visualization_parts import OnLog, random_images, tiny_flags, write_archive, write_damaged_archives
+from transformers import TrainerCallback
+from visualization_parts import random_images, tiny_flags, write_archive, write_damaged_archives
 
 from metamorph.data.bad_records import TooManyBadRecordsError
 from metamorph.visualization import VisualizerArguments, train_visualizer
@@ -54,6 +55,16 @@ def test_r42_resume_on_archives_equals_uninterrupted(options, flags, tmp_path):
     assert losses(flags, tmp_path / "rest", **options, **rest) == whole[4:]
 
 
+class Lines(TrainerCallback):
+    """Keeps all log entries, that of the run included."""
+
+    def __init__(self, lines):
+        self.lines = lines
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.lines.append(dict(logs))
+
+
 def test_damaged_archives_are_reported_and_left_out_within_the_cap(flags, tmp_path, caplog):
     paths = write_damaged_archives(tmp_path / "shards", random_images(8))
     args = VisualizerArguments(output_dir=str(tmp_path / "out"), image_folder=str(tmp_path / "shards"), **flags)
@@ -62,14 +73,13 @@ def test_damaged_archives_are_reported_and_left_out_within_the_cap(flags, tmp_pa
     with pytest.raises(TooManyBadRecordsError, match=r"1 of 9 images are bad.*\{'lost with damaged archives': 1\}"):
         train_visualizer(replace(args, on_bad_image="skip"))
     logged = []
-    note = OnLog(lambda step, values: logged.append(values))
     with caplog.at_level(logging.INFO, logger="metamorph"):
         result = train_visualizer(
-            replace(args, on_bad_image="skip", max_bad_fraction=0.3),
-            callbacks=[note],
+            replace(args, on_bad_image="skip", max_bad_fraction=0.3, logging_steps=6), callbacks=[Lines(logged)]
         )
     assert len(result.losses) == 6
-    assert logged[-1]["skipped_records"] == 2
+    assert logged[0]["skipped_records"] == 2
+    assert logged[-1]["train_loss"] == pytest.approx(logged[0]["loss"])  # bad images count in neither
     assert "4 archives with 8 images, 0 to 4 each" in caplog.text
     assert f"{paths[1]} (1 images) is cut off" in caplog.text
     assert f"{paths[2]} (0 images) is empty" in caplog.text

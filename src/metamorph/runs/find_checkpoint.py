@@ -30,7 +30,12 @@ class ResumePoint:
 
 
 def find_checkpoint(
-    output_dir: str, request: str | bool | None, check: Callable[[str], None], result_file: str
+    output_dir: str,
+    request: str | bool | None,
+    check: Callable[[str], None],
+    result_file: str,
+    *,
+    saves_on_each_node: bool = False,
 ) -> str | None:
     """The checkpoint to resume from; with several processes, the first looks for it and tells the others.
 
@@ -40,6 +45,7 @@ def find_checkpoint(
             if any. "True": the same, but there must be one. "False": none. Otherwise the path of a checkpoint.
         check: Raises a `ValueError` for an undamaged checkpoint of another kind of run.
         result_file: What lies in `output_dir` after a finished run: a warning says that it will be replaced.
+        saves_on_each_node: Whether the command has the flag `--save_on_each_node`, which an error then recommends.
 
     Raises:
         FileNotFoundError: if the checkpoint asked for does not exist, or is not on storage that all machines share.
@@ -49,7 +55,9 @@ def find_checkpoint(
     if folder is not None and not Path(folder).is_dir():
         raise FileNotFoundError(
             f"{folder} is seen by the first process but not by process {dist.get_rank()} on this machine: put "
-            "--output_dir on storage that all machines share, or write to each with --save_on_each_node True"
+            "--output_dir on storage that all machines share"
+            + ", or write to each with --save_on_each_node True"
+            * saves_on_each_node
         )
     return folder
 

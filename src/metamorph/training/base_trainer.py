@@ -7,7 +7,6 @@ import logging
 import math
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,17 +29,14 @@ from metamorph.runs.checkpoint_files import (
     PREFIX,
     CheckpointError,
     begin_checkpoint,
-    clean_up,
     commit_checkpoint,
     delete_old,
     explains_write_errors,
     flush,
 )
-from metamorph.runs.determinism import deterministic_algorithms
 from metamorph.runs.find_checkpoint import ResumePoint
-from metamorph.runs.lock import check_lock, only_run_in
-from metamorph.runs.preemption import Preemption, clear_marker, ignore_signals
-from metamorph.training.arguments.shared import RunTrainingArguments
+from metamorph.runs.lock import check_lock
+from metamorph.runs.preemption import Preemption, ignore_signals
 from metamorph.training.callbacks import StopOnBadRecords, StopWhenPreempted
 from metamorph.training.checkpoints.weights import ARGUMENTS_FILE, TRAINER_STATE_FILE
 from metamorph.training.engines.weights import gather_weights
@@ -56,29 +52,12 @@ _GIVEN_BY_FLAGS = ("initial_lr", "weight_decay", "betas", "eps")
 """Values of an optimizer's groups that a checkpoint does not decide; of the rates, the scheduler takes care."""
 
 
-@contextmanager
-def open_run(args: RunTrainingArguments) -> Iterator[Preemption]:
-    """The output folder for this run alone, signals caught, and deterministic algorithms where they belong.
-
-    Raises:
-        CheckpointError: If another run uses the output folder.
-    """
-    deterministic = deterministic_algorithms(args.device, full=args.full_determinism, seed=args.seed)
-    with Preemption(args.ddp_timeout_delta) as preemption, only_run_in(args.output_dir), deterministic:
-        if args.process_index == 0:
-            clear_marker(args.output_dir)
-        if args.should_save:  # with --save_on_each_node one process of each machine
-            clean_up(args.output_dir)
-        yield preemption
-
-
 class RunTrainer(Trainer):
     """The base of the trainers of the model and of the visualizer.
 
-    Checkpoints are written to a folder beside and renamed when they are complete. Some methods of Trainer that are
-    overridden here are private; they are the same in all versions that we support, and there is no public hook in
-    their place. A subclass says what is trained on (`batches`, `examples`), what is saved (`write_weights`,
-    `read_weights`, `record`) and which parameters share a rate (`optimizer_groups`).
+    Checkpoints are written to a folder beside and renamed when complete. Some overridden methods of Trainer are private
+    without a public hook; all supported versions have them. A subclass says what is trained on (`batches`, `examples`),
+    what is saved (`write_weights`, `read_weights`, `record`) and which parameters share a rate (`optimizer_groups`).
 
     Args:
         batches: Batch sampler of this process; its order does not depend on workers or interruptions.
@@ -135,6 +114,9 @@ class RunTrainer(Trainer):
         """Read into the model, which no engine has sharded yet, what `write_weights` has written."""
         raise NotImplementedError
 
+    def prepare_model(self) -> None:
+        """Change the model for training; not called where there is nothing left to train."""
+
     # Running.
 
     def run(
@@ -186,6 +168,7 @@ class RunTrainer(Trainer):
                     self._load_from_checkpoint(resume_from_checkpoint if best is None else best)
                     self.state = state
                     return TrainOutput(state.global_step, math.nan, {})
+            self.prepare_model()
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except pickle.UnpicklingError as error:  # all of its files are read with weights_only=True
             raise CheckpointError(

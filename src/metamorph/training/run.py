@@ -15,9 +15,9 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.runs.checkpoint_files import explains_write_errors
 from metamorph.runs.lock import check_lock
+from metamorph.runs.open_run import open_run
 from metamorph.runs.preemption import Preemption
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
-from metamorph.training.base_trainer import open_run
 from metamorph.training.build import (
     load_model,
     load_training_data,

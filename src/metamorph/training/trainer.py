@@ -91,8 +91,8 @@ class MetaMorphTrainer(RunTrainer):
         if point is not None:
             self.batches.leave_out(point.epoch, point.trained_rows)
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
-        """Train, with the frozen vision tower in its place; see [`RunTrainer`]."""
+    def prepare_model(self) -> None:
+        """Put the frozen vision tower in its place."""
         if self.frozen_tower is None:
             self.frozen_tower = FrozenTower(
                 self.plain_model,
@@ -101,6 +101,9 @@ class MetaMorphTrainer(RunTrainer):
                 outside=self.is_fsdp_enabled or self.is_deepspeed_enabled,
                 keep=self.args.should_save,
             )
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        """See [`RunTrainer`]."""
         self._knows_its_place = resume_from_checkpoint is None or not self.args.ignore_data_skip
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from metamorph.data.records import ON_BAD_RECORD
 from metamorph.flags.checks import check_choice
 from metamorph.mini import shipped_folder
+from metamorph.training.arguments.sharding import FSDP2_CONFIG
 from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.visualization.projector import CONDITION_LENGTH, PROJECTOR_MODES
 from metamorph.visualization.token_options import TokenOptions
@@ -26,6 +27,8 @@ NAMES_IN_TRANSFORMERS = {
 """Flags that have another name in Transformers' Trainer; both are accepted."""
 _ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 """Variables by which `accelerate launch` asks for an engine."""
+_FSDP_CONFIG = FSDP2_CONFIG | {"min_num_params": 0, "xla": False, "xla_fsdp_v2": False, "xla_fsdp_grad_ckpt": False}
+"""What Transformers makes of `FSDP2_CONFIG`."""
 _REFUSED = {
     "training draws --validation_images at its checkpoints; `metamorph evaluate visualizer` measures": (
         "batch_eval_metrics bf16_full_eval do_eval do_predict eval_accumulation_steps eval_delay eval_on_start "
@@ -53,6 +56,7 @@ _REFUSED = {
     "--training_steps is the length of a run": "num_train_epochs",
     "use --mixed_precision bf16": "fp16",
     "use --sharding fsdp2": "deepspeed parallelism_config",
+    "the logged loss is the mean of all steps": "logging_nan_inf_filter",
 }
 UNSUPPORTED = {
     item.name: ((item.default_factory() if callable(item.default_factory) else item.default,), reason)
@@ -193,6 +197,8 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
         self._check_paths()
         self._set_names_of_transformers()
         super().__post_init__()
+        # Without bf16, Transformers takes the precision of `accelerate launch`, which is not one of our flags.
+        self.mixed_precision = "bf16" if self.bf16 else "no"
 
     def _read_names_of_transformers(self) -> None:
         """Copy values that are given only by their name in Transformers."""
@@ -206,7 +212,7 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
         if only("bf16", "mixed_precision"):
             self.mixed_precision = "bf16" if self.bf16 else "no"
         if only("warmup_steps", "lr_warmup_steps"):
-            self.lr_warmup_steps = int(self.warmup_steps)
+            self.lr_warmup_steps = self.get_warmup_steps(self.training_steps)  # below 1 it is a share of them
         if only("activation_checkpointing", "gradient_checkpointing"):
             self.gradient_checkpointing = bool(self.activation_checkpointing)
         check_choice("--save_strategy", self.save_strategy, ("steps", "no"))
@@ -222,8 +228,12 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
         self.save_strategy, self.save_steps = ("steps", self.save_step) if self.save_step else ("no", 1)
         if hasattr(self, "activation_checkpointing"):  # from Transformers 5.23 on the other name is deprecated
             self.activation_checkpointing = self.gradient_checkpointing
-        if self.sharding == "fsdp2":  # derived again, also for a changed copy
-            self.fsdp = self.fsdp_config = None
+        fsdp, config = vars(self)["fsdp"], vars(self)["fsdp_config"]
+        if fsdp or config:
+            config = config if isinstance(config, dict) else {"file": config}
+            if self.sharding != "fsdp2" or any(item not in _FSDP_CONFIG.items() for item in config.items()):
+                raise ValueError("--fsdp and --fsdp_config are not supported: --sharding fsdp2 sets them")
+            self.fsdp = self.fsdp_config = None  # derived again, also for a changed copy
 
     def _check_choices(self) -> None:
         check_choice("--mode", self.mode, PROJECTOR_MODES)
@@ -231,7 +241,7 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
         check_choice("--mixed_precision", self.mixed_precision, ("no", "bf16"))
         check_choice("--on_bad_image", self.on_bad_image, ON_BAD_RECORD)
         check_choice("--sharding", self.sharding, ("ddp", "fsdp2"))
-        for variable in _ENGINES if self.sharding == "ddp" else ():
+        for variable in _ENGINES[self.sharding == "fsdp2" :]:
             if os.environ.get(variable, "false").lower() == "true":
                 raise ValueError(
                     f"accelerate launch has set {variable}: start the visualizer with torchrun, or with a "

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
 
 from metamorph.models.image_files import load_image
+from metamorph.runs.open_run import open_run
 from metamorph.runs.preemption import Preemption
-from metamorph.training.base_trainer import open_run
 from metamorph.training.engines.prepare import configure_fsdp2
 from metamorph.training.optimizer import check_optimizer
 from metamorph.visualization.pixels import PixelFormat

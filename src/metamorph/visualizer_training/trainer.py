@@ -120,12 +120,15 @@ class VisualizerTrainer(RunTrainer):
         return [_ratio(*values) for values in self.accelerator.reduce(sums, "mean").tolist()[1:]]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the mean loss over good images."""
+        """Log the mean loss over good images, also for the whole run."""
         self.state.epoch = self.samples_seen / self.data["pictures"]
         if "loss" in logs:
             window = torch.stack(self.losses[self._logged :]).mean(dim=0)
             logs["loss"] = _ratio(*self.accelerator.reduce(window, "mean").tolist())
             self._logged = len(self.losses)
+        if "train_loss" in logs and self.losses:
+            mean = torch.stack(self.losses).mean(dim=0)
+            logs["train_loss"] = _ratio(*self.accelerator.reduce(mean, "mean").tolist())
         super().log(logs, start_time)
 
     # Checkpoints.
@@ -204,6 +207,7 @@ class VisualizerTrainer(RunTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """See [`RunTrainer`]; then draw the validation images, unless a signal leaves little time."""
+        self.state.epoch = self.samples_seen / self.data["pictures"]
         super()._save_checkpoint(model, trial)
         is_preempted = self.control.should_training_stop and self.state.global_step < self.state.max_steps
         if self.validation and not is_preempted:

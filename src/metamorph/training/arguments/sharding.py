@@ -16,6 +16,9 @@ from metamorph.flags.extras import install_command
 
 logger = logging.getLogger(__name__)
 
+FSDP2_CONFIG = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "reshard_after_forward": True}
+"""`fsdp_config` of `--sharding fsdp2`."""
+
 SHARDINGS = ("auto", "ddp", "fsdp2", "zero2", "zero3", "zero2_offload", "zero3_offload")
 """What `--sharding` may be."""
 
@@ -132,7 +135,7 @@ def use_fsdp2(args: TrainingArguments) -> None:
         args: Changed in place.
     """
     args.fsdp = True
-    args.fsdp_config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "reshard_after_forward": True}
+    args.fsdp_config = dict(FSDP2_CONFIG)
 
 
 def _launched_with_fsdp2() -> bool:

@@ -54,7 +54,8 @@ def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, ada
     Raises:
         ValueError: also if the checkpoint is of the other stage, or with an adapter where this run has none.
     """
-    return find_in_folder(output_dir, request, partial(_check_kind, stage=stage, adapter=adapter), ARGUMENTS_FILE)
+    check = partial(_check_kind, stage=stage, adapter=adapter)
+    return find_in_folder(output_dir, request, check, ARGUMENTS_FILE, saves_on_each_node=True)
 
 
 def plan_resume(

@@ -163,7 +163,7 @@ class RunMonitor(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The last step has a log line, too."""
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
 
     def _module_norms(self, grad_norm: float | None) -> dict[str, float]:
@@ -248,8 +248,10 @@ def peak_memory(device: torch.device) -> float:
 
 def _will_log(args: TrainingArguments, state: TrainerState, step: int) -> bool:
     """Whether Trainer's own callback will ask for a log line after this step (or may, at the end of an epoch)."""
-    if step >= state.max_steps or (args.logging_first_step and step == 1):
+    if args.logging_first_step and step == 1:
         return True
+    if step >= state.max_steps:
+        return args.logging_strategy != IntervalStrategy.NO
     if args.logging_strategy == IntervalStrategy.STEPS:
         return step % state.logging_steps == 0
     return args.logging_strategy == IntervalStrategy.EPOCH
