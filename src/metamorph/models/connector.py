@@ -22,13 +22,11 @@ from .pretrained import read_tensors
 logger = logging.getLogger(__name__)
 
 CONNECTOR_FILE = "mm_projector.safetensors"
-CONNECTOR_FILES = (CONNECTOR_FILE, "mm_projector.bin")
-"""Names in a folder; the second is LLaVA's and the original's."""
+CONNECTOR_FILES = (CONNECTOR_FILE, "mm_projector.bin")  # the second is LLaVA's and the original's
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 NEW_TOKENS = (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
 """In the order in which they are added to a tokenizer, and of the rows in a connector file."""
-OLD_PREFIXES = ("module.", "base_model.", "model.")
-"""Wrappers in the keys of a .bin file."""
+OLD_PREFIXES = ("module.", "base_model.", "model.")  # wrappers in the keys of a .bin file
 PARTS = {
     "mm_projector": "model.mm_projector.",
     "reduction": "model.vision_tower.reduction.",

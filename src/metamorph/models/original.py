@@ -32,8 +32,7 @@ from .vision_tower import load_vision_config, load_vision_encoder, resolve_visio
 logger = logging.getLogger(__name__)
 
 MODEL_TYPES = ("metamorph_llama", "llava_llama", "llama")
-TEMPLATE = "llama3_original"
-"""Conversation template that such models were trained with."""
+TEMPLATE = "llama3_original"  # conversation template that such models were trained with
 WEIGHT_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",

@@ -52,8 +52,7 @@ PARTS_BESIDE_THE_TEXT = (
 )
 """Weights of a language model's checkpoint that are not read: encoders and connectors of multimodal models, layers for
 multi-token prediction, and tables that older releases of Transformers saved."""
-VALUES_PER_ELEMENT = 32
-"""Most values in one element of a quantised tensor: of one bit each in an int32."""
+VALUES_PER_ELEMENT = 32  # most values in one element of a quantised tensor: of one bit each in an int32
 
 
 def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:

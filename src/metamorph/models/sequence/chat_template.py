@@ -265,9 +265,7 @@ class ChatTemplate:
         return ["a", *islice(filter(None, words), self._MAX_WORDS)]
 
     def _end_of_turn(self, following: str, alone: str) -> str:
-        """The part of `following`, the text before the next question, that the assistant writes; `alone` ends the last
-        answer.
-        """
+        """What the assistant writes of `following`, the text before the next question; `alone` ends the last answer."""
         common = common_length(following, alone)
         ends = [match.end() for match in self._control.finditer(following) if match.end() <= common]
         if ends:

@@ -281,9 +281,7 @@ def interleave(
     placeholder: int,
     num_image_tokens: int,
 ) -> list[list[TextPart | ImagePart]]:
-    """Split generated answers, without prompts, for `MetaMorphProcessor.decode_interleaved`; `ends` are ids that end
-    one.
-    """
+    """Split generated answers, without prompts, into texts and images; `ends` are ids that end an answer."""
     features = [] if visual_tokens is None else list(visual_tokens)
     rows: list[list[TextPart | ImagePart]] = []
     used = 0

@@ -10,8 +10,7 @@ from metamorph.models.sequence.chat_template import ChatTemplate, any_of, common
 
 _BREAK = "\ue002"
 """Private-use character in contents: no control token here. It breaks a name, or precedes one of a single character."""
-_ITSELF, _NOTHING = "\ue003", "\ue004"
-"""After `_BREAK`: the content itself has that character; it precedes nothing."""
+_ITSELF, _NOTHING = "\ue003", "\ue004"  # after `_BREAK`: the content itself has that character; it precedes nothing
 _BREAKS = re.compile(f"{_BREAK}([{_ITSELF}{_NOTHING}]?)")
 _WORDS = re.compile(r"\A.*\S", re.DOTALL)  # a text without the white space at its end, which templates strip
 _CONTEXT = 64  # characters at the end of a text that are searched for a control token; no name is longer
