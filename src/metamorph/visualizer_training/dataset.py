@@ -114,7 +114,6 @@ class StreamBatches(Sampler[list[Sample]]):
     batch_size: int
     """Samples per batch of this process."""
     num_batches: int
-    """Batches of the run."""
     seed: int
     rank: int = 0
     world_size: int = 1
