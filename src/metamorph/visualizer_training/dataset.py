@@ -46,7 +46,6 @@ class VisualizerDataset(Dataset):
     random_crop: bool = False
     """Cut at a random place along the longer side instead of the centre."""
     seed: int = 0
-    """Seed of the places."""
 
     def __len__(self) -> int:
         return len(self.source)
