@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 from dataclasses import replace
-from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -158,13 +157,12 @@ def test_cached_equals_uncached(arguments, pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_trains_as_uncompiled(arguments, pictures, tmp_path, monkeypatch):
+def test_compiled_trains_as_uncompiled(arguments, pictures, tmp_path):
     # The graphs are captured and differentiated as always, but not translated to C++, which takes minutes.
-    capture = partialmethod(torch.nn.Module.compile, backend="aot_eager")
-    monkeypatch.setattr(torch.nn.Module, "compile", capture)
+    compiler = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     options = {"unfreeze_unet": True, "training_steps": 2, "save_step": 1}
     plain = train_visualizer(arguments(output_dir=str(tmp_path / "plain"), **options), pictures)
-    compiled = train_visualizer(arguments(output_dir=str(tmp_path / "fast"), torch_compile=True, **options), pictures)
+    compiled = train_visualizer(arguments(output_dir=str(tmp_path / "fast"), **compiler, **options), pictures)
     assert compiled.losses == pytest.approx(plain.losses, abs=1e-4)
     assert weights(tmp_path / "fast", "unet").keys() == weights(tmp_path / "plain", "unet").keys()
     again = replace(arguments(output_dir=str(tmp_path / "fast"), **options), training_steps=3)

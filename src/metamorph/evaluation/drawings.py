@@ -72,12 +72,10 @@ def draw_tasks(
         images = dict(zip(drew, draw(pipeline, tokens, settings, on_progress), strict=True))
     if on_progress is not None:
         on_progress(len(tasks) - len(drew))  # nothing to draw
-    drawings = []
-    for index, (task, reply) in enumerate(zip(tasks, replies, strict=True)):
-        image = images.get(index)
-        verdict = {} if image is None else dict(judge(image, task.target))
-        drawings.append(Drawing(task, reply, image, verdict))
-    return drawings
+    verdicts = {index: dict(judge(image, tasks[index].target)) for index, image in images.items()}
+    return [
+        Drawing(task, replies[index], images.get(index), verdicts.get(index, {})) for index, task in enumerate(tasks)
+    ]
 
 
 def summarise(drawings: Sequence[Drawing], names: Sequence[str] = ("all",)) -> dict[str, float]:

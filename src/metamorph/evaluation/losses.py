@@ -111,7 +111,6 @@ def evaluate_losses(
         dataset: The data; `processor` is the model's.
         accelerator: Decides the precision, and sums over the ranks.
         batch_size: Samples per batch and rank.
-        num_workers: Processes that load data.
 
     Returns:
         Losses by the name of the source. A source without usable records has no tokens.

@@ -25,12 +25,7 @@ FID_PICTURES = 2048
 
 
 class PictureFeatures:
-    """A TorchScript network from images to features; `options` are keyword arguments of its forward.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a TorchScript file.
-    """
+    """A TorchScript network from images to features; `options` are keyword arguments of its forward."""
 
     def __init__(self, file: str | Path, flag: str, device: torch.device | str = "cpu", **options: Any) -> None:
         path = Path(file).expanduser()

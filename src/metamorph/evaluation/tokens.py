@@ -17,12 +17,7 @@ def mean_cosine(generated: Tensor, true: Tensor) -> Tensor:
 
 
 def nearest_candidates(generated: Tensor, candidates: Tensor) -> Tensor:
-    """Index of the candidate with the largest mean cosine, int64 `[images]`.
-
-    Args:
-        generated: `[images, N, D]`.
-        candidates: `[candidates, N, D]`.
-    """
+    """Index of the one of `candidates` `[candidates, N, D]` with the largest mean cosine, int64 `[images]`."""
     if not candidates.shape[0]:
         raise ValueError("candidates is empty; give at least one image to compare with")
     queries = F.normalize(generated, dim=-1).flatten(1)

@@ -97,9 +97,8 @@ def evaluate_visualizer(
             each is asked for twice. The tokens of all stay in memory (64 tokens of 1,152 features: 0.3 MB each).
         settings: How to draw. Each image is drawn at every guidance scale, from the same noise.
         keep: Number of images, from the first, whose drawings are kept for a grid.
-        lpips: Network of LPIPS, if there is one.
-        inception: Network of FID, if there is one.
-        on_progress: Called with the number of images just drawn.
+        lpips: Network of LPIPS.
+        inception: Network of FID.
 
     Raises:
         ValueError: If there is no image, or the pipeline has no vision tower.

@@ -63,11 +63,8 @@ def reply_to(
 
     Args:
         model: Decodes in evaluation mode; its mode is restored.
-        processor: The model's own.
-        prompts: One turn each.
         batch_size: Prompts per batch, padded on the left. It does not change the answers.
         max_new_tokens: By default room for one image and 256 tokens of text.
-        on_progress: Called after each batch.
         **generate_kwargs: For `model.generate`, for example `do_sample=True, temperature=0.7`.
 
     Returns:

@@ -61,7 +61,6 @@ class Session:
                 come first.
             images: PIL images or files; one, or several.
             draw: Begin the answer with an image, however the model would begin it.
-            settings: How to draw.
             **generate_kwargs: For `model.generate`, for example `max_new_tokens=500, do_sample=True`.
 
         Raises:

@@ -7,6 +7,7 @@ and the same facts as text. `tools/miniature/cards.py` in a checkout writes it.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,15 +54,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide what a build computes."""
-    import numpy
-    import torch
-    import transformers
-
-    return {
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
-    }
+    return {library: importlib.metadata.version(library) for library in ("torch", "transformers", "numpy")}
 
 
 def read_card(folder: Path) -> AssetCard:

@@ -33,16 +33,8 @@ def render_card(
 ) -> str:
     """Render the card of the result `name`, a Hub id or folder.
 
-    Args:
-        template: File in `metamorph/templates/`; `values` are those that only it names.
-        name: Hub id or folder of the result.
-        parts: Folders and Hub ids that the result was trained from.
-        recipe: Flags of the run; those that are None are left out.
-        libraries: Packages whose versions belong to the recipe.
-        model_license: None for unknown.
-        tags: For the Hub's search.
-        pipeline_tag: The Hub's name of the task.
-        **values: See `template`.
+    `parts` are the folders and Hub ids that it was trained from, `libraries` the packages whose versions belong to the
+    recipe; a recipe's values of None are left out. `values` are what only this template names.
     """
     metadata = ModelCardData(
         library_name="metamorph",

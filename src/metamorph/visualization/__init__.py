@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from metamorph.visualization.encoder import VisualTokenEncoder
-    from metamorph.visualization.loading import load_visualizer
-    from metamorph.visualization.pipeline import VisualizationPipeline
-    from metamorph.visualization.projector import VisualizationProjector, pad_condition
-    from metamorph.visualizer_training.arguments import VisualizerArguments
-    from metamorph.visualizer_training.run import train_visualizer
-    from metamorph.visualizer_training.trainer import VisualizerResult
+    from metamorph.visualization.encoder import VisualTokenEncoder as VisualTokenEncoder
+    from metamorph.visualization.loading import load_visualizer as load_visualizer
+    from metamorph.visualization.pipeline import VisualizationPipeline as VisualizationPipeline
+    from metamorph.visualization.projector import VisualizationProjector as VisualizationProjector
+    from metamorph.visualization.projector import pad_condition as pad_condition
+    from metamorph.visualizer_training.arguments import VisualizerArguments as VisualizerArguments
+    from metamorph.visualizer_training.run import train_visualizer as train_visualizer
+    from metamorph.visualizer_training.trainer import VisualizerResult as VisualizerResult
 
 _HOMES = {
     "VisualizationPipeline": "metamorph.visualization.pipeline",
@@ -37,16 +38,7 @@ _HOMES = {
     "train_visualizer": "metamorph.visualizer_training.run",
 }
 
-__all__ = [
-    "VisualTokenEncoder",
-    "VisualizationPipeline",
-    "VisualizationProjector",
-    "VisualizerArguments",
-    "VisualizerResult",
-    "load_visualizer",
-    "pad_condition",
-    "train_visualizer",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,10 +2,8 @@
 
 import warnings
 
-from metamorph.visualizer_training.arguments import VisualizerArguments
+from metamorph.visualizer_training.arguments import VisualizerArguments as VisualizerArguments
 
-
-__all__ = ["VisualizerArguments"]
 
 warnings.warn(
     "metamorph.visualization.arguments has moved to metamorph.visualizer_training.arguments",

@@ -25,8 +25,7 @@ class VisualTokenEncoder(ModelMixin, ConfigMixin):
         image_token_reduction: How the tower's patches become N tokens.
         normalize_vision: Whether every token is divided by its L2 norm.
         apply_softmax: Whether every token then becomes a distribution over its features.
-        image_mean: Subtracted from each channel in 0..1.
-        image_std: Divides each channel afterwards.
+        image_mean: Subtracted from each channel in 0..1, which is then divided by `image_std`.
         resample: Pillow's number of the filter for resizing.
     """
 

@@ -31,7 +31,6 @@ def load_visualizer(
             none, the one that the visualizer was trained with, as visualizer_arguments.json names it.
         num_tokens: Visual tokens per image; by default as in training. Has no effect with the tower of the folder or
             of a MetaMorph model, which fix their number.
-        dtype: Precision of all weights.
 
     Raises:
         FileNotFoundError: If the folder or the tower cannot be loaded.

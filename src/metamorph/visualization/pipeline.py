@@ -75,9 +75,7 @@ class VisualizationPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VisualizationPipeline:
         """Check a folder or Hub id, which may hold parts of a visualizer and no code, and load it as diffusers does.
 
-        Args:
-            pretrained_model_name_or_path: Result of `metamorph train-visualizer` or `save_pretrained`, or a Hub id.
-            **kwargs: As in diffusers, without `custom_pipeline` and `trust_remote_code`.
+        Options are those of diffusers, without `custom_pipeline` and `trust_remote_code`.
 
         Raises:
             FileNotFoundError: If a file is missing.

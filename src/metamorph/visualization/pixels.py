@@ -20,7 +20,6 @@ class PixelFormat:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     """Divides each channel afterwards."""
     resample: Image.Resampling = Image.Resampling.BICUBIC
-    """Filter for resizing."""
 
     def pixels(self, square: Image.Image) -> torch.Tensor:
         """A square RGB image as a tensor `[3, size, size]`."""

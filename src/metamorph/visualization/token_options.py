@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -54,7 +55,7 @@ def adopt_token_options(options: Options) -> Options:
     """The options of the MetaMorph model, if `vision_tower` is the folder of one; else `options` unchanged."""
     if not _is_metamorph(options.vision_tower):
         return options
-    config = load_config(expand_home(options.vision_tower), MetaMorphConfig)
+    config = load_config(os.path.expanduser(options.vision_tower), MetaMorphConfig)
     logger.info(
         "Visual tokens as in the MetaMorph model %s: %d per image", options.vision_tower, config.num_image_tokens
     )
@@ -70,7 +71,7 @@ def adopt_token_options(options: Options) -> Options:
 
 def load_encoder(options: TokenOptions) -> VisualTokenEncoder:
     """Load the vision tower in float32, with the layer, reduction and normalisation of the MetaMorph model."""
-    path = expand_home(resolve_vision_tower(options.vision_tower))
+    path = os.path.expanduser(resolve_vision_tower(options.vision_tower))
     with names_flag("--vision_tower", options.vision_tower):
         if _is_metamorph(path):
             config = load_config(path, MetaMorphConfig)
@@ -98,11 +99,6 @@ def load_encoder(options: TokenOptions) -> VisualTokenEncoder:
         resample=Image.Resampling(processor.resample),
     )
     return VisualTokenEncoder.from_tower(tower, config, pixel_format)
-
-
-def expand_home(name: str) -> str:
-    """Expand `~`, which recipes may hold; other paths and Hub ids are returned unchanged."""
-    return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 def _is_metamorph(name: str) -> bool:

@@ -2,10 +2,8 @@
 
 import warnings
 
-from metamorph.visualizer_training.run import train_visualizer
+from metamorph.visualizer_training.run import train_visualizer as train_visualizer
 
-
-__all__ = ["train_visualizer"]
 
 warnings.warn(
     "metamorph.visualization.train has moved to metamorph.visualizer_training.run",

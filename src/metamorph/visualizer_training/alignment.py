@@ -56,9 +56,6 @@ def align_projector(
     Args:
         visual_tokens: `[images, N, D]`, on the CPU.
         conditions: `[images, N', cross_attention_dim]`, on the CPU: the targets.
-        steps: Optimizer steps.
-        lr: Peak learning rate.
-        seed: Seed of the batches.
     """
     device = next(projector.parameters()).device
     with torch.no_grad():

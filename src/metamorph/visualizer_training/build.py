@@ -61,7 +61,19 @@ def load_diffusion_parts(
         else:
             unet = load_model(UNet2DConditionModel, folder / "unet", args.variant, torch_dtype=torch.float32)
         vae = load_vae(args, vae_dtype)
-        _check_fit(unet.config, vae.config, scheduler.config.prediction_type)
+        if unet.config.in_channels != vae.config.latent_channels:
+            raise ValueError(
+                f"the UNet takes {unet.config.in_channels} channels, the VAE has {vae.config.latent_channels}"
+            )
+        if not isinstance(unet.config.cross_attention_dim, int):
+            raise ValueError(
+                f"cross_attention_dim {unet.config.cross_attention_dim} differs between blocks of the UNet"
+            )
+        if scheduler.config.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"prediction_type {scheduler.config.prediction_type!r} of the scheduler is not supported; use one of "
+                f"{', '.join(PREDICTION_TYPES)}"
+            )
     if args.resolution is not None:
         # The pipeline draws at the size in the UNet's configuration: make it the size that is trained.
         unet.register_to_config(sample_size=args.resolution // vae_scale_factor(vae.config))
@@ -145,13 +157,3 @@ def _diffusion_folder(args: VisualizerArguments) -> Path:
     return local_folder(
         args.pretrained_model_name_or_path, ("unet", "vae", "scheduler"), args.variant, revision=args.revision
     )
-
-
-def _check_fit(unet: Any, vae: Any, prediction_type: str) -> None:
-    if unet.in_channels != vae.latent_channels:
-        raise ValueError(f"the UNet takes {unet.in_channels} channels, the VAE has {vae.latent_channels}")
-    if not isinstance(unet.cross_attention_dim, int):
-        raise ValueError(f"cross_attention_dim {unet.cross_attention_dim} differs between blocks of the UNet")
-    if prediction_type not in PREDICTION_TYPES:
-        allowed = ", ".join(PREDICTION_TYPES)
-        raise ValueError(f"prediction_type {prediction_type!r} of the scheduler is not supported; use one of {allowed}")

@@ -46,7 +46,6 @@ class VisualizerDataset(Dataset):
     random_crop: bool = False
     """Cut at a random place along the longer side instead of the centre."""
     seed: int = 0
-    """Seed of the places."""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -114,7 +113,6 @@ class StreamBatches(Sampler[list[Sample]]):
     batch_size: int
     """Samples per batch of this process."""
     num_batches: int
-    """Batches of the run."""
     seed: int
     rank: int = 0
     world_size: int = 1

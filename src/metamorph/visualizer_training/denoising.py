@@ -77,12 +77,9 @@ class RandomInputs:
         They do not depend on the batch size, accumulation, number of processes, or on interruptions.
 
         Args:
-            positions: Places in the stream.
             latent_shape: `(channels, height, width)`.
-            seed: Seed of the run.
             num_timesteps: Timesteps T of the noise schedule.
             timestep_power: Timesteps are T·u^power with uniform u.
-            cfg_prob: Probability of dropping a condition.
             noise_offset: Size of the noise that is constant over a channel.
         """
         noise, latent_noise, timesteps, keep = [], [], [], []

@@ -48,10 +48,8 @@ def find_resume_point(
     """Find the checkpoint that a run resumes, and its place in the data, before any weights are loaded.
 
     Steps keep their number, whatever the size of a batch; the next sample is the one after those of the checkpoint.
-    `data` is what decides the order of images: `pictures` (their number), `digest` and `seed`.
-
-    Raises:
-        CheckpointError: If the checkpoint belongs to another kind of run, or to other data or flags.
+    `data` is what decides the order of images: `pictures` (their number), `digest` and `seed`. A checkpoint of another
+    kind of run, or of other data or flags, is a `CheckpointError`.
     """
     folder = find_checkpoint(str(args.output_dir), args.resume_from_checkpoint, _check_kind, ARGUMENTS_FILE)
     if folder is None:

@@ -46,7 +46,6 @@ def train_visualizer(
     elsewhere with `full_determinism`, PyTorch uses deterministic algorithms; its settings are restored at the end.
 
     Args:
-        args: The flags.
         images: Images in memory, instead of `image_folder` and `image_jsons`.
         callbacks: Callbacks of Transformers' Trainer, for example to receive what is logged.
 
