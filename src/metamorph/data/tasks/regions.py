@@ -69,13 +69,13 @@ class VstarOptions:
 def _visual_cot(
     record: Record, rng: np.random.Generator, options: VisualCotOptions, video: VideoInfo | None
 ) -> Conversation:
-    whole = [ImageRef(path) for path in record.images if BOX_MARK not in path]
+    originals = [ImageRef(path) for path in record.images if BOX_MARK not in path]
     crops = [_parse_crop(record, path, options) for path in record.images if BOX_MARK in path]
-    if not whole or not crops:
+    if not originals or not crops:
         raise record.error(
             "image_count",
-            f'"image" names {len(whole)} whole image(s) and {len(crops)} with a box; the task visual_cot takes at '
-            f'least one of each: ["a.jpg", "a.jpg{BOX_MARK}[x1, y1, x2, y2]"]',
+            f'"image" names {len(originals)} image(s) without a box and {len(crops)} with one; the task visual_cot '
+            f'takes at least one of each: ["a.jpg", "a.jpg{BOX_MARK}[x1, y1, x2, y2]"]',
         )
     system, question, answer = _question_and_answer(record)
     # The data may ask for coordinates in words, but here the answer shows the region.
@@ -83,7 +83,7 @@ def _visual_cot(
     if without_markers(without_request):  # else the question itself is about a box
         question = without_request
     if DEFAULT_IMAGE_TOKEN not in question:
-        question = f"{DEFAULT_IMAGE_TOKEN * len(whole)}\n{question}"
+        question = f"{DEFAULT_IMAGE_TOKEN * len(originals)}\n{question}"
     images = DEFAULT_IMAGE_TOKEN * len(crops)
     return Conversation(
         turns=(
@@ -91,7 +91,7 @@ def _visual_cot(
             Turn("user", f"{question}\n{pick(rng, wording.LOOK_CLOSER)}"),
             Turn("assistant", fill(pick(rng, wording.LOOKED_CLOSER), images=images, answer=answer)),
         ),
-        images=(*whole, *crops),
+        images=(*originals, *crops),
     )
 
 
