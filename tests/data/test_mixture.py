@@ -229,7 +229,7 @@ def test_workers_read_what_this_process_reads(folder, processor):
         ("- {path: text/chat.jsonl, weight: 1.0e+300}", "weight must be a number above 0 .*, not 1e\\+300"),
         ("- {path: text/chat.jsonl, weight: .nan}", "weight must be a number above 0 .*, not nan"),
         ("- path: x-{0..9999999999}.tar", r"source 1: .*the braces name more than"),
-        ("- {path: text/chat.jsonl, max_samples: 1.5}", "max_samples must be a whole number above 0, not 1.5"),
+        ("- {path: text/chat.jsonl, max_samples: 1.5}", "max_samples must be a whole number, at least 1, not 1.5"),
         ("- {path: text/chat.jsonl, max_samples: 3, weight: 2}", "weight 2 and max_samples 3 exclude each other"),
         ("- {path: text/chat.jsonl, task: instructions}", "task 'instructions' is unknown.*'instruction'"),
         ("- {path: text/chat.jsonl, options: {fps: 2}}", "task instruction has no option 'fps'"),

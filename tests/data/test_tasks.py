@@ -217,9 +217,7 @@ def test_boxes_that_enclose_nothing_are_named(box):
 
 def test_visual_cot_refuses_what_does_not_fit():
     assert "0 with a box" in refused("image_count", "visual_cot", {**COT, "image": ["a.jpg", "b.jpg"]})
-    assert "0 image(s) without a box" in refused(
-        "image_count", "visual_cot", {**COT, "image": ["a.jpg###[1, 2, 3, 4]"]}
-    )
+    assert "0 image(s) without" in refused("image_count", "visual_cot", {**COT, "image": ["a.jpg###[1, 2, 3, 4]"]})
     assert "3 human" in refused("bad_turn", "visual_cot", llava("r", *"abcdef", image=COT["image"]))
     refused("bad_turn", "visual_cot", llava("r", "a", "<image>", image=COT["image"]))
     refused("image_count", "visual_cot", llava("r", "<image> <image> a", "b", image=COT["image"]))
