@@ -29,7 +29,7 @@ def processor():
 
 @pytest.fixture
 def build(tmp_path, processor):
-    """Makes a data set of records; the pictures are the golden ones."""
+    """Makes a data set of records; the images are the golden ones."""
 
     def build(*records, image_folder=IMAGES, **options):
         return ConversationDataset(write_jsonl(tmp_path / "data.jsonl", records), processor, image_folder, **options)
@@ -188,7 +188,7 @@ def test_missing_files_are_found_however_late_they_come(build):
     assert str(error.value).endswith("and 2 more")
 
 
-def test_nothing_is_read_on_behind_a_thousand_missing_files(build):
+def test_reading_stops_after_a_thousand_missing_files(build):
     gone = llava("gone", "<image>", "Yes.", image="gone.png")
     with pytest.raises(DataError, match=r"none of the 1000 image\(s\) or video\(s\) that were looked for is there"):
         build(*[gone] * 1001)

@@ -27,11 +27,11 @@ def processor():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with a good picture and broken ones."""
+    """A folder with a good image and broken ones."""
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
-    picture.save(tmp_path / "good.png")
-    picture.save(tmp_path / "whole.jpg", quality=95)
+    image = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    image.save(tmp_path / "good.png")
+    image.save(tmp_path / "whole.jpg", quality=95)
     (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-1500])
     (tmp_path / "text.jpg").write_text("<html>404 Not Found</html>")
     (tmp_path / "empty.png").touch()
@@ -203,7 +203,7 @@ BOXES = {
 
 
 @pytest.mark.parametrize("case", BOXES)
-def test_boxes_of_another_unit_or_form_are_found_with_the_mend(case, folder, processor):
+def test_boxes_of_another_unit_or_form_are_found_with_the_fix(case, folder, processor):
     task, box, options, kind, words = BOXES[case]
     ask = llava(None, "<image> What?", "A cat.")["conversations"]
     media = {
@@ -375,8 +375,8 @@ def test_pieces_cover_the_example_and_agree_with_its_masks(folder, processor):
     assert [row[2:] for row in rows if row[3] == "visual target"] == [("image 2: 16 visual tokens", "visual target")]
 
 
-def test_pictures_are_those_the_tower_sees(folder, processor):
+def test_images_are_those_the_tower_sees(folder, processor):
     path = write_jsonl(folder / "data.jsonl", [llava("x", "<image>", "A cat.", image="good.png")])
-    (picture,) = images_of(opened(path, processor, None)[0], processor.image_processor)
+    (image,) = images_of(opened(path, processor, None)[0], processor.image_processor)
     expected = Image.open(folder / "good.png").resize((112, 112), resample=processor.image_processor.resample)
-    assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected)).max() <= 1
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1

@@ -249,7 +249,7 @@ UNREAD = {
         "video_qa",
     ),
     "no answer": ({"conversations": [*HI, {"from": "human", "value": "And?"}]}, "no_answer", r"turn 3 \(user\)"),
-    "beside an image": (
+    "next to an image": (
         {**llava("r", "<image>?", "A cat.", image="a.png"), "picture": "b.png"},
         "unread_field",
         r"fields: \{image: picture\}",

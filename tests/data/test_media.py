@@ -1,4 +1,4 @@
-"""Pictures on disk: whatever is legal is read as it is meant, and whatever is broken is named."""
+"""Images on disk: whatever is legal is read as it is meant, and whatever is broken is named."""
 
 import io
 
@@ -117,7 +117,7 @@ REFUSED = {
     "head.png": (b"\x89PNG\r\n\x1a\n" + bytes(8), "its PNG header is damaged.*; replace it"),
     "icon.ico": ({}, "the format ICO is not supported.*; save it as PNG or JPEG"),
     "a.tga": ({}, "the format TGA or CUR is not supported"),
-    "a.eps": ({}, "the format EPS is not supported"),  # Pillow hands it to Ghostscript
+    "a.eps": ({}, "the format EPS is not supported"),  # Pillow hands it to Ghostscript: not for files from untrusted sources
 }
 
 
@@ -208,7 +208,7 @@ def test_relative_paths_stay_in_the_image_folder(tmp_path):
         assert error.value.kind == "outside_folder"
 
 
-# Pictures from references
+# Images from references
 
 
 class MemoryStore:

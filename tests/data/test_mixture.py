@@ -26,7 +26,7 @@ def processor():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two JSONL files, one of them beside its pictures, and a tar."""
+    """Two JSONL files, one of them next to its images, and a tar."""
     (tmp_path / "text").mkdir()
     write_jsonl(tmp_path / "text" / "chat.jsonl", [llava(f"chat{n}", f"Hi {n}", "Yes.") for n in range(10)])
     (tmp_path / "vqa").mkdir()
@@ -80,7 +80,7 @@ def test_a_single_file_is_a_mixture_of_one(folder, processor):
     assert dataset.sources == {"chat": 10}
 
 
-def test_captions_without_a_declared_task_are_refused_with_the_mend(folder, processor):
+def test_captions_without_a_declared_task_are_refused_with_the_fix(folder, processor):
     with pytest.raises(
         DataError, match=r"captions-0.tar:0 \(id '0'\): the record needs .*declare its task in a mixture"
     ):
@@ -229,7 +229,7 @@ def test_workers_read_what_this_process_reads(folder, processor):
         ("- {path: text/chat.jsonl, weight: 1.0e+300}", "weight must be a number above 0 .*, not 1e\\+300"),
         ("- {path: text/chat.jsonl, weight: .nan}", "weight must be a number above 0 .*, not nan"),
         ("- path: x-{0..9999999999}.tar", r"source 1: .*the braces name more than"),
-        ("- {path: text/chat.jsonl, max_samples: 1.5}", "max_samples must be a whole number above 0, not 1.5"),
+        ("- {path: text/chat.jsonl, max_samples: 1.5}", "max_samples must be a whole number, at least 1, not 1.5"),
         ("- {path: text/chat.jsonl, max_samples: 3, weight: 2}", "weight 2 and max_samples 3 exclude each other"),
         ("- {path: text/chat.jsonl, task: instructions}", "task 'instructions' is unknown.*'instruction'"),
         ("- {path: text/chat.jsonl, options: {fps: 2}}", "task instruction has no option 'fps'"),

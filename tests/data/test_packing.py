@@ -131,7 +131,7 @@ def test_steps_of_any_size_have_the_same_share_of_each_target(values: str) -> No
 
 
 def test_best_fit_takes_the_row_with_the_least_space_that_suffices() -> None:
-    # 6 and 5 open a row of 10 each; 4 fills the first exactly, 3 goes to the second, 2 beside it.
+    # 6 and 5 open a row of 10 each; 4 fills the first exactly, 3 goes to the second, 2 next to it.
     rows = pack_rows(np.array([2, 3, 4, 5, 6]), max_length=10, order=np.arange(5)[::-1])
     assert sorted(rows[index] for index in range(len(rows))) == [[0, 1, 3], [2, 4]]
     # 7 opens a third row, and the fullest of the three is closed; so 1 goes to the row of 7, not to that of 8.

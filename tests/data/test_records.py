@@ -1,4 +1,4 @@
-"""Records: everything that is wrong is found, and named with its place and its mend."""
+"""Records: everything that is wrong is found, and named with its place and its fix."""
 
 import pickle
 
@@ -138,7 +138,7 @@ def test_fields_that_only_a_task_knows_are_kept():
 
 
 def test_errors_can_be_printed():
-    """Names and paths of a stranger's data neither command the terminal nor begin a line of their own."""
+    """Names and paths in untrusted data neither command the terminal nor begin a line of their own."""
     error = RecordError.at("a\x1b[2J.tar:b", "missing_image", "no file c\nWARNING\x9b31m.png", "\x07")
     assert str(error) == r"a\x1b[2J.tar:b (id '\x07'): no file c\nWARNING\x9b31m.png"
     assert error.where == r"a\x1b[2J.tar:b"

@@ -1,4 +1,4 @@
-"""Tasks on records written by hand: what is asked, what is answered, and with which pictures."""
+"""Tasks on records written by hand: what is asked, what is answered, and with which images."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def refused(kind: str, name: str, record: dict, **options) -> str:
 
 
 def check_agreement(conversation) -> None:
-    """Turns alternate, and there are as many markers as pictures."""
+    """Turns alternate, and there are as many markers as images."""
     assert [turn.role for turn in conversation.turns if turn.role != "system"][:2] == ["user", "assistant"]
     assert sum(turn.text.count("<image>") for turn in conversation.turns) == len(conversation.images)
     assert not any("{" in turn.text for turn in conversation.turns)
@@ -217,7 +217,7 @@ def test_boxes_that_enclose_nothing_are_named(box):
 
 def test_visual_cot_refuses_what_does_not_fit():
     assert "0 with a box" in refused("image_count", "visual_cot", {**COT, "image": ["a.jpg", "b.jpg"]})
-    assert "0 whole image(s)" in refused("image_count", "visual_cot", {**COT, "image": ["a.jpg###[1, 2, 3, 4]"]})
+    assert "0 image(s) without" in refused("image_count", "visual_cot", {**COT, "image": ["a.jpg###[1, 2, 3, 4]"]})
     assert "3 human" in refused("bad_turn", "visual_cot", llava("r", *"abcdef", image=COT["image"]))
     refused("bad_turn", "visual_cot", llava("r", "a", "<image>", image=COT["image"]))
     refused("image_count", "visual_cot", llava("r", "<image> <image> a", "b", image=COT["image"]))

@@ -185,14 +185,14 @@ def test_a_pipe_is_not_waited_for(tmp_path):
             read(tmp_path / name)
 
 
-def test_pictures_of_a_conversation_come_in_order(tmp_path):
+def test_images_of_a_conversation_come_in_order(tmp_path):
     write_video(tmp_path / "a.mp4", TENTHS)
     Image.new("RGB", (8, 8), "white").save(tmp_path / "b.png")
     store = FolderStore(tmp_path)
     info = probe("a.mp4", store)
     refs = [ImageRef("a.mp4", time=info.times[4]), ImageRef("b.png"), ImageRef("a.mp4", time=info.times[1])]
-    later, picture, earlier = load_all(refs, store)
-    assert [index_of(later), index_of(earlier), picture.size] == [4, 1, (8, 8)]
+    later, image, earlier = load_all(refs, store)
+    assert [index_of(later), index_of(earlier), image.size] == [4, 1, (8, 8)]
     part = load(ImageRef("a.mp4", time=0.0, crop=Box(0, 0, 10, 20)), store)
     assert part.size == (10, 20)
 

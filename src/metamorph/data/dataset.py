@@ -86,9 +86,6 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         indices: For each source, int64 `[samples]` record numbers; None takes each record once.
         limit: Counts bad records over all sources.
         check: Whether to check the records now.
-
-    Raises:
-        DataError: As for [`ConversationDataset`], if `check`.
     """
 
     def __init__(
@@ -108,13 +105,8 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         for dataset, chosen in zip(datasets, indices, strict=True):
             counts.append(len(dataset) if chosen is None else len(chosen))
             dataset.set_limit(self.limit, min(counts[-1], len(dataset)))
-            logger.info(
-                "source %s: %d samples of %d records, task %s",
-                dataset.name,
-                counts[-1],
-                len(dataset),
-                dataset.task.name,
-            )
+            text = "source %s: %d samples of %d records, task %s"
+            logger.info(text, dataset.name, counts[-1], len(dataset), dataset.task.name)
         self._ends = np.cumsum(counts)
         if check:
             for dataset, chosen in zip(datasets, indices, strict=True):
@@ -134,11 +126,7 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         return dataset[number]
 
     def locate(self, index: int) -> tuple[ConversationDataset, int]:
-        """The source of sample `index`, and the number of its record there.
-
-        Raises:
-            IndexError: If there is no such sample.
-        """
+        """The source of sample `index`, and the number of its record there."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no sample {index}: the sources have {len(self)}")
         source = int(np.searchsorted(self._ends, index, side="right"))
@@ -147,17 +135,17 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         return self.datasets[source], number if chosen is None else int(chosen[number])
 
     def record(self, index: int) -> Record:
-        """The record of sample `index`; see [`ConversationDataset.record`]."""
+        """See [`ConversationDataset.record`]."""
         dataset, number = self.locate(index)
         return dataset.record(number)
 
     def conversation(self, index: int) -> Conversation:
-        """The conversation of sample `index`; see [`ConversationDataset.conversation`]."""
+        """See [`ConversationDataset.conversation`]."""
         dataset, number = self.locate(index)
         return dataset.conversation(number)
 
     def measure(self, index: int) -> tuple[int, int, int, int]:
-        """Sizes of sample `index`; see [`ConversationDataset.measure`]."""
+        """See [`ConversationDataset.measure`]."""
         dataset, number = self.locate(index)
         return dataset.measure(number)
 

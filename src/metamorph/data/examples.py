@@ -57,12 +57,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         processor: Makes the sequences.
         image_folder: Folder of relative media paths; by default the folder of the file. Tars contain their media.
         model_max_length: Longest sequence; longer ones are truncated by `encode_conversation`, and counted.
-        task: How records become conversations, see `metamorph.data.tasks`.
-        options: Options of the task.
+        task: How records become conversations, see `metamorph.data.tasks`; `options` are those of the task.
         name: Name in logs and reports; by default that of the file, without suffix.
-        seed: Seed of the random choices of tasks.
         on_bad_record: `raise`, or `skip` to count, log and leave out.
-        max_bad_fraction: Largest share of bad records with `skip`; above it training stops.
+        max_bad_fraction: Largest share of bad records with `skip`; above it, training stops.
         check: Whether to [`check`][metamorph.data.examples.ConversationDataset.check] the records now.
         features: Cached visual tokens, used instead of the images.
         fields: Names of our fields in the records, see [`metamorph.data.fields.FieldMap`].
@@ -115,12 +113,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Build the example of record `index`.
-
-        Raises:
-            RecordError: If the record is bad, with `on_bad_record="raise"`.
-            TooManyBadRecordsError: If more than `max_bad_fraction` of all records are bad, with `skip`.
-        """
         try:
             return self._build(index)
         except RecordError as error:
@@ -140,9 +132,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             return parse_record(self.fields.apply(raw.value, raw.where), raw.where)
 
     def conversation(self, index: int) -> Conversation:
-        """The conversation that the task makes of record `index`.
-
-        No image is opened, and of a video only the times of its frames are read.
+        """The conversation that the task makes of record `index`, without opening images or decoding a video.
 
         Raises:
             RecordError: If the record is bad, or does not fit the task.
@@ -154,9 +144,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return self.source.store(index) if isinstance(self.source, TarSource) else self._folder
 
     def measure(self, index: int) -> tuple[int, int, int, int]:
-        """The numbers of tokens, images, answer images and text targets of example `index` before truncation.
-
-        No image is opened.
+        """Numbers of tokens, images, answer images and text targets of example `index` before truncation.
 
         Raises:
             RecordError: If the record is bad.
@@ -241,7 +229,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         if encoded.truncated:
             self._note_truncated(index, record, encoded)
         if not encoded.is_supervised:
-            raise self._unsupervised(record, encoded)
+            fault = "the record has no gpt turn, so there is nothing to learn; add an answer or remove the record"
+            if encoded.truncated:
+                limit = f"--model_max_length {self.model_max_length}"
+                fault = f"nothing of the answer is left within {limit}; raise it or shorten the record"
+            raise UnsupervisedRecordError.at(record.where, "unsupervised", fault, record.id)
         example = {
             "id": record.id,
             "source": self.name,
@@ -258,13 +250,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             if tokens is not None:
                 example["visual_tokens"] = tokens
         return example
-
-    def _unsupervised(self, record: Record, encoded: EncodedConversation) -> RecordError:
-        detail = "the record has no gpt turn, so there is nothing to learn; add an answer or remove the record"
-        if encoded.truncated:
-            limit = f"--model_max_length {self.model_max_length}"
-            detail = f"nothing of the answer is left within {limit}; raise it or shorten the record"
-        return UnsupervisedRecordError.at(record.where, "unsupervised", detail, record.id)
 
     def _note_truncated(self, index: int, record: Record, encoded: EncodedConversation) -> None:
         logger.log(

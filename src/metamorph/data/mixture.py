@@ -16,6 +16,7 @@ from metamorph.data.fields import FieldMap, unknown_key
 from metamorph.data.records import DataError
 from metamorph.data.sources.open import ALLOWED, expand_pattern, is_tar_pattern
 from metamorph.data.tasks import get_task, parse_options
+from metamorph.data.tasks.base import check_count
 from metamorph.files.yaml_files import read_yaml
 
 
@@ -43,7 +44,7 @@ class SourceSpec:
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Names of our fields in the records, see [Other layouts](#other-layouts)."""
     name: str = ""
-    """Name in logs and reports; by default the file's, without its ending."""
+    """Name in logs and reports; by default that of the file, without suffix."""
 
     def __post_init__(self) -> None:
         for name in ("path", "image_folder", "task", "name"):
@@ -59,12 +60,10 @@ class SourceSpec:
         if not is_number or not 0 < self.weight <= MAX_WEIGHT:
             raise ValueError(f"weight must be a number above 0 and at most {MAX_WEIGHT}, not {self.weight!r}")
         if self.max_samples is not None:
-            if not isinstance(self.max_samples, int) or isinstance(self.max_samples, bool) or self.max_samples < 1:
-                raise ValueError(f"max_samples must be a whole number above 0, not {self.max_samples!r}")
+            check_count("max_samples", self.max_samples)
             if self.weight != 1:
-                raise ValueError(
-                    f"weight {self.weight} and max_samples {self.max_samples} exclude each other; keep one"
-                )
+                fault = f"weight {self.weight} and max_samples {self.max_samples} exclude each other; keep one"
+                raise ValueError(fault)
         if not self.name:
             object.__setattr__(self, "name", Path(self.path).stem)
         parse_options(get_task(self.task), self.options)

@@ -11,13 +11,7 @@ from metamorph.flags.checks import printable
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 
-ROLE_OF_SPEAKER = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
+ROLE_OF_SPEAKER = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 """The allowed values of `"from"`, and their roles."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -90,7 +84,6 @@ class RecordError(ValueError):
     where: str = ""
     """File and line (or index) of the record."""
     record_id: str | None = None
-    """The record's id, if it could be read."""
     detail: str = ""
     """The message without place and id."""
 

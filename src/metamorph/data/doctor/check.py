@@ -7,7 +7,6 @@ import re
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -120,9 +119,11 @@ def check_dataset(dataset: MixtureDataset, *, num_workers: int = 0, limit: int |
         digests[place] = _digest(source, found)
         box_shares.extend(found.box_shares)
         problems += [(place, problem) for problem in own]
-    for place, first in _repeated(digests):
+    _, firsts, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    first = firsts[inverse]  # (records,): the place where each id occurs first
+    for place in np.flatnonzero((digests != 0) & (first != np.arange(len(first)))).tolist():
         rows[place]["problems"] += 1
-        problems.append((place, _duplicate(dataset, int(rows[place]["index"]), int(rows[first]["index"]))))
+        problems.append((place, _duplicate(dataset, int(rows[place]["index"]), int(rows[first[place]]["index"]))))
     problems.sort(key=lambda item: item[0])
     diagnosis = Diagnosis(
         total_records=total,
@@ -178,15 +179,6 @@ def _digest(source: str, found: Finding) -> int:
         return 0
     text = f"{source}\0{record_id}".encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") or 1
-
-
-def _repeated(digests: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Place of each repeated value other than 0, and of its first occurrence."""
-    order = np.argsort(digests, kind="stable")
-    ordered = digests[order]
-    is_repeated = np.flatnonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0)) + 1
-    firsts = np.searchsorted(ordered, ordered[is_repeated])
-    yield from zip(order[is_repeated].tolist(), order[firsts].tolist(), strict=True)
 
 
 def _duplicate(dataset: MixtureDataset, index: int, first: int) -> Problem:

@@ -43,12 +43,8 @@ def find_problems(
         DataError: If none of the media files exists.
     """
     if len(indices) > MAX_CHECKED:
-        logger.info(
-            "%s: checking %d of %d records; `metamorph data check` checks all of them",
-            dataset.source.path,
-            MAX_CHECKED,
-            len(indices),
-        )
+        text = "%s: checking %d of %d records; `metamorph data check` checks all of them"
+        logger.info(text, dataset.source.path, MAX_CHECKED, len(indices))
     chosen = [int(indices[number]) for number in spread(len(indices), MAX_CHECKED)]
     problems: dict[int, RecordError] = {}
     num_warnings: Counter[str] = Counter()

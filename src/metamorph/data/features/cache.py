@@ -102,7 +102,6 @@ class FeatureCache:
         self._shards: dict[int, Any] = {}
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self._rows)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,14 +166,11 @@ class FeatureCache:
 
     def _refuse_other_tower(self, tower: Mapping[str, Any]) -> None:
         made_with = self.manifest["tower"]
-        differences = [
-            f"{name} {made_with.get(name)!r} instead of {value!r}"
-            for name, value in tower.items()
-            if made_with.get(name) != value
-        ]
-        if differences:
+        differing = [name for name, value in tower.items() if made_with.get(name) != value]
+        if differing:
+            faults = ", ".join(f"{name} {made_with.get(name)!r} instead of {tower[name]!r}" for name in differing)
             raise DataError(
-                f"--feature_cache {self.folder} does not fit this model: it was made with {', '.join(differences)}. "
+                f"--feature_cache {self.folder} does not fit this model: it was made with {faults}. "
                 "Make it again with `metamorph data cache-features` and the flags of this run, or leave the flag out"
             )
 
@@ -221,10 +217,10 @@ def write_features(
         pending.append(tokens)
         while len(keys) >= (num_shards + 1) * images_per_shard:
             joined = torch.cat(pending)
-            _write_shard(folder, num_shards, joined[:images_per_shard])
+            save_file({_TENSOR: joined[:images_per_shard].contiguous()}, folder / _shard_name(num_shards))
             pending, num_shards = [joined[images_per_shard:]], num_shards + 1
     if len(keys) > num_shards * images_per_shard:
-        _write_shard(folder, num_shards, torch.cat(pending))
+        save_file({_TENSOR: torch.cat(pending)}, folder / _shard_name(num_shards))
     ordered = np.array(keys, dtype=np.uint64).reshape(-1, 2)
     order = np.lexsort((ordered[:, 1], ordered[:, 0]))
     np.save(folder / _KEYS_FILE, np.ascontiguousarray(ordered[order].T), allow_pickle=False)
@@ -267,10 +263,6 @@ def image_key(ref: ImageRef, store: MediaStore) -> tuple[int, int]:
 
 def _shard_name(number: int) -> str:
     return f"features-{number:05d}.safetensors"
-
-
-def _write_shard(folder: Path, number: int, tokens: Tensor) -> None:
-    save_file({_TENSOR: tokens.contiguous()}, folder / _shard_name(number))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

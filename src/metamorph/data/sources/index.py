@@ -24,7 +24,6 @@ from metamorph.runs.checkpoint_files import file_stamp, sync
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "METAMORPH_CACHE"
-"""Environment variable that names the cache folder."""
 MIN_CACHED_BYTES = 16 * 2**20
 """Smaller sources are indexed at every start: that takes less than a tenth of a second."""
 _VERSION = 2
@@ -82,11 +81,9 @@ class Index:
         self.stamps = tuple(stamps)
         self._open: OrderedDict[int, int] = OrderedDict()
         self._folder = arrays if isinstance(arrays, Path) else None
-        self._arrays = (
-            {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in arrays.glob("*.npy")}
-            if isinstance(arrays, Path)
-            else dict(arrays)
-        )
+        if isinstance(arrays, Path):
+            arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in arrays.glob("*.npy")}
+        self._arrays = dict(arrays)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The array of that name; do not write to it."""
@@ -227,13 +224,8 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _warn_unsaved(file: Path, folder: Path, error: Exception) -> None:
-    logger.warning(
-        "The index of %s was not saved in %s (%s), so every process makes its own; set %s to a writable folder",
-        file,
-        folder,
-        error,
-        CACHE_VARIABLE,
-    )
+    text = "The index of %s was not saved in %s (%s), so every process makes its own; set %s to a writable folder"
+    logger.warning(text, file, folder, error, CACHE_VARIABLE)
 
 
 def _digest(*parts: str) -> str:

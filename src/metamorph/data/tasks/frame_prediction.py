@@ -27,18 +27,8 @@ from metamorph.data.tasks.base import (
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One turn, and its frames."""
-
-    role: str
-    wording: str
-    frames: tuple[float, ...]
-    count: int = 0
-    """For `{count}` in the wording."""
-    seconds: float = 0.0
-    """For `{seconds}` in the wording."""
-
+_Part = tuple[Turn, tuple[float, ...]]
+"""One turn, and the times of its frames."""
 
 TEMPLATES = {
     "forward": wording.FORWARD,
@@ -84,8 +74,15 @@ def _distribute(template: str, frames: Sequence[float], rng: np.random.Generator
 def _seen_and_drawn(
     rng: np.random.Generator, wordings: Sequence[str], seen: Sequence[float], drawn: Sequence[float]
 ) -> list[_Part]:
-    question = _Part("user", pick(rng, wordings), tuple(seen), len(drawn), drawn[-1] - seen[-1])
-    return [question, _Part("assistant", "{frames}", tuple(drawn))]
+    seconds = drawn[-1] - seen[-1]
+    question = fill(
+        pick(rng, wordings),
+        frames=DEFAULT_IMAGE_TOKEN * len(seen),
+        count=f"{len(drawn)} frame{'s' if len(drawn) != 1 else ''}",
+        seconds=f"{seconds:.{1 if seconds >= 0.1 else 3}f}",
+    )
+    answer = DEFAULT_IMAGE_TOKEN * len(drawn)
+    return [(Turn("user", question), tuple(seen)), (Turn("assistant", answer), tuple(drawn))]
 
 
 @dataclass(frozen=True)
@@ -126,20 +123,9 @@ def _frame_prediction(
         )
     frames = _stretch(video, rng, options)
     parts = _distribute(pick(rng, options.templates), frames, rng, options.max_next)
-    turns = [
-        Turn(
-            part.role,
-            fill(
-                part.wording,
-                frames=DEFAULT_IMAGE_TOKEN * len(part.frames),
-                count=f"{part.count} frame{'s' if part.count != 1 else ''}",
-                seconds=f"{part.seconds:.{1 if part.seconds >= 0.1 else 3}f}",
-            ),
-        )
-        for part in parts
-    ]
+    turns = [turn for turn, _ in parts]
     turns[0] = Turn("user", _caption(record, rng, options.caption_field) + turns[0].text)
-    images = tuple(ImageRef(record.video or "", time=time) for part in parts for time in part.frames)
+    images = tuple(ImageRef(record.video or "", time=time) for _, shown in parts for time in shown)
     return Conversation(tuple(turns), images)
 
 

@@ -31,37 +31,43 @@ _ASKS_FOR_BOX = re.compile(r"[^.?!\n]*\bbounding box[^.?!\n]*[.?!]?", re.IGNOREC
 
 
 @dataclass(frozen=True)
-class VisualCotOptions:
-    """Options of `visual_cot`."""
+class BoxOptions:
+    """Options of tasks with boxes."""
 
     box_units: str = "pixels"
     """`pixels` of the upright image, or `relative`: shares of its width and height."""
     box_format: str = "xyxy"
     """`xyxy` (left, top, right, bottom), or `xywh` (left, top, width, height)."""
-    margin: float = 0.0
-    """Share of the box's width and height that the crop shows around it on each side."""
 
     def __post_init__(self) -> None:
         check_choice("box_units", self.box_units, BOX_UNITS)
         check_choice("box_format", self.box_format, BOX_FORMATS)
+
+
+@dataclass(frozen=True)
+class VisualCotOptions(BoxOptions):
+    """Options of `visual_cot`."""
+
+    margin: float = 0.0
+    """Share of the box's width and height that the crop shows around it on each side."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.margin, (int, float)) or not 0 <= self.margin < math.inf:
             raise ValueError(f"margin must be a number, at least 0, not {self.margin!r}")
 
 
 @dataclass(frozen=True)
-class VstarOptions:
+class VstarOptions(BoxOptions):
     """Options of `vstar`."""
 
-    box_units: str = "pixels"
-    """`pixels` of the upright image, or `relative`: shares of its width and height."""
     box_format: str = "xywh"
     """`xywh` (left, top, width, height), as in the V* data, or `xyxy` (left, top, right, bottom)."""
     draw_names: bool = True
     """Whether to write the name of an object at its box."""
 
     def __post_init__(self) -> None:
-        check_choice("box_units", self.box_units, BOX_UNITS)
-        check_choice("box_format", self.box_format, BOX_FORMATS)
+        super().__post_init__()
         if not isinstance(self.draw_names, bool):
             raise ValueError(f"draw_names must be true or false, not {self.draw_names!r}")
 
@@ -69,13 +75,13 @@ class VstarOptions:
 def _visual_cot(
     record: Record, rng: np.random.Generator, options: VisualCotOptions, video: VideoInfo | None
 ) -> Conversation:
-    whole = [ImageRef(path) for path in record.images if BOX_MARK not in path]
+    originals = [ImageRef(path) for path in record.images if BOX_MARK not in path]
     crops = [_parse_crop(record, path, options) for path in record.images if BOX_MARK in path]
-    if not whole or not crops:
+    if not originals or not crops:
         raise record.error(
             "image_count",
-            f'"image" names {len(whole)} whole image(s) and {len(crops)} with a box; the task visual_cot takes at '
-            f'least one of each: ["a.jpg", "a.jpg{BOX_MARK}[x1, y1, x2, y2]"]',
+            f'"image" names {len(originals)} image(s) without and {len(crops)} with a box; the task visual_cot '
+            f'takes at least one of each: ["a.jpg", "a.jpg{BOX_MARK}[x1, y1, x2, y2]"]',
         )
     system, question, answer = _question_and_answer(record)
     # The data may ask for coordinates in words, but here the answer shows the region.
@@ -83,7 +89,7 @@ def _visual_cot(
     if without_markers(without_request):  # else the question itself is about a box
         question = without_request
     if DEFAULT_IMAGE_TOKEN not in question:
-        question = f"{DEFAULT_IMAGE_TOKEN * len(whole)}\n{question}"
+        question = f"{DEFAULT_IMAGE_TOKEN * len(originals)}\n{question}"
     images = DEFAULT_IMAGE_TOKEN * len(crops)
     return Conversation(
         turns=(
@@ -91,7 +97,7 @@ def _visual_cot(
             Turn("user", f"{question}\n{pick(rng, wording.LOOK_CLOSER)}"),
             Turn("assistant", fill(pick(rng, wording.LOOKED_CLOSER), images=images, answer=answer)),
         ),
-        images=(*whole, *crops),
+        images=(*originals, *crops),
     )
 
 
@@ -122,7 +128,7 @@ def _parse_crop(record: Record, text: str, options: VisualCotOptions) -> ImageRe
     return ImageRef(path, crop=box.grown(options.margin), box=box)
 
 
-def _parse_box(record: Record, values: Any, where: str, options: VisualCotOptions | VstarOptions) -> Box:
+def _parse_box(record: Record, values: Any, where: str, options: BoxOptions) -> Box:
     """Make a box of four numbers.
 
     Args:
