@@ -33,7 +33,8 @@ from metamorph.evaluation.losses import evaluate_losses, total_loss
 from metamorph.flags.recipes import parse_arguments
 from metamorph.mini import PARTS, asset_path
 from metamorph.miniature.quickstart.recipe import FULL
-from metamorph.miniature.quickstart.stages import Workspace, train_connector
+from metamorph.miniature.quickstart.stages import train_connector
+from metamorph.miniature.quickstart.workspace import Workspace
 from metamorph.miniature.world.dataset import WorldSizes, write_dataset
 from metamorph.training import build
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
@@ -56,7 +57,6 @@ SIZES = WorldSizes(
     next_frames=150,
     facts=50,
     knowledge_prompts=100,
-    visualizer=0,
     evaluation=200,
 )
 VALIDATION = ("generation", "edit", "next_frame", "vqa")

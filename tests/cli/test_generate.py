@@ -47,7 +47,7 @@ def test_markers_may_be_anywhere(picture: str) -> None:
         (["--prompt", "x", "--guidance-scale", "inf"], "--guidance-scale inf must be a finite number"),
         (["--prompt", "x", "--steps", "0"], "--steps 0 must be at least 1"),
         (["--prompt", "x", "--output", "a.png"], "--output a.png needs --visualizer"),
-        (["--prompt", "x", "--image", "https://a.org/b.png"], "is an address, and nothing is downloaded"),
+        (["--prompt", "x", "--image", "https://a.org/b.png"], "is a URL, and nothing is downloaded"),
         (["--prompt", "x", "--seed", "-1"], "--seed -1 must be at least 0"),
         (
             ["--prompt", "x", "--visualizer", "mini", "--output", "{folder}"],
@@ -55,7 +55,7 @@ def test_markers_may_be_anywhere(picture: str) -> None:
         ),
         (
             ["--prompt", "x", "--visualizer", "mini", "--output", "{folder}/a.pdf"],
-            "a.pdf is not the name of a picture: end it in .png",
+            "a.pdf is not the name of an image: end it in .png",
         ),
         (
             ["--prompt", "x", "--visualizer", "mini", "--output", "{picture}/a.png"],
@@ -67,7 +67,7 @@ def test_markers_may_be_anywhere(picture: str) -> None:
         ),
         (
             ["--prompt", "x", "--model", "mini", "--draw", "--max-new-tokens", "17"],
-            "has no room for a picture, which takes 18 (16 visual tokens, <image_start> and <image_end>)",
+            "has no room for an image, which takes 18 (16 visual tokens, <image_start> and <image_end>)",
         ),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["--prompt", "x", "--visualizer", "{folder}"], "is a folder without model_index.json"),
@@ -133,7 +133,7 @@ def generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_pictures_are_never_replaced_unasked(generate, tmp_path: Path) -> None:
     """And 64 pixels are shown enlarged, with the prompt above them."""
     printed, _ = generate("--prompt", "Draw a red circle")
-    assert printed == "[picture: generated.png, enlarged: generated-preview.png]"
+    assert printed == "[image: generated.png, enlarged: generated-preview.png]"
     first = (tmp_path / "generated.png").read_bytes()
     with Image.open(tmp_path / "generated.png") as small, Image.open(tmp_path / "generated-preview.png") as preview:
         assert small.size == (64, 64)
@@ -142,7 +142,7 @@ def test_pictures_are_never_replaced_unasked(generate, tmp_path: Path) -> None:
         assert caption.getextrema() == (0, 255)
         assert preview.getpixel((192, 214)) == small.getpixel((32, 32))
     printed, _ = generate("--prompt", "Draw a blue square", "--seed", "3")
-    assert printed == "[picture: generated-2.png, enlarged: generated-2-preview.png]"
+    assert printed == "[image: generated-2.png, enlarged: generated-2-preview.png]"
     assert (tmp_path / "generated.png").read_bytes() == first
     generate("--prompt", "Draw a blue square", "--output", "generated.png", "--overwrite")
     assert (tmp_path / "generated.png").read_bytes() != first
@@ -152,15 +152,15 @@ def test_draw_begins_the_answer_with_a_picture(generate, tmp_path: Path) -> None
     question = ["--prompt", "<image>\nWhat color is the object?", "--image", "in.png"]
     Image.new("RGB", (64, 64), "white").save(tmp_path / "in.png")
     printed, logged = generate(*question)
-    assert "[picture" not in printed
-    assert "the answer has no picture, so none was drawn; --draw makes it begin with one" in logged
+    assert "[image" not in printed
+    assert "the answer has no image to draw; with --draw it begins with one" in logged
     printed, logged = generate(*question, "--draw", "--max-new-tokens", "18")
-    assert printed.startswith("[picture: generated.png")
-    assert "no picture" not in logged
+    assert printed.startswith("[image: generated.png")
+    assert "no image" not in logged
 
 
 def test_default_number_of_new_tokens_fits_a_picture(generate) -> None:
     assert build_parser().parse_args(["--model", "m", "--prompt", "p"]).max_new_tokens is None
     printed, logged = generate("--prompt", "Draw a red circle", "--max-new-tokens", "17")
-    assert "[picture" not in printed
-    assert "--max-new-tokens 17 has no room for a picture, which takes 18" in logged
+    assert "[image" not in printed
+    assert "--max-new-tokens 17 has no room for an image, which takes 18" in logged

@@ -99,7 +99,7 @@ def test_the_visualizer_logs_six_fields(tmp_path: Path, run: Run) -> None:
     assert any(re.fullmatch(r"visualizer · step 4/4 · loss [\d.]+ · took \d+ s", line) for line in log)
     words = ["--visualizer", tmp_path / "run", "--vision_tower", tower, "--images", tmp_path / "pictures", "--steps", 1]
     log = run("evaluate", "visualizer", *words, "--output_dir", tmp_path / "measured")
-    assert log[-1].startswith("drawing · picture 6/6 · took ")
+    assert log[-1].startswith("drawing · image 6/6 · took ")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from metamorph.cli import main
 from metamorph.mini import ASSETS, asset_path, shipped_folder, verify_asset
 from metamorph.mini.cards import AssetError, verify_folder
 from metamorph.miniature.quickstart.measure import measure_world
-from metamorph.miniature.quickstart.recipe import FAST, EvaluationSizes
+from metamorph.miniature.quickstart.recipe import FAST, MINI, EvaluationSizes
 from metamorph.miniature.world.checker import judge
 from metamorph.miniature.world.dataset import WorldSizes
 from metamorph.miniature.world.scenes import Scene, SceneObject
@@ -51,8 +51,8 @@ def test_missed_gates_are_named():
 def test_mini_is_as_good_as_its_card_says_on_a_small_sample(tmp_path):
     sample = EvaluationSizes(vqa=60, seen=24, held_out=12, knowledge=6, edit=12, next_frame=6, visualizer=16)
     folder = asset_path("mini")
-    measured = measure_world(folder / "model", folder / "visualizer", tmp_path, sizes=sample)
-    found, card = summarise_figures(measured.metrics), verify_asset("mini").figures
+    measured = measure_world(folder / "model", folder / "visualizer", tmp_path, recipe=replace(MINI, evaluation=sample))
+    found, card = summarise_figures(measured), verify_asset("mini").figures
     assert (tmp_path / "pictures" / "grid.png").is_file()
     # Sixty answers and two dozen drawings: about two standard errors of the card's figures.
     assert found["vqa"]["all"] >= card["vqa"]["all"] - 0.08
@@ -168,7 +168,6 @@ def test_build_stops_at_a_gate_and_does_not_train_again(tmp_path, caplog):
         facts=2,
         knowledge_prompts=2,
         visualizer=16,
-        evaluation=0,
     )
     sample = EvaluationSizes(vqa=6, seen=6, held_out=2, knowledge=2, edit=2, next_frame=2, visualizer=6)
     recipe = replace(

@@ -11,7 +11,7 @@ from PIL import Image
 
 from metamorph.cli import main
 from metamorph.miniature.quickstart.evaluate import DRAWING_GROUPS
-from metamorph.miniature.quickstart.options import MARKER_FILE, OWN_FOLDERS
+from metamorph.miniature.quickstart.workspace import MARKER_FILE, OWN_FOLDERS
 from metamorph.miniature.world import render
 from metamorph.miniature.world.scenes import Scene, SceneObject
 from metamorph.runs.progress import Progress
@@ -68,7 +68,7 @@ def test_every_part_shows_progress_without_a_terminal(out):
         r"visualizer · step 4/4 · loss [\d.]+ · took \d+ s",
         r"questions · question 24/24 · took \d+ s",
         r"drawings · step (\d+)/\1 · took \d+ s",
-        r"visualizer · picture 8/8 · took \d+ s",
+        r"visualizer · image 8/8 · took \d+ s",
     ):
         assert re.search(f"^{line}$", log, re.MULTILINE), line
 

@@ -13,7 +13,8 @@ from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.mini import PARTS, asset_path
 from metamorph.miniature.quickstart.evaluate import judge_scene
 from metamorph.miniature.quickstart.recipe import FULL
-from metamorph.miniature.quickstart.stages import Workspace, fit_visualizer
+from metamorph.miniature.quickstart.stages import fit_visualizer
+from metamorph.miniature.quickstart.workspace import Workspace
 from metamorph.miniature.world.dataset import WorldSizes, write_dataset
 from metamorph.miniature.world.scenes import Scene
 from metamorph.visualization import load_visualizer
@@ -29,7 +30,7 @@ HELD_OUT = 32
 def test_visualizer_learns_to_draw_unseen_scenes(tmp_path):
     """The quickstart's states 97 to 100 % of drawings right; with this little of it 94 % were when this was written."""
     recipe = replace(FULL, alignment_steps=400, visualizer_steps=30)
-    sizes = replace(WorldSizes.only_evaluation(HELD_OUT), visualizer=400)
+    sizes = WorldSizes(visualizer=400, evaluation=HELD_OUT)
     files = write_dataset(tmp_path / "data", seed=0, sizes=sizes)
     fit_visualizer(Workspace(tmp_path, {name: asset_path(name) for name in PARTS}, 0), files, recipe)
     pipeline = load_visualizer(tmp_path / "visualizer")

@@ -4,22 +4,20 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from metamorph.miniature.world import (
+from metamorph.miniature.world.checker import judge, read_image
+from metamorph.miniature.world.render import render, render_array
+from metamorph.miniature.world.scenes import (
     COLORS,
+    CORNERS,
     HELD_OUT,
     SHAPES,
     SIZES,
     Scene,
     SceneObject,
     is_reserved,
-    judge,
-    read_image,
-    render,
-    render_array,
     sample_scene,
     single_scenes,
 )
-from metamorph.miniature.world.scenes import CORNERS
 
 
 RED_CIRCLE = SceneObject("circle", "red", "large", "center")
@@ -39,7 +37,7 @@ def test_checker_reads_pairs() -> None:
     assert right >= 0.99 * len(scenes)
 
 
-def test_checker_bears_noise() -> None:
+def test_checker_tolerates_noise() -> None:
     rng = np.random.default_rng(2)
     scenes = [sample_scene(rng) for _ in range(100)]
     noisy = [
@@ -73,7 +71,7 @@ def test_wrong_count_is_wrong() -> None:
 @pytest.mark.parametrize("corner", CORNERS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_object_beside_the_centre_object_is_counted(shape: str, size: str, corner: str) -> None:
+def test_object_next_to_the_centre_object_is_counted(shape: str, size: str, corner: str) -> None:
     center = Scene((SceneObject(shape, "red", size, "center"),))
     for other in SHAPES:
         for color in ("red", "blue"):

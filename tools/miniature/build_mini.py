@@ -22,7 +22,8 @@ from metamorph.mini.cards import AssetCard, AssetError, library_versions, write_
 from metamorph.miniature.quickstart.clock import StageClock
 from metamorph.miniature.quickstart.measure import measure_world
 from metamorph.miniature.quickstart.recipe import MINI, Recipe
-from metamorph.miniature.quickstart.stages import Workspace, fit_visualizer, train_connector, train_model
+from metamorph.miniature.quickstart.stages import fit_visualizer, train_connector, train_model
+from metamorph.miniature.quickstart.workspace import Workspace
 from metamorph.miniature.world.dataset import write_dataset
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -87,9 +88,8 @@ def build(
     finished = work_dir / "finished"
     write_weights(space, finished)
     # The figures are those of the rounded weights, not of the ones in memory.
-    sizes = recipe.evaluation
-    measured = measure_world(finished / "model", finished / "visualizer", work_dir / "evaluation", sizes=sizes)
-    figures = summarise_figures(measured.metrics)
+    metrics = measure_world(finished / "model", finished / "visualizer", work_dir / "evaluation", recipe=recipe)
+    figures = summarise_figures(metrics)
     logger.info("%s: %s", NAME, figures)
     if enforce_gates and (missed := missed_gates(figures)):
         raise AssetError(f"{NAME} is below its gates {GATES}: {missed}. Train longer, or try another seed.")

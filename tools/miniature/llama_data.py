@@ -1,19 +1,28 @@
-"""What mini-llama reads: the tasks of the miniature world with every picture replaced by its description.
+"""Training data of mini-llama: the tasks of the miniature world with every image replaced by its description.
 
-The layout is that of the later stages, `<description>` standing where `<image>` will: first what is seen, then
-what is asked. Where the later stages answer with a picture, the text asks for a description of it, so that the
-meaning of drawing prompts, edits and facts is learnt here and only drawing is left to learn.
+The layout is that of the later stages, with a description instead of `<image>`: first what is seen, then the question.
+Where the later stages answer with an image, the text asks for its description, so that mini-llama learns the meaning of
+drawing prompts, edits and facts, and only drawing is left to learn.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from metamorph.miniature import world
 from metamorph.miniature.world import changes, knowledge, language
-from metamorph.miniature.world.scenes import COLORS, POSITIONS, SHAPES, SIZES, Scene, is_reserved, sample_scene
+from metamorph.miniature.world.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    is_reserved,
+    sample_scene,
+)
 
 
 Conversation = list[dict[str, str]]
@@ -34,12 +43,7 @@ _LIST_QUESTIONS = 5
 _LIST_COUNT_SHARE = 0.25
 _COUNT_WHAT_IS_THERE = 0.7
 _ATTRIBUTES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "position": POSITIONS}
-_QUESTIONS = {
-    "size": language.SIZE_QUESTION,
-    "color": language.COLOUR_QUESTION,
-    "shape": language.SHAPE_QUESTION,
-    "position": language.POSITION_QUESTION,
-}
+_GRAMMAR_WORDS = ("a", "an", "the", "and", "in", "on", "object", "objects", "it", "yes", "no", "background")
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,26 @@ class TextTask:
         return _exchange(self.request, self.answer)
 
 
+def words_of(text: str) -> list[str]:
+    """The words and punctuation marks of a text, without image markers."""
+    return re.findall(r"[A-Za-z]+|[.,?]", text.replace("<image>", " "))
+
+
+def vocabulary() -> list[str]:
+    """Every word and punctuation mark of the world's texts, sorted; capitalised if a sentence can begin with it."""
+    templates = [*language.TEMPLATES, *knowledge.FACT_TEMPLATES, *changes.NEXT_FRAME_PROMPTS]
+    templates += [template for group in changes.EDIT_TEMPLATES.values() for template in group]
+    texts = [re.sub(r"\{\w+\}", " ", template) for template in templates]
+    for group in (SHAPES, COLORS, SIZES, POSITIONS, BACKGROUNDS, language.NUMBERS, language.PLURALS.values()):
+        texts += group
+    texts += [*language.COLOUR_WORDS, *_GRAMMAR_WORDS, ". ?", *(thing.name for thing in knowledge.THINGS)]
+    words = {word for text in texts for word in words_of(text)}
+    return sorted(words | {template.split()[0].capitalize() for template in templates if template[0].isalpha()})
+
+
 def build_vocabulary() -> list[str]:
     """The words of the world, and those that begin a description with a capital."""
-    return [*world.vocabulary(), "A", "An"]
+    return [*vocabulary(), "A", "An"]
 
 
 def training_conversation(rng: np.random.Generator) -> Conversation:
@@ -128,7 +149,7 @@ def _list_question(things: list[dict[str, str]], rng: np.random.Generator) -> tu
         "object": "the " + language.object_phrase(**named).split(" ", 1)[1],
         "colour": language.pick(rng, language.COLOUR_WORDS),
     }
-    return language.sentence(_QUESTIONS[asked], rng, **words), thing[asked]
+    return language.sentence(language.ATTRIBUTE_QUESTIONS[asked], rng, **words), thing[asked]
 
 
 def _list_count(things: list[dict[str, str]], rng: np.random.Generator) -> tuple[str, str] | None:

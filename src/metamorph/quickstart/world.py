@@ -2,7 +2,10 @@
 
 import warnings
 
-from metamorph.miniature.world import *  # noqa: F403
+from metamorph.miniature.world.changes import *  # noqa: F403
+from metamorph.miniature.world.checker import *  # noqa: F403
+from metamorph.miniature.world.dataset import *  # noqa: F403
+from metamorph.miniature.world.knowledge import *  # noqa: F403
 
 
 warnings.warn(

@@ -8,7 +8,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -161,11 +162,25 @@ def clear_marker(output_dir: str | os.PathLike[str]) -> None:
     (Path(output_dir) / MARKER_FILE).unlink(missing_ok=True)
 
 
-def ignore_signals(*_: Any, numbers: Iterable[signal.Signals] = (*SIGNALS, signal.SIGINT)) -> None:
+@contextmanager
+def stops_quietly() -> Iterator[None]:
+    """Ignore further signals once a run is preempted: torchrun sends SIGTERM to the others when one is gone.
+
+    Trackers can then finish their uploads.
+    """
+    try:
+        yield
+    except Preempted:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        raise
+
+
+def ignore_signals(*_: Any) -> None:
     """Ignore signals sent to the process group: for workers, which their main process ends.
 
     Usable as the `worker_init_fn` of a data loader. PyTorch's own handler would end a worker at SIGTERM and, in the
     middle of a step, the main process with it.
     """
-    for number in numbers:
+    for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
