@@ -7,13 +7,13 @@ from diffusers import DDPMScheduler
 
 from metamorph.mini import asset_path, verify_asset
 from metamorph.mini.cards import AssetError, verify_folder
-from metamorph.miniature.quickstart.conditions import CONDITION_DIM, AttributeEncoder, load_asset
+from metamorph.miniature.quickstart.conditions import CONDITION_DIM, AttributeEncoder
 from metamorph.miniature.world.cells import cells_of
 from metamorph.miniature.world.checker import judge
 from metamorph.miniature.world.render import render_array
 from metamorph.miniature.world.scenes import Scene, SceneObject, sample_scene
 from metamorph.visualization.projector import pad_condition
-from tools.miniature.build_sd import GATES, SdRecipe, build, check_gates
+from tools.miniature.build_sd import GATES, SdRecipe, build, check_gates, load_asset
 from tools.miniature.sd_unet import UnetRecipe, new_noise_scheduler, sample_pictures
 from tools.miniature.sd_vae import VaeRecipe, to_pictures, to_pixels
 

@@ -170,7 +170,9 @@ def test_same_seed_same_data(tmp_path: Path) -> None:
 
     first = digest(tmp_path / "a", 0)
     assert first == digest(tmp_path / "b", 0) != digest(tmp_path / "c", 1)
-    assert first == "90a324bf4f977567ca656c9ee49f7ee58bc20aa4c184373a5ecf43740d02c31b"  # the data of the shipped weights must not change
+    assert (
+        first == "90a324bf4f977567ca656c9ee49f7ee58bc20aa4c184373a5ecf43740d02c31b"
+    )  # the data of the shipped weights must not change
 
 
 def test_questions_are_answered_from_the_scene() -> None:

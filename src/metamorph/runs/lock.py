@@ -197,14 +197,10 @@ def _read(path: Path) -> Lock | None:
     except (OSError, ValueError):
         return None
     texts, optional = ("id", "host", "process", "since"), ("started", "machine", "slurm_job", "slurm_restart")
-    usable = (
-        isinstance(lock, dict)
-        and all(isinstance(lock.get(name), str) for name in texts)
-        and all(name in lock and isinstance(lock[name], str | None) for name in optional)
-        and lock["id"].isalnum()
-        and lock["process"].isdecimal()
-    )
-    return lock if usable else None
+    if not isinstance(lock, dict) or not all(isinstance(lock.get(name), str) for name in texts):
+        return None
+    has_optional = all(name in lock and isinstance(lock[name], str | None) for name in optional)
+    return lock if has_optional and lock["id"].isalnum() and lock["process"].isdecimal() else None
 
 
 def _take_over(path: Path, previous: Lock | None, lock: Lock) -> bool:

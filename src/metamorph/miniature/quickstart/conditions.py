@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,20 +45,12 @@ def write_conditions(images: Path, mini_sd: Path, file: Path) -> None:
         if scene is None:
             raise ValueError(f"{files.paths[index]} shows no scene of the miniature world: its objects cannot be read")
         scenes.append(scene)
-    _, _, encoder = load_asset(mini_sd)
+    encoder = AttributeEncoder()
+    encoder.load_state_dict(load_file(mini_sd / ENCODER_FILE))
     with torch.no_grad():
         conditions = encoder.encode(scenes)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({"conditions": conditions.contiguous()}, file)
-
-
-def load_asset(folder: Path) -> tuple[AutoencoderKL, UNet2DConditionModel, AttributeEncoder]:
-    """Load mini-sd in float32: VAE, UNet, and the encoder of attributes that the UNet was trained with."""
-    encoder = AttributeEncoder()
-    encoder.load_state_dict(load_file(folder / ENCODER_FILE))
-    vae = AutoencoderKL.from_pretrained(folder / "vae").float()
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet").float()
-    return vae.eval(), unet.eval(), encoder.eval()
 
 
 class AttributeEncoder(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from metamorph.flags.checks import check_output_folder
@@ -25,41 +24,22 @@ MAX_THREADS = 4
 """Models this small do not gain from more."""
 
 
-@dataclass(frozen=True)
 class Workspace:
-    """The folders of one run."""
+    """The folders of one run.
 
-    root: Path
-    """`--output-dir`."""
-    assets: dict[str, Path]
-    """Folders of mini-siglip, mini-llama and mini-sd."""
-    seed: int
-    """Seed of data, weights and noise."""
+    Args:
+        root: `--output-dir`.
+        assets: Folders of mini-siglip, mini-llama and mini-sd.
+        seed: Seed of data, weights and noise.
+    """
 
-    @property
-    def data(self) -> Path:
-        """Records and images."""
-        return self.root / "data"
-
-    @property
-    def connector(self) -> Path:
-        """Result of stage 1."""
-        return self.root / "connector"
-
-    @property
-    def model(self) -> Path:
-        """Result of stage 2, for `metamorph generate --model`."""
-        return self.root / "model"
-
-    @property
-    def visualizer(self) -> Path:
-        """The visualizer, for `metamorph generate --visualizer`."""
-        return self.root / "visualizer"
-
-    @property
-    def pictures(self) -> Path:
-        """PNG files of the report."""
-        return self.root / "pictures"
+    def __init__(self, root: Path, assets: dict[str, Path], seed: int) -> None:
+        self.root, self.assets, self.seed = root, assets, seed
+        self.data = root / "data"
+        self.connector = root / "connector"  # result of stage 1
+        self.model = root / "model"  # result of stage 2
+        self.visualizer = root / "visualizer"
+        self.pictures = root / "pictures"  # PNG files of the report
 
     def clear(self) -> None:
         """Create the folder and remove the results of an earlier run, whose checkpoint would be resumed."""
