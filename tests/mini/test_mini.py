@@ -20,7 +20,7 @@ from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArgume
 from metamorph.visualization.loading import load_visualizer
 from metamorph.visualizer_training.arguments import VisualizerArguments
 from metamorph.visualizer_training.build import check_folders
-from tools.miniature.build_mini import GATES, _parts_beside, build, missed_gates, summarise_figures
+from tools.miniature.build_mini import GATES, _parts_next_to, build, missed_gates, summarise_figures
 
 
 def test_card_matches_the_folder_and_names_the_gates_it_misses():
@@ -149,9 +149,9 @@ def test_the_tower_of_mini_is_mini_siglip():
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
-def test_mini_is_built_of_what_was_built_beside_it(tmp_path):
+def test_mini_is_built_from_the_parts_next_to_it(tmp_path):
     (tmp_path / "mini-llama").mkdir()
-    parts = _parts_beside(tmp_path / "mini")
+    parts = _parts_next_to(tmp_path / "mini")
     assert parts["mini-llama"] == tmp_path / "mini-llama"
     assert parts["mini-siglip"] == asset_path("mini-siglip")
 

@@ -43,7 +43,7 @@ GATES = {
     "attributes.singles": 0.95,
     "attributes.pairs": 0.85,
 }
-"""Least shares of pictures that the checker must read right in every attribute, on scenes of no training."""
+"""Least shares of images that the checker must read right in every attribute, on scenes of no training."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +168,12 @@ def _card(seed: int, seconds: float, recipe: SdRecipe, figures: dict[str, float]
     return AssetCard(
         name=NAME,
         summary=(
-            "A Stable Diffusion in miniature: `AutoencoderKL` (64×64 pictures, 16×16×4 latents), "
+            "A Stable Diffusion in miniature: `AutoencoderKL` (64×64 images, 16×16×4 latents), "
             "`UNet2DConditionModel` (v-prediction, conditioned by cross-attention alone) and its noise schedule. "
             "The UNet was pretrained on the attributes of drawn scenes: one condition token for each cell of a 4×4 "
             "grid, padded with zeros to 77 tokens; `condition_encoder.safetensors` holds the embeddings of those "
             "attributes. No scene that is reserved for evaluation was trained on. The figures `vae.*` are shares of "
-            "reconstructions, `attributes.*` of pictures drawn from attributes, that the pixel checker reads right "
+            "reconstructions, `attributes.*` of images drawn from attributes, that the pixel checker reads right "
             "in every attribute (or in the one named), on reserved scenes, with the bf16 weights of this folder."
         ),
         build_command="python -m tools.miniature.rebuild sd",

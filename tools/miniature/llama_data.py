@@ -89,7 +89,7 @@ def build_vocabulary() -> list[str]:
 
 
 def training_conversation(rng: np.random.Generator) -> Conversation:
-    """Draw one conversation. Scenes that are kept for evaluation never occur."""
+    """Sample a conversation. Scenes reserved for evaluation never occur."""
     task = str(rng.choice(list(_TASK_SHARES), p=list(_TASK_SHARES.values())))
     if task == "list":
         return list_conversation(rng, count_share=_LIST_COUNT_SHARE)
@@ -112,9 +112,9 @@ def fact_conversation(rng: np.random.Generator) -> Conversation:
 
 
 def list_conversation(rng: np.random.Generator, *, count_share: float = 0.0) -> Conversation:
-    """Questions about a list of two to four things, of each of which two attributes or more are told.
+    """Questions about a list of two to four things, each with two or more of its attributes.
 
-    It never tells all of one thing or of two, so no scene that is kept for evaluation occurs.
+    One or two things are never described completely, so no scene reserved for evaluation occurs.
 
     Args:
         rng: Source of things and words.
@@ -126,8 +126,8 @@ def list_conversation(rng: np.random.Generator, *, count_share: float = 0.0) -> 
         told = language.sentence("{text}", rng, text=" and ".join(language.object_phrase(**thing) for thing in things))
         turns: Conversation = []
         for _ in range(3 * _LIST_QUESTIONS):
-            draw = _list_count if rng.random() < count_share else _list_question
-            found = draw(things, rng)
+            ask = _list_count if rng.random() < count_share else _list_question
+            found = ask(things, rng)
             if found is not None:
                 question, answer = found
                 turns += _exchange(question if turns else _lines(told, question), answer)
@@ -188,8 +188,8 @@ def evaluation_tasks(rng: np.random.Generator, scenes: int) -> list[TextTask]:
         found = 0
         while found < scenes // 4:
             request, involved = _imagined(kind, rng)
-            # Two objects may be told in either order, so only one object has one right description. What a
-            # fact asks for is new or not by its words: the scenes of facts are too few to reserve some.
+            # Two objects may be described in either order, so only one object has one right description. Prompts
+            # with facts are new because of their words: too few scenes fit them to reserve some.
             if len(involved[-1].objects) == 1 and (kind == "knowledge" or is_reserved(involved[-1])):
                 tasks.append(TextTask(kind, request, _plain_caption(involved[-1], rng), False))
                 found += 1
@@ -233,7 +233,7 @@ def _question_conversation(scene: Scene, rng: np.random.Generator) -> Conversati
 
 
 def _imagined(task: str, rng: np.random.Generator) -> tuple[str, tuple[Scene, ...]]:
-    """A request to describe a picture that nobody has described yet.
+    """A request to describe an image that nobody has described yet.
 
     Returns:
         The request, and the scenes that it involves; the last is the one to describe.

@@ -1,8 +1,8 @@
 """The conditions with which mini-sd itself would draw given images, for `train-visualizer --alignment_conditions`.
 
 Stable Diffusion was pretrained on texts, mini-sd on the attributes of scenes. The pixel checker reads these attributes
-from the images, which gives mini-sd's own conditions. Fitting the projector to them takes seconds; learning them through
-the frozen UNet would take many minutes of denoising.
+from the images, which gives mini-sd's own conditions. Fitting the projector to them takes seconds; through the frozen
+UNet it would take many minutes of denoising.
 """
 
 from __future__ import annotations
