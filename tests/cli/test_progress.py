@@ -86,8 +86,8 @@ def test_training_logs_six_fields_and_keeps_all_values(parts: Path, tmp_path: Pa
 
 def test_the_visualizer_logs_six_fields(tmp_path: Path, run: Run) -> None:
     (tmp_path / "pictures").mkdir()
-    for number, picture in enumerate(random_images(6)):
-        picture.save(tmp_path / "pictures" / f"{number}.png")
+    for number, image in enumerate(random_images(6)):
+        image.save(tmp_path / "pictures" / f"{number}.png")
     tower = write_tiny_tower(tmp_path / "tower")
     diffusion = write_tiny_diffusion(tmp_path / "sd", "epsilon")
     parts = ["--vision_tower", tower, "--pretrained_model_name_or_path", diffusion, "--resolution", RESOLUTION]

@@ -69,7 +69,7 @@ README_PROMPTS = {
         ("circle", "blue", "large", "bottom right"),
     ],
 }
-"""The prompts whose pictures the README shows, and what they must show."""
+"""The prompts whose images the README shows, and what they must show."""
 
 
 @pytest.mark.parametrize("prompt", README_PROMPTS)
@@ -79,21 +79,6 @@ def test_the_readme_s_commands_draw_what_they_are_told(tmp_path, capsys, prompt)
     assert str(file) in capsys.readouterr().out
     wanted = Scene(tuple(SceneObject(*attributes) for attributes in README_PROMPTS[prompt]))
     assert judge(Image.open(file).convert("RGB"), wanted).all
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--model", "{folder}"], "--model {folder} is a folder without config.json"),
-        (["--visualizer", "{folder}/nowhere/x"], "--visualizer {folder}/nowhere/x does not exist"),
-        (["--seed", "-1"], "--seed -1 must be at least 0"),
-    ],
-)
-def test_evaluate_names_what_is_wrong_before_it_begins(tmp_path, capsys, flags, message):
-    words = [flag.format(folder=tmp_path) for flag in flags]
-    assert main(["evaluate", "world", "--output-dir", str(tmp_path / "out"), *words]) == 2
-    assert message.format(folder=tmp_path) in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from metamorph.cli import main
 from metamorph.miniature.quickstart.recipe import FAST
 from metamorph.miniature.study import GENERATION_ONLY, JOINT, StudySettings, run_study, study_recipe, summarise_runs
 from metamorph.runs.progress import Progress
@@ -34,19 +33,6 @@ def test_summary_is_mean_and_standard_error_over_seeds():
         "cosine": 0.85,
     }
     assert summarise_runs(runs[:1])[0]["standard_error"] == 0
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--seeds", "0"], "--seeds 0 must be at least 1"),
-        (["--budgets", "8"], "--budgets 8: give numbers of drawing records, each at least"),
-        (["--generation-per-step", "0"], "--generation-per-step 0 must be at least 1"),
-    ],
-)
-def test_bad_flags_are_named(tmp_path, capsys, flags, message):
-    assert main(["study", "joint-vs-generation-only", "--output-dir", str(tmp_path), *flags]) == 2
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Training learns to draw: the quickstart's visualizer on a quarter of its pictures and a fifth of its steps."""
+"""Training learns to draw: the quickstart's visualizer on a quarter of its images and a fifth of its steps."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def test_visualizer_learns_to_draw_unseen_scenes(tmp_path):
     pipeline.set_progress_bar_config(disable=True)
 
     records = [json.loads(line) for line in files.evaluation["visualizer"].read_text().splitlines()]
-    pictures = [Image.open(files.image_folder / record["image"]).convert("RGB") for record in records]
-    tokens = pipeline.vision_tower.encode_pictures(pictures)
+    images = [Image.open(files.image_folder / record["image"]).convert("RGB") for record in records]
+    tokens = pipeline.vision_tower.encode_pictures(images)
     drawn = draw(pipeline, tokens, SamplerSettings(recipe.guidance_scale, recipe.sampling_steps))
     verdicts = [
-        judge_scene(picture, Scene.from_dict(record["scene"])) for picture, record in zip(drawn, records, strict=True)
+        judge_scene(image, Scene.from_dict(record["scene"])) for image, record in zip(drawn, records, strict=True)
     ]
     assert len(verdicts) == HELD_OUT
     assert sum(verdict["all"] for verdict in verdicts) >= 0.8 * HELD_OUT
     assert sum(verdict["position"] for verdict in verdicts) >= 0.95 * HELD_OUT
 
-    scores = evaluate_visualizer(pipeline, pictures, ReconstructionSettings((2.0,), recipe.sampling_steps)).scales[0]
+    scores = evaluate_visualizer(pipeline, images, ReconstructionSettings((2.0,), recipe.sampling_steps)).scales[0]
     found = scores.to_dict()
     assert found["retrieval_at_1"] >= 0.9
     assert found["cosine"]["mean"] > 0.97 > 0.5 > found["cosine_to_others"]["mean"]

@@ -66,8 +66,8 @@ def test_every_record_is_valid_and_every_image_opens(files: WorldFiles) -> None:
     for record in records:
         parse_record(record, record["id"])
         for path in image_paths(record):
-            with Image.open(files.image_folder / path) as picture:
-                assert (picture.size, picture.mode) == ((64, 64), "RGB")
+            with Image.open(files.image_folder / path) as image:
+                assert (image.size, image.mode) == ((64, 64), "RGB")
 
 
 def test_sizes_are_kept(files: WorldFiles) -> None:
@@ -141,8 +141,8 @@ def test_answer_images_show_their_scene(files: WorldFiles) -> None:
     drawn = [record for record in all_records(files) if "scene" in record and answer_paths(record)]
     assert drawn
     for record in drawn:
-        picture = Image.open(files.image_folder / answer_paths(record)[0])
-        assert judge(picture, Scene.from_dict(record["scene"])).all
+        image = Image.open(files.image_folder / answer_paths(record)[0])
+        assert judge(image, Scene.from_dict(record["scene"])).all
 
 
 def test_evaluation_splits(files: WorldFiles) -> None:

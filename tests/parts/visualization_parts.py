@@ -69,10 +69,10 @@ def random_images(count: int, size: tuple[int, int] = (40, 32), seed: int = 0) -
     rng = np.random.default_rng(seed)
     images = []
     for _ in range(count):
-        picture = np.full((size[1], size[0], 3), 230, dtype=np.uint8)
+        pixels = np.full((size[1], size[0], 3), 230, dtype=np.uint8)
         top, left = rng.integers(0, size[1] // 2), rng.integers(0, size[0] // 2)
-        picture[top : top + size[1] // 3, left : left + size[0] // 3] = rng.integers(0, 200, 3)
-        images.append(Image.fromarray(picture))
+        pixels[top : top + size[1] // 3, left : left + size[0] // 3] = rng.integers(0, 200, 3)
+        images.append(Image.fromarray(pixels))
     return images
 
 
@@ -93,7 +93,7 @@ def write_tiny_tower(folder: Path, seed: int = 0) -> Path:
 
 
 def write_shard(path: Path, members: dict[str, Image.Image | bytes]) -> Path:
-    """Write a tar of pictures, in the format that their names end in, and of other files."""
+    """Write a tar of images, in the format that their names end in, and of other files."""
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
             if isinstance(content, Image.Image):
