@@ -20,7 +20,7 @@ from typing import Any
 
 ROWS: dict[str, tuple[str, ...]] = {
     "questions answered exactly": ("vqa", "accuracy"),
-    "a picture when asked for, and only then": ("image_start", "accuracy"),
+    "an image if and only if asked for one": ("image_start", "accuracy"),
     "one object, seen combination": ("generation", "seen", "all"),
     "one object, held-out combination": ("generation", "held_out", "all"),
     "two objects": ("generation", "pairs", "all"),

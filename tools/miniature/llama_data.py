@@ -43,6 +43,21 @@ _LIST_QUESTIONS = 5
 _LIST_COUNT_SHARE = 0.25
 _COUNT_WHAT_IS_THERE = 0.7
 _ATTRIBUTES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "position": POSITIONS}
+_TEMPLATES = (
+    language.CAPTIONS,
+    language.CAPTION_REQUESTS,
+    language.ATTRIBUTE_QUESTIONS.values(),
+    (language.COUNT_QUESTION, language.EXISTENCE_QUESTION, language.PROPERTY_QUESTION, knowledge.FACT_CHECK),
+    language.DRAWING_PROMPTS,
+    knowledge.COLOUR_FACT_QUESTIONS,
+    knowledge.SHAPE_FACT_QUESTIONS,
+    knowledge.FACT_REQUESTS,
+    knowledge.COLOUR_PROMPTS,
+    knowledge.SHAPE_PROMPTS,
+    knowledge.THING_PROMPTS,
+    changes.NEXT_FRAME_PROMPTS,
+    *changes.EDIT_TEMPLATES.values(),
+)
 _GRAMMAR_WORDS = ("a", "an", "the", "and", "in", "on", "object", "objects", "it", "yes", "no", "background")
 
 
@@ -73,8 +88,7 @@ def words_of(text: str) -> list[str]:
 
 def vocabulary() -> list[str]:
     """Every word and punctuation mark of the world's texts, sorted; capitalised if a sentence can begin with it."""
-    templates = [*language.TEMPLATES, *knowledge.FACT_TEMPLATES, *changes.NEXT_FRAME_PROMPTS]
-    templates += [template for group in changes.EDIT_TEMPLATES.values() for template in group]
+    templates = [template for group in _TEMPLATES for template in group]
     texts = [re.sub(r"\{\w+\}", " ", template) for template in templates]
     for group in (SHAPES, COLORS, SIZES, POSITIONS, BACKGROUNDS, language.NUMBERS, language.PLURALS.values()):
         texts += group

@@ -19,7 +19,9 @@ def main(argv: Sequence[str]) -> None:
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     world = kinds.add_parser("world", help="questions and drawings in the miniature world, judged by its pixel checker")
-    world.add_argument("--model", default="mini", help="folder or Hub id of the model (default: mini, which ships)")
+    world.add_argument(
+        "--model", default="mini", help="folder or Hub id of the model (default: mini, which ships with MetaMorph)"
+    )
     world.add_argument("--visualizer", default="mini", help="folder or Hub id of the visualizer (default: mini)")
     world.add_argument(
         "--output-dir",

@@ -11,18 +11,18 @@ def main(argv: Sequence[str]) -> None:
     config_flag(argv)  # before the imports below, which take seconds
     from metamorph.training.dry_run.arguments import parse_training_flags
 
-    *arguments, dry_run = parse_training_flags(argv)
+    model_args, data_args, training_args, dry_run = parse_training_flags(argv)
     if dry_run.dry_run:
         from metamorph.training.dry_run.preview import preview
         from metamorph.training.dry_run.report import format_dry_run
 
         if is_first_process():
-            print(format_dry_run(preview(*arguments, dry_run)))
+            print(format_dry_run(preview(model_args, data_args, training_args, dry_run)))
         return
     from metamorph.runs.preemption import stops_quietly
     from metamorph.training.run import run_training  # after the arguments are known to be good: takes seconds
 
     with stops_quietly():
-        result = run_training(*arguments)
+        result = run_training(model_args, data_args, training_args)
     if result.is_main_process:
         print(f"stage {result.stage} finished after {result.global_step} steps: {result.output_dir}")

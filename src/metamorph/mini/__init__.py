@@ -19,17 +19,19 @@ ASSETS = (*PARTS, "mini")
 """All shipped models, in the order in which they are built."""
 
 
-__all__ = ["ASSETS", "PARTS", "AssetCard", "AssetError", "asset_path", "full_name", "shipped_folder", "verify_asset"]
+__all__ = ["ASSETS", "PARTS", "AssetCard", "AssetError", "asset_path", "shipped_folder", "verify_asset"]
 
 
 def asset_path(name: str) -> Path:
-    """Folder of a shipped model, for `from_pretrained`; the prefix `mini-` may be omitted.
+    """Folder of a shipped model, for `from_pretrained`.
 
     Raises:
         ValueError: If there is no asset of this name.
         AssetError: If the package was installed without it.
     """
-    folder = Path(__file__).parent / full_name(name)
+    if name not in ASSETS:
+        raise ValueError(f"there is no asset {name!r}: choose among {', '.join(ASSETS)}")
+    folder = Path(__file__).parent / name
     if not folder.is_dir():
         raise AssetError(f"{folder.name} is not in {folder.parent}: install the package again")
     return folder
@@ -56,15 +58,3 @@ def verify_asset(name: str) -> AssetCard:
         AssetError: If a file is missing or changed.
     """
     return verify_folder(asset_path(name))
-
-
-def full_name(name: str) -> str:
-    """`mini-siglip` for `siglip`, and so on.
-
-    Raises:
-        ValueError: If there is no asset of this name.
-    """
-    found = name if name in ASSETS else f"mini-{name}"
-    if found not in ASSETS:
-        raise ValueError(f"there is no asset {name!r}: choose among {', '.join(ASSETS)}")
-    return found

@@ -43,11 +43,7 @@ RUNS_FILE, RESULT_FILE, PLOT_FILE = "runs.jsonl", "study.json", "study.png"
 
 @dataclass(frozen=True)
 class StudySettings:
-    """The size of a study: the flags of `metamorph study`.
-
-    Raises:
-        ValueError: If a budget is smaller than a batch.
-    """
+    """The size of a study: the flags of `metamorph study`."""
 
     output_dir: Path
     """Receives runs.jsonl, study.json and study.png. An interrupted study continues here."""
@@ -80,12 +76,8 @@ class StudySettings:
 def run_study(settings: StudySettings, recipe: Recipe = FULL) -> dict[str, Any]:
     """Train and evaluate every model that is not in runs.jsonl yet, and write the plot and the result.
 
-    Args:
-        settings: What is compared.
-        recipe: Everything else: connector, learning rates, sampler.
-
-    Returns:
-        Content of study.json: `plan` (the settings), `runs` (one per model) and `summary` (of `summarise_runs`).
+    `recipe` decides everything that is not compared. Returns the content of study.json: `plan` (the settings), `runs`
+    (one per model) and `summary`.
     """
     torch.set_num_threads(thread_count())
     settings.output_dir.mkdir(parents=True, exist_ok=True)
@@ -104,11 +96,7 @@ def run_study(settings: StudySettings, recipe: Recipe = FULL) -> dict[str, Any]:
 
 
 def summarise_runs(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard error over seeds (0 for one seed), for each group, condition and budget.
-
-    Returns:
-        `{"group", "condition", "budget", "n": seeds, "mean", "standard_error", "cosine"}` for each.
-    """
+    """A row with mean and standard error over seeds (0 for one seed) for each group, condition and budget."""
     rows = []
     for group in GROUPS:
         for condition in CONDITIONS:

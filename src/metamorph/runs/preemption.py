@@ -136,16 +136,13 @@ class Preemption:
 
 
 def write_marker(output_dir: str | os.PathLike[str], step: int, checkpoint: str | None, reason: str | None) -> Path:
-    """Write the marker that tells scripts to restart the run. For one process, once all have saved.
+    """Write the marker that tells scripts to restart the run; returns its path. For one process, once all have saved.
 
     Args:
         output_dir: Folder of the run; created if missing.
         step: Optimizer steps done.
         checkpoint: Name of the checkpoint that the next run resumes from; None if it starts from the beginning.
         reason: Name of the signal; None if another process received it.
-
-    Returns:
-        Path of the file: JSON with `step`, `checkpoint`, `signal` and `time`.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

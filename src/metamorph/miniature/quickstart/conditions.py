@@ -28,16 +28,7 @@ CONDITION_DIM = 128
 
 
 def write_conditions(images: Path, mini_sd: Path, file: Path) -> None:
-    """Write the conditions of all images of a folder, in the order in which the visualizer reads them.
-
-    Args:
-        images: Folder of images of the miniature world, without jitter.
-        mini_sd: The asset.
-        file: Receives the tensor `conditions`, `[images, 16, cross_attention_dim]`.
-
-    Raises:
-        ValueError: If an image does not show a scene; the message names it.
-    """
+    """Write `conditions [images, 16, dim]` of a folder of images without jitter, in the visualizer's order."""
     files = ImageFiles.from_folder(images)
     scenes = []
     for index in Progress(range(len(files)), "reading scenes", unit="image", delay=2):
@@ -67,15 +58,7 @@ class AttributeEncoder(nn.Module):
         self.cell = nn.Embedding(GRID * GRID, dim)
 
     def forward(self, labels: Tensor, backgrounds: Tensor) -> Tensor:
-        """Condition tokens with mean 0 and variance 1.
-
-        Args:
-            labels: Classes of the object in each cell, `[scenes, 16, attributes]`, 0 for none.
-            backgrounds: Index into `BACKGROUNDS`, `[scenes]`.
-
-        Returns:
-            `[scenes, 16, dim]`.
-        """
+        """Tokens `[scenes, 16, dim]` of `cell_labels` `[scenes, 16, attributes]` and `background_labels` `[scenes]`."""
         tokens = self.cell.weight[None] + self.background(backgrounds)[:, None]
         for index, table in enumerate(self.attributes):
             tokens = tokens + table(labels[:, :, index])

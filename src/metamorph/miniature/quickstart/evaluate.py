@@ -102,15 +102,7 @@ def load_session(model: str | Path, visualizer: str | Path) -> Session:
 def evaluate_world(
     model: str | Path, visualizer: str | Path, files: WorldFiles, recipe: Recipe, seed: int
 ) -> WorldEvaluation:
-    """Ask questions, let the model draw, and judge.
-
-    Args:
-        model: Folder of the model.
-        visualizer: Folder of its visualizer.
-        files: Where the evaluation records are.
-        recipe: How many of them are used, and how the visualizer samples.
-        seed: Seed of the visualizer's noise.
-    """
+    """Ask a model questions, let it draw, and judge: as many records as `recipe` says, with noise from `seed`."""
     session = load_session(model, visualizer)
     settings = SamplerSettings(recipe.guidance_scale, recipe.sampling_steps, seed)
     sizes = recipe.evaluation

@@ -25,17 +25,9 @@ def measure_world(
     seed: int = MINI_EVALUATION_SEED,
     recipe: Recipe = MINI,
 ) -> dict[str, Any]:
-    """Evaluate on unseen scenes, and write metrics.json and grids of images.
+    """Evaluate a trained model on unseen scenes; returns the metrics, and writes them and grids of images.
 
-    Args:
-        model: Folder of a MetaMorph model that was trained on the miniature world.
-        visualizer: Folder of its visualizer.
-        output_dir: Receives `data`, `pictures` and metrics.json.
-        seed: Seed of scenes, words and the visualizer's noise.
-        recipe: How many records of each kind are used, and how the visualizer samples.
-
-    Returns:
-        Content of metrics.json.
+    `seed` decides scenes, words and noise, `recipe` the number of records and the sampler.
     """
     sizes = WorldSizes(evaluation=recipe.evaluation.largest)
     files = write_dataset(output_dir / "data", seed=seed, sizes=sizes)

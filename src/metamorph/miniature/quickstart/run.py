@@ -26,14 +26,9 @@ FLOORS = {"vqa": 0.70, "image_start": 0.98, "seen_color": 0.60}
 
 
 def run_quickstart(space: Workspace, *, fast: bool = False) -> dict[str, Any]:
-    """Write data, train both stages and the visualizer, evaluate on unseen scenes, and report.
+    """Write data, train both stages and the visualizer, evaluate on unseen scenes, report, and return the metrics.
 
-    Args:
-        space: Where, and with which assets and seed.
-        fast: Run every part with a few steps only, to see that it works; nothing is learned.
-
-    Returns:
-        Content of metrics.json; every accuracy is a fraction between 0 and 1.
+    With `fast`, every part runs for a few steps only, to see that it works; nothing is learned.
     """
     recipe, clock = FAST if fast else FULL, StageClock()
     space.clear()

@@ -63,9 +63,9 @@ def _train(space: Workspace, files: WorldFiles, name: str, flags: dict[str, Any]
         "seed": space.seed,
     }
     types = (ModelArguments, DataArguments, MetaMorphTrainingArguments)
-    arguments = parse_arguments(types, ["--config", _write_recipe(space, name, {**shared, **flags})])
-    title = name.replace("stage", "stage ")
-    return run_training(*arguments, callbacks=[ShowProgress(title, log_entries=False, shown=BESIDE_BAR)])
+    model, data, training = parse_arguments(types, ["--config", _write_recipe(space, name, {**shared, **flags})])
+    bar = ShowProgress(name.replace("stage", "stage "), log_entries=False, shown=BESIDE_BAR)
+    return run_training(model, data, training, callbacks=[bar])
 
 
 def _write_recipe(space: Workspace, name: str, flags: dict[str, Any]) -> str:

@@ -59,15 +59,7 @@ def edit(scene: Scene, rng: np.random.Generator) -> tuple[str, str, Scene]:
 
 
 def next_frame(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene, Scene]:
-    """Three frames of an object that moves from corner to corner, clockwise or counterclockwise.
-
-    Args:
-        scene: A scene of one object; its position is replaced.
-        rng: Picks the start and the direction.
-
-    Returns:
-        Two frames to see, and the third to draw.
-    """
+    """Three frames (two to see, one to draw) in which the object of a scene moves from corner to corner, either way."""
     if len(scene.objects) != 1:
         raise ValueError(f"Only a scene of one object has a next frame, not one of {len(scene.objects)}.")
     start, direction = int(rng.integers(len(MOTION))), pick(rng, (1, -1))

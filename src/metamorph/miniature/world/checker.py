@@ -124,7 +124,8 @@ def judge(image: Image.Image | np.ndarray, scene: Scene) -> Verdict:
             sum(f.position == w.position for f, w in pairs),
         )
         best = max(best, agreement, key=sum)
-    return Verdict(*(right == len(wanted) for right in best), count=len(found) == len(wanted))
+    color, shape, size, position = (right == len(wanted) for right in best)
+    return Verdict(color, shape, size, position, count=len(found) == len(wanted))
 
 
 def _read_background(pixels: np.ndarray) -> tuple[str, np.ndarray]:

@@ -230,7 +230,7 @@ class _Writer:
         return {"task": "visualizer", "scene": scene.to_dict(), "image": self._save(scene), **turns}
 
     def _sample(self, rng: np.random.Generator, *, reserved: bool = False, **wanted: Any) -> Scene:
-        share = {} if reserved else {"pair_fraction": self.sizes.pair_fraction}
+        share: dict[str, Any] = {} if reserved else {"pair_fraction": self.sizes.pair_fraction}
         return sample_scene(rng, reserved=reserved, **share, **wanted)
 
     def _save(self, scene: Scene, rng: np.random.Generator | None = None) -> str:

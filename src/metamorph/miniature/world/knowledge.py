@@ -70,15 +70,6 @@ FACT_REQUESTS = ("what do you know about {thing}?", "tell me about {thing}")
 COLOUR_PROMPTS = ("draw the {colour} of {thing} as {shape}", "draw {shape} with the {colour} of {thing}")
 SHAPE_PROMPTS = ("draw the shape of {thing} in {color}", "draw {color} with the shape of {thing}")
 THING_PROMPTS = ("draw {thing}", "generate an image of {thing}")
-FACT_TEMPLATES = (
-    *COLOUR_FACT_QUESTIONS,
-    *SHAPE_FACT_QUESTIONS,
-    FACT_CHECK,
-    *FACT_REQUESTS,
-    *COLOUR_PROMPTS,
-    *SHAPE_PROMPTS,
-    *THING_PROMPTS,
-)
 
 
 def fact(thing: Thing) -> str:
@@ -109,15 +100,9 @@ def fact_questions(thing: Thing, rng: np.random.Generator) -> list[tuple[str, st
 def knowledge_prompt(
     rng: np.random.Generator, *, drawn: bool, allow_held_out: bool = False
 ) -> tuple[str, Scene, Thing]:
-    """Sample a drawing prompt that needs a fact.
+    """Sample a drawing prompt that needs a fact; returns prompt, scene (large, in the centre, on white) and thing.
 
-    Args:
-        rng: Source of randomness.
-        drawn: Pick a thing that training prompts draw, or one for evaluation.
-        allow_held_out: Whether the image may show a held-out (colour, shape) pair.
-
-    Returns:
-        The prompt, the scene it asks for (large, in the centre, on white), and the thing.
+    `drawn` is that of the thing; `allow_held_out` allows held-out (colour, shape) pairs.
     """
     things = tuple(thing for thing in THINGS if thing.drawn == drawn)
     while True:

@@ -43,16 +43,6 @@ EXISTENCE_QUESTION = "is there {object}?"
 PROPERTY_QUESTION = "is {object} {property}?"
 DRAWING_PROMPTS = ("generate an image of {scene}", "draw {scene}", "show me a picture of {scene}")
 
-TEMPLATES = (
-    *CAPTIONS,
-    *CAPTION_REQUESTS,
-    *ATTRIBUTE_QUESTIONS.values(),
-    COUNT_QUESTION,
-    EXISTENCE_QUESTION,
-    PROPERTY_QUESTION,
-    *DRAWING_PROMPTS,
-)
-
 _CAPITAL_SHARE = 0.7
 _STOP_SHARE = 0.3
 
