@@ -1,13 +1,13 @@
-# Two commands for everybody: `make quickstart` and `make test`. Both make their virtual environment first, if need be.
+# `make quickstart` and `make test` create their virtual environment first if needed; `make` lists all targets.
 
 PYTHON  ?= python3
 VENV    ?= .venv
-# Options of the quickstart, for example QUICKSTART="--fast --seed 1", and of pytest, for example PYTEST="-k losses".
+# Extra options, for example QUICKSTART="--fast --seed 1" or PYTEST="-k losses".
 QUICKSTART ?=
 PYTEST     ?=
-# Test processes; each computes with one thread, which on busy cores is faster than several.
+# Test processes; each uses one thread, which is faster than several on busy cores.
 WORKERS    ?= 2
-# Seconds of random input, and where the random numbers begin.
+# Seconds of random input, and its seed.
 FUZZ_SECONDS ?= 120
 FUZZ_SEED    ?= 0
 
@@ -22,12 +22,12 @@ SHELL_FILES := .ci/run $(wildcard scripts/*.sh visualization/*.sh tests/parts/*.
 .PHONY: help quickstart test test-fast test-slurm fuzz lint format types imports docs check clean
 
 help:
-	@echo "make quickstart   install, then train the small world end to end (report in out/)"
-	@echo "make test         install, then run the whole test suite (test-fast: without the slow tests)"
-	@echo "make test-slurm   the tests on a cluster: two virtual nodes of a Slurm that it starts (as root)"
-	@echo "make fuzz         random and damaged input for FUZZ_SECONDS=120, other input with FUZZ_SEED=1"
-	@echo "make check        lint, types, import contracts and the documentation"
-	@echo "make format       let ruff rewrite the code"
+	@echo "make quickstart   install, then train the miniature end to end (report in out/)"
+	@echo "make test         install, then run all tests (test-fast: without the slow ones)"
+	@echo "make test-slurm   run the cluster tests on two virtual nodes of its own Slurm (as root)"
+	@echo "make fuzz         test random and damaged input for FUZZ_SECONDS=120, with FUZZ_SEED=0"
+	@echo "make check        check lint, types, import contracts and the documentation"
+	@echo "make format       format the code with ruff"
 	@echo "make clean        remove the virtual environment and everything built"
 
 quickstart: $(USER_STAMP)
@@ -39,7 +39,7 @@ test: $(DEV_STAMP)
 test-fast: $(DEV_STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST)
 
-# Starts a Slurm of its own for the time of the tests; needs root and Slurm's daemons, see tests/parts/with_slurm.sh.
+# Starts its own Slurm during the tests; needs root and Slurm's daemons, see tests/parts/with_slurm.sh.
 test-slurm: $(DEV_STAMP)
 	$(TEST_ENV) bash tests/parts/with_slurm.sh $(BIN)/python -m pytest -m slurm $(PYTEST)
 
@@ -72,10 +72,10 @@ clean:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-		|| { echo "MetaMorph needs Python 3.10 or newer; name one with PYTHON=, for example make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+		|| { echo "MetaMorph needs Python 3.10 or newer; choose one with PYTHON=, for example make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The stamps are younger than the files that say what to install, or the install is repeated.
+# The install is repeated when the files that say what to install are newer than the stamps.
 $(USER_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e ".[quickstart]"
 	@touch $@

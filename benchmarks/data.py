@@ -1,12 +1,11 @@
-"""How full packed rows are, and how fast lengths are measured, batches are planned and samples are loaded.
+"""How full packed rows are, and how fast lengths are measured, batches planned and samples loaded.
 
     python benchmarks/data.py --output benchmarks/results/data.json
 
 Prints a table and writes all numbers as JSON, with the machine, the versions and the command. Times of this process are
-CPU times (with one thread, on a free machine, they are those of the clock), so that other programs do not count; the
-loader's are those of the clock, because its workers are processes of their own. Everything is generated:
-lengths from a seed, pictures of random blocks as JPEG files. The tokenizer and the image processor are those of the
-quickstart's miniatures; the pictures are made 384 pixels wide, as for SigLIP-SO400M.
+CPU times, so that other programs do not count; the loader's are wall-clock times, because its workers are separate
+processes. All data is generated: lengths from a seed, images of random blocks as JPEG files. Tokenizer and image
+processor are those of the quickstart, with images 384 pixels wide as for SigLIP-SO400M.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def main() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Where the numbers come from."""
+    """Machine, versions and command."""
     return {
         "command": shlex.join(["python", *sys.argv]),
         "cpu": cpu_name(),
@@ -85,14 +84,14 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Name of the processor, as far as the system tells it."""
+    """Name of the processor, if the system knows it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def mixed_lengths(count: int, seed: int = 0) -> Lengths:
-    """Lengths as of a mixture: half text, a quarter questions about an image, the rest one to seven images."""
+    """Lengths as in a mixture: half text, a quarter questions about an image, the rest one to seven images."""
     rng = np.random.default_rng(seed)
     images = rng.choice([0, 1, 2, 3, 4, 5, 6, 7], count, p=[0.5, 0.29, *[0.035] * 6]).astype(np.int32)
     text = rng.lognormal(np.where(images == 0, 5.5, 4.5), 0.9)
@@ -107,7 +106,7 @@ def planner_of(lengths: Lengths, **fields: Any) -> BatchPlanner:
 
 
 def packing() -> list[dict[str, Any]]:
-    """How full rows are, beside padded batches."""
+    """How full rows are, compared with padded batches."""
     lengths = mixed_lengths(100_000)
     plans = planner_of(lengths)
     real = lengths.tokens.sum()
@@ -170,7 +169,7 @@ def loading(folder: Path, count: int) -> list[dict[str, Any]]:
 
 
 def write_data(folder: Path, count: int) -> Path:
-    """`count` questions about a picture each."""
+    """`count` questions, each about one image."""
     rng = np.random.default_rng(0)
     records = []
     for index in range(count):

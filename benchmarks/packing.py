@@ -2,12 +2,12 @@
 
     python benchmarks/packing.py --seeds 1 2 3 4 --steps 160
 
-Prints both tables and writes all numbers as JSON, with the machine, the versions and the command. Trainings that are in
-the file already are not run again.
+Prints both tables and writes all numbers as JSON, with the machine, the versions and the command. Trainings that are
+in the file are not repeated.
 
 Every seed trains stage 2 of the quickstart's miniatures three times from the same connector, with as many samples in a
 step (on average): packed, packed as before version 2 (the longest samples first, in windows of 16,384), and padded.
-What is compared are the losses on scenes that no training has seen.
+The losses are compared on scenes that no training has seen.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from metamorph.evaluation.losses import evaluate_losses, total_loss
 from metamorph.flags.recipes import parse_arguments
 from metamorph.mini import PARTS, asset_path
 from metamorph.miniature.quickstart.recipe import FULL
-from metamorph.miniature.quickstart.stages import Workspace, train_connector
+from metamorph.miniature.quickstart.stages import train_connector
+from metamorph.miniature.quickstart.workspace import Workspace
 from metamorph.miniature.world.dataset import WorldSizes, write_dataset
 from metamorph.training import build
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
@@ -56,7 +57,6 @@ SIZES = WorldSizes(
     next_frames=150,
     facts=50,
     knowledge_prompts=100,
-    visualizer=0,
     evaluation=200,
 )
 VALIDATION = ("generation", "edit", "next_frame", "vqa")
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def write(report: dict[str, Any], path: Path) -> None:
-    """Write what is known so far: a run that is in the file is not repeated."""
+    """Write the results so far: a run that is in the file is not repeated."""
     report["differences"] = differences(report["runs"])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -152,7 +152,7 @@ def mixtures(rng: np.random.Generator) -> dict[str, Mixture]:
 
 
 def mix(rng: np.random.Generator) -> list[dict[str, Any]]:
-    """How full rows are, and how much the share of a task varies from row to row, beside rows of random samples."""
+    """How full rows are, and how the share of a task varies from row to row, compared with rows of random samples."""
     lines = []
     for name, mixture in mixtures(rng).items():
         for max_length in ROW_LENGTHS:
@@ -178,7 +178,7 @@ def share_deviation(rows: Rows, chosen: np.ndarray) -> float:
 
 
 def print_mix(lines: list[dict[str, Any]]) -> None:
-    """The first table: for each mixture its task that is mixed worst."""
+    """The first table: the task of each mixture that is mixed worst."""
     print("| Mixture | row | packing | samples in a row | full | sd of a task's share | of random rows | ratio |")
     print("|---|---:|---|---:|---:|---:|---:|---:|")
     for line in lines:

@@ -1,8 +1,8 @@
-"""The quickstart with several seeds: what it reaches, how much that varies, how long it takes.
+"""The quickstart with several seeds: its results, their spread, and the time it takes.
 
     python benchmarks/quickstart.py --seeds 0 1 2 --output-dir out-seeds
 
-Every seed is one `metamorph quickstart`; a seed whose metrics.json is there already is not run again. Prints a table
+Every seed is one `metamorph quickstart`; a seed whose metrics.json exists is not run again. Prints a table
 and writes `quickstart.json` with machine, versions and command.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 ROWS: dict[str, tuple[str, ...]] = {
     "questions answered exactly": ("vqa", "accuracy"),
-    "a picture when asked for, and only then": ("image_start", "accuracy"),
+    "an image if and only if asked for one": ("image_start", "accuracy"),
     "one object, seen combination": ("generation", "seen", "all"),
     "one object, held-out combination": ("generation", "held_out", "all"),
     "two objects": ("generation", "pairs", "all"),
@@ -31,7 +31,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "minutes": ("seconds", "total"),
     "peak memory, MB": ("peak_rss_mb",),
 }
-"""Rows of the table and where their values are in metrics.json."""
+"""Rows of the table, and where their values are in metrics.json."""
 
 
 def read(metrics: dict[str, Any], keys: tuple[str, ...]) -> float:

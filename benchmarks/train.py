@@ -1,10 +1,10 @@
-"""How fast a training step is and what memory it takes, beside a straightforward implementation of the same step.
+"""Time and memory of a training step, compared with a straightforward implementation of the same step.
 
     OMP_NUM_THREADS=1 python benchmarks/train.py --output benchmarks/results/train.json
     python benchmarks/train.py --gpu --output benchmarks/results/train_gpu.json
 
 On a CPU (one thread, float32): one optimizer step of stage 2 on the same weights and the same samples, by the
-reference in `straightforward_step` and by the package, each in a process of its own so that its peak memory is its own.
+reference in `straightforward_step` and by the package, each in a separate process to measure its peak memory.
 Losses must agree. With `--gpu` see `benchmarks/train_gpu.py`.
 """
 
@@ -46,7 +46,7 @@ class Shape:
     """Sizes of a small model."""
 
     title: str
-    """What it stands for."""
+    """Description."""
     vocabulary: int
     """Rows of the embedding table, which is tied to `lm_head` as in Llama-3.2."""
     layers: int
@@ -100,7 +100,7 @@ def measure_shape(name: str, repeats: int) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     rows = []
     for variant in VARIANTS:
-        with context.Pool(1) as pool:  # a process of its own, for a peak of its own
+        with context.Pool(1) as pool:  # a separate process, for its own peak
             rows.append(pool.apply(measure_variant, (name, variant, repeats)))
         row, reference = rows[-1], rows[0]
         if abs(row["loss"] - reference["loss"]) > 1e-3 * abs(reference["loss"]):
@@ -164,7 +164,7 @@ def our_step(model: MetaMorphForConditionalGeneration, batch: dict[str, Any]) ->
 
 
 def straightforward_step(model: MetaMorphForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
-    """The loss as one would write it down: everything for every position, and the mask afterwards.
+    """The loss as one would first write it: everything for every position, and the mask afterwards.
 
     The tower is part of the forward; logits and predicted visual tokens of all positions are computed, in float32,
     and shifted; the labels choose among them.

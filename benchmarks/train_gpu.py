@@ -212,14 +212,14 @@ def kinds_of_kernels(
         start = time.perf_counter()
         train_step(model, batch, optimizer)
         torch.cuda.synchronize()
-        whole = 1e6 * (time.perf_counter() - start)
+        total = 1e6 * (time.perf_counter() - start)
     shares: dict[str, float] = defaultdict(float)
     for event in trace.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             kernel = event.name.lower()
             kind = next((kind for kind, parts in KINDS.items() if any(part in kernel for part in parts)), "other")
             shares[kind] += event.device_time_total
-    shares["waiting"] = max(0.0, whole - sum(shares.values()))
+    shares["waiting"] = max(0.0, total - sum(shares.values()))
     total = sum(shares.values())
     ordered = sorted(shares.items(), key=lambda item: -item[1])
     return ", ".join(f"{kind} {100 * spent / total:.0f} %" for kind, spent in ordered)

@@ -1,12 +1,12 @@
-"""How fast the visualizer trains and draws, beside straightforward implementations of the same.
+"""How fast the visualizer trains and draws, compared with straightforward implementations.
 
     OMP_NUM_THREADS=1 python benchmarks/visualizer.py --output benchmarks/results/visualizer.json
     python benchmarks/visualizer.py --gpu --output benchmarks/results/visualizer_gpu.json
 
 Training: optimizer steps of projector and UNet, by `reference_steps` (float32, an optimizer for each of the two, tower
 and VAE in every step, no clipping, no moving average) and by `metamorph train-visualizer` in several settings, which
-clips and averages. Both read the same pictures from memory, crop and resize them. Drawing: the same pictures from the
-same noise, one call for each picture and guidance scale, or together. Times are CPU times of one thread, so that other
+clips and averages. Both read the same images from memory, crop and resize them. Drawing: the same images from the
+same noise, one call for each image and guidance scale, or together. Times are CPU times of one thread, so that other
 programs count little; all variants take turns, and the fastest of several times counts. With `--gpu` see
 `benchmarks/visualizer_gpu.py`.
 """
@@ -40,7 +40,7 @@ from metamorph.visualizer_training.build import build_projector, load_diffusion_
 from metamorph.visualizer_training.denoising import Denoiser, RandomInputs
 
 
-NUM_PICTURES = 64
+NUM_IMAGES = 64
 ROUNDS = 2
 LOGGED = 3
 """Steps between log entries, and so the steps that are timed together; the first ones are not counted."""
@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"mixed_precision": "bf16"},
     "bf16, cached": {"mixed_precision": "bf16", "cache_latents": True},
 }
-"""Flags of `metamorph train-visualizer` beside those of both."""
+"""Flags of `metamorph train-visualizer` in addition to those of both."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Shape:
     name: str
     """Of the row."""
     batch_size: int
-    """Pictures of a step."""
+    """Images per step."""
     flags: dict[str, Any]
     """Flags that name the parts and their sizes."""
 
@@ -168,28 +168,28 @@ def make_arguments(shape: Shape, output_dir: str, **options: Any) -> VisualizerA
     )
 
 
-def make_pictures(count: int = NUM_PICTURES, size: tuple[int, int] = (160, 128)) -> list[Image.Image]:
-    """Pictures of random blocks."""
+def make_images(count: int = NUM_IMAGES, size: tuple[int, int] = (160, 128)) -> list[Image.Image]:
+    """Images of random blocks."""
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (count, size[1] // 16, size[0] // 16, 3), dtype=np.uint8)
-    return [Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC) for picture in blocks]
+    return [Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in blocks]
 
 
 def measure_training(shape: Shape, steps: int, folder: Path) -> list[dict[str, Any]]:
     """Samples a second of the reference and of every variant."""
-    pictures = make_pictures()
-    check_same_loss(shape, pictures)
+    images = make_images()
+    check_same_loss(shape, images)
     times: dict[str, list[float]] = {REFERENCE: [], **{f"train-visualizer, {name}": [] for name in VARIANTS}}
     for _ in range(ROUNDS):
         ticks = []
-        for step, _ in zip(range(1, steps + LOGGED + 1), reference_steps(shape, pictures), strict=False):
+        for step, _ in zip(range(1, steps + LOGGED + 1), reference_steps(shape, images), strict=False):
             if step % LOGGED == 0:
                 ticks.append(time.process_time())
         times[REFERENCE] += (np.diff(ticks) / LOGGED).tolist()
         for name, options in VARIANTS.items():
             ticks = []
             args = make_arguments(shape, str(folder / "out"), training_steps=steps + LOGGED, **options)
-            train_visualizer(args, pictures, callbacks=[Ticks(ticks)])
+            train_visualizer(args, images, callbacks=[Ticks(ticks)])
             times[f"train-visualizer, {name}"] += (np.diff(ticks) / LOGGED).tolist()
     seconds = {name: min(values) for name, values in times.items()}
     reference = seconds[REFERENCE]
@@ -231,9 +231,9 @@ class Reference:
         self.projector = build_projector(args, sizes, self.unet.config.cross_attention_dim).train()
         self.args, self.vae_format = args, PixelFormat(args.resolution)
 
-    def load(self, pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:
+    def load(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
         """Pixels for the tower and for the VAE."""
-        squares = [crop_square(picture) for picture in pictures]
+        squares = [crop_square(image) for image in images]
         return tuple(  # type: ignore[return-value]
             torch.stack([form.pixels(square) for square in squares]) for form in (self.tower_format, self.vae_format)
         )
@@ -258,14 +258,14 @@ class Reference:
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
 
-def reference_steps(shape: Shape, pictures: list[Image.Image]) -> Iterator[None]:
+def reference_steps(shape: Shape, images: list[Image.Image]) -> Iterator[None]:
     """Optimizer steps of the plain loop, one each time the next is asked for."""
     reference = Reference(shape)
     optimizers = [torch.optim.AdamW(part.parameters(), lr=1e-4) for part in (reference.unet, reference.projector)]
     generator = torch.Generator().manual_seed(0)
     while True:
-        chosen = torch.randint(len(pictures), (shape.batch_size,), generator=generator).tolist()
-        tower_pixels, vae_pixels = reference.load([pictures[index] for index in chosen])
+        chosen = torch.randint(len(images), (shape.batch_size,), generator=generator).tolist()
+        tower_pixels, vae_pixels = reference.load([images[index] for index in chosen])
         latents = reference.latents(vae_pixels)
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, 1000, (len(chosen),))
@@ -281,10 +281,10 @@ def reference_steps(shape: Shape, pictures: list[Image.Image]) -> Iterator[None]
 
 
 @torch.no_grad()
-def check_same_loss(shape: Shape, pictures: list[Image.Image]) -> None:
+def check_same_loss(shape: Shape, images: list[Image.Image]) -> None:
     """Raise an error if the reference has another loss than the package."""
     reference = Reference(shape)
-    tower_pixels, vae_pixels = reference.load(pictures[: shape.batch_size])
+    tower_pixels, vae_pixels = reference.load(images[: shape.batch_size])
     latents = reference.latents(vae_pixels)
     random = RandomInputs.at(torch.arange(len(latents)), latents.shape[1:], seed=0, num_timesteps=1000, cfg_prob=0.3)
     plain = reference.loss(tower_pixels, latents, random.noise, random.timesteps, random.keep_condition).item()
@@ -295,14 +295,14 @@ def check_same_loss(shape: Shape, pictures: list[Image.Image]) -> None:
 
 
 def measure_drawing(shape: Shape) -> list[dict[str, Any]]:
-    """Drawings a second: every picture and scale in a call of its own, all pictures of a scale, everything together."""
+    """Drawings per second: one call per image and scale, per scale, or for everything."""
     reference = Reference(shape)
     pipeline = VisualizationPipeline.from_parts(
         reference.projector.eval(), reference.unet.eval(), reference.vae, reference.scheduler
     )
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
-        tokens = reference.tower(reference.load(make_pictures(DRAWN))[0])
+        tokens = reference.tower(reference.load(make_images(DRAWN))[0])
 
     def draw(chosen: Tensor, first_seed: int, scales: tuple[float, ...]) -> Tensor:
         return pipeline(

@@ -48,9 +48,9 @@ TOWER = {
     "patch_size": 14,
 }
 TRAINING = ((16, False), (16, True), (32, True))
-"""Pictures of a step, and whether the projector and the blocks of the UNet are compiled."""
+"""Images per step, and whether the projector and the blocks of the UNet are compiled."""
 DRAWING = ((1, False), (1, True), (16, False), (16, True))
-"""Pictures of a call, and whether the pipeline is compiled."""
+"""Images per call, and whether the pipeline is compiled."""
 SAMPLING_STEPS, WARMUP, STEPS = 20, 3, 10
 
 
@@ -88,7 +88,7 @@ def guarded(measure: Callable[[], dict[str, Any]], batch: int, compiled: bool) -
 
 
 def unet_flops() -> float:
-    """FLOPs of the UNet's forward for one picture of 512×512 pixels and 77 condition tokens."""
+    """FLOPs of the UNet's forward for one image of 512×512 pixels and 77 condition tokens."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNET)
         latents, condition = torch.empty(1, 4, 64, 64), torch.empty(1, 77, 768)

@@ -1,6 +1,6 @@
-"""A small folder of data with one source for each task: pictures, a video, records and the mixture that names them.
+"""A small data folder with one source for each task: images, a video, records and the mixture that names them.
 
-The pictures are drawn here; nothing is downloaded. Look at the files, then at what training makes of them:
+The images are drawn here; nothing is downloaded. Look at the files, then at what training makes of them:
 
     python examples/prepare_data.py --output-dir example_data
     metamorph data check example_data/mixture.yaml
@@ -105,14 +105,7 @@ def main() -> None:
 
 
 def write_data(folder: Path) -> Path:
-    """Write media, records and mixture.
-
-    Args:
-        folder: Where to; made if it is not there.
-
-    Returns:
-        Path of the mixture.
-    """
+    """Write media, records and mixture; returns the path of the mixture."""
     media = folder / "media"
     media.mkdir(parents=True, exist_ok=True)
     draw_cup("crimson").save(media / "cup.png")

@@ -1,8 +1,8 @@
 """Both training stages on real photographs, with a SigLIP-shaped 384-pixel tower, on a CPU in about a minute.
 
-The photographs are those that scikit-image and scikit-learn bring with them; nothing is downloaded. All weights are
-random and small, so nothing useful is learnt: the example shows data and command line of a real run, at its real image
-size (27×27 patches, reduced to 64 visual tokens), and that both losses fall.
+The photographs come with scikit-image and scikit-learn; nothing is downloaded. All weights are random and small, so
+nothing useful is learned: the example shows the data and arguments of a real run, at the real image size (27×27
+patches, reduced to 64 visual tokens), and that both losses fall.
 
     python examples/real_pictures.py --output-dir runs/real_pictures --steps 20
 """
@@ -51,10 +51,10 @@ CAPTIONS = {
     "china": "a pagoda in front of mountains",
     "flower": "an orange flower",
 }
-"""The photographs, by the name of the function or file that holds each, with what they show."""
+"""Captions of the photographs, by the name of the function or file that holds each."""
 
 CROPS = {"": (0.0, 1.0), "left half of ": (0.0, 0.5), "right half of ": (0.5, 1.0)}
-"""Three pictures from each photograph: part of its width, by the words that the caption begins with."""
+"""Three images from each photograph: part of its width, by the words that the caption begins with."""
 
 LONGEST_SIDE = 512
 LLAMA3_TOKENS = (
@@ -68,27 +68,24 @@ LLAMA3_TOKENS = (
 
 
 def photographs() -> Iterator[tuple[str, Image.Image]]:
-    """Yields name and RGB picture of every entry of `CAPTIONS`."""
+    """Yield name and RGB image of every entry of `CAPTIONS`."""
     for name in CAPTIONS:
         pixels = load_sample_image(f"{name}.jpg") if name in ("china", "flower") else getattr(skimage.data, name)()
         yield name, Image.fromarray(np.asarray(pixels)).convert("RGB")
 
 
 def write_dataset(folder: Path) -> tuple[Path, Path]:
-    """Writes 48 JPEG pictures and 96 LLaVA records: each picture to be described once and to be drawn once.
-
-    Args:
-        folder: where to; made if need be.
+    """Write 48 JPEG images and 96 LLaVA records, one to describe and one to draw each image.
 
     Returns:
-        Path of the JSONL file, and of the folder with the pictures.
+        Path of the JSONL file, and of the folder with the images.
     """
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     records = []
-    for name, picture in photographs():
+    for name, photograph in photographs():
         for words, (left, right) in CROPS.items():
-            part = picture.crop((int(left * picture.width), 0, int(right * picture.width), picture.height))
+            part = photograph.crop((int(left * photograph.width), 0, int(right * photograph.width), photograph.height))
             part.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             file = f"{name}{words.replace(' ', '_')}.jpg"
             part.save(images / file)
@@ -106,10 +103,7 @@ def _record(name: str, image: str, question: str, answer: str) -> dict[str, obje
 
 
 def save_base_models(folder: Path) -> tuple[Path, Path]:
-    """Saves a small random Llama with tokenizer, and a random SigLIP tower of SO400M/14-384's input, as folders.
-
-    Args:
-        folder: where to.
+    """Save a small random Llama with tokenizer, and a random SigLIP tower with the input of SO400M/14-384.
 
     Returns:
         Folder of the language model, folder of the tower.
@@ -158,15 +152,7 @@ def save_base_models(folder: Path) -> tuple[Path, Path]:
 
 
 def train(output_dir: Path, steps: int = 20) -> dict[str, list[dict[str, float]]]:
-    """Writes data and models, then runs stage 1 and stage 2.
-
-    Args:
-        output_dir: gets the folders `data`, `models`, `stage1` and `stage2`.
-        steps: optimizer steps of each stage.
-
-    Returns:
-        The log lines of each stage, one per step, by `stage1` and `stage2`.
-    """
+    """Write data and models to `output_dir`, run both stages, and return the log entries of each stage."""
     records, images = write_dataset(output_dir / "data")
     language, tower = save_base_models(output_dir / "models")
 
@@ -194,7 +180,7 @@ def train(output_dir: Path, steps: int = 20) -> dict[str, list[dict[str, float]]
 
 
 def main() -> None:
-    """Trains, and prints both losses of the first and the last steps."""
+    """Train, and print both losses of the first and last steps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path("runs/real_pictures"))
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each stage (default: %(default)s)")

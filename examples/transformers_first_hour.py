@@ -1,8 +1,8 @@
-"""What users of Transformers do in their first hour, each with the result it must have.
+"""What users of Transformers try in their first hour, with the results to expect.
 
     python examples/transformers_first_hour.py
 
-It runs the model that ships with the package, in less than a minute on a CPU and without a network.
+Runs the model that ships with the package in less than a minute, on a CPU and without a network.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ QUESTION = "what color is the object?"
 
 
 def red_circle() -> Image.Image:
-    """A picture of the world that the model knows."""
+    """An image of the world that the model knows."""
     image = Image.new("RGB", (64, 64), "white")
     ImageDraw.Draw(image).ellipse((16, 16, 48, 48), fill="red")
     return image
@@ -51,7 +51,7 @@ def chat(*parts: Any) -> list[dict[str, Any]]:
 
 
 def auto_classes(model: Any, processor: Any) -> None:
-    """`import metamorph`, which does not import torch, is all that the Auto classes need."""
+    """The Auto classes need only `import metamorph`, which does not import torch."""
     subprocess.run([sys.executable, "-c", "import metamorph, sys; assert 'torch' not in sys.modules"], check=True)
     assert {"MetaMorphConfig", "MetaMorphForConditionalGeneration", "MetaMorphProcessor"} <= set(dir(metamorph))
     assert metamorph.__version__
@@ -124,8 +124,8 @@ def generating(model: Any, processor: Any) -> None:
         assert torch.equal(model.generate(**inputs, do_sample=False, **options), output.sequences)
 
 
-def drawing_and_going_on(model: Any, processor: Any) -> None:
-    """An image of an answer goes into the next message, beside pictures."""
+def drawing_and_continuing(model: Any, processor: Any) -> None:
+    """An image of an answer goes into the next message, next to an input image."""
     ask = processor.apply_chat_template(chat("draw a red circle"), add_generation_prompt=True, tokenize=True)
     output = model.generate(**ask, max_new_tokens=40, do_sample=False)
     (parts,) = processor.decode_interleaved(output.sequences, output.visual_tokens, ask["input_ids"].shape[1])
@@ -166,7 +166,7 @@ def the_model_itself(model: Any, processor: Any) -> None:
 
 
 def refused(call: Callable[[], Any], reason: str) -> None:
-    """Make sure that a call raises an error which says why."""
+    """Check that a call raises an error that says why."""
     message = "it is not refused"
     try:
         call()
@@ -179,7 +179,7 @@ def main() -> None:
     """Run every idiom."""
     model = AutoModelForImageTextToText.from_pretrained(FOLDER)
     processor = AutoProcessor.from_pretrained(FOLDER)
-    steps = (auto_classes, prompts_and_images, conversations, generating, drawing_and_going_on, pipelines)
+    steps = (auto_classes, prompts_and_images, conversations, generating, drawing_and_continuing, pipelines)
     for step in (*steps, the_model_itself):  # the last one changes the model
         step(model, processor)
         print(f"{step.__name__}: as expected")

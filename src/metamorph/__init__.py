@@ -1,20 +1,20 @@
 """MetaMorph: one decoder-only language model that reads and draws images (Visual-Predictive Instruction Tuning).
 
-`metamorph.load(model, visualizer)` answers and draws. Where to look further, from the network upwards:
+`metamorph.load(model, visualizer)` answers and draws. The packages, from the network upwards:
 
-`models/`                 the network, its losses, decoding, the processor
-`data/`                   records, tasks, images and videos, packing
-`visualization/`          visual tokens to pixels
-`inference/`              answers and drawings of a trained model
-`evaluation/`             how good they are
-`training/`               stages 1 and 2; `visualizer_training/` trains the visualizer
-`miniature/`              the whole system in a small drawn world; `mini/` holds the weights that ship with the package
-`cli/`                    the `metamorph` command; `recipes/` holds settings for each stage and model size
-`flags/`, `files/`, `runs/`   what they share: flags, files of strangers, folders and processes of a run
+`models/`                     the network, its losses, decoding, the processor
+`data/`                       records, tasks, images and videos, packing
+`visualization/`              visual tokens to pixels
+`inference/`                  answers and drawings of a trained model
+`evaluation/`                 how good they are
+`training/`                   stages 1 and 2; `visualizer_training/` trains the visualizer
+`miniature/`                  the entire system in a small drawn world; `mini/` holds the weights that ship
+`cli/`                        the `metamorph` command; `recipes/` holds settings for each stage and model size
+`flags/`, `files/`, `runs/`   shared: flags, files from untrusted sources, folders and processes of a run
 
-The docstring of each package says what is answered in which file.
-Names are imported on first use, so that `import metamorph`, and `metamorph --help`, take no time. Transformers' Auto
-classes know the model from then on (`auto_classes.py`).
+The docstring of each package says which file answers which question.
+Names are imported on first use, so that `import metamorph` and `metamorph --help` take no time. Transformers' Auto
+classes know the model as soon as the package is imported (`auto_classes.py`).
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ SD = "--pretrained_model_name_or_path tower"
 PARTS = "--model_name_or_path llm --vision_tower tower --data_path data.jsonl"
 OFFLINE = "is neither a local folder nor in the Hub's cache, and HF_HUB_OFFLINE is set"
 
+GENERATE = "generate --model mini --prompt x"
+
 BAD = [
     # Names of flags, commands and choices.
     ("evaluate world --modle mini", "unknown flag --modle: did you mean --model?"),
@@ -38,7 +40,31 @@ BAD = [
         f"{TRAIN} {PARTS} --output_dir new --recompute ful",
         "--recompute 'ful' is unknown: use one of none, full, selective (did",
     ),
+    (
+        "train-visualizer --output_dir new --guidance_scales 3",
+        "unknown flag --guidance_scales: did you mean --validation_",
+    ),
+    ("train-visualizer --output_dir new --mode mpl", "--mode 'mpl' is unknown: use one of mlp"),
+    # Prompts.
+    ("generate --model mini --prompt ' '", "--prompt is empty"),
+    (
+        "generate --model mini --prompt '<image> <image>' --image a.png",
+        "--prompt has 2 <image>, but there are 1 --image",
+    ),
+    (
+        f"{GENERATE} --draw --max-new-tokens 17",
+        "--max-new-tokens 17 has no room for an image, which takes 18 (16 visual ",
+    ),
     # Numbers.
+    (f"{GENERATE} --temperature -1", "--temperature -1 must be at least 0"),
+    (f"{GENERATE} --temperature nan", "--temperature nan must be a finite number"),
+    (f"{GENERATE} --guidance-scale -2", "--guidance-scale -2 must be at least 0"),
+    (f"{GENERATE} --guidance-scale inf", "--guidance-scale inf must be a finite number"),
+    (f"{GENERATE} --steps 0", "--steps 0 must be at least 1"),
+    (f"{GENERATE} --seed -1", "--seed -1 must be at least 0"),
+    (f"{GENERATE} --max-new-tokens 0", "--max-new-tokens 0 must be at least 1"),
+    ("study joint-vs-generation-only --budgets 8", "--budgets 8: give numbers of drawing records, each at least --gen"),
+    ("study joint-vs-generation-only --generation-per-step 0", "--generation-per-step 0 must be at least 1"),
     ("visualize --visualizer mini --image a.png --steps 0", "--steps 0 must be at least 1"),
     ("visualize --visualizer mini --image a.png --guidance_scale 3 -1", "--guidance-scale -1 must be at least 0"),
     (
@@ -59,6 +85,11 @@ BAD = [
     ),
     ("train-visualizer --output-dir new --lr nan", "--lr nan must be a finite number"),
     # What is written.
+    (f"{GENERATE} --output a.png", "--output a.png needs --visualizer"),
+    (f"{GENERATE} --visualizer mini --output folder", "--output folder is a folder: give a file"),
+    (f"{GENERATE} --visualizer mini --output a.pdf", "--output a.pdf is not the name of an image: end it in .png"),
+    (f"{GENERATE} --visualizer mini --output file/x.png", "--output file/x.png cannot be written to: file is a file; "),
+    (f"{GENERATE} --visualizer mini --output a.png", "--output a.png exists: give another name, or --overwrite"),
     ("visualize --visualizer mini --image a.png --output folder", "--output folder is a folder: give a file"),
     (
         "visualize --visualizer mini --image a.png --output file/x.png",
@@ -72,6 +103,17 @@ BAD = [
     (f"{TRAIN} {PARTS} --output_dir file", "--output_dir file cannot be written to: file is a file"),
     (f"train-visualizer {SD} --output-dir file", "--output_dir file cannot be written to: file is a file"),
     # What is read.
+    (f"{GENERATE} --image /none.png", "--image /none.png does not exist"),
+    (f"{GENERATE} --image folder", "--image folder is a folder: give an image file"),
+    (f"{GENERATE} --image file", "--image file cannot be read as an image"),
+    (f"{GENERATE} --image https://a.org/b.png", "--image https://a.org/b.png is a URL, and nothing is downloaded"),
+    (f"{GENERATE} --visualizer folder", "--visualizer folder is a folder without model_index.json"),
+    (f"{GENERATE} --visualizer folder/nowhere/x", "--visualizer folder/nowhere/x does not exist"),
+    (f"{GENERATE} --model folder", "--model folder is a folder without config.json"),
+    (f"{GENERATE} --model folder/nowhere/x", "--model folder/nowhere/x does not exist"),
+    (f"{GENERATE} --model nowhere/x", f"--model nowhere/x {OFFLINE}"),
+    ("evaluate world --model folder", "--model folder is a folder without config.json"),
+    ("evaluate world --visualizer folder/nowhere/x", "--visualizer folder/nowhere/x does not exist"),
     ("visualize --visualizer mini --image folder", "--image folder is a folder: give an image file"),
     ("visualize --visualizer llm --image a.png", "--visualizer llm is a folder without model_index.json"),
     ("evaluate world --model nosuch", f"--model nosuch {OFFLINE}"),

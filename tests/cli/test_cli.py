@@ -32,7 +32,7 @@ def fail(monkeypatch: pytest.MonkeyPatch):
     """Make `metamorph lr` raise an error."""
 
     def replace(error: BaseException) -> None:
-        monkeypatch.setitem(sys.modules, cli.COMMANDS["lr"].module, subcommand(error))
+        monkeypatch.setitem(sys.modules, "metamorph.cli.lr", subcommand(error))
 
     return replace
 

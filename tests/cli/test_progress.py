@@ -86,8 +86,8 @@ def test_training_logs_six_fields_and_keeps_all_values(parts: Path, tmp_path: Pa
 
 def test_the_visualizer_logs_six_fields(tmp_path: Path, run: Run) -> None:
     (tmp_path / "pictures").mkdir()
-    for number, picture in enumerate(random_images(6)):
-        picture.save(tmp_path / "pictures" / f"{number}.png")
+    for number, image in enumerate(random_images(6)):
+        image.save(tmp_path / "pictures" / f"{number}.png")
     tower = write_tiny_tower(tmp_path / "tower")
     diffusion = write_tiny_diffusion(tmp_path / "sd", "epsilon")
     parts = ["--vision_tower", tower, "--pretrained_model_name_or_path", diffusion, "--resolution", RESOLUTION]
@@ -99,7 +99,7 @@ def test_the_visualizer_logs_six_fields(tmp_path: Path, run: Run) -> None:
     assert any(re.fullmatch(r"visualizer · step 4/4 · loss [\d.]+ · took \d+ s", line) for line in log)
     words = ["--visualizer", tmp_path / "run", "--vision_tower", tower, "--images", tmp_path / "pictures", "--steps", 1]
     log = run("evaluate", "visualizer", *words, "--output_dir", tmp_path / "measured")
-    assert log[-1].startswith("drawing · picture 6/6 · took ")
+    assert log[-1].startswith("drawing · image 6/6 · took ")
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_evaluate_visualizer_with_networks_of_lpips_and_fid(folder, tmp_path, ca
     report = json.loads((tmp_path / "out" / "visualizer.json").read_text())
     assert report["scales"][0]["lpips"]["mean"] > 0
     assert report["scales"][0]["fid"] > 0
-    assert report["notes"] == {"fid": "of 3 pictures: FID of fewer than 2048 is much too large"}
+    assert report["notes"] == {"fid": "of 3 images: FID of fewer than 2048 is much too large"}
     assert "lpips" in capsys.readouterr().out
 
 
@@ -196,7 +196,7 @@ def test_visualize_command_writes_originals_and_drawings(tmp_path, capsys):
         (["--steps", "0"], "--steps 0 must be at least 1"),
         (["--guidance_scale", "1", "nan"], "--guidance-scale nan must be a finite number"),
         (["--device", "none"], "--device none cannot be used here"),
-        (["--output", "out/grid"], "--output out/grid is not the name of a picture: end it in .png"),
+        (["--output", "out/grid"], "--output out/grid is not the name of an image: end it in .png"),
         (["--visualizer", "none/none"], "--visualizer none/none"),
         (["--vision_tower", "/none"], "--vision-tower /none"),
     ],
@@ -212,7 +212,7 @@ def test_bad_input_is_one_line(words, message, tmp_path, capsys):
 def test_folder_without_pictures_is_refused(tmp_path, capsys):
     words = ["evaluate", "visualizer", "--visualizer", "mini", "--images", str(tmp_path)]
     assert main(words) == 2
-    assert "holds no picture ending in" in capsys.readouterr().err
+    assert "holds no image ending in" in capsys.readouterr().err
     (tmp_path / "bad.png").write_text("no picture")
     assert main([*words, "--output_dir", str(tmp_path / "out")]) == 2
     assert "bad.png" in capsys.readouterr().err

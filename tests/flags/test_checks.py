@@ -64,7 +64,7 @@ def test_answers_of_the_hub_are_one_line_with_the_mend(empty_hub):
         "--model owner/gated is gated on the Hub: accept its licence at https://huggingface.co/owner/"
     )
     assert "hf auth login" in gated
-    assert private.startswith("--model owner/private is not a local folder, and the Hub has no such model that you may")
+    assert private.startswith("--model owner/private is not a local folder, and there is no such model on the Hub")
     assert "hf auth login" in private
     assert broken == "--model owner/broken is not a local folder, and the Hub answers with status 503: try again later"
 

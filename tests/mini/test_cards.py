@@ -10,7 +10,7 @@ from metamorph.mini import ASSETS, asset_path
 from metamorph.mini.cards import AssetCard, AssetError, verify_folder
 from tools.miniature.cards import write_card
 from tools.miniature.rebuild import rebuild
-from tools.miniature.training_state import TrainingPlan, train
+from tools.miniature.training_state import TrainingSchedule, train
 
 
 CARD = AssetCard(
@@ -79,9 +79,16 @@ class _Interrupted(Exception):
 
 
 def test_resumed_training_equals_uninterrupted(tmp_path):
-    plan = TrainingPlan(steps=20, learning_rate=0.05, warmup_steps=3, save_every=5)
-    whole, parts = _Regression(), _Regression()
-    train(whole.model, plan, whole.loss_of_step, tmp_path / "whole", fingerprint="x", resume=False)
+    schedule = TrainingSchedule(steps=20, learning_rate=0.05, warmup_steps=3, save_every=5)
+    uninterrupted, parts = _Regression(), _Regression()
+    train(
+        uninterrupted.model,
+        schedule,
+        uninterrupted.loss_of_step,
+        tmp_path / "uninterrupted",
+        fingerprint="x",
+        resume=False,
+    )
 
     def stop_at_12(step):
         if step == 12:
@@ -89,27 +96,27 @@ def test_resumed_training_equals_uninterrupted(tmp_path):
         return parts.loss_of_step(step)
 
     with pytest.raises(_Interrupted):
-        train(parts.model, plan, stop_at_12, tmp_path / "parts", fingerprint="x", resume=True)
+        train(parts.model, schedule, stop_at_12, tmp_path / "parts", fingerprint="x", resume=True)
     again = _Regression()
-    train(again.model, plan, again.loss_of_step, tmp_path / "parts", fingerprint="x", resume=True)
-    torch.testing.assert_close(again.model.weight, whole.model.weight, rtol=0, atol=0)
+    train(again.model, schedule, again.loss_of_step, tmp_path / "parts", fingerprint="x", resume=True)
+    torch.testing.assert_close(again.model.weight, uninterrupted.model.weight, rtol=0, atol=0)
 
 
 def test_state_of_another_recipe_is_not_resumed(tmp_path, caplog):
-    plan = TrainingPlan(steps=4, learning_rate=0.05, warmup_steps=1)
+    schedule = TrainingSchedule(steps=4, learning_rate=0.05, warmup_steps=1)
     first, second, fresh = _Regression(), _Regression(), _Regression()
-    train(first.model, plan, first.loss_of_step, tmp_path, fingerprint="seed 0", resume=True)
-    train(second.model, plan, second.loss_of_step, tmp_path, fingerprint="seed 1", resume=True)
-    train(fresh.model, plan, fresh.loss_of_step, tmp_path / "fresh", fingerprint="seed 1", resume=False)
+    train(first.model, schedule, first.loss_of_step, tmp_path, fingerprint="seed 0", resume=True)
+    train(second.model, schedule, second.loss_of_step, tmp_path, fingerprint="seed 1", resume=True)
+    train(fresh.model, schedule, fresh.loss_of_step, tmp_path / "fresh", fingerprint="seed 1", resume=False)
     torch.testing.assert_close(second.model.weight, fresh.model.weight, rtol=0, atol=0)
     assert "starting over" in caplog.text
 
 
 def test_loss_that_is_not_finite_stops_the_build(tmp_path):
-    plan = TrainingPlan(steps=2, learning_rate=0.05, warmup_steps=1)
+    schedule = TrainingSchedule(steps=2, learning_rate=0.05, warmup_steps=1)
     model = nn.Linear(1, 1)
     with pytest.raises(FloatingPointError, match="step 0"):
-        train(model, plan, lambda _: (model.weight.sum() * torch.inf, {}), tmp_path, fingerprint="", resume=False)
+        train(model, schedule, lambda _: (model.weight.sum() * torch.inf, {}), tmp_path, fingerprint="", resume=False)
 
 
 @pytest.mark.parametrize("name", ASSETS)

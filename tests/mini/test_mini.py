@@ -11,7 +11,7 @@ from metamorph.cli import main
 from metamorph.mini import ASSETS, asset_path, shipped_folder, verify_asset
 from metamorph.mini.cards import AssetError, verify_folder
 from metamorph.miniature.quickstart.measure import measure_world
-from metamorph.miniature.quickstart.recipe import FAST, EvaluationSizes
+from metamorph.miniature.quickstart.recipe import FAST, MINI, EvaluationSizes
 from metamorph.miniature.world.checker import judge
 from metamorph.miniature.world.dataset import WorldSizes
 from metamorph.miniature.world.scenes import Scene, SceneObject
@@ -20,7 +20,7 @@ from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArgume
 from metamorph.visualization.loading import load_visualizer
 from metamorph.visualizer_training.arguments import VisualizerArguments
 from metamorph.visualizer_training.build import check_folders
-from tools.miniature.build_mini import GATES, _parts_beside, build, missed_gates, summarise_figures
+from tools.miniature.build_mini import GATES, _parts_next_to, build, missed_gates, summarise_figures
 
 
 def test_card_matches_the_folder_and_names_the_gates_it_misses():
@@ -51,8 +51,8 @@ def test_missed_gates_are_named():
 def test_mini_is_as_good_as_its_card_says_on_a_small_sample(tmp_path):
     sample = EvaluationSizes(vqa=60, seen=24, held_out=12, knowledge=6, edit=12, next_frame=6, visualizer=16)
     folder = asset_path("mini")
-    measured = measure_world(folder / "model", folder / "visualizer", tmp_path, sizes=sample)
-    found, card = summarise_figures(measured.metrics), verify_asset("mini").figures
+    measured = measure_world(folder / "model", folder / "visualizer", tmp_path, recipe=replace(MINI, evaluation=sample))
+    found, card = summarise_figures(measured), verify_asset("mini").figures
     assert (tmp_path / "pictures" / "grid.png").is_file()
     # Sixty answers and two dozen drawings: about two standard errors of the card's figures.
     assert found["vqa"]["all"] >= card["vqa"]["all"] - 0.08
@@ -69,7 +69,7 @@ README_PROMPTS = {
         ("circle", "blue", "large", "bottom right"),
     ],
 }
-"""The prompts whose pictures the README shows, and what they must show."""
+"""The prompts whose images the README shows, and what they must show."""
 
 
 @pytest.mark.parametrize("prompt", README_PROMPTS)
@@ -79,21 +79,6 @@ def test_the_readme_s_commands_draw_what_they_are_told(tmp_path, capsys, prompt)
     assert str(file) in capsys.readouterr().out
     wanted = Scene(tuple(SceneObject(*attributes) for attributes in README_PROMPTS[prompt]))
     assert judge(Image.open(file).convert("RGB"), wanted).all
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--model", "{folder}"], "--model {folder} is a folder without config.json"),
-        (["--visualizer", "{folder}/nowhere/x"], "--visualizer {folder}/nowhere/x does not exist"),
-        (["--seed", "-1"], "--seed -1 must be at least 0"),
-    ],
-)
-def test_evaluate_names_what_is_wrong_before_it_begins(tmp_path, capsys, flags, message):
-    words = [flag.format(folder=tmp_path) for flag in flags]
-    assert main(["evaluate", "world", "--output-dir", str(tmp_path / "out"), *words]) == 2
-    assert message.format(folder=tmp_path) in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -149,9 +134,9 @@ def test_the_tower_of_mini_is_mini_siglip():
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
-def test_mini_is_built_of_what_was_built_beside_it(tmp_path):
+def test_mini_is_built_from_the_parts_next_to_it(tmp_path):
     (tmp_path / "mini-llama").mkdir()
-    parts = _parts_beside(tmp_path / "mini")
+    parts = _parts_next_to(tmp_path / "mini")
     assert parts["mini-llama"] == tmp_path / "mini-llama"
     assert parts["mini-siglip"] == asset_path("mini-siglip")
 
@@ -168,7 +153,6 @@ def test_build_stops_at_a_gate_and_does_not_train_again(tmp_path, caplog):
         facts=2,
         knowledge_prompts=2,
         visualizer=16,
-        evaluation=0,
     )
     sample = EvaluationSizes(vqa=6, seen=6, held_out=2, knowledge=2, edit=2, next_frame=2, visualizer=6)
     recipe = replace(

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from metamorph.mini import asset_path, verify_asset
 from metamorph.mini.cards import AssetError
-from metamorph.miniature import world
+from metamorph.miniature.world.language import caption
+from metamorph.miniature.world.scenes import COLORS, SHAPES, SIZES, is_reserved, single_scenes
 from tools.miniature.build_llama import (
     GATES,
     LlamaRecipe,
@@ -23,6 +24,7 @@ from tools.miniature.llama_data import (
     fact_tasks,
     list_conversation,
     training_conversation,
+    words_of,
 )
 from tools.miniature.llama_init import FREE_HEADS, LOOK_BACK
 from tools.miniature.tokenizer import build_tokenizer
@@ -89,9 +91,9 @@ def test_lists_never_tell_all_of_two_things():
         complete = [
             thing
             for thing in things
-            if any(size in thing for size in world.SIZES)
-            and any(color in thing for color in world.COLORS)
-            and any(shape in thing for shape in world.SHAPES)
+            if any(size in thing for size in SIZES)
+            and any(color in thing for color in COLORS)
+            and any(shape in thing for shape in SHAPES)
             and " in the " in thing
         ]
         assert len(things) >= 2
@@ -134,7 +136,7 @@ def test_world_sentences_survive_the_tokenizer_word_by_word(tokenizer, conversat
         for turn in conversation:
             ids = tokenizer(turn["content"]).input_ids
             assert tokenizer.decode(ids, skip_special_tokens=True) == turn["content"]
-            words = world.words_of(turn["content"])
+            words = words_of(turn["content"])
             assert len(ids) == 1 + len(words) + turn["content"].count("\n")
 
 
@@ -162,9 +164,9 @@ def test_chunks_make_one_batch(tokenizer, conversations):
 
 def test_no_reserved_scene_is_described_in_training(conversations):
     descriptions = {turn["content"].split("\n")[0].rstrip(".") for c in conversations for turn in c[:1]}
-    for scene in world.single_scenes():
-        if world.is_reserved(scene):
-            phrase = world.caption(scene, np.random.default_rng(0)).split(" on a ")[0].removeprefix("there is ")
+    for scene in single_scenes():
+        if is_reserved(scene):
+            phrase = caption(scene, np.random.default_rng(0)).split(" on a ")[0].removeprefix("there is ")
             assert f"{phrase[0].upper()}{phrase[1:]} on a {scene.background} background" not in descriptions
 
 

@@ -7,15 +7,15 @@ from diffusers import DDPMScheduler
 
 from metamorph.mini import asset_path, verify_asset
 from metamorph.mini.cards import AssetError, verify_folder
-from metamorph.miniature.quickstart.conditions import CONDITION_DIM, AttributeEncoder, load_asset
+from metamorph.miniature.quickstart.conditions import CONDITION_DIM, AttributeEncoder
 from metamorph.miniature.world.cells import cells_of
 from metamorph.miniature.world.checker import judge
 from metamorph.miniature.world.render import render_array
 from metamorph.miniature.world.scenes import Scene, SceneObject, sample_scene
 from metamorph.visualization.projector import pad_condition
-from tools.miniature.build_sd import GATES, SdRecipe, build, check_gates
-from tools.miniature.sd_unet import UnetRecipe, new_noise_scheduler, sample_pictures
-from tools.miniature.sd_vae import VaeRecipe, to_pictures, to_pixels
+from tools.miniature.build_sd import GATES, SdRecipe, build, check_gates, load_asset
+from tools.miniature.sd_unet import UnetRecipe, new_noise_scheduler, sample_images
+from tools.miniature.sd_vae import VaeRecipe, to_images, to_pixels
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def test_vae_rebuilds_unseen_scenes(asset) -> None:
     scaled = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     assert abs(scaled.mean().item()) < 0.3
     assert 0.7 < scaled.std().item() < 1.3
-    pictures = to_pictures(vae.decode(latents).sample)
-    assert sum(judge(picture, scene).all for picture, scene in zip(pictures, scenes, strict=True)) >= 39
+    images = to_images(vae.decode(latents).sample)
+    assert sum(judge(image, scene).all for image, scene in zip(images, scenes, strict=True)) >= 39
 
 
 @pytest.mark.slow
@@ -65,8 +65,8 @@ def test_unet_draws_unseen_scenes_from_attributes(asset) -> None:
     vae, unet, encoder = asset
     for num_objects, least in ((1, 11), (2, 9)):
         scenes = reserved_scenes(12, num_objects)
-        pictures = sample_pictures(unet, vae, new_noise_scheduler(), encoder.encode(scenes), seed=0)
-        assert sum(judge(picture, scene).all for picture, scene in zip(pictures, scenes, strict=True)) >= least
+        images = sample_images(unet, vae, new_noise_scheduler(), encoder.encode(scenes), seed=0)
+        assert sum(judge(image, scene).all for image, scene in zip(images, scenes, strict=True)) >= least
 
 
 @torch.no_grad()

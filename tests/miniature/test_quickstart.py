@@ -11,7 +11,7 @@ from PIL import Image
 
 from metamorph.cli import main
 from metamorph.miniature.quickstart.evaluate import DRAWING_GROUPS
-from metamorph.miniature.quickstart.options import MARKER_FILE, OWN_FOLDERS
+from metamorph.miniature.quickstart.workspace import MARKER_FILE, OWN_FOLDERS
 from metamorph.miniature.world import render
 from metamorph.miniature.world.scenes import Scene, SceneObject
 from metamorph.runs.progress import Progress
@@ -68,7 +68,7 @@ def test_every_part_shows_progress_without_a_terminal(out):
         r"visualizer · step 4/4 · loss [\d.]+ · took \d+ s",
         r"questions · question 24/24 · took \d+ s",
         r"drawings · step (\d+)/\1 · took \d+ s",
-        r"visualizer · picture 8/8 · took \d+ s",
+        r"visualizer · image 8/8 · took \d+ s",
     ):
         assert re.search(f"^{line}$", log, re.MULTILINE), line
 
@@ -80,7 +80,7 @@ def test_time_and_memory_of_every_stage_are_noted(metrics):
     assert 100 < metrics["peak_rss_mb"] < 4096
 
 
-def test_the_report_holds_its_pictures_and_needs_no_other_file(out, metrics):
+def test_the_report_holds_its_images_and_needs_no_other_file(out, metrics):
     text = (out / "report.html").read_text(encoding="utf-8")
     assert 'src="data:image/png;base64,' in text
     assert 'src="pictures' not in text
@@ -102,11 +102,11 @@ def test_what_is_left_has_the_permissions_of_the_umask(out):
 
 
 def test_generate_answers_with_the_folders_that_are_left(out, tmp_path, capsys):
-    picture = tmp_path / "scene.png"
-    render(Scene((SceneObject("circle", "red", "large", "center"),))).save(picture)
+    image = tmp_path / "scene.png"
+    render(Scene((SceneObject("circle", "red", "large", "center"),))).save(image)
     flags = ["generate", "--model", str(out / "model"), "--visualizer", str(out / "visualizer"), "--steps", "2"]
     flags += ["--output", str(tmp_path / "drawn.png"), "--max-new-tokens", "40", "--overwrite"]
-    assert main([*flags, "--prompt", "What colour is the circle?", "--image", str(picture)]) == 0
+    assert main([*flags, "--prompt", "What colour is the circle?", "--image", str(image)]) == 0
     assert main([*flags, "--prompt", "Draw a red circle"]) == 0
     assert capsys.readouterr().out.strip()
 

@@ -1,19 +1,18 @@
-"""The study: what is compared with what, how it is summarised, and that it goes on where it was interrupted."""
+"""The study: what is compared with what, how it is summarised, and that it continues where it was interrupted."""
 
 import json
 from dataclasses import replace
 
 import pytest
 
-from metamorph.cli import main
 from metamorph.miniature.quickstart.recipe import FAST
-from metamorph.miniature.study import GENERATION_ONLY, JOINT, StudyPlan, run_study, study_recipe, summarise_runs
+from metamorph.miniature.study import GENERATION_ONLY, JOINT, StudySettings, run_study, study_recipe, summarise_runs
 from metamorph.runs.progress import Progress
 
 
 def test_both_conditions_see_the_same_drawings_in_the_same_number_of_steps(tmp_path):
-    plan = StudyPlan(tmp_path, budgets=(500,), passes=2, generation_per_step=16)
-    alone, joint = (study_recipe(plan, FAST, 500, condition) for condition in (GENERATION_ONLY, JOINT))
+    settings = StudySettings(tmp_path, budgets=(500,), passes=2, generation_per_step=16)
+    alone, joint = (study_recipe(settings, FAST, 500, condition) for condition in (GENERATION_ONLY, JOINT))
     assert alone.stage2_steps == joint.stage2_steps == 63
     assert (alone.batch_size, joint.batch_size) == (16, 32)
 
@@ -36,26 +35,13 @@ def test_summary_is_mean_and_standard_error_over_seeds():
     assert summarise_runs(runs[:1])[0]["standard_error"] == 0
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--seeds", "0"], "--seeds 0 must be at least 1"),
-        (["--budgets", "8"], "--budgets 8: give numbers of drawing records, each at least"),
-        (["--generation-per-step", "0"], "--generation-per-step 0 must be at least 1"),
-    ],
-)
-def test_bad_flags_are_named(tmp_path, capsys, flags, message):
-    assert main(["study", "joint-vs-generation-only", "--output-dir", str(tmp_path), *flags]) == 2
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.slow
-def test_a_study_runs_and_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, caplog):
+def test_a_study_runs_and_continues_where_it_was_interrupted(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(Progress, "first_seconds", 0.0)
     caplog.set_level("INFO", "metamorph")
     recipe = replace(FAST, stage1_steps=2)
-    plan = StudyPlan(tmp_path, seeds=1, budgets=(16,), passes=1, drawings=3)
-    result = run_study(plan, recipe)
+    settings = StudySettings(tmp_path, seeds=1, budgets=(16,), passes=1, drawings=3)
+    result = run_study(settings, recipe)
     assert [(run["condition"], run["steps"], run["seen"]["n"]) for run in result["runs"]] == [
         (GENERATION_ONLY, 1, 3),
         (JOINT, 1, 3),
@@ -67,10 +53,10 @@ def test_a_study_runs_and_goes_on_where_it_was_interrupted(tmp_path, monkeypatch
     runs = (tmp_path / "runs.jsonl").read_text().splitlines()
     marked = json.dumps({**json.loads(runs[0]), "seconds": -1.0})
     (tmp_path / "runs.jsonl").write_text(marked + "\n")
-    again = run_study(plan, recipe)
+    again = run_study(settings, recipe)
     assert again["runs"][0]["seconds"] == -1.0
     for name in ("seen", "held_out", "visual_loss"):
         assert again["runs"][1][name] == result["runs"][1][name]
 
-    with pytest.raises(ValueError, match="holds a study with another plan"):
-        run_study(replace(plan, passes=2), recipe)
+    with pytest.raises(ValueError, match="holds a study with other settings"):
+        run_study(replace(settings, passes=2), recipe)

@@ -4,22 +4,20 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from metamorph.miniature.world import (
+from metamorph.miniature.world.checker import judge, read_image
+from metamorph.miniature.world.render import render, render_array
+from metamorph.miniature.world.scenes import (
     COLORS,
+    CORNERS,
     HELD_OUT,
     SHAPES,
     SIZES,
     Scene,
     SceneObject,
     is_reserved,
-    judge,
-    read_image,
-    render,
-    render_array,
     sample_scene,
     single_scenes,
 )
-from metamorph.miniature.world.scenes import CORNERS
 
 
 RED_CIRCLE = SceneObject("circle", "red", "large", "center")
@@ -39,13 +37,13 @@ def test_checker_reads_pairs() -> None:
     assert right >= 0.99 * len(scenes)
 
 
-def test_checker_bears_noise() -> None:
+def test_checker_tolerates_noise() -> None:
     rng = np.random.default_rng(2)
     scenes = [sample_scene(rng) for _ in range(100)]
     noisy = [
         np.clip(render_array(scene, rng) + rng.normal(0, 15, (64, 64, 3)), 0, 255).astype(np.uint8) for scene in scenes
     ]
-    assert sum(judge(picture, scene).all for picture, scene in zip(noisy, scenes, strict=True)) >= 99
+    assert sum(judge(image, scene).all for image, scene in zip(noisy, scenes, strict=True)) >= 99
 
 
 @pytest.mark.parametrize(
@@ -73,16 +71,16 @@ def test_wrong_count_is_wrong() -> None:
 @pytest.mark.parametrize("corner", CORNERS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_object_beside_the_centre_object_is_counted(shape: str, size: str, corner: str) -> None:
+def test_object_next_to_the_centre_object_is_counted(shape: str, size: str, corner: str) -> None:
     center = Scene((SceneObject(shape, "red", size, "center"),))
     for other in SHAPES:
         for color in ("red", "blue"):
             extra = render_array(Scene((SceneObject(other, color, "small", corner),)))
-            picture = np.where(extra < 255, extra, render_array(center))
-            verdict = judge(picture, center)
+            image = np.where(extra < 255, extra, render_array(center))
+            verdict = judge(image, center)
             assert not verdict.count, (other, color)
             assert not verdict.all
-            assert read_image(picture).scene is None
+            assert read_image(image).scene is None
 
 
 def test_swapped_colours_of_a_pair_are_wrong() -> None:
@@ -98,12 +96,12 @@ def test_swapped_colours_of_a_pair_are_wrong() -> None:
 
 
 def test_blob_has_no_shape() -> None:
-    picture = Image.new("RGB", (64, 64), "white")
-    ImageDraw.Draw(picture).rectangle((26, 16, 38, 48), fill=(214, 39, 40))
-    (found,) = read_image(picture).objects
+    image = Image.new("RGB", (64, 64), "white")
+    ImageDraw.Draw(image).rectangle((26, 16, 38, 48), fill=(214, 39, 40))
+    (found,) = read_image(image).objects
     assert found.color == "red"
     assert found.shape is None
-    assert read_image(picture).scene is None
+    assert read_image(image).scene is None
 
 
 def test_checker_refuses_other_sizes() -> None:
@@ -111,7 +109,7 @@ def test_checker_refuses_other_sizes() -> None:
         read_image(Image.new("RGB", (32, 64)))
 
 
-def test_order_of_objects_does_not_change_picture_or_reservation() -> None:
+def test_order_of_objects_does_not_change_image_or_reservation() -> None:
     scene = sample_scene(np.random.default_rng(3), num_objects=2)
     turned = Scene(scene.objects[::-1], scene.background)
     assert np.array_equal(render_array(scene), render_array(turned))

@@ -61,14 +61,7 @@ MISTRAL = (
 def byte_tokenizer(
     special: Sequence[str], chat_template: str, add_bos: bool = False, **names: str
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a few merges.
-
-    Args:
-        special: control tokens of the family, in the order of their ids.
-        chat_template: Jinja template.
-        add_bos: whether every text begins with `bos_token`, as Mistral's tokenizer does.
-        **names: `eos_token`, `pad_token`, `bos_token`.
-    """
+    """A byte-level BPE tokenizer with a few merges; with `add_bos`, texts begin with `bos_token`, as Mistral's do."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -98,15 +91,10 @@ def mistral_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_language_model(folder: Path, family: str) -> str:
-    """Saves a random language model with its tokenizer.
+    """Save a random language model with its tokenizer; returns the folder as a string.
 
-    Args:
-        folder: where to.
-        family: `qwen2`, `qwen3`, `mistral`, `smollm` (a Llama with tied embeddings), or a mixture of experts,
-            `mixtral` or `qwen3_moe`.
-
-    Returns:
-        The folder as a string.
+    `family` is `qwen2`, `qwen3`, `mistral`, `smollm` (a Llama with tied embeddings), or a mixture of experts: `mixtral`
+    or `qwen3_moe`.
     """
     torch.manual_seed(0)
     tokenizer = mistral_tokenizer() if family == "mistral" else chatml_tokenizer()
@@ -142,15 +130,7 @@ def save_language_model(folder: Path, family: str) -> str:
 
 
 def save_vision_model(folder: Path, family: str) -> str:
-    """Saves a random vision model with its image processor, 4×4 patches of 8 pixels.
-
-    Args:
-        folder: where to.
-        family: `clip`, `dinov2`, `siglip` or `siglip2`.
-
-    Returns:
-        The folder as a string.
-    """
+    """Save a random `clip`, `dinov2`, `siglip` or `siglip2` with 4×4 patches of 8 pixels, and its image processor."""
     torch.manual_seed(1)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": PATCH_SIZE}
     pixels = {"image_size": IMAGE_SIZE}
@@ -180,17 +160,13 @@ def save_vision_model(folder: Path, family: str) -> str:
 
 
 def write_records(folder: Path) -> tuple[str, str]:
-    """Writes a data set of eight records: questions about pictures, pictures to draw, edits, text alone.
-
-    Returns:
-        Path of the JSONL file, and the image folder.
-    """
+    """Write eight records: questions about images, images to draw, edits, text; returns JSONL file and image folder."""
     images = folder / "images"
     images.mkdir(parents=True)
     for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
-        picture = Image.new("RGB", (48, 40), "white")
-        picture.paste(colour, (8, 8, 32, 32))
-        picture.save(images / f"{name}.png")
+        image = Image.new("RGB", (48, 40), "white")
+        image.paste(colour, (8, 8, 32, 32))
+        image.save(images / f"{name}.png")
     turns = {
         "ask": ("<image>\nwhat is shown ?", "a {} square", "{}.png"),
         "draw": ("draw a {} square", "here it is : <image>", "{}.png"),

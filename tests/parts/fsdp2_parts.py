@@ -46,7 +46,7 @@ def rank_batches(
 ) -> Iterator[tuple[dict[str, Any], tuple[torch.Tensor, ...]]]:
     """The batches of one rank, each with the numbers of text and visual targets of all ranks in that step.
 
-    A step has two samples: a picture question and a picture to draw, or a picture edit and plain text. So with two
+    A step has two samples: an image question and an image to draw, or an image edit and plain text. So with two
     ranks one of them has no answer image in every step, and every second step it has no image at all.
     """
     processor = make_plan(model_args).processor

@@ -92,7 +92,7 @@ def expand_placeholders(batch: dict[str, torch.Tensor], max_length: int | None =
 def golden_batch() -> dict[str, torch.Tensor]:
     """The reference batch: question, generation, image to image, text only."""
     batch = tensors("micro/batch")
-    # The fifth picture is the original's zero image for the text-only sample: ours needs none.
+    # The fifth image is the original's zero image for the text-only sample: ours needs none.
     return {**expand_placeholders(batch), "pixel_values": batch["images"][:4]}
 
 

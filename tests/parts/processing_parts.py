@@ -1,4 +1,4 @@
-"""Tokenizers, image processors and pictures for the tests of the processor and of the data."""
+"""Tokenizers, image processors and images for the tests of the processor and of the data."""
 
 import json
 from pathlib import Path
@@ -178,7 +178,7 @@ def word_tokenizer():
 def build_processor(
     tokenizer=None, version: str = "llama3", num_image_tokens: int = 16, **fields
 ) -> MetaMorphProcessor:
-    """A processor for the golden pictures, 112 pixels and 16 visual tokens each unless told otherwise."""
+    """A processor for the golden images, 112 pixels and 16 visual tokens each unless told otherwise."""
     image_processor = SiglipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     tokenizer = tokenizer or golden_tokenizer()
     return MetaMorphProcessor(image_processor, tokenizer, num_image_tokens=num_image_tokens, version=version, **fields)

@@ -1,4 +1,4 @@
-"""Tiny pretrained parts on disk, and LLaVA data with pictures, for tests that train through the real commands."""
+"""Tiny pretrained parts on disk, and LLaVA data with images, for tests that train through the real commands."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def make_vision_tower(folder: Path) -> Path:
 
 
 def make_records(folder: Path, count: int = 12) -> Path:
-    """Image questions, answers with a picture, picture edits and plain text in turn; pictures in `folder`/images."""
+    """Image questions, answers with an image, image edits and plain text in turn; images in `folder`/images."""
     rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for index in range(count):

@@ -82,10 +82,10 @@ def random_images(count: int, size: tuple[int, int] = (40, 32), seed: int = 0) -
     rng = np.random.default_rng(seed)
     images = []
     for _ in range(count):
-        picture = np.full((size[1], size[0], 3), 230, dtype=np.uint8)
+        pixels = np.full((size[1], size[0], 3), 230, dtype=np.uint8)
         top, left = rng.integers(0, size[1] // 2), rng.integers(0, size[0] // 2)
-        picture[top : top + size[1] // 3, left : left + size[0] // 3] = rng.integers(0, 200, 3)
-        images.append(Image.fromarray(picture))
+        pixels[top : top + size[1] // 3, left : left + size[0] // 3] = rng.integers(0, 200, 3)
+        images.append(Image.fromarray(pixels))
     return images
 
 

@@ -42,11 +42,11 @@ def test_lines_come_by_the_clock_while_one_step_lasts(
     at_once: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Progress, "interval_seconds", 0.01)
-    with Progress(desc="drawings", total=2, unit="picture"):
+    with Progress(desc="drawings", total=2, unit="image"):
         end = time.monotonic() + 60
         while len(at_once.messages) < 3 and time.monotonic() < end:
             time.sleep(0.01)
-    assert at_once.messages[:3] == ["drawings · picture 0/2"] * 3
+    assert at_once.messages[:3] == ["drawings · image 0/2"] * 3
 
 
 def test_what_ends_soon_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -143,11 +143,11 @@ def test_recipe_may_hold_the_required_flags(paths: dict[str, str], tmp_path: Pat
         ("a: 1" + ":1" * 1000, "a number has more than 1000 characters"),
         ("[" * 20_000, "nested too deeply"),
         ("#" * 300_000, "has more than 262144 bytes"),
-        ("&a [*a]", "aliases .* multiply each other"),
+        ("&a [*a]", "aliases .* expand to too many values"),
         # Nine times nine times …: nine lines that stand for 387 million values.
         (
             "a0: &a0 x\n" + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)),
-            "aliases .* multiply each other",
+            "aliases .* expand to too many values",
         ),
         ("- &a {k: v}\n- &b {<<: [*a, *a]}\n- &c {<<: [*b, *b]}\n", "must hold one mapping"),
     ],
@@ -162,7 +162,7 @@ def test_bad_recipe(text: str, message: str, paths: dict[str, str], tmp_path: Pa
 def test_unknown_flag_suggests_the_nearest(paths: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="unknown flag --num_image_token: did you mean --num_image_tokens"):
         parse({"num_image_token": 4})
-    with pytest.raises(ValueError, match="unexpected words"):
+    with pytest.raises(ValueError, match="unexpected arguments"):
         parse_arguments(TYPES, [*argv(paths), "--tune_mm_mlp_adapter", "True", "stray"])
 
 

@@ -183,7 +183,7 @@ def test_r28_signals_to_all_processes_of_a_job(folder: Path, tmp_path: Path) -> 
     for command, expected in ((words, 130), ([*LAUNCH, *words[1:]], 1)):
         status, printed = interrupt(command, tmp_path, signal.SIGINT, folder / "log")
         assert status == expected, printed[-5000:]
-        assert printed.count("Ctrl-C: saving a checkpoint, then stopping. Press Ctrl-C again to leave at once.") == 1
+        assert printed.count("Ctrl-C: saving a checkpoint, then stopping. Press Ctrl-C again to quit at once.") == 1
         (line,) = re.findall(
             r"metamorph train: interrupted after step (\d+); to resume: run the same command again, or .*", printed
         )

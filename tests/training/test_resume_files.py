@@ -128,7 +128,7 @@ def zero_the_end(file: Path) -> None:
         ("mm_projector.safetensors", cut_off, "mm_projector.safetensors has .* bytes instead of"),
         ("optimizer.pt", zero_the_end, "content of its optimizer.pt has changed"),
         ("rng_state.pth", Path.unlink, "rng_state.pth is missing"),
-        (MANIFEST_FILE, Path.unlink, "not written to its end"),
+        (MANIFEST_FILE, Path.unlink, "so it is incomplete"),
         (MANIFEST_FILE, cut_off, "checkpoint.json cannot be read"),
     ],
 )

@@ -176,7 +176,7 @@ HOSTILE: dict[str, tuple[Spoil, str]] = {
             (path / "vae" / WEIGHTS).rename(path / "vae/x.safetensors")
             and (path / f"vae/{WEIGHTS}.index.json").write_text('{"weight_map": {"a": "../../x.safetensors"}}')
         ),
-        "not a file of its own folder",
+        "not a file in its own folder",
     ),
 }
 

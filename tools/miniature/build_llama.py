@@ -1,9 +1,8 @@
-"""Builds mini-llama: a Llama of two million weights that has read about the miniature world, never seen it.
+"""Builds mini-llama: a Llama of two million weights that has read about the miniature world but never seen it.
 
-Run as `python -m tools.miniature.build_llama`. The conversations are those of `llama_data`: what
-pictures will later show is described in words. Two things decide whether so small a model learns in minutes to keep
-apart which attribute belongs to which object: how its weights are drawn (`llama_init`), and that it begins with short
-lists of up to four things, where guessing among the things that are there pays less than in a scene of two.
+The conversations are those of `llama_data`: what images will later show is described in words. Two things let a model
+this small learn in minutes which attribute belongs to which object: the initialisation of its weights (`llama_init`),
+and lists of up to four things at the beginning, in which guessing is less often right than in a scene of two objects.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from tools.miniature.llama_data import (
 )
 from tools.miniature.llama_init import initialise
 from tools.miniature.tokenizer import END_OF_TEXT_TOKEN, build_tokenizer
-from tools.miniature.training_state import STATE_FILE, TrainingPlan, step_rng, train
+from tools.miniature.training_state import STATE_FILE, TrainingSchedule, step_rng, train
 
 
 logger = logging.getLogger(__name__)
@@ -239,13 +238,13 @@ def build(
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = step_rng(seed, _TRAINING_STREAM, step)
-        draw = list_conversation if step < recipe.list_steps else training_conversation
-        conversations = [draw(rng) for _ in range(recipe.batch_size)]
+        sample = list_conversation if step < recipe.list_steps else training_conversation
+        conversations = [sample(rng) for _ in range(recipe.batch_size)]
         return batch_loss(model, tokenizer, conversations)
 
-    plan = TrainingPlan(recipe.steps, recipe.learning_rate, recipe.warmup_steps)
+    schedule = TrainingSchedule(recipe.steps, recipe.learning_rate, recipe.warmup_steps)
     fingerprint = f"{NAME} seed {seed} vocabulary {len(tokenizer)} {recipe}"
-    seconds = train(model, plan, loss_of_step, work_dir, fingerprint=fingerprint, resume=resume)
+    seconds = train(model, schedule, loss_of_step, work_dir, fingerprint=fingerprint, resume=resume)
     seconds += _polish(model, tokenizer, recipe, seed, work_dir / _POLISH_FOLDER, fingerprint, resume=resume)
     model.eval().to(torch.bfloat16).save_pretrained(work_dir)
     tokenizer.backend_tokenizer.no_padding()  # a trace of the last batch
@@ -287,8 +286,10 @@ def _polish(
         conversations = [training_conversation(rng) for _ in range(recipe.batch_size - half)]
         return batch_loss(model, tokenizer, conversations + [fact_conversation(rng) for _ in range(half)])
 
-    plan = TrainingPlan(recipe.polish_steps, recipe.polish_learning_rate, warmup_steps=recipe.polish_steps // 10)
-    return train(model, plan, loss_of_step, folder, fingerprint=f"polish of {fingerprint}", resume=resume)
+    schedule = TrainingSchedule(
+        recipe.polish_steps, recipe.polish_learning_rate, warmup_steps=recipe.polish_steps // 10
+    )
+    return train(model, schedule, loss_of_step, folder, fingerprint=f"polish of {fingerprint}", resume=resume)
 
 
 def _mean(verdicts: Sequence[bool]) -> float:

@@ -1,7 +1,7 @@
 """Builds mini: the finished miniature, a MetaMorph model and its visualizer, trained longer than the quickstart.
 
-It is made of the three other assets by the stages of the quickstart, with the recipe `MINI`. What a stage has finished
-is not done again when the build is repeated, and stage 2 goes on from its last checkpoint.
+The stages of the quickstart train it from the three other assets, with the recipe `MINI`. When the build is repeated,
+finished stages are skipped, and stage 2 resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from metamorph.mini.cards import AssetCard, AssetError, library_versions
 from metamorph.miniature.quickstart.clock import StageClock
 from metamorph.miniature.quickstart.measure import measure_world
 from metamorph.miniature.quickstart.recipe import MINI, Recipe
-from metamorph.miniature.quickstart.stages import Workspace, fit_visualizer, train_connector, train_model
+from metamorph.miniature.quickstart.stages import fit_visualizer, train_connector, train_model
+from metamorph.miniature.quickstart.workspace import Workspace
 from metamorph.miniature.world.dataset import write_dataset
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -70,7 +71,7 @@ def build(
         resume: Whether to continue an interrupted build.
         recipe: Sizes and hyper-parameters, the shipped ones by default.
         work_dir: Folder of the unfinished build, by default `<output_dir>.building`; removed at the end.
-        assets: Folders of mini-siglip, mini-llama and mini-sd; by default those beside `output_dir`, else the
+        assets: Folders of mini-siglip, mini-llama and mini-sd; by default those next to `output_dir`, else the
             shipped ones.
         enforce_gates: Whether figures below the gates are an error.
 
@@ -83,14 +84,13 @@ def build(
     work_dir = work_dir or output_dir.with_name(output_dir.name + ".building")
     if not resume:
         shutil.rmtree(work_dir, ignore_errors=True)
-    space = Workspace(work_dir, assets or _parts_beside(output_dir), seed)
+    space = Workspace(work_dir, assets or _parts_next_to(output_dir), seed)
     seconds = _train_stages(space, recipe)
     finished = work_dir / "finished"
     write_weights(space, finished)
     # The figures are those of the rounded weights, not of the ones in memory.
-    sizes = recipe.evaluation
-    measured = measure_world(finished / "model", finished / "visualizer", work_dir / "evaluation", sizes=sizes)
-    figures = summarise_figures(measured.metrics)
+    metrics = measure_world(finished / "model", finished / "visualizer", work_dir / "evaluation", recipe=recipe)
+    figures = summarise_figures(metrics)
     logger.info("%s: %s", NAME, figures)
     if enforce_gates and (missed := missed_gates(figures)):
         raise AssetError(f"{NAME} is below its gates {GATES}: {missed}. Train longer, or try another seed.")
@@ -102,10 +102,10 @@ def build(
     return figures
 
 
-def _parts_beside(output_dir: Path) -> dict[str, Path]:
-    """What the same command built before into the same folder goes before what ships."""
-    beside = {name: output_dir.parent / name for name in PARTS}
-    return {name: path if path.is_dir() else asset_path(name) for name, path in beside.items()}
+def _parts_next_to(output_dir: Path) -> dict[str, Path]:
+    """The parts next to `output_dir` (built by the same command), else the shipped ones."""
+    built = {name: output_dir.parent / name for name in PARTS}
+    return {name: path if path.is_dir() else asset_path(name) for name, path in built.items()}
 
 
 def summarise_figures(metrics: dict[str, Any]) -> dict[str, Any]:

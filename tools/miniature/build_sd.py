@@ -16,10 +16,11 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
 
 from metamorph.files.permissions import save_file
 from metamorph.mini.cards import AssetCard, AssetError, library_versions
-from metamorph.miniature.quickstart.conditions import ENCODER_FILE, AttributeEncoder, load_asset
+from metamorph.miniature.quickstart.conditions import ENCODER_FILE, AttributeEncoder
 from tools.miniature.cards import write_card
 from tools.miniature.sd_unet import (
     GUIDANCE_SCALE,
@@ -43,7 +44,7 @@ GATES = {
     "attributes.singles": 0.95,
     "attributes.pairs": 0.85,
 }
-"""Least shares of pictures that the checker must read right in every attribute, on scenes of no training."""
+"""Least shares of images that the checker must read right in every attribute, on scenes of no training."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,15 @@ def write_weights(vae: AutoencoderKL, unet: UNet2DConditionModel, encoder: Attri
     new_noise_scheduler().save_pretrained(folder / "scheduler")
     tables = {name: table.to(torch.bfloat16) for name, table in encoder.state_dict().items()}
     save_file(tables, folder / ENCODER_FILE)
+
+
+def load_asset(folder: Path) -> tuple[AutoencoderKL, UNet2DConditionModel, AttributeEncoder]:
+    """Load mini-sd in float32: VAE, UNet, and the encoder of attributes that the UNet was trained with."""
+    encoder = AttributeEncoder()
+    encoder.load_state_dict(load_file(folder / ENCODER_FILE))
+    vae = AutoencoderKL.from_pretrained(folder / "vae").float()
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet").float()
+    return vae.eval(), unet.eval(), encoder.eval()
 
 
 def measure(folder: Path, seed: int, count: int) -> dict[str, float]:

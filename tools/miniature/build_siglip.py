@@ -1,11 +1,11 @@
 """Builds mini-siglip: a SigLIP of under a million weights that sees the miniature world.
 
-Run as `python -m tools.miniature.build_siglip`. The loss is SigLIP's sigmoid loss on pictures and
+Run as `python -m tools.miniature.build_siglip`. The loss is SigLIP's sigmoid loss on images and
 captions, plus an auxiliary one that reads the object's attributes from every reduced token (the idea of the
 additional dense losses of LocCa and SigLIP 2): without it the contrastive loss is content with the attributes
-that tell most pictures apart, and a linear probe cannot read the shape.
+that tell most images apart, and a linear probe cannot read the shape.
 
-Tensor suffixes: B pictures, N reduced tokens (16), D hidden width.
+Tensor suffixes: B images, N reduced tokens (16), D hidden width.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tools.miniature.siglip_data import (
     scene_key,
     training_scenes,
 )
-from tools.miniature.training_state import STATE_FILE, TrainingPlan, step_rng, train
+from tools.miniature.training_state import STATE_FILE, TrainingSchedule, step_rng, train
 
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ _TRAINING_STREAM, _PROBE_STREAM, _RETRIEVAL_STREAM = 0, 1, 2
 
 
 def reduced_tokens(model: SiglipModel, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-    """What the tower of MetaMorph makes of pictures, with gradients.
+    """What the tower of MetaMorph makes of images, with gradients.
 
     Args:
         model: SigLIP model whose patches form a square grid.
@@ -61,7 +61,7 @@ def reduced_tokens(model: SiglipModel, pixel_values: Tensor) -> tuple[Tensor, Te
 
     Returns:
         The last layer's hidden state before the post layer norm, reduced bilinearly to 4×4 and normalised,
-        `[images, 16, hidden]`; and the pooled embedding of each picture, `[images, hidden]`.
+        `[images, 16, hidden]`; and the pooled embedding of each image, `[images, hidden]`.
     """
     output = model.get_image_features(pixel_values, output_hidden_states=True)
     hidden_BPD = output.hidden_states[-1].float()
@@ -105,12 +105,12 @@ class MiniSiglip(nn.Module):
         self.auxiliary_head = nn.Linear(recipe.vision_width, sum(self.class_counts))
 
     def losses(self, pixel_values: Tensor, input_ids: Tensor, same: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Sigmoid loss per picture and auxiliary loss.
+        """Sigmoid loss per image and auxiliary loss.
 
         Args:
             pixel_values: `[images, 3, 64, 64]`.
             input_ids: Captions `[images, caption_length]`.
-            same: Which picture and caption match, `[images, images]` bool.
+            same: Which image and caption match, `[images, images]` bool.
             cells: Classes per cell, `[images, 16, 5]` int64, -100 where there is nothing to read.
         """
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -152,8 +152,8 @@ def evaluate(
         tokenizer: Its tokenizer.
         recipe: For the length of captions.
         seed: Seed of the scenes.
-        fit_count: Pictures that the probes are fitted on, half with one object, half with two.
-        count: Pictures of each kind that they are judged on.
+        fit_count: Images that the probes are fitted on, half with one object, half with two.
+        count: Images of each kind that they are judged on.
     """
     rng = step_rng(seed, _PROBE_STREAM, 0)
     fitted_on = [
@@ -239,9 +239,9 @@ def build(
         figures = {"sigmoid": sigmoid_loss.item(), "auxiliary": auxiliary.item()}
         return sigmoid_loss + recipe.auxiliary_weight * auxiliary, figures
 
-    plan = TrainingPlan(recipe.steps, recipe.learning_rate, recipe.warmup_steps)
+    schedule = TrainingSchedule(recipe.steps, recipe.learning_rate, recipe.warmup_steps)
     fingerprint = f"{NAME} seed {seed} {recipe}"
-    seconds = train(modules, plan, loss_of_step, work_dir, fingerprint=fingerprint, resume=resume)
+    seconds = train(modules, schedule, loss_of_step, work_dir, fingerprint=fingerprint, resume=resume)
     _write_weights(modules.siglip, tokenizer, work_dir)
     # The figures are those of the rounded weights, not of the ones in memory.
     shipped = SiglipModel.from_pretrained(work_dir, dtype=torch.float32).eval()

@@ -1,19 +1,28 @@
-"""What mini-llama reads: the tasks of the miniature world with every picture replaced by its description.
+"""Training data of mini-llama: the tasks of the miniature world with every image replaced by its description.
 
-The layout is that of the later stages, `<description>` standing where `<image>` will: first what is seen, then
-what is asked. Where the later stages answer with a picture, the text asks for a description of it, so that the
-meaning of drawing prompts, edits and facts is learnt here and only drawing is left to learn.
+The layout is that of the later stages, with a description instead of `<image>`: first what is seen, then the question.
+Where the later stages answer with an image, the text asks for its description, so that mini-llama learns the meaning of
+drawing prompts, edits and facts, and only drawing is left to learn.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from metamorph.miniature import world
 from metamorph.miniature.world import changes, knowledge, language
-from metamorph.miniature.world.scenes import COLORS, POSITIONS, SHAPES, SIZES, Scene, is_reserved, sample_scene
+from metamorph.miniature.world.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    is_reserved,
+    sample_scene,
+)
 
 
 Conversation = list[dict[str, str]]
@@ -34,12 +43,22 @@ _LIST_QUESTIONS = 5
 _LIST_COUNT_SHARE = 0.25
 _COUNT_WHAT_IS_THERE = 0.7
 _ATTRIBUTES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "position": POSITIONS}
-_QUESTIONS = {
-    "size": language.SIZE_QUESTION,
-    "color": language.COLOUR_QUESTION,
-    "shape": language.SHAPE_QUESTION,
-    "position": language.POSITION_QUESTION,
-}
+_TEMPLATES = (
+    language.CAPTIONS,
+    language.CAPTION_REQUESTS,
+    language.ATTRIBUTE_QUESTIONS.values(),
+    (language.COUNT_QUESTION, language.EXISTENCE_QUESTION, language.PROPERTY_QUESTION, knowledge.FACT_CHECK),
+    language.DRAWING_PROMPTS,
+    knowledge.COLOUR_FACT_QUESTIONS,
+    knowledge.SHAPE_FACT_QUESTIONS,
+    knowledge.FACT_REQUESTS,
+    knowledge.COLOUR_PROMPTS,
+    knowledge.SHAPE_PROMPTS,
+    knowledge.THING_PROMPTS,
+    changes.NEXT_FRAME_PROMPTS,
+    *changes.EDIT_TEMPLATES.values(),
+)
+_GRAMMAR_WORDS = ("a", "an", "the", "and", "in", "on", "object", "objects", "it", "yes", "no", "background")
 
 
 @dataclass(frozen=True)
@@ -62,13 +81,29 @@ class TextTask:
         return _exchange(self.request, self.answer)
 
 
+def words_of(text: str) -> list[str]:
+    """The words and punctuation marks of a text, without image markers."""
+    return re.findall(r"[A-Za-z]+|[.,?]", text.replace("<image>", " "))
+
+
+def vocabulary() -> list[str]:
+    """Every word and punctuation mark of the world's texts, sorted; capitalised if a sentence can begin with it."""
+    templates = [template for group in _TEMPLATES for template in group]
+    texts = [re.sub(r"\{\w+\}", " ", template) for template in templates]
+    for group in (SHAPES, COLORS, SIZES, POSITIONS, BACKGROUNDS, language.NUMBERS, language.PLURALS.values()):
+        texts += group
+    texts += [*language.COLOUR_WORDS, *_GRAMMAR_WORDS, ". ?", *(thing.name for thing in knowledge.THINGS)]
+    words = {word for text in texts for word in words_of(text)}
+    return sorted(words | {template.split()[0].capitalize() for template in templates if template[0].isalpha()})
+
+
 def build_vocabulary() -> list[str]:
     """The words of the world, and those that begin a description with a capital."""
-    return [*world.vocabulary(), "A", "An"]
+    return [*vocabulary(), "A", "An"]
 
 
 def training_conversation(rng: np.random.Generator) -> Conversation:
-    """Draw one conversation. Scenes that are kept for evaluation never occur."""
+    """Sample a conversation. Scenes reserved for evaluation never occur."""
     task = str(rng.choice(list(_TASK_SHARES), p=list(_TASK_SHARES.values())))
     if task == "list":
         return list_conversation(rng, count_share=_LIST_COUNT_SHARE)
@@ -91,9 +126,9 @@ def fact_conversation(rng: np.random.Generator) -> Conversation:
 
 
 def list_conversation(rng: np.random.Generator, *, count_share: float = 0.0) -> Conversation:
-    """Questions about a list of two to four things, of each of which two attributes or more are told.
+    """Questions about a list of two to four things, each with two or more of its attributes.
 
-    It never tells all of one thing or of two, so no scene that is kept for evaluation occurs.
+    One or two things are never described completely, so no scene reserved for evaluation occurs.
 
     Args:
         rng: Source of things and words.
@@ -105,8 +140,8 @@ def list_conversation(rng: np.random.Generator, *, count_share: float = 0.0) -> 
         told = language.sentence("{text}", rng, text=" and ".join(language.object_phrase(**thing) for thing in things))
         turns: Conversation = []
         for _ in range(3 * _LIST_QUESTIONS):
-            draw = _list_count if rng.random() < count_share else _list_question
-            found = draw(things, rng)
+            ask = _list_count if rng.random() < count_share else _list_question
+            found = ask(things, rng)
             if found is not None:
                 question, answer = found
                 turns += _exchange(question if turns else _lines(told, question), answer)
@@ -128,7 +163,7 @@ def _list_question(things: list[dict[str, str]], rng: np.random.Generator) -> tu
         "object": "the " + language.object_phrase(**named).split(" ", 1)[1],
         "colour": language.pick(rng, language.COLOUR_WORDS),
     }
-    return language.sentence(_QUESTIONS[asked], rng, **words), thing[asked]
+    return language.sentence(language.ATTRIBUTE_QUESTIONS[asked], rng, **words), thing[asked]
 
 
 def _list_count(things: list[dict[str, str]], rng: np.random.Generator) -> tuple[str, str] | None:
@@ -167,8 +202,8 @@ def evaluation_tasks(rng: np.random.Generator, scenes: int) -> list[TextTask]:
         found = 0
         while found < scenes // 4:
             request, involved = _imagined(kind, rng)
-            # Two objects may be told in either order, so only one object has one right description. What a
-            # fact asks for is new or not by its words: the scenes of facts are too few to reserve some.
+            # Two objects may be described in either order, so only one object has one right description. Prompts
+            # with facts are new because of their words: too few scenes fit them to reserve some.
             if len(involved[-1].objects) == 1 and (kind == "knowledge" or is_reserved(involved[-1])):
                 tasks.append(TextTask(kind, request, _plain_caption(involved[-1], rng), False))
                 found += 1
@@ -212,7 +247,7 @@ def _question_conversation(scene: Scene, rng: np.random.Generator) -> Conversati
 
 
 def _imagined(task: str, rng: np.random.Generator) -> tuple[str, tuple[Scene, ...]]:
-    """A request to describe a picture that nobody has described yet.
+    """A request to describe an image that nobody has described yet.
 
     Returns:
         The request, and the scenes that it involves; the last is the one to describe.

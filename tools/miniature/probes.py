@@ -1,10 +1,9 @@
-"""Linear probes: does a visual token tell what stands in its part of the picture, to a reader that only multiplies?
+"""Linear probes: can a linear map read from a visual token what its part of the image shows?
 
-The probes read the tokens that the LLM reads: reduced to 4×4 and normalised. One linear map, the same for all
-16 tokens, tells from a single token the shape, colour, size and position of the object in that token's cell, or
-that there is none. It has only `hidden` weights per class: a probe on all tokens at once would have enough to
-read even a tower of random weights. It is a ridge regression to one-hot targets, solved in closed form, so
-fitting is exact, deterministic and takes a second.
+The probes read the tokens that the LLM reads: reduced to 4×4 and normalised. One linear map for all 16 tokens predicts
+from a single token the shape, colour, size and position of the object in its cell, or that there is none. It has only
+`hidden` weights per class: a probe on all tokens at once could read even a tower of random weights. It is a ridge
+regression to one-hot targets, solved in closed form, so fitting is exact, deterministic and takes a second.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ def scene_pixels(scenes: Sequence[Scene], rng: np.random.Generator | None = None
     Args:
         scenes: What to draw.
         rng: Source of the drawings' jitter and noise; without it the drawings are exact.
-        noise: Largest standard deviation of Gaussian pixel noise, in the units of the result; each picture
-            draws its own standard deviation between 0 and this.
+        noise: Largest standard deviation of Gaussian pixel noise, in the units of the result; each image
+            has its own standard deviation between 0 and this.
     """
-    pictures = np.stack([render_array(scene, rng) for scene in scenes])
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = np.stack([render_array(scene, rng) for scene in scenes])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     if rng is not None and noise > 0:
         deviation = rng.uniform(0, noise, (len(scenes), 1, 1, 1))
         pixels = pixels + torch.from_numpy(rng.standard_normal(pixels.shape) * deviation).float()
@@ -43,7 +42,7 @@ def scene_pixels(scenes: Sequence[Scene], rng: np.random.Generator | None = None
 
 
 def probe_scenes(rng: np.random.Generator, count: int, *, num_objects: int, reserved: bool) -> list[Scene]:
-    """Draw `count` scenes of one or two objects; `reserved` ones occur in no training."""
+    """Sample `count` scenes of one or two objects; `reserved` ones occur in no training."""
     return [sample_scene(rng, num_objects=num_objects, reserved=reserved) for _ in range(count)]
 
 
@@ -64,7 +63,7 @@ class LinearProbes:
 
         Args:
             tokens: Visual tokens `[scenes, 16, hidden]`.
-            scenes: What each picture shows.
+            scenes: What each image shows.
             ridge: Penalty on squared weights, relative to the mean variance of a feature.
 
         Raises:
@@ -87,23 +86,23 @@ class LinearProbes:
         return cls(mean.float(), weight.float(), bias.float())
 
     def accuracy(self, tokens: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
-        """Fractions read right, on pictures that the probes were not fitted on.
+        """Fractions read right, on images that the probes were not fitted on.
 
         Each object is read from the mean score of its four tokens, "no object" being a possible answer.
 
         Args:
             tokens: Visual tokens `[scenes, 16, hidden]`.
-            scenes: What each picture shows.
+            scenes: What each image shows.
 
         Returns:
             `shape`, `color`, `size`, `position`: fraction of objects whose attribute is read right. `all`:
-            fraction of pictures in which every attribute of every object is.
+            fraction of images in which every attribute of every object is.
         """
         scores = (tokens.float() - self.mean) @ self.weight + self.bias
         parts = scores.split(_class_counts(), dim=-1)
         labels = cell_labels(scenes)
         right: list[list[bool]] = []
-        pictures_right = 0
+        images_right = 0
         for row, scene in enumerate(scenes):
             verdicts = []
             for item in scene.objects:
@@ -111,11 +110,11 @@ class LinearProbes:
                 read = [int(part[row, cells].mean(0).argmax()) for part in parts]
                 verdicts.append([a == b for a, b in zip(read, labels[row, cells[0]].tolist(), strict=True)])
             right += verdicts
-            pictures_right += all(map(all, verdicts))
+            images_right += all(map(all, verdicts))
         fractions = np.mean(right, axis=0)
         return {
             **{name: float(value) for name, value in zip(ATTRIBUTES, fractions, strict=True)},
-            "all": pictures_right / len(scenes),
+            "all": images_right / len(scenes),
         }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from metamorph import mini
-from metamorph.mini import ASSETS, AssetError, full_name
+from metamorph.mini import ASSETS, AssetError
 
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,9 @@ def rebuild(
         ValueError: There is no asset of one of the names.
         AssetError: An asset misses its gate.
     """
-    wanted = {full_name(name) for name in names}
+    wanted = {name if name in ASSETS else f"mini-{name}" for name in names}
+    if unknown := wanted - {*ASSETS}:
+        raise ValueError(f"there is no asset {min(unknown)!r}: choose among {', '.join(ASSETS)}")
     root = output_dir or Path(mini.__file__).parent
     figures = {}
     for name in ASSETS:

@@ -25,8 +25,8 @@ from metamorph.miniature.world.checker import judge
 from metamorph.miniature.world.scenes import is_reserved, sample_scene, single_scenes
 from metamorph.visualization.pipeline import from_unet_latents, to_unet_latents
 from metamorph.visualization.projector import pad_condition
-from tools.miniature.sd_vae import Ema, accuracy, encode_scenes, to_pictures
-from tools.miniature.training_state import TrainingPlan, step_rng, train
+from tools.miniature.sd_vae import Ema, accuracy, encode_scenes, to_images
+from tools.miniature.training_state import TrainingSchedule, step_rng, train
 
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class UnetRecipe:
     condition_noise: float = 0.1
     """Standard deviation of noise on conditions, whose own is 1: a projector will not hit them exactly either."""
     timestep_power: float = 0.6
-    """Timesteps are 1000·u^power: more at high noise, where the picture is laid out from the condition alone."""
+    """Timesteps are 1000·u^power: more at high noise, where the image is laid out from the condition alone."""
     pair_scenes: int = 6000
     """Scenes of two objects whose latents are precomputed, beside every scene of one object."""
     ema_decay: float = 0.999
@@ -117,7 +117,7 @@ class LatentBank:
 
 
 @torch.no_grad()
-def sample_pictures(
+def sample_images(
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
     noise_scheduler: DDPMScheduler,
@@ -127,7 +127,7 @@ def sample_pictures(
     guidance_scale: float = GUIDANCE_SCALE,
     num_inference_steps: int = SAMPLING_STEPS,
 ) -> list:
-    """Draw pictures for conditions ``[images, 16, dim]`` as the pipeline does; arrays ``[64, 64, 3]`` uint8."""
+    """Draw images for conditions ``[images, 16, dim]`` as the pipeline does; arrays ``[64, 64, 3]`` uint8."""
     scheduler = DPMSolverMultistepScheduler.from_config(noise_scheduler.config)
     scheduler.set_timesteps(num_inference_steps)
     size = unet.config.sample_size
@@ -138,13 +138,13 @@ def sample_pictures(
     for timestep in scheduler.timesteps:
         without, wanted = unet(torch.cat([latents, latents]), timestep, both).sample.chunk(2)
         latents = scheduler.step(without + guidance_scale * (wanted - without), timestep, latents).prev_sample
-    return to_pictures(vae.decode(from_unet_latents(vae, latents)).sample)
+    return to_images(vae.decode(from_unet_latents(vae, latents)).sample)
 
 
 def evaluate_unet(
     unet: UNet2DConditionModel, vae: AutoencoderKL, encoder: AttributeEncoder, seed: int, count: int
 ) -> dict[str, dict[str, float]]:
-    """Checker accuracy of pictures drawn from the attributes of `count` reserved singles and as many pairs.
+    """Checker accuracy of images drawn from the attributes of `count` reserved singles and as many pairs.
 
     Returns:
         ``{"singles": {"color", "shape", "size", "position", "all"}, "pairs": {…}}``.
@@ -159,8 +159,8 @@ def evaluate_unet(
             part = scenes[start : start + 32]
             with torch.no_grad():
                 conditions = encoder.encode(part)
-            pictures = sample_pictures(unet, vae, noise_scheduler, conditions, seed + start)
-            verdicts += [judge(picture, scene) for picture, scene in zip(pictures, part, strict=True)]
+            images = sample_images(unet, vae, noise_scheduler, conditions, seed + start)
+            verdicts += [judge(image, scene) for image, scene in zip(images, part, strict=True)]
         figures[name] = accuracy(verdicts)
     return figures
 
@@ -211,9 +211,9 @@ def train_unet(vae: AutoencoderKL, seed: int, folder: Path, recipe: UnetRecipe, 
         return _denoising_loss(model, bank, recipe, generator)
 
     modules = nn.ModuleDict({"model": model, "average": ema.average})
-    plan = TrainingPlan(recipe.steps, recipe.learning_rate, warmup_steps=100, save_every=250, log_every=100)
+    schedule = TrainingSchedule(recipe.steps, recipe.learning_rate, warmup_steps=100, save_every=250, log_every=100)
     fingerprint = f"mini-sd UNet, seed {seed}, {recipe}"
-    seconds = train(modules, plan, loss_of_step, folder / "training", fingerprint=fingerprint, resume=resume)
+    seconds = train(modules, schedule, loss_of_step, folder / "training", fingerprint=fingerprint, resume=resume)
     ema.update(recipe.steps)
     snapshot(recipe.steps, seconds)
 

@@ -1,4 +1,4 @@
-"""The miniature's autoencoder: 64×64 pictures to 16×16×4 latents and back, as in Stable Diffusion but with f=4."""
+"""The miniature's autoencoder: 64×64 images to 16×16×4 latents and back, as in Stable Diffusion but with f=4."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from metamorph.miniature.world.checker import Verdict, judge
 from metamorph.miniature.world.render import IMAGE_SIZE, render_array
 from metamorph.miniature.world.scenes import Scene, sample_scene
-from tools.miniature.training_state import TrainingPlan, step_rng, train
+from tools.miniature.training_state import TrainingSchedule, step_rng, train
 
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class VaeRecipe:
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 16
-    """Pictures in a step, half of them of two objects."""
+    """Images in a step, half of them of two objects."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
     kl_weight: float = 2e-4
@@ -75,12 +75,12 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def to_pixels(pictures: Sequence[np.ndarray]) -> Tensor:
-    """Pictures ``[64, 64, 3]`` uint8 to a batch ``[images, 3, 64, 64]`` in -1..1."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+def to_pixels(images: Sequence[np.ndarray]) -> Tensor:
+    """Images ``[64, 64, 3]`` uint8 to a batch ``[images, 3, 64, 64]`` in -1..1."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
 
 
-def to_pictures(pixels: Tensor) -> list[np.ndarray]:
+def to_images(pixels: Tensor) -> list[np.ndarray]:
     """Inverse of :func:`to_pixels`, clipped."""
     scaled = pixels.float().clamp(-1, 1).add(1).mul(127.5).round()
     return list(scaled.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy())
@@ -110,8 +110,8 @@ def evaluate_vae(vae: AutoencoderKL, seed: int, count: int) -> dict[str, float]:
             pixels = to_pixels(originals[start : start + 50])
             rebuilt = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
             errors.append((rebuilt.clamp(-1, 1) - pixels).abs().mean().item() * 127.5)
-            pairs = zip(to_pictures(rebuilt), scenes[start : start + 50], strict=True)
-            verdicts += [judge(picture, scene) for picture, scene in pairs]
+            pairs = zip(to_images(rebuilt), scenes[start : start + 50], strict=True)
+            verdicts += [judge(image, scene) for image, scene in pairs]
         figures[name] = accuracy(verdicts)["all"]
     figures["mean_absolute_error"] = float(np.mean(errors))
     return figures
@@ -169,9 +169,9 @@ def train_vae(seed: int, state_folder: Path, recipe: VaeRecipe, *, resume: bool 
         return loss, {"kl": divergence.item()}
 
     modules = nn.ModuleDict({"model": vae, "average": ema.average})
-    plan = TrainingPlan(recipe.steps, recipe.learning_rate, warmup_steps=50, weight_decay=0.0)
+    schedule = TrainingSchedule(recipe.steps, recipe.learning_rate, warmup_steps=50, weight_decay=0.0)
     fingerprint = f"mini-sd VAE, seed {seed}, {recipe}"
-    seconds = train(modules, plan, loss_of_step, state_folder, fingerprint=fingerprint, resume=resume)
+    seconds = train(modules, schedule, loss_of_step, state_folder, fingerprint=fingerprint, resume=resume)
     ema.update(recipe.steps)
     average = ema.average.eval()
     set_latent_scale(average, seed)

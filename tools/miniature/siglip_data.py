@@ -1,4 +1,4 @@
-"""What mini-siglip is trained on: scenes with hard negatives, captions, and classes per cell of the picture."""
+"""What mini-siglip is trained on: scenes with hard negatives, captions, and classes per cell of the image."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def training_scenes(recipe: SiglipRecipe, rng: np.random.Generator) -> list[Scen
 
 
 def scene_key(scene: Scene) -> tuple[str, frozenset[Any]]:
-    """What two scenes have in common when their pictures and captions are interchangeable."""
+    """What two scenes have in common when their images and captions are interchangeable."""
     return scene.background, frozenset(scene.objects)
 
 

@@ -42,7 +42,7 @@ def warmup_cosine(step: int, total: int, warmup: int) -> float:
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
+class TrainingSchedule:
     """How long and how fast an asset trains."""
 
     steps: int
@@ -66,18 +66,18 @@ class TrainingPlan:
 @deterministic_algorithms(torch.device("cpu"))
 def train(
     modules: nn.Module,
-    plan: TrainingPlan,
+    schedule: TrainingSchedule,
     loss_of_step: Callable[[int], tuple[Tensor, dict[str, float]]],
     state_folder: Path,
     *,
     fingerprint: str,
     resume: bool,
 ) -> float:
-    """Train `modules` by `plan`, saving a state to resume from.
+    """Train `modules` by `schedule`, saving a state to resume from.
 
     Args:
         modules: Everything that is trained.
-        plan: Steps and rates.
+        schedule: Steps and rates.
         loss_of_step: Maps the step's number to the loss and to figures for the log.
         state_folder: Where the state is kept; it is removed by the caller once the asset is written.
         fingerprint: Names seed and recipe; a state of another fingerprint is not resumed.
@@ -91,39 +91,39 @@ def train(
     """
     state_path = state_folder / STATE_FILE
     state_folder.mkdir(parents=True, exist_ok=True)
-    optimizer = _optimizer(modules, plan)
+    optimizer = _optimizer(modules, schedule)
     first_step, seconds_before = 0, 0.0
     if resume and state_path.is_file():
         first_step, seconds_before = _load_state(state_path, modules, optimizer, fingerprint)
     began = time.perf_counter()
     modules.train()
-    for step in range(first_step, plan.steps):
+    for step in range(first_step, schedule.steps):
         for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate * warmup_cosine(step, plan.steps, plan.warmup_steps)
+            group["lr"] = schedule.learning_rate * warmup_cosine(step, schedule.steps, schedule.warmup_steps)
         loss, figures = loss_of_step(step)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"The loss at step {step} is {loss.item()}: lower the learning rate.")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(modules.parameters(), plan.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(modules.parameters(), schedule.max_grad_norm)
         optimizer.step()
         done = step + 1
         seconds = seconds_before + time.perf_counter() - began
-        if done % plan.log_every == 0 or done == plan.steps:
+        if done % schedule.log_every == 0 or done == schedule.steps:
             shown = " ".join(f"{key} {value:.4f}" for key, value in figures.items())
-            logger.info("step %d/%d loss %.4f %s (%.0f s)", done, plan.steps, loss.item(), shown, seconds)
-        if done % plan.save_every == 0 or done == plan.steps:
+            logger.info("step %d/%d loss %.4f %s (%.0f s)", done, schedule.steps, loss.item(), shown, seconds)
+        if done % schedule.save_every == 0 or done == schedule.steps:
             _save_state(state_path, modules, optimizer, done, seconds, fingerprint)
     return seconds_before + time.perf_counter() - began
 
 
-def _optimizer(modules: nn.Module, plan: TrainingPlan) -> torch.optim.AdamW:
+def _optimizer(modules: nn.Module, schedule: TrainingSchedule) -> torch.optim.AdamW:
     trained = [parameter for parameter in modules.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": plan.weight_decay},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": schedule.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, plan.adam_beta2))
+    return torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, schedule.adam_beta2))
 
 
 def _named_state(modules: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:

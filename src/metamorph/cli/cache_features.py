@@ -1,4 +1,4 @@
-"""`metamorph data cache-features [PATH] --feature_cache DIR --config recipe.yaml`: visual tokens, made once."""
+"""`metamorph data cache-features [PATH] --feature_cache DIR --config recipe.yaml`: compute visual tokens once."""
 
 import re
 from collections.abc import Sequence
@@ -7,17 +7,16 @@ from metamorph.recipes import config_flag
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the frozen tower over all images of the training data, and keep its visual tokens.
+    """Run the frozen tower over all images of the training data, and save the visual tokens.
 
-    Args:
-        argv: Command line after `cache-features`: the flags of `metamorph train`; its `--data_path` may come first.
+    The flags are those of `metamorph train`; the value of `--data_path` may come first.
     """
     words = list(argv)
     if words and not words[0].startswith("-"):
         words.insert(0, "--data_path")
-    # Its folder is the cache. In a recipe `output_dir` is that of the training, which is not written to.
+    # The output folder is the cache. In a recipe `output_dir` belongs to the training and is not written to.
     words = [re.sub("^--output[-_]dir(?==|$)", "--feature_cache", word) for word in words]
-    config_flag(words)  # at once; the imports below take seconds
+    config_flag(words)  # before the imports below, which take seconds
     from metamorph.flags.recipes import parse_arguments
     from metamorph.training.arguments import DataArguments, ModelArguments
     from metamorph.training.features import FeatureArguments

@@ -1,4 +1,4 @@
-"""`metamorph convert`: an adapter merged into its base, or a checkpoint of the original system, as a plain model."""
+"""`metamorph convert`: merge a LoRA adapter into its base, or import a checkpoint of the original system."""
 
 import argparse
 import logging
@@ -21,53 +21,48 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = FlagParser(
         prog="metamorph convert",
-        description="Write a model, adapter or connector as a plain folder of ours. Exactly one of --merge-adapter and "
-        "--from is needed.",
+        description="Merge a LoRA adapter into its base, or import a model or connector of the original system.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--merge-adapter", metavar="FOLDER", help="a result of --lora_enable True: merged into its base")
-    what.add_argument("--from", dest="layout", choices=["original"], help="layout of --model")
+    what.add_argument("--merge-adapter", metavar="FOLDER", help="adapter trained with --lora_enable True")
+    what.add_argument("--from", dest="layout", choices=["original"], help="format of --model")
     parser.add_argument(
         "--model",
-        help="with --from: folder of a checkpoint, or an mm_projector.bin (of LLaVA, too), whose result is stage 1's",
+        help="with --from: folder of a checkpoint, or an mm_projector.bin (also of LLaVA)",
     )
     parser.add_argument(
         "--output-dir",
         "--output",
         type=output_folder,
         required=True,
-        help="folder to write; it must be empty or not exist",
+        help="output folder, which must be empty or not exist",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
-    parser.add_argument("--tokenizer", help="with --from: folder or Hub id of the tokenizer, if not in --model")
-    parser.add_argument("--vision-tower", help="with --from: folder or Hub id of the tower, if not what --model names")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="dtype of the weights (default: %(default)s)"
+    )
+    parser.add_argument("--tokenizer", help="with --from: folder or Hub id of the tokenizer (default: --model)")
+    parser.add_argument("--vision-tower", help="with --from: folder or Hub id of the tower (default: as --model says)")
     return parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """Convert, and say where the result is.
-
-    Args:
-        argv: Command line after `convert`.
-    """
+    """Convert, and print where the result is."""
     flags = build_parser().parse_args(argv)
     check_flags(flags)
     output = flags.output_dir
     if flags.merge_adapter is not None:
         merge_adapter(flags.merge_adapter, output, flags.dtype)
     elif is_connector(Path(flags.model)):
-        convert_connector(Path(flags.model), output)
+        from metamorph.models.connector import find_connector, rewrite_connector
+
+        rewrite_connector(find_connector(Path(flags.model)), output)
     else:
         convert_original(flags, output)
     print(f"written to {output}")
 
 
 def check_flags(flags: argparse.Namespace) -> None:
-    """Check everything that does not need weights.
-
-    Args:
-        flags: The command line.
-    """
+    """Check everything that does not need weights."""
     output = flags.output_dir
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output-dir {output} is not an empty folder: name a new one")
@@ -91,13 +86,7 @@ def check_flags(flags: argparse.Namespace) -> None:
 
 
 def merge_adapter(folder: str, output: Path, dtype: str) -> None:
-    """Write an adapter and its base as one plain model.
-
-    Args:
-        folder: Adapter folder.
-        output: Where to write.
-        dtype: Name of the type of the weights.
-    """
+    """Merge the adapter in `folder` into its base, and write the model."""
     import torch
 
     from metamorph.models.adapters import ADAPTER_FILE, is_adapter_folder
@@ -108,19 +97,14 @@ def merge_adapter(folder: str, output: Path, dtype: str) -> None:
         raise ValueError(
             f"--merge-adapter {folder} has no {ADAPTER_FILE}: give the folder of a run with --lora_enable True"
         )
-    # Merged in float32, rounded once.
+    # Merge in float32, so that weights are rounded only once.
     with names_flag("--merge-adapter", folder):
         model = MetaMorphForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, dequantize=True)
     save(model, MetaMorphProcessor.from_pretrained(folder), output, dtype)
 
 
 def convert_original(flags: argparse.Namespace, output: Path) -> None:
-    """Write a checkpoint of the original system as a model of ours.
-
-    Args:
-        flags: The command line.
-        output: Where to write.
-    """
+    """Write a checkpoint of the original system as a MetaMorph model."""
     import torch
 
     from metamorph.models.original import load_original
@@ -135,24 +119,8 @@ def convert_original(flags: argparse.Namespace, output: Path) -> None:
     save(model, processor, output, flags.dtype)
 
 
-def convert_connector(path: Path, output: Path) -> None:
-    """Write a connector of LLaVA or the original system as stage 1 of ours leaves it.
-
-    Args:
-        path: The file, or a folder with one.
-        output: Where to write.
-    """
-    from metamorph.models.connector import find_connector, rewrite_connector
-
-    rewrite_connector(find_connector(path), output)
-
-
 def is_connector(path: Path) -> bool:
-    """Whether `path` is a connector file, or a folder with one and no model.
-
-    Args:
-        path: File or folder.
-    """
+    """Whether `path` is a connector file, or a folder with one and no model."""
     from metamorph.models.original import WEIGHT_FILES
 
     if path.is_file():
@@ -162,14 +130,7 @@ def is_connector(path: Path) -> bool:
 
 
 def save(model: Any, processor: Any, output: Path, dtype: str) -> None:
-    """Write model and processor.
-
-    Args:
-        model: A MetaMorph model.
-        processor: Its processor.
-        output: Where to write.
-        dtype: Name of the type of the weights.
-    """
+    """Write the model in `dtype`, and its processor."""
     import torch
 
     from metamorph.files.permissions import apply_umask

@@ -1,4 +1,4 @@
-"""`metamorph evaluate loss --model FOLDER --data_path DATA`: the losses of a finished model, for each source."""
+"""`metamorph evaluate loss --model FOLDER --data_path DATA`: losses of a trained model, by source."""
 
 import argparse
 import json
@@ -8,36 +8,26 @@ from metamorph.flags.parser import at_least, output_file
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Define the flags.
-
-    Args:
-        parser: Of the command.
-    """
+    """Add the flags of the command."""
+    parser.set_defaults(run=run)
     parser.add_argument("--model", required=True, help="folder or Hub id of a trained model, or mini")
     parser.add_argument("--data_path", required=True, help="records, as for metamorph train")
-    parser.add_argument("--image_folder", help="where relative paths of media start (default: folder of the records)")
+    parser.add_argument("--image_folder", help="folder of relative media paths (default: the folder of the records)")
     parser.add_argument(
-        "--model_max_length", type=at_least(2), default=4096, help="longer samples are cut (%(default)s)"
+        "--model_max_length",
+        type=at_least(2),
+        default=4096,
+        help="length to which samples are truncated (default: %(default)s)",
     )
-    parser.add_argument("--batch_size", type=at_least(1), default=8, help="samples at a time (default: %(default)s)")
-    parser.add_argument(
-        "--workers", type=at_least(0), default=0, help="processes that load data (default: %(default)s)"
-    )
-    parser.add_argument("--cpu", action="store_true", help="compute on the CPU though there is an accelerator")
+    parser.add_argument("--batch_size", type=at_least(1), default=8, help="samples per batch (default: %(default)s)")
+    parser.add_argument("--workers", type=at_least(0), default=0, help="data loader workers (default: %(default)s)")
+    parser.add_argument("--cpu", action="store_true", help="compute on the CPU even if there is an accelerator")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--output", type=output_file, help="JSON file to write the numbers to")
+    parser.add_argument("--output", type=output_file, help="JSON file of the results")
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Measure and print a table.
-
-    Args:
-        flags: The command line.
-
-    Raises:
-        FileNotFoundError: If the model or the data do not exist.
-        ValueError: For a value that is not allowed.
-    """
+    """Measure, print a table and write JSON if asked to."""
     from metamorph.mini import shipped_folder
 
     folder = shipped_folder(flags.model, "model")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamorph.cli.shared import add_drawing_flags, check_drawing_flags, choose_device, open_pipeline
+from metamorph.cli.shared import add_drawing_flags, check_drawing_flags, open_pipeline
 from metamorph.flags.parser import at_least, output_folder
 
 
@@ -17,59 +17,51 @@ if TYPE_CHECKING:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Define the flags.
-
-    Args:
-        parser: Of the command.
-    """
+    """Add the flags of the command."""
+    parser.set_defaults(run=run)
     add_drawing_flags(parser)
-    parser.add_argument("--images", type=Path, required=True, help="folder of pictures, searched with its subfolders")
+    parser.add_argument("--images", type=Path, required=True, help="folder of images, searched recursively")
     parser.add_argument(
         "--max-images",
         type=at_least(0),
         default=1000,
-        help="pictures to use, evenly spaced in the order of names; 0: all (default: %(default)s)",
+        help="number of images to use, evenly spaced in the order of their names; 0 uses all (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch-size", type=at_least(1), default=16, help="pictures drawn at once (default: %(default)s)"
+        "--batch-size", type=at_least(1), default=16, help="images drawn at once (default: %(default)s)"
     )
-    parser.add_argument("--lpips-weights", help="TorchScript file of LPIPS's VGG16; without it no LPIPS")
-    parser.add_argument("--inception-weights", help="TorchScript file of FID's network; without it no FID")
+    parser.add_argument("--lpips-weights", help="TorchScript file of the VGG16 of LPIPS, to measure LPIPS")
+    parser.add_argument("--inception-weights", help="TorchScript file of the Inception network of FID, to measure FID")
     parser.add_argument(
         "--output-dir",
         type=output_folder,
         default=Path("evaluation"),
-        help="gets visualizer.json and visualizer.png (default: %(default)s)",
+        help="folder of visualizer.json and visualizer.png (default: %(default)s)",
     )
-    parser.add_argument("--grid-rows", type=at_least(1), default=8, help="pictures shown (default: %(default)s)")
+    parser.add_argument(
+        "--grid-rows", type=at_least(1), default=8, help="images in visualizer.png (default: %(default)s)"
+    )
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Measure, print a table and write JSON and a grid.
-
-    Args:
-        flags: The command line.
-
-    Raises:
-        FileNotFoundError: If visualizer, tower or pictures do not exist.
-        ValueError: For a value that is not allowed, or a file that is no picture.
-    """
+    """Measure, print a table and write JSON and a grid."""
     check_drawing_flags(flags)
-    files = list_pictures(flags.images, flags.max_images)
+    files = list_images(flags.images, flags.max_images)
     from metamorph.evaluation.perceptual import PictureFeatures
     from metamorph.evaluation.visualizer import evaluate_visualizer
     from metamorph.inference.draw import SamplerSettings
+    from metamorph.inference.session import pick_device
     from metamorph.runs.progress import Progress
 
-    device = choose_device(flags.device)
+    device = pick_device(flags.device, flag="--device")
     lpips = PictureFeatures.lpips(flags.lpips_weights, device) if flags.lpips_weights else None
     inception = PictureFeatures.inception(flags.inception_weights, device) if flags.inception_weights else None
     pipeline = open_pipeline(flags)
     settings = SamplerSettings(tuple(flags.guidance_scale), flags.steps, flags.seed, flags.batch_size)
-    with Progress(desc="drawing", total=len(files), unit="picture") as progress:
+    with Progress(desc="drawing", total=len(files), unit="image") as progress:
         found = evaluate_visualizer(
             pipeline,
-            PictureFiles(files),
+            ImageFiles(files),
             settings,
             keep=flags.grid_rows,
             lpips=lpips,
@@ -79,12 +71,8 @@ def run(flags: argparse.Namespace) -> None:
     write_results(flags, files, found)
 
 
-class PictureFiles(Sequence["Image.Image"]):
-    """Pictures that are read when they are asked for.
-
-    Args:
-        files: One per picture.
-    """
+class ImageFiles(Sequence["Image.Image"]):
+    """Images that are read when they are accessed."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
@@ -101,39 +89,28 @@ class PictureFiles(Sequence["Image.Image"]):
             raise ValueError(f"--images: {error}; remove or replace it") from error
 
 
-def list_pictures(folder: Path, most: int) -> list[Path]:
-    """The pictures of a folder and its subfolders, evenly spaced if there are more than `most` (0: all).
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If it holds no picture.
-    """
+def list_images(folder: Path, most: int) -> list[Path]:
+    """The images of a folder and its subfolders, evenly spaced if there are more than `most` (0: all)."""
     from metamorph.visualizer_training.images.archives import IMAGE_SUFFIXES, is_image_name
 
     if not folder.expanduser().is_dir():
         raise FileNotFoundError(f"--images {folder} is not a folder")
     files = sorted(path for path in folder.expanduser().rglob("*") if is_image_name(path.name) and path.is_file())
     if not files:
-        raise ValueError(f"--images {folder} holds no picture ending in {', '.join(IMAGE_SUFFIXES)}")
+        raise ValueError(f"--images {folder} holds no image ending in {', '.join(IMAGE_SUFFIXES)}")
     if most and len(files) > most:
         files = [files[index * len(files) // most] for index in range(most)]
     return files
 
 
 def write_results(flags: argparse.Namespace, files: Sequence[Path], found: "Reconstructions") -> None:
-    """Print the table, and write `visualizer.json` and `visualizer.png`.
-
-    Args:
-        flags: The command line.
-        files: The pictures.
-        found: What was measured.
-    """
+    """Print the table, and write visualizer.json and visualizer.png."""
     from metamorph.evaluation.perceptual import FID_PICTURES, NOT_MEASURED
 
     scales = [score.to_dict() for score in found.scales]
     notes = {name: f"not measured: {reason}" for name, reason in NOT_MEASURED.items() if name not in scales[0]}
     if "fid" in scales[0] and len(files) < FID_PICTURES:
-        notes["fid"] = f"of {len(files)} pictures: FID of fewer than {FID_PICTURES} is much too large"
+        notes["fid"] = f"of {len(files)} images: FID of fewer than {FID_PICTURES} is much too large"
     per_picture = [
         {
             "file": str(file.relative_to(flags.images.expanduser())),
@@ -163,7 +140,7 @@ def write_results(flags: argparse.Namespace, files: Sequence[Path], found: "Reco
 
 
 def table(scales: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Lines of text, one for each scale, with the columns that were measured."""
+    """Lines of text, one per scale, with the columns that were measured."""
     names = [name for name in ("cosine", "cosine_to_others", "lpips", "retrieval_at_1", "fid") if name in scales[0]]
     yield f"{'scale':>8}" + "".join(f"{name.replace('_', ' '):>20}" for name in names)
     for scores in scales:

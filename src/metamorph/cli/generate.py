@@ -1,17 +1,24 @@
-"""`metamorph generate --model DIR [--visualizer DIR] --prompt TEXT [--image FILE]…`: an answer in text and pictures."""
+"""`metamorph generate --model DIR [--visualizer DIR] --prompt TEXT [--image FILE]…`: answer in text and images."""
 
 import argparse
-import importlib.util
 import itertools
 import logging
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamorph.cli.shared import check_picture_file, numbered, open_pictures, use_shipped
+from metamorph.cli.shared import (
+    DEVICE_HELP,
+    SEED_HELP,
+    check_image_output,
+    hide_loading_bars,
+    numbered,
+    open_images,
+)
 from metamorph.flags.checks import check_metamorph_model, names_flag, printable
 from metamorph.flags.parser import FlagParser, at_least, finite_number, image_file, output_file
+from metamorph.mini import shipped_folder
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 
@@ -23,76 +30,73 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_OUTPUT = Path("generated.png")
 PREVIEW_SIDE = 384
-"""Width of the enlarged copy of a picture, in pixels."""
+"""Width of the enlarged copy of an image, in pixels."""
 SMALL_SIDE = 256
-"""Pictures narrower than this get an enlarged copy."""
+"""Images narrower than this get an enlarged copy."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = FlagParser(prog="metamorph generate", description="Answer a prompt with text and pictures.")
+    parser = FlagParser(prog="metamorph generate", description="Answer a prompt with text and images.")
     parser.add_argument(
         "--model",
         required=True,
-        help="folder or Hub id of a trained MetaMorph model; mini is the one that ships with MetaMorph",
-    )
-    parser.add_argument("--visualizer", help="folder of the visualizer, or mini; without it pictures are only counted")
-    parser.add_argument(
-        "--prompt", required=True, help=f"the question; {DEFAULT_IMAGE_TOKEN} says where an --image belongs"
+        help="folder or Hub id of a trained MetaMorph model, or mini, the model that ships with MetaMorph",
     )
     parser.add_argument(
-        "--image", type=image_file, action="append", default=[], help="an input picture; may be given several times"
+        "--visualizer", help="folder or Hub id of the visualizer, or mini; without it, images are not drawn"
     )
-    parser.add_argument("--draw", action="store_true", help="begin the answer with a picture, whatever the prompt")
+    parser.add_argument(
+        "--prompt", required=True, help=f"text of the prompt, with {DEFAULT_IMAGE_TOKEN} where an --image belongs"
+    )
+    parser.add_argument(
+        "--image", type=image_file, action="append", default=[], help="image of the prompt; may be repeated"
+    )
+    parser.add_argument("--draw", action="store_true", help="begin the answer with an image, whatever the prompt")
     parser.add_argument(
         "--output",
         type=output_file,
-        help=f"file of the picture; further ones get -2, -3, … (default: {DEFAULT_OUTPUT}, or the next free name)",
+        help=f"file of the image; further ones get -2, -3, … (default: {DEFAULT_OUTPUT}, or the next free name)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace pictures that exist")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing images")
     parser.add_argument(
-        "--max-new-tokens", type=at_least(1), help="text and visual tokens (default: 256, and those of one picture)"
+        "--max-new-tokens",
+        type=at_least(1),
+        help="limit on text and visual tokens (default: 256 and the tokens of one image)",
     )
     parser.add_argument(
         "--temperature",
         type=at_least(0, finite_number),
         default=0.0,
-        help="0: greedy, else sampling (default: %(default)s)",
+        help="sampling temperature; 0 decodes greedily (default: %(default)s)",
     )
     parser.add_argument(
         "--guidance-scale",
         type=at_least(0, finite_number),
         default=3.0,
-        help="of the visualizer; 1 is no guidance (default: %(default)s)",
+        help="guidance scale of the visualizer; 1 disables guidance (default: %(default)s)",
     )
     parser.add_argument(
         "--steps", type=at_least(1), default=20, help="denoising steps of the visualizer (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of sampling and of the visualizer's noise")
-    parser.add_argument("--device", help="cpu, cuda, …; by default the accelerator if there is one")
+    parser.add_argument("--seed", type=at_least(0), default=0, help=SEED_HELP)
+    parser.add_argument("--device", help=DEVICE_HELP)
     return parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the answer's text and write its pictures.
-
-    Args:
-        argv: Command line after `generate`.
-    """
+    """Print the text of the answer and write its images."""
     flags = build_parser().parse_args(argv)
-    use_shipped(flags)
+    flags.model = shipped_folder(flags.model, "model")
+    if flags.visualizer is not None:
+        flags.visualizer = shipped_folder(flags.visualizer, "visualizer")
     images = check_inputs(flags)
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from metamorph.inference import SamplerSettings, load
     from metamorph.models.sequence.conversations import TextPart
 
-    transformers_logging.disable_progress_bar()  # of loading weights: the output is the answer
-    if flags.visualizer is not None and importlib.util.find_spec("diffusers"):
-        from diffusers.utils import logging as diffusers_logging
-
-        diffusers_logging.disable_progress_bar()
+    hide_loading_bars()
     if flags.draw or flags.max_new_tokens is not None:
         check_budget(flags)
     session = load(flags.model, flags.visualizer, flags.device, dashes="--")
@@ -116,38 +120,34 @@ def main(argv: Sequence[str]) -> None:
         print(
             printable(part.text)
             if isinstance(part, TextPart)
-            else f"[picture: {next(names, 'not drawn without --visualizer')}]"
+            else f"[image: {next(names, 'not drawn without --visualizer')}]"
         )
     if not reply.num_images and (flags.visualizer is not None or flags.output is not None):
-        logger.info("the answer has no picture, so none was drawn; --draw makes it begin with one")
+        logger.info("the answer has no image to draw; with --draw it begins with one")
 
 
 def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
-    """Check everything that does not need weights, and open the pictures.
-
-    Args:
-        flags: The command line.
-    """
+    """Check everything that does not need weights, and open the images."""
     if not flags.prompt.strip():
         raise ValueError("--prompt is empty: say what the model should answer or draw")
     if flags.output is not None:
         if flags.visualizer is None:
-            raise ValueError(f"--output {flags.output} needs --visualizer, which draws the pictures")
+            raise ValueError(f"--output {flags.output} needs --visualizer, which draws the images")
         for file in (flags.output, _preview_of(flags.output)):
-            check_picture_file(file, overwrite=flags.overwrite)
+            check_image_output(file, overwrite=flags.overwrite)
     markers = flags.prompt.count(DEFAULT_IMAGE_TOKEN)
     if markers not in (0, len(flags.image)):
         raise ValueError(
             f"--prompt has {markers} {DEFAULT_IMAGE_TOKEN}, but there are {len(flags.image)} --image flags"
         )
-    return open_pictures(flags.image)
+    return open_images(flags.image)
 
 
 def check_budget(flags: argparse.Namespace) -> None:
-    """Compare `--max-new-tokens` with what a picture of the model takes, before its weights are loaded.
+    """Compare `--max-new-tokens` with the tokens of an image, before the weights of the model are loaded.
 
     Raises:
-        ValueError: With `--draw`, if the model cannot draw or a picture does not fit.
+        ValueError: With `--draw`, if the model cannot draw or an image does not fit.
     """
     from metamorph.models.pretrained import load_config
 
@@ -161,7 +161,7 @@ def check_budget(flags: argparse.Namespace) -> None:
     if flags.max_new_tokens is None or flags.max_new_tokens >= needed or not can_draw:
         return
     message = (
-        f"--max-new-tokens {flags.max_new_tokens} has no room for a picture, which takes {needed} "
+        f"--max-new-tokens {flags.max_new_tokens} has no room for an image, which takes {needed} "
         f"({config.num_image_tokens} visual tokens, <image_start> and <image_end>)"
     )
     if flags.draw:
@@ -170,28 +170,20 @@ def check_budget(flags: argparse.Namespace) -> None:
 
 
 def save_images(images: "Sequence[Image.Image]", output: Path, *, overwrite: bool = False) -> list[Path]:
-    """Write the images to `output` and, where there are several, to names with `-2`, `-3`, … before the suffix.
+    """Write the images to `output` and, if there are several, to names with `-2`, `-3`, … before the suffix.
 
-    Args:
-        images: Any number.
-        output: File of the first.
-        overwrite: Replace files that exist. Otherwise their names are passed over.
+    Names of existing images or previews are skipped unless `overwrite`.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    files = list(itertools.islice(_names(output, overwrite=overwrite), len(images)))
+    free = (file for file in numbered(output) if overwrite or not (file.exists() or _preview_of(file).exists()))
+    files = list(itertools.islice(free, len(images)))
     for image, file in zip(images, files, strict=True):
         image.save(file)
     return files
 
 
 def save_preview(image: "Image.Image", file: Path, caption: str) -> Path | None:
-    """Write an enlarged copy of a small image, with a caption above it; None if the image is large enough.
-
-    Args:
-        image: The image.
-        file: Where it has been written; the copy gets `-preview` before the suffix.
-        caption: Cut where it is long.
-    """
+    """Write an enlarged copy of a small image with a caption to `…-preview`; returns None if the image is not small."""
     if image.width >= SMALL_SIDE:
         return None
     from metamorph.visualization.grids import picture_grid
@@ -200,13 +192,6 @@ def save_preview(image: "Image.Image", file: Path, caption: str) -> Path | None:
     preview = _preview_of(file)
     picture_grid([[image]], side=PREVIEW_SIDE, labels=[label]).save(preview)
     return preview
-
-
-def _names(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """`output`, then numbered ones; without `overwrite` only names that are free, with those of their copies."""
-    for file in numbered(output):
-        if overwrite or not (file.exists() or _preview_of(file).exists()):
-            yield file
 
 
 def _preview_of(file: Path) -> Path:

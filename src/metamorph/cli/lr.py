@@ -7,18 +7,19 @@ from metamorph.training.optimizer import scale_learning_rate
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the scaled learning rate.
-
-    Args:
-        argv: Command line after `lr`.
-    """
-    parser = FlagParser(prog="metamorph lr", description="Square-root learning-rate rule.")
+    """Print the scaled learning rate."""
+    parser = FlagParser(
+        prog="metamorph lr", description="Scale a learning rate with the square root of the batch size."
+    )
     parser.add_argument("--base-lr", type=float, default=6.93e-5, help="known learning rate (default: %(default)s)")
     parser.add_argument(
-        "--base-batch", type=at_least(1), default=1536, help="its global batch size (default: %(default)s)"
+        "--base-batch", type=at_least(1), default=1536, help="global batch size of --base-lr (default: %(default)s)"
     )
     parser.add_argument(
-        "--batch", type=at_least(1), required=True, help="batch per device x accumulation x GPUs x nodes"
+        "--batch",
+        type=at_least(1),
+        required=True,
+        help="new global batch size: batch per device x gradient accumulation x GPUs x nodes",
     )
     flags = parser.parse_args(argv)
     print(f"{scale_learning_rate(flags.base_lr, flags.base_batch, flags.batch):.3g}")

@@ -7,19 +7,9 @@ from metamorph.recipes import find_recipe, shipped_recipes
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the names, or one recipe.
-
-    Args:
-        argv: Command line after `recipes`.
-
-    Raises:
-        FileNotFoundError: if there is no recipe of that name.
-    """
-    parser = FlagParser(
-        prog="metamorph recipes",
-        description="List the recipes that ship with the package: `metamorph train --config NAME` takes one.",
-    )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="print this recipe: redirect it to a file to change it")
+    """Print the names and purposes, or one recipe."""
+    parser = FlagParser(prog="metamorph recipes", description="List the recipes for `metamorph train --config NAME`.")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="print this recipe, for example to copy and change it")
     name = parser.parse_args(argv).name
     if name is not None:
         print(find_recipe(name, flag="").read_text(encoding="utf-8"), end="")

@@ -6,24 +6,16 @@ from metamorph.recipes import config_flag
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train the diffusion decoder that turns visual tokens into pixels.
-
-    Args:
-        argv: Command line after `train-visualizer`.
-    """
-    config_flag(argv)  # at once; the imports below take seconds
+    """Train the diffusion decoder that turns visual tokens into pixels."""
+    config_flag(argv)  # before the imports below, which take seconds
     from metamorph.flags.recipes import parse_arguments
     from metamorph.visualizer_training.arguments import VisualizerArguments
 
     (arguments,) = parse_arguments([VisualizerArguments], argv, prog="metamorph train-visualizer")
-    from metamorph.runs.preemption import SIGNALS, Preempted, ignore_signals
+    from metamorph.runs.preemption import stops_quietly
     from metamorph.visualizer_training.run import train_visualizer  # after the arguments are known to be good
 
-    try:
+    with stops_quietly():
         result = train_visualizer(arguments)
-    except Preempted:
-        # torchrun ends the others with SIGTERM once one is gone: let trackers finish their uploads.
-        ignore_signals(numbers=SIGNALS)
-        raise
     if result.is_main_process:
         print(f"visualizer finished after {result.seconds:.0f} s: {result.output_dir}")

@@ -1,56 +1,45 @@
-"""`metamorph visualize --image FILE… --visualizer DIR`: a picture → visual tokens → a picture, without the model."""
+"""`metamorph visualize --image FILE… --visualizer DIR`: image → visual tokens → image, without the language model."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from metamorph.cli.shared import (
     add_drawing_flags,
     check_drawing_flags,
-    check_picture_file,
+    check_image_output,
     numbered,
-    open_pictures,
+    open_images,
     open_pipeline,
 )
 from metamorph.flags.parser import FlagParser, image_file, output_file
 
 
 DEFAULT_OUTPUT = Path("visualized.png")
-"""How the name of the output may end."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
+def main(argv: Sequence[str]) -> None:
+    """Draw images again, write them side by side and print how similar they are."""
     parser = FlagParser(
         prog="metamorph visualize",
-        description="Encode pictures with the vision tower and draw them again from their visual tokens: how good the "
-        "visualizer is alone.",
+        description="Encode images with the vision tower and draw them again from their visual tokens, to see how good "
+        "the visualizer is alone.",
     )
     parser.add_argument(
-        "--image", required=True, type=image_file, nargs="+", action="extend", help="one or more picture files"
+        "--image", required=True, type=image_file, nargs="+", action="extend", help="one or more image files"
     )
     add_drawing_flags(parser)
     parser.add_argument(
         "--output",
         type=output_file,
-        help=f"picture file, with a row per picture (default: {DEFAULT_OUTPUT}, or the next free name)",
+        help=f"image file with a row for each image (default: {DEFAULT_OUTPUT}, or the next free name)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument("--drawings-only", action="store_true", help="leave the originals out of the output")
-    return parser
-
-
-def main(argv: Sequence[str]) -> None:
-    """Draw pictures again, write them side by side and print how alike they are.
-
-    Args:
-        argv: Command line after `visualize`.
-    """
-    flags = build_parser().parse_args(argv)
+    flags = parser.parse_args(argv)
     check_drawing_flags(flags)
     if flags.output is not None:
-        check_picture_file(flags.output, overwrite=flags.overwrite)
-    pictures = open_pictures(flags.image)
+        check_image_output(flags.output, overwrite=flags.overwrite)
+    images = open_images(flags.image)
     pipeline = open_pipeline(flags)
     from metamorph.evaluation.visualizer import evaluate_visualizer
     from metamorph.inference.draw import SamplerSettings
@@ -58,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
 
     scales = tuple(flags.guidance_scale)
     settings = SamplerSettings(scales, flags.steps, flags.seed, batch_size=16)
-    found = evaluate_visualizer(pipeline, pictures, settings, keep=len(pictures))
+    found = evaluate_visualizer(pipeline, images, settings, keep=len(images))
     output = flags.output or next(file for file in numbered(DEFAULT_OUTPUT) if flags.overwrite or not file.exists())
     output.parent.mkdir(parents=True, exist_ok=True)
     if flags.drawings_only:

@@ -1,7 +1,7 @@
-"""Files that strangers wrote, read in bounded time and memory; files of ours, with the permissions of the umask.
+"""Files from untrusted sources, read with bounded time and memory; files we write.
 
-Model folders: JSON and headers of weights    `model_files.py`
-YAML of recipes and mixtures                  `yaml_files.py`
-Who may read what we write                    `permissions.py`
-Pages and model cards                         `templates.py`
+JSON and weights of model folders     `model_files.py`
+YAML recipes and mixtures             `yaml_files.py`
+Permissions of the files we write     `permissions.py`
+Pages and model cards                 `templates.py`
 """

@@ -1,4 +1,4 @@
-"""Model folders that others wrote: JSON and headers of weight files, checked before anything is built from them."""
+"""Model folders from untrusted sources: JSON and weight files, checked before anything is built from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 
 JSON_LIMIT = 32 * 2**20
-"""Bytes; the longest known index of a sharded checkpoint has a third of it."""
+"""Bytes; the longest known index of sharded weights has a third of it."""
 
 _PICKLE_ERRORS = (
     ArithmeticError,
@@ -39,13 +39,13 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """Read a JSON file that holds one object.
 
     Raises:
-        FileNotFoundError: if there is no such regular file.
-        ValueError: if it is too large, not JSON, or not an object.
+        FileNotFoundError: If there is no such regular file.
+        ValueError: If it is too large, not JSON, or not an object.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: give a complete folder")
     if file.stat().st_size > JSON_LIMIT:
-        raise ValueError(f"{file} has {file.stat().st_size} bytes, more than the {JSON_LIMIT} that are read")
+        raise ValueError(f"{file} has {file.stat().st_size} bytes, more than the limit of {JSON_LIMIT}")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -59,13 +59,13 @@ def weight_shapes(folder: Path, stem: str = "model", variant: str | None = None)
     """Names and shapes of all weights in a folder, from the headers of its safetensors files.
 
     Args:
-        folder: With `STEM.safetensors`, or the index of a sharded checkpoint and its shards.
+        folder: Holds `STEM.safetensors`, or an index and its shards.
         stem: `model` for Transformers, `diffusion_pytorch_model` for diffusers.
         variant: As in diffusers: `fp16` for `STEM.fp16.safetensors`.
 
     Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if a file is damaged, or an index names files outside of the folder.
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, or an index names files outside of the folder.
     """
     infix = f".{variant}" if variant else ""
     single = folder / f"{stem}{infix}.safetensors"
@@ -82,8 +82,8 @@ def file_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights in one safetensors file, from its header.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: weights are read from safetensors files only")
@@ -95,13 +95,10 @@ def file_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Read a `.bin` or `.pt` file of tensors; no code in it is run, and they take no more memory than the file.
-
-    Args:
-        file: Written by `torch.save` of a dictionary from names to tensors.
+    """Read a dictionary of tensors that `torch.save` wrote, without running code from it or using more memory.
 
     Raises:
-        ValueError: if it is damaged, is not such a dictionary, holds other objects, or is compressed.
+        ValueError: If the file is damaged, compressed, or holds anything else.
     """
     try:
         if zipfile.is_zipfile(file):
@@ -113,29 +110,24 @@ def load_pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{file} cannot be read as plain tensors and is refused, because loading other objects can run code "
-            f"({reason}): convert it to safetensors where you trust it"
+            f"({reason}): convert it to safetensors on a machine where you trust it"
         ) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
     ):
-        raise ValueError(f"{file} is not a dictionary of tensors: give one that torch.save wrote of a state dict")
+        raise ValueError(f"{file} is not a dictionary of tensors: give a state dict written by torch.save")
     for name, value in tensors.items():
         # A few bytes can describe a tensor of any size: expanded, sparse, or without values.
         if value.layout != torch.strided or value.is_meta or value.nbytes > value.untyped_storage().nbytes():
-            raise ValueError(f"{file}: {name} of shape {list(value.shape)} is larger than what the file holds of it")
+            raise ValueError(f"{file}: {name} of shape {list(value.shape)} is larger than its data in the file")
     return tensors
 
 
 def check_weights(found: Shapes, expected: Shapes, where: object) -> None:
-    """Check that a model has exactly the weights that its configuration promises.
-
-    Args:
-        found: Result of `weight_shapes`.
-        expected: Names and shapes of the model.
-        where: File or folder that the error message names.
+    """Check that the weights found in `where` are exactly those of the model's configuration.
 
     Raises:
-        ValueError: naming the first weight that is missing, unexpected or of another shape, and how many there are.
+        ValueError: With the number of weights that are missing, unexpected or of another shape, and the first of them.
     """
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     differing = [name for name in sorted(expected.keys() & found.keys()) if found[name] != expected[name]]
@@ -152,16 +144,13 @@ def check_weights(found: Shapes, expected: Shapes, where: object) -> None:
 
 
 def check_layer_counts(config: Mapping[str, Any], limit: int, where: object) -> None:
-    """Check that no number of layers exceeds a limit, before a model of so many layers is built.
+    """Check that a configuration does not ask for more layers than `limit`, before a model of that size is built.
 
-    Args:
-        config: JSON of a configuration. What counts are its fields named `…layers…` and its lists of `…block…`; the
-            layers of a block and those of each of its transformers multiply.
-        limit: Number of tensors in the weight files, of which a layer has at least one; or any other.
-        where: File that the error message names.
+    Fields named `…layers…` and lists named `…block…` count. A layer has at least one weight, so the number of weights
+    in the files is a limit.
 
     Raises:
-        ValueError: naming the field that asks for too many.
+        ValueError: With the field that asks for too many.
     """
     in_a_block = 1
     for name, value in _fields(config):
@@ -172,7 +161,7 @@ def check_layer_counts(config: Mapping[str, Any], limit: int, where: object) -> 
         else:
             continue
         if name.endswith("layers_per_block"):
-            count = in_a_block = in_a_block * max(count, 1)
+            count = in_a_block = in_a_block * max(count, 1)  # layers of a block times layers of each transformer in it
         if count > limit:
             raise ValueError(
                 f"{where}: {name} asks for {count} layers or blocks, but at most {limit} are possible here"
@@ -180,15 +169,7 @@ def check_layer_counts(config: Mapping[str, Any], limit: int, where: object) -> 
 
 
 def check_implementations(config: Mapping[str, Any], where: object) -> None:
-    """Refuse kernels of the Hub: Transformers would download `owner/name` and run its code.
-
-    Args:
-        config: JSON of a configuration.
-        where: File that the error message names.
-
-    Raises:
-        ValueError: naming the field, such as `_attn_implementation`.
-    """
+    """Raise a `ValueError` if a configuration names kernels on the Hub, whose code Transformers would run."""
     for name, value in _fields(config):
         if name.endswith("_implementation") and "/" in str(value):
             raise ValueError(
@@ -198,39 +179,29 @@ def check_implementations(config: Mapping[str, Any], where: object) -> None:
 
 
 def check_finite(weights: Iterable[tuple[str, torch.Tensor]], where: object) -> None:
-    """Check that weights have values only, neither NaN nor infinity.
-
-    Args:
-        weights: Names and tensors, such as `model.state_dict().items()`.
-        where: File or folder that the error message names.
-
-    Raises:
-        ValueError: naming the first weight with a value that is not finite.
-    """
+    """Raise a `ValueError` that names the first weight with NaN, infinite or no values."""
     for name, value in weights:
         if value.is_meta:
             raise ValueError(f"{where}: {name} has no values: the weight is missing in the files")
         if value.is_floating_point() and value.numel():
-            lowest, highest = torch.aminmax(value.detach())  # both are NaN if any is; no copy of the weight is made
+            lowest, highest = torch.aminmax(value.detach())  # NaN if any value is; unlike isfinite(), makes no copy
             if not (math.isfinite(lowest.item()) and math.isfinite(highest.item())):
-                raise ValueError(
-                    f"{where}: {name} holds NaN or infinite values: copy the file again or use another one"
-                )
+                raise ValueError(f"{where}: {name} holds NaN or infinite values: copy the file again or use another")
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that the index of a sharded checkpoint names, sorted.
+    """The files that the index of sharded weights names, sorted.
 
     Raises:
-        FileNotFoundError: if there is no such index.
-        ValueError: if it is damaged, or names files outside of its folder.
+        FileNotFoundError: If there is no such index.
+        ValueError: If it is damaged, or names files outside of its folder.
     """
     names = read_json_object(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index} has no weight_map from weights to files: copy it again")
     for name in names.values():
         if Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}, which is not a file of its own folder: copy it again")
+            raise ValueError(f"{index} names {name!r}, which is not a file in its own folder: copy it again")
     return sorted(set(names.values()))
 
 

@@ -1,4 +1,4 @@
-"""The pages and cards that the package writes: Jinja templates in `metamorph/templates/`."""
+"""Renders the pages and cards that the package writes, Jinja templates in `metamorph/templates/`."""
 
 from typing import Any
 
@@ -6,12 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template; values are escaped in `*.html.jinja` and stand as they are in all others.
-
-    Args:
-        template: File name, for example `data_check.html.jinja`.
-        values: What the template names. A name without a value is an error, not an empty string.
-    """
+    """Render a template such as `data_check.html.jinja`; only HTML is escaped. A name without a value is an error."""
     environment = Environment(
         loader=PackageLoader("metamorph"),
         autoescape=select_autoescape(["html.jinja"], default=False),

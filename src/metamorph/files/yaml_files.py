@@ -1,4 +1,4 @@
-"""YAML of recipes and mixtures, read so that a small file costs little time and memory, whatever is in it."""
+"""Reads YAML recipes and mixtures with bounded time and memory, whatever they contain."""
 
 from __future__ import annotations
 
@@ -11,21 +11,17 @@ import yaml
 MAX_YAML_BYTES = 2**18
 """Largest file: a mixture of more than a thousand sources. PyYAML reads this in seconds."""
 _MAX_EXPANDED = 4 * MAX_YAML_BYTES
-"""Most values and characters of a file whose aliases are written out. Nested ones multiply: ten lines may stand for
-billions of values (the "billion laughs")."""
+"""Limit on values and characters once aliases are expanded: ten lines can expand to billions ("billion laughs")."""
 _MAX_NUMBER = 1000
-"""Most characters of what is not text; PyYAML computes 1:1:1:1… in base 60, which takes the square of its length."""
+"""Longest scalar that is not text: PyYAML parses 1:1:1:1… in base 60, in quadratic time."""
 
 
 def read_yaml(path: Path) -> Any:
-    """The value of a YAML file, made of plain Python objects.
-
-    Args:
-        path: A file that exists.
+    """Read a YAML file as plain Python objects.
 
     Raises:
-        ValueError: If it is too long, not UTF-8, not valid YAML, nested too deeply, or grows by its aliases. The
-            message does not name the file.
+        ValueError: If it is too long, not UTF-8 or valid YAML, nested too deeply, or expands too much. The message
+            does not name the file.
     """
     with path.open("rb") as file:
         text = file.read(MAX_YAML_BYTES + 1)
@@ -42,16 +38,14 @@ def read_yaml(path: Path) -> Any:
         # The last four are what PyYAML raises where a value does not fit its tag, as in `!!bool x`.
         raise ValueError(f"it is not valid YAML: {error}") from error
     if is_too_large:
-        raise ValueError("its aliases (*name) multiply each other; write the values out")
+        raise ValueError("its aliases (*name) expand to too many values; write the values out")
     return value
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
-    """Values and characters of a node whose aliases are written out; infinite if it holds itself.
+    """Values and characters of a node with its aliases expanded; infinite if it contains itself.
 
-    Args:
-        node: The node.
-        sizes: Sizes of the nodes that are known, by their identity.
+    `sizes` caches the result by the node's id.
     """
     if id(node) not in sizes:
         sizes[id(node)] = float("inf")  # until it is known
@@ -61,8 +55,7 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
                     problem=f"a number has more than {_MAX_NUMBER} characters", problem_mark=node.start_mark
                 )
             sizes[id(node)] = 1 + len(node.value)
-        elif isinstance(node, yaml.MappingNode):
-            sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for pair in node.value for child in pair)
         else:
-            sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in node.value)
+            pairs = node.value if isinstance(node, yaml.MappingNode) else [node.value]
+            sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for pair in pairs for child in pair)
     return sizes[id(node)]

@@ -1,7 +1,7 @@
-"""What all commands share about flags.
+"""Flags of all commands.
 
-How is a command line read?                     `parser.py`
-How do errors name a flag?                      `checks.py`
-How do a YAML recipe and flags become values?   `recipes.py`
-How do errors say what to install?              `extras.py`
+How is a command line parsed?                      `parser.py`
+How do a YAML recipe and flags become values?      `recipes.py`
+How is a value checked, and the flag named?        `checks.py`
+What does an error say to install?                 `extras.py`
 """

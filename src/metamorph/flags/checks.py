@@ -1,4 +1,4 @@
-"""What all commands share about flags: help texts from docstrings, and errors that name the flag and can be printed."""
+"""Checks of flag values with errors that name the flag; help texts from docstrings; text that is safe to print."""
 
 import ast
 import inspect
@@ -26,17 +26,16 @@ from metamorph.flags.parser import file_in_the_way, unknown_choice
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 TOWER_TYPES = ("siglip", "clip", "dinov2")
-"""Beginnings of the model types of vision towers."""
+"""Prefixes of the model types of vision towers."""
 HUB_TIMEOUT = 10
-"""Seconds to wait for the Hub's answer whether a model exists."""
+"""Seconds to wait for the Hub to say whether a model exists."""
 
-
+# What controls a terminal (tab and newline are allowed), reverses the direction of text, or is half a character.
 _CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""All but tab and line end: what a terminal obeys, what turns the direction of text round, and half characters."""
 
 
 class RemembersGiven:
-    """Base of a dataclass of flags that remembers which of them were given, be it with the value of the default."""
+    """Base of a dataclass of flags that remembers which of them were given, even with their default value."""
 
     _given: frozenset[str]
 
@@ -52,11 +51,11 @@ class RemembersGiven:
 
 
 def attribute_docs(kind: type) -> dict[str, str]:
-    """The docstrings below the fields of a class and of our classes it inherits from, by field, each on one line."""
+    """Docstrings of the fields of a class and its bases (ours only), by field, each on one line."""
     docs = {}
     for cls in reversed(kind.__mro__):
         if not cls.__module__.startswith("metamorph."):
-            continue  # the fields of `transformers.TrainingArguments` have help texts of their own
+            continue  # the fields of `transformers.TrainingArguments` have their own help texts
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
         for field, below in pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(field.target, ast.Name):
@@ -67,60 +66,39 @@ def attribute_docs(kind: type) -> dict[str, str]:
 
 
 def printable(text: str) -> str:
-    """Text with control characters as escapes: names and paths of strangers must not command the terminal.
-
-    Args:
-        text: The text; its tabs and line ends are kept.
-    """
+    """Escape control characters, since names and paths may come from untrusted data; tabs and newlines stay."""
     return _CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def check_choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Check that `value` is one of `allowed`.
-
-    Raises:
-        ValueError: naming flag, value and what is allowed.
-    """
+    """Raise a `ValueError` that names flag, value and choices if `value` is not one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{flag} {unknown_choice(value, allowed)}")
 
 
 def check_model_reference(name: str, flag: str, file: str = "config.json") -> None:
-    """Check that `name` is a model folder, or can be a Hub id, without loading or downloading anything.
-
-    Args:
-        name: Folder or Hub id.
-        flag: Flag that the error message names.
-        file: File that such a folder must hold.
+    """Check that `name` is a folder with `file`, or can be a Hub id, without network access.
 
     Raises:
-        FileNotFoundError: if the folder, or the file in it, is missing.
+        FileNotFoundError: If the folder, or the file in it, is missing.
     """
     folder = Path(name)
     if os.path.isdir(name):
         if not (folder / file).is_file():
-            expected = (
-                "the result of `metamorph train-visualizer`" if file == "model_index.json" else "a folder of a model"
-            )
+            expected = "the output of `metamorph train-visualizer`" if file == "model_index.json" else "a model folder"
             raise FileNotFoundError(f"{flag} {name} is a folder without {file}: give {expected}")
         return
-    # `out/model` is a mistyped path rather than a Hub id when there is a local folder `out`.
+    # `out/model` is a mistyped path rather than a Hub id if there is a local folder `out`.
     is_path = HUB_ID.fullmatch(name) is None or (folder.parent != Path(".") and os.path.isdir(folder.parent))
     if is_path or name.upper().startswith("PATH_TO"):
         raise FileNotFoundError(f"{flag} {name} does not exist: give an existing model folder or a Hub id (owner/name)")
 
 
 def check_reachable(name: str, flag: str, file: str = "config.json") -> None:
-    """Check that a model is a folder with `file`, or can be read from the Hub, which is asked once.
-
-    Args:
-        name: Folder or Hub id.
-        flag: Flag that the error message names.
-        file: File that such a model must hold.
+    """Check that `name` is a folder with `file`, or that the Hub or its cache has it. Asks the Hub at most once.
 
     Raises:
-        FileNotFoundError: if the model is neither a folder with this file, nor in the Hub's cache, nor on the Hub; if
-            it may not be read; or if the Hub cannot be reached. The message says how to mend it.
+        FileNotFoundError: If it is neither, may not be read, or the Hub cannot be reached.
     """
     check_model_reference(name, flag, file)
     if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, file), str):
@@ -132,15 +110,11 @@ def check_reachable(name: str, flag: str, file: str = "config.json") -> None:
 
 
 def check_metamorph_model(name: str, flag: str) -> None:
-    """Check by the configuration that `name` is a trained MetaMorph model, before anything of it is loaded.
-
-    Args:
-        name: Folder or Hub id.
-        flag: Flag that the error message names.
+    """Check from its configuration that `name` is a trained MetaMorph model, before any weights are loaded.
 
     Raises:
-        FileNotFoundError: if the model or its weights are missing, or the Hub cannot be reached.
-        ValueError: if it is another model; the message says which, and what is expected.
+        FileNotFoundError: If the model or its weights are missing, or the Hub cannot be reached.
+        ValueError: If it is another model; the message says which.
     """
     from metamorph.files.model_files import read_json_object  # imports PyTorch
 
@@ -152,49 +126,31 @@ def check_metamorph_model(name: str, flag: str) -> None:
         )
     if config.get("model_type") != "metamorph":
         raise ValueError(
-            f"{flag} {name} is {_kind_of(config)}, not a MetaMorph model: give the result of stage 2 of `metamorph "
+            f"{flag} {name} is {_kind_of(config)}, not a MetaMorph model: give the output of stage 2 of `metamorph "
             "train`, or mini"
         )
     if folder.is_dir() and not any(folder.glob("*model*.safetensors*")):
         raise FileNotFoundError(
-            f"{flag} {name} has no model weights: give the result of stage 2 of `metamorph train`; stage 1 leaves the "
-            "connector only"
+            f"{flag} {name} has no model weights: give the output of stage 2 of `metamorph train`; stage 1 writes only "
+            "the connector"
         )
 
 
 def refuse_tower(config: dict[str, Any], name: str, flag: str) -> None:
-    """Refuse a vision tower where a language model is meant.
-
-    Args:
-        config: Its configuration.
-        name: Folder or Hub id.
-        flag: Flag that the error message names.
-
-    Raises:
-        ValueError: if it is one.
-    """
+    """Raise a `ValueError` if `config` describes a vision tower where a language model is expected."""
     if (kind := _kind_of(config)).startswith("a vision tower"):
-        raise ValueError(f"{flag} {name} is {kind}: give it as --vision_tower, and a language model as {flag}")
+        raise ValueError(f"{flag} {name} is {kind}: pass it as --vision_tower, and a language model as {flag}")
 
 
 def check_output_folder(folder: str, flag: str) -> None:
-    """Check that a folder exists or can be made.
-
-    Raises:
-        NotADirectoryError: if it or a folder above it is a file.
-    """
+    """Raise a `NotADirectoryError` if `folder`, or a parent of it, is a file."""
     if (file := file_in_the_way(Path(folder).expanduser())) is not None:
         raise NotADirectoryError(f"{flag} {folder} cannot be written to: {file} is a file; give a folder")
 
 
 @contextmanager
 def names_flag(flag: str, value: str) -> Iterator[None]:
-    """Turn what Transformers and diffusers raise for a missing or unknown model into an error that names the flag.
-
-    Args:
-        flag: The flag, with dashes.
-        value: Its value.
-    """
+    """Turn the errors of Transformers and diffusers for a missing or unknown model into ones that name the flag."""
     try:
         yield
     except OSError as error:
@@ -212,7 +168,7 @@ def names_flag(flag: str, value: str) -> Iterator[None]:
 
 
 def _kind_of(config: dict[str, Any]) -> str:
-    """What a configuration of Transformers describes, for people."""
+    """What a configuration of Transformers describes, in words."""
     model_type, architectures = config.get("model_type"), config.get("architectures")
     name = str(architectures[0] if isinstance(architectures, list) and architectures else model_type)
     if name.endswith("ForCausalLM"):
@@ -222,8 +178,8 @@ def _kind_of(config: dict[str, Any]) -> str:
 
 
 def _hub_reason(error: BaseException, name: str, file: str) -> str | None:
-    """What an error of the Hub means and how to mend it, on one line; None for other errors."""
-    login = "log in (`hf auth login`, or the environment variable HF_TOKEN)"
+    """What an error of the Hub means and how to fix it, on one line; None for other errors."""
+    login = "log in (`hf auth login`, or set HF_TOKEN)"
     if isinstance(error, GatedRepoError):
         return f"is gated on the Hub: accept its licence at https://huggingface.co/{name}, and {login}"
     if isinstance(error, OfflineModeIsEnabled):
@@ -234,14 +190,14 @@ def _hub_reason(error: BaseException, name: str, file: str) -> str | None:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
         return (
-            "is not a local folder, and the Hub has no such model that you may read: check the path or the name; for a "
-            f"private one {login}"
+            "is not a local folder, and there is no such model on the Hub that you may read: check the path or name; "
+            f"if it is private, {login}"
         )
     if status == 404:
-        return f"is not a local folder, and the Hub has no {file} of that name: check the path or the name"
+        return f"is not a local folder, and the Hub has no {file} of that name: check the path or name"
     if isinstance(error, HfHubHTTPError):
         return f"is not a local folder, and the Hub answers with status {status}: try again later"
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"is not a local folder, and the Hub cannot be reached ({reason}): check the name, or the network"
+        return f"is not a local folder, and the Hub cannot be reached ({reason}): check the name or the network"
     return None

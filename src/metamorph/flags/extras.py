@@ -1,12 +1,9 @@
-"""How errors tell what to install: the optional dependencies of the package, by the name of their extra."""
+"""The commands that install optional dependencies, for error messages."""
 
 
 def install_command(extra: str) -> str:
-    """The command that installs an extra, to be quoted in an error.
+    """The command that installs an extra of `pyproject.toml`.
 
-    The package is not on PyPI yet, and `metamorph` there is another project: extras are installed from a clone.
-
-    Args:
-        extra: A name from `[project.optional-dependencies]` of `pyproject.toml`.
+    MetaMorph is not on PyPI yet (`metamorph` there is another project), so extras are installed from a clone.
     """
     return f'pip install -e ".[{extra}]" in the clone of MetaMorph'

@@ -1,4 +1,4 @@
-"""The argument parser of all commands, which knows the nearest name for a wrong one, and the types of its values."""
+"""The argument parser of all commands, which suggests the nearest name for an unknown one, and types of flags."""
 
 import argparse
 import difflib
@@ -11,14 +11,13 @@ from typing import Any, NoReturn
 
 
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-(inf|infinity|nan)", re.IGNORECASE)
-"""A value rather than a flag. argparse's own expression lacks exponents."""
+"""A value rather than a flag; unlike argparse's own expression, with exponents."""
 
 
 class FlagParser(argparse.ArgumentParser):
-    """`ArgumentParser` of all commands.
+    """An `ArgumentParser` that takes dashes and underscores alike, no abbreviations, and finite numbers only.
 
-    A flag may be written with dashes or underscores, but not abbreviated. A number must be finite. Errors are raised
-    as `ValueError`, and name the nearest flag or choice for an unknown one. Subcommands get parsers of the same class.
+    Errors are raised as `ValueError` and suggest the nearest flag or choice. Subcommands get parsers of this class.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -30,29 +29,25 @@ class FlagParser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]  # overloaded there
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """As argparse's, with the flags in the spelling they were defined with.
+        """Parse as argparse does, whichever way flags are spelled.
 
         Raises:
-            ValueError: for an unknown flag, or a value that is not allowed.
+            ValueError: For an unknown flag, or a value that is not allowed.
         """
         words = list(sys.argv[1:] if args is None else args)
         for index, word in enumerate(words):
             if word == "--" or (self._subparsers is not None and not word.startswith("-")):
-                break  # positional words, or those of the subcommand
+                break  # what follows is positional, or belongs to the subcommand
             words[index] = self._as_defined(word)
         return super().parse_known_args(words, namespace)
 
     def _as_defined(self, word: str) -> str:
-        """The word, if it is a flag in the spelling that the parser knows.
-
-        Raises:
-            ValueError: if it is a flag that the parser does not know.
-        """
+        """A flag in the spelling it was defined with; other words unchanged."""
         name, equals, value = word.partition("=")
         known = self._option_string_actions
         if not word.startswith("-") or word == "-" or name in known or " " in name or NEGATIVE_NUMBER.fullmatch(word):
             return word
-        spellings = {_plain(flag): flag for flag in reversed(list(known))}  # the first spelling of a flag counts
+        spellings = {_plain(flag): flag for flag in reversed(list(known))}  # the first spelling of a flag wins
         if name.startswith("--") and _plain(name) in spellings:
             return f"{spellings[_plain(name)]}{equals}{value}"
         near = nearest(_plain(name), spellings)
@@ -63,12 +58,8 @@ class FlagParser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, unknown_choice(value, action.choices))
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and exiting.
-
-        Args:
-            message: What argparse found wrong.
-        """
-        message = re.sub(r"(--[\w-]+)(/--[\w-]+)+", r"\1", message)  # one spelling of each
+        """Raise a `ValueError` instead of printing the usage and exiting."""
+        message = re.sub(r"(--[\w-]+)(/--[\w-]+)+", r"\1", message)  # name one spelling of each flag
         if message.startswith("argument "):  # a bad value, which the message explains
             raise ValueError(re.sub(r"^argument (\S+): ", r"\1 ", message))
         raise ValueError(f"{message} (all flags: {self.prog} --help)")
@@ -76,8 +67,7 @@ class FlagParser(argparse.ArgumentParser):
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The name that was probably meant, or None."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return found[0] if found else None
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), None)
 
 
 def unknown_choice(value: object, allowed: Iterable[object]) -> str:
@@ -89,11 +79,7 @@ def unknown_choice(value: object, allowed: Iterable[object]) -> str:
 
 
 def finite_number(text: str) -> float:
-    """Read a number; `nan` and infinities are refused.
-
-    Raises:
-        argparse.ArgumentTypeError: naming the text.
-    """
+    """Type of a flag: a number, neither `nan` nor infinite."""
     try:
         number = float(text)
     except ValueError as error:
@@ -104,11 +90,7 @@ def finite_number(text: str) -> float:
 
 
 def whole_number(text: str) -> int:
-    """Read a whole number.
-
-    Raises:
-        argparse.ArgumentTypeError: naming the text.
-    """
+    """Type of a flag: an integer."""
     try:
         return int(text)
     except ValueError as error:
@@ -116,12 +98,7 @@ def whole_number(text: str) -> int:
 
 
 def at_least(least: float, kind: Callable[[str], Any] = whole_number) -> Callable[[str], Any]:
-    """The type of a flag whose numbers must not be smaller.
-
-    Args:
-        least: Smallest value that is allowed.
-        kind: Reads the number: `whole_number` or `finite_number`.
-    """
+    """Type of a flag: a `whole_number` or `finite_number` of at least `least`."""
 
     def read(text: str) -> Any:
         number = kind(text)
@@ -133,27 +110,19 @@ def at_least(least: float, kind: Callable[[str], Any] = whole_number) -> Callabl
 
 
 def image_file(text: str) -> str:
-    """Path of an image, which must exist.
-
-    Raises:
-        argparse.ArgumentTypeError: naming the path.
-    """
+    """Type of a flag: path of an existing image file."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder: give an image file")
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text} is an address, and nothing is downloaded: save the file and name it")
+        raise argparse.ArgumentTypeError(f"{text} is a URL, and nothing is downloaded: give a local file")
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"{text} does not exist")
     return text
 
 
 def output_folder(text: str) -> Path:
-    """Path of a folder to write, which need not exist.
-
-    Raises:
-        argparse.ArgumentTypeError: if it or a folder above it is a file.
-    """
+    """Type of a flag: path of a folder to write, which need not exist."""
     path = Path(text).expanduser()
     if (file := file_in_the_way(path)) is not None:
         raise argparse.ArgumentTypeError(f"{text} cannot be written to: {file} is a file; give a folder")
@@ -161,11 +130,7 @@ def output_folder(text: str) -> Path:
 
 
 def output_file(text: str) -> Path:
-    """Path of a file to write, which need not exist.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is a folder, or a folder above it is a file.
-    """
+    """Type of a flag: path of a file to write, which need not exist."""
     path = Path(text).expanduser()
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder: give a file")
@@ -175,11 +140,11 @@ def output_file(text: str) -> Path:
 
 
 def file_in_the_way(folder: Path) -> Path | None:
-    """What keeps a folder from being made: itself or the next existing path above it, if that is not a folder."""
+    """The file that keeps `folder` from being created: itself or its nearest existing parent, unless a folder."""
     found = next((path for path in (folder, *folder.parents) if path.exists()), None)
     return None if found is None or found.is_dir() else found
 
 
 def _plain(flag: str) -> str:
-    """A flag without leading dashes, words joined by underscores."""
+    """A flag without leading dashes, its words joined by underscores."""
     return flag.lstrip("-").replace("-", "_")

@@ -1,4 +1,4 @@
-"""Turns a YAML recipe and command-line flags into dataclasses: the recipe first, flags override, nothing unknown."""
+"""A YAML recipe and command-line flags as dataclasses: flags override the recipe, and nothing unknown passes."""
 
 from argparse import SUPPRESS, Action, ArgumentError, ArgumentTypeError
 from collections.abc import Iterable, Sequence
@@ -14,13 +14,13 @@ from metamorph.recipes import config_flag, find_recipe
 
 
 class RecipeParser(FlagParser, HfArgumentParser):
-    """Parser of flags that are the fields of dataclasses, and of a YAML recipe of them."""
+    """Parser of flags that are fields of dataclasses, with defaults from a YAML recipe."""
 
     def __init__(self, dataclass_types: Iterable[type], **kwargs: Any) -> None:
         super().__init__(dataclass_types, **kwargs)
-        help_text = "YAML file of flags, or a name that `metamorph recipes` lists; command-line flags override it"
+        help_text = "YAML file of flags, or a recipe listed by `metamorph recipes`; other flags override it"
         self.add_argument("--config", metavar="RECIPE", help=help_text)
-        # `float | str` is a number or `auto`; HfArgumentParser takes it for a number alone.
+        # `float | str` is a number or `auto`, which HfArgumentParser takes for a number only.
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         number_or_auto = {name for name, hint in hints.items() if hint == float | str}
         docs = {name: text for kind in self.dataclass_types for name, text in attribute_docs(kind).items()}
@@ -33,20 +33,16 @@ class RecipeParser(FlagParser, HfArgumentParser):
                 action.help = f"{action.help or ''} (default: {action.default})"
             if action.dest in number_or_auto:
                 action.type = _number_or_auto
-            # The dataclasses have the defaults; left out of the parsed values, they differ from what was given.
+            # Defaults come from the dataclasses, so that the parsed values are only those given.
             action.default = SUPPRESS
 
     @property
     def actions(self) -> dict[str, Action]:
-        """The flags by name, without leading dashes; spellings such as `--no_bf16` are left out."""
+        """The flags by field name, without negations such as `--no_bf16`."""
         return {action.dest: action for action in reversed(self._actions) if action.dest not in ("help", "config")}
 
     def set_recipe(self, path: str) -> None:
-        """Make the values of a YAML file the defaults of the flags.
-
-        Args:
-            path: YAML file with one mapping of flag names to values.
-        """
+        """Make the values of a YAML file the defaults of the flags."""
         actions = self.actions
         for name, value in read_recipe(path).items():
             if name not in actions:
@@ -57,7 +53,7 @@ class RecipeParser(FlagParser, HfArgumentParser):
             self.set_defaults(**{name: self._coerce(value, actions[name], source=path)})
 
     def _coerce(self, value: Any, action: Action, source: str) -> Any:
-        """Convert a YAML value to the type of a flag; YAML reads `1e-4` as a string and `5` as an integer."""
+        """Convert a YAML value to the type of a flag: YAML reads `1e-4` as a string and `5` as an integer."""
         if value is None or isinstance(value, dict):
             return value
         if isinstance(value, list):
@@ -75,18 +71,10 @@ class RecipeParser(FlagParser, HfArgumentParser):
 def parse_arguments(
     dataclass_types: Sequence[type], argv: Sequence[str], *, prog: str = "metamorph train"
 ) -> tuple[Any, ...]:
-    """Build one object of each dataclass from `--config recipe.yaml --flag value …`.
-
-    Args:
-        dataclass_types: Dataclasses whose fields are the flags.
-        argv: Command line without the program's name.
-        prog: Name of the command in messages.
-
-    Returns:
-        One instance of each dataclass, validated by its `__post_init__`.
+    """Build one instance of each dataclass from `--config recipe.yaml --flag value …`.
 
     Raises:
-        ValueError: for an unknown flag or key (the nearest is suggested), or a value of the wrong type.
+        ValueError: For an unknown flag or key, or a value of the wrong type.
     """
     parser = RecipeParser(dataclass_types, prog=prog)
     recipe = config_flag(argv)
@@ -94,7 +82,7 @@ def parse_arguments(
         parser.set_recipe(recipe)
     namespace, remaining = parser.parse_known_args(list(argv))
     if remaining:
-        raise ValueError(f"unexpected words on the command line: {' '.join(remaining)}")
+        raise ValueError(f"unexpected arguments: {' '.join(remaining)}")
     given = vars(namespace)
     return tuple(
         kind(**{field.name: given[field.name] for field in fields(kind) if field.init and field.name in given})
@@ -103,7 +91,7 @@ def parse_arguments(
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """Read one mapping from flag names to values: the YAML file at `path`, or the shipped recipe of that name."""
+    """Flag names and values of the YAML file at `path`, or of the shipped recipe of that name."""
     file = find_recipe(path)
     try:
         values = read_yaml(file)

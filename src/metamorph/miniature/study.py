@@ -1,10 +1,10 @@
-"""Does learning to understand help drawing? The paper's core comparison in miniature.
+"""Does learning to understand images help drawing them? The paper's core comparison in miniature.
 
-`joint-vs-generation-only` trains the same model several times with the same drawing records, in the same number of
-optimizer steps: once with these records alone, once with as many visual questions added to every batch. Each model
-then draws for unseen scenes, of colour-shape pairs that training drew and of pairs that it never drew. The comparison
-is that of section 4.2 of the MetaMorph paper (arXiv 2412.14164), where joint training wins; what comes out here, at a
-scale a million times smaller, is reported as it is.
+`joint-vs-generation-only` trains the same model several times on the same drawing records and for the same number of
+optimizer steps: once on these records alone, once with an equal number of visual questions added to every batch. Each
+model then draws unseen scenes, of colour-shape pairs that training drew and of pairs that it never drew. This is the
+comparison of section 4.2 of the MetaMorph paper (arXiv 2412.14164), where joint training wins, at a scale a million
+times smaller.
 """
 
 from __future__ import annotations
@@ -18,21 +18,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from metamorph.evaluation.drawings import draw_tasks, summarise
-from metamorph.inference.draw import SamplerSettings
+from metamorph.evaluation.drawings import summarise
+from metamorph.inference import SamplerSettings
 from metamorph.mini import PARTS, asset_path
-from metamorph.miniature.quickstart.evaluate import VERDICTS, compare_tokens, drawing_tasks, judge_scene
+from metamorph.miniature.quickstart.evaluate import VERDICTS, compare_tokens, draw_groups, drawing_tasks, load_session
 from metamorph.miniature.quickstart.figures import save_study
-from metamorph.miniature.quickstart.options import thread_count
 from metamorph.miniature.quickstart.recipe import FULL, EvaluationSizes, Recipe
-from metamorph.miniature.quickstart.stages import Workspace, train_connector, train_model
+from metamorph.miniature.quickstart.stages import train_connector, train_model
+from metamorph.miniature.quickstart.workspace import Workspace, thread_count
 from metamorph.miniature.world.dataset import WorldFiles, WorldSizes, write_dataset
-from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.models.processing_metamorph import MetaMorphProcessor
-from metamorph.runs.progress import Progress
-from metamorph.visualization.pipeline import VisualizationPipeline
 
 
 logger = logging.getLogger(__name__)
@@ -45,31 +42,24 @@ RUNS_FILE, RESULT_FILE, PLOT_FILE = "runs.jsonl", "study.json", "study.png"
 
 
 @dataclass(frozen=True)
-class StudyPlan:
-    """How large the study is.
-
-    Raises:
-        ValueError: for a value outside its domain; the message names the flag.
-    """
+class StudySettings:
+    """The size of a study: the flags of `metamorph study`."""
 
     output_dir: Path
-    """Gets runs.jsonl, study.json and study.png; a study that was interrupted goes on here."""
+    """Receives runs.jsonl, study.json and study.png. An interrupted study continues here."""
     seeds: int = 3
     """Repetitions, each with its own data, connector and order of records."""
     budgets: tuple[int, ...] = (1000, 2000, 4000)
     """Numbers of drawing records that are compared."""
     passes: int = 1
-    """How often every record is seen."""
+    """Epochs."""
     generation_per_step: int = 16
-    """Drawing records of a batch; joint training adds as many questions about pictures."""
+    """Drawing records per batch; joint training adds an equal number of questions about images."""
     drawings: int = 64
-    """Drawings that each model is judged by, in each group."""
+    """Drawings per model and group that are judged."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "passes", "generation_per_step", "drawings"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if not self.budgets or min(self.budgets) < self.generation_per_step:
+        if min(self.budgets) < self.generation_per_step:
             raise ValueError(
                 f"--budgets {' '.join(map(str, self.budgets))}: give numbers of drawing records, each at least "
                 f"--generation-per-step {self.generation_per_step}"
@@ -77,48 +67,36 @@ class StudyPlan:
 
     @property
     def evaluation(self) -> EvaluationSizes:
-        """What is evaluated: `seen` yields one-object tasks only in part, so more of it are read."""
+        """Number of evaluated records; only some of those for `seen` have one object, so more of them are read."""
         return EvaluationSizes(
             vqa=0, seen=2 * self.drawings, held_out=self.drawings, knowledge=0, edit=0, next_frame=0, visualizer=0
         )
 
 
-def run_study(plan: StudyPlan, recipe: Recipe = FULL) -> dict[str, Any]:
-    """Train and judge every model that is not in `runs.jsonl` yet, and write plot and result.
+def run_study(settings: StudySettings, recipe: Recipe = FULL) -> dict[str, Any]:
+    """Train and evaluate every model that is not in runs.jsonl yet, and write the plot and the result.
 
-    Args:
-        plan: What is compared.
-        recipe: Everything else: connector, learning rates, sampler.
-
-    Returns:
-        Content of study.json: `plan`, `runs` (one per trained model) and `summary` (of `summarise_runs`).
+    `recipe` decides everything that is not compared. Returns the content of study.json: `plan` (the settings), `runs`
+    (one per model) and `summary`.
     """
     torch.set_num_threads(thread_count())
-    plan.output_dir.mkdir(parents=True, exist_ok=True)
-    runs = _finished_runs(plan)
-    for seed in range(plan.seeds):
-        wanted = [(seed, budget, condition) for budget in plan.budgets for condition in CONDITIONS]
-        missing = [run for run in wanted if run not in {_key(done) for done in runs}]
-        if missing:
-            runs += _run_seed(plan, recipe, seed, missing)
-    runs = [run for run in runs if run["seed"] < plan.seeds and run["budget"] in plan.budgets]
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    runs = _finished_runs(settings)
+    done = {(run["seed"], run["budget"], run["condition"]) for run in runs}
+    for seed in range(settings.seeds):
+        wanted = [(budget, condition) for budget in settings.budgets for condition in CONDITIONS]
+        if missing := [each for each in wanted if (seed, *each) not in done]:
+            runs += _run_seed(settings, recipe, seed, missing)
+    runs = [run for run in runs if run["seed"] < settings.seeds and run["budget"] in settings.budgets]
     summary = summarise_runs(runs)
-    result = {"plan": _plain(plan), "runs": runs, "summary": summary}
-    (plan.output_dir / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    save_study(plan.output_dir / PLOT_FILE, summary)
+    result = {"plan": _plain(settings), "runs": runs, "summary": summary}
+    (settings.output_dir / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    save_study(settings.output_dir / PLOT_FILE, summary)
     return result
 
 
 def summarise_runs(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard error over seeds, for each group, condition and budget.
-
-    Args:
-        runs: Lines of runs.jsonl.
-
-    Returns:
-        `{"group", "condition", "budget", "n": seeds, "mean", "standard_error", "cosine"}`; the standard error of a
-        single seed is given as 0.
-    """
+    """A row with mean and standard error over seeds (0 for one seed) for each group, condition and budget."""
     rows = []
     for group in GROUPS:
         for condition in CONDITIONS:
@@ -126,40 +104,37 @@ def summarise_runs(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 found = [run[group] for run in runs if (run["condition"], run["budget"]) == (condition, budget)]
                 if not found:
                     continue
-                mean, error = _mean_and_error([figures["all"] for figures in found])
+                shares = [figures["all"] for figures in found]
+                deviation = np.std(shares, ddof=1) if len(shares) > 1 else 0.0
                 rows.append(
                     {
                         "group": group,
                         "condition": condition,
                         "budget": budget,
                         "n": len(found),
-                        "mean": mean,
-                        "standard_error": error,
-                        "cosine": _mean_and_error([figures["cosine"] for figures in found])[0],
+                        "mean": round(float(np.mean(shares)), 4),
+                        "standard_error": round(float(deviation / math.sqrt(len(shares))), 4),
+                        "cosine": round(float(np.mean([figures["cosine"] for figures in found])), 4),
                     }
                 )
     return rows
 
 
+def study_recipe(settings: StudySettings, recipe: Recipe, budget: int, condition: str) -> Recipe:
+    """`recipe` with the study's batch size and number of steps, which is the same for both conditions."""
+    batch = settings.generation_per_step * (2 if condition == JOINT else 1)
+    steps = math.ceil(settings.passes * budget / settings.generation_per_step)
+    return replace(recipe, batch_size=batch, stage2_steps=steps)
+
+
 def _run_seed(
-    plan: StudyPlan, recipe: Recipe, seed: int, wanted: Sequence[tuple[int, int, str]]
+    settings: StudySettings, recipe: Recipe, seed: int, wanted: Sequence[tuple[int, str]]
 ) -> list[dict[str, Any]]:
-    """Train and judge the models of one seed; every finished one is written down at once."""
-    folder = plan.output_dir / f"seed-{seed}"
-    assets = {name: asset_path(name) for name in PARTS}
-    space = Workspace(folder, assets, seed)
-    most = max(plan.budgets)
+    """Train and evaluate the models of one seed, by budget and condition; each is written to runs.jsonl at once."""
+    space = Workspace(settings.output_dir / f"seed-{seed}", {name: asset_path(name) for name in PARTS}, seed)
+    most = max(settings.budgets)
     sizes = WorldSizes(
-        captions=recipe.sizes.captions,
-        vqa=most,
-        text_vqa=0,
-        text_to_image=most,
-        edits=0,
-        next_frames=0,
-        facts=0,
-        knowledge_prompts=0,
-        visualizer=0,
-        evaluation=plan.evaluation.largest,
+        captions=recipe.sizes.captions, vqa=most, text_to_image=most, evaluation=settings.evaluation.largest
     )
     files = write_dataset(space.data, seed=seed, sizes=sizes)
     if not (space.connector / "mm_projector.safetensors").is_file():
@@ -168,112 +143,58 @@ def _run_seed(
     for line in files.stage2.read_text(encoding="utf-8").splitlines():
         records[json.loads(line)["task"]].append(line)
     finished = []
-    for _, budget, condition in wanted:
-        run = _run_one(plan, recipe, space, files, records, budget, condition)
-        with (plan.output_dir / RUNS_FILE).open("a", encoding="utf-8") as file:
+    for budget, condition in wanted:
+        lines = records["text_to_image"][:budget] + (records["vqa"][:budget] if condition == JOINT else [])
+        data = space.data / "study.jsonl"
+        data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        shutil.rmtree(space.model, ignore_errors=True)  # else the next run would resume this one
+        changed = study_recipe(settings, recipe, budget, condition)
+        logger.info("seed %d, %d drawing records, %s, %d steps", seed, budget, condition, changed.stage2_steps)
+        figures = _run_one(settings, changed, space, replace(files, stage2=data))
+        run = {"seed": seed, "budget": budget, "condition": condition, **figures}
+        with (settings.output_dir / RUNS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(run) + "\n")
         finished.append(run)
-    shutil.rmtree(folder)
+    shutil.rmtree(space.root)
     return finished
 
 
-def _run_one(
-    plan: StudyPlan,
-    recipe: Recipe,
-    space: Workspace,
-    files: WorldFiles,
-    records: dict[str, list[str]],
-    budget: int,
-    condition: str,
-) -> dict[str, Any]:
-    lines = records["text_to_image"][:budget] + (records["vqa"][:budget] if condition == JOINT else [])
-    data = space.data / "study.jsonl"
-    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    shutil.rmtree(space.model, ignore_errors=True)  # else the next run would go on where this one ends
-    recipe = study_recipe(plan, recipe, budget, condition)
-    logger.info("study: seed %d, %d drawing records, %s, %d steps", space.seed, budget, condition, recipe.stage2_steps)
-    result = train_model(space, replace(files, stage2=data), recipe)
-    figures = _judge(plan, recipe, space, files)
+def _run_one(settings: StudySettings, recipe: Recipe, space: Workspace, files: WorldFiles) -> dict[str, Any]:
+    result = train_model(space, files, recipe)
+    session = load_session(space.model, asset_path("mini") / "visualizer")
+    tasks = drawing_tasks(files, settings.evaluation)
+    chosen = {group: tasks[group][: settings.drawings] for group in GROUPS}
+    drawings = draw_groups(session, chosen, SamplerSettings(recipe.guidance_scale, recipe.sampling_steps, space.seed))
+    tokens = compare_tokens(session, drawings)
     losses = [line["visual_loss"] for line in result.log_history if "visual_loss" in line]
     return {
-        "seed": space.seed,
-        "budget": budget,
-        "condition": condition,
         "steps": recipe.stage2_steps,
-        "visual_loss": losses[-1] if losses else None,  # shorter than the first line of the log
+        "visual_loss": losses[-1] if losses else None,  # the run may be shorter than a logging interval
         "seconds": round(result.metrics["train_runtime"], 1),
-        **figures,
+        **{group: {**summarise(drawings[group], VERDICTS), **tokens[group]} for group in GROUPS},
     }
 
 
-def study_recipe(plan: StudyPlan, recipe: Recipe, budget: int, condition: str) -> Recipe:
-    """A recipe with the study's batch and steps: both conditions take the same number of steps.
-
-    Args:
-        plan: The study.
-        recipe: Where everything else comes from.
-        budget: Drawing records.
-        condition: One of `CONDITIONS`.
-    """
-    batch = plan.generation_per_step * (2 if condition == JOINT else 1)
-    return replace(recipe, batch_size=batch, stage2_steps=math.ceil(plan.passes * budget / plan.generation_per_step))
-
-
-def _judge(plan: StudyPlan, recipe: Recipe, space: Workspace, files: WorldFiles) -> dict[str, dict[str, float]]:
-    model = MetaMorphForConditionalGeneration.from_pretrained(space.model, dtype=torch.float32).eval()
-    processor = MetaMorphProcessor.from_pretrained(space.model)
-    pipeline = VisualizationPipeline.from_pretrained(asset_path("mini") / "visualizer")
-    pipeline.set_progress_bar_config(disable=True)
-    settings = SamplerSettings(recipe.guidance_scale, recipe.sampling_steps, seed=space.seed)
-    every = drawing_tasks(files, plan.evaluation)
-    chosen = {group: every[group][: plan.drawings] for group in GROUPS}
-    drawings = {}
-    with Progress(desc="drawings", total=2 * sum(map(len, chosen.values())), unit="step") as progress:
-        for group, tasks in chosen.items():
-            drawings[group] = draw_tasks(model, processor, pipeline, tasks, judge_scene, settings, progress.update)
-    tokens = compare_tokens(model, processor, drawings)
-    return {group: {**summarise(drawings[group], VERDICTS), **tokens[group]} for group in GROUPS}
-
-
-def _finished_runs(plan: StudyPlan) -> list[dict[str, Any]]:
-    """Runs of an interrupted study with the same plan.
+def _finished_runs(settings: StudySettings) -> list[dict[str, Any]]:
+    """Runs of an interrupted study with the same settings, except that seeds and budgets may be added.
 
     Raises:
-        ValueError: if the folder holds a study with another plan.
+        ValueError: If the folder holds a study with other settings.
     """
-    plan_file, wanted = plan.output_dir / "plan.json", _comparable(plan)
-    if plan_file.is_file():
-        found = json.loads(plan_file.read_text(encoding="utf-8"))
+    file = settings.output_dir / "plan.json"
+    wanted = {name: _plain(settings)[name] for name in ("passes", "generation_per_step", "drawings")}
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
         if found != wanted:
             raise ValueError(
-                f"--output-dir {plan.output_dir} holds a study with another plan, {found}; give another folder"
+                f"--output-dir {settings.output_dir} holds a study with other settings, {found}; give another folder"
             )
-    plan_file.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
-    path = plan.output_dir / RUNS_FILE
+    file.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+    path = settings.output_dir / RUNS_FILE
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def _comparable(plan: StudyPlan) -> dict[str, Any]:
-    """What two parts of one study must share; seeds may be added, and so may budgets."""
-    return {
-        name: value for name, value in _plain(plan).items() if name in ("passes", "generation_per_step", "drawings")
-    }
-
-
-def _plain(plan: StudyPlan) -> dict[str, Any]:
-    values = asdict(plan)
+def _plain(settings: StudySettings) -> dict[str, Any]:
+    values = asdict(settings)
     del values["output_dir"]
-    return {**values, "budgets": list(plan.budgets)}
-
-
-def _key(run: dict[str, Any]) -> tuple[int, int, str]:
-    return run["seed"], run["budget"], run["condition"]
-
-
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and standard error of the mean (0 for a single value)."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return round(mean, 4), 0.0
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return round(mean, 4), round(math.sqrt(variance / len(values)), 4)
+    return {**values, "budgets": list(settings.budgets)}

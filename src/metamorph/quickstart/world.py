@@ -2,7 +2,12 @@
 
 import warnings
 
-from metamorph.miniature.world import *  # noqa: F403
+from metamorph.miniature.world.changes import *  # noqa: F403
+from metamorph.miniature.world.checker import *  # noqa: F403
+from metamorph.miniature.world.dataset import *  # noqa: F403
+from metamorph.miniature.world.knowledge import *  # noqa: F403
+from metamorph.miniature.world.render import *  # noqa: F403
+from metamorph.miniature.world.scenes import *  # noqa: F403
 
 
 warnings.warn(

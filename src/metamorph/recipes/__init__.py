@@ -1,4 +1,4 @@
-"""The recipes that ship with the package: YAML files of flags, one for each stage and model size."""
+"""The recipes that ship with the package: YAML files of flags for each stage and model size."""
 
 from __future__ import annotations
 
@@ -11,20 +11,16 @@ _FOLDER = Path(__file__).parent
 
 
 def shipped_recipes() -> dict[str, str]:
-    """The first line of each recipe's opening comment, which says what it is for, by the recipe's name."""
+    """The purpose of each recipe (the first line of its opening comment), by name."""
     files = sorted(_FOLDER.glob("*.yaml"))
     return {file.stem: file.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ") for file in files}
 
 
 def find_recipe(recipe: str, flag: str = "--config ") -> Path:
-    """The file that `--config` means: that of this path if there is one, else the shipped recipe of this name.
-
-    Args:
-        recipe: Path of a YAML file, or the name of a shipped recipe with or without `.yaml`.
-        flag: What the message puts in front of it.
+    """The file of that path or, if there is none, of the shipped recipe of that name, with or without `.yaml`.
 
     Raises:
-        FileNotFoundError: if it is neither; the message names the nearest recipes.
+        FileNotFoundError: If it is neither; the message begins with `flag` and names similar recipes.
     """
     path = Path(recipe).expanduser()
     if path.is_file():
@@ -34,16 +30,16 @@ def find_recipe(recipe: str, flag: str = "--config ") -> Path:
     if name in names:
         return _FOLDER / f"{name}.yaml"
     near = difflib.get_close_matches(path.name.removesuffix(".yaml"), names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"use a YAML file of flags or one of {', '.join(names)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"give a YAML file of flags or one of {', '.join(names)}"
     raise FileNotFoundError(f"{flag}{recipe} is neither a file nor the name of a recipe (`metamorph recipes`): {hint}")
 
 
 def config_flag(argv: Sequence[str]) -> str | None:
-    """The value of `--config`, the last one if there are several, before a parser reads the command line.
+    """The last value of `--config`. Commands call this before they import PyTorch, so that a typo fails at once.
 
     Raises:
-        FileNotFoundError: if it is neither a file nor a recipe. A command checks this before it imports PyTorch.
-        ValueError: if the value is missing.
+        FileNotFoundError: If it is neither a file nor a recipe.
+        ValueError: If the value is missing.
     """
     recipe = None
     for position, text in enumerate(argv):

@@ -1,4 +1,4 @@
-"""Checkpoint folders: written beside their place and renamed, with a list of their files by which damage is found."""
+"""Checkpoint folders: written elsewhere and renamed when complete, with a manifest that reveals damaged files."""
 
 from __future__ import annotations
 
@@ -22,40 +22,32 @@ logger = logging.getLogger(__name__)
 MANIFEST_FILE = "checkpoint.json"
 """Written last: a folder without it is incomplete."""
 PARTIAL_FOLDER = "_partial"
-"""Where checkpoints are written, in the output folder. Uploads to the Hub leave out what begins with `_`."""
+"""Subfolder in which checkpoints are written. Uploads to the Hub skip names that begin with `_`."""
 PREFIX = "checkpoint-"
 
 Result = TypeVar("Result")
 
 _WHOLE = 64 * 2**20
-"""Files up to this size are checked whole."""
+"""Size up to which the checksum covers all bytes of a file."""
 _BLOCK = 4 * 2**20
-"""Of larger ones, the first and last so many bytes: reading a hundred gigabytes would cost a preempted run its time.
-A crash of the machine or of a file server leaves files short or with zeros at their end."""
+"""Bytes of each end that it covers in larger files: a preempted run has no time to read a hundred gigabytes. A crash of
+the machine or file server leaves files short or with zeros at the end."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written or used; the message tells which is still good and what to do."""
+    """A checkpoint cannot be written or used; the message says what to do."""
 
 
 def begin_checkpoint(output_dir: str | os.PathLike[str]) -> Path:
-    """Remove what an earlier run has left half-written, and make room for a new checkpoint. For one process.
-
-    Args:
-        output_dir: Folder of the run.
-
-    Returns:
-        The folder in which `checkpoint-STEP` is to be written.
-    """
-    folder = Path(output_dir)
-    clean_up(folder)
-    partial = folder / PARTIAL_FOLDER
+    """Remove half-written checkpoints, and return the folder to write `checkpoint-STEP` in. For one process."""
+    clean_up(output_dir)
+    partial = Path(output_dir) / PARTIAL_FOLDER
     partial.mkdir(parents=True, exist_ok=True)
     return partial
 
 
 def clean_up(output_dir: str | os.PathLike[str]) -> None:
-    """Remove half-written checkpoints, and put back one that was about to be replaced. For one process."""
+    """Remove half-written checkpoints, and restore one that was about to be replaced. For one process."""
     partial = Path(output_dir) / PARTIAL_FOLDER
     for replaced in partial.glob(f"replaced/{PREFIX}*"):
         if not (Path(output_dir) / replaced.name).exists():
@@ -64,21 +56,13 @@ def clean_up(output_dir: str | os.PathLike[str]) -> None:
 
 
 def commit_checkpoint(output_dir: str | os.PathLike[str], name: str, record: dict[str, Any]) -> Path:
-    """Give the checkpoint that `begin_checkpoint` made room for its list of files and its place.
+    """Write the manifest of a checkpoint, the files and `record`, and move it into place; returns its new path.
 
     For one process, once all have written their files and `flush` has been called on each machine.
-
-    Args:
-        output_dir: Folder of the run.
-        name: `checkpoint-STEP`.
-        record: What the list of files tells beside them, as JSON.
-
-    Returns:
-        Path of the complete checkpoint.
     """
     partial, final = Path(output_dir) / PARTIAL_FOLDER, Path(output_dir) / name
     source = partial / name
-    serial = 1 + max((manifest["serial"] for _, manifest in _readable(output_dir)), default=0)
+    serial = 1 + max((manifest["serial"] for manifest in _manifests(output_dir).values() if manifest), default=0)
     files = {
         path.relative_to(source).as_posix(): file_stamp(path) for path in sorted(source.rglob("*")) if path.is_file()
     }
@@ -86,7 +70,7 @@ def commit_checkpoint(output_dir: str | os.PathLike[str], name: str, record: dic
     (source / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     sync(source / MANIFEST_FILE)
     sync(source)
-    if final.exists():  # of an earlier run that this one does not go on from
+    if final.exists():  # of an earlier run that this one does not resume
         (partial / "replaced").mkdir(exist_ok=True)
         final.rename(partial / "replaced" / name)
     source.rename(final)
@@ -96,28 +80,32 @@ def commit_checkpoint(output_dir: str | os.PathLike[str], name: str, record: dic
 
 
 def flush(output_dir: str | os.PathLike[str]) -> None:
-    """Wait until what this machine has written of the new checkpoint is on the disk. For one process per machine."""
+    """Write this machine's files of the new checkpoint through to the disk. For one process per machine."""
     for path in (Path(output_dir) / PARTIAL_FOLDER).rglob("*"):
         sync(path)
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoint folders, oldest first; those whose list of files cannot be read come behind all others.
+    """The checkpoint folders in the order they were written; those without a readable manifest come last.
 
-    "Old" is what was written earlier: after going back to checkpoint-100, the new checkpoint-150 is newer than an old
-    checkpoint-200.
+    After resuming from checkpoint-100, a new checkpoint-150 is newer than an old checkpoint-200.
     """
-    serials = {path: manifest["serial"] for path, manifest in _readable(output_dir)}
-    return sorted(_folders(output_dir), key=lambda path: (serials.get(path, math.inf), _step(path)))
+    manifests = _manifests(output_dir)
+
+    def order(path: Path) -> tuple[float, int]:
+        manifest = manifests[path]
+        return math.inf if manifest is None else manifest["serial"], int(path.name.removeprefix(PREFIX))
+
+    return sorted(manifests, key=order)
 
 
 def damage(folder: str | os.PathLike[str]) -> str | None:
-    """What is wrong with a checkpoint; None if it is as it was written."""
+    """What is wrong with a checkpoint; None if it is undamaged."""
     folder = Path(folder)
     if not folder.is_dir():
-        return "there is no such folder"
+        return "the folder does not exist"
     if not (folder / MANIFEST_FILE).is_file():
-        return f"it has no {MANIFEST_FILE}, so it was not written to its end"
+        return f"it has no {MANIFEST_FILE}, so it is incomplete"
     manifest = read_manifest(folder)
     if manifest is None:
         return f"its {MANIFEST_FILE} cannot be read"
@@ -133,7 +121,7 @@ def damage(folder: str | os.PathLike[str]) -> str | None:
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What `commit_checkpoint` has written; None if there is nothing or it cannot be read."""
+    """The manifest of a checkpoint; None if it is missing or cannot be read."""
     try:
         manifest = json.loads((Path(folder) / MANIFEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -147,8 +135,8 @@ def delete_old(output_dir: str | os.PathLike[str], keep: int | None, protected: 
 
     Args:
         output_dir: Folder of the run.
-        keep: How many stay, at least one; None or 0 keeps all.
-        protected: Path of a checkpoint that stays in any case (the best one so far), as one of the `keep`.
+        keep: How many to keep, at least one; None or 0 keeps all.
+        protected: Path of a checkpoint that always stays (the best one so far), as one of the `keep`.
     """
     if not keep:
         return
@@ -157,16 +145,14 @@ def delete_old(output_dir: str | os.PathLike[str], keep: int | None, protected: 
     spared = complete[-1:] + [path for path in complete[:-1] if path.resolve() == best]
     others = [path for path in complete if path not in spared]
     for path in others[: max(len(complete) - max(keep, len(spared)), 0)]:
-        (path / MANIFEST_FILE).unlink()  # first: what is half deleted counts as incomplete
+        (path / MANIFEST_FILE).unlink()  # first: a half-deleted checkpoint counts as incomplete
         shutil.rmtree(path, ignore_errors=True)
 
 
 def on_first_process(function: Callable[[], Result]) -> Result:
-    """Call a function on the first process, and give its result, or its error, to all. Every process must call it.
+    """Call a function on the first process and return its result, or raise its error, on all. Every process calls this.
 
-    Args:
-        function: What looks at, or changes, the folder of the run. An `OSError` or `ValueError` is raised on all
-            processes; for any other error, the others raise a `RuntimeError` that quotes it.
+    An `OSError` or `ValueError` is raised as it is; for any other error, the others raise a `RuntimeError`.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return function()
@@ -190,14 +176,9 @@ def on_first_process(function: Callable[[], Result]) -> Result:
 
 @contextmanager
 def explains_write_errors(output_dir: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Turn a failed write into an error that names the folder, the free space and the last good checkpoint.
+    """Turn a failed write of `what` into a `CheckpointError` with the folder, free space and last good checkpoint.
 
-    Args:
-        output_dir: Folder of the run.
-        what: What is being written.
-
-    Raises:
-        CheckpointError: Instead of the errors of the libraries that write. The half-written checkpoint is removed.
+    The half-written checkpoint is removed.
     """
     try:
         yield
@@ -211,12 +192,12 @@ def explains_write_errors(output_dir: str | os.PathLike[str], what: str) -> Iter
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{what} cannot be written to --output_dir {output_dir} ({reason}; {free:.1f} GiB are free there): {last}. "
-            "Make room (quotas count, too) or lower --save_total_limit, then start the same command again"
+            "Free some space (there may be a quota) or lower --save_total_limit, then start the same command again"
         ) from error
 
 
 def file_stamp(path: Path) -> dict[str, int]:
-    """Size and CRC-32 of a file, of a large one's ends only."""
+    """Size and CRC-32 of a file; the checksum of a large file covers only its ends."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= _WHOLE:
@@ -227,7 +208,7 @@ def file_stamp(path: Path) -> dict[str, int]:
 
 
 def sync(path: Path) -> None:
-    """Write a file or folder through to the disk."""
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -242,14 +223,7 @@ def _is_write_error(error: Exception) -> bool:
     return "inline_container.cc" in str(error) or (type(error) is Exception and "(os error " in str(error))
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix(PREFIX))
-
-
-def _folders(output_dir: str | os.PathLike[str]) -> list[Path]:
-    return [path for path in Path(output_dir).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
-
-
-def _readable(output_dir: str | os.PathLike[str]) -> list[tuple[Path, dict[str, Any]]]:
-    manifests = ((path, read_manifest(path)) for path in _folders(output_dir))
-    return [(path, manifest) for path, manifest in manifests if manifest is not None]
+def _manifests(output_dir: str | os.PathLike[str]) -> dict[Path, dict[str, Any] | None]:
+    """Every checkpoint folder with its manifest, None where it cannot be read."""
+    folders = Path(output_dir).glob(f"{PREFIX}*")
+    return {path: read_manifest(path) for path in folders if path.name.removeprefix(PREFIX).isdecimal()}

@@ -1,4 +1,4 @@
-"""Deterministic algorithms while a run trains, so that the same seed gives the same weights bit for bit."""
+"""Deterministic algorithms during training, so that the same seed gives bit-identical weights."""
 
 import os
 from collections.abc import Iterator
@@ -11,16 +11,15 @@ from transformers import enable_full_determinism
 
 @contextmanager
 def deterministic_algorithms(device: torch.device, *, full: bool = False, seed: int = 0) -> Iterator[None]:
-    """Within, PyTorch takes deterministic algorithms: always on a CPU, elsewhere with `full`.
+    """Use deterministic algorithms of PyTorch within: always on a CPU, on other devices with `full`.
 
-    Otherwise some sums depend on which thread is faster. Another number of threads or processes, another machine or
-    version may still round differently. Everything that is changed is restored afterwards.
+    Otherwise the order of some sums depends on which thread is faster. Results may still differ with the number of
+    threads or processes, the machine, and versions. All settings are restored afterwards.
 
     Args:
         device: Where the run computes.
-        full: `--full_determinism`: on any device, and an operation that has no deterministic algorithm is an error. On
-            a CPU without it, such an operation is a warning.
-        seed: Seeds all generators with `full`, as Transformers' Trainer does.
+        full: `--full_determinism`: an operation without a deterministic algorithm is an error rather than a warning.
+        seed: Seeds all generators if `full`, as Transformers' Trainer does.
     """
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     options: Any = torch.utils.deterministic  # a property of the module, which type checkers do not see
@@ -34,15 +33,13 @@ def deterministic_algorithms(device: torch.device, *, full: bool = False, seed: 
             changed = {name for name, value in os.environ.items() if environment.get(name) != value}
         elif device.type == "cpu" and not algorithms[0]:
             torch.use_deterministic_algorithms(True, warn_only=True)
-            # By default every `torch.empty` is written to. That finds code that reads what nobody wrote; ours does not.
-            options.fill_uninitialized_memory = False
+            options.fill_uninitialized_memory = False  # a debugging aid that writes to every `torch.empty`
         yield
     finally:
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
         options.fill_uninitialized_memory = fills
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         for name in changed:
+            os.environ.pop(name, None)
             if name in environment:
                 os.environ[name] = environment[name]
-            else:
-                os.environ.pop(name, None)

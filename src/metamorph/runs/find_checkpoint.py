@@ -1,4 +1,4 @@
-"""Where a run resumes: at the checkpoint that is asked for, or the newest undamaged one of its folder."""
+"""Finds the checkpoint to resume from: the one asked for, or the newest undamaged one in the output folder."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run goes on."""
+    """Where a run resumes."""
 
     step: int
-    """Optimizer step, counted in steps of this run: behind so many of them, as much of the data has been trained on."""
+    """Optimizer step, in steps of this run: after that many of them, as much data has been trained on."""
     epoch: int
     """Number of the epoch."""
     trained_rows: int
-    """Rows (or samples) of that epoch that have been trained on. The first step may have fewer rows because of them."""
+    """Rows (or samples) of that epoch already trained on. The first step may have fewer rows because of them."""
     counts_anew: bool
     """Whether the steps of the checkpoint had another number of rows, so that `step` is not the checkpoint's."""
 
@@ -37,27 +37,26 @@ def find_checkpoint(
     *,
     saves_on_each_node: bool = False,
 ) -> str | None:
-    """The checkpoint to resume from; with several processes, the first looks for it and tells the others.
+    """The checkpoint to resume from, found by the first process for all.
 
     Args:
         output_dir: Folder of the run.
-        request: None or "latest": the checkpoint in `output_dir` that was written last and is complete and undamaged,
-            if any. "True": the same, but there must be one. "False": none. Otherwise the path of a checkpoint.
+        request: None or "latest": the last checkpoint written to `output_dir` that is complete and undamaged, if any.
+            "True": the same, but there must be one. "False": none. Otherwise the path of a checkpoint.
         check: Raises a `ValueError` for an undamaged checkpoint of another kind of run.
-        result_file: What lies in `output_dir` after a finished run: a warning says that it will be replaced.
+        result_file: A file that a finished run leaves in `output_dir`; a warning says that it will be replaced.
         saves_on_each_node: Whether the command has the flag `--save_on_each_node`, which an error then recommends.
 
     Raises:
-        FileNotFoundError: if the checkpoint asked for does not exist, or is not on storage that all machines share.
-        ValueError: if the checkpoint asked for is damaged, or as `check` does.
+        FileNotFoundError: If the checkpoint asked for does not exist, or is not on storage that all machines share.
+        ValueError: If the checkpoint asked for is damaged, or as `check` does.
     """
     folder = on_first_process(lambda: _find(output_dir, str(request), check, result_file))
     if folder is not None and not Path(folder).is_dir():
         raise FileNotFoundError(
-            f"{folder} is seen by the first process but not by process {dist.get_rank()} on this machine: put "
+            f"{folder} is visible to the first process but not to process {dist.get_rank()} on this machine: put "
             "--output_dir on storage that all machines share"
-            + ", or write to each with --save_on_each_node True"
-            * saves_on_each_node
+            + ", or write to each with --save_on_each_node True" * saves_on_each_node
         )
     return folder
 
@@ -66,7 +65,7 @@ def _find(output_dir: str, request: str, check: Callable[[str], None], result_fi
     folders = checkpoints(output_dir)
     if request.lower() == "false":
         if folders:
-            logger.warning("starting anew beside old checkpoints: a later resume would take %s", folders[-1])
+            logger.warning("starting from the beginning next to old checkpoints: resuming later uses %s", folders[-1])
         return None
     if request.lower() not in ("none", "latest", "true"):
         folder = Path(request).expanduser()
@@ -82,7 +81,7 @@ def _find(output_dir: str, request: str, check: Callable[[str], None], result_fi
     for folder in reversed(folders):
         problem = damage(folder)
         if problem is None:
-            logger.info("resuming from %s (--resume_from_checkpoint False starts anew)", folder)
+            logger.info("resuming from %s (--resume_from_checkpoint False starts from the beginning)", folder)
             check(str(folder))
             return str(folder)
         logger.warning("skipping the checkpoint %s: %s", folder, problem)

@@ -1,4 +1,4 @@
-"""What a checkpoint notes of the flags of its run, and in which of them a run that resumes it differs."""
+"""The flags that a checkpoint records, and how those of a run that resumes it may differ."""
 
 from __future__ import annotations
 
@@ -14,18 +14,14 @@ from metamorph.runs.checkpoint_files import CheckpointError, file_stamp
 logger = logging.getLogger(__name__)
 
 MODELS = ("model_name_or_path", "pretrained_model_name_or_path", "vision_tower")
-"""Flags whose value is that of `describe_model`."""
+"""Flags recorded by `describe_model`."""
 _CHECKSUM = " crc32:"
 
 
 def describe_model(name: str) -> str:
-    """A folder or Hub id as it is noted: the last part of its path, and for a folder a checksum of its weights.
+    """A folder or Hub id as recorded: the last part of its path and, for a folder, a checksum of its weights.
 
-    Where a model lies does not matter; many folders have the same name (`final`), so that it does not suffice. Of large
-    files the checksum sees the ends only.
-
-    Args:
-        name: Value of one of `MODELS`.
+    A model may move, and many folders have the same name (`final`). Of large files the checksum covers both ends.
     """
     folder = Path(name).expanduser()
     checksum, found = 0, False
@@ -37,20 +33,6 @@ def describe_model(name: str) -> str:
     return f"{folder.name}{_CHECKSUM}{checksum:08x}" if found else folder.name
 
 
-def changed_flags(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
-    """Text with both values of each flag that differs, by its name; what only one of them tells is left out.
-
-    Args:
-        old: Flags that a checkpoint was trained with.
-        new: Flags of the run that resumes it.
-    """
-    return {
-        name: f"--{name} {old[name]} there, {value} here"
-        for name, value in new.items()
-        if name in old and not _equal(name, old[name], value)
-    }
-
-
 def compare_flags(
     checkpoint: str,
     old: dict[str, Any],
@@ -59,26 +41,30 @@ def compare_flags(
     confirmable: Collection[str] = (),
     confirmed: Collection[str] = (),
 ) -> set[str]:
-    """Compare the flags of a run with those of the checkpoint that it resumes; what differs and acts is logged.
+    """Compare the flags of a run with those of the checkpoint that it resumes, and log the differences.
 
     Args:
         checkpoint: Its folder.
-        old: Flags that it was trained with.
+        old: Flags of the checkpoint. A flag that it does not record is not compared.
         new: Flags of the run.
-        fixed: Those that must not differ.
-        confirmable: Those that may differ if they are `confirmed`, by `--allow_changes`.
-        confirmed: The value of that flag.
+        fixed: Flags that must not differ.
+        confirmable: Flags that may differ if they are among the `confirmed`.
+        confirmed: Value of `--allow_changes`.
 
     Returns:
         Names of the flags that differ.
 
     Raises:
-        CheckpointError: naming each flag that must not differ, with both values.
+        CheckpointError: With both values of each flag that must not differ.
     """
-    changed = changed_flags(old, new)
+    changed = {
+        name: f"--{name} {old[name]} there, {value} here"
+        for name, value in new.items()
+        if name in old and not _equal(name, old[name], value)
+    }
     if refused := [text for name, text in changed.items() if name in fixed]:
         raise CheckpointError(
-            f"{checkpoint} was trained with other flags, which decide what its weights and its optimizer are: "
+            f"{checkpoint} was trained with other flags, which determine its weights and optimizer state: "
             f"{'; '.join(refused)}. Restore them, or start a new run in its own --output_dir "
             "(--resume_from_checkpoint False starts one here)"
         )
@@ -96,6 +82,6 @@ def compare_flags(
 def _equal(name: str, old: Any, new: Any) -> bool:
     if name not in MODELS or not (isinstance(old, str) and isinstance(new, str)):
         return old == new
-    # Models of the Hub and checkpoints of earlier versions have no checksum.
+    # Models on the Hub and checkpoints of earlier versions have no checksum.
     (old_name, _, old_sum), (new_name, _, new_sum) = old.partition(_CHECKSUM), new.partition(_CHECKSUM)
     return old_name == new_name and (old_sum == new_sum or not (old_sum and new_sum))

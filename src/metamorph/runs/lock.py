@@ -1,4 +1,8 @@
-"""One run at a time in an output folder: a lock that names its run, and that the next one takes over if it is gone."""
+"""Lets one run at a time use an output folder: a lock names the run, and the next one takes it over if that is gone.
+
+filelock is no replacement: `flock` is unreliable on network file systems, and nothing else notices a dead run on
+another machine.
+"""
 
 from __future__ import annotations
 
@@ -23,32 +27,29 @@ from metamorph.runs.checkpoint_files import CheckpointError, on_first_process
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "_run.json"
-"""In the output folder while a run uses it. Uploads to the Hub leave out what begins with `_`."""
+"""In the output folder while a run uses it. Uploads to the Hub skip names that begin with `_`."""
 BEAT = 15.0
-"""Seconds between two signs of life of a run, which are new modification times of the file."""
+"""Seconds between two signs of life, which are new modification times of the file."""
 SILENCE = 180.0
-"""Seconds without a sign of life after which a run on another machine is gone. Some libraries write a checkpoint of
-many gigabytes without letting other threads of the process run."""
+"""Seconds without a sign of life after which a run on another machine is considered gone. Some libraries block all
+threads while they write a checkpoint of many gigabytes."""
 POLL = 1.0
 """Seconds between two looks for a sign of life."""
 
 Lock = dict[str, str | None]
-"""What the file says of its run, as JSON."""
+"""Content of the file."""
 
 _held: dict[Path, Lock] = {}
-"""The locks of this process, by their files."""
+"""The locks of this process, by file."""
 
 
 @contextmanager
 def only_run_in(output_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Keep other runs out of the output folder while this one uses it. For all processes; the first holds the lock.
+    """Keep other runs out of the output folder, which is created if missing. For all processes; the first locks.
 
-    The lock of a run that is gone is taken over. It is gone if its process does not exist any more, which can be seen
-    from the same machine and container; if it was an earlier start of the same Slurm job; or if it has given no sign
-    of life for `SILENCE` seconds, which this waits for.
-
-    Args:
-        output_dir: Folder of the run; created if missing.
+    The lock of a run that is gone is taken over. A run is gone if its process no longer exists (visible from the same
+    machine and container), if it was an earlier start of the same Slurm job, or if it has given no sign of life for
+    `SILENCE` seconds, which this waits for.
 
     Raises:
         CheckpointError: On all processes, if another run uses the folder or it cannot be written to.
@@ -71,24 +72,17 @@ def only_run_in(output_dir: str | os.PathLike[str]) -> Iterator[None]:
         del _held[(folder / LOCK_FILE).resolve()]
         if _read(folder / LOCK_FILE) == lock:
             (folder / LOCK_FILE).unlink(missing_ok=True)
-        if is_new and folder.is_dir() and not any(folder.iterdir()):  # the run has failed before it wrote anything
+        if is_new and folder.is_dir() and not any(folder.iterdir()):  # the run failed before it wrote anything
             folder.rmdir()
 
 
 def check_lock(output_dir: str | os.PathLike[str]) -> None:
-    """Refuse to write where another run has taken over the lock of this one. For the process that holds it.
-
-    Args:
-        output_dir: Folder of the run.
-
-    Raises:
-        CheckpointError: If the lock is another run's.
-    """
+    """Raise a `CheckpointError` if another run has taken over the lock of this one. For the process that holds it."""
     path = Path(output_dir, LOCK_FILE)
     held, found = _held.get(path.resolve()), _read(path)
     if held is not None and found is not None and found != held:
         raise CheckpointError(
-            f"another run has taken over --output_dir {output_dir}, since this one seemed to be gone: "
+            f"another run has taken over --output_dir {output_dir} because this one seemed to be gone: "
             f"{_describe(found)}. This run stops and writes nothing"
         )
 
@@ -124,8 +118,8 @@ def _acquire(path: Path) -> Lock:
             f"--output_dir {path.parent} cannot be written to ({reason}): give a folder that this run may write to"
         ) from error
     raise CheckpointError(
-        f"--output_dir {path.parent} is used by another run: {_describe(_read(path))}. Wait for its end or stop it, or "
-        f"give this run its own --output_dir. If it is gone for certain, delete {path}"
+        f"--output_dir {path.parent} is used by another run: {_describe(_read(path))}. Wait for it to end or stop it, "
+        f"or give this run its own --output_dir. If you are sure that it is gone, delete {path}"
     )
 
 
@@ -133,7 +127,7 @@ def _lives(path: Path) -> bool:
     """Whether the run that holds the lock still exists; may wait for a sign of life."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem) as probe:
-            now = os.stat(probe.name).st_mtime  # by the clock of the file system, as that of the lock
+            now = os.stat(probe.name).st_mtime  # by the clock of the file system, like that of the lock
         last, began, waits = path.stat().st_mtime, time.monotonic(), False
         while True:
             answer = _is_alive(_read(path))
@@ -158,20 +152,20 @@ def _lives(path: Path) -> bool:
 
 
 def _is_alive(lock: Lock | None) -> bool | None:
-    """Whether a run exists; None if that cannot be seen from here."""
+    """Whether a run exists; None if this process cannot tell."""
     if lock is None:
         return None
     job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
     if job is not None and lock["slurm_job"] == job and lock["slurm_restart"] != restart:
-        return False  # Slurm ends all processes of a job before it starts the job again
+        return False  # Slurm ends all processes of a job before it restarts the job
     if lock["machine"] is None or lock["machine"] != _machine():
         return None
     assert lock["process"] is not None
-    return _start_time(int(lock["process"])) == lock["started"]  # the number may be that of a later process
+    return _start_time(int(lock["process"])) == lock["started"]  # else a later process has the same id
 
 
 def _machine() -> str | None:
-    """What tells where the numbers of processes are the same: this start of the machine, and the container."""
+    """Identifies this boot of the machine and its container, within which process ids can be compared."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -180,12 +174,12 @@ def _machine() -> str | None:
 
 
 def _start_time(process: int) -> str | None:
-    """When a process was started, in ticks since the start of the machine; None if it is gone."""
+    """When a process started, in ticks since the boot of the machine; None if it is gone."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    state, *fields = stat.rpartition(")")[2].split()  # its name, in brackets, may hold anything
+    state, *fields = stat.rpartition(")")[2].split()  # the name in parentheses may hold anything
     return None if state in "ZX" else fields[18]  # a zombie is gone
 
 
@@ -197,32 +191,28 @@ def _describe(lock: Lock | None) -> str:
 
 
 def _read(path: Path) -> Lock | None:
+    """The lock in a file; None if there is none, or it is damaged."""
     try:
         lock = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     texts, optional = ("id", "host", "process", "since"), ("started", "machine", "slurm_job", "slurm_restart")
-    usable = (
-        isinstance(lock, dict)
-        and all(isinstance(lock.get(name), str) for name in texts)
-        and all(name in lock and isinstance(lock[name], str | None) for name in optional)
-        and lock["id"].isalnum()
-        and lock["process"].isdecimal()
-    )
-    return lock if usable else None
+    if not isinstance(lock, dict) or not all(isinstance(lock.get(name), str) for name in texts):
+        return None
+    has_optional = all(name in lock and isinstance(lock[name], str | None) for name in optional)
+    return lock if has_optional and lock["id"].isalnum() and lock["process"].isdecimal() else None
 
 
 def _take_over(path: Path, previous: Lock | None, lock: Lock) -> bool:
-    """Put a lock into the place of that of a run that is gone, unless another run does so at the same time."""
-    # Only who has created this file may replace that lock: of several runs one, and none that is late.
+    """Replace the lock of a run that is gone, unless another run does so at the same time."""
+    # Only the run that creates this file may replace that lock, so that one run wins, and none that is late.
     claim = path.with_name(f"{path.stem}-after-{'unreadable' if previous is None else previous['id']}.json")
     try:
         with claim.open("x", encoding="utf-8") as file:
             json.dump(lock, file)
     except FileExistsError:
-        if _lives(claim):
-            return False
-        claim.unlink(missing_ok=True)  # of a run that has stopped amid this; the next try finds none
+        if not _lives(claim):
+            claim.unlink(missing_ok=True)  # of a run that stopped in the middle of this; the next attempt succeeds
         return False
     try:
         if _read(path) != previous:
@@ -238,7 +228,7 @@ def _give_signs_of_life(path: Path, lock: Lock, stop: threading.Event) -> None:
         found = _read(path)
         if found is not None and found != lock:
             logger.error(
-                "another run has taken over --output_dir %s, since this one seemed to be gone: %s. Stop one of them",
+                "another run has taken over --output_dir %s because this one seemed to be gone: %s. Stop one of them",
                 path.parent,
                 _describe(found),
             )
@@ -246,7 +236,7 @@ def _give_signs_of_life(path: Path, lock: Lock, stop: threading.Event) -> None:
         try:
             os.utime(path)
         except FileNotFoundError:
-            logger.warning("%s has been deleted: other runs are not kept out of the folder any more", path)
+            logger.warning("%s has been deleted: it no longer keeps other runs out of the folder", path)
             return
         except OSError:  # a file server may come back
             continue

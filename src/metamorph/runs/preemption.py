@@ -1,4 +1,4 @@
-"""Preemption: a signal asks for a stop, all processes agree on the step after which they save, and scripts are told."""
+"""Preemption: a signal asks for a stop, all processes agree on the step to save after, and a marker tells scripts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -23,23 +24,19 @@ from metamorph.runs.ranks import is_first_process
 logger = logging.getLogger(__name__)
 
 PREEMPTED = 75
-"""Exit status of a run that has saved and wants to be started again: EX_TEMPFAIL of sysexits.h. torchrun turns the
-status of its workers into 1, therefore scripts look for `MARKER_FILE`."""
+"""Exit status of a run that has saved and should be restarted: EX_TEMPFAIL of sysexits.h. torchrun replaces the status
+of its workers by 1, so scripts look for `MARKER_FILE`."""
 MARKER_FILE = "preempted.json"
-"""File in the output folder of such a run; the next run removes it when it starts."""
+"""File in the output folder of such a run; the next run removes it at its start."""
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGTERM") if hasattr(signal, name))
-"""What asks for a stop. Clusters send SIGUSR1 where told to (`sbatch --signal`), and SIGTERM before they kill."""
+"""Signals that ask for a stop: SIGUSR1 if requested (`sbatch --signal`), SIGTERM before a cluster kills a job."""
 SAME_KEY_PRESS = 0.3
-"""Seconds within which a second SIGINT is the first one again: launchers pass on what a terminal sends to all."""
-LEAVING = "\nCtrl-C: saving a checkpoint, then stopping. Press Ctrl-C again to leave at once.\n"
+"""Seconds within which a second SIGINT is the same key press: launchers forward what the terminal sends to all."""
+LEAVING = "\nCtrl-C: saving a checkpoint, then stopping. Press Ctrl-C again to quit at once.\n"
 
 
 class Preempted(SystemExit):
-    """The run has saved and stops, because a signal asked for it. Uncaught, it ends the process with `PREEMPTED`.
-
-    Args:
-        step: Optimizer steps done.
-    """
+    """The run has saved after optimizer step `step` and stops; uncaught, with the exit status `PREEMPTED`."""
 
     def __init__(self, step: int) -> None:
         super().__init__(PREEMPTED)
@@ -47,11 +44,9 @@ class Preempted(SystemExit):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run has saved and stops, because Ctrl-C asked for it. No marker is left: nothing should start it again.
+    """The run has saved after optimizer step `step` and stops because of Ctrl-C; without a marker, so not restarted.
 
-    Args:
-        step: Optimizer steps done.
-        message: Where the checkpoint is, and how to resume from it.
+    The message says where the checkpoint is and how to resume from it.
     """
 
     def __init__(self, step: int, message: str) -> None:
@@ -60,10 +55,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Preemption:
-    """Catches the signals while it is entered, and lets all processes of a run agree to stop.
+    """Context manager that catches signals and lets all processes of a run agree to stop.
 
-    The handler only takes a note, so a step is never torn. Only the main thread may handle signals: elsewhere nothing
-    is caught, and a line in the log says so. Ctrl-C is caught from `catch_interrupt` on, and a second one is not.
+    The handler only records the signal, so no step is interrupted. Outside of the main thread signals cannot be
+    handled, and a warning is logged. Ctrl-C is caught from `catch_interrupt` on, but not a second one.
 
     Args:
         timeout: How long `agreed` waits for the other processes.
@@ -72,9 +67,9 @@ class Preemption:
     def __init__(self, timeout: timedelta = timedelta(minutes=30)) -> None:
         self.timeout = timeout
         self.signal: signal.Signals | None = None
-        """The first signal that this process has got."""
+        """The first signal that this process received."""
         self.is_interrupt = False
-        """Whether Ctrl-C alone is what the processes have agreed to stop for."""
+        """Whether the processes have agreed to stop because of Ctrl-C alone."""
         self._interrupted_at: float | None = None
         self._process = os.getpid()
         self._group: dist.ProcessGroup | None = None
@@ -92,12 +87,12 @@ class Preemption:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            # None: set by something other than Python, which cannot be restored from here.
+            # None: the handler was not installed from Python and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
 
     def catch_interrupt(self) -> None:
-        """From here on there is something to save: the first Ctrl-C asks for a stop as the signals do."""
+        """From now on there is something to save, so the first Ctrl-C asks for a stop like the signals."""
         is_entered = bool(self._previous)  # in the main thread
         # A run in the background of a script ignores Ctrl-C, which is meant for the script.
         if is_entered and signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, self._note_interrupt):
@@ -105,7 +100,7 @@ class Preemption:
 
     def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a data worker that has been forked, but has not come to `ignore_signals` yet
+            return  # a forked data worker that has not called `ignore_signals` yet
         now = time.monotonic()
         if self._interrupted_at is None:
             self._interrupted_at = now
@@ -113,25 +108,25 @@ class Preemption:
                 os.write(2, LEAVING.encode())
             self._note(number, frame)
         elif now - self._interrupted_at > SAME_KEY_PRESS:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a third one ends the process whatever it waits for
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a third one ends the process whatever it is waiting for
             raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # No logging here: it may interrupt another log line, whose stream does not allow that.
+        # No logging here: a signal may interrupt another log call, and log streams are not reentrant.
         if self.signal is None:
             self.signal = signal.Signals(number)
 
     def agreed(self) -> bool:
-        """Whether any process has got a signal; all get the same answer and must ask at the same point of the run.
+        """Whether any process has received a signal. A collective: all ask at the same point, and get the same answer.
 
-        Costs one reduction of a byte between the processors, over gloo where there is one: no accelerator waits.
+        Costs an all-reduce of one byte over gloo if available, so that no accelerator waits.
         """
         wanted = 0 if self.signal is None else 1 if self.signal == signal.SIGINT else 2
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             self.is_interrupt = wanted == 1
             return wanted > 0
         if self._group is None:
-            # Of its own: collectives of other threads or of the accelerators must not come in between.
+            # A separate group, so that collectives of other threads or the accelerators do not interfere.
             self._group = dist.new_group(backend="gloo" if dist.is_gloo_available() else None, timeout=self.timeout)
         device = "cpu" if dist.is_gloo_available() else torch.accelerator.current_accelerator()
         most = torch.tensor([wanted], dtype=torch.uint8, device=device)
@@ -141,16 +136,13 @@ class Preemption:
 
 
 def write_marker(output_dir: str | os.PathLike[str], step: int, checkpoint: str | None, reason: str | None) -> Path:
-    """Tell scripts that the run is to be started again. For one process, once all have saved.
+    """Write the marker that tells scripts to restart the run; returns its path. For one process, once all have saved.
 
     Args:
         output_dir: Folder of the run; created if missing.
         step: Optimizer steps done.
-        checkpoint: Name of the folder, in `output_dir`, that the next run goes on from; None: it starts anew.
-        reason: Name of the signal; None if another process got it.
-
-    Returns:
-        Path of the file: JSON with `step`, `checkpoint`, `signal` and `time`.
+        checkpoint: Name of the checkpoint that the next run resumes from; None if it starts from the beginning.
+        reason: Name of the signal; None if another process received it.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,24 +150,34 @@ def write_marker(output_dir: str | os.PathLike[str], step: int, checkpoint: str 
     values = {"step": step, "checkpoint": checkpoint, "signal": reason, "time": time}
     path, partial = folder / MARKER_FILE, folder / f".{MARKER_FILE}.partial"
     partial.write_text(json.dumps(values) + "\n", encoding="utf-8")
-    partial.replace(path)  # at once: a script never reads half a file
+    partial.replace(path)  # atomic: a script never reads half a file
     return path
 
 
 def clear_marker(output_dir: str | os.PathLike[str]) -> None:
-    """Remove the marker of an earlier run, so that a run that fails is not started again. For one process.
-
-    Args:
-        output_dir: Folder of the run; it need not exist.
-    """
+    """Remove the marker of an earlier run, if any, so that a run that fails is not restarted. For one process."""
     (Path(output_dir) / MARKER_FILE).unlink(missing_ok=True)
 
 
-def ignore_signals(*_: Any, numbers: Iterable[signal.Signals] = (*SIGNALS, signal.SIGINT)) -> None:
-    """Let this process live on when its whole group gets the signals: for workers, which their main process ends.
+@contextmanager
+def stops_quietly() -> Iterator[None]:
+    """Ignore further signals once a run is preempted: torchrun sends SIGTERM to the others when one is gone.
 
-    Usable as the `worker_init_fn` of a data loader. PyTorch's own handler would end a worker at SIGTERM, and the main
-    process with it, in the middle of a step.
+    Trackers can then finish their uploads.
     """
-    for number in numbers:
+    try:
+        yield
+    except Preempted:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        raise
+
+
+def ignore_signals(*_: Any) -> None:
+    """Ignore signals sent to the process group: for workers, which their main process ends.
+
+    Usable as the `worker_init_fn` of a data loader. PyTorch's own handler would end a worker at SIGTERM and, in the
+    middle of a step, the main process with it.
+    """
+    for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

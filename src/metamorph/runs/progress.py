@@ -1,4 +1,4 @@
-"""Progress of anything that takes long: a bar on a terminal, a line now and then in a log."""
+"""Progress of long work: a bar on a terminal, regular lines in a log."""
 
 from __future__ import annotations
 
@@ -23,17 +23,9 @@ class Progress(tqdm):
 
         stage 2 · step 120/700 · loss 1.90 · 3 min left
 
-    Lines come by the clock, also while a single step takes minutes. What ends before the first is due logs nothing.
-    The logger is this module's, at level INFO.
-    Only the main process of a run shows anything.
-
-    Args:
-        iterable: What to go through; without one, call `update`.
-        desc: What is done, in front of bar and line.
-        total: Number of items; by default the length of `iterable`.
-        unit: What an item is, in the singular.
-        bar: Whether to draw a bar; by default if stderr is a terminal.
-        **kwargs: As for tqdm, for example `initial`.
+    Lines come by the clock, even while a single step takes minutes; work that ends before the first is due logs none.
+    Only the main process shows anything. Arguments are tqdm's, and `bar`: whether to draw a bar (default: if stderr is
+    a terminal).
     """
 
     first_seconds: ClassVar[float] = 5.0
@@ -54,7 +46,7 @@ class Progress(tqdm):
         is_main = is_first_process()
         self.has_bar = is_main and (sys.stderr.isatty() if bar is None else bar)
         if not self.has_bar:
-            # tqdm only counts: twice a second it puts `n` right, and `display` draws nothing.
+            # tqdm only counts: it updates `n` twice a second, and `display` draws nothing.
             kwargs |= {"mininterval": 0.5, "miniters": 1, "delay": 0, "leave": False}
         super().__init__(iterable, desc, total, unit=unit, disable=not is_main, **kwargs)
         self._has_logged = False
@@ -65,7 +57,7 @@ class Progress(tqdm):
             threading.Thread(target=_log_by_the_clock, args=(weakref.ref(self), self._closed), daemon=True).start()
 
     def say(self, line: str) -> None:
-        """Show a line about the work: above the bar, or in the log, where it counts as the next line that is due."""
+        """Show a line above the bar, or log it instead of the next line that is due."""
         if self.disable:
             return
         if self.has_bar:
@@ -75,14 +67,14 @@ class Progress(tqdm):
         self._due = time.monotonic() + self.interval_seconds
 
     def seconds_left(self) -> float | None:
-        """Estimate from the mean speed so far; None before the first item, without a total, or if nothing is shown."""
-        if self.disable or self.total is None or self.n <= self.initial:  # a disabled tqdm knows nothing of itself
+        """Estimate from the mean speed; None before the first item, without a total, or if nothing is shown."""
+        if self.disable or self.total is None or self.n <= self.initial:  # a disabled tqdm has no times
             return None
         done = self.n - self.initial
         return max(self.total - self.n, 0) * self.format_dict["elapsed"] / done
 
     def line(self, *, is_over: bool = False) -> str:
-        """The state of the work in one line, with the time that is left, or that it took."""
+        """The state of the work in one line, with the time left or taken."""
         if self.total is None:
             count = f"{self.n:,} {self.unit}s"
         elif self.unit_scale:
@@ -105,14 +97,14 @@ class Progress(tqdm):
     def close(self) -> None:
         """Remove the bar, or log how it ended if lines were logged."""
         if not self.disable:
-            with self._log_lock:  # no line of the clock comes after the last one
+            with self._log_lock:  # the thread logs no line after the last one
                 self._closed.set()
                 if not self.has_bar and (self._has_logged or time.monotonic() >= self._due):
                     logger.info("%s", self.line(is_over=True))
         super().close()
 
     def _log_if_due(self) -> float:
-        """Log the state if it is time, and return the seconds until it will be."""
+        """Log the state if it is due, and return the seconds until it is due again."""
         with self._log_lock:
             if time.monotonic() >= self._due and not self._closed.is_set():
                 self._has_logged = True
@@ -121,7 +113,7 @@ class Progress(tqdm):
 
 
 def log_line(progress: Progress, epoch: float, loss: float, learning_rate: float, per_second: float, unit: str) -> str:
-    """Six aligned fields of a log entry of training: step, epoch, loss, learning rate, `unit` per second, time left."""
+    """Six aligned fields of a training log entry: step, epoch, loss, learning rate, `unit` per second, time left."""
     left = progress.seconds_left()
     fields = (
         f"step {progress.n:>{len(str(progress.total))}}/{progress.total}",
@@ -135,7 +127,7 @@ def log_line(progress: Progress, epoch: float, loss: float, learning_rate: float
 
 
 def duration(seconds: float) -> str:
-    """In words: `45 s`, `12 min`, `3 h 20 min`, `2 d 5 h`."""
+    """A duration such as `45 s`, `12 min`, `3 h 20 min` or `2 d 5 h`."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -146,7 +138,7 @@ def duration(seconds: float) -> str:
 
 
 def _log_by_the_clock(progress: weakref.ref[Progress], closed: threading.Event) -> None:
-    """Body of the thread. It does not keep the progress alive: an exception may leave it without `close`."""
+    """Body of the thread. The weak reference lets a `Progress` that an exception left without `close` be collected."""
     wait = 0.0
     while not closed.wait(wait):
         alive = progress()

@@ -1,4 +1,4 @@
-"""PNG files of the report: loss curves, accuracies, and grids of pictures with their prompts and verdicts."""
+"""PNG files of the report: loss curves, accuracies, and grids of images with their prompts and verdicts."""
 
 from __future__ import annotations
 
@@ -8,81 +8,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from metamorph.evaluation.drawings import Drawing
-from metamorph.miniature.quickstart.evaluate import VERDICTS, Redrawing
+from metamorph.miniature.quickstart.evaluate import VERDICTS
 
-
-matplotlib.use("Agg")
 
 RIGHT, WRONG, INK = "#1a7f37", "#cf222e", "#24292f"
+_COLUMNS = 8
 _LINE_LENGTH = 24
 _CELL_INCHES, _LINE_INCHES, _ROW_GAP_INCHES, _TITLE_INCHES = 1.45, 0.125, 0.12, 0.45
-_NO_PICTURE = Image.new("RGB", (64, 64), "#f6f8fa")
-
-
-@dataclass(frozen=True)
-class LossCurves:
-    """What the three trainings logged."""
-
-    stage1: list[dict[str, Any]]
-    """Log lines of stage 1, with `step` and `text_loss`."""
-    stage2: list[dict[str, Any]]
-    """Log lines of stage 2, with `visual_loss` and `visual_cosine` too."""
-    visualizer: list[float]
-    """Loss of every step."""
+_NO_IMAGE = Image.new("RGB", (64, 64), "#f6f8fa")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of a grid."""
+    """A cell of a grid."""
 
-    pictures: tuple[Image.Image | None, ...]
-    """Side by side; None is an empty place, where the model should have drawn and did not."""
+    images: tuple[Image.Image | None, ...]
+    """Side by side; None if the model should have drawn and did not."""
     text: str
-    """Below the pictures."""
-    is_right: bool | None = None
-    """Colour of the frame and the text; None is neutral."""
+    """Below the images; its last line is an answer or verdict."""
+    is_right: bool
+    """Decides the colour of the frame and the text."""
 
 
 def drawing_cell(drawing: Drawing, *, with_inputs: bool = False) -> Cell:
-    """A drawing with its prompt and what is wrong with it; `with_inputs` shows the pictures of the prompt before it."""
+    """A drawing with its prompt and verdict, next to the images of the prompt if `with_inputs`."""
     inputs = drawing.task.prompt.images if with_inputs else ()
     prompt = drawing.task.prompt.text.replace("<image>", "").strip()
     text = f"{prompt}\n{verdict_text(drawing.verdict)}"
     return Cell((*inputs, drawing.picture), text, drawing.is_right())
 
 
-def redrawing_cell(redrawing: Redrawing) -> Cell:
-    """A picture, and the picture made of its tokens."""
-    return Cell((redrawing.original, redrawing.picture), verdict_text(redrawing.verdict), redrawing.verdict["all"])
-
-
 def verdict_text(verdict: dict[str, bool]) -> str:
-    """In words: `right`, or what is wrong, for example `wrong: shape, size`."""
+    """A verdict in words: `right`, `no image`, or for example `wrong: shape, size`."""
     if not verdict:
-        return "no picture"
+        return "no image"
     if verdict["all"]:
         return "right"
     wrong = [name for name in VERDICTS[1:] if not verdict[name]]
     return f"wrong: {', '.join(wrong) or 'number of objects'}"
 
 
-def save_grid(path: Path, title: str, cells: Sequence[Cell], columns: int = 8) -> Path:
-    """Draw cells in rows, with their texts below.
-
-    Args:
-        path: PNG file to write.
-        title: Above the grid.
-        cells: What to show; all with the same number of pictures.
-        columns: Cells in a row.
-    """
-    width = max((len(cell.pictures) for cell in cells), default=1)
-    columns = max(1, min(columns // width, len(cells)))
+def save_grid(path: Path, title: str, cells: Sequence[Cell]) -> None:
+    """Write a grid of cells, all with the same number of images, to a PNG file."""
+    width = max((len(cell.images) for cell in cells), default=1)
+    columns = max(1, min(_COLUMNS // width, len(cells)))
     rows = max(1, -(-len(cells) // columns))
     texts = [_wrap(cell.text, _LINE_LENGTH * width) for cell in cells]
     text_inches = _LINE_INCHES * max((text.count("\n") + 1 for text in texts), default=0)
@@ -99,31 +73,31 @@ def save_grid(path: Path, title: str, cells: Sequence[Cell], columns: int = 8) -
         hspace=(text_inches + _ROW_GAP_INCHES) / _CELL_INCHES,
     )
     for index, cell in enumerate(cells):
-        for place, picture in enumerate(cell.pictures):
+        color = RIGHT if cell.is_right else WRONG
+        for place, image in enumerate(cell.images):
             axes = figure.add_subplot(rows, columns * width, index * width + place + 1)
-            is_last = place == width - 1
-            _show(axes, picture, cell.is_right if is_last else None)
+            _show(axes, image, color if place == width - 1 else None)
             if place == 0:
-                axes.set_xlabel(texts[index], fontsize=7, color=_color(cell.is_right), loc="left")
+                axes.set_xlabel(texts[index], fontsize=7, color=color, loc="left")
     figure.savefig(path)
-    return path
 
 
-def save_curves(path: Path, curves: LossCurves) -> Path:
-    """Draw the losses of all stages over their steps."""
+def save_curves(
+    path: Path, stage1: Sequence[dict[str, Any]], stage2: Sequence[dict[str, Any]], visualizer: Sequence[float]
+) -> None:
+    """Plot the losses in the logs of both stages, and of every step of the visualizer."""
     figure = Figure(figsize=(13, 3.2), dpi=110)
     axes = figure.subplots(1, 4)
-    _plot(axes[0], "stage 1: text loss", *_series(curves.stage1, "text_loss"))
-    _plot(axes[1], "stage 2: text loss", *_series(curves.stage2, "text_loss"))
-    _plot(axes[2], "stage 2: visual loss (1 − cosine)", *_series(curves.stage2, "visual_loss"))
-    _plot(axes[3], "visualizer: diffusion loss", *smoothed(curves.visualizer))
+    _plot(axes[0], "stage 1: text loss", *_series(stage1, "text_loss"))
+    _plot(axes[1], "stage 2: text loss", *_series(stage2, "text_loss"))
+    _plot(axes[2], "stage 2: visual loss (1 − cosine)", *_series(stage2, "visual_loss"))
+    _plot(axes[3], "visualizer: diffusion loss", *_smoothed(visualizer))
     figure.tight_layout()
     figure.savefig(path)
-    return path
 
 
-def save_accuracies(path: Path, per_type: dict[str, float]) -> Path:
-    """Draw the accuracy of each type of question as bars."""
+def save_accuracies(path: Path, per_type: dict[str, float]) -> None:
+    """Plot the accuracy of each type of question as bars."""
     figure = Figure(figsize=(6, 0.4 * len(per_type) + 0.8), dpi=110)
     axes = figure.subplots()
     names = list(reversed(per_type))
@@ -134,16 +108,10 @@ def save_accuracies(path: Path, per_type: dict[str, float]) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path)
-    return path
 
 
-def save_study(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """Draw the share of right drawings over the number of drawing records, with standard errors over seeds.
-
-    Args:
-        path: PNG file to write.
-        rows: As `metamorph.miniature.study.summarise_runs` makes them.
-    """
+def save_study(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Plot the share of right drawings, with standard errors over seeds: `rows` of `study.summarise_runs`."""
     figure = Figure(figsize=(10, 3.8), dpi=110)
     titles = {"seen": "colour and shape drawn together in training", "held_out": "never drawn together"}
     for axes, (group, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
@@ -161,16 +129,15 @@ def save_study(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
         axes.set_xlabel("drawing records", fontsize=9)
         axes.set_ylim(-0.02, 1.02)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("drawings right in everything", fontsize=9)
+    figure.axes[0].set_ylabel("drawings completely right", fontsize=9)
     figure.axes[0].legend(fontsize=9)
     figure.tight_layout()
     figure.savefig(path)
-    return path
 
 
-def smoothed(losses: Sequence[float], window: int = 10) -> tuple[list[int], list[float]]:
-    """Steps and running means of per-step losses, one point for each `window` steps."""
-    window = max(1, min(window, len(losses) // 4))
+def _smoothed(losses: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Steps, and means of the losses over windows of up to 10 steps."""
+    window = max(1, min(10, len(losses) // 4))
     chunks = [losses[start : start + window] for start in range(0, len(losses), window)]
     steps = [min((index + 1) * window, len(losses)) for index in range(len(chunks))]
     return steps, [sum(chunk) / len(chunk) for chunk in chunks]
@@ -191,19 +158,15 @@ def _plot(axes: Axes, title: str, steps: Sequence[int], values: Sequence[float])
     axes.tick_params(labelsize=7)
 
 
-def _show(axes: Axes, picture: Image.Image | None, is_right: bool | None) -> None:
+def _show(axes: Axes, image: Image.Image | None, frame: str | None) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.patch.set_alpha(0)  # the text of the cell before may reach below this one
-    axes.imshow(_NO_PICTURE if picture is None else picture, interpolation="nearest")
+    axes.patch.set_alpha(0)  # the text of the previous cell may extend below this one
+    axes.imshow(_NO_IMAGE if image is None else image, interpolation="nearest")
     for spine in axes.spines.values():
-        spine.set(color="#d0d7de" if is_right is None else _color(is_right), linewidth=1 if is_right is None else 2)
+        spine.set(color=frame or "#d0d7de", linewidth=2 if frame else 1)
 
 
 def _wrap(text: str, length: int) -> str:
     """Break long lines of a text."""
     return "\n".join(textwrap.fill(line, length) for line in text.splitlines())
-
-
-def _color(is_right: bool | None) -> str:
-    return INK if is_right is None else RIGHT if is_right else WRONG

@@ -1,4 +1,4 @@
-"""Every number of the quickstart: how much data, how long each stage trains, what is evaluated."""
+"""All numbers of the quickstart: how much data, how long each stage trains, how much is evaluated."""
 
 from __future__ import annotations
 
@@ -9,79 +9,74 @@ from metamorph.miniature.world.dataset import WorldSizes
 
 
 NUM_IMAGE_TOKENS = 16
-"""Visual tokens of a 64×64 picture: mini-siglip's 8×8 patches reduced to 4×4."""
+"""Visual tokens of a 64×64 image: mini-siglip's 8×8 patches reduced to 4×4."""
 
 
 @dataclass(frozen=True)
 class EvaluationSizes:
-    """How many records of each kind are evaluated."""
+    """Number of evaluated records of each kind."""
 
     vqa: int = 400
-    """Questions about pictures."""
+    """Questions about images."""
     seen: int = 96
-    """Drawing prompts for (colour, shape) pairs that training drew; about a third asks for two objects and is reported
-    apart, as `pairs`."""
+    """Drawing prompts for (colour, shape) pairs that training drew; the third or so with two objects is reported as
+    `pairs`."""
     held_out: int = 48
     """Drawing prompts for pairs that training never drew."""
     knowledge: int = 32
     """Drawing prompts that need a fact about a thing that training never drew."""
     edit: int = 48
-    """Instructions that change a picture."""
+    """Instructions that change an image."""
     next_frame: int = 24
     """Moving objects."""
     visualizer: int = 64
-    """Pictures drawn again from their true tokens."""
+    """Images drawn again from their true tokens."""
 
     @property
     def largest(self) -> int:
-        """Records that the largest evaluation file needs."""
+        """Number of records in the largest evaluation file."""
         return max(vars(self).values())
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one run of the quickstart does."""
+    """Settings of one run of the quickstart."""
 
     sizes: WorldSizes
-    """Records of training data; `evaluation` below decides the size of the evaluation files."""
+    """Number of training records; `evaluation` decides the size of the evaluation files."""
     evaluation: EvaluationSizes = EvaluationSizes()
-    """How many records of each kind are evaluated."""
     batch_size: int = 32
     """Records per step of both stages."""
     stage1_steps: int = 100
-    """Optimizer steps of stage 1."""
     stage1_lr: float = 3e-3
     """Peak learning rate of stage 1."""
     stage2_steps: int = 700
-    """Optimizer steps of stage 2."""
     stage2_lr: float = 3e-3
     """Peak learning rate of stage 2."""
     stage2_adam_beta2: float = 0.98
-    """Decay of AdamW's second moment in stage 2; lower than the usual 0.999, as the run is short."""
+    """Decay of AdamW's second moment in stage 2; lower than the usual 0.999 because the run is short."""
     stage2_save_steps: int = 0
-    """Steps of stage 2 between checkpoints, from which an interrupted run goes on; 0 keeps none."""
+    """Steps of stage 2 between checkpoints; 0 saves none."""
     vision_coef: float = 4.0
     """Weight of the visual loss in stage 2."""
     alignment_steps: int = 800
-    """Steps that first fit the visualizer's projector to mini-sd's own conditions; a hundred take a second."""
+    """Steps that fit the visualizer's projector to mini-sd's own conditions; a hundred take a second."""
     visualizer_steps: int = 150
-    """Optimizer steps of the visualizer."""
     visualizer_batch_size: int = 16
-    """Pictures per step of the visualizer."""
     visualizer_lr: float = 5e-4
     """Peak learning rate of the projector."""
     guidance_scale: float = 2.0
-    """Guidance with which evaluation draws."""
+    """Guidance scale in evaluation."""
     sampling_steps: int = 15
-    """Sampler steps with which evaluation draws."""
+    """Denoising steps in evaluation."""
 
     @property
     def world_sizes(self) -> WorldSizes:
-        """Records of all files."""
+        """Number of records of all files."""
         return replace(self.sizes, evaluation=self.evaluation.largest)
 
     def stage1_flags(self) -> dict[str, Any]:
-        """Flags of `metamorph train` for stage 1, but for the paths."""
+        """Flags of `metamorph train` for stage 1, without the paths."""
         return {
             "tune_mm_mlp_adapter": True,
             "max_steps": self.stage1_steps,
@@ -90,18 +85,20 @@ class Recipe:
         }
 
     def stage2_flags(self) -> dict[str, Any]:
-        """Flags of `metamorph train` for stage 2, but for the paths."""
+        """Flags of `metamorph train` for stage 2, without the paths."""
+        every = self.stage2_save_steps
+        checkpoints = {"save_strategy": "steps", "save_steps": every, "save_total_limit": 1} if every else {}
         return {
             "vision_coef": self.vision_coef,
             "max_steps": self.stage2_steps,
             "learning_rate": self.stage2_lr,
             "adam_beta2": self.stage2_adam_beta2,
             **self._common_flags(),
-            **self._checkpoint_flags(),
+            **checkpoints,
         }
 
     def visualizer_flags(self) -> dict[str, Any]:
-        """Flags of `metamorph train-visualizer`, but for the paths."""
+        """Flags of `metamorph train-visualizer`, without the paths."""
         return {
             "num_tokens": NUM_IMAGE_TOKENS,
             "mode": "mlp",
@@ -121,11 +118,6 @@ class Recipe:
             "ema_decay": 0.95,
             "save_step": 0,
         }
-
-    def _checkpoint_flags(self) -> dict[str, Any]:
-        if not self.stage2_save_steps:
-            return {}
-        return {"save_strategy": "steps", "save_steps": self.stage2_save_steps, "save_total_limit": 1}
 
     def _common_flags(self) -> dict[str, Any]:
         return {
@@ -154,10 +146,8 @@ FULL = Recipe(
         facts=500,
         knowledge_prompts=1200,
         visualizer=1500,
-        evaluation=0,
         pair_fraction=0.45,
     ),
-    evaluation=EvaluationSizes(),
 )
 """What `metamorph quickstart` runs."""
 
@@ -173,7 +163,6 @@ MINI = Recipe(
         facts=1000,
         knowledge_prompts=3000,
         visualizer=2500,
-        evaluation=0,
         pair_fraction=0.5,
     ),
     stage1_steps=200,
@@ -185,10 +174,10 @@ MINI = Recipe(
     visualizer_steps=300,
     evaluation=EvaluationSizes(vqa=1000, seen=192, held_out=96, knowledge=64, edit=96, next_frame=48, visualizer=128),
 )
-"""What `python -m tools.miniature.rebuild mini` runs: the quickstart with more of everything, above all edits."""
+"""What `python -m tools.miniature.rebuild mini` runs: more of everything, above all edits."""
 
 MINI_EVALUATION_SEED = 1000
-"""Seed of the records that mini is judged by; no build or tuning uses it."""
+"""Seed of the records that mini is evaluated on; no build or tuning uses it."""
 
 FAST = Recipe(
     sizes=WorldSizes(
@@ -201,7 +190,6 @@ FAST = Recipe(
         facts=16,
         knowledge_prompts=16,
         visualizer=48,
-        evaluation=0,
     ),
     batch_size=16,
     stage1_steps=6,
@@ -212,4 +200,4 @@ FAST = Recipe(
     sampling_steps=3,
     evaluation=EvaluationSizes(vqa=24, seen=8, held_out=6, knowledge=4, edit=8, next_frame=4, visualizer=8),
 )
-"""What `metamorph quickstart --fast` runs: every part once, far too short to learn anything."""
+"""What `metamorph quickstart --fast` runs: every part, far too short to learn anything."""

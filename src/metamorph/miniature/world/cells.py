@@ -12,21 +12,16 @@ from metamorph.miniature.world.scenes import COLORS, POSITIONS, SHAPES, SIZES, S
 
 
 GRID = 4
-"""Visual tokens along each side of a picture."""
-ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "shape": SHAPES,
-    "color": COLORS,
-    "size": SIZES,
-    "position": POSITIONS,
-}
-"""What each probe reads. Class 0 is "no object here"; class k is the (k-1)-th word."""
+"""Visual tokens along each side of an image."""
+ATTRIBUTES = {"shape": SHAPES, "color": COLORS, "size": SIZES, "position": POSITIONS}
+"""Attributes of an object. Class 0 is "no object here"; class k is the (k-1)-th word."""
 
 
 def cells_of(position: str) -> list[int]:
     """Indices of the tokens that an object at `position` covers, in reading order.
 
-    These are the 2×2 cells whose centres lie within half a cell of the object's: small or large, an object of
-    the world touches exactly these, so no cell has two objects.
+    These are the 2×2 cells whose centres lie within half a cell of the object's. Small or large, an object touches
+    exactly these, so no cell has two objects.
     """
     x, y = CENTERS[position]
     size = IMAGE_SIZE / GRID

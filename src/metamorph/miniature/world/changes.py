@@ -31,18 +31,13 @@ EDIT_TEMPLATES = {
 }
 NEXT_FRAME_PROMPTS = ("draw the next frame", "what comes next?", "generate the next image")
 MOTION = ("top left", "top right", "bottom right", "bottom left")
-"""The corners in the order in which a moving object visits them, this way round or the other."""
+"""The corners in clockwise order; a moving object visits them in this order or its reverse."""
 
 
 def edit(scene: Scene, rng: np.random.Generator) -> tuple[str, str, Scene]:
-    """An instruction that fits a scene, and what it makes of it.
-
-    Returns:
-        (kind of :data:`EDIT_KINDS`, instruction, edited scene). The background never changes.
-    """
+    """Sample an instruction that fits a scene; returns its kind (of `EDIT_KINDS`), its text and the edited scene."""
     kinds = ["color", "shape", "size", "position"]
-    alone = len(scene.objects) == 1
-    if not alone:
+    if len(scene.objects) == 2:
         kinds.append("remove")
     elif scene.objects[0].position != DEFAULT_POSITION:
         kinds.append("add")
@@ -53,8 +48,7 @@ def edit(scene: Scene, rng: np.random.Generator) -> tuple[str, str, Scene]:
     if kind == "remove":
         changed = replace(scene, objects=others)
     elif kind == "add":
-        free = tuple(corner for corner in CORNERS if corner != item.position)
-        new = sample_object(rng, free)
+        new = sample_object(rng, tuple(corner for corner in CORNERS if corner != item.position))
         changed = replace(scene, objects=(item, new))
         words["value"] = full_phrase(new)
     else:
@@ -65,20 +59,9 @@ def edit(scene: Scene, rng: np.random.Generator) -> tuple[str, str, Scene]:
 
 
 def next_frame(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene, Scene]:
-    """Three frames of an object that walks from corner to corner, clockwise or the other way.
-
-    Args:
-        scene: a scene with one object; its position is replaced.
-        rng: chooses start and direction.
-
-    Returns:
-        Two frames to see, and the third to draw.
-
-    Raises:
-        ValueError: the scene has two objects.
-    """
+    """Three frames (two to see, one to draw) in which the object of a scene moves from corner to corner, either way."""
     if len(scene.objects) != 1:
-        raise ValueError(f"Only a scene of one object moves on, not one of {len(scene.objects)}.")
+        raise ValueError(f"Only a scene of one object has a next frame, not one of {len(scene.objects)}.")
     start, direction = int(rng.integers(len(MOTION))), pick(rng, (1, -1))
     first, second, third = (
         replace(scene, objects=(replace(scene.objects[0], position=MOTION[(start + direction * i) % 4]),))
@@ -90,7 +73,6 @@ def next_frame(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene, Sc
 def _reference(scene: Scene, item: SceneObject, rng: np.random.Generator) -> str:
     if len(scene.objects) == 1 and rng.random() < 0.3:
         return "it"
-    # A twin can only be told by its position; elsewhere the changing attribute may be named as well.
     return reference(scene, item, rng)
 
 

@@ -1,15 +1,15 @@
-"""Reads a scene back from a picture, pixel by pixel: the judge of everything the miniature draws.
+"""Reads a scene back from an image, pixel by pixel: the judge of everything that the miniature draws.
 
-No learned part: the object's colour is the median of its pixels; its shape, size and exact place are those of
-the template with the largest overlap. Pictures out of a diffusion model are a little noisy, and a blob that
-fits no template well enough is read as an object without shape, never as the nearest one.
+Nothing is learned: an object's colour is the median of its pixels; its shape, size and exact place are those of the
+template with the largest overlap. A blob that fits no template well enough (diffusion models leave some noise) is read
+as an object without a shape, never as the nearest one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -19,41 +19,39 @@ from metamorph.miniature.world.scenes import CORNERS, DEFAULT_POSITION, SHAPES, 
 
 
 FOREGROUND_DISTANCE = 70.0
-"""RGB distance to the background from which on a pixel belongs to an object."""
+"""RGB distance to the background above which a pixel belongs to an object."""
 COLOR_TOLERANCE = 80.0
-"""RGB distance to the nearest palette entry beyond which a colour counts as unreadable."""
+"""RGB distance to the nearest palette entry above which a colour is unreadable."""
 MIN_AREA = 40
-"""Fewer foreground pixels in a quadrant than this are noise; the smallest object has 128."""
+"""Fewer foreground pixels than this in a quadrant are noise; the smallest object has 128."""
 MIN_OVERLAP = 0.72
 """Soft intersection over union below which a shape is unreadable; a circle and its square have 0.79."""
 SEARCH = 2
-"""Templates are tried up to this many pixels beside the nominal centre."""
+"""Templates are tried up to this many pixels from the nominal centre."""
 MARGIN = 2
 """Foreground up to this many pixels outside an object's template still belongs to the object."""
 
 
 @dataclass(frozen=True)
 class ObjectReading:
-    """One object as read; an attribute is None where the picture is not clear."""
+    """An object as read; an attribute is None if it is unreadable."""
 
     position: str
     color: str | None
     shape: str | None
     size: str | None
-    overlap: float
-    """Soft intersection over union with the best template, 0..1."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Everything read from a picture."""
+    """Everything read from an image."""
 
     objects: tuple[ObjectReading, ...]
     background: str
 
     @property
     def scene(self) -> Scene | None:
-        """The scene, or None if any attribute is unreadable or no scene has so many objects at these places."""
+        """The scene, or None if an attribute is unreadable or no scene has these objects."""
         positions = [item.position for item in self.objects]
         if len(positions) not in (1, 2) or (len(positions) == 2 and DEFAULT_POSITION in positions):
             return None
@@ -67,7 +65,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which attributes of a picture are right; for two objects an attribute is right when it is for both."""
+    """Which attributes of an image are right; with two objects, if they are right for both."""
 
     color: bool
     shape: bool
@@ -75,36 +73,31 @@ class Verdict:
     position: bool
     count: bool
     """Whether the number of objects is right."""
-    background: bool
-    """Reported, but no part of :attr:`all`."""
 
     @property
     def all(self) -> bool:
-        """Colour, shape, size, position and count are right."""
+        """Everything but the background is right."""
         return self.color and self.shape and self.size and self.position and self.count
 
 
 def read_image(image: Image.Image | np.ndarray) -> Reading:
-    """Read a picture of 64×64 pixels.
-
-    Args:
-        image: RGB picture or ``[64, 64, 3]`` uint8 array.
+    """Read an RGB image, or a `[64, 64, 3]` uint8 array.
 
     Raises:
-        ValueError: the picture has another size.
+        ValueError: If the image has another size.
     """
     if isinstance(image, Image.Image):
         image = image.convert("RGB")
     pixels = np.asarray(image, np.float32)
     if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
-        raise ValueError(f"The checker reads {IMAGE_SIZE}×{IMAGE_SIZE} RGB pictures, not shape {pixels.shape}.")
+        raise ValueError(f"The checker reads {IMAGE_SIZE}×{IMAGE_SIZE} RGB images, not shape {pixels.shape}.")
     background, backdrop = _read_background(pixels)
     foreground = np.linalg.norm(pixels - backdrop, axis=-1) > FOREGROUND_DISTANCE
     found = []
     middle = foreground[28:36, 28:36]
     if middle.mean() > 0.5:
-        # Objects of the corners end before the middle, those of the centre always fill it. The centre object reaches
-        # into every corner's quadrant: only what it leaves there can be another object.
+        # Objects in the corners end before the middle, one in the centre always fills it and reaches into the quadrant
+        # of every corner: only what it leaves there can be another object.
         item, template = _read_object(pixels, foreground, backdrop, DEFAULT_POSITION)
         found.append(item)
         foreground = foreground & ~_grown(template > 0)
@@ -116,39 +109,27 @@ def read_image(image: Image.Image | np.ndarray) -> Reading:
 
 
 def judge(image: Image.Image | np.ndarray, scene: Scene) -> Verdict:
-    """Compare a picture with the scene it should show.
+    """Compare an image with the scene it should show.
 
-    Objects are matched so that the most attributes agree; an object that is missing has no right attribute.
+    Objects are matched so that the most attributes agree; a missing object has no right attribute.
     """
-    reading = read_image(image)
-    best = (0,) * 4
-    for order in permutations(reading.objects, min(len(reading.objects), len(scene.objects))):
-        if len(order) == len(scene.objects):
-            best = max(best, _agreement(order, scene.objects), key=sum)
-    wanted = len(scene.objects)
-    color, shape, size, position = (right == wanted for right in best)
-    return Verdict(
-        color=color,
-        shape=shape,
-        size=size,
-        position=position,
-        count=len(reading.objects) == wanted,
-        background=reading.background == scene.background,
-    )
-
-
-def _agreement(found: tuple[ObjectReading, ...], wanted: tuple[SceneObject, ...]) -> tuple[int, int, int, int]:
-    pairs = list(zip(found, wanted, strict=True))
-    return (
-        sum(f.color == w.color for f, w in pairs),
-        sum(f.shape == w.shape for f, w in pairs),
-        sum(f.size == w.size for f, w in pairs),
-        sum(f.position == w.position for f, w in pairs),
-    )
+    found, wanted = read_image(image).objects, scene.objects
+    best = (0,) * 4  # objects with the right colour, shape, size and position
+    for order in permutations(found, len(wanted)):
+        pairs = list(zip(order, wanted, strict=True))
+        agreement = (
+            sum(f.color == w.color for f, w in pairs),
+            sum(f.shape == w.shape for f, w in pairs),
+            sum(f.size == w.size for f, w in pairs),
+            sum(f.position == w.position for f, w in pairs),
+        )
+        best = max(best, agreement, key=sum)
+    color, shape, size, position = (right == len(wanted) for right in best)
+    return Verdict(color, shape, size, position, count=len(found) == len(wanted))
 
 
 def _read_background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
-    """Name and measured RGB of the background, from the frame of the picture that no object reaches."""
+    """Name and measured RGB of the background, from the border of the image, which no object reaches."""
     frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     measured = np.median(frame, axis=0)
     name = min(BACKGROUND_RGB, key=lambda key: float(np.linalg.norm(measured - np.asarray(BACKGROUND_RGB[key]))))
@@ -156,7 +137,7 @@ def _read_background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def _window(position: str) -> tuple[slice, slice]:
-    """(rows, columns) in which an object may lie: a quadrant, or the whole picture for the centre."""
+    """(rows, columns) in which an object may lie: a quadrant, or the entire image for the centre."""
     if position == DEFAULT_POSITION:
         return slice(0, IMAGE_SIZE), slice(0, IMAGE_SIZE)
     half = IMAGE_SIZE // 2
@@ -165,36 +146,33 @@ def _window(position: str) -> tuple[slice, slice]:
 
 
 def _sharpened(amount: np.ndarray) -> np.ndarray:
-    """Coverage with its ends flattened, so that faint noise does not add up to an object."""
+    """Coverage clipped at both ends, so that faint noise does not add up to an object."""
     return np.clip((amount - 0.2) / 0.6, 0, 1)
 
 
 @lru_cache(maxsize=len(CENTERS))
 def _templates(position: str) -> tuple[list[tuple[str, str]], np.ndarray]:
-    """(shape, size) of every template of a position; the templates, ``[templates, pixels of the window]``."""
+    """(shape, size) of every template of a position, and the templates, `[templates, pixels of the window]`."""
     window = _window(position)
     x, y = CENTERS[position]
     shifts = range(-SEARCH, SEARCH + 1)
     names, masks = [], []
-    for shape in SHAPES:
-        for size in HALF_EXTENT:
-            for dx in shifts:
-                for dy in shifts:
-                    names.append((shape, size))
-                    masks.append(_sharpened(coverage(shape, size, x + dx, y + dy)[window].ravel()))
+    for shape, size, dx, dy in product(SHAPES, HALF_EXTENT, shifts, shifts):
+        names.append((shape, size))
+        masks.append(_sharpened(coverage(shape, size, x + dx, y + dy)[window].ravel()))
     return names, np.stack(masks)
 
 
 def _grown(mask: np.ndarray) -> np.ndarray:
     """A mask and the `MARGIN` pixels around it."""
-    picture = Image.fromarray(mask.astype(np.uint8))
-    return np.asarray(picture.filter(ImageFilter.MaxFilter(2 * MARGIN + 1))).astype(bool)
+    image = Image.fromarray(mask.astype(np.uint8))
+    return np.asarray(image.filter(ImageFilter.MaxFilter(2 * MARGIN + 1))).astype(bool)
 
 
 def _read_object(
     pixels: np.ndarray, foreground: np.ndarray, backdrop: np.ndarray, position: str
 ) -> tuple[ObjectReading, np.ndarray]:
-    """The object of a position, and its best template, in the shape of the position's window."""
+    """The object at a position, and its best template in the shape of the position's window."""
     window = _window(position)
     patch = pixels[window].reshape(-1, 3)
     measured = np.median(patch[foreground[window].ravel()], axis=0)
@@ -202,10 +180,10 @@ def _read_object(
         ((name, float(np.linalg.norm(measured - np.asarray(rgb)))) for name, rgb in PALETTE.items()),
         key=lambda pair: pair[1],
     )
-    # A pixel lies on the line from the background to the object's colour: the further, the more is covered.
+    # A partly covered pixel lies on the line from the background to the object's colour, in proportion to its coverage.
     direction = measured - backdrop
     amount = np.clip((patch - backdrop) @ direction / max(float(direction @ direction), 1.0), 0, 1)
-    # A pixel of another colour covers nothing but still counts in the union.
+    # A pixel of another colour counts as uncovered, but still in the union.
     off_line = np.linalg.norm(patch - backdrop - amount[:, None] * direction, axis=-1) > FOREGROUND_DISTANCE
     names, templates = _templates(position)
     amount = np.where(off_line, 0, _sharpened(amount))
@@ -219,6 +197,5 @@ def _read_object(
         color=color if distance <= COLOR_TOLERANCE else None,
         shape=names[best][0] if readable else None,
         size=names[best][1] if readable else None,
-        overlap=float(overlap[best]),
     )
     return reading, templates[best].reshape(foreground[window].shape)

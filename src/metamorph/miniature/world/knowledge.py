@@ -1,7 +1,7 @@
-"""What the miniature knows beyond pictures: the colours and shapes of a few everyday things.
+"""Facts beyond images: the colours and shapes of a few everyday things.
 
-The facts are taught as text alone. Some things also occur in drawing prompts ("draw the colour of grass as a square");
-the others are drawn in no training example, so that a right picture of them shows knowledge carried from text to image.
+Facts are taught as text only. Some things also occur in drawing prompts ("draw the colour of a leaf as a square"); the
+others are drawn in no training sample, so a correct image of them shows knowledge transferred from text to images.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from metamorph.miniature.world.scenes import (
 
 @dataclass(frozen=True)
 class Thing:
-    """A thing with a colour, a shape, or both."""
+    """An everyday thing with a colour, a shape, or both."""
 
     name: str
     """With its article: "grass", "the sun", "a wheel"."""
     color: str | None = None
     shape: str | None = None
     drawn: bool = True
-    """Whether training prompts ask for drawings of it; things that are not drawn serve evaluation."""
+    """Whether training prompts ask to draw it; the other things are for evaluation."""
 
 
 THINGS = (
@@ -70,15 +70,6 @@ FACT_REQUESTS = ("what do you know about {thing}?", "tell me about {thing}")
 COLOUR_PROMPTS = ("draw the {colour} of {thing} as {shape}", "draw {shape} with the {colour} of {thing}")
 SHAPE_PROMPTS = ("draw the shape of {thing} in {color}", "draw {color} with the shape of {thing}")
 THING_PROMPTS = ("draw {thing}", "generate an image of {thing}")
-FACT_TEMPLATES = (
-    *COLOUR_FACT_QUESTIONS,
-    *SHAPE_FACT_QUESTIONS,
-    FACT_CHECK,
-    *FACT_REQUESTS,
-    *COLOUR_PROMPTS,
-    *SHAPE_PROMPTS,
-    *THING_PROMPTS,
-)
 
 
 def fact(thing: Thing) -> str:
@@ -89,7 +80,7 @@ def fact(thing: Thing) -> str:
 
 
 def fact_questions(thing: Thing, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions about a thing with their answers, in words drawn from `rng`."""
+    """Questions about a thing with their answers, in random words."""
     found = [(sentence(pick(rng, FACT_REQUESTS), rng, thing=thing.name), fact(thing))]
     for value, values, templates in (
         (thing.color, COLORS, COLOUR_FACT_QUESTIONS),
@@ -109,15 +100,9 @@ def fact_questions(thing: Thing, rng: np.random.Generator) -> list[tuple[str, st
 def knowledge_prompt(
     rng: np.random.Generator, *, drawn: bool, allow_held_out: bool = False
 ) -> tuple[str, Scene, Thing]:
-    """A drawing prompt that needs a fact.
+    """Sample a drawing prompt that needs a fact; returns prompt, scene (large, in the centre, on white) and thing.
 
-    Args:
-        rng: source of randomness.
-        drawn: take a thing that training prompts draw (``True``) or one kept for evaluation (``False``).
-        allow_held_out: whether the picture may show a held-out (colour, shape) pair.
-
-    Returns:
-        The prompt, the scene it asks for (large, in the centre, on white), and the thing.
+    `drawn` is that of the thing; `allow_held_out` allows held-out (colour, shape) pairs.
     """
     things = tuple(thing for thing in THINGS if thing.drawn == drawn)
     while True:

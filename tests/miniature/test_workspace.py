@@ -2,22 +2,17 @@
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from metamorph.cli import main
 from metamorph.flags.extras import install_command
-from metamorph.miniature.quickstart.options import (
-    MARKER_FILE,
-    QuickstartOptions,
-    clear_output,
-    require_extras,
-    thread_count,
-)
+from metamorph.miniature.quickstart.workspace import MARKER_FILE, open_workspace, require_extras, thread_count
 
 
 def test_missing_extras_are_named_with_the_command_that_installs_them(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "diffusers", None)  # what the import system keeps for a module that is not there
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # what the import system keeps for a missing module
     with pytest.raises(ValueError, match="needs diffusers: " + re.escape(install_command("quickstart"))):
         require_extras()
     assert main(["quickstart", "--fast"]) == 2
@@ -26,32 +21,29 @@ def test_missing_extras_are_named_with_the_command_that_installs_them(monkeypatc
     assert install_command("quickstart") in error
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(NotADirectoryError, match=r"thesis.tex, which the quickstart did not make"):
-        QuickstartOptions(output_dir=tmp_path)
-
-
-def test_bad_values_name_their_flag(tmp_path):
-    with pytest.raises(ValueError, match="--seed -1"):
-        QuickstartOptions(output_dir=tmp_path, seed=-1)
-    with pytest.raises(FileNotFoundError, match=r"--assets-dir .* lacks mini-siglip, mini-llama, mini-sd"):
-        QuickstartOptions(output_dir=tmp_path / "out", assets_dir=tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="is a file"):
-        QuickstartOptions(output_dir=tmp_path / "file")
+@pytest.mark.parametrize(
+    ("file", "output", "assets", "message"),
+    [
+        ("thesis.tex", "", None, r"thesis.tex, which the quickstart did not create"),
+        ("file", "file", None, "--output-dir .*file cannot be written to: .* is a file"),
+        ("file", "out", "", r"--assets-dir .* lacks mini-siglip, mini-llama, mini-sd"),
+    ],
+)
+def test_bad_folders_name_their_flag(file: str, output: str, assets: str | None, message: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("years of work")
+    with pytest.raises((NotADirectoryError, FileNotFoundError), match=message):
+        open_workspace(tmp_path / output, None if assets is None else tmp_path / assets)
 
 
 def test_an_earlier_run_is_cleared_away(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").write_text("")
     (tmp_path / "metrics.json").write_text("{}")
-    # The names alone are no proof: somebody may keep a model of their own in out/model.
-    with pytest.raises(NotADirectoryError, match=r"metrics.json, model, which the quickstart did not make"):
-        QuickstartOptions(output_dir=tmp_path)
+    # The names alone prove nothing: somebody may have a model of their own in out/model.
+    with pytest.raises(NotADirectoryError, match=r"metrics.json, model, which the quickstart did not create"):
+        open_workspace(tmp_path)
     (tmp_path / MARKER_FILE).touch()
-    assert QuickstartOptions(output_dir=tmp_path).output_dir == tmp_path
-    clear_output(tmp_path)
+    open_workspace(tmp_path).clear()
     assert [path.name for path in tmp_path.iterdir()] == [MARKER_FILE]
 
 
