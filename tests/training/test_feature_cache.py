@@ -24,7 +24,7 @@ from metamorph.data.records import DataError, RecordError
 from metamorph.data.tasks import ImageRef
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.vision_tower import load_tower_of
-from metamorph.training.arguments import DataArguments, ModelArguments
+from metamorph.training.arguments import DataArguments, ModelArguments, RunArguments
 from metamorph.training.build import load_model, load_training_data, make_plan, plan_run
 from metamorph.training.features import FeatureArguments, cache_features, load_frozen_tower
 from metamorph.training.run import TrainResult, run_training
@@ -116,12 +116,12 @@ def test_the_tower_stays_in_main_memory_and_is_saved_as_it_was(parts: Path, cach
 
 
 def test_nothing_moves_a_tower_that_does_not_compute(parts: Path, cache: Path, tmp_path: Path) -> None:
-    model_args, data_args, training_args = arguments(parts, tmp_path, stage=1)
-    plan = make_plan(model_args)
-    model = load_model(model_args, plan)
-    apply_stage(model, model_args)
-    planner = plan_run(load_training_data(data_args, plan.processor, 0), data_args.model_max_length, training_args)
-    MetaMorphTrainer(stage=1, planner=planner, model=model, args=training_args, tower_on_device=False)
+    args = RunArguments(*arguments(parts, tmp_path, stage=1))
+    plan = make_plan(args.model)
+    model = load_model(args.model, plan)
+    apply_stage(model, args.model)
+    planner = plan_run(args, load_training_data(args, plan.processor))
+    MetaMorphTrainer(stage=1, planner=planner, model=model, args=args.training, tower_on_device=False)
     model.to("meta")  # stands for a GPU
     assert {weight.device.type for weight in model.parameters()} == {"meta"}
     assert {weight.device.type for weight in model.model.vision_tower.parameters()} == {"cpu"}

@@ -260,7 +260,7 @@ def test_confirmed_changes_act(parts: Path, stage_2: Path, tmp_path: Path, caplo
     rates = [line["learning_rate"] for line in result.log_history if "text_loss" in line]
     assert rates[3:] == pytest.approx([1e-2 * 3 / 4, 1e-2, 1e-2])
     assert result.global_step == 6
-    assert "the schedule of the learning rate now ends with this run" in caplog.text
+    assert "the learning rate schedule now ends with this run" in caplog.text
     # What is resumed next was trained with them.
     resume(parts, tmp_path / "checkpoint-4", tmp_path / "again", **flags)
 
@@ -279,5 +279,5 @@ def test_checkpoints_of_earlier_versions(
             resume(parts, old, tmp_path / "out", **flags)
     caplog.set_level("INFO", "metamorph")
     resume(parts, old, tmp_path / "out")
-    assert "does not tell the value of" in caplog.text
+    assert "does not record its value of" in caplog.text
     assert "--freeze_backbone" in caplog.text

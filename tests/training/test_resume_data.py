@@ -153,7 +153,7 @@ def test_other_data_are_refused_unless_asked_for(
         run_training(*arguments(parts, tmp_path / "out", **flags, resume_from_checkpoint=checkpoint))
     assert sorted(flat(seen)[:NUM_SAMPLES]) == list(range(NUM_SAMPLES))  # its epoch from the beginning
     # From now on the number of the step does not tell which samples have been trained on.
-    with pytest.raises(CheckpointError, match="does not tell its position in the data"):
+    with pytest.raises(CheckpointError, match="does not record its position in the data"):
         run_training(*arguments(parts, tmp_path / "out", **{**flags, "ignore_data_skip": False}))
 
 

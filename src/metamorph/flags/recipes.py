@@ -2,7 +2,7 @@
 
 from argparse import SUPPRESS, Action, ArgumentError, ArgumentTypeError
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from inspect import signature
 from typing import Any, get_type_hints
 
 from transformers import HfArgumentParser
@@ -29,7 +29,7 @@ class RecipeParser(FlagParser, HfArgumentParser):
                 action.help = f"Same as --{action.dest} False."
             elif action.dest in docs:
                 action.help = docs[action.dest].replace("%", "%%")
-            if action.default not in (None, SUPPRESS) and action.const is not False:
+            if action.default not in (None, "", SUPPRESS) and action.const is not False:
                 action.help = f"{action.help or ''} (default: {action.default})"
             if action.dest in number_or_auto:
                 action.type = _number_or_auto
@@ -78,7 +78,7 @@ def parse_arguments(
     """Build one object of each dataclass from `--config recipe.yaml --flag value …`.
 
     Args:
-        dataclass_types: Dataclasses whose fields are the flags.
+        dataclass_types: Dataclasses whose fields are the flags. An `InitVar` gets the value of another one's flag.
         argv: Command line without the program's name.
         prog: Name of the command in messages.
 
@@ -97,7 +97,7 @@ def parse_arguments(
         raise ValueError(f"unexpected words on the command line: {' '.join(remaining)}")
     given = vars(namespace)
     return tuple(
-        kind(**{field.name: given[field.name] for field in fields(kind) if field.init and field.name in given})
+        kind(**{name: given[name] for name in signature(kind.__init__).parameters if name in given})
         for kind in dataclass_types
     )
 

@@ -1,4 +1,4 @@
-"""The text that `metamorph train --dry-run` prints."""
+"""Formats the report of `metamorph train --dry-run`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metamorph.training.optimizer import LANGUAGE_MODEL, VISION_TOWER, learning_
 from metamorph.training.stages import ModuleSummary
 
 
-MEMORY_ROWS = {
+_MEMORY_ROWS = {
     "weights": "weights, float32 where trained",
     "compute_copies": "copies of them to compute with",
     "gradients": "gradients",
@@ -26,24 +26,18 @@ MEMORY_ROWS = {
     "frozen_tower": "frozen vision tower",
     "runtime": "CUDA and libraries (assumed)",
 }
-
-
-OF_THIS_MACHINE = ("use_cpu", "dataloader_pin_memory", "disable_tqdm", "label_names")
-"""Flags that are decided where a run starts, and mean nothing for another machine."""
+_LOCAL_FLAGS = ("use_cpu", "dataloader_pin_memory", "disable_tqdm", "label_names")
+"""Flags that depend on the machine of this process, not on the one that is planned for."""
 
 
 def format_dry_run(run: DryRun) -> str:
-    """All sections of the report.
-
-    Args:
-        run: Result of [`preview`].
-    """
+    """All sections of the report."""
     sections = {
-        "Configuration (* as given by a flag or the recipe; else the default)": _configuration(run),
-        f"What stage {run.model_args.stage} trains": _trained(run),
+        "Configuration (* given by a flag or the recipe, otherwise the default)": _configuration(run),
+        f"What stage {run.args.model.stage} trains": _trained(run),
         "Batch and learning rate": _batch(run),
         f"Memory of each GPU with {run.engine}, an estimate": _memory(run),
-        "Left open": _notes(run),
+        "Still missing": _notes(run),
     }
     parts = ["dry run: nothing is trained and no weights are read"]
     parts += ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines]
@@ -52,7 +46,7 @@ def format_dry_run(run: DryRun) -> str:
 
 def _configuration(run: DryRun) -> list[str]:
     lines = []
-    for flags in (run.model_args, run.data_args, run.training_args):
+    for flags in (run.args.model, run.args.data, run.args.training):
         for field, value in _shown(flags):
             mark = "*" if flags.is_given(field.name) else " "
             lines.append(f"{mark} {field.name:<32}{_text(value)}")
@@ -66,16 +60,16 @@ def _shown(flags: Any) -> Iterator[tuple[Field, Any]]:
         value = getattr(flags, field.name)
         value = value.value if isinstance(value, Enum) else value
         ours = not isinstance(flags, MetaMorphTrainingArguments) or field.name in own
-        # What Transformers derives from other fields is no news: only plain values count as changed.
+        # Transformers derives some fields from others: only plain values count as changed.
         changed = isinstance(value, (str, int, float)) and value != field.default and field.default is not MISSING
-        changed &= value is not False or field.default is not None  # nor that a flag nobody gave comes to False
-        if field.init and field.name not in OF_THIS_MACHINE and (ours or changed or flags.is_given(field.name)):
+        changed &= value is not False or field.default is not None  # nor does an unset flag that became False
+        if field.init and field.name not in _LOCAL_FLAGS and (ours or changed or flags.is_given(field.name)):
             yield field, value
 
 
 def _trained(run: DryRun) -> list[str]:
-    auto = run.training_args.learning_rate == AUTO_LEARNING_RATE
-    rates = {} if auto else learning_rates(run.training_args)
+    auto = run.args.training.learning_rate == AUTO_LEARNING_RATE
+    rates = {} if auto else learning_rates(run.args.training)
     lines = [f"{'module':<16}{'trained':>16}{'frozen':>16}{'learning rate':>16}   dtype"]
     for line in run.summary:
         rate = "-" if not line.trainable else f"{rates[line.module]:.3g}" if rates else AUTO_LEARNING_RATE
@@ -87,8 +81,8 @@ def _trained(run: DryRun) -> list[str]:
 
 
 def _dtype(run: DryRun, line: ModuleSummary) -> str:
-    """How the weights of a module are kept, and what they compute in."""
-    compute = "bfloat16" if run.training_args.bf16 else "float16" if run.training_args.fp16 else "float32"
+    """Precision of the weights of a module, and of the computation with them."""
+    compute = str(run.args.compute_dtype).removeprefix("torch.")
     if not line.trainable and line.module == VISION_TOWER:
         return compute
     kept = "float32" if compute == "float32" else f"float32, computes in {compute}"
@@ -99,7 +93,7 @@ def _dtype(run: DryRun, line: ModuleSummary) -> str:
 
 
 def _batch(run: DryRun) -> list[str]:
-    args, data = run.training_args, run.data
+    args, data = run.args.training, run.data
     unit = "rows" if args.packing else "samples"
     lines = [
         f"global batch = {args.per_device_train_batch_size} per GPU × {args.gradient_accumulation_steps} accumulation "
@@ -108,35 +102,35 @@ def _batch(run: DryRun) -> list[str]:
     if data is not None:
         lines.append(
             f"data: {data.samples:,} samples of {data.tokens:.0f} tokens and {data.images:.2f} images on average "
-            f"(of {data.measured:,} tokenized)"
+            f"({data.measured:,} of them measured)"
         )
     if data is not None and args.packing:
         lines.append(
-            f"packing: {data.per_row:.1f} samples a row of {run.data_args.model_max_length} tokens, "
-            f"{data.per_row * run.global_batch:.0f} in a step"
+            f"packing: {data.per_row:.1f} samples per row of {run.args.data.model_max_length} tokens, "
+            f"{data.per_row * run.global_batch:.0f} per step"
         )
     lines.append(f"learning rate: {run.learning_rate.removeprefix('learning rate ')}")
     if run.steps_per_epoch is not None:
         epochs = args.num_train_epochs
         steps = args.max_steps if args.max_steps > 0 else round(run.steps_per_epoch * epochs)
         lines.append(
-            f"steps: {run.steps_per_epoch:,} an epoch, {steps:,} in all, {args.get_warmup_steps(steps):,} of them "
-            "warm-up"
+            f"steps: {run.steps_per_epoch:,} per epoch, {steps:,} in total, {args.get_warmup_steps(steps):,} of "
+            "them warm-up"
         )
     return lines
 
 
 def _memory(run: DryRun) -> list[str]:
     estimate = run.memory[run.engine]
-    lines = [f"{text:<34}{getattr(estimate, name) / GIB:>8.1f} GiB" for name, text in MEMORY_ROWS.items()]
-    verdict = "fits" if estimate.total <= 0.9 * run.gpu_memory * GIB else "does not fit (a tenth is left free)"
+    lines = [f"{text:<34}{getattr(estimate, name) / GIB:>8.1f} GiB" for name, text in _MEMORY_ROWS.items()]
+    verdict = "fits" if estimate.total <= 0.9 * run.gpu_memory * GIB else "does not fit (with a tenth left free)"
     total = f"{estimate.total / GIB:>8.1f} GiB   {verdict} into {run.gpu_memory:g} GiB (--gpu_memory)"
     lines.append(f"{'total':<34}{total}")
     if estimate.host:
         lines.append(f"{'main memory of each process':<34}{estimate.host / GIB:>8.1f} GiB")
     lines.append(
         f"for {run.batch.rows} × {run.batch.length} tokens and {run.batch.images:.1f} images at a time, --recompute "
-        f"{recomputed(run.training_args)}"
+        f"{recomputed(run.args.training)}"
     )
     others = [f"{name} {other.total / GIB:.1f}" for name, other in run.memory.items() if name != run.engine]
     if others:
@@ -145,10 +139,10 @@ def _memory(run: DryRun) -> list[str]:
 
 
 def _notes(run: DryRun) -> list[str]:
-    notes, model_args = [], run.model_args
+    notes, model_args = [], run.args.model
     has_connector = model_args.stage == 1 or model_args.continues_metamorph or model_args.from_scratch_connector
-    if run.data_args.missing_data is not None:
-        notes.append(f"steps per epoch and samples in a row: {run.data_args.missing_data}")
+    if run.args.data.missing_data is not None:
+        notes.append(f"steps per epoch and samples per row: {run.args.data.missing_data}")
     if model_args.missing_connector is not None:
         notes.append(f"--pretrain_mm_mlp_adapter {model_args.missing_connector} does not exist yet")
     elif model_args.pretrain_mm_mlp_adapter is None and not has_connector:
