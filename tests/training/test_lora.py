@@ -269,7 +269,7 @@ def test_stage_1_with_a_4_bit_language_model(wide_parts: Path, tmp_path: Path) -
         ({"lora_enable": True, "lora_r": 0}, "--lora_r 0"),
         ({"lora_enable": True, "lora_dropout": 1.0}, r"--lora_dropout 1.0 must lie in \[0, 1\)"),
         ({"lora_enable": True, "freeze_backbone": True}, "--freeze_backbone True freezes it"),
-        ({"lora_enable": True, "freeze_vision": False}, "no place for a trained vision tower"),
+        ({"lora_enable": True, "freeze_vision": False}, "cannot hold a trained vision tower"),
         ({"lora_enable": True, "tune_mm_mlp_adapter": True}, "is for stage 2"),
     ],
 )

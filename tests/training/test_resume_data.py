@@ -116,7 +116,7 @@ def test_steps_of_the_same_size_are_the_same_steps(
 def test_grouping_by_length_needs_the_same_micro_batches(parts: Path, tmp_path: Path) -> None:
     flags = {**FLAGS, "train_sampling_strategy": "group_by_length"}
     interrupted(parts, tmp_path, 1, **flags)
-    with pytest.raises(CheckpointError, match="per_device_train_batch_size so that the product"):
+    with pytest.raises(CheckpointError, match="per_device_train_batch_size so that its product"):
         run_training(*arguments(parts, tmp_path, **{**flags, "per_device_train_batch_size": 4}))
 
 

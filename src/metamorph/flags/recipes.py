@@ -97,7 +97,7 @@ def parse_arguments(
         raise ValueError(f"unexpected words on the command line: {' '.join(remaining)}")
     given = vars(namespace)
     return tuple(
-        kind(**{name: given[name] for name in signature(kind.__init__).parameters if name in given})
+        kind(**{name: given[name] for name in signature(kind.__init__).parameters if name in given})  # type: ignore[misc]
         for kind in dataclass_types
     )
 

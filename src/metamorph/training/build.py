@@ -146,16 +146,7 @@ def load_training_data(
     Raises:
         DataError: if a source is unusable, or (with `--on_bad_record raise`) a record is bad.
     """
-    return load_data(
-        args.data.data_path,
-        processor,
-        image_folder=args.data.image_folder,
-        model_max_length=args.data.model_max_length,
-        seed=args.data_seed,
-        on_bad_record=args.data.on_bad_record,
-        max_bad_fraction=args.data.max_bad_fraction,
-        features=features,
-    )
+    return _load_data(args, args.data.data_path, args.data.image_folder, processor, features=features)
 
 
 def load_validation(args: RunArguments, plan: Plan) -> MixtureDataset | None:
@@ -168,16 +159,8 @@ def load_validation(args: RunArguments, plan: Plan) -> MixtureDataset | None:
     _check_validation(args)
     if args.data.eval_data_path is None:
         return None
-    validation = load_data(
-        args.data.eval_data_path,
-        plan.processor,
-        image_folder=args.data.eval_image_folder,
-        model_max_length=args.data.model_max_length,
-        seed=args.data_seed,
-        on_bad_record=args.data.on_bad_record,
-        max_bad_fraction=args.data.max_bad_fraction,
-        folder_flag="--eval_image_folder",
-    )
+    path, folder = args.data.eval_data_path, args.data.eval_image_folder
+    validation = _load_data(args, path, folder, plan.processor, folder_flag="--eval_image_folder")
     _check_best_metric(args.training, validation, plan.config.use_vision_ar)
     return validation
 
@@ -328,6 +311,21 @@ def _continued_config(config: PreTrainedConfig, args: ModelArguments) -> PreTrai
         if getattr(args, name) is not None:
             setattr(config, name, getattr(args, name))
     return config
+
+
+def _load_data(
+    args: RunArguments, path: str, folder: str | None, processor: MetaMorphProcessor, **kwargs: Any
+) -> MixtureDataset:
+    return load_data(
+        path,
+        processor,
+        image_folder=folder,
+        model_max_length=args.data.model_max_length,
+        seed=args.data_seed,
+        on_bad_record=args.data.on_bad_record,
+        max_bad_fraction=args.data.max_bad_fraction,
+        **kwargs,
+    )
 
 
 def _check_validation(args: RunArguments) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -77,10 +77,13 @@ def adapter_base(
     args: "ModelArguments", continues_metamorph: bool, quantization: BitsAndBytesConfig | None
 ) -> AdapterBase:
     """The base of the adapter, with absolute paths, so that the adapter opens from any folder."""
+    # Transformers adds private fields.
+    fields = {} if quantization is None else quantization.to_diff_dict()
+    public = {name: value for name, value in fields.items() if not name.startswith("_")}
     return AdapterBase(
         language_model=_absolute(args.model_name_or_path),
         vision_tower=None if continues_metamorph else _absolute(resolve_vision_tower(args.vision_tower)),
-        quantization=None if quantization is None else _public_fields(quantization),
+        quantization=None if quantization is None else public,
     )
 
 
@@ -129,8 +132,3 @@ def store_frozen_matrices(model: PreTrainedModel, args: "RunArguments") -> None:
 
 def _absolute(name: str) -> str:
     return os.path.abspath(name) if os.path.isdir(name) else name
-
-
-def _public_fields(quantization: BitsAndBytesConfig) -> dict[str, Any]:
-    # Private ones are added by Transformers.
-    return {name: value for name, value in quantization.to_diff_dict().items() if not name.startswith("_")}

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -123,7 +124,7 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
     def __post_init__(self, dry_run: bool) -> None:
         self._is_dry_run = dry_run
         if dry_run and self.output_dir is None:
-            self.output_dir = NOT_GIVEN
+            self.output_dir: Any = NOT_GIVEN
         self.refuse_unsupported(UNSUPPORTED)
         self._check_samples()
         for name in self.allow_changes or ():

@@ -184,13 +184,13 @@ def _check_data(checkpoint: str, old: dict[str, Any], new: dict[str, Any]) -> No
         raise CheckpointError(
             f"{checkpoint} was written by a release of MetaMorph that packs other samples into a row (packing version "
             f"{old.get('packing_version', 1)}, here {new['packing_version']}), so its place in the epoch cannot be "
-            f"found. Finish the run with that release, {_START_EPOCH_AGAIN}"
+            f"found. Finish the run with that release, or {_START_EPOCH_AGAIN}"
         )
     for name, flag in _FLAGS.items():
         if old.get(name) != new[name]:
             raise CheckpointError(
                 f"{checkpoint} was trained on other data: {name} {old.get(name)} there, {new[name]} here. Restore "
-                f"{flag}, {_START_EPOCH_AGAIN}"
+                f"{flag}, or {_START_EPOCH_AGAIN}"
             )
 
 

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,21 +25,6 @@ from metamorph.models.losses import sum_dtype
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Window:
-    """Measurements since the last log entry, over all ranks."""
-
-    work: Tensor
-    """float64 [quantities] on the CPU: sums of `RunMonitor.work_of`."""
-    samples: float
-    seconds: float
-    """Time without pauses, of the slowest rank."""
-    waited: float
-    """Time waiting for data, of the rank that waited longest."""
-    peak: float
-    """Peak memory of a rank since the start, in bytes."""
 
 
 class RunMonitor(TrainerCallback):
@@ -61,16 +45,16 @@ class RunMonitor(TrainerCallback):
         self.total_samples = 0.0
         """Samples of all ranks since this process started, without those before a resume."""
         self._norms: dict[str, Tensor] = {}
-        self._window: Window | None = None
         self._steps = 0
         self._started: float | None = None
-        self._clear()
-
-    def _clear(self) -> None:
         # Counted by this rank since the last `settle`.
         self._work: Tensor | None = None
         self._samples = 0
         self._waited = self._paused = 0.0
+        # Of all ranks since the last log entry: work and samples, seconds and waiting, peak memory in bytes.
+        self._sums: Tensor | float = 0.0
+        self._times: Tensor | float = 0.0
+        self._peak = 0.0
 
     def work_of(self, batch: dict[str, Any]) -> Tensor:
         """Quantities that a subclass counts in a batch, `[quantities]` on its device."""
@@ -126,18 +110,19 @@ class RunMonitor(TrainerCallback):
         """
         logs = self._module_norms(grad_norm)
         self.settle(state)
-        window, steps = self._window, self._steps
-        self._window, self._steps = None, 0
-        if window is None:
+        sums, times, steps = self._sums, self._times, self._steps
+        self._sums, self._times, self._steps = 0.0, 0.0, 0
+        if not (isinstance(sums, Tensor) and isinstance(times, Tensor)):  # nothing was trained since the last call
             return logs
+        seconds, waited = times.tolist()
         return {
             **logs,
-            "step_seconds": window.seconds / steps,
-            "data_wait_share": window.waited / window.seconds,
-            "samples_per_second": window.samples / window.seconds,
-            "peak_memory_gib": window.peak / 2**30,
+            "step_seconds": seconds / steps,
+            "data_wait_share": waited / seconds,
+            "samples_per_second": sums[-1].item() / seconds,
+            "peak_memory_gib": self._peak / 2**30,
             "skipped_records": self.skipped_records(),
-            **self.report(window.work, window.seconds),
+            **self.report(sums[:-1], seconds),
         }
 
     def on_pre_optimizer_step(
@@ -178,18 +163,14 @@ class RunMonitor(TrainerCallback):
         seconds = max(now - self._started - self._paused, 1e-9)
         counted = self._work.to(sum_dtype(self._work.device))
         own = counted.new_tensor([self._samples, seconds, self._waited, peak_memory(self.accelerator.device)])
+        # [ranks, quantities + 4]
         ranks = self.accelerator.gather(torch.cat([counted, own]).unsqueeze(0)).cpu().double()
-        work, samples = ranks[:, :-4].sum(dim=0), ranks[:, -4].sum().item()  # [ranks, quantities + 4]
-        seconds, waited, peak = ranks[:, -3:].max(dim=0).values.tolist()
-        self._clear()
-        self._started = now
-        self.total_samples += samples
-        self.advance(state, work)
-        before = self._window
-        if before is not None:
-            work, samples = work + before.work, samples + before.samples
-            seconds, waited = seconds + before.seconds, waited + before.waited
-        self._window = Window(work, samples, seconds, waited, peak)
+        sums, slowest = ranks[:, :-3].sum(dim=0), ranks[:, -3:].amax(dim=0)
+        self._started, self._work, self._samples = now, None, 0
+        self._waited = self._paused = 0.0
+        self._sums, self._times, self._peak = self._sums + sums, self._times + slowest[:2], slowest[2].item()
+        self.total_samples += sums[-1].item()
+        self.advance(state, sums[:-1])
 
     def _synchronize(self) -> None:
         if self.accelerator.device.type != "cpu":
