@@ -25,7 +25,7 @@ from metamorph.data.tasks import ImageRef
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.vision_tower import load_tower_of
 from metamorph.training.arguments import DataArguments, ModelArguments, RunArguments
-from metamorph.training.build import load_model, load_training_data, make_plan, plan_run
+from metamorph.training.build import load_model, load_training_data, plan_batches, resolve_model
 from metamorph.training.features import FeatureArguments, cache_features, load_frozen_tower
 from metamorph.training.run import TrainResult, run_training
 from metamorph.training.stages import apply_stage
@@ -106,7 +106,7 @@ def test_the_tower_stays_in_main_memory_and_is_saved_as_it_was(parts: Path, cach
         for saved in (tmp_path, tmp_path / f"checkpoint-{steps}"):
             weights = load_tower_of(saved).state_dict()
             assert weights.keys() == result.model.model.vision_tower.state_dict().keys()
-            expected = load_frozen_tower(run[0], make_plan(run[0])).state_dict()
+            expected = load_frozen_tower(run[0], resolve_model(run[0])).state_dict()
             assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
     watch = TowerWatch()
     data = {"eval_data_path": str(parts / "data.jsonl"), "eval_image_folder": str(parts / "images")}
@@ -117,10 +117,10 @@ def test_the_tower_stays_in_main_memory_and_is_saved_as_it_was(parts: Path, cach
 
 def test_nothing_moves_a_tower_that_does_not_compute(parts: Path, cache: Path, tmp_path: Path) -> None:
     args = RunArguments(*arguments(parts, tmp_path, stage=1))
-    plan = make_plan(args.model)
-    model = load_model(args.model, plan)
+    spec = resolve_model(args.model)
+    model = load_model(args.model, spec)
     apply_stage(model, args.model)
-    planner = plan_run(args, load_training_data(args, plan.processor))
+    planner = plan_batches(args, load_training_data(args, spec.processor))
     MetaMorphTrainer(stage=1, planner=planner, model=model, args=args.training, tower_on_device=False)
     model.to("meta")  # stands for a GPU
     assert {weight.device.type for weight in model.parameters()} == {"meta"}
@@ -168,13 +168,13 @@ def test_bfloat16_is_the_default_and_close(parts: Path, tmp_path: Path, capsys: 
 
 def test_tokens_are_those_of_the_tower_whatever_the_shards(parts: Path, cache: Path, tmp_path: Path) -> None:
     model_args, data_args, _ = arguments(parts, tmp_path, stage=1)
-    plan = make_plan(model_args)
-    features = FeatureCache(cache, describe_tower(plan.config, plan.processor))
+    spec = resolve_model(model_args)
+    features = FeatureCache(cache, describe_tower(spec.config, spec.processor))
     assert len(features) == 12
     data = {"path": data_args.data_path, "folder": data_args.image_folder}
-    plain = load_data(data["path"], plan.processor, data["folder"])
-    cached = load_data(data["path"], plan.processor, data["folder"], features=features)
-    tower = load_frozen_tower(model_args, plan)
+    plain = load_data(data["path"], spec.processor, data["folder"])
+    cached = load_data(data["path"], spec.processor, data["folder"], features=features)
+    tower = load_frozen_tower(model_args, spec)
     for index in range(len(plain)):
         ours, theirs = cached[index], plain[index]
         assert torch.equal(ours["input_ids"], theirs["input_ids"])
@@ -292,8 +292,8 @@ def test_a_finished_model_brings_its_own_tower(parts: Path, tmp_path: Path) -> N
         data_path=str(parts / "data.jsonl"), image_folder=str(parts / "images"), feature_cache=str(tmp_path / "cache")
     )
     assert cache_features(model_args, data_args, FeatureArguments(use_cpu=True))[1] == 12
-    plan = make_plan(model_args)
-    features = FeatureCache(tmp_path / "cache", describe_tower(plan.config, plan.processor))
+    spec = resolve_model(model_args)
+    features = FeatureCache(tmp_path / "cache", describe_tower(spec.config, spec.processor))
     features.check_weights(MetaMorphForConditionalGeneration.from_pretrained(first.output_dir).model.vision_tower)
 
 
@@ -324,15 +324,15 @@ def test_parts_of_images_and_members_of_tars_are_images_of_their_own(parts: Path
         {"path": "shard-{0..1}.tar", "task": "text_to_image"},
     ]
     (tmp_path / "mixture.yaml").write_text(json.dumps(sources))
-    plan = make_plan(arguments(parts, tmp_path, stage=1)[0])
-    plain = load_data(tmp_path / "mixture.yaml", plan.processor)
+    spec = resolve_model(arguments(parts, tmp_path, stage=1)[0])
+    plain = load_data(tmp_path / "mixture.yaml", spec.processor)
     pictures = PictureSet(plain)
     assert pictures.num_images == 1 + 3 + 4  # the whole image, three crops of it, four members
-    tower, description = Corners(), describe_tower(plan.config, plan.processor)
+    tower, description = Corners(), describe_tower(spec.config, spec.processor)
     options = {"dtype": "float32", "batch_size": 3, "images_per_shard": 3}
     assert write_features(tmp_path / "cache", pictures.images(), tower, description, **options) == 8
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
     features = FeatureCache(tmp_path / "cache", description)
-    cached = load_data(tmp_path / "mixture.yaml", plan.processor, features=pickle.loads(pickle.dumps(features)))  # noqa: S301
+    cached = load_data(tmp_path / "mixture.yaml", spec.processor, features=pickle.loads(pickle.dumps(features)))  # noqa: S301
     for index in range(len(plain)):
         assert torch.equal(cached[index]["visual_tokens"], tower(plain[index]["pixel_values"]))

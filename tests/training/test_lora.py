@@ -20,7 +20,7 @@ from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.training.arguments import ModelArguments
-from metamorph.training.build import load_model, make_plan
+from metamorph.training.build import load_model, resolve_model
 from metamorph.training.checkpoints.resume import find_checkpoint
 from metamorph.training.lora import attach_lora
 from metamorph.training.run import TrainResult, run_training
@@ -92,7 +92,7 @@ def test_r23_lora_is_on_the_language_model_only(lora: TrainResult) -> None:
 
 def test_what_lora_trains(parts: Path, tmp_path: Path) -> None:
     model_args, _, _ = arguments(parts, tmp_path, stage=2, **LORA)
-    model = load_model(model_args, make_plan(model_args))
+    model = load_model(model_args, resolve_model(model_args))
     summary = {line.module: line for line in apply_stage(model, model_args)}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     others = {name for name in trained if ".lora_" not in name}
@@ -108,13 +108,13 @@ def test_what_lora_trains(parts: Path, tmp_path: Path) -> None:
 
 def test_lora_of_chosen_layers(parts: Path, tmp_path: Path) -> None:
     model_args, _, _ = arguments(parts, tmp_path, stage=2, **LORA, lora_target_modules=["q_proj", "v_proj"])
-    model = load_model(model_args, make_plan(model_args))
+    model = load_model(model_args, resolve_model(model_args))
     attach_lora(model, model_args)
     adapted = {name.split(".")[-4] for name, _ in model.named_parameters() if ".lora_" in name}
     assert adapted == {"q_proj", "v_proj"}
     model_args.lora_target_modules = ["q_proj", "Wqkv"]
     with pytest.raises(ValueError, match=r"--lora_target_modules Wqkv: .* it has down_proj, gate_proj, k_proj"):
-        attach_lora(load_model(model_args, make_plan(model_args)), model_args)
+        attach_lora(load_model(model_args, resolve_model(model_args)), model_args)
 
 
 def test_the_base_stays_bit_identical(parts: Path, lora: TrainResult) -> None:
@@ -170,7 +170,7 @@ def test_peft_reads_the_adapter(parts: Path, lora: TrainResult, tmp_path: Path) 
 
     merged = MetaMorphForConditionalGeneration.from_pretrained(lora.output_dir)
     model_args, _, _ = arguments(parts, tmp_path, stage=2, **LORA, pretrain_mm_mlp_adapter=lora.output_dir)
-    adapted = PeftModel.from_pretrained(load_model(model_args, make_plan(model_args)), lora.output_dir).eval()
+    adapted = PeftModel.from_pretrained(load_model(model_args, resolve_model(model_args)), lora.output_dir).eval()
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert (adapted(input_ids=ids).logits - merged(input_ids=ids).logits).abs().max() <= 1e-4
@@ -298,7 +298,7 @@ def test_a_base_that_has_moved_is_named(lora: TrainResult, tmp_path: Path) -> No
 
 def test_weights_that_do_not_fit(parts: Path, lora: TrainResult, tmp_path: Path) -> None:
     model_args, _, _ = arguments(parts, tmp_path, stage=2, **{**LORA, "lora_r": 8})
-    model = load_model(model_args, make_plan(model_args))
+    model = load_model(model_args, resolve_model(model_args))
     attach_lora(model, model_args)
     with pytest.raises(ValueError, match=r"\(4, .* in the file and \(8, .* use the --lora_r"):
         load_adapter_weights(model, lora.output_dir)

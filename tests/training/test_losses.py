@@ -10,7 +10,7 @@ from training_parts import arguments, write_records
 from transformers import Trainer, TrainingArguments
 
 from metamorph.data.dataset import ConversationDataset
-from metamorph.training.build import make_plan
+from metamorph.training.build import resolve_model
 from metamorph.training.run import TrainResult, run_training
 
 
@@ -122,7 +122,7 @@ def test_cut_records_are_reported(parts: Path, tmp_path: Path, caplog: pytest.Lo
 
 def text_only_dataset(parts: Path, tmp_path: Path) -> ConversationDataset:
     model_args, _, _ = arguments(parts, tmp_path, stage=1)
-    return ConversationDataset(tmp_path / "text.jsonl", make_plan(model_args).processor)
+    return ConversationDataset(tmp_path / "text.jsonl", resolve_model(model_args).processor)
 
 
 def test_r10_a_batch_without_any_target(parts: Path, tmp_path: Path) -> None:

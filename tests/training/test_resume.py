@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.models.sequence import template_date
 from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError
-from metamorph.training.build import make_plan
+from metamorph.training.build import resolve_model
 from metamorph.training.checkpoints.resume import find_checkpoint
 from metamorph.training.run import TrainResult, run_training
 
@@ -122,7 +122,7 @@ def test_a_run_keeps_the_day_on_which_it_began(parts: Path, tmp_path: Path, monk
     for rank in (0, 1):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         Clock.day = 3 + rank
-        templates.append(make_plan(other[0]).processor.chat_template)
+        templates.append(resolve_model(other[0]).processor.chat_template)
     assert templates[0] == templates[1]
     assert "May 03" in templates[0]
 

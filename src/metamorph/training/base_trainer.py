@@ -75,7 +75,7 @@ def open_run(args: RunTrainingArguments) -> Iterator[Preemption]:
 class RunTrainer(Trainer):
     """Base of the trainers of the model and of the visualizer.
 
-    A subclass defines what to train on (`batches`, `examples`), what to save (`write_weights`, `read_weights`,
+    A subclass defines what to train on (`batches`, `samples`), what to save (`write_weights`, `read_weights`,
     `record`) and which parameters share a learning rate (`optimizer_groups`). Some overridden methods of Trainer are
     private; they are the same in all versions that we support, and there is no public hook.
 
@@ -113,7 +113,7 @@ class RunTrainer(Trainer):
         """The callback that measures the run."""
         raise NotImplementedError
 
-    def examples(self) -> Dataset[Any]:
+    def samples(self) -> Dataset[Any]:
         """The dataset that `batches` index."""
         assert isinstance(self.train_dataset, Dataset)
         return self.train_dataset
@@ -212,7 +212,7 @@ class RunTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Data loader of this process's batches."""
         loader = DataLoader(
-            self.examples(),
+            self.samples(),
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,

@@ -13,7 +13,7 @@ from transformers import IntervalStrategy, PreTrainedConfig, PreTrainedTokenizer
 from transformers.utils import CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
 from metamorph.data.batching.collation import PackedCollator, PaddedCollator
-from metamorph.data.batching.lengths import Lengths, Measurable, measure
+from metamorph.data.batching.lengths import Lengths, measure
 from metamorph.data.batching.packing import BatchPlanner
 from metamorph.data.dataset import MixtureDataset, load_data
 from metamorph.data.features.cache import FeatureCache, describe_tower
@@ -63,7 +63,7 @@ MAX_MEASURING = 32
 
 
 @dataclass
-class Plan:
+class ModelSpec:
     """The model that a run trains, as far as it is known without weights."""
 
     config: MetaMorphConfig
@@ -72,7 +72,9 @@ class Plan:
     """Whether a MetaMorph model is trained further."""
 
 
-def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, checkpoint: str | None = None) -> Plan:
+def resolve_model(
+    args: ModelArguments, image_aspect_ratio: str | None = None, checkpoint: str | None = None
+) -> ModelSpec:
     """Read configurations, tokenizer and image processor, and check that they go together.
 
     Args:
@@ -106,7 +108,7 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
             MetaMorphForConditionalGeneration.check_language_model(text_config.text_config)
         if image_aspect_ratio is not None:
             processor.image_aspect_ratio = image_aspect_ratio
-        return Plan(_continued_config(text_config, args), processor, continues)
+        return ModelSpec(_continued_config(text_config, args), processor, continues)
     with names_flag("--model_name_or_path", args.model_name_or_path):
         MetaMorphForConditionalGeneration.check_language_model(text_config)
     with names_flag("--vision_tower", args.vision_tower):
@@ -118,10 +120,10 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
     processor = MetaMorphProcessor.from_parts(
         tokenizer, image_processor, config, image_aspect_ratio=image_aspect_ratio or "square", **template
     )
-    return Plan(config, processor, continues)
+    return ModelSpec(config, processor, continues)
 
 
-def open_features(args: RunArguments, plan: Plan) -> FeatureCache | None:
+def open_features(args: RunArguments, spec: ModelSpec) -> FeatureCache | None:
     """Open the feature cache, if `--feature_cache` is given.
 
     Raises:
@@ -135,7 +137,7 @@ def open_features(args: RunArguments, plan: Plan) -> FeatureCache | None:
             "--freeze_vision False trains the tower, so its visual tokens change and cannot come from --feature_cache "
             f"{args.data.feature_cache}: drop one of the two"
         )
-    return FeatureCache(args.data.feature_cache, describe_tower(plan.config, plan.processor))
+    return FeatureCache(args.data.feature_cache, describe_tower(spec.config, spec.processor))
 
 
 def load_training_data(
@@ -149,7 +151,7 @@ def load_training_data(
     return _load_data(args, args.data.data_path, args.data.image_folder, processor, features=features)
 
 
-def load_validation(args: RunArguments, plan: Plan) -> MixtureDataset | None:
+def load_validation(args: RunArguments, spec: ModelSpec) -> MixtureDataset | None:
     """Open the validation data. A feature cache lacks their images, so it is not used.
 
     Raises:
@@ -160,12 +162,12 @@ def load_validation(args: RunArguments, plan: Plan) -> MixtureDataset | None:
     if args.data.eval_data_path is None:
         return None
     path, folder = args.data.eval_data_path, args.data.eval_image_folder
-    validation = _load_data(args, path, folder, plan.processor, folder_flag="--eval_image_folder")
-    _check_best_metric(args.training, validation, plan.config.use_vision_ar)
+    validation = _load_data(args, path, folder, spec.processor, folder_flag="--eval_image_folder")
+    _check_best_metric(args.training, validation, spec.config.use_vision_ar)
     return validation
 
 
-def plan_run(args: RunArguments, dataset: Measurable) -> BatchPlanner:
+def plan_batches(args: RunArguments, dataset: MixtureDataset) -> BatchPlanner:
     """Plan which samples make up which batch.
 
     With packing or grouping by length, the samples are measured first: by one process of each machine and its workers.
@@ -214,7 +216,7 @@ def build_collator(
 
 
 def load_model(
-    args: ModelArguments, plan: Plan, compute_dtype: torch.dtype = torch.float32
+    args: ModelArguments, spec: ModelSpec, compute_dtype: torch.dtype = torch.float32
 ) -> MetaMorphForConditionalGeneration:
     """Load the weights, in float32 (or the language model in 4 bits), and the connector of stage 1 if one is given.
 
@@ -222,7 +224,7 @@ def load_model(
 
     Args:
         args: The model flags.
-        plan: Result of [`make_plan`] for the same flags.
+        spec: Result of [`resolve_model`] for the same flags.
         compute_dtype: Precision of matrix products with 4-bit weights.
     """
     kwargs: dict[str, Any] = {"dtype": torch.float32}
@@ -232,15 +234,15 @@ def load_model(
     if quantization is not None:
         kwargs["quantization_config"] = quantization
     with names_flag("--model_name_or_path", args.model_name_or_path):
-        if plan.continues:
+        if spec.continues:
             model = MetaMorphForConditionalGeneration.from_pretrained(
-                args.model_name_or_path, config=plan.config, **kwargs
+                args.model_name_or_path, config=spec.config, **kwargs
             )
         else:
             language_model = load_language_model(args.model_name_or_path, **kwargs)
             # Unlike the processor's, this tokenizer lacks the image tokens: from_parts initialises the rows it adds.
             tokenizer = load_tokenizer(args.model_name_or_path)
-    if not plan.continues:
+    if not spec.continues:
         with names_flag("--vision_tower", args.vision_tower):
             vision_encoder = load_vision_encoder(args.vision_tower)
         model = MetaMorphForConditionalGeneration.from_parts(
@@ -249,7 +251,7 @@ def load_model(
     if quantization is not None:
         forget_quantisation(model)
     if args.lora_enable:
-        model.adapter_base = adapter_base(args, plan.continues, quantization)
+        model.adapter_base = adapter_base(args, spec.continues, quantization)
     if args.pretrain_mm_mlp_adapter is not None:
         load_connector(model, args.pretrain_mm_mlp_adapter)
     return model

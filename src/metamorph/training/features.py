@@ -13,7 +13,7 @@ from metamorph.data.records import DataError
 from metamorph.flags.checks import check_choice, names_flag
 from metamorph.models.vision_tower import VisionTower, load_tower_of, load_vision_encoder
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments, RunArguments
-from metamorph.training.build import Plan
+from metamorph.training.build import ModelSpec
 from metamorph.training.prepare import prepare
 
 
@@ -56,17 +56,17 @@ def cache_features(
     if not model_args.freeze_vision:
         raise ValueError("--freeze_vision False trains the tower, so its visual tokens change and cannot be cached")
     prepared = prepare(RunArguments(model_args, data_args, feature_args), for_run=False)
-    description = describe_tower(prepared.plan.config, prepared.plan.processor)
-    pictures = PictureSet(prepared.dataset, data_args.on_bad_record)
-    logger.info("%d distinct images in %d samples", pictures.num_images, len(prepared.dataset))
+    description = describe_tower(prepared.spec.config, prepared.spec.processor)
+    images = PictureSet(prepared.dataset, data_args.on_bad_record)
+    logger.info("%d distinct images in %d samples", images.num_images, len(prepared.dataset))
     folder = Path(data_args.feature_cache)
-    tower = load_frozen_tower(model_args, prepared.plan)
-    if _is_done(folder, pictures, tower, description, feature_args.feature_dtype):
+    tower = load_frozen_tower(model_args, prepared.spec)
+    if _is_done(folder, images, tower, description, feature_args.feature_dtype):
         logger.info("--feature_cache %s already holds all of them: no image is encoded", folder)
-        return folder, pictures.num_images
+        return folder, images.num_images
     count = write_features(
         folder,
-        pictures.images(feature_args.dataloader_num_workers),
+        images.images(feature_args.dataloader_num_workers),
         tower.to(feature_args.device),
         description,
         device=feature_args.device,
@@ -76,20 +76,20 @@ def cache_features(
     return folder, count
 
 
-def _is_done(folder: Path, pictures: PictureSet, tower: VisionTower, description: dict[str, Any], dtype: str) -> bool:
+def _is_done(folder: Path, images: PictureSet, tower: VisionTower, description: dict[str, Any], dtype: str) -> bool:
     """Whether a complete cache of this tower has all images."""
     try:
         cache = FeatureCache(folder, description)
         cache.check_weights(tower)
     except DataError:  # there is none, or one of another tower, which is replaced
         return False
-    return cache.holds(pictures.keys, dtype)
+    return cache.holds(images.keys, dtype)
 
 
-def load_frozen_tower(args: ModelArguments, plan: Plan) -> VisionTower:
+def load_frozen_tower(args: ModelArguments, spec: ModelSpec) -> VisionTower:
     """Load the tower as `load_model` does, in float32, without the language model."""
-    if plan.continues:
+    if spec.continues:
         with names_flag("--model_name_or_path", args.model_name_or_path):
             return load_tower_of(args.model_name_or_path).eval()
     with names_flag("--vision_tower", args.vision_tower):
-        return VisionTower(plan.config, load_vision_encoder(args.vision_tower)).eval()
+        return VisionTower(spec.config, load_vision_encoder(args.vision_tower)).eval()

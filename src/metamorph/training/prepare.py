@@ -10,10 +10,17 @@ from metamorph.data.dataset import MixtureDataset
 from metamorph.data.features.cache import FeatureCache
 from metamorph.runs.find_checkpoint import ResumePoint
 from metamorph.training.arguments import RunArguments
-from metamorph.training.build import Plan, load_training_data, load_validation, make_plan, open_features, plan_run
+from metamorph.training.build import (
+    ModelSpec,
+    load_training_data,
+    load_validation,
+    open_features,
+    plan_batches,
+    resolve_model,
+)
 from metamorph.training.checkpoints.resume import find_checkpoint, plan_resume
 from metamorph.training.checkpoints.resume_flags import check_flags, flags_of_run
-from metamorph.training.engines.prepare import whole_weights
+from metamorph.training.engines.prepare import full_weights
 from metamorph.training.lora import check_engine
 from metamorph.training.optimizer import apply_learning_rate_rule, check_optimizer, samples_in_a_step
 from metamorph.training.reporting.samples import SampleWriter, open_samples
@@ -24,7 +31,7 @@ from metamorph.training.stages import check_learning_rates
 class Preparation:
     """Result of [`prepare`]. The fields below `dataset` are set for a run only."""
 
-    plan: Plan
+    spec: ModelSpec
     dataset: MixtureDataset = field(init=False)
     """Not set in a dry run whose data are missing."""
     features: FeatureCache | None = None
@@ -57,22 +64,22 @@ def prepare(args: RunArguments, *, for_run: bool = True) -> Preparation:
         checkpoint = find_checkpoint(
             args.training.output_dir, args.training.resume_from_checkpoint, args.model.stage, args.model.lora_enable
         )
-    with whole_weights(args.training):
-        prepared = Preparation(make_plan(args.model, args.image_aspect_ratio, checkpoint), checkpoint=checkpoint)
+    with full_weights(args.training):
+        prepared = Preparation(resolve_model(args.model, args.image_aspect_ratio, checkpoint), checkpoint=checkpoint)
     if for_run:
-        prepared.features = open_features(args, prepared.plan)
+        prepared.features = open_features(args, prepared.spec)
     if args.data.missing_data is None:
-        prepared.dataset = load_training_data(args, prepared.plan.processor, prepared.features)
+        prepared.dataset = load_training_data(args, prepared.spec.processor, prepared.features)
     if for_run:
         _prepare_training(prepared, args)
     return prepared
 
 
 def _prepare_training(prepared: Preparation, args: RunArguments) -> None:
-    prepared.validation = load_validation(args, prepared.plan)
+    prepared.validation = load_validation(args, prepared.spec)
     prepared.samples = open_samples(args.training)
-    prepared.planner = planner = plan_run(args, prepared.dataset)
+    prepared.planner = planner = plan_batches(args, prepared.dataset)
     prepared.resume_point = plan_resume(prepared.checkpoint, prepared.dataset, planner, args.training)
     apply_learning_rate_rule(args.training, samples_in_a_step(planner, args.training.gradient_accumulation_steps))
-    prepared.flags = flags_of_run(args, prepared.plan)
+    prepared.flags = flags_of_run(args, prepared.spec)
     check_flags(prepared.checkpoint, prepared.flags, args.training.allow_changes)

@@ -11,7 +11,7 @@ from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments, RunArguments
 from metamorph.training.base_trainer import open_run
 from metamorph.training.build import build_collator, load_model
-from metamorph.training.engines.prepare import prepare_model, whole_weights
+from metamorph.training.engines.prepare import full_weights, prepare_model
 from metamorph.training.optimizer import format_summary
 from metamorph.training.prepare import Preparation, prepare
 from metamorph.training.reporting.model_card import CardFacts
@@ -95,7 +95,7 @@ def run_training(
         metrics=result.metrics,
         log_history=trainer.state.log_history,
         model=trainer.plain_model,
-        processor=prepared.plan.processor,
+        processor=prepared.spec.processor,
         data_statistics=statistics,
         is_main_process=trainer.is_world_process_zero(),
     )
@@ -104,8 +104,8 @@ def run_training(
 def _build_trainer(args: RunArguments, prepared: Preparation, callbacks: list[Any] | None) -> MetaMorphTrainer:
     """Load the model, freeze what the stage does not train, and make the trainer."""
     set_seed(args.training.seed)  # for the initial weights of connector and vision head
-    with whole_weights(args.training):
-        model = load_model(args.model, prepared.plan, args.compute_dtype)
+    with full_weights(args.training):
+        model = load_model(args.model, prepared.spec, args.compute_dtype)
     if prepared.features is not None:
         prepared.features.check_weights(model.model.vision_tower)
     summary = apply_stage(model, args.model)
@@ -118,8 +118,8 @@ def _build_trainer(args: RunArguments, prepared: Preparation, callbacks: list[An
         args=args.training,
         train_dataset=prepared.dataset,
         eval_dataset=prepared.validation,
-        data_collator=build_collator(model, prepared.plan.processor, packing=args.training.packing),
-        processing_class=prepared.plan.processor,
+        data_collator=build_collator(model, prepared.spec.processor, packing=args.training.packing),
+        processing_class=prepared.spec.processor,
         callbacks=callbacks,
         tower_on_device=args.encodes_images,
     )

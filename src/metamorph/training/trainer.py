@@ -29,7 +29,7 @@ from metamorph.training.base_trainer import RunTrainer
 from metamorph.training.checkpoints.resume import Position, describe_data
 from metamorph.training.checkpoints.weights import load_weights
 from metamorph.training.costs.flops import model_flops
-from metamorph.training.engines.prepare import whole_weights
+from metamorph.training.engines.prepare import full_weights
 from metamorph.training.engines.weights import FrozenTower
 from metamorph.training.metrics import LossWindow, count_targets, count_tokens, validation_metrics
 from metamorph.training.optimizer import learning_rates, module_of, optimizer_groups
@@ -83,7 +83,7 @@ class MetaMorphTrainer(RunTrainer):
         peak = find_peak_tflops(self.args.peak_tflops, half_precision=half, device=self.args.device)
         return ThroughputMonitor(self.accelerator, model_flops(self.model), config.num_image_tokens, peak)
 
-    def examples(self) -> Dataset[Any]:
+    def samples(self) -> Dataset[Any]:
         """The samples, or with packing rows of samples."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
@@ -228,7 +228,7 @@ class MetaMorphTrainer(RunTrainer):
         elif has_adapter(self.model):
             load_adapter_weights(self.model, folder)
         else:
-            with whole_weights(self.args):
+            with full_weights(self.args):
                 load_weights(self.model, folder)
 
     def save_result(self, args: RunArguments) -> None:

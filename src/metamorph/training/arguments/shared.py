@@ -55,7 +55,7 @@ class RunTrainingArguments(RemembersGiven, TrainingArguments):
     """Number of checkpoints to keep: the newest, and the best with `load_best_model_at_end`. 0 keeps all."""
     resume_from_checkpoint: str | None = None
     """A checkpoint folder. By default (or `latest`) the newest complete one in `output_dir`, if any; True requires
-    one; False starts from scratch."""
+    one; False starts from the beginning."""
 
     def __post_init__(self) -> None:
         if self.output_dir is None:

@@ -55,7 +55,7 @@ _FLAGS = {
 
 _START_EPOCH_AGAIN = (
     "add --ignore_data_skip True, which keeps weights, optimizer and step and starts an epoch of this run's data, or "
-    "start from scratch with --resume_from_checkpoint False"
+    "start from the beginning with --resume_from_checkpoint False"
 )
 
 
@@ -200,10 +200,10 @@ def _check_kind(folder: str, stage: int, adapter: bool) -> None:
     if found != stage:
         raise ValueError(
             f"{folder} is a checkpoint of stage {found}, but this run is stage {stage}: give each stage its own "
-            "--output_dir, or start from scratch with --resume_from_checkpoint False"
+            "--output_dir, or start from the beginning with --resume_from_checkpoint False"
         )
     if found_adapter != adapter:
         raise ValueError(
             f"{folder} is a checkpoint with --lora_enable {found_adapter}, but this run has --lora_enable {adapter}: "
-            "give each its own --output_dir, or start from scratch with --resume_from_checkpoint False"
+            "give each its own --output_dir, or start from the beginning with --resume_from_checkpoint False"
         )

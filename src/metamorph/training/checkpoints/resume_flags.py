@@ -11,7 +11,7 @@ from metamorph.runs.checkpoint_files import read_manifest
 from metamorph.runs.flag_changes import compare_flags, describe_model
 from metamorph.training.arguments import RunArguments
 from metamorph.training.arguments.training import CHANGEABLE
-from metamorph.training.build import LOSS_FIELDS, STRUCTURE_FIELDS, Plan
+from metamorph.training.build import LOSS_FIELDS, STRUCTURE_FIELDS, ModelSpec
 from metamorph.training.checkpoints.weights import ARGUMENTS_FILE
 
 
@@ -56,19 +56,19 @@ _STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 """They lower the rate step by step, and do not keep the initial one."""
 
 
-def flags_of_run(args: RunArguments, plan: Plan) -> dict[str, Any]:
+def flags_of_run(args: RunArguments, spec: ModelSpec) -> dict[str, Any]:
     """The flags that are compared, as a checkpoint records them: JSON values. `learning_rate` must be a number."""
     known = args.training.to_sanitized_dict()
     flags = {name: known[name] for name in (*ACTING, *CHANGEABLE, *FIXED) if name in known}
-    flags |= {name: getattr(plan.config, name) for name in (*STRUCTURE_FIELDS, *LOSS_FIELDS)}
+    flags |= {name: getattr(spec.config, name) for name in (*STRUCTURE_FIELDS, *LOSS_FIELDS)}
     names = ["freeze_vision", "freeze_backbone", "freeze_mm_mlp_adapter", "bits"]
     names += ["quant_type", "double_quant"] if args.model.bits == 4 else []
     names += ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"] if args.model.lora_enable else []
     flags |= {name: getattr(args.model, name) for name in names}
-    flags["image_aspect_ratio"] = plan.processor.image_aspect_ratio
+    flags["image_aspect_ratio"] = spec.processor.image_aspect_ratio
     flags["model_max_length"] = args.data.model_max_length  # with packing, also part of the description of the data
     flags["model_name_or_path"] = describe_model(args.model.model_name_or_path)
-    if not plan.continues:
+    if not spec.continues:
         flags["vision_tower"] = describe_model(args.model.vision_tower)
     return flags
 

@@ -23,7 +23,7 @@ from metamorph.models.pretrained import load_tokenizer
 from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments, RunArguments
 from metamorph.training.arguments.sharding import SHARDINGS, check_deepspeed
 from metamorph.training.arguments.training import AUTO_LEARNING_RATE
-from metamorph.training.build import Plan, config_overrides
+from metamorph.training.build import ModelSpec, config_overrides
 from metamorph.training.costs.memory import (
     ENGINES,
     GIB,
@@ -116,7 +116,7 @@ def preview(args: RunArguments, dry_run: DryRunArguments) -> DryRun:
     """
     check_learning_rates(args)
     prepared = prepare(args, for_run=False)
-    model = build_outline(args.model, prepared.plan)
+    model = build_outline(args.model, prepared.spec)
     summary = apply_stage(model, args.model)
     # Those of this launch, if none are given.
     num_gpus = dry_run.num_gpus or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -167,18 +167,18 @@ def recomputed(args: MetaMorphTrainingArguments) -> str:
     return "full" if theirs and args.recompute == "none" else args.recompute
 
 
-def build_outline(args: ModelArguments, plan: Plan) -> MetaMorphForConditionalGeneration:
+def build_outline(args: ModelArguments, spec: ModelSpec) -> MetaMorphForConditionalGeneration:
     """Compose the model as `load_model` does, in float32, on PyTorch's meta device; no weight file is opened.
 
     Its parameters can be counted and frozen by `apply_stage`, but it cannot run.
     """
     with torch.device("meta"):
-        if plan.continues:
-            return MetaMorphForConditionalGeneration(plan.config).float()
+        if spec.continues:
+            return MetaMorphForConditionalGeneration(spec.config).float()
         language_model = AutoModelForCausalLM.from_config(
-            plan.config.text_config, dtype=torch.float32, trust_remote_code=False
+            spec.config.text_config, dtype=torch.float32, trust_remote_code=False
         )
-        vision_encoder = AutoModel.from_config(plan.config.vision_config, dtype=torch.float32, trust_remote_code=False)
+        vision_encoder = AutoModel.from_config(spec.config.vision_config, dtype=torch.float32, trust_remote_code=False)
         # The processor's tokenizer already has the image tokens; from_parts adds their rows as in a run.
         tokenizer = load_tokenizer(args.model_name_or_path)
         return MetaMorphForConditionalGeneration.from_parts(
