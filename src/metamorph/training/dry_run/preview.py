@@ -102,6 +102,14 @@ class DryRun:
         micro_batch = self.args.training.per_device_train_batch_size * self.num_gpus * self.num_nodes
         return math.ceil(math.ceil(rows / micro_batch) / self.args.training.gradient_accumulation_steps)
 
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of the run; None if the data are missing."""
+        args, per_epoch = self.args.training, self.steps_per_epoch
+        if per_epoch is None or args.max_steps > 0:
+            return None if per_epoch is None else args.max_steps
+        return round(per_epoch * args.num_train_epochs)
+
 
 def preview(args: RunArguments, dry_run: DryRunArguments) -> DryRun:
     """Compute what a run with these flags would do.
