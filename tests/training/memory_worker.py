@@ -1,4 +1,4 @@
-"""Trains for two steps in a process of its own and prints, as JSON, the memory that took and the estimate of it."""
+"""Trains for two steps in a separate process and prints, as JSON, the memory that took and its estimate."""
 
 import gc
 import json
@@ -22,7 +22,7 @@ SIZES = {
     "num_key_value_heads": 4,
     "vocab_size": 16384,
 }
-"""29 million parameters: large beside what Python and the libraries allocate meanwhile."""
+"""29 million parameters: large compared to what Python and the libraries allocate."""
 
 
 def status(name: str) -> int:

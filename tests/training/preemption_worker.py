@@ -1,4 +1,4 @@
-"""One process of `test_preemption.py`: whole runs, and runs that a signal to one of the processes interrupts."""
+"""One process of `test_preemption_processes.py`: runs, and runs that a signal to one process interrupts."""
 
 import json
 import os
@@ -23,16 +23,16 @@ def losses(result: TrainResult) -> list[float]:
 
 
 def run_case(parts: Path, folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
-    """A whole run, and one that is interrupted in its third step and resumed."""
-    with recorded() as whole:
-        result = run_training(*arguments(parts, folder / "whole", **FLAGS, **flags))
+    """An uninterrupted run, and one that is interrupted in its third step and resumed."""
+    with recorded() as uninterrupted:
+        result = run_training(*arguments(parts, folder / "uninterrupted", **FLAGS, **flags))
     status, marker = None, folder / "cut" / MARKER_FILE
     with recorded() as first:
         try:
             run_training(*arguments(parts, folder / "cut", **FLAGS, **flags), callbacks=[SignalIn(3, signal.SIGUSR1)])
         except Preempted as error:
             status = error.code
-    seen = {"whole": whole, "first": first, "losses": losses(result), "status": status}
+    seen = {"uninterrupted": uninterrupted, "first": first, "losses": losses(result), "status": status}
     seen["marker"] = json.loads(marker.read_text())
     dist.barrier()  # the next run removes it
     with recorded() as seen["rest"]:

@@ -171,7 +171,7 @@ def test_engines_are_planned_for_without_gpus(parts: Path, capsys: pytest.Captur
     assert "main memory of each process" in report
 
 
-def test_what_was_given_is_told_from_defaults(
+def test_given_flags_are_marked(
     parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Given by a flag or the recipe, be it with the value of the default; and a rate that nobody has chosen warns."""

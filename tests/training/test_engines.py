@@ -1,4 +1,4 @@
-"""Engines of `--sharding`: their flags and shipped files, the frozen tower beside them, ranks without images."""
+"""Engines of `--sharding`: their flags and shipped files, the frozen tower, ranks without images."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_text_batches_give_every_trained_weight_a_gradient_of_zero(reduction: st
 def test_frozen_table_is_read_through_the_module_that_engines_gather(
     tiny_model: MetaMorphForConditionalGeneration,
 ) -> None:
-    """Engines put another tensor in the place of a module's weight; the table inside is not a module that they see."""
+    """Engines put another tensor instead of the weight of a module; they do not see the table inside as a module."""
     attach_new_token_rows(tiny_model)
     embedding = tiny_model.get_input_embeddings()
     ids = torch.tensor([[5, 6, 7]])

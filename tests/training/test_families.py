@@ -51,7 +51,7 @@ def test_family_trains_and_decodes(language: str, tower: str, version: str, tmp_
     assert_same_weights(stage2.model, model)
     if language == "smollm":
         assert model.lm_head.weight is model.get_input_embeddings().weight
-    assert_answers_about_a_picture(model, processor)
+    assert_answers_about_an_image(model, processor)
     assert_draws_whole_images(model, processor)
 
 
@@ -102,7 +102,7 @@ def assert_same_weights(expected: torch.nn.Module, loaded: torch.nn.Module) -> N
         assert torch.equal(weight, loaded_weights[name]), name
 
 
-def assert_answers_about_a_picture(model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor) -> None:
+def assert_answers_about_an_image(model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor) -> None:
     messages = [{"role": "user", "content": "<image>\nwhat is shown ?"}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     inputs = processor(text=text, images=[Image.new("RGB", (40, 30), "red")], return_tensors="pt")

@@ -60,10 +60,10 @@ def cache(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without_tower_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every attempt to run the tower or to open a picture an error."""
+    """Make every attempt to run the tower or to open an image an error."""
 
     def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a picture was opened, or the tower was run")
+        raise AssertionError("an image was opened, or the tower was run")
 
     monkeypatch.setattr("metamorph.models.vision_tower.VisionTower.forward", refuse)
     monkeypatch.setattr("PIL.Image.open", refuse)
@@ -122,7 +122,7 @@ def test_nothing_moves_a_tower_that_does_not_compute(parts: Path, cache: Path, t
     apply_stage(model, args.model)
     planner = plan_batches(args, load_training_data(args, spec.processor))
     MetaMorphTrainer(stage=1, planner=planner, model=model, args=args.training, tower_on_device=False)
-    model.to("meta")  # stands for a GPU
+    model.to("meta")  # instead of a GPU
     assert {weight.device.type for weight in model.parameters()} == {"meta"}
     assert {weight.device.type for weight in model.model.vision_tower.parameters()} == {"cpu"}
     with pytest.raises(ValueError, match=r"on meta, but the vision tower is on cpu.*--feature_cache keeps the tower"):
@@ -254,7 +254,7 @@ def test_a_damaged_cache_is_refused_when_it_is_opened(cache: Path, tmp_path: Pat
         FeatureCache(folder, manifest["tower"])
 
 
-def test_a_picture_that_changed_since_is_an_error_of_its_record(parts: Path, tmp_path: Path) -> None:
+def test_an_image_that_has_changed_is_an_error_of_its_record(parts: Path, tmp_path: Path) -> None:
     shutil.copytree(parts / "images", tmp_path / "images")
     folder = tmp_path / "cache"
     make_cache(parts, folder, image_folder=str(tmp_path / "images"))
@@ -306,7 +306,7 @@ class Corners(torch.nn.Module):
 
 
 def test_parts_of_images_and_members_of_tars_are_images_of_their_own(parts: Path, tmp_path: Path) -> None:
-    """Each row of the cache is found again, over several shards; the same image is kept once."""
+    """Each row of the cache is found, over several shards; the same image is stored once."""
     answer = [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "It."}]
     crops = [f"0.png###[{left}, 0, {left + 8}, 8]" for left in (0, 8, 16, 8)]
     records = [{"id": number, "image": ["0.png", crop], "conversations": answer} for number, crop in enumerate(crops)]
@@ -326,11 +326,11 @@ def test_parts_of_images_and_members_of_tars_are_images_of_their_own(parts: Path
     (tmp_path / "mixture.yaml").write_text(json.dumps(sources))
     spec = resolve_model(arguments(parts, tmp_path, stage=1)[0])
     plain = load_data(tmp_path / "mixture.yaml", spec.processor)
-    pictures = PictureSet(plain)
-    assert pictures.num_images == 1 + 3 + 4  # the whole image, three crops of it, four members
+    images = PictureSet(plain)
+    assert images.num_images == 1 + 3 + 4  # the image, three crops of it, four members
     tower, description = Corners(), describe_tower(spec.config, spec.processor)
     options = {"dtype": "float32", "batch_size": 3, "images_per_shard": 3}
-    assert write_features(tmp_path / "cache", pictures.images(), tower, description, **options) == 8
+    assert write_features(tmp_path / "cache", images.images(), tower, description, **options) == 8
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
     features = FeatureCache(tmp_path / "cache", description)
     cached = load_data(tmp_path / "mixture.yaml", spec.processor, features=pickle.loads(pickle.dumps(features)))  # noqa: S301

@@ -38,7 +38,7 @@ EXACT = ("loss", "text_loss", "visual_loss", "grad_norm", "learning_rate")
 
 @pytest.fixture(scope="module")
 def wide_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `parts`, with a language model whose rows are whole blocks of 4-bit numbers."""
+    """As `parts`, with a language model whose rows are multiples of the blocks of 4-bit numbers."""
     folder = tmp_path_factory.mktemp("wide")
     make_language_model(folder / "llm", hidden_size=64, intermediate_size=128)
     make_vision_tower(folder / "tower")
@@ -63,7 +63,7 @@ def qlora(wide_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainRe
 
 @torch.no_grad()
 def logits_of(model: MetaMorphForConditionalGeneration, training: bool = False) -> torch.Tensor:
-    """For a question with a picture, a text with image tokens, and visual predictions beside the logits."""
+    """For a question with an image, a text with image tokens, and visual predictions in addition to the logits."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 380, (2, 14), generator=generator)
     ids[0, 3:9] = torch.tensor([382, *[model.config.image_token_id] * 4, 383])
@@ -135,9 +135,9 @@ def test_the_folder_holds_everything_that_was_trained_and_no_base(lora: TrainRes
     assert {"tokenizer.json", "processor_config.json", "generation_config.json"} <= names
     assert not list(folder.glob("model*.safetensors"))
     assert all(name.startswith(PEFT_PREFIX) and ".lora_" in name for name in load_file(folder / LORA_WEIGHTS_FILE))
-    beside = load_file(folder / CONNECTOR_FILE)
-    assert {name.partition(".")[0] for name in beside} == {"mm_projector", "vision_head", "new_rows", "new_head_rows"}
-    assert beside["new_rows"].shape == beside["new_head_rows"].shape == (2, 32)
+    saved = load_file(folder / CONNECTOR_FILE)
+    assert {name.partition(".")[0] for name in saved} == {"mm_projector", "vision_head", "new_rows", "new_head_rows"}
+    assert saved["new_rows"].shape == saved["new_head_rows"].shape == (2, 32)
     assert "quantization_config" not in (folder / "config.json").read_text()
     assert other_permissions(folder) == {}
 
@@ -222,8 +222,8 @@ def test_other_bases(base: str, parts: Path, tmp_path: Path) -> None:
     if base == "tied":
         flags["model_name_or_path"] = str(make_language_model(tmp_path / "tied", tie_word_embeddings=True))
     else:
-        whole = arguments(parts, tmp_path / "whole", stage=2, from_scratch_connector=True, max_steps=1)
-        flags["model_name_or_path"] = run_training(*whole).output_dir
+        full = arguments(parts, tmp_path / "full", stage=2, from_scratch_connector=True, max_steps=1)
+        flags["model_name_or_path"] = run_training(*full).output_dir
     result = run_training(*arguments(parts, tmp_path / "lora", stage=2, **flags))
     assert json.loads((tmp_path / "lora" / ADAPTER_FILE).read_text())["vision_tower"] == (
         str(parts / "tower") if base == "tied" else None
@@ -411,7 +411,7 @@ def test_an_adapter_names_no_kernel_of_the_hub(adapter_folder: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("bits", [16, 4])
 def test_on_a_gpu_the_base_is_small_and_the_adapter_exact(bits: int, wide_parts: Path, tmp_path: Path) -> None:
-    """Frozen matrices are kept in bfloat16 or 4 bits; what is trained, and the norms, in float32."""
+    """Frozen matrices are in bfloat16 or 4 bits; what is trained, and the norms, in float32."""
     flags = {"use_cpu": False, "bf16": True, "bits": bits, "lora_dropout": 0.0}
     result = run_training(*arguments(wide_parts, tmp_path, stage=2, **LORA, **flags))
     frozen = {

@@ -112,7 +112,7 @@ def test_r01_a_micro_batch_without_answer_image_in_a_step(parts: Path, tmp_path:
 
 def test_cut_records_are_reported(parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = {"data_path": str(write_records(tmp_path / "text.jsonl", TEXT_ONLY)), "per_device_train_batch_size": 4}
-    lengths = sorted(len(example["input_ids"]) for example in text_only_dataset(parts, tmp_path))
+    lengths = sorted(len(sample["input_ids"]) for sample in text_only_dataset(parts, tmp_path))
     with caplog.at_level("INFO", logger="metamorph"):
         result = stage_2(parts, tmp_path / "out", model_max_length=lengths[-2], max_steps=1, **data)
     counts = {"records": 4, "bad": {}, "truncated": 1, "dropped_images": 0}
@@ -226,7 +226,7 @@ def test_plain_trainer_text_loss_does_not_depend_on_accumulation(tmp_path: Path)
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_plain_trainer_weighs_visual_losses_by_share_of_text(accumulation: int, tmp_path: Path) -> None:
-    """The number of visual targets of the whole step is only known to `MetaMorphTrainer`."""
+    """The number of visual targets of the full step is only known to `MetaMorphTrainer`."""
     micro_batches: list[dict[str, torch.Tensor]] = []
     trainer = train_plainly(rows_of_unequal_text("gmgt"), accumulation, tmp_path, micro_batches)
     logged = next(line["loss"] for line in trainer.state.log_history if "loss" in line)

@@ -99,7 +99,7 @@ def test_activations_are_what_autograd_keeps(
     assert estimate == pytest.approx(measured, rel=0.06)
 
 
-def test_activations_beside_lora() -> None:
+def test_activations_with_lora() -> None:
     pytest.importorskip("peft")
     batch = MicroBatch(rows=2, length=192, images=0)
     measured = measured_activations(batch, autocast=True, dtype=torch.float32, layers="lora")

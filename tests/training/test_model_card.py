@@ -66,7 +66,7 @@ def test_licences_are_unknown_unless_given(parts: Path, stage_1: TrainResult, tm
     assert "Training data: cc-by-4.0" in text
 
 
-def test_what_is_pushed_is_whole(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_pushed_is_complete(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The network is replaced, and the folder looked at when it would be uploaded."""
     pushed: list[tuple[str, set[str]]] = []
 

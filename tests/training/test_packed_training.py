@@ -56,7 +56,7 @@ def flags_of(packing: bool) -> dict[str, object]:
 def test_a_killed_run_resumes_at_the_next_sample(packing: bool, parts: Path, tmp_path: Path) -> None:
     """Also when it is resumed with another number of workers, and in the second epoch."""
     with recorded() as expected:
-        uninterrupted = train(parts, tmp_path / "whole", **flags_of(packing))
+        uninterrupted = train(parts, tmp_path / "uninterrupted", **flags_of(packing))
     steps = len(expected) // 3
     for epoch in range(3):
         seen = [number for step in expected[epoch * steps : (epoch + 1) * steps] for number in step]

@@ -130,10 +130,10 @@ def test_a_run_keeps_the_day_on_which_it_began(parts: Path, tmp_path: Path, monk
 def test_bf16_resumes_with_float32_weights(parts: Path, tmp_path: Path) -> None:
     """The frozen tower, which holds the model's first weights, is in bfloat16 then; all that is trained is not."""
     flags = {"stage": 2, "from_scratch_connector": True, "bf16": True, "max_steps": 2, "save_strategy": "steps"}
-    whole = run_training(*arguments(parts, tmp_path / "whole", save_steps=1, **flags))
-    checkpoint = tmp_path / "whole" / "checkpoint-1"
+    uninterrupted = run_training(*arguments(parts, tmp_path / "uninterrupted", save_steps=1, **flags))
+    checkpoint = tmp_path / "uninterrupted" / "checkpoint-1"
     resumed = run_training(*arguments(parts, tmp_path / "end", resume_from_checkpoint=str(checkpoint), **flags))
-    weights = whole.model.state_dict()
+    weights = uninterrupted.model.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in resumed.model.state_dict().items())
     for folder in (checkpoint, tmp_path / "end"):
         assert AutoConfig.from_pretrained(folder).dtype == torch.float32
@@ -190,7 +190,7 @@ def resume(parts: Path, checkpoint: Path | None, folder: Path, **flags: object) 
 def test_changed_rates_and_decay_act(
     parts: Path, stage_2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As if the whole run had had them: the schedule goes on, from the new peaks."""
+    """As if the entire run had had them: the schedule continues, from the new peaks."""
     flags = {"learning_rate": 1e-3, "mm_projector_lr": 1e-4, "weight_decay": 0.25, "adam_beta2": 0.5}
     result, groups = resume(parts, stage_2, tmp_path, **flags)
     lines = [line for line in result.log_history if "text_loss" in line]
@@ -268,7 +268,7 @@ def test_confirmed_changes_act(parts: Path, stage_2: Path, tmp_path: Path, caplo
 def test_checkpoints_of_earlier_versions(
     parts: Path, stage_2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They do not tell the flags, but hold the arguments of the trainer and the configuration of the model."""
+    """They do not record the flags, but contain the arguments of the trainer and the configuration of the model."""
     old = tmp_path / "old"
     shutil.copytree(stage_2, old)
     manifest = json.loads((old / MANIFEST_FILE).read_text())

@@ -83,8 +83,8 @@ def test_batches_of_another_size_meet_each_sample_once(
     per_epoch = -(-NUM_SAMPLES // (rows * accumulation))
     assert result.global_step == 2 * per_epoch
     # The rate is that of a run that had such steps from its beginning.
-    whole = run_training(*arguments(parts, tmp_path / "whole", **{**flags, "save_strategy": "no"}))
-    rates = {line["step"]: line["learning_rate"] for line in whole.log_history if "text_loss" in line}
+    uninterrupted = run_training(*arguments(parts, tmp_path / "uninterrupted", **{**flags, "save_strategy": "no"}))
+    rates = {line["step"]: line["learning_rate"] for line in uninterrupted.log_history if "text_loss" in line}
     lines = [line for line in result.log_history if "text_loss" in line][len(seen) :]
     assert {line["step"]: line["learning_rate"] for line in lines} == pytest.approx(
         {line["step"]: rates[line["step"]] for line in lines}
@@ -104,12 +104,12 @@ def test_interrupted_again_with_other_batches_each_time(parts: Path, tmp_path: P
 def test_steps_of_the_same_size_are_the_same_steps(
     parts: Path, cut: tuple[Path, list[list[int]]], tmp_path: Path
 ) -> None:
-    whole = run_training(*arguments(parts, tmp_path / "whole", **FLAGS))
+    uninterrupted = run_training(*arguments(parts, tmp_path / "uninterrupted", **FLAGS))
     flags = {**FLAGS, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     resumed = run_training(
         *arguments(parts, tmp_path / "resumed", **flags, resume_from_checkpoint=str(cut[0] / "checkpoint-2"))
     )
-    expected = [line["loss"] for line in whole.log_history if "text_loss" in line]
+    expected = [line["loss"] for line in uninterrupted.log_history if "text_loss" in line]
     assert [line["loss"] for line in resumed.log_history if "text_loss" in line] == pytest.approx(expected, abs=1e-5)
 
 
@@ -152,7 +152,7 @@ def test_other_data_are_refused_unless_asked_for(
     with recorded() as seen:
         run_training(*arguments(parts, tmp_path / "out", **flags, resume_from_checkpoint=checkpoint))
     assert sorted(flat(seen)[:NUM_SAMPLES]) == list(range(NUM_SAMPLES))  # its epoch from the beginning
-    # From now on the number of the step does not tell which samples have been trained on.
+    # From now on the step does not determine which samples have been trained on.
     with pytest.raises(CheckpointError, match="does not record its position in the data"):
         run_training(*arguments(parts, tmp_path / "out", **{**flags, "ignore_data_skip": False}))
 
