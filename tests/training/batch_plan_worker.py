@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from packing_parts import TWO_EPOCHS, KillAfter, Killed, recorded
-from training_parts import arguments
+from training_parts import arguments, logged
 
 from metamorph.training.run import run_training
 
@@ -20,7 +20,7 @@ def main(parts: Path, output_dir: Path) -> None:
         run_training(*arguments(parts, output_dir / "cut", stage=2, **TWO_EPOCHS), callbacks=[KillAfter(2)])
     with recorded() as rest:
         run_training(*arguments(parts, output_dir / "cut", stage=2, **TWO_EPOCHS, dataloader_num_workers=1))
-    losses = [line["loss"] for line in result.log_history if "text_loss" in line]
+    losses = logged(result)
     seen = {"uninterrupted": uninterrupted, "first": first, "rest": rest, "losses": losses}
     (output_dir / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(seen))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from packing_parts import TWO_EPOCHS
-from training_parts import arguments, make_language_model, make_records, make_vision_tower
+from training_parts import arguments, logged, make_language_model, make_records, make_vision_tower
 
 from metamorph.training.run import run_training
 
@@ -54,5 +54,5 @@ def test_two_processes_see_each_sample_once_and_resume_at_the_next(tmp_path: Pat
     # One process with twice the rows takes the same steps.
     flags = {**TWO_EPOCHS, "per_device_train_batch_size": 2}
     one = run_training(*arguments(tmp_path, tmp_path / "one", stage=2, **flags))
-    losses = [line["loss"] for line in one.log_history if "text_loss" in line]
+    losses = logged(one)
     assert losses == pytest.approx(ranks[0]["losses"], abs=2e-5)

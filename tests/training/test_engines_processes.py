@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_parts import arguments, make_language_model, make_records, make_vision_tower
+from training_parts import arguments, logged, make_language_model, make_records, make_vision_tower
 
 from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
@@ -90,8 +90,8 @@ def one(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     for case, flags in CASES.items():
         torch.manual_seed(0)
         result = run_training(*arguments(parts, folder / case, **flags, per_device_train_batch_size=2))
-        losses = [line["loss"] for line in result.log_history if "text_loss" in line]
-        norms = [line["grad_norm"] for line in result.log_history if "text_loss" in line]
+        losses = logged(result)
+        norms = logged(result, "grad_norm")
         (folder / case / "log.json").write_text(json.dumps({"losses": losses, "norms": norms}))
     return {case: folder / case for case in CASES}
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from family_parts import save_language_model, save_vision_model, write_records
 from PIL import Image
+from training_parts import training_lines
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -84,10 +85,6 @@ def arguments(output_dir: Path) -> MetaMorphTrainingArguments:
         report_to="none",
         bf16=False,
     )
-
-
-def training_lines(result: TrainResult) -> list[dict[str, float]]:
-    return [line for line in result.log_history if "text_loss" in line]
 
 
 def assert_losses_are_finite(result: TrainResult) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from file_parts import other_permissions
 from safetensors.torch import load_file, save_file
-from training_parts import arguments, make_language_model, make_records, make_vision_tower
+from training_parts import arguments, logged, make_language_model, make_records, make_vision_tower, training_lines
 from transformers import AutoModelForCausalLM
 
 from metamorph.cli import main
@@ -200,7 +200,7 @@ def test_resumed_equals_uninterrupted(parts: Path, lora: TrainResult, tmp_path: 
     checkpoint = Path(lora.output_dir) / "checkpoint-2"
     flags = {"max_steps": 5, "save_strategy": "no", "resume_from_checkpoint": str(checkpoint)}
     resumed = run_training(*arguments(parts, tmp_path, stage=2, **LORA, **flags))
-    ours, theirs = ([line for line in r.log_history if "text_loss" in line] for r in (resumed, lora))
+    ours, theirs = (training_lines(r) for r in (resumed, lora))
     assert len(theirs) == 5
     for mine, other in zip(ours[2:], theirs[2:], strict=True):
         assert {key: mine.get(key) for key in EXACT} == {key: other.get(key) for key in EXACT}
@@ -421,6 +421,6 @@ def test_on_a_gpu_the_base_is_small_and_the_adapter_exact(bits: int, wide_parts:
     }
     assert frozen == {torch.bfloat16 if bits == 16 else torch.uint8}
     assert {p.dtype for p in result.model.parameters() if p.requires_grad} == {torch.float32}
-    losses = [line["loss"] for line in result.log_history if "text_loss" in line]
+    losses = logged(result)
     assert len(losses) == 4
     assert all(0 < loss < 20 for loss in losses)

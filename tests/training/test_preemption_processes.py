@@ -16,7 +16,7 @@ import psutil
 import pytest
 from packing_parts import recorded
 from preemption_parts import CASES, FLAGS
-from training_parts import arguments, make_language_model, make_records, make_vision_tower
+from training_parts import arguments, logged, make_language_model, make_records, make_vision_tower
 
 from metamorph.runs.checkpoint_files import CheckpointError
 from metamorph.runs.preemption import MARKER_FILE, PREEMPTED
@@ -84,7 +84,7 @@ def test_one_process_resumes_two_with_the_remaining_samples(folder: Path, tmp_pa
     assert [sorted(step) for step in rest] == [
         sorted(first + second) for first, second in zip(ranks[0]["rest"], ranks[1]["rest"], strict=True)
     ]
-    losses = [line["loss"] for line in result.log_history if "text_loss" in line]
+    losses = logged(result)
     assert losses == pytest.approx(ranks[0]["losses"], abs=2e-5)
 
     # Steps of half the size: all that is left of the epoch, once, and then another full one.

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from training_parts import arguments, make_language_model
+from training_parts import arguments, logged, make_language_model, training_lines
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
 from metamorph.models.connector import CONNECTOR_FILE
@@ -41,7 +41,7 @@ def uninterrupted(request: pytest.FixtureRequest, parts: Path, tmp_path_factory:
 
 
 def assert_same_end(resumed: TrainResult, uninterrupted: TrainResult, first_step: int) -> None:
-    ours, theirs = ([line for line in r.log_history if "text_loss" in line] for r in (resumed, uninterrupted))
+    ours, theirs = (training_lines(r) for r in (resumed, uninterrupted))
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 4, 5]
     for mine, other in zip(ours[first_step:], theirs[first_step:], strict=True):
         assert {k: mine.get(k) for k in EXACT} == {k: other.get(k) for k in EXACT}
@@ -193,7 +193,7 @@ def test_changed_rates_and_decay_act(
     """As if the entire run had had them: the schedule continues, from the new peaks."""
     flags = {"learning_rate": 1e-3, "mm_projector_lr": 1e-4, "weight_decay": 0.25, "adam_beta2": 0.5}
     result, groups = resume(parts, stage_2, tmp_path, **flags)
-    lines = [line for line in result.log_history if "text_loss" in line]
+    lines = training_lines(result)
     for step, rate in ((3, 1e-3 * 2 / 4), (4, 1e-3 * 3 / 4), (5, 1e-3)):  # logged are the rates of the step itself
         assert lines[step - 1]["lr_language_model"] == pytest.approx(rate)
         assert lines[step - 1]["lr_mm_projector"] == pytest.approx(rate / 10)
@@ -257,7 +257,7 @@ def test_confirmed_changes_act(parts: Path, stage_2: Path, tmp_path: Path, caplo
     result, _ = resume(parts, stage_2, tmp_path, **flags, **allowed)
     third = next(line for line in result.log_history if line.get("step") == 3)
     assert third["loss"] == pytest.approx(third["text_loss"] + 0.5 * third["visual_loss"], rel=1e-4)
-    rates = [line["learning_rate"] for line in result.log_history if "text_loss" in line]
+    rates = logged(result, "learning_rate")
     assert rates[3:] == pytest.approx([1e-2 * 3 / 4, 1e-2, 1e-2])
     assert result.global_step == 6
     assert "the learning rate schedule now ends with this run" in caplog.text

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from packing_parts import recorded
 from preemption_parts import SignalIn
-from training_parts import arguments, make_records
+from training_parts import arguments, logged, make_records, training_lines
 from transformers import TrainerCallback
 
 from metamorph.data.batching.packing import PACKING_VERSION
@@ -85,7 +85,7 @@ def test_batches_of_another_size_meet_each_sample_once(
     # The rate is that of a run that had such steps from its beginning.
     uninterrupted = run_training(*arguments(parts, tmp_path / "uninterrupted", **{**flags, "save_strategy": "no"}))
     rates = {line["step"]: line["learning_rate"] for line in uninterrupted.log_history if "text_loss" in line}
-    lines = [line for line in result.log_history if "text_loss" in line][len(seen) :]
+    lines = training_lines(result)[len(seen) :]
     assert {line["step"]: line["learning_rate"] for line in lines} == pytest.approx(
         {line["step"]: rates[line["step"]] for line in lines}
     )
@@ -109,8 +109,8 @@ def test_steps_of_the_same_size_are_the_same_steps(
     resumed = run_training(
         *arguments(parts, tmp_path / "resumed", **flags, resume_from_checkpoint=str(cut[0] / "checkpoint-2"))
     )
-    expected = [line["loss"] for line in uninterrupted.log_history if "text_loss" in line]
-    assert [line["loss"] for line in resumed.log_history if "text_loss" in line] == pytest.approx(expected, abs=1e-5)
+    expected = logged(uninterrupted)
+    assert logged(resumed) == pytest.approx(expected, abs=1e-5)
 
 
 def test_grouping_by_length_needs_the_same_micro_batches(parts: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from preemption_parts import SignalIn
 from safetensors.torch import load_file
-from training_parts import arguments
+from training_parts import arguments, logged
 from transformers import TrainerCallback
 
 from metamorph.runs import checkpoint_files
@@ -44,7 +44,7 @@ FLAGS: dict[str, Any] = {"stage": 1, "max_steps": 6, "save_strategy": "steps", "
 DYING = """
 import os, signal, sys
 from pathlib import Path
-from training_parts import arguments
+from training_parts import arguments, logged
 from metamorph.training import run
 from metamorph.training import base_trainer as checkpointing
 from metamorph.training.trainer import MetaMorphTrainer
@@ -69,10 +69,6 @@ run.run_training(*arguments(Path(sys.argv[1]), Path(sys.argv[2]), stage=1, max_s
                             save_steps=2, save_total_limit=1))
 """
 """A run that is killed while it saves after step 4: amid writing, or when all is written but not yet in its place."""
-
-
-def losses(result: TrainResult) -> list[float]:
-    return [line["loss"] for line in result.log_history if "text_loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +98,8 @@ def test_killed_while_saving(parts: Path, uninterrupted: TrainResult, tmp_path: 
     assert (tmp_path / PARTIAL_FOLDER / "checkpoint-4" / "optimizer.pt").is_file()  # it had begun
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]  # the limit has not touched it
     again = run_training(*arguments(parts, tmp_path, **FLAGS, save_total_limit=1))
-    assert losses(again) == losses(uninterrupted)
-    assert [line["step"] for line in again.log_history if "text_loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert logged(again) == logged(uninterrupted)
+    assert logged(again, "step") == [1, 2, 3, 4, 5, 6]
     assert {path.name for path in tmp_path.glob("*_*")} <= {"model_and_data_args.json", "mm_projector.safetensors"} | {
         "chat_template.jinja",
         "processor_config.json",
@@ -251,7 +247,7 @@ def test_full_disk(parts: Path, uninterrupted: TrainResult, tmp_path: Path, size
     assert f"the last good checkpoint is {tmp_path / 'checkpoint-2'}" in message
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     again = run_training(*arguments(parts, tmp_path, **FLAGS, save_total_limit=1))
-    assert losses(again) == losses(uninterrupted)
+    assert logged(again) == logged(uninterrupted)
 
 
 def best_flags(parts: Path) -> dict[str, object]:
