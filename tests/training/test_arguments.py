@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from metamorph import cli
 from metamorph.flags.recipes import parse_arguments
 from metamorph.recipes import shipped_recipes
-from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments, RunArguments
 from metamorph.training.arguments.training import CHANGEABLE
 from metamorph.training.arguments.unsupported import UNSUPPORTED
 from metamorph.training.checkpoints.resume_flags import ACTING, FIXED
@@ -189,7 +190,7 @@ def test_unknown_flag_suggests_the_nearest(paths: dict[str, str]) -> None:
         ({"learning_rate": "-1"}, "--learning_rate -1.0 must be a finite number, 0 or larger, or auto"),
         ({"learning_rate": "auto"}, "needs --base_learning_rate.*6.93e-5 --base_batch_size 1536"),
         ({"learning_rate": "auto", "base_learning_rate": 1e-4}, "needs --base_batch_size"),
-        ({"base_batch_size": 0}, "--base_batch_size 0 must be a finite number larger than 0"),
+        ({"base_batch_size": 0}, "--base_batch_size 0 must be larger than 0"),
         ({"loss_normalization": "token"}, "micro_batch"),
         ({"warmup_ratio": 1.5}, "warmup_ratio"),
         ({"mm_projector_lr": -1}, "mm_projector_lr"),
@@ -249,6 +250,16 @@ def test_a_flag_that_would_do_nothing_is_refused(name: str, tmp_path: Path) -> N
         MetaMorphTrainingArguments(output_dir=str(tmp_path), **{name: value})
     assert reason in str(error.value)
     MetaMorphTrainingArguments(output_dir=str(tmp_path), **{name: accepted[0]})
+
+
+def test_values_that_follow_from_several_flags(paths: dict[str, str]) -> None:
+    flags = {**paths, "tune_mm_mlp_adapter": True, "seed": 3}
+    args = RunArguments(*parse(flags))
+    assert (args.data_seed, args.image_aspect_ratio, args.compute_dtype) == (3, None, torch.bfloat16)
+    assert args.encodes_images
+    args = RunArguments(*parse({**flags, "data_seed": 0, "bf16": False, "image_aspect_ratio": "square"}))
+    assert (args.data_seed, args.image_aspect_ratio, args.compute_dtype) == (0, "square", torch.float32)
+    assert not RunArguments(*parse({**flags, "feature_cache": "cache"})).encodes_images
 
 
 def test_stage_2_without_connector_can_be_asked_for(paths: dict[str, str]) -> None:

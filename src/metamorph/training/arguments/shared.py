@@ -117,6 +117,17 @@ class RunTrainingArguments(RemembersGiven, TrainingArguments):
             if value is not None and not (math.isfinite(value) and value >= least):
                 raise ValueError(f"--{name} {value} must be {least} or more")
 
+    def check_above_0(self, names: str) -> None:
+        """Refuse values of 0 or less, or that are not finite, of the flags in `names` (separated by spaces).
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        for name in names.split():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"--{name} {value} must be larger than 0")
+
     def _check_shared_ranges(self) -> None:
         self.check_at_least(1, "gradient_accumulation_steps per_device_train_batch_size per_device_eval_batch_size")
         at_least_0 = "dataloader_num_workers adam_epsilon weight_decay max_grad_norm save_total_limit seed data_seed"

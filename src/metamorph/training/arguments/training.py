@@ -133,7 +133,10 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
         check_choice("--recompute", self.recompute, RECOMPUTE)
         check_choice("--lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
         check_text_loss(self.text_loss, half_precision=self.bf16 or self.fp16)
-        self._check_batches()
+        if self.group_by_length:
+            self.train_sampling_strategy = "group_by_length"
+        check_choice("--train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES)
+        check_grouping(self.packing, self.train_sampling_strategy == "group_by_length")
         if self.bf16 and self.fp16:
             raise ValueError("--fp16 True and --bf16 True exclude each other: add --bf16 False")
         self._check_learning_rates()
@@ -167,15 +170,12 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
             raise ValueError(
                 f"--sample_steps {self.sample_steps} and --sample_prompts {self.sample_prompts} go together: give both"
             )
-        if self.sample_steps is not None and self.sample_steps < 1:
-            raise ValueError(f"--sample_steps {self.sample_steps} must be at least 1")
+        self.check_at_least(1, "sample_steps")
         if self.sample_visualizer is not None:
             if self.sample_steps is None:
                 raise ValueError(f"--sample_visualizer {self.sample_visualizer} needs --sample_steps")
             self.sample_visualizer = shipped_folder(self.sample_visualizer, "visualizer")
             check_model_reference(self.sample_visualizer, flag="--sample_visualizer", file="model_index.json")
-        if self.peak_tflops is not None and not (math.isfinite(self.peak_tflops) and self.peak_tflops > 0):
-            raise ValueError(f"--peak_tflops {self.peak_tflops} must be a number above 0")
 
     def _check_learning_rates(self) -> None:
         auto = self.learning_rate == AUTO_LEARNING_RATE
@@ -187,21 +187,12 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
                 word = f", or {AUTO_LEARNING_RATE}" if name == "learning_rate" else ""
                 raise ValueError(f"--{name} {value} must be a finite number, 0 or larger{word}")
         for name in ("base_learning_rate", "base_batch_size"):
-            value = getattr(self, name)
-            if value is None and auto:
+            if getattr(self, name) is None and auto:
                 raise ValueError(
                     f"--learning_rate {AUTO_LEARNING_RATE} needs --{name}: give a learning rate that works well and "
                     "the samples per step it was tuned for (in the training guide, for stage 2: --base_learning_rate "
                     "6.93e-5 --base_batch_size 1536)"
                 )
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"--{name} {value} must be a finite number larger than 0")
-
-    def _check_batches(self) -> None:
-        if self.group_by_length:
-            self.train_sampling_strategy = "group_by_length"
-        check_choice("--train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES)
-        check_grouping(self.packing, self.train_sampling_strategy == "group_by_length")
 
     def _check_ranges(self) -> None:
         if self.max_steps != -1 and self.max_steps < 1:
@@ -209,10 +200,9 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
                 f"--max_steps {self.max_steps} must be at least 1, or -1 for --num_train_epochs; --dry-run shows what "
                 "a run would do"
             )
-        if self.max_steps == -1 and not self.num_train_epochs > 0:
-            raise ValueError(f"--num_train_epochs {self.num_train_epochs} must be larger than 0")
-        if self.neftune_noise_alpha is not None and not self.neftune_noise_alpha > 0:
-            raise ValueError(f"--neftune_noise_alpha {self.neftune_noise_alpha} must be larger than 0")
+        if self.max_steps == -1:
+            self.check_above_0("num_train_epochs")
+        self.check_above_0("base_learning_rate base_batch_size neftune_noise_alpha peak_tflops")
 
     def _check_warmup(self) -> None:
         if not 0 <= self.warmup_ratio < 1:
@@ -220,7 +210,7 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
         if self.warmup_steps and self.lr_scheduler_type in NO_WARMUP:
             raise ValueError(
                 f"--warmup_steps {self.warmup_steps} has no effect with --lr_scheduler_type {self.lr_scheduler_type}, "
-                "which has no warm-up: use constant_with_warmup, or leave --warmup_steps out"
+                "which has no warm-up: use constant_with_warmup, or drop --warmup_steps"
             )
         if not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # Transformers 5 reads a value below 1 as a ratio
