@@ -29,7 +29,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from metamorph.training.arguments.training import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
 from metamorph.training.run import run_training
 
 

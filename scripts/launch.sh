@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs `metamorph "$@"` with one process for each GPU of this machine, or one on the CPU. The other scripts end here.
+# Runs `metamorph "$@"` with one process per GPU of this machine, or one on the CPU. The other scripts call it.
 #
-# Several machines train together when each of them calls this with the same NNODES, MASTER_ADDR and RDZV_ID and its own
-# NODE_RANK; slurm_common.sh does so.
+# Several machines train together when each calls it with the same NNODES, MASTER_ADDR and RDZV_ID and its own
+# NODE_RANK, as `run_job` in common.sh does.
 #
-# SIGUSR1 and SIGTERM are passed on to the processes, which save a checkpoint after the step they are in and stop.
+# SIGUSR1 and SIGTERM are forwarded to the processes, which save a checkpoint after the current step and stop.
 # Exit status: 75 if they stopped for that reason, otherwise that of torchrun.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -12,7 +12,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "${here}/common.sh"
 
 OUTPUT_DIR="${OUTPUT_DIR:?set OUTPUT_DIR to the folder that the run writes to}"
-PYTHON="${PYTHON:-python}"                                # of the environment that metamorph is installed in
+PYTHON="${PYTHON:-python}"                                # that metamorph is installed in
 NPROC_PER_NODE="${NPROC_PER_NODE:-$(count_processes)}"
 NNODES="${NNODES:-1}"
 NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-0}}"
@@ -44,7 +44,7 @@ pass_on() {
     if [[ -z "${torchrun}" || -n "${relay}" ]]; then
         return
     fi
-    echo "$(basename "$0"): passing SIG${requested} on to the training processes of $(hostname)" >&2
+    echo "$(basename "$0"): forwarding SIG${requested} to the training processes of $(hostname)" >&2
     (
         trap '' USR1 TERM INT
         while kill -0 "${torchrun}" 2> /dev/null; do
@@ -65,9 +65,9 @@ if ((NODE_RANK == 0)); then
     rm -f "${marker}" # of an earlier run
 fi
 export PYTHONUNBUFFERED=1 # log lines appear when they are written
-# torchrun itself must outlive both signals: by default it would kill its processes 30 seconds after SIGTERM.
+# torchrun must ignore both signals: by default it would kill its processes 30 seconds after SIGTERM.
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGINT,SIGHUP,SIGQUIT}"
-set -m # a process group of its own, in which Bash does not ignore Ctrl-C
+set -m # a separate process group, in which Bash does not ignore Ctrl-C
 (
     trap '' USR1 TERM
     exec "${PYTHON}" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "${NPROC_PER_NODE}" -m metamorph "$@"
@@ -81,10 +81,10 @@ fi
 status=0
 wait_through_signals "${torchrun}" || status=$?
 if [[ -n "${relay}" ]]; then
-    { kill -KILL "${relay}" && wait "${relay}"; } 2> /dev/null || true # without Bash's remark that it was killed
+    { kill -KILL "${relay}" && wait "${relay}"; } 2> /dev/null || true # without Bash's message that it was killed
 fi
 if ((status != 0)) && [[ -e "${marker}" ]]; then
     status=${PREEMPTED}
-    echo "$(basename "$0"): the run has saved and can go on; what torchrun calls a failure above is how it was told" >&2
+    echo "$(basename "$0"): the run has saved and can be resumed; torchrun reports this as a failure above" >&2
 fi
 exit "${status}"

@@ -1,48 +1,11 @@
 #!/usr/bin/env bash
-# Stage 1 on this machine: the connector learns to speak the language model's language.
+# Stage 1 on this machine: the connector learns to map visual tokens to the language model.
 #   DATA_PATH=pretrain.jsonl IMAGE_FOLDER=images bash scripts/pretrain_1node.sh
-# Uses all GPUs (set NPROC_PER_NODE for another number of processes), or the CPU if there are none. The same command
-# goes on with a run that was stopped. Arguments go to `metamorph train`: bash scripts/pretrain_1node.sh --seed 1
+# Uses all GPUs (or NPROC_PER_NODE processes), or the CPU without any. The same command resumes a run that was stopped.
+# For all variables see train_flags in scripts/common.sh.
+# Arguments go to `metamorph train`: scripts/pretrain_1node.sh --seed 1
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/common.sh
-source "${here}/common.sh"
-
-# What it starts from. Empty: as in the recipe, a name of `metamorph recipes` or a YAML file of flags.
-RECIPE="${RECIPE:-llama3.1-8b-stage1}"
-MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"
-VISION_TOWER="${VISION_TOWER:-}"
-
-# What it learns from: records (JSON array, JSON Lines, tars, mixture) and the folder that their images' paths start at.
-DATA_PATH="${DATA_PATH:?set DATA_PATH to the training records}"
-IMAGE_FOLDER="${IMAGE_FOLDER:-}"
-
-# Checkpoints and result.
-OUTPUT_DIR="${OUTPUT_DIR:-runs/stage1}"
-
-# Samples (with packing: rows) per optimizer step = batch size × accumulation × GPUs.
-# Empty: as in the recipe.
-PER_DEVICE_TRAIN_BATCH_SIZE="${PER_DEVICE_TRAIN_BATCH_SIZE:-}"
-GRADIENT_ACCUMULATION_STEPS="${GRADIENT_ACCUMULATION_STEPS:-}"
-LEARNING_RATE="${LEARNING_RATE:-}"
-SHARDING="${SHARDING:-}" # auto, ddp, fsdp2, zero2, zero3, zero2_offload, zero3_offload
-
-# Where the numbers go: tensorboard, wandb, … Keys are read from the environment, never written here.
-REPORT_TO="${REPORT_TO:-none}"
-
-flags=(
-    --config "${RECIPE}"
-    --data_path "${DATA_PATH}"
-    --output_dir "${OUTPUT_DIR}"
-    --report_to "${REPORT_TO}"
-)
-optional --model_name_or_path "${MODEL_NAME_OR_PATH}"
-optional --vision_tower "${VISION_TOWER}"
-optional --image_folder "${IMAGE_FOLDER}"
-optional --per_device_train_batch_size "${PER_DEVICE_TRAIN_BATCH_SIZE}"
-optional --gradient_accumulation_steps "${GRADIENT_ACCUMULATION_STEPS}"
-optional --learning_rate "${LEARNING_RATE}"
-optional --sharding "${SHARDING}"
-
-export OUTPUT_DIR
-exec bash "${here}/launch.sh" train "${flags[@]}" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+train_flags 1
+run_here train "${flags[@]}" "$@"

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Stage 1 on the nodes of a Slurm job: the connector learns to speak the language model's language.
+# Stage 1 on the nodes of a Slurm job: the connector learns to map visual tokens to the language model.
 #   DATA_PATH=pretrain.jsonl IMAGE_FOLDER=images \
 #       sbatch --nodes=4 --partition=… scripts/slurm_pretrain.sh
-# The job stops before its time limit or when it is preempted, saves, puts itself back into the queue and goes on with
-# the next sample. Arguments are passed on to `metamorph train`: sbatch scripts/slurm_pretrain.sh --seed 1
+# Before its time limit, or when it is preempted, the job saves, requeues itself and resumes at the next sample.
+# For all variables see train_flags in scripts/common.sh.
+# Arguments go to `metamorph train`: sbatch scripts/slurm_pretrain.sh --seed 1
 #SBATCH --job-name=metamorph-pretrain
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -16,53 +17,13 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-
-# The repository: by default the folder that sbatch was called in (Slurm runs a copy of this script, which does not know
-# where it came from). And the Python that metamorph is installed in.
+# Slurm runs a copy of this script: METAMORPH_HOME is the folder that sbatch was called in, unless it is set.
 METAMORPH_HOME="${METAMORPH_HOME:-${SLURM_SUBMIT_DIR:?submit this script with sbatch}}"
-export PYTHON="${PYTHON:-python}"
-if [[ ! -r "${METAMORPH_HOME}/scripts/slurm_common.sh" ]]; then
+if [[ ! -r "${METAMORPH_HOME}/scripts/common.sh" ]]; then
     echo "${METAMORPH_HOME} is not the repository: submit from its folder, or set METAMORPH_HOME to it" >&2
     exit 1
 fi
-
-# What it starts from. Empty: as in the recipe, a name of `metamorph recipes` or a YAML file of flags.
-RECIPE="${RECIPE:-llama3.1-8b-stage1}"
-MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"
-VISION_TOWER="${VISION_TOWER:-}"
-
-# What it learns from: records (JSON array, JSON Lines, tars, mixture) and the folder that their images' paths start at.
-DATA_PATH="${DATA_PATH:?set DATA_PATH to the training records}"
-IMAGE_FOLDER="${IMAGE_FOLDER:-}"
-
-# Checkpoints and result, on a file system that all nodes see.
-OUTPUT_DIR="${OUTPUT_DIR:-runs/stage1}"
-
-# Samples (with packing: rows) per optimizer step = batch size × accumulation × GPUs per node × nodes.
-# Empty: as in the recipe.
-PER_DEVICE_TRAIN_BATCH_SIZE="${PER_DEVICE_TRAIN_BATCH_SIZE:-}"
-GRADIENT_ACCUMULATION_STEPS="${GRADIENT_ACCUMULATION_STEPS:-}"
-LEARNING_RATE="${LEARNING_RATE:-}"
-SHARDING="${SHARDING:-}" # auto, ddp, fsdp2, zero2, zero3, zero2_offload, zero3_offload
-
-# Where the numbers go: tensorboard, wandb, … Keys are read from the environment, never written here.
-REPORT_TO="${REPORT_TO:-none}"
-
-# shellcheck source=scripts/slurm_common.sh
-source "${METAMORPH_HOME}/scripts/slurm_common.sh"
-
-flags=(
-    --config "${RECIPE}"
-    --data_path "${DATA_PATH}"
-    --output_dir "${OUTPUT_DIR}"
-    --report_to "${REPORT_TO}"
-)
-optional --model_name_or_path "${MODEL_NAME_OR_PATH}"
-optional --vision_tower "${VISION_TOWER}"
-optional --image_folder "${IMAGE_FOLDER}"
-optional --per_device_train_batch_size "${PER_DEVICE_TRAIN_BATCH_SIZE}"
-optional --gradient_accumulation_steps "${GRADIENT_ACCUMULATION_STEPS}"
-optional --learning_rate "${LEARNING_RATE}"
-optional --sharding "${SHARDING}"
-
+# shellcheck source=scripts/common.sh
+source "${METAMORPH_HOME}/scripts/common.sh"
+train_flags 1
 run_job train "${flags[@]}" "$@"

@@ -117,7 +117,10 @@ REFUSED = {
     "head.png": (b"\x89PNG\r\n\x1a\n" + bytes(8), "its PNG header is damaged.*; replace it"),
     "icon.ico": ({}, "the format ICO is not supported.*; save it as PNG or JPEG"),
     "a.tga": ({}, "the format TGA or CUR is not supported"),
-    "a.eps": ({}, "the format EPS is not supported"),  # Pillow hands it to Ghostscript: not for files from untrusted sources
+    "a.eps": (
+        {},
+        "the format EPS is not supported",
+    ),  # Pillow hands it to Ghostscript: not for files from untrusted sources
 }
 
 

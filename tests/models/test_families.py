@@ -14,7 +14,7 @@ from metamorph.models import families
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.arguments import ModelArguments
-from metamorph.training.build import make_plan
+from metamorph.training.build import resolve_model
 from metamorph.training.engines.speed import recompute_layers
 from metamorph.training.metrics import count_tokens
 from metamorph.training.stages import apply_stage
@@ -94,7 +94,7 @@ def test_a_family_is_refused_before_weights_are_read(tmp_path: Path) -> None:
     (tmp_path / "tower").mkdir()
     args = ModelArguments(model_name_or_path=str(tmp_path), vision_tower=str(tmp_path), from_scratch_connector=True)
     with pytest.raises(ValueError, match=r"--model_name_or_path .* language models of type mamba cannot be used"):
-        make_plan(args)
+        resolve_model(args)
 
 
 def test_the_weights_tell_where_no_small_copy_can_be_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.dataset import load_data
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.arguments import ModelArguments
-from metamorph.training.build import load_model, make_plan
+from metamorph.training.build import load_model, resolve_model
 from metamorph.training.metrics import count_targets
 from metamorph.training.stages import apply_stage
 
@@ -21,7 +21,7 @@ NUM_STEPS = 6
 def build(model_args: ModelArguments) -> MetaMorphForConditionalGeneration:
     """The same model on every process, frozen as the stage asks."""
     torch.manual_seed(0)
-    model = load_model(model_args, make_plan(model_args))
+    model = load_model(model_args, resolve_model(model_args))
     apply_stage(model, model_args)
     return model.train()
 
@@ -49,7 +49,7 @@ def rank_batches(
     A step has two samples: an image question and an image to draw, or an image edit and plain text. So with two
     ranks one of them has no answer image in every step, and every second step it has no image at all.
     """
-    processor = make_plan(model_args).processor
+    processor = resolve_model(model_args).processor
     data = load_data(str(parts / "data.jsonl"), processor, image_folder=str(parts / "images"), model_max_length=4096)
     collate = PaddedCollator(processor.pad_token_id)
     for step in range(NUM_STEPS):

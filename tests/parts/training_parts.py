@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,3 +131,13 @@ def arguments(
         built.append(kind(**{name: values.pop(name) for name in names}))
     assert not values, f"unknown flags {list(values)}"
     return tuple(built)
+
+
+def training_lines(result: Any) -> list[dict[str, float]]:
+    """The entries that a run has logged while training."""
+    return [line for line in result.log_history if "text_loss" in line]
+
+
+def logged(result: Any, name: str = "loss") -> list[float]:
+    """A value of these entries."""
+    return [line[name] for line in training_lines(result)]

@@ -1,4 +1,4 @@
-"""One process of `test_bad_records_processes.py`: meets bad records of its own, and joins the counts twice."""
+"""One process of `test_bad_records_processes.py`: meets its own bad records, and adds up the counts twice."""
 
 import json
 import sys

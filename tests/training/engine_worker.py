@@ -8,7 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from training_parts import arguments
+from training_parts import arguments, logged
 
 from metamorph.training import run
 from metamorph.training.trainer import MetaMorphTrainer
@@ -45,8 +45,8 @@ def main(parts: Path, output_dir: Path) -> None:
         SEEN["steps"] = []
         torch.manual_seed(0)
         result = run.run_training(*arguments(parts, output_dir / name, **flags))
-        SEEN["losses"] = [line["loss"] for line in result.log_history if "text_loss" in line]
-        SEEN["norms"] = [line["grad_norm"] for line in result.log_history if "text_loss" in line]
+        SEEN["losses"] = logged(result)
+        SEEN["norms"] = logged(result, "grad_norm")
         SEEN["trained"] = result.global_step
         (output_dir / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(SEEN))
 

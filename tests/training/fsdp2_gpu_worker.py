@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from training_parts import arguments
+from training_parts import arguments, logged
 
 from metamorph.training import run
 from metamorph.training.trainer import MetaMorphTrainer
@@ -43,7 +43,7 @@ def main(parts: Path, output_dir: Path) -> None:
     for name, own in runs.items():
         SEEN.clear()
         result = run.run_training(*arguments(parts, output_dir / name, **flags, **own))
-        SEEN["losses"] = [line["loss"] for line in result.log_history if "text_loss" in line]
+        SEEN["losses"] = logged(result)
         if os.environ["RANK"] == "0":
             (output_dir / f"{name}.json").write_text(json.dumps(SEEN))
 

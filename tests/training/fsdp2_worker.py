@@ -24,7 +24,7 @@ from metamorph.training.engines.weights import FrozenTower, gather_weights
 
 
 def main(parts: Path, output_dir: Path, stage: int) -> None:
-    """Train on this rank's batches; write losses, whole weights and a distributed checkpoint."""
+    """Train on this rank's batches; write losses, full weights and a distributed checkpoint."""
     model_args, _, args = arguments(parts, output_dir, stage=stage, from_scratch_connector=stage == 2)
     accelerator, is_main = Accelerator(cpu=True), os.environ["RANK"] == "0"
     model = build(model_args)
@@ -43,7 +43,7 @@ def main(parts: Path, output_dir: Path, stage: int) -> None:
     dcp.save({"model": model.state_dict()}, checkpoint_id=output_dir / "checkpoint")
     state = gather_weights(model, keep=is_main) | tower.state_dict()
     if is_main:
-        save_file({name: weight.contiguous() for name, weight in state.items()}, output_dir / "whole.safetensors")
+        save_file({name: weight.contiguous() for name, weight in state.items()}, output_dir / "full.safetensors")
         (output_dir / "seen.json").write_text(json.dumps(seen))
     accelerator.end_training()
 

@@ -1,4 +1,4 @@
-"""Trains for two steps in a process of its own and prints, as JSON, the memory that took and the estimate of it."""
+"""Trains for two steps in a separate process and prints, as JSON, the memory that took and its estimate."""
 
 import gc
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from training_parts import arguments, make_language_model, make_vision_tower
 
-from metamorph.training.build import load_model, make_plan
+from metamorph.training.build import load_model, resolve_model
 from metamorph.training.costs.memory import MicroBatch, estimate_memory
 from metamorph.training.stages import apply_stage
 
@@ -22,7 +22,7 @@ SIZES = {
     "num_key_value_heads": 4,
     "vocab_size": 16384,
 }
-"""29 million parameters: large beside what Python and the libraries allocate meanwhile."""
+"""29 million parameters: large compared to what Python and the libraries allocate."""
 
 
 def status(name: str) -> int:
@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
     gc.collect()
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    model = load_model(model_args, make_plan(model_args)).train()
+    model = load_model(model_args, resolve_model(model_args)).train()
     apply_stage(model, model_args)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], fused=True)
     ids = torch.randint(0, SIZES["vocab_size"] // 2, (1, LENGTH))

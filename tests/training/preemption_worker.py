@@ -1,4 +1,4 @@
-"""One process of `test_preemption.py`: whole runs, and runs that a signal to one of the processes interrupts."""
+"""One process of `test_preemption_processes.py`: runs, and runs that a signal to one process interrupts."""
 
 import json
 import os
@@ -10,29 +10,25 @@ from typing import Any
 import torch.distributed as dist
 from packing_parts import recorded
 from preemption_parts import CASES, FLAGS, SignalIn
-from training_parts import arguments
+from training_parts import arguments, logged
 
 from metamorph.runs.checkpoint_files import CheckpointError
 from metamorph.runs.lock import only_run_in
 from metamorph.runs.preemption import MARKER_FILE, PREEMPTED, Preempted
-from metamorph.training.run import TrainResult, run_training
-
-
-def losses(result: TrainResult) -> list[float]:
-    return [line["loss"] for line in result.log_history if "text_loss" in line]
+from metamorph.training.run import run_training
 
 
 def run_case(parts: Path, folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
-    """A whole run, and one that is interrupted in its third step and resumed."""
-    with recorded() as whole:
-        result = run_training(*arguments(parts, folder / "whole", **FLAGS, **flags))
+    """An uninterrupted run, and one that is interrupted in its third step and resumed."""
+    with recorded() as uninterrupted:
+        result = run_training(*arguments(parts, folder / "uninterrupted", **FLAGS, **flags))
     status, marker = None, folder / "cut" / MARKER_FILE
     with recorded() as first:
         try:
             run_training(*arguments(parts, folder / "cut", **FLAGS, **flags), callbacks=[SignalIn(3, signal.SIGUSR1)])
         except Preempted as error:
             status = error.code
-    seen = {"whole": whole, "first": first, "losses": losses(result), "status": status}
+    seen = {"uninterrupted": uninterrupted, "first": first, "losses": logged(result), "status": status}
     seen["marker"] = json.loads(marker.read_text())
     dist.barrier()  # the next run removes it
     with recorded() as seen["rest"]:
@@ -40,7 +36,7 @@ def run_case(parts: Path, folder: Path, flags: dict[str, Any]) -> dict[str, Any]
     assert not marker.exists()
     weights = result.model.state_dict()
     difference = max((value - weights[name]).abs().max().item() for name, value in resumed.model.state_dict().items())
-    return {**seen, "resumed_losses": losses(resumed), "difference": difference}
+    return {**seen, "resumed_losses": logged(resumed), "difference": difference}
 
 
 def main(parts: Path) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from metamorph import cli
 from metamorph.flags.recipes import parse_arguments
 from metamorph.recipes import shipped_recipes
-from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments, RunArguments
 from metamorph.training.arguments.training import CHANGEABLE
 from metamorph.training.arguments.unsupported import UNSUPPORTED
 from metamorph.training.checkpoints.resume_flags import ACTING, FIXED
@@ -29,7 +30,7 @@ data_seed use_cpu accelerator_config ddp_find_unused_parameters ddp_bucket_cap_m
 ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed local_rank load_best_model_at_end
 metric_for_best_model greater_is_better restore_callback_states_from_checkpoint
 """
-"""Flags of training that act on what is learnt, or how, beside those that are compared when a run resumes."""
+"""Flags of training that act on what is learnt, or how, besides those that are compared when a run resumes."""
 AROUND = """
 output_dir logging_strategy logging_steps logging_first_step logging_nan_inf_filter logging_dir log_level
 log_level_replica log_on_each_node disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
@@ -39,7 +40,7 @@ save_strategy save_steps save_total_limit save_only_model save_on_each_node push
 hub_token hub_private_repo hub_always_push hub_revision dataloader_num_workers dataloader_pin_memory
 dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context torch_empty_cache_steps
 """
-"""Flags that act on what is logged, evaluated, kept and uploaded, and on speed: not on what is learnt."""
+"""Flags that act on what is logged, evaluated, saved and uploaded, and on speed: not on what is learnt."""
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def test_recipe_may_hold_the_required_flags(paths: dict[str, str], tmp_path: Pat
         ("[" * 20_000, "nested too deeply"),
         ("#" * 300_000, "has more than 262144 bytes"),
         ("&a [*a]", "aliases .* expand to too many values"),
-        # Nine times nine times …: nine lines that stand for 387 million values.
+        # Nine times nine times …: nine lines that expand to 387 million values.
         (
             "a0: &a0 x\n" + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)),
             "aliases .* expand to too many values",
@@ -189,7 +190,7 @@ def test_unknown_flag_suggests_the_nearest(paths: dict[str, str]) -> None:
         ({"learning_rate": "-1"}, "--learning_rate -1.0 must be a finite number, 0 or larger, or auto"),
         ({"learning_rate": "auto"}, "needs --base_learning_rate.*6.93e-5 --base_batch_size 1536"),
         ({"learning_rate": "auto", "base_learning_rate": 1e-4}, "needs --base_batch_size"),
-        ({"base_batch_size": 0}, "--base_batch_size 0 must be a finite number larger than 0"),
+        ({"base_batch_size": 0}, "--base_batch_size 0 must be larger than 0"),
         ({"loss_normalization": "token"}, "micro_batch"),
         ({"warmup_ratio": 1.5}, "warmup_ratio"),
         ({"mm_projector_lr": -1}, "mm_projector_lr"),
@@ -249,6 +250,16 @@ def test_a_flag_that_would_do_nothing_is_refused(name: str, tmp_path: Path) -> N
         MetaMorphTrainingArguments(output_dir=str(tmp_path), **{name: value})
     assert reason in str(error.value)
     MetaMorphTrainingArguments(output_dir=str(tmp_path), **{name: accepted[0]})
+
+
+def test_values_that_follow_from_several_flags(paths: dict[str, str]) -> None:
+    flags = {**paths, "tune_mm_mlp_adapter": True, "seed": 3}
+    args = RunArguments(*parse(flags))
+    assert (args.data_seed, args.image_aspect_ratio, args.compute_dtype) == (3, None, torch.bfloat16)
+    assert args.encodes_images
+    args = RunArguments(*parse({**flags, "data_seed": 0, "bf16": False, "image_aspect_ratio": "square"}))
+    assert (args.data_seed, args.image_aspect_ratio, args.compute_dtype) == (0, "square", torch.float32)
+    assert not RunArguments(*parse({**flags, "feature_cache": "cache"})).encodes_images
 
 
 def test_stage_2_without_connector_can_be_asked_for(paths: dict[str, str]) -> None:

@@ -210,7 +210,7 @@ def test_output_folder_of_another_run(bare: Path, capsys) -> None:
         ),
         (
             {"optim_args": "momentum=0.9"},
-            "--optim_args momentum=0.9 cannot be used: it changes nothing with --optim ad",
+            "--optim_args momentum=0.9 cannot be used: it has no effect with --optim ad",
         ),
         ({"optim": "sgd", "optim_args": "fast"}, "--optim_args fast cannot be used"),
         ({"optim": "grokadamw"}, "--optim grokadamw cannot be used: Please install grokadamw"),

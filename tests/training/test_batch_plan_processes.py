@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from packing_parts import TWO_EPOCHS
-from training_parts import arguments, make_language_model, make_records, make_vision_tower
+from training_parts import arguments, logged, make_language_model, make_records, make_vision_tower
 
 from metamorph.training.run import run_training
 
@@ -42,17 +42,17 @@ def test_two_processes_see_each_sample_once_and_resume_at_the_next(tmp_path: Pat
         },
     )
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
-    steps = len(ranks[0]["whole"]) // 2
+    steps = len(ranks[0]["uninterrupted"]) // 2
     for epoch in (slice(0, steps), slice(steps, None)):
-        seen = [number for rank in ranks for step in rank["whole"][epoch] for number in step]
+        seen = [number for rank in ranks for step in rank["uninterrupted"][epoch] for number in step]
         assert sorted(seen) == list(range(NUM_SAMPLES))
     for rank in ranks:
-        assert len(rank["whole"]) == 2 * steps > 4
-        assert rank["first"] == rank["whole"][:2]
-        assert rank["rest"] == rank["whole"][1:]  # killed at the end of step 2, before it was saved
+        assert len(rank["uninterrupted"]) == 2 * steps > 4
+        assert rank["first"] == rank["uninterrupted"][:2]
+        assert rank["rest"] == rank["uninterrupted"][1:]  # killed at the end of step 2, before it was saved
 
     # One process with twice the rows takes the same steps.
     flags = {**TWO_EPOCHS, "per_device_train_batch_size": 2}
     one = run_training(*arguments(tmp_path, tmp_path / "one", stage=2, **flags))
-    losses = [line["loss"] for line in one.log_history if "text_loss" in line]
+    losses = logged(one)
     assert losses == pytest.approx(ranks[0]["losses"], abs=2e-5)

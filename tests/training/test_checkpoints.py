@@ -10,7 +10,7 @@ from training_parts import arguments, make_language_model
 
 from metamorph.models.connector import load_connector, save_connector
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training.build import load_model, make_plan
+from metamorph.training.build import load_model, resolve_model
 from metamorph.training.checkpoints.weights import load_weights
 
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 def build(parts: Path, **flags: object) -> MetaMorphForConditionalGeneration:
     model_args, _, _ = arguments(parts, parts / "unused", stage=2, from_scratch_connector=True, **flags)
-    return load_model(model_args, make_plan(model_args))
+    return load_model(model_args, resolve_model(model_args))
 
 
 @pytest.fixture

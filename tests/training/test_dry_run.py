@@ -132,10 +132,10 @@ def test_what_data_decide(parts: Path, capsys: pytest.CaptureFixture[str], tmp_p
     assert "learning rate: 0.00173 = 0.001 × √(12 / 4)" in report
     assert re.search(r"mm_projector .* 0\.00173 ", report)
     assert "data: 12 samples of" in report
-    assert "steps: 1 an epoch, 3 in all, 1 of them warm-up" in report
+    assert "steps: 1 per epoch, 3 in total, 1 of them warm-up" in report
 
     report = dry_run(capsys, **flags, packing=True, per_device_train_batch_size=1)
-    per_row = float(re.search(r"packing: ([\d.]+) samples a row of 512 tokens", report)[1])
+    per_row = float(re.search(r"packing: ([\d.]+) samples per row of 512 tokens", report)[1])
     assert per_row > 2
     assert re.search(rf"learning rate: \S+ = 0.001 × √\({2 * per_row:g}", report)
 
@@ -171,7 +171,7 @@ def test_engines_are_planned_for_without_gpus(parts: Path, capsys: pytest.Captur
     assert "main memory of each process" in report
 
 
-def test_what_was_given_is_told_from_defaults(
+def test_given_flags_are_marked(
     parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Given by a flag or the recipe, be it with the value of the default; and a rate that nobody has chosen warns."""

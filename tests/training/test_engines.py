@@ -1,10 +1,11 @@
-"""Engines of `--sharding`: their flags and shipped files, the frozen tower beside them, ranks without images."""
+"""Engines of `--sharding`: their flags and shipped files, the frozen tower, ranks without images."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,28 +54,30 @@ def test_accelerate_configurations_name_files_that_exist() -> None:
             assert (SCRIPTS.parent / config["deepspeed_config"]["deepspeed_config_file"]).is_file()
 
 
-def test_unknown_engine_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--sharding 'fsdp' is unknown: use one of auto, ddp, fsdp2"):
-        training_arguments(tmp_path, sharding="fsdp")
-
-
-def test_fsdp2_on_a_cpu_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--sharding fsdp2 needs GPUs"):
-        training_arguments(tmp_path, sharding="fsdp2")
-
-
-def test_two_engines_at_once_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--sharding zero2 and --deepspeed .* both name an engine"):
-        training_arguments(tmp_path, sharding="zero2", deepspeed=deepspeed_config("zero3"))
-
-
-@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
-def test_optimizer_and_schedule_of_deepspeed_are_refused(section: str, tmp_path: Path) -> None:
-    """It would bypass the groups of the modules and their rates, and a resumed run would keep its old ones."""
-    pytest.importorskip("deepspeed")
-    config = deepspeed_config("zero2") | {section: {"type": "AdamW", "params": {"lr": "auto"}}}
-    with pytest.raises(ValueError, match=f"--deepspeed: the section '{section}' is not supported.* use the flags"):
-        training_arguments(tmp_path, deepspeed=config)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"sharding": "fsdp"}, "--sharding 'fsdp' is unknown: use one of auto, ddp, fsdp2"),
+        ({"sharding": "fsdp2"}, "--sharding fsdp2 needs GPUs"),
+        (
+            {"sharding": "zero2", "deepspeed": deepspeed_config("zero3")},
+            "--sharding zero2 and --deepspeed .* both name an engine",
+        ),
+        # They would replace the parameter groups and their rates, and a resumed run would keep its old ones.
+        *(
+            (
+                {"deepspeed": deepspeed_config("zero2") | {section: {"type": "AdamW", "params": {"lr": "auto"}}}},
+                f"--deepspeed: the section '{section}' is not supported.* use the flags",
+            )
+            for section in ("optimizer", "scheduler")
+        ),
+    ],
+)
+def test_engines_that_are_refused(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
+    if flags.keys() == {"deepspeed"}:
+        pytest.importorskip("deepspeed")
+    with pytest.raises(ValueError, match=message):
+        training_arguments(tmp_path, **flags)
 
 
 def test_missing_deepspeed_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +152,7 @@ def test_text_batches_give_every_trained_weight_a_gradient_of_zero(reduction: st
 def test_frozen_table_is_read_through_the_module_that_engines_gather(
     tiny_model: MetaMorphForConditionalGeneration,
 ) -> None:
-    """Engines put another tensor in the place of a module's weight; the table inside is not a module that they see."""
+    """Engines put another tensor instead of the weight of a module; they do not see the table inside as a module."""
     attach_new_token_rows(tiny_model)
     embedding = tiny_model.get_input_embeddings()
     ids = torch.tensor([[5, 6, 7]])

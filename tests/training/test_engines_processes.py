@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_parts import arguments, make_language_model, make_records, make_vision_tower
+from training_parts import arguments, logged, make_language_model, make_records, make_vision_tower
 
 from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
@@ -93,8 +93,8 @@ def one(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     for case, flags in CASES.items():
         torch.manual_seed(0)
         result = run_training(*arguments(parts, folder / case, **flags, per_device_train_batch_size=2))
-        losses = [line["loss"] for line in result.log_history if "text_loss" in line]
-        norms = [line["grad_norm"] for line in result.log_history if "text_loss" in line]
+        losses = logged(result)
+        norms = logged(result, "grad_norm")
         (folder / case / "log.json").write_text(json.dumps({"losses": losses, "norms": norms}))
     return {case: folder / case for case in CASES}
 
@@ -112,12 +112,12 @@ def test_two_processes_train_as_one(two: Path, one: dict[str, Path], engine: str
         assert rank["losses"] == pytest.approx(expected["losses"], abs=1e-4)
         assert rank["norms"] == pytest.approx(expected["norms"], rel=1e-3)
     file = CONNECTOR_FILE if case == "stage_1" else "model.safetensors"
-    whole, reference = load_file(two / f"{engine}-{case}" / file), load_file(one[case] / file)
-    assert set(whole) == set(reference)
+    full, reference = load_file(two / f"{engine}-{case}" / file), load_file(one[case] / file)
+    assert set(full) == set(reference)
     for name, weight in reference.items():
-        assert whole[name].dtype == torch.float32, name
-        # Attention does not depend on the bias of its keys: its gradient is rounding, of which Adam makes whole steps.
-        assert name.endswith("k_proj.bias") or torch.allclose(whole[name], weight, atol=1e-4), name
+        assert full[name].dtype == torch.float32, name
+        # Attention does not depend on the bias of its keys: its gradient is rounding, of which Adam makes large steps.
+        assert name.endswith("k_proj.bias") or torch.allclose(full[name], weight, atol=1e-4), name
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -145,10 +145,10 @@ def test_zero3_partitions_everything_but_the_frozen_tower(two: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_zero_resumes_where_it_was(two: Path, engine: str) -> None:
-    whole, resumed = ranks(two, f"{engine}-stage_2")[0], ranks(two, f"{engine}-resumed")[0]
+    full, resumed = ranks(two, f"{engine}-stage_2")[0], ranks(two, f"{engine}-resumed")[0]
     assert resumed["trained"] == STAGE_2["max_steps"]
-    assert resumed["steps"][-4:] == whole["steps"][-4:]
-    assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-5)
+    assert resumed["steps"][-4:] == full["steps"][-4:]
+    assert resumed["losses"] == pytest.approx(full["losses"], abs=1e-5)
 
 
 def test_a_finished_run_whose_reduction_was_trained_is_only_loaded(two: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from family_parts import save_language_model, save_vision_model, write_records
 from PIL import Image
+from training_parts import training_lines
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -51,7 +52,7 @@ def test_family_trains_and_decodes(language: str, tower: str, version: str, tmp_
     assert_same_weights(stage2.model, model)
     if language == "smollm":
         assert model.lm_head.weight is model.get_input_embeddings().weight
-    assert_answers_about_a_picture(model, processor)
+    assert_answers_about_an_image(model, processor)
     assert_draws_whole_images(model, processor)
 
 
@@ -86,10 +87,6 @@ def arguments(output_dir: Path) -> MetaMorphTrainingArguments:
     )
 
 
-def training_lines(result: TrainResult) -> list[dict[str, float]]:
-    return [line for line in result.log_history if "text_loss" in line]
-
-
 def assert_losses_are_finite(result: TrainResult) -> None:
     lines = training_lines(result)
     assert len(lines) == 4
@@ -102,7 +99,7 @@ def assert_same_weights(expected: torch.nn.Module, loaded: torch.nn.Module) -> N
         assert torch.equal(weight, loaded_weights[name]), name
 
 
-def assert_answers_about_a_picture(model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor) -> None:
+def assert_answers_about_an_image(model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor) -> None:
     messages = [{"role": "user", "content": "<image>\nwhat is shown ?"}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     inputs = processor(text=text, images=[Image.new("RGB", (40, 30), "red")], return_tensors="pt")

@@ -24,8 +24,8 @@ from metamorph.data.records import DataError, RecordError
 from metamorph.data.tasks import ImageRef
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.vision_tower import load_tower_of
-from metamorph.training.arguments import DataArguments, ModelArguments
-from metamorph.training.build import load_model, load_training_data, make_plan, plan_run
+from metamorph.training.arguments import DataArguments, ModelArguments, RunArguments
+from metamorph.training.build import load_model, load_training_data, plan_batches, resolve_model
 from metamorph.training.features import FeatureArguments, cache_features, load_frozen_tower
 from metamorph.training.run import TrainResult, run_training
 from metamorph.training.stages import apply_stage
@@ -60,10 +60,10 @@ def cache(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without_tower_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every attempt to run the tower or to open a picture an error."""
+    """Make every attempt to run the tower or to open an image an error."""
 
     def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a picture was opened, or the tower was run")
+        raise AssertionError("an image was opened, or the tower was run")
 
     monkeypatch.setattr("metamorph.models.vision_tower.VisionTower.forward", refuse)
     monkeypatch.setattr("PIL.Image.open", refuse)
@@ -106,7 +106,7 @@ def test_the_tower_stays_in_main_memory_and_is_saved_as_it_was(parts: Path, cach
         for saved in (tmp_path, tmp_path / f"checkpoint-{steps}"):
             weights = load_tower_of(saved).state_dict()
             assert weights.keys() == result.model.model.vision_tower.state_dict().keys()
-            expected = load_frozen_tower(run[0], make_plan(run[0])).state_dict()
+            expected = load_frozen_tower(run[0], resolve_model(run[0])).state_dict()
             assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
     watch = TowerWatch()
     data = {"eval_data_path": str(parts / "data.jsonl"), "eval_image_folder": str(parts / "images")}
@@ -116,13 +116,13 @@ def test_the_tower_stays_in_main_memory_and_is_saved_as_it_was(parts: Path, cach
 
 
 def test_nothing_moves_a_tower_that_does_not_compute(parts: Path, cache: Path, tmp_path: Path) -> None:
-    model_args, data_args, training_args = arguments(parts, tmp_path, stage=1)
-    plan = make_plan(model_args)
-    model = load_model(model_args, plan)
-    apply_stage(model, model_args)
-    planner = plan_run(load_training_data(data_args, plan.processor, 0), data_args.model_max_length, training_args)
-    MetaMorphTrainer(stage=1, planner=planner, model=model, args=training_args, tower_on_device=False)
-    model.to("meta")  # stands for a GPU
+    args = RunArguments(*arguments(parts, tmp_path, stage=1))
+    spec = resolve_model(args.model)
+    model = load_model(args.model, spec)
+    apply_stage(model, args.model)
+    planner = plan_batches(args, load_training_data(args, spec.processor))
+    MetaMorphTrainer(stage=1, planner=planner, model=model, args=args.training, tower_on_device=False)
+    model.to("meta")  # instead of a GPU
     assert {weight.device.type for weight in model.parameters()} == {"meta"}
     assert {weight.device.type for weight in model.model.vision_tower.parameters()} == {"cpu"}
     with pytest.raises(ValueError, match=r"on meta, but the vision tower is on cpu.*--feature_cache keeps the tower"):
@@ -168,13 +168,13 @@ def test_bfloat16_is_the_default_and_close(parts: Path, tmp_path: Path, capsys: 
 
 def test_tokens_are_those_of_the_tower_whatever_the_shards(parts: Path, cache: Path, tmp_path: Path) -> None:
     model_args, data_args, _ = arguments(parts, tmp_path, stage=1)
-    plan = make_plan(model_args)
-    features = FeatureCache(cache, describe_tower(plan.config, plan.processor))
+    spec = resolve_model(model_args)
+    features = FeatureCache(cache, describe_tower(spec.config, spec.processor))
     assert len(features) == 12
     data = {"path": data_args.data_path, "folder": data_args.image_folder}
-    plain = load_data(data["path"], plan.processor, data["folder"])
-    cached = load_data(data["path"], plan.processor, data["folder"], features=features)
-    tower = load_frozen_tower(model_args, plan)
+    plain = load_data(data["path"], spec.processor, data["folder"])
+    cached = load_data(data["path"], spec.processor, data["folder"], features=features)
+    tower = load_frozen_tower(model_args, spec)
     for index in range(len(plain)):
         ours, theirs = cached[index], plain[index]
         assert torch.equal(ours["input_ids"], theirs["input_ids"])
@@ -254,7 +254,7 @@ def test_a_damaged_cache_is_refused_when_it_is_opened(cache: Path, tmp_path: Pat
         FeatureCache(folder, manifest["tower"])
 
 
-def test_a_picture_that_changed_since_is_an_error_of_its_record(parts: Path, tmp_path: Path) -> None:
+def test_an_image_that_has_changed_is_an_error_of_its_record(parts: Path, tmp_path: Path) -> None:
     shutil.copytree(parts / "images", tmp_path / "images")
     folder = tmp_path / "cache"
     make_cache(parts, folder, image_folder=str(tmp_path / "images"))
@@ -292,8 +292,8 @@ def test_a_finished_model_brings_its_own_tower(parts: Path, tmp_path: Path) -> N
         data_path=str(parts / "data.jsonl"), image_folder=str(parts / "images"), feature_cache=str(tmp_path / "cache")
     )
     assert cache_features(model_args, data_args, FeatureArguments(use_cpu=True))[1] == 12
-    plan = make_plan(model_args)
-    features = FeatureCache(tmp_path / "cache", describe_tower(plan.config, plan.processor))
+    spec = resolve_model(model_args)
+    features = FeatureCache(tmp_path / "cache", describe_tower(spec.config, spec.processor))
     features.check_weights(MetaMorphForConditionalGeneration.from_pretrained(first.output_dir).model.vision_tower)
 
 
@@ -306,7 +306,7 @@ class Corners(torch.nn.Module):
 
 
 def test_parts_of_images_and_members_of_tars_are_images_of_their_own(parts: Path, tmp_path: Path) -> None:
-    """Each row of the cache is found again, over several shards; the same image is kept once."""
+    """Each row of the cache is found, over several shards; the same image is stored once."""
     answer = [{"from": "human", "value": "<image> What?"}, {"from": "gpt", "value": "It."}]
     crops = [f"0.png###[{left}, 0, {left + 8}, 8]" for left in (0, 8, 16, 8)]
     records = [{"id": number, "image": ["0.png", crop], "conversations": answer} for number, crop in enumerate(crops)]
@@ -324,15 +324,15 @@ def test_parts_of_images_and_members_of_tars_are_images_of_their_own(parts: Path
         {"path": "shard-{0..1}.tar", "task": "text_to_image"},
     ]
     (tmp_path / "mixture.yaml").write_text(json.dumps(sources))
-    plan = make_plan(arguments(parts, tmp_path, stage=1)[0])
-    plain = load_data(tmp_path / "mixture.yaml", plan.processor)
-    pictures = PictureSet(plain)
-    assert pictures.num_images == 1 + 3 + 4  # the whole image, three crops of it, four members
-    tower, description = Corners(), describe_tower(plan.config, plan.processor)
+    spec = resolve_model(arguments(parts, tmp_path, stage=1)[0])
+    plain = load_data(tmp_path / "mixture.yaml", spec.processor)
+    images = PictureSet(plain)
+    assert images.num_images == 1 + 3 + 4  # the image, three crops of it, four members
+    tower, description = Corners(), describe_tower(spec.config, spec.processor)
     options = {"dtype": "float32", "batch_size": 3, "images_per_shard": 3}
-    assert write_features(tmp_path / "cache", pictures.images(), tower, description, **options) == 8
+    assert write_features(tmp_path / "cache", images.images(), tower, description, **options) == 8
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
     features = FeatureCache(tmp_path / "cache", description)
-    cached = load_data(tmp_path / "mixture.yaml", plan.processor, features=pickle.loads(pickle.dumps(features)))  # noqa: S301
+    cached = load_data(tmp_path / "mixture.yaml", spec.processor, features=pickle.loads(pickle.dumps(features)))  # noqa: S301
     for index in range(len(plain)):
         assert torch.equal(cached[index]["visual_tokens"], tower(plain[index]["pixel_values"]))

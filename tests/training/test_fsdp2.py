@@ -55,13 +55,13 @@ def test_two_shards_train_as_one_process_and_reload_on_one(parts: Path, tmp_path
     assert seen["losses"] == pytest.approx([loss.item() for loss in losses], abs=1e-4)
 
     expected = model.state_dict()
-    whole = load_file(tmp_path / "whole.safetensors")
-    assert set(whole) == set(expected)
+    full = load_file(tmp_path / "full.safetensors")
+    assert set(full) == set(expected)
     for name, weight in expected.items():
-        assert torch.allclose(whole[name], weight, atol=1e-4), name
+        assert torch.allclose(full[name], weight, atol=1e-4), name
 
     # The distributed checkpoint of two processes, read by one.
     fresh = {name: torch.zeros_like(weight) for name, weight in expected.items() if "vision_tower" not in name}
     dcp.load({"model": fresh}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
     for name, weight in fresh.items():
-        assert torch.equal(weight, whole[name]), name
+        assert torch.equal(weight, full[name]), name

@@ -48,9 +48,9 @@ def test_fsdp2_shards_all_but_the_frozen_tower_and_trains_as_ddp(tmp_path: Path)
         assert seen["tower_dtype"] == "torch.bfloat16"
     assert fsdp2["losses"] == pytest.approx(ddp["losses"], abs=0.05)  # bfloat16
     assert resumed["losses"] == pytest.approx(fsdp2["losses"], abs=0.01)
-    whole, reference = (load_file(tmp_path / name / "model.safetensors") for name in ("fsdp2", "ddp"))
-    assert set(whole) == set(reference)
-    assert {weight.dtype for weight in whole.values()} == {torch.float32}
+    full, reference = (load_file(tmp_path / name / "model.safetensors") for name in ("fsdp2", "ddp"))
+    assert set(full) == set(reference)
+    assert {weight.dtype for weight in full.values()} == {torch.float32}
     for name, weight in reference.items():
         if "vision_tower" in name:
-            assert torch.equal(whole[name], weight), name
+            assert torch.equal(full[name], weight), name

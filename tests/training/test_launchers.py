@@ -1,4 +1,4 @@
-"""The same flags behind every launcher: python -m, torchrun and accelerate launch."""
+"""The same flags with every launcher: python -m, torchrun and accelerate launch."""
 
 import json
 import os

@@ -10,7 +10,7 @@ import pytest
 import torch
 from file_parts import other_permissions
 from safetensors.torch import load_file, save_file
-from training_parts import arguments, make_language_model, make_records, make_vision_tower
+from training_parts import arguments, logged, make_language_model, make_records, make_vision_tower, training_lines
 from transformers import AutoModelForCausalLM
 
 from metamorph.cli import main
@@ -26,7 +26,7 @@ from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.training.arguments import ModelArguments
-from metamorph.training.build import load_model, make_plan
+from metamorph.training.build import load_model, resolve_model
 from metamorph.training.checkpoints.resume import find_checkpoint
 from metamorph.training.lora import attach_lora
 from metamorph.training.run import TrainResult, run_training
@@ -44,7 +44,7 @@ EXACT = ("loss", "text_loss", "visual_loss", "grad_norm", "learning_rate")
 
 @pytest.fixture(scope="module")
 def wide_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `parts`, with a language model whose rows are whole blocks of 4-bit numbers."""
+    """As `parts`, with a language model whose rows are multiples of the blocks of 4-bit numbers."""
     folder = tmp_path_factory.mktemp("wide")
     make_language_model(folder / "llm", hidden_size=64, intermediate_size=128)
     make_vision_tower(folder / "tower")
@@ -69,7 +69,7 @@ def qlora(wide_parts: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainRe
 
 @torch.no_grad()
 def logits_of(model: MetaMorphForConditionalGeneration, training: bool = False) -> torch.Tensor:
-    """For a question with a picture, a text with image tokens, and visual predictions beside the logits."""
+    """For a question with an image, a text with image tokens, and visual predictions in addition to the logits."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 380, (2, 14), generator=generator)
     ids[0, 3:9] = torch.tensor([382, *[model.config.image_token_id] * 4, 383])
@@ -98,7 +98,7 @@ def test_r23_lora_is_on_the_language_model_only(lora: TrainResult) -> None:
 
 def test_what_lora_trains(parts: Path, tmp_path: Path) -> None:
     model_args, _, _ = arguments(parts, tmp_path, stage=2, **LORA)
-    model = load_model(model_args, make_plan(model_args))
+    model = load_model(model_args, resolve_model(model_args))
     summary = {line.module: line for line in apply_stage(model, model_args)}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     others = {name for name in trained if ".lora_" not in name}
@@ -114,13 +114,13 @@ def test_what_lora_trains(parts: Path, tmp_path: Path) -> None:
 
 def test_lora_of_chosen_layers(parts: Path, tmp_path: Path) -> None:
     model_args, _, _ = arguments(parts, tmp_path, stage=2, **LORA, lora_target_modules=["q_proj", "v_proj"])
-    model = load_model(model_args, make_plan(model_args))
+    model = load_model(model_args, resolve_model(model_args))
     attach_lora(model, model_args)
     adapted = {name.split(".")[-4] for name, _ in model.named_parameters() if ".lora_" in name}
     assert adapted == {"q_proj", "v_proj"}
     model_args.lora_target_modules = ["q_proj", "Wqkv"]
     with pytest.raises(ValueError, match=r"--lora_target_modules Wqkv: .* it has down_proj, gate_proj, k_proj"):
-        attach_lora(load_model(model_args, make_plan(model_args)), model_args)
+        attach_lora(load_model(model_args, resolve_model(model_args)), model_args)
 
 
 def test_the_base_stays_bit_identical(parts: Path, lora: TrainResult) -> None:
@@ -141,9 +141,9 @@ def test_the_folder_holds_everything_that_was_trained_and_no_base(lora: TrainRes
     assert {"tokenizer.json", "processor_config.json", "generation_config.json"} <= names
     assert not list(folder.glob("model*.safetensors"))
     assert all(name.startswith(PEFT_PREFIX) and ".lora_" in name for name in load_file(folder / LORA_WEIGHTS_FILE))
-    beside = load_file(folder / CONNECTOR_FILE)
-    assert {name.partition(".")[0] for name in beside} == {"mm_projector", "vision_head", "new_rows", "new_head_rows"}
-    assert beside["new_rows"].shape == beside["new_head_rows"].shape == (2, 32)
+    saved = load_file(folder / CONNECTOR_FILE)
+    assert {name.partition(".")[0] for name in saved} == {"mm_projector", "vision_head", "new_rows", "new_head_rows"}
+    assert saved["new_rows"].shape == saved["new_head_rows"].shape == (2, 32)
     assert "quantization_config" not in (folder / "config.json").read_text()
     assert other_permissions(folder) == {}
 
@@ -176,7 +176,7 @@ def test_peft_reads_the_adapter(parts: Path, lora: TrainResult, tmp_path: Path) 
 
     merged = MetaMorphForConditionalGeneration.from_pretrained(lora.output_dir)
     model_args, _, _ = arguments(parts, tmp_path, stage=2, **LORA, pretrain_mm_mlp_adapter=lora.output_dir)
-    adapted = PeftModel.from_pretrained(load_model(model_args, make_plan(model_args)), lora.output_dir).eval()
+    adapted = PeftModel.from_pretrained(load_model(model_args, resolve_model(model_args)), lora.output_dir).eval()
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert (adapted(input_ids=ids).logits - merged(input_ids=ids).logits).abs().max() <= 1e-4
@@ -206,7 +206,7 @@ def test_resumed_equals_uninterrupted(parts: Path, lora: TrainResult, tmp_path: 
     checkpoint = Path(lora.output_dir) / "checkpoint-2"
     flags = {"max_steps": 5, "save_strategy": "no", "resume_from_checkpoint": str(checkpoint)}
     resumed = run_training(*arguments(parts, tmp_path, stage=2, **LORA, **flags))
-    ours, theirs = ([line for line in r.log_history if "text_loss" in line] for r in (resumed, lora))
+    ours, theirs = (training_lines(r) for r in (resumed, lora))
     assert len(theirs) == 5
     for mine, other in zip(ours[2:], theirs[2:], strict=True):
         assert {key: mine.get(key) for key in EXACT} == {key: other.get(key) for key in EXACT}
@@ -228,8 +228,8 @@ def test_other_bases(base: str, parts: Path, tmp_path: Path) -> None:
     if base == "tied":
         flags["model_name_or_path"] = str(make_language_model(tmp_path / "tied", tie_word_embeddings=True))
     else:
-        whole = arguments(parts, tmp_path / "whole", stage=2, from_scratch_connector=True, max_steps=1)
-        flags["model_name_or_path"] = run_training(*whole).output_dir
+        full = arguments(parts, tmp_path / "full", stage=2, from_scratch_connector=True, max_steps=1)
+        flags["model_name_or_path"] = run_training(*full).output_dir
     result = run_training(*arguments(parts, tmp_path / "lora", stage=2, **flags))
     assert json.loads((tmp_path / "lora" / ADAPTER_FILE).read_text())["vision_tower"] == (
         str(parts / "tower") if base == "tied" else None
@@ -275,8 +275,8 @@ def test_stage_1_with_a_4_bit_language_model(wide_parts: Path, tmp_path: Path) -
         ({"lora_enable": True, "lora_r": 0}, "--lora_r 0"),
         ({"lora_enable": True, "lora_dropout": 1.0}, r"--lora_dropout 1.0 must lie in \[0, 1\)"),
         ({"lora_enable": True, "freeze_backbone": True}, "--freeze_backbone True freezes it"),
-        ({"lora_enable": True, "freeze_vision": False}, "no place for a trained vision tower"),
-        ({"lora_enable": True, "tune_mm_mlp_adapter": True}, "belongs to stage 2"),
+        ({"lora_enable": True, "freeze_vision": False}, "cannot hold a trained vision tower"),
+        ({"lora_enable": True, "tune_mm_mlp_adapter": True}, "is for stage 2"),
     ],
 )
 def test_flags_that_contradict_each_other(flags: dict, message: str, parts: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_base_that_has_moved_is_named(lora: TrainResult, tmp_path: Path) -> No
 
 def test_weights_that_do_not_fit(parts: Path, lora: TrainResult, tmp_path: Path) -> None:
     model_args, _, _ = arguments(parts, tmp_path, stage=2, **{**LORA, "lora_r": 8})
-    model = load_model(model_args, make_plan(model_args))
+    model = load_model(model_args, resolve_model(model_args))
     attach_lora(model, model_args)
     with pytest.raises(ValueError, match=r"\(4, .* in the file and \(8, .* use the --lora_r"):
         load_adapter_weights(model, lora.output_dir)
@@ -417,7 +417,7 @@ def test_an_adapter_names_no_kernel_of_the_hub(adapter_folder: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("bits", [16, 4])
 def test_on_a_gpu_the_base_is_small_and_the_adapter_exact(bits: int, wide_parts: Path, tmp_path: Path) -> None:
-    """Frozen matrices are kept in bfloat16 or 4 bits; what is trained, and the norms, in float32."""
+    """Frozen matrices are in bfloat16 or 4 bits; what is trained, and the norms, in float32."""
     flags = {"use_cpu": False, "bf16": True, "bits": bits, "lora_dropout": 0.0}
     result = run_training(*arguments(wide_parts, tmp_path, stage=2, **LORA, **flags))
     frozen = {
@@ -427,6 +427,6 @@ def test_on_a_gpu_the_base_is_small_and_the_adapter_exact(bits: int, wide_parts:
     }
     assert frozen == {torch.bfloat16 if bits == 16 else torch.uint8}
     assert {p.dtype for p in result.model.parameters() if p.requires_grad} == {torch.float32}
-    losses = [line["loss"] for line in result.log_history if "text_loss" in line]
+    losses = logged(result)
     assert len(losses) == 4
     assert all(0 < loss < 20 for loss in losses)

@@ -90,7 +90,7 @@ def test_two_processes_train_the_adapter_of_one(pieces: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("bits", "status"), [(16, 0), (4, 1)], ids=["lora", "qlora"])
 def test_zero_3(bits: int, status: int, pieces: Path, tmp_path: Path) -> None:
-    """The same losses, and a whole adapter folder; weights in 4 bits are refused."""
+    """The same losses, and a complete adapter folder; weights in 4 bits are refused."""
     pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
     run = train(pieces, tmp_path / "zero3", 1 if status else 2, sharding="zero3", bits=bits)
     assert bool(run.returncode) == bool(status), run.stderr[-2000:]

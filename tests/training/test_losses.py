@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from model_parts import build_batch, build_tiny_model
-from training_parts import arguments, write_records
+from training_parts import arguments, logged, training_lines, write_records
 from transformers import Trainer, TrainingArguments
 
 from metamorph.data.dataset import ConversationDataset
-from metamorph.training.build import make_plan
+from metamorph.training.build import resolve_model
 from metamorph.training.run import TrainResult, run_training
 
 
@@ -31,10 +31,6 @@ def stage_2(parts: Path, output_dir: Path, **flags: object) -> TrainResult:
     return run_training(*arguments(parts, output_dir, stage=2, **{**defaults, **flags}))
 
 
-def lines(result: TrainResult) -> list[dict[str, float]]:
-    return [line for line in result.log_history if "text_loss" in line]
-
-
 def largest_difference(one: TrainResult, other: TrainResult) -> float:
     ours, theirs = one.model.state_dict(), other.model.state_dict()
     return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
@@ -51,8 +47,8 @@ def test_r08_accumulated_equals_large_batch(
 ) -> None:
     flags = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     accumulated = stage_2(parts, tmp_path, **flags)
-    assert len(lines(accumulated)) == 3
-    for ours, theirs in zip(lines(accumulated), lines(large_batch), strict=True):
+    assert len(training_lines(accumulated)) == 3
+    for ours, theirs in zip(training_lines(accumulated), training_lines(large_batch), strict=True):
         assert ours["num_text_tokens"] == theirs["num_text_tokens"]
         assert ours["num_visual_tokens"] == theirs["num_visual_tokens"] > 0
         for name in ("loss", "text_loss", "visual_loss", "visual_cosine", "grad_norm"):
@@ -61,21 +57,21 @@ def test_r08_accumulated_equals_large_batch(
 
 
 def test_logged_loss_is_the_sum_of_its_kinds(large_batch: TrainResult) -> None:
-    for line in lines(large_batch):
+    for line in training_lines(large_batch):
         assert line["loss"] == pytest.approx(line["text_loss"] + line["visual_loss"], abs=1e-5)
         assert line["visual_loss"] == pytest.approx(1 - line["visual_cosine"], abs=1e-5)
 
 
 def test_vision_coef_weighs_the_visual_loss(parts: Path, tmp_path: Path) -> None:
-    line = lines(stage_2(parts, tmp_path, vision_coef=0.25, max_steps=1))[0]
+    line = training_lines(stage_2(parts, tmp_path, vision_coef=0.25, max_steps=1))[0]
     assert line["loss"] == pytest.approx(line["text_loss"] + 0.25 * line["visual_loss"], abs=1e-5)
 
 
 def test_micro_batch_normalization_is_the_mean_of_means(parts: Path, tmp_path: Path) -> None:
     """With rate 0 nothing moves, so that the micro-batches can be measured one by one."""
     flags = {"learning_rate": 0.0, "loss_normalization": "micro_batch", "per_device_train_batch_size": 1}
-    accumulated = lines(stage_2(parts, tmp_path / "a", gradient_accumulation_steps=4, max_steps=1, **flags))[0]
-    single = lines(stage_2(parts, tmp_path / "b", max_steps=4, **flags))
+    accumulated = training_lines(stage_2(parts, tmp_path / "a", gradient_accumulation_steps=4, max_steps=1, **flags))[0]
+    single = training_lines(stage_2(parts, tmp_path / "b", max_steps=4, **flags))
     assert accumulated["loss"] == pytest.approx(sum(line["loss"] for line in single) / 4, abs=1e-5)
     tokens = sum(line["num_text_tokens"] for line in single)
     weighted = sum(line["text_loss"] * line["num_text_tokens"] for line in single) / tokens
@@ -83,8 +79,8 @@ def test_micro_batch_normalization_is_the_mean_of_means(parts: Path, tmp_path: P
 
 
 def test_r06_logged_losses_are_means_over_the_window(parts: Path, large_batch: TrainResult, tmp_path: Path) -> None:
-    window = lines(stage_2(parts, tmp_path, per_device_train_batch_size=4, logging_steps=3))
-    each = lines(large_batch)
+    window = training_lines(stage_2(parts, tmp_path, per_device_train_batch_size=4, logging_steps=3))
+    each = training_lines(large_batch)
     assert len(window) == 1
     for kind in ("text", "visual"):
         count = sum(line[f"num_{kind}_tokens"] for line in each)
@@ -97,22 +93,22 @@ def test_r01_batches_without_answer_images_equal_text_only_training(parts: Path,
     data = {"data_path": str(write_records(tmp_path / "text.jsonl", TEXT_ONLY)), "per_device_train_batch_size": 2}
     with_head = stage_2(parts, tmp_path / "ar", use_vision_ar=True, **data)
     without = stage_2(parts, tmp_path / "text", use_vision_ar=False, **data)
-    assert [line["loss"] for line in lines(with_head)] == [line["loss"] for line in lines(without)]
-    assert all(line["num_visual_tokens"] == 0 and "visual_loss" not in line for line in lines(with_head))
+    assert logged(with_head) == logged(without)
+    assert all(line["num_visual_tokens"] == 0 and "visual_loss" not in line for line in training_lines(with_head))
     assert largest_difference(with_head, without) == 0
 
 
 def test_r01_a_micro_batch_without_answer_image_in_a_step(parts: Path, tmp_path: Path) -> None:
     flags = {"per_device_train_batch_size": 1, "max_steps": 8, "loss_normalization": "micro_batch"}
     result = stage_2(parts, tmp_path, **flags)
-    assert {line["num_visual_tokens"] for line in lines(result)} == {0, 4}
-    assert all(math.isfinite(line["loss"]) for line in lines(result))
+    assert {line["num_visual_tokens"] for line in training_lines(result)} == {0, 4}
+    assert all(math.isfinite(line["loss"]) for line in training_lines(result))
     assert all(torch.isfinite(weight).all() for weight in result.model.state_dict().values())
 
 
 def test_cut_records_are_reported(parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = {"data_path": str(write_records(tmp_path / "text.jsonl", TEXT_ONLY)), "per_device_train_batch_size": 4}
-    lengths = sorted(len(example["input_ids"]) for example in text_only_dataset(parts, tmp_path))
+    lengths = sorted(len(sample["input_ids"]) for sample in text_only_dataset(parts, tmp_path))
     with caplog.at_level("INFO", logger="metamorph"):
         result = stage_2(parts, tmp_path / "out", model_max_length=lengths[-2], max_steps=1, **data)
     counts = {"records": 4, "bad": {}, "truncated": 1, "dropped_images": 0}
@@ -122,7 +118,7 @@ def test_cut_records_are_reported(parts: Path, tmp_path: Path, caplog: pytest.Lo
 
 def text_only_dataset(parts: Path, tmp_path: Path) -> ConversationDataset:
     model_args, _, _ = arguments(parts, tmp_path, stage=1)
-    return ConversationDataset(tmp_path / "text.jsonl", make_plan(model_args).processor)
+    return ConversationDataset(tmp_path / "text.jsonl", resolve_model(model_args).processor)
 
 
 def test_r10_a_batch_without_any_target(parts: Path, tmp_path: Path) -> None:
@@ -132,22 +128,22 @@ def test_r10_a_batch_without_any_target(parts: Path, tmp_path: Path) -> None:
     flags = {"on_bad_record": "skip", "per_device_train_batch_size": 1, "max_steps": 2, "image_folder": None}
     result = stage_2(parts, tmp_path / "out", **flags, **data)
     assert result.data_statistics["bad"] == {"unsupervised": 1}
-    assert sorted(line["num_text_tokens"] == 0 for line in lines(result)) == [False, True]
-    assert min(line["loss"] for line in lines(result)) == 0
+    assert sorted(line["num_text_tokens"] == 0 for line in training_lines(result)) == [False, True]
+    assert min(line["loss"] for line in training_lines(result)) == 0
     assert all(torch.isfinite(weight).all() for weight in result.model.state_dict().values())
 
 
 def test_bf16_keeps_float32_weights(parts: Path, large_batch: TrainResult, tmp_path: Path) -> None:
     result = stage_2(parts, tmp_path, per_device_train_batch_size=4, bf16=True)
     assert {weight.dtype for weight in result.model.state_dict().values()} == {torch.float32}
-    for ours, theirs in zip(lines(result), lines(large_batch), strict=True):
+    for ours, theirs in zip(training_lines(result), training_lines(large_batch), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=0.05)
         assert ours["loss"] != theirs["loss"]  # it did compute in bfloat16
 
 
 def test_activation_checkpointing_changes_nothing(parts: Path, large_batch: TrainResult, tmp_path: Path) -> None:
     result = stage_2(parts, tmp_path, per_device_train_batch_size=4, gradient_checkpointing=True)
-    assert [line["loss"] for line in lines(result)] == pytest.approx([line["loss"] for line in lines(large_batch)])
+    assert logged(result) == pytest.approx(logged(large_batch))
     assert largest_difference(result, large_batch) < 1e-5
 
 
@@ -226,7 +222,7 @@ def test_plain_trainer_text_loss_does_not_depend_on_accumulation(tmp_path: Path)
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_plain_trainer_weighs_visual_losses_by_share_of_text(accumulation: int, tmp_path: Path) -> None:
-    """The number of visual targets of the whole step is only known to `MetaMorphTrainer`."""
+    """The number of visual targets of the full step is only known to `MetaMorphTrainer`."""
     micro_batches: list[dict[str, torch.Tensor]] = []
     trainer = train_plainly(rows_of_unequal_text("gmgt"), accumulation, tmp_path, micro_batches)
     logged = next(line["loss"] for line in trainer.state.log_history if "loss" in line)

@@ -13,7 +13,7 @@ from transformers import AutoModel, LlamaConfig
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.text_head import MAX_LOGITS
-from metamorph.training.build import load_model, make_plan
+from metamorph.training.build import load_model, resolve_model
 from metamorph.training.costs.memory import (
     ENGINES,
     MicroBatch,
@@ -99,7 +99,7 @@ def test_activations_are_what_autograd_keeps(
     assert estimate == pytest.approx(measured, rel=0.06)
 
 
-def test_activations_beside_lora() -> None:
+def test_activations_with_lora() -> None:
     pytest.importorskip("peft")
     batch = MicroBatch(rows=2, length=192, images=0)
     measured = measured_activations(batch, autocast=True, dtype=torch.float32, layers="lora")
@@ -134,7 +134,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def outline(parts: Path, stage: int, **flags: object) -> MetaMorphForConditionalGeneration:
     model_args, *_ = arguments(parts, parts / "out", stage=stage, from_scratch_connector=True, **flags)
-    model = build_outline(model_args, make_plan(model_args))
+    model = build_outline(model_args, resolve_model(model_args))
     apply_stage(model, model_args)
     return model
 
@@ -142,7 +142,7 @@ def outline(parts: Path, stage: int, **flags: object) -> MetaMorphForConditional
 @pytest.mark.parametrize("stage", [1, 2])
 def test_outline_is_the_model_without_weights(parts: Path, stage: int) -> None:
     model_args, *_ = arguments(parts, parts / "out", stage=stage, from_scratch_connector=True)
-    real = load_model(model_args, make_plan(model_args))
+    real = load_model(model_args, resolve_model(model_args))
     apply_stage(real, model_args)
     drawn = outline(parts, stage)
     assert {name: (p.shape, p.requires_grad) for name, p in drawn.named_parameters()} == {
@@ -155,7 +155,7 @@ def test_outline_is_the_model_without_weights(parts: Path, stage: int) -> None:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_state_is_what_a_step_leaves(parts: Path, stage: int) -> None:
     model_args, *_ = arguments(parts, parts / "out", stage=stage, from_scratch_connector=True)
-    model = load_model(model_args, make_plan(model_args))
+    model = load_model(model_args, resolve_model(model_args))
     apply_stage(model, model_args)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)

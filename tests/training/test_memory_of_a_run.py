@@ -19,7 +19,7 @@ def test_estimate_is_near_what_a_run_takes(tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent / "parts")]),
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent / "parts"), os.environ.get("PYTHONPATH", "")]),
     }
     run = subprocess.run(
         [sys.executable, str(here / "memory_worker.py"), str(tmp_path)],

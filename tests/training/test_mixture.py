@@ -72,7 +72,7 @@ def test_a_mixture_trains_and_leaves_out_bad_records(parts: Path, mixture: Path,
     }
     assert "source captions: 5 samples of 5 records, task text_to_image" in caplog.text
     logs = [line for line in result.log_history if "num_visual_tokens" in line]
-    # four pictures of captions and five of edits are drawn in each epoch
+    # each epoch samples four captions and five edits
     assert sum(line["num_visual_tokens"] for line in logs) == 2 * 9 * NUM_IMAGE_TOKENS
     assert result.global_step == 6
 

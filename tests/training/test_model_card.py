@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from huggingface_hub import HfApi
-from training_parts import arguments
+from training_parts import arguments, training_lines
 
 import metamorph
 from metamorph.training.reporting.model_card import CARD_FILE
@@ -36,7 +36,7 @@ def test_the_card_states_data_recipe_and_metrics(parts: Path, stage_1: TrainResu
     assert "| `lr_scheduler_type` | cosine |" in text
     assert f"| `metamorph` | {metamorph.__version__} |" in text
     assert "Metrics after 2 steps" in text
-    last = [line for line in stage_1.log_history if "text_loss" in line][-1]
+    last = training_lines(stage_1)[-1]
     assert f"| `text_loss` | {last['text_loss']:.4g} |" in text
     assert "--pretrain_mm_mlp_adapter" in text
     assert str(parts) not in text  # no path of this machine

@@ -1,4 +1,4 @@
-"""What a run tells of itself: speed, gradients, validation losses, samples, trackers."""
+"""What a run logs: speed, gradients, validation losses, samples, trackers."""
 
 import copy
 import json
@@ -103,7 +103,7 @@ def test_without_a_logging_strategy_there_are_no_log_lines(parts: Path, tmp_path
     assert not lines(stage_2(parts, tmp_path, max_steps=1, logging_strategy="no"), "loss")
 
 
-def test_every_log_line_tells_speed_and_memory(observed: TrainResult) -> None:
+def test_every_log_entry_has_speed_and_memory(observed: TrainResult) -> None:
     logged = lines(observed, "text_loss")
     assert [line["step"] for line in logged] == [1, 2, 3]  # the first, every second, the last
     for line in logged:
@@ -116,15 +116,15 @@ def test_every_log_line_tells_speed_and_memory(observed: TrainResult) -> None:
 
 def test_what_was_seen_is_counted_exactly(parts: Path, observed: TrainResult) -> None:
     data = load_data(parts / "data.jsonl", observed.processor, parts / "images")
-    examples = [data[index] for index in range(len(data))]
-    assert len(examples) == 12
+    samples = [data[index] for index in range(len(data))]
+    assert len(samples) == 12
     first, second, last = (line["tokens_seen"] for line in lines(observed, "text_loss"))
-    assert 0 < first < second < last == sum(len(e["input_ids"]) for e in examples)
+    assert 0 < first < second < last == sum(len(e["input_ids"]) for e in samples)
     end = observed.log_history[-1]
-    samples = end["train_samples_per_second"] * end["train_runtime"]
-    assert samples == pytest.approx(12, rel=1e-3)
+    count = end["train_samples_per_second"] * end["train_runtime"]
+    assert count == pytest.approx(12, rel=1e-3)
     flops = model_flops(observed.model)
-    works = [count_work(PaddedCollator(0)([e]), observed.model.config.num_image_tokens) for e in examples]
+    works = [count_work(PaddedCollator(0)([e]), observed.model.config.num_image_tokens) for e in samples]
     assert end["total_flos"] == pytest.approx(flops.total(Work(*sum(works).tolist())))
 
 
@@ -141,13 +141,13 @@ def test_packed_runs_count_samples_and_tokens_not_rows(parts: Path, observed: Tr
     assert lines(packed, "text_loss")[-1]["visual_cosine_baseline"] == pytest.approx(baseline, rel=1e-5)
 
 
-def constant_cosine(examples: list[dict[str, torch.Tensor]], model: MetaMorphForConditionalGeneration) -> float:
+def constant_cosine(samples: list[dict[str, torch.Tensor]], model: MetaMorphForConditionalGeneration) -> float:
     """Mean cosine of all visual targets with the mean target of their place."""
     images = []
-    for example in examples:
-        is_target = example["visual_target_mask"][example["input_ids"] == model.config.image_token_id]
+    for sample in samples:
+        is_target = sample["visual_target_mask"][sample["input_ids"] == model.config.image_token_id]
         if is_target.any():
-            tokens = model.get_visual_tokens(example["pixel_values"])
+            tokens = model.get_visual_tokens(sample["pixel_values"])
             images.append(tokens[is_target.view(tokens.shape[:2]).all(dim=1)])
     targets = torch.cat(images)
     assert len(targets) > 1
@@ -206,8 +206,8 @@ def test_validation_losses_equal_a_direct_computation(parts: Path, validation: P
         assert first[f"{prefix}visual_cosine"] == pytest.approx(cosine / num_visual, rel=1e-4)
         assert first[f"{prefix}loss"] == pytest.approx(text / num_text + visual / num_visual, rel=1e-5)
     for prefix, names in [*((f"eval_{name}_", [name]) for name in data.sources), ("eval_", [*data.sources])]:
-        examples = [data[index] for index in range(len(data)) if data.source_name(index) in names]
-        assert first[f"{prefix}visual_cosine_baseline"] == pytest.approx(constant_cosine(examples, result.model))
+        samples = [data[index] for index in range(len(data)) if data.source_name(index) in names]
+        assert first[f"{prefix}visual_cosine_baseline"] == pytest.approx(constant_cosine(samples, result.model))
 
 
 def test_image_starts_are_measured_where_an_answer_has_an_image(observed: TrainResult, validation: Path) -> None:
@@ -295,11 +295,11 @@ def test_samples_are_written(observed: TrainResult) -> None:
     assert answers[2]["answer"].startswith("[picture 1]")
     assert other_permissions(Path(observed.output_dir)) == {}
     assert answers[2]["pictures"][0] == "003-1"
-    with Image.open(folder / "step-2" / "003-1.png") as picture:
-        assert picture.mode == "RGB"
+    with Image.open(folder / "step-2" / "003-1.png") as image:
+        assert image.mode == "RGB"
 
 
-def test_tensorboard_has_scalars_texts_and_pictures(observed: TrainResult) -> None:
+def test_tensorboard_has_scalars_texts_and_images(observed: TrainResult) -> None:
     events = EventAccumulator(str(Path(observed.output_dir) / "tensorboard"))
     events.Reload()
     tags = events.Tags()
@@ -312,16 +312,16 @@ def test_tensorboard_has_scalars_texts_and_pictures(observed: TrainResult) -> No
     assert "samples/001/text_summary" in tags["tensors"]
 
 
-def test_a_resumed_run_goes_on_counting(parts: Path, tmp_path: Path) -> None:
-    """Saved between two log lines; TensorBoard's curve goes on in the same folder."""
+def test_a_resumed_run_continues_counting(parts: Path, tmp_path: Path) -> None:
+    """Saved between two log lines; TensorBoard's curve continues in the same folder."""
     flags = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "logging_steps": 2}
-    whole = stage_2(parts, tmp_path / "whole", **flags)
-    checkpoint = str(tmp_path / "whole" / "checkpoint-1")
+    uninterrupted = stage_2(parts, tmp_path / "uninterrupted", **flags)
+    checkpoint = str(tmp_path / "uninterrupted" / "checkpoint-1")
     resumed = stage_2(parts, tmp_path / "resumed", resume_from_checkpoint=checkpoint, report_to="tensorboard", **flags)
     assert [line["step"] for line in lines(resumed, "text_loss")] == [2, 4]
-    for ours, theirs in zip(lines(resumed, "text_loss"), lines(whole, "text_loss"), strict=True):
+    for ours, theirs in zip(lines(resumed, "text_loss"), lines(uninterrupted, "text_loss"), strict=True):
         assert ours["tokens_seen"] == theirs["tokens_seen"]
-    assert resumed.log_history[-1]["total_flos"] == pytest.approx(whole.log_history[-1]["total_flos"])
+    assert resumed.log_history[-1]["total_flos"] == pytest.approx(uninterrupted.log_history[-1]["total_flos"])
     again = stage_2(
         parts,
         tmp_path / "resumed",
@@ -379,7 +379,7 @@ def test_bad_prompts_are_refused(line: str, message: str, parts: Path, tmp_path:
 
 
 def test_r29_no_tracker_and_no_video_library_is_imported() -> None:
-    """In a process of its own, in which they cannot be imported."""
+    """In a separate process, in which they cannot be imported."""
     code = (
         "import sys\n"
         "for name in ('wandb', 'tensorboard', 'trackio', 'av', 'decord'): sys.modules[name] = None\n"

@@ -15,19 +15,19 @@ KINDS = "tvgmvtgm"
 ROWS = ((0, 1, 2), (3, 4, 5, 6), (7,))
 
 
-def examples_of(config, kinds: str = KINDS) -> list[dict]:
-    """One example for each letter, of lengths that differ by kind."""
-    examples = []
+def samples_of(config, kinds: str = KINDS) -> list[dict]:
+    """One sample for each letter, of lengths that differ by kind."""
+    samples = []
     for index, kind in enumerate(kinds):
         batch = build_batch(config, kind, seed=index)
         names = ("input_ids", "labels", "visual_target_mask", "pixel_values")
         row = {name: batch[name] for name in names if batch[name] is not None}
-        examples.append({name: value if name == "pixel_values" else value[0] for name, value in row.items()})
-    return examples
+        samples.append({name: value if name == "pixel_values" else value[0] for name, value in row.items()})
+    return samples
 
 
-def packed(examples: list[dict], rows=ROWS) -> dict:
-    return PackedCollator(0)([[examples[index] for index in row] for row in rows])
+def packed(samples: list[dict], rows=ROWS) -> dict:
+    return PackedCollator(0)([[samples[index] for index in row] for row in rows])
 
 
 def only_targets_of(batch: dict, sample: int, rows=ROWS) -> dict:
@@ -44,12 +44,12 @@ def only_targets_of(batch: dict, sample: int, rows=ROWS) -> dict:
 def test_packed_equals_unpacked_for_each_sample(attention: str) -> None:
     model = build_tiny_model()
     model.set_attn_implementation(attention)
-    examples = examples_of(model.config)
-    batch = packed(examples)
+    samples = samples_of(model.config)
+    batch = packed(samples)
     assert batch["input_ids"].shape[0] == len(ROWS)
     with torch.no_grad():
-        for index, example in enumerate(examples):
-            alone = model(**PaddedCollator(0)([example]))
+        for index, sample in enumerate(samples):
+            alone = model(**PaddedCollator(0)([sample]))
             ours = model(**only_targets_of(batch, index))
             assert ours.num_text_tokens == alone.num_text_tokens > 0
             assert ours.num_visual_tokens == alone.num_visual_tokens
@@ -64,7 +64,7 @@ def test_packed_equals_padded_in_losses_and_gradients(attention: str) -> None:
     for collate in (packed, PaddedCollator(0)):
         model = build_tiny_model()
         model.set_attn_implementation(attention)
-        output = model(**collate(examples_of(model.config)))
+        output = model(**collate(samples_of(model.config)))
         output.loss.backward()
         named = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
         gradients.append(named | {"text": output.text_loss.detach(), "visual": output.visual_loss.detach()})
@@ -80,12 +80,12 @@ def test_a_sample_is_not_changed_by_its_neighbours(attention: str) -> None:
     """Also without labels, when a cache would be made by default: with a cache, samples would leak."""
     model = build_tiny_model()
     model.set_attn_implementation(attention)
-    examples = examples_of(model.config, "tt")
-    other = {**examples[0], "input_ids": examples[0]["input_ids"].flip(0)}
+    samples = samples_of(model.config, "tt")
+    other = {**samples[0], "input_ids": samples[0]["input_ids"].flip(0)}
     length = len(other["input_ids"])
     logits = []
-    for first in (examples[0], other):
-        batch = packed([first, examples[1]], rows=((0, 1),))
+    for first in (samples[0], other):
+        batch = packed([first, samples[1]], rows=((0, 1),))
         with torch.no_grad():
             logits.append(model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits)
     assert not torch.allclose(logits[0][:, :length], logits[1][:, :length])
@@ -98,7 +98,7 @@ def test_packed_with_gradient_checkpointing() -> None:
         model = build_tiny_model().train()
         if checkpointing:
             model.gradient_checkpointing_enable()
-        losses.append(model(**packed(examples_of(model.config))).loss)
+        losses.append(model(**packed(samples_of(model.config))).loss)
     torch.testing.assert_close(*losses)
 
 
@@ -157,12 +157,12 @@ def test_families_keep_samples_apart(family: str) -> None:
 
 def test_boundaries_for_flash_attention_are_those_of_transformers() -> None:
     model = build_tiny_model()
-    batch = packed(examples_of(model.config))
+    batch = packed(samples_of(model.config))
     ours = flash_attention_boundaries(batch["position_ids"])
     (starts_q, starts_k), (longest_q, longest_k) = prepare_fa_kwargs_from_position_ids(batch["position_ids"])
     assert torch.equal(ours["cu_seq_lens_q"], starts_q)
     assert torch.equal(ours["cu_seq_lens_k"], starts_k)
     assert (ours["max_length_q"], ours["max_length_k"]) == (longest_q, longest_k)
     assert not uses_flash_attention(model)
-    flash = PackedCollator(0, flash_attention=True)([examples_of(model.config)])
+    flash = PackedCollator(0, flash_attention=True)([samples_of(model.config)])
     assert torch.equal(flash["cu_seq_lens_q"][:-1], (flash["position_ids"][0] == 0).nonzero().flatten())

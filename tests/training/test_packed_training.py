@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from packing_parts import KillAfter, Killed, recorded
-from training_parts import arguments
+from training_parts import arguments, training_lines
 
 from metamorph.training.run import TrainResult, run_training
 
@@ -22,10 +22,6 @@ def train(parts: Path, output_dir: Path, callbacks: list | None = None, **flags:
     return run_training(*arguments(parts, output_dir, stage=2, **{**defaults, **flags}), callbacks=callbacks)
 
 
-def lines(result: TrainResult) -> list[dict[str, float]]:
-    return [line for line in result.log_history if "text_loss" in line]
-
-
 def test_packed_training_equals_padded_training(parts: Path, tmp_path: Path) -> None:
     """Steps of all samples, so that both see the same: losses, gradients and the weights that come out of them."""
     flags = {"max_steps": 2, "learning_rate": 1e-3, "warmup_ratio": 0, "per_device_train_batch_size": NUM_SAMPLES}
@@ -34,7 +30,7 @@ def test_packed_training_equals_padded_training(parts: Path, tmp_path: Path) -> 
     with recorded() as padded_steps:
         padded = train(parts, tmp_path / "padded", packing=False, **flags)
     assert [sorted(step) for step in packed_steps] == [sorted(step) for step in padded_steps]
-    for ours, theirs in zip(lines(packed), lines(padded), strict=True):
+    for ours, theirs in zip(training_lines(packed), training_lines(padded), strict=True):
         assert ours["num_text_tokens"] == theirs["num_text_tokens"]
         assert ours["num_visual_tokens"] == theirs["num_visual_tokens"] > 0
         for name in ("loss", "text_loss", "visual_loss", "visual_cosine", "grad_norm"):
@@ -56,7 +52,7 @@ def flags_of(packing: bool) -> dict[str, object]:
 def test_a_killed_run_resumes_at_the_next_sample(packing: bool, parts: Path, tmp_path: Path) -> None:
     """Also when it is resumed with another number of workers, and in the second epoch."""
     with recorded() as expected:
-        uninterrupted = train(parts, tmp_path / "whole", **flags_of(packing))
+        uninterrupted = train(parts, tmp_path / "uninterrupted", **flags_of(packing))
     steps = len(expected) // 3
     for epoch in range(3):
         seen = [number for step in expected[epoch * steps : (epoch + 1) * steps] for number in step]
@@ -72,7 +68,7 @@ def test_a_killed_run_resumes_at_the_next_sample(packing: bool, parts: Path, tmp
     with recorded() as rest:
         resumed = train(parts, tmp_path / "cut", dataloader_num_workers=2, **flags_of(packing))
     assert rest == expected[saved:]
-    for ours, theirs in zip(lines(resumed)[saved:], lines(uninterrupted)[saved:], strict=True):
+    for ours, theirs in zip(training_lines(resumed)[saved:], training_lines(uninterrupted)[saved:], strict=True):
         assert {name: ours.get(name) for name in EXACT} == {name: theirs.get(name) for name in EXACT}
     weights = uninterrupted.model.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in resumed.model.state_dict().items())
@@ -87,7 +83,7 @@ def test_r24_grouping_by_length_trains_on_samples_of_similar_length(parts: Path,
     kinds = [{number % 4 for number in step} for step in steps]
     assert kinds[0] == {3}  # the longest come first
     assert {0} in kinds
-    assert len(lines(result)) == 4
+    assert len(training_lines(result)) == 4
 
 
 def test_what_cannot_be_combined_is_refused(parts: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from packing_parts import recorded
 from preemption_parts import CASES, FLAGS
-from training_parts import arguments, make_language_model, make_records, make_vision_tower
+from training_parts import arguments, logged, make_language_model, make_records, make_vision_tower
 
 from metamorph.runs.checkpoint_files import CheckpointError
 from metamorph.runs.preemption import MARKER_FILE, PREEMPTED
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*LAUNCH, str(worker), str(folder)], env=environment(), timeout=TIMEOUT, capture_output=True, text=True
     )
     assert (folder / "rank-1.json").is_file(), done.stderr[-5000:]
-    assert done.returncode == 1  # torchrun's, whatever its workers end with: hence the marker
+    assert done.returncode == 1  # torchrun's, whatever the status of its workers; that is why there is a marker
     return folder
 
 
@@ -59,18 +59,18 @@ def test_a_folder_in_use_is_refused_on_all_processes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_r25_a_preempted_run_goes_on_as_if_nothing_had_happened(folder: Path, case: str) -> None:
+def test_r25_a_preempted_run_resumes_as_if_nothing_had_happened(folder: Path, case: str) -> None:
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text())[case] for rank in range(2)]
     for seen in ranks:
         assert seen["status"] == PREEMPTED
         assert {**seen["marker"], "time": 0} == {"step": 3, "checkpoint": "checkpoint-3", "signal": None, "time": 0}
-        assert seen["first"] == seen["whole"][:3]  # both stopped behind the step of the signal, which only one got
-        assert seen["rest"] == seen["whole"][3:]
+        assert seen["first"] == seen["uninterrupted"][:3]  # one got the signal, both stopped
+        assert seen["rest"] == seen["uninterrupted"][3:]
         assert seen["resumed_losses"] == pytest.approx(seen["losses"], abs=1e-5)
         assert seen["difference"] < 1e-6
 
 
-def test_one_process_goes_on_from_two_with_the_samples_that_are_left(folder: Path, tmp_path: Path) -> None:
+def test_one_process_resumes_two_with_the_remaining_samples(folder: Path, tmp_path: Path) -> None:
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text())["stage1"] for rank in range(2)]
     shutil.copytree(folder / "stage1" / "cut" / "checkpoint-3", tmp_path / "checkpoint-3")
     flags: dict[str, Any] = {**FLAGS, **CASES["stage1"], "max_steps": -1, "num_train_epochs": 2}
@@ -84,10 +84,10 @@ def test_one_process_goes_on_from_two_with_the_samples_that_are_left(folder: Pat
     assert [sorted(step) for step in rest] == [
         sorted(first + second) for first, second in zip(ranks[0]["rest"], ranks[1]["rest"], strict=True)
     ]
-    losses = [line["loss"] for line in result.log_history if "text_loss" in line]
+    losses = logged(result)
     assert losses == pytest.approx(ranks[0]["losses"], abs=2e-5)
 
-    # Steps of half the size: all that is left of the epoch, once, and then a whole one.
+    # Steps of half the size: all that is left of the epoch, once, and then another full one.
     with recorded() as rest:
         run_training(*arguments(folder, tmp_path, **flags))
     trained = {number for seen in ranks for step in seen["first"] for number in step}
@@ -100,12 +100,12 @@ def test_one_process_goes_on_from_two_with_the_samples_that_are_left(folder: Pat
 def test_states_that_deepspeed_has_divided_need_as_many_processes(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "stage1" / "cut" / "checkpoint-3", tmp_path / "checkpoint-3")
     (tmp_path / "checkpoint-3" / "latest").write_text("global_step3")  # by this file DeepSpeed finds its own
-    with pytest.raises(CheckpointError, match="written by DeepSpeed on 2 processes and can only be resumed on as many"):
+    with pytest.raises(CheckpointError, match="written by DeepSpeed on 2 processes and can only be resumed on the"):
         run_training(*arguments(folder, tmp_path, **FLAGS, **CASES["stage1"]))
 
 
 def interrupt(command: list[str], output_dir: Path, number: signal.Signals, log: Path) -> tuple[int, str]:
-    """Start a command, wait for a checkpoint of its own, signal all its processes as Slurm does (Ctrl-C: as a terminal
+    """Start a command, wait for its checkpoint, signal all its processes as Slurm does (Ctrl-C: as a terminal
     does, which does not know those that torchrun starts).
 
     Returns:
@@ -113,7 +113,7 @@ def interrupt(command: list[str], output_dir: Path, number: signal.Signals, log:
     """
     old = {path.name for path in output_dir.glob("checkpoint-*")}
     with log.open("w") as file:
-        # As a script of Slurm does: the launcher ignores the signal, its workers install a handler of their own.
+        # As a script of Slurm does: the launcher ignores the signal, its workers install their own handler.
         process = subprocess.Popen(
             command,
             env=environment(),
@@ -144,7 +144,7 @@ def interrupt(command: list[str], output_dir: Path, number: signal.Signals, log:
 
 
 def test_r28_signals_to_all_processes_of_a_job(folder: Path, tmp_path: Path) -> None:
-    """Data workers get them, too. First under torchrun, then the command alone goes on and is ended by SIGTERM."""
+    """Data workers get them, too. First under torchrun, then the command resumes alone and is ended by SIGTERM."""
     flags = {
         "model_name_or_path": folder / "llm",
         "vision_tower": folder / "tower",
@@ -169,7 +169,7 @@ def test_r28_signals_to_all_processes_of_a_job(folder: Path, tmp_path: Path) -> 
     assert marker["signal"] == "SIGUSR1"
     assert (tmp_path / marker["checkpoint"]).is_dir()
 
-    # One process with twice the micro-batches: steps go on being counted.
+    # One process with twice the micro-batches: the count of steps continues.
     words = [sys.executable, *words, "--gradient_accumulation_steps=2"]
     status, printed = interrupt(words, tmp_path, signal.SIGTERM, folder / "log")
     assert status == PREEMPTED, printed[-5000:]

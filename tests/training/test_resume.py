@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from training_parts import arguments, make_language_model
+from training_parts import arguments, logged, make_language_model, training_lines
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
 from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.models.sequence import template_date
 from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError
-from metamorph.training.build import make_plan
+from metamorph.training.build import resolve_model
 from metamorph.training.checkpoints.resume import find_checkpoint
 from metamorph.training.run import TrainResult, run_training
 
@@ -41,7 +41,7 @@ def uninterrupted(request: pytest.FixtureRequest, parts: Path, tmp_path_factory:
 
 
 def assert_same_end(resumed: TrainResult, uninterrupted: TrainResult, first_step: int) -> None:
-    ours, theirs = ([line for line in r.log_history if "text_loss" in line] for r in (resumed, uninterrupted))
+    ours, theirs = (training_lines(r) for r in (resumed, uninterrupted))
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 4, 5]
     for mine, other in zip(ours[first_step:], theirs[first_step:], strict=True):
         assert {k: mine.get(k) for k in EXACT} == {k: other.get(k) for k in EXACT}
@@ -122,7 +122,7 @@ def test_a_run_keeps_the_day_on_which_it_began(parts: Path, tmp_path: Path, monk
     for rank in (0, 1):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         Clock.day = 3 + rank
-        templates.append(make_plan(other[0]).processor.chat_template)
+        templates.append(resolve_model(other[0]).processor.chat_template)
     assert templates[0] == templates[1]
     assert "May 03" in templates[0]
 
@@ -130,10 +130,10 @@ def test_a_run_keeps_the_day_on_which_it_began(parts: Path, tmp_path: Path, monk
 def test_bf16_resumes_with_float32_weights(parts: Path, tmp_path: Path) -> None:
     """The frozen tower, which holds the model's first weights, is in bfloat16 then; all that is trained is not."""
     flags = {"stage": 2, "from_scratch_connector": True, "bf16": True, "max_steps": 2, "save_strategy": "steps"}
-    whole = run_training(*arguments(parts, tmp_path / "whole", save_steps=1, **flags))
-    checkpoint = tmp_path / "whole" / "checkpoint-1"
+    uninterrupted = run_training(*arguments(parts, tmp_path / "uninterrupted", save_steps=1, **flags))
+    checkpoint = tmp_path / "uninterrupted" / "checkpoint-1"
     resumed = run_training(*arguments(parts, tmp_path / "end", resume_from_checkpoint=str(checkpoint), **flags))
-    weights = whole.model.state_dict()
+    weights = uninterrupted.model.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in resumed.model.state_dict().items())
     for folder in (checkpoint, tmp_path / "end"):
         assert AutoConfig.from_pretrained(folder).dtype == torch.float32
@@ -190,10 +190,10 @@ def resume(parts: Path, checkpoint: Path | None, folder: Path, **flags: object) 
 def test_changed_rates_and_decay_act(
     parts: Path, stage_2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As if the whole run had had them: the schedule goes on, from the new peaks."""
+    """As if the entire run had had them: the schedule continues, from the new peaks."""
     flags = {"learning_rate": 1e-3, "mm_projector_lr": 1e-4, "weight_decay": 0.25, "adam_beta2": 0.5}
     result, groups = resume(parts, stage_2, tmp_path, **flags)
-    lines = [line for line in result.log_history if "text_loss" in line]
+    lines = training_lines(result)
     for step, rate in ((3, 1e-3 * 2 / 4), (4, 1e-3 * 3 / 4), (5, 1e-3)):  # logged are the rates of the step itself
         assert lines[step - 1]["lr_language_model"] == pytest.approx(rate)
         assert lines[step - 1]["lr_mm_projector"] == pytest.approx(rate / 10)
@@ -257,10 +257,10 @@ def test_confirmed_changes_act(parts: Path, stage_2: Path, tmp_path: Path, caplo
     result, _ = resume(parts, stage_2, tmp_path, **flags, **allowed)
     third = next(line for line in result.log_history if line.get("step") == 3)
     assert third["loss"] == pytest.approx(third["text_loss"] + 0.5 * third["visual_loss"], rel=1e-4)
-    rates = [line["learning_rate"] for line in result.log_history if "text_loss" in line]
+    rates = logged(result, "learning_rate")
     assert rates[3:] == pytest.approx([1e-2 * 3 / 4, 1e-2, 1e-2])
     assert result.global_step == 6
-    assert "the schedule of the learning rate now ends with this run" in caplog.text
+    assert "the learning rate schedule now ends with this run" in caplog.text
     # What is resumed next was trained with them.
     resume(parts, tmp_path / "checkpoint-4", tmp_path / "again", **flags)
 
@@ -268,7 +268,7 @@ def test_confirmed_changes_act(parts: Path, stage_2: Path, tmp_path: Path, caplo
 def test_checkpoints_of_earlier_versions(
     parts: Path, stage_2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They do not tell the flags, but hold the arguments of the trainer and the configuration of the model."""
+    """They do not record the flags, but contain the arguments of the trainer and the configuration of the model."""
     old = tmp_path / "old"
     shutil.copytree(stage_2, old)
     manifest = json.loads((old / MANIFEST_FILE).read_text())
@@ -279,5 +279,5 @@ def test_checkpoints_of_earlier_versions(
             resume(parts, old, tmp_path / "out", **flags)
     caplog.set_level("INFO", "metamorph")
     resume(parts, old, tmp_path / "out")
-    assert "does not tell the value of" in caplog.text
+    assert "does not record its value of" in caplog.text
     assert "--freeze_backbone" in caplog.text

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from packing_parts import recorded
 from preemption_parts import SignalIn
-from training_parts import arguments, make_records
+from training_parts import arguments, logged, make_records, training_lines
 from transformers import TrainerCallback
 
 from metamorph.data.batching.packing import PACKING_VERSION
@@ -83,9 +83,9 @@ def test_batches_of_another_size_meet_each_sample_once(
     per_epoch = -(-NUM_SAMPLES // (rows * accumulation))
     assert result.global_step == 2 * per_epoch
     # The rate is that of a run that had such steps from its beginning.
-    whole = run_training(*arguments(parts, tmp_path / "whole", **{**flags, "save_strategy": "no"}))
-    rates = {line["step"]: line["learning_rate"] for line in whole.log_history if "text_loss" in line}
-    lines = [line for line in result.log_history if "text_loss" in line][len(seen) :]
+    uninterrupted = run_training(*arguments(parts, tmp_path / "uninterrupted", **{**flags, "save_strategy": "no"}))
+    rates = {line["step"]: line["learning_rate"] for line in uninterrupted.log_history if "text_loss" in line}
+    lines = training_lines(result)[len(seen) :]
     assert {line["step"]: line["learning_rate"] for line in lines} == pytest.approx(
         {line["step"]: rates[line["step"]] for line in lines}
     )
@@ -104,19 +104,19 @@ def test_interrupted_again_with_other_batches_each_time(parts: Path, tmp_path: P
 def test_steps_of_the_same_size_are_the_same_steps(
     parts: Path, cut: tuple[Path, list[list[int]]], tmp_path: Path
 ) -> None:
-    whole = run_training(*arguments(parts, tmp_path / "whole", **FLAGS))
+    uninterrupted = run_training(*arguments(parts, tmp_path / "uninterrupted", **FLAGS))
     flags = {**FLAGS, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     resumed = run_training(
         *arguments(parts, tmp_path / "resumed", **flags, resume_from_checkpoint=str(cut[0] / "checkpoint-2"))
     )
-    expected = [line["loss"] for line in whole.log_history if "text_loss" in line]
-    assert [line["loss"] for line in resumed.log_history if "text_loss" in line] == pytest.approx(expected, abs=1e-5)
+    expected = logged(uninterrupted)
+    assert logged(resumed) == pytest.approx(expected, abs=1e-5)
 
 
 def test_grouping_by_length_needs_the_same_micro_batches(parts: Path, tmp_path: Path) -> None:
     flags = {**FLAGS, "train_sampling_strategy": "group_by_length"}
     interrupted(parts, tmp_path, 1, **flags)
-    with pytest.raises(CheckpointError, match="per_device_train_batch_size so that the product"):
+    with pytest.raises(CheckpointError, match="per_device_train_batch_size so that its product"):
         run_training(*arguments(parts, tmp_path, **{**flags, "per_device_train_batch_size": 4}))
 
 
@@ -152,8 +152,8 @@ def test_other_data_are_refused_unless_asked_for(
     with recorded() as seen:
         run_training(*arguments(parts, tmp_path / "out", **flags, resume_from_checkpoint=checkpoint))
     assert sorted(flat(seen)[:NUM_SAMPLES]) == list(range(NUM_SAMPLES))  # its epoch from the beginning
-    # From now on the number of the step does not tell which samples have been trained on.
-    with pytest.raises(CheckpointError, match="does not tell its position in the data"):
+    # From now on the step does not determine which samples have been trained on.
+    with pytest.raises(CheckpointError, match="does not record its position in the data"):
         run_training(*arguments(parts, tmp_path / "out", **{**flags, "ignore_data_skip": False}))
 
 

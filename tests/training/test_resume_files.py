@@ -17,7 +17,7 @@ import pytest
 import torch
 from preemption_parts import SignalIn
 from safetensors.torch import load_file
-from training_parts import arguments
+from training_parts import arguments, logged
 from transformers import TrainerCallback
 
 from metamorph.runs import checkpoint_files
@@ -44,7 +44,7 @@ FLAGS: dict[str, Any] = {"stage": 1, "max_steps": 6, "save_strategy": "steps", "
 DYING = """
 import os, signal, sys
 from pathlib import Path
-from training_parts import arguments
+from training_parts import arguments, logged
 from metamorph.training import run
 from metamorph.training import base_trainer as checkpointing
 from metamorph.training.trainer import MetaMorphTrainer
@@ -71,24 +71,20 @@ run.run_training(*arguments(Path(sys.argv[1]), Path(sys.argv[2]), stage=1, max_s
 """A run that is killed while it saves after step 4: amid writing, or when all is written but not yet in its place."""
 
 
-def losses(result: TrainResult) -> list[float]:
-    return [line["loss"] for line in result.log_history if "text_loss" in line]
-
-
 @pytest.fixture(scope="module")
-def whole(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    return run_training(*arguments(parts, tmp_path_factory.mktemp("whole"), **FLAGS))
+def uninterrupted(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    return run_training(*arguments(parts, tmp_path_factory.mktemp("uninterrupted"), **FLAGS))
 
 
 @pytest.fixture
-def run_folder(whole: TrainResult, tmp_path: Path) -> Path:
+def run_folder(uninterrupted: TrainResult, tmp_path: Path) -> Path:
     """A copy of the run's folder with its checkpoints 2, 4 and 6."""
-    return shutil.copytree(whole.output_dir, tmp_path / "run")
+    return shutil.copytree(uninterrupted.output_dir, tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["writing", "written"])
-def test_killed_while_saving(parts: Path, whole: TrainResult, tmp_path: Path, when: str) -> None:
+def test_killed_while_saving(parts: Path, uninterrupted: TrainResult, tmp_path: Path, when: str) -> None:
     folder = Path(__file__).parent
     paths = os.pathsep.join([str(folder), str(folder.parent / "parts"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -102,8 +98,8 @@ def test_killed_while_saving(parts: Path, whole: TrainResult, tmp_path: Path, wh
     assert (tmp_path / PARTIAL_FOLDER / "checkpoint-4" / "optimizer.pt").is_file()  # it had begun
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]  # the limit has not touched it
     again = run_training(*arguments(parts, tmp_path, **FLAGS, save_total_limit=1))
-    assert losses(again) == losses(whole)
-    assert [line["step"] for line in again.log_history if "text_loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert logged(again) == logged(uninterrupted)
+    assert logged(again, "step") == [1, 2, 3, 4, 5, 6]
     assert {path.name for path in tmp_path.glob("*_*")} <= {"model_and_data_args.json", "mm_projector.safetensors"} | {
         "chat_template.jinja",
         "processor_config.json",
@@ -239,7 +235,7 @@ class FullDiskAfter(TrainerCallback):
 
 
 @pytest.mark.parametrize("size", [1_000, 12_000, 16_000])  # the weights, the tokenizer, the optimizer do not fit
-def test_full_disk(parts: Path, whole: TrainResult, tmp_path: Path, size: int) -> None:
+def test_full_disk(parts: Path, uninterrupted: TrainResult, tmp_path: Path, size: int) -> None:
     full = FullDiskAfter(4, size)
     try:
         with pytest.raises(CheckpointError) as caught:
@@ -251,7 +247,7 @@ def test_full_disk(parts: Path, whole: TrainResult, tmp_path: Path, size: int) -
     assert f"the last good checkpoint is {tmp_path / 'checkpoint-2'}" in message
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     again = run_training(*arguments(parts, tmp_path, **FLAGS, save_total_limit=1))
-    assert losses(again) == losses(whole)
+    assert logged(again) == logged(uninterrupted)
 
 
 def best_flags(parts: Path) -> dict[str, object]:
@@ -285,7 +281,7 @@ def test_a_finished_run_keeps_its_best_checkpoint_as_the_result(parts: Path, tmp
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_a_preempted_run_keeps_its_last_checkpoint_beside_the_best(parts: Path, tmp_path: Path) -> None:
+def test_a_preempted_run_keeps_its_last_checkpoint_and_the_best(parts: Path, tmp_path: Path) -> None:
     flags = {**best_flags(parts), "save_total_limit": 1, "gradient_accumulation_steps": 2}
     with pytest.raises(Preempted):
         run_training(*arguments(parts, tmp_path, **flags), callbacks=[SignalIn(2, signal.SIGTERM)])

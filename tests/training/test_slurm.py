@@ -25,7 +25,7 @@ FLAGS = ("--num_image_tokens", str(NUM_IMAGE_TOKENS), "--logging_steps", "1", "-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny models, and records whose pictures are so large that a step takes a moment: a signal meets a running job."""
+    """Tiny models, and records with large images, so that a step takes long enough for a signal."""
     folder = tmp_path_factory.mktemp("slurm")
     make_language_model(folder / "llm")
     make_vision_tower(folder / "tower")
@@ -74,10 +74,10 @@ def check_continuity(stopped: int, resumed: list[tuple[int, float]], plain: list
     assert 2 <= stopped < STEPS
     assert [step for step, _ in resumed] == list(range(1, STEPS + 1))
     assert [loss for _, loss in resumed] == pytest.approx([loss for _, loss in plain], abs=2e-5)
-    assert len({round(loss, 6) for _, loss in plain}) == STEPS  # every step has samples of its own, which losses tell
+    assert len({round(loss, 6) for _, loss in plain}) == STEPS  # every step has different samples, which losses show
 
 
-def test_r28_stage_1_at_its_time_limit_and_stage_2_preempted_go_on_at_the_next_sample(folder: Path) -> None:
+def test_r28_stage_1_at_its_time_limit_and_stage_2_preempted_resume_at_the_next_sample(folder: Path) -> None:
     job = submit("scripts/slurm_pretrain.sh", folder, variables(folder, 1), *FLAGS)
     stopped = interrupt_and_finish(job, job.reach_time_limit, folder / "stage1")
     check_continuity(stopped, losses(folder / "stage1"), train_in_one_piece(folder, 1))

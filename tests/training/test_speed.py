@@ -64,7 +64,7 @@ def test_compiled_layers_give_the_same():
 
 
 def test_frozen_tower_gives_the_visual_tokens_of_a_trained_one():
-    """It runs in inference mode; what comes out of it may still be kept for a backward pass."""
+    """It runs in inference mode; its output may still be kept for a backward pass."""
     model = build_tiny_model()
     pixels = build_batch(model.config)["pixel_values"]
     expected = model.get_visual_tokens(pixels)
@@ -85,7 +85,7 @@ def test_flags_are_applied_once(tmp_path):
     prepare_speed(model, args)
     assert model.text_loss_options.kernel == "chunked"
     assert all(layer.gradient_checkpointing for layer in model.get_decoder().layers)
-    assert not args.torch_compile  # Trainer would compile the whole model around the layers
+    assert not args.torch_compile  # Trainer would compile the full model around the layers
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from training_parts import arguments, make_language_model, make_records, make_vision_tower
+from training_parts import arguments, make_language_model, make_records, make_vision_tower, training_lines
 
 from metamorph.models import text_head
 from metamorph.training.run import run_training
@@ -25,7 +25,7 @@ def losses(parts: Path, output_dir: Path, stage: int, **flags: object) -> list[d
     """What each step logs about losses and gradients."""
     start = {} if stage == 1 else {"from_scratch_connector": True}
     result = run_training(*arguments(parts, output_dir, stage=stage, max_steps=3, **start, **flags))
-    lines = [line for line in result.log_history if "text_loss" in line]
+    lines = training_lines(result)
     names = ("loss", "text_loss", "visual_loss", "grad_norm")
     return [{name: line[name] for name in names if name in line} for line in lines]
 

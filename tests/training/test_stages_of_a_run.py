@@ -16,7 +16,7 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.models.vision_tower import load_vision_encoder
 from metamorph.training.arguments import ModelArguments
-from metamorph.training.build import load_model, make_plan
+from metamorph.training.build import load_model, resolve_model
 from metamorph.training.optimizer import keep_embeddings_in_32_bits
 from metamorph.training.run import TrainResult, run_training
 
@@ -92,7 +92,7 @@ def test_8_bit_optimizer_keeps_the_state_of_new_rows_in_32_bits() -> None:
 def test_stage_1_trains_the_connector(parts: Path, stage_1: TrainResult) -> None:
     args = arguments(parts, Path(stage_1.output_dir), stage=1)
     torch.manual_seed(args[2].seed)  # as the run did
-    start = load_model(args[0], make_plan(args[0])).model.mm_projector.state_dict()
+    start = load_model(args[0], resolve_model(args[0])).model.mm_projector.state_dict()
     for name, weight in stage_1.model.model.mm_projector.state_dict().items():
         assert not torch.equal(weight, start[name]), name
 
@@ -107,7 +107,7 @@ def test_r30_stage_1_writes_two_rows_not_the_table(stage_1: TrainResult) -> None
 
 def test_connector_reaches_stage_2(parts: Path, stage_1: TrainResult, tmp_path: Path) -> None:
     model_args, _, _ = arguments(parts, tmp_path, stage=2, pretrain_mm_mlp_adapter=stage_1.output_dir)
-    model = load_model(model_args, make_plan(model_args))
+    model = load_model(model_args, resolve_model(model_args))
     for name, weight in stage_1.model.model.mm_projector.state_dict().items():
         assert torch.equal(model.model.mm_projector.state_dict()[name], weight), name
     rows = [model.config.image_start_token_id, model.config.image_end_token_id]
@@ -141,7 +141,7 @@ def test_stage_2_result_opens_and_computes_the_same(stage_2: TrainResult) -> Non
 def test_r33_flags_asked_for_on_reload_are_honoured(parts: Path, stage_2: TrainResult, tmp_path: Path) -> None:
     def reload(**flags: object) -> MetaMorphForConditionalGeneration:
         model_args, _, _ = arguments(parts, tmp_path, stage=2, model_name_or_path=stage_2.output_dir, **flags)
-        return load_model(model_args, make_plan(model_args))
+        return load_model(model_args, resolve_model(model_args))
 
     kept = reload().config
     assert (kept.use_vision_ar, kept.vision_coef) == (True, 1.0)
@@ -160,13 +160,13 @@ def test_r33_flags_asked_for_on_reload_are_honoured(parts: Path, stage_2: TrainR
 
 def test_r33_flags_not_given_on_reload_are_the_models(parts: Path, tmp_path: Path) -> None:
     first = arguments(parts, tmp_path / "first", stage=2, from_scratch_connector=True, version="llama3_original")
-    make_plan(first[0], "pad").processor.save_pretrained(tmp_path / "first")
-    load_model(first[0], make_plan(first[0])).save_pretrained(tmp_path / "first")
+    resolve_model(first[0], "pad").processor.save_pretrained(tmp_path / "first")
+    load_model(first[0], resolve_model(first[0])).save_pretrained(tmp_path / "first")
     model_args = ModelArguments(model_name_or_path=str(tmp_path / "first"))
-    plan = make_plan(model_args)
-    assert (plan.config.num_image_tokens, plan.config.version) == (4, "llama3_original")
-    assert plan.processor.image_aspect_ratio == "pad"
-    assert make_plan(model_args, "square").processor.image_aspect_ratio == "square"
+    spec = resolve_model(model_args)
+    assert (spec.config.num_image_tokens, spec.config.version) == (4, "llama3_original")
+    assert spec.processor.image_aspect_ratio == "pad"
+    assert resolve_model(model_args, "square").processor.image_aspect_ratio == "square"
 
 
 def test_r33_image_aspect_ratio_of_a_finished_model_can_be_changed(
@@ -184,7 +184,7 @@ def test_r33_tuned_tower_survives_reload(parts: Path, stage_2: TrainResult, tmp_
     original = original_encoder(parts)
     assert all(not torch.equal(w, original[n]) for n, w in encoder_weights(tuned.model).items() if n.endswith("weight"))
     again = arguments(parts, tmp_path / "again", stage=2, model_name_or_path=tuned.output_dir)
-    reloaded = load_model(again[0], make_plan(again[0]))
+    reloaded = load_model(again[0], resolve_model(again[0]))
     for name, weight in encoder_weights(tuned.model).items():
         assert torch.equal(encoder_weights(reloaded)[name], weight), name
 
@@ -213,9 +213,9 @@ def test_new_tokens_start_at_the_mean_row(parts: Path, tmp_path: Path) -> None:
     """The processor adds the missing image tokens first; the model must still initialise their rows."""
     tokenizer = AutoTokenizer.from_pretrained(parts / "llm")
     model_args, _, _ = arguments(parts, tmp_path, stage=1)
-    plan = make_plan(model_args)
-    model = load_model(model_args, plan)
-    placeholder = plan.processor.image_tokens.image
+    spec = resolve_model(model_args)
+    model = load_model(model_args, spec)
+    placeholder = spec.processor.image_tokens.image
     assert placeholder not in tokenizer.get_vocab().values()
     assert model.config.image_token_id == placeholder
     table = model.get_input_embeddings().weight

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from training_parts import NUM_IMAGE_TOKENS, arguments, write_records
+from training_parts import NUM_IMAGE_TOKENS, arguments, training_lines, write_records
 from video_parts import write_video
 
 from metamorph.training.run import run_training
@@ -35,7 +35,7 @@ def test_r13_a_video_trains_a_step(
     flags = {"data_path": str(mixture), "image_folder": str(videos), "from_scratch_connector": True}
     settings = arguments(parts, tmp_path, stage=2, max_steps=1, model_max_length=256, packing=packing, **flags)
     result = run_training(*settings)
-    (line,) = [line for line in result.log_history if "text_loss" in line]
+    (line,) = training_lines(result)
     assert line["num_text_tokens"] > 0
     assert line["num_visual_tokens"] == num_drawn * NUM_IMAGE_TOKENS
     assert math.isfinite(line["loss"])

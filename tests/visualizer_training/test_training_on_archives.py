@@ -87,7 +87,7 @@ def test_damaged_archives_are_reported_and_left_out_within_the_cap(flags, tmp_pa
     assert f"{paths[0]}:broken.jpg cannot be read" in caplog.text
     workers = replace(args, on_bad_image="skip", max_bad_fraction=0.3, dataloader_num_workers=2, training_steps=4)
     workers = replace(workers, output_dir=str(tmp_path / "workers"))
-    assert train_visualizer(workers, callbacks=[note]).losses
+    assert train_visualizer(workers, callbacks=[Lines(logged)]).losses
     assert logged[-1]["skipped_records"] == 2
 
 

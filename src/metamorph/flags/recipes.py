@@ -2,7 +2,7 @@
 
 from argparse import SUPPRESS, Action, ArgumentError, ArgumentTypeError
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from inspect import signature
 from typing import Any, get_type_hints
 
 from transformers import HfArgumentParser
@@ -29,7 +29,7 @@ class RecipeParser(FlagParser, HfArgumentParser):
                 action.help = f"Same as --{action.dest} False."
             elif action.dest in docs:
                 action.help = docs[action.dest].replace("%", "%%")
-            if action.default not in (None, SUPPRESS) and action.const is not False:
+            if action.default not in (None, "", SUPPRESS) and action.const is not False:
                 action.help = f"{action.help or ''} (default: {action.default})"
             if action.dest in number_or_auto:
                 action.type = _number_or_auto
@@ -73,6 +73,8 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """Build one instance of each dataclass from `--config recipe.yaml --flag value …`.
 
+    A dataclass that has a flag of another one as an `InitVar` gets its value.
+
     Raises:
         ValueError: For an unknown flag or key, or a value of the wrong type.
     """
@@ -85,7 +87,7 @@ def parse_arguments(
         raise ValueError(f"unexpected arguments: {' '.join(remaining)}")
     given = vars(namespace)
     return tuple(
-        kind(**{field.name: given[field.name] for field in fields(kind) if field.init and field.name in given})
+        kind(**{name: given[name] for name in signature(kind.__init__).parameters if name in given})  # type: ignore[misc]
         for kind in dataclass_types
     )
 

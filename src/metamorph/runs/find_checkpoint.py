@@ -56,7 +56,8 @@ def find_checkpoint(
         raise FileNotFoundError(
             f"{folder} is visible to the first process but not to process {dist.get_rank()} on this machine: put "
             "--output_dir on storage that all machines share"
-            + ", or write to each with --save_on_each_node True" * saves_on_each_node
+            + ", or write to each with --save_on_each_node True"
+            * saves_on_each_node
         )
     return folder
 

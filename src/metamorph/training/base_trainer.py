@@ -1,4 +1,4 @@
-"""`transformers.Trainer` as every run uses it: whole checkpoints, exact resumes, any engine, preemption, log lines."""
+"""Base of both trainers: `transformers.Trainer` with atomic checkpoints, exact resumes, preemption and our log."""
 
 from __future__ import annotations
 
@@ -49,69 +49,69 @@ from metamorph.training.reporting.trackers import set_up_trackers
 logger = logging.getLogger(__name__)
 
 _GIVEN_BY_FLAGS = ("initial_lr", "weight_decay", "betas", "eps")
-"""Values of an optimizer's groups that a checkpoint does not decide; of the rates, the scheduler takes care."""
+"""Options of parameter groups that come from the flags, not from a checkpoint. The scheduler sets `lr`."""
 
 
 class RunTrainer(Trainer):
-    """The base of the trainers of the model and of the visualizer.
+    """Base of the trainers of the model and of the visualizer.
 
-    Checkpoints are written to a folder beside and renamed when complete. Some overridden methods of Trainer are private
-    without a public hook; all supported versions have them. A subclass says what is trained on (`batches`, `examples`),
-    what is saved (`write_weights`, `read_weights`, `record`) and which parameters share a rate (`optimizer_groups`).
+    A subclass defines what to train on (`batches`, `samples`), what to save (`write_weights`, `read_weights`,
+    `record`) and which parameters share a learning rate (`optimizer_groups`). Some overridden methods of Trainer are
+    private; they are the same in all versions that we support, and there is no public hook.
 
     Args:
-        batches: Batch sampler of this process; its order does not depend on workers or interruptions.
-        **kwargs: As for `transformers.Trainer`.
+        batches: Batch sampler of this process, whose order does not depend on workers or interruptions.
+        **kwargs: See `transformers.Trainer`.
     """
 
     optimizer: torch.optim.Optimizer | None
     lr_scheduler: Any
     title: str
-    """What is trained, beside the progress."""
+    """What is trained, for the progress bar."""
     control: TrainerControl
     resume_point: ResumePoint | None = None
     flags: dict[str, Any] | None = None
-    """What checkpoints say of the flags of their run."""
+    """Flags that checkpoints record."""
     _given: list[dict[str, Any]]
     _saving = False
 
     def __init__(self, *, batches: Sampler[Any], **kwargs: Any) -> None:
         if is_initialized() and AcceleratorState().mixed_precision != kwargs["args"].mixed_precision:
-            # Left by another trainer of this process; Accelerate would refuse to change it.
+            # Set by an earlier trainer of this process; Accelerate would refuse to change it.
             AcceleratorState._reset_state()
         super().__init__(**kwargs)
-        self.plain_model = self.model  # FSDP2 and torch.compile may put others in its place
+        self.plain_model = self.model  # FSDP2 and torch.compile may replace `self.model`
         self.batches = batches
         self.trackers = set_up_trackers(self.callback_handler.callbacks, str(self.args.output_dir))
         self.monitor = self.create_monitor()
         self.add_callback(self.monitor)
         self._rates: dict[str, float] = {}
 
-    # What a subclass says.
+    # Defined by subclasses.
 
     def create_monitor(self) -> RunMonitor:
-        """What measures the run between log lines."""
+        """The callback that measures the run."""
         raise NotImplementedError
 
-    def examples(self) -> Dataset[Any]:
-        """What the indices of `batches` belong to."""
+    def samples(self) -> Dataset[Any]:
+        """The dataset that `batches` index."""
         assert isinstance(self.train_dataset, Dataset)
         return self.train_dataset
 
     def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Parameter groups with `params`, `lr`, `weight_decay` and a `name`, by which the log tells their rates."""
+        """Parameter groups with `params`, `lr`, `weight_decay` and a `name`, which the log uses."""
         raise NotImplementedError
 
     def record(self) -> dict[str, Any]:
-        """What resuming has to know beside the step and the flags, as JSON."""
+        """What resuming needs besides the step and the flags, as JSON values."""
         raise NotImplementedError
 
     def write_weights(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
-        """Write what is trained; for processes that save."""
+        """Write the result to `folder`. Called on processes that save."""
         raise NotImplementedError
 
     def read_weights(self, folder: str) -> None:
-        """Read into the model, which no engine has sharded yet, what `write_weights` has written."""
+        """Load what `write_weights` has written into the model, before an engine shards it."""
         raise NotImplementedError
 
     def prepare_model(self) -> None:
@@ -122,14 +122,14 @@ class RunTrainer(Trainer):
     def run(
         self, checkpoint: str | None, point: ResumePoint | None, limit: BadRecordLimit, preemption: Preemption
     ) -> TrainOutput:
-        """Train to the end, or until a signal or too many bad records stop the run, on all processes at the same step.
+        """Train to the end, or until a signal or too many bad records stop all processes at the same step.
 
-        Without a `point`, Trainer finds its place in the data from the number of the checkpoint's step.
+        Without a `point`, Trainer derives the position in the data from the step of the checkpoint.
 
         Raises:
-            Preempted: If a signal has stopped the run; a checkpoint and the marker have been written.
-            Interrupted: If Ctrl-C has; a checkpoint has been written.
-            TooManyBadRecordsError: If there are too many.
+            Preempted: if a signal has stopped the run; a checkpoint and the marker were written.
+            Interrupted: if Ctrl-C has stopped it; a checkpoint was written.
+            TooManyBadRecordsError: if there are too many bad records.
         """
         for display in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
             self.remove_callback(display)
@@ -145,17 +145,17 @@ class RunTrainer(Trainer):
         return result
 
     def go_on_from(self, point: ResumePoint | None) -> None:
-        """Choose where in the data `train` resumes. To be called on all processes."""
+        """Set where in the data `train` resumes. Every process must call it."""
         self.resume_point = point
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
-        """Train, or only load the weights of the run's result, if the checkpoint is already at the last step.
+        """Train, or only load the weights if the checkpoint is already at the last step.
 
-        `transformers.Trainer` would do one step too many there (seen in 5.23, when the last step is not the last of
-        an epoch), so that restarting a finished run would change its result.
+        There `transformers.Trainer` would do one step too many (seen in 5.23, when the last step is not the last of an
+        epoch), and restarting a finished run would change its result.
 
         Raises:
-            CheckpointError: if a file of the checkpoint holds more than tensors and numbers.
+            CheckpointError: if a file of the checkpoint contains more than tensors and numbers.
         """
         try:
             if resume_from_checkpoint is not None:
@@ -163,7 +163,7 @@ class RunTrainer(Trainer):
                 if self.resume_point is not None:
                     state.global_step = self.resume_point.step
                 if self._is_finished(state):
-                    logger.info("%s is at the last step: there is nothing left to train", resume_from_checkpoint)
+                    logger.info("%s is at the last step: nothing left to train", resume_from_checkpoint)
                     best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
                     self._load_from_checkpoint(resume_from_checkpoint if best is None else best)
                     self.state = state
@@ -182,11 +182,11 @@ class RunTrainer(Trainer):
         return (state.epoch or 0) >= self.args.num_train_epochs
 
     def _init_training_state(self, max_steps: int, steps_in_epoch: int, *args: Any) -> tuple[int, int]:
-        """Trainer derives its place from the step of the checkpoint; ours may count in steps of another size."""
-        place = super()._init_training_state(max_steps, steps_in_epoch, *args)
+        """Trainer starts at the step of the checkpoint, but steps may have another size now: see `ResumePoint`."""
+        start = super()._init_training_state(max_steps, steps_in_epoch, *args)
         self.state.compute_steps(self.args, max_steps)  # Trainer keeps the checkpoint's save_steps and logging_steps
         if self.resume_point is None:
-            return place
+            return start
         self.state.global_step = self.resume_point.step
         epoch, steps = divmod(self.resume_point.step, steps_in_epoch)
         return epoch, steps * self.args.gradient_accumulation_steps
@@ -194,22 +194,22 @@ class RunTrainer(Trainer):
     # Data.
 
     def get_train_dataloader(self) -> DataLoader:
-        """A loader of this process's batches."""
+        """Data loader of this process's batches."""
         loader = DataLoader(
-            self.examples(),
+            self.samples(),
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
-            # Transformers 5.12 has no such flag yet.
+            # Not in Transformers 5.12.
             multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
             worker_init_fn=partial(
                 _start_worker, num_workers=self.args.dataloader_num_workers, rank=self.args.process_index
             ),
         )
-        # As Accelerator.prepare does, but the batches are this process's already.
+        # Like Accelerator.prepare, but the batches are already those of this process.
         return prepare_data_loader(
             loader,
             device=self.accelerator.device,
@@ -231,22 +231,22 @@ class RunTrainer(Trainer):
     # Log lines.
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add learning rates and what the monitor has measured to a training log line."""
+        """Add learning rates and the measurements of the monitor to a training log entry."""
         if "loss" in logs:
             logs.update(self._rates)
             logs.update(self.monitor.drain(self.state, logs.get("grad_norm")))
-        if "train_runtime" in logs:  # the last line of a run; Trainer would count rows as samples
+        if "train_runtime" in logs:  # the last entry of a run; Trainer would count rows as samples
             self.monitor.settle(self.state)
             logs["total_flos"] = self.state.total_flos
             logs["train_samples_per_second"] = round(self.monitor.total_samples / logs["train_runtime"], 3)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Nothing: Transformers' estimate counts frozen parameters and padding; a monitor may count `total_flos`."""
+        """0: Transformers' estimate counts frozen parameters and padding. Monitors may count `total_flos` instead."""
         return 0
 
     def _get_learning_rate(self) -> float:
-        """Trainer asks once in every step, before the scheduler moves on: note the rates of all modules with it."""
+        """Called by Trainer once per step, before the scheduler advances: also notes the rates of all modules."""
         groups = [group for group in self.create_optimizer().param_groups if "no_decay" not in group["name"]]
         self._rates = {f"lr_{group['name']}": group["lr"] for group in groups}
         return super()._get_learning_rate()
@@ -254,7 +254,7 @@ class RunTrainer(Trainer):
     # Optimizer and schedule.
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the optimizer with one group for each module."""
+        """Create the optimizer with the groups of `optimizer_groups`."""
         if self.optimizer is None:
             model = self.model if model is None else model
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -264,7 +264,7 @@ class RunTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """As Trainer does; what the flags say of the optimizer is noted, before a checkpoint is loaded over it."""
+        """Create the scheduler, and note the optimizer's options before a checkpoint overwrites them."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         optimizer = self.optimizer if optimizer is None else optimizer
         assert optimizer is not None
@@ -273,7 +273,7 @@ class RunTrainer(Trainer):
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As Trainer does, but learning rates and weight decay stay those of this run, not those of the checkpoint."""
+        """Like Trainer's, but keeps learning rates and weight decay of this run instead of the checkpoint's."""
         scheduler = self.lr_scheduler
         rates = list(getattr(scheduler, "base_lrs", []))
         self.load_optimizer(checkpoint)
@@ -282,46 +282,45 @@ class RunTrainer(Trainer):
         assert self.optimizer is not None
         for group, given in zip(self.optimizer.param_groups, self._given, strict=True):
             group.update(given)
-        counts_anew = self.resume_point is not None and self.resume_point.counts_anew
-        if not isinstance(scheduler, LambdaLR):  # it keeps the rates themselves
-            if counts_anew:
+        recounted = self.resume_point is not None and self.resume_point.counts_anew
+        if not isinstance(scheduler, LambdaLR):  # its state contains the rates
+            if recounted:
                 logger.warning("%s keeps its own count of steps", type(scheduler).__name__)
             return
-        step = self.resume_point.step if counts_anew and self.resume_point is not None else scheduler.last_epoch
-        # With --learning_rate auto, steps of another size have another peak rate, too.
+        step = self.resume_point.step if recounted and self.resume_point is not None else scheduler.last_epoch
+        # With --learning_rate auto, the peak rate also depends on the size of a step.
         scheduler.load_state_dict({**scheduler.state_dict(), "base_lrs": rates, "last_epoch": step - 1})
         scheduler.step()  # sets the rates of this step
 
     def load_optimizer(self, checkpoint: str | None) -> None:
-        """Load optimizer and scheduler as they are in the checkpoint."""
+        """Load the states of optimizer and scheduler."""
         super()._load_optimizer_and_scheduler(checkpoint)
 
     # Weights on any engine.
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the weights of the model are now those of an engine: divided among processes, or DeepSpeed's."""
+        """Whether an engine holds the weights of the model: divided among processes, or DeepSpeed's."""
         if self.is_deepspeed_enabled:
             return self.model_wrapped is not self.plain_model
         return isinstance(self.plain_model, FSDPModule)
 
     def whole_state_dict(self) -> dict[str, Tensor]:
-        """The weights as one process would have them. Every process must call it; only those that save get them."""
+        """The full weights. Every process must call it; only those that save get them."""
         if self.is_sharded:
             return gather_weights(self.plain_model, keep=self.args.should_save)
         return self.plain_model.state_dict()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what is trained as a plain folder. Every process must call it.
+        """Write the result, in the same format with any engine. Every process must call it.
 
-        Trainer has a way of its own for each engine, some of which write shards only, or weights in bfloat16.
+        For some engines, Trainer would write shards only, or weights in bfloat16.
         """
         self._save(output_dir or self.args.output_dir, state_dict=self.whole_state_dict())
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write weights and flags; the main process only."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -337,7 +336,7 @@ class RunTrainer(Trainer):
             self.read_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        """Trainer knows whole models and PEFT's adapters only: no connectors, and nothing beside an adapter."""
+        """Trainer only loads full models and PEFT's adapters, but no connectors, alone or next to an adapter."""
         if self.is_sharded:
             super()._load_best_model()
         else:
@@ -346,17 +345,17 @@ class RunTrainer(Trainer):
     # Checkpoints.
 
     def _get_output_dir(self, trial: Any) -> str:
-        """While a checkpoint is being written, the folder in which it takes shape."""
+        """While a checkpoint is being written, the folder of incomplete ones."""
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / PARTIAL_FOLDER) if self._saving else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save as Trainer does, but so that there is a checkpoint at no time that is not complete.
+        """Save as Trainer does, but atomically: write to another folder, and rename it when it is complete.
 
-        Counters are brought up to date before, and the clock of the speed is stopped: no hook comes before it.
+        No callback runs before it, so the counters are updated and the clock is stopped here.
 
         Raises:
-            CheckpointError: If it cannot be written; the last good one is still there.
+            CheckpointError: if it cannot be written; the last good one still exists.
         """
         self.monitor.settle(self.state)
         output_dir, name = self._get_output_dir(trial), f"{PREFIX}{self.state.global_step}"
@@ -370,7 +369,7 @@ class RunTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._saving = False
-            self._name_best(Path(output_dir) / PARTIAL_FOLDER / name, Path(output_dir) / name)
+            self._correct_best(Path(output_dir) / PARTIAL_FOLDER / name, Path(output_dir) / name)
             if self.args.local_process_index == 0:
                 flush(output_dir)
             self.accelerator.wait_for_everyone()
@@ -382,15 +381,15 @@ class RunTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(Path(output_dir) / name))
 
-    def _name_best(self, partial: Path, final: Path) -> None:
-        """If this is the best checkpoint so far, Trainer has noted, on all processes, where it took shape."""
+    def _correct_best(self, partial: Path, final: Path) -> None:
+        """Correct the path of the best checkpoint, which Trainer has noted on all processes, if it is this one."""
         if self.state.best_model_checkpoint == str(partial):
             self.state.best_model_checkpoint = str(final)
             if self.args.should_save:
                 self.state.save_to_json(str(partial / TRAINER_STATE_FILE))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer pushes in the middle of saving: not before the checkpoint is in its place."""
+        """Push only once the checkpoint is complete; Trainer would push while it is being saved."""
         if not self._saving:
             super()._push_from_checkpoint(checkpoint_folder)
 

@@ -1,4 +1,4 @@
-"""From the flags to processor, data and model: configurations first, weights only once everything else is right."""
+"""From the flags to processor, data and model: configurations first, weights only when everything else is right."""
 
 import difflib
 import json
@@ -12,6 +12,7 @@ import torch
 from transformers import IntervalStrategy, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
+from metamorph.data.batching.collation import PackedCollator, PaddedCollator
 from metamorph.data.batching.lengths import Lengths, measure
 from metamorph.data.batching.packing import BatchPlanner
 from metamorph.data.dataset import MixtureDataset, load_data
@@ -34,8 +35,10 @@ from metamorph.models.vision_tower import (
     resolve_vision_tower,
 )
 from metamorph.runs.checkpoint_files import on_first_process
-from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments, RunArguments
+from metamorph.training.engines.attention import uses_flash_attention
 from metamorph.training.lora import adapter_base, quantization_config
+from metamorph.training.optimizer import samples_in_a_step
 
 
 logger = logging.getLogger(__name__)
@@ -52,34 +55,33 @@ STRUCTURE_FIELDS = (
     "version",
     "vision_head_type",
 )
-"""Flags that a finished model has already decided."""
+"""Flags whose value is fixed when a MetaMorph model is trained further."""
 LOSS_FIELDS = ("use_vision_ar", "vision_coef")
-"""Flags that may change when a finished model is trained further."""
+"""Flags that may change when a MetaMorph model is trained further."""
 MAX_MEASURING = 32
-"""Most processes that measure lengths where no number of workers is asked for."""
+"""Maximum number of processes that measure lengths when `dataloader_num_workers` is 0."""
 
 
 @dataclass
-class Plan:
-    """What will be built: everything that is known without loading weights."""
+class ModelSpec:
+    """The model that a run trains, as far as it is known without weights."""
 
     config: MetaMorphConfig
-    """Configuration of the model."""
     processor: MetaMorphProcessor
-    """Processor of the model."""
     continues: bool
-    """Whether a finished MetaMorph model is trained further."""
+    """Whether a MetaMorph model is trained further."""
 
 
-def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, checkpoint: str | None = None) -> Plan:
+def resolve_model(
+    args: ModelArguments, image_aspect_ratio: str | None = None, checkpoint: str | None = None
+) -> ModelSpec:
     """Read configurations, tokenizer and image processor, and check that they go together.
 
     Args:
         args: The model flags.
-        image_aspect_ratio: How images become square, see `DataArguments`. None: as in the finished model that is
-            trained further, else `square`.
-        checkpoint: Checkpoint that the run resumes from: a chat template with a date in it keeps the date. A new run
-            has the date of its first process.
+        image_aspect_ratio: See `DataArguments`. None keeps that of a model that is trained further, else `square`.
+        checkpoint: Checkpoint that the run resumes from. A chat template that contains a date keeps the checkpoint's;
+            in a new run it is the date of the first process.
 
     Raises:
         FileNotFoundError: if a model, tokenizer or image processor does not exist.
@@ -106,7 +108,7 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
             MetaMorphForConditionalGeneration.check_language_model(text_config.text_config)
         if image_aspect_ratio is not None:
             processor.image_aspect_ratio = image_aspect_ratio
-        return Plan(_continued_config(text_config, args), processor, continues)
+        return ModelSpec(_continued_config(text_config, args), processor, continues)
     with names_flag("--model_name_or_path", args.model_name_or_path):
         MetaMorphForConditionalGeneration.check_language_model(text_config)
     with names_flag("--vision_tower", args.vision_tower):
@@ -118,156 +120,112 @@ def make_plan(args: ModelArguments, image_aspect_ratio: str | None = None, check
     processor = MetaMorphProcessor.from_parts(
         tokenizer, image_processor, config, image_aspect_ratio=image_aspect_ratio or "square", **template
     )
-    return Plan(config, processor, continues)
+    return ModelSpec(config, processor, continues)
 
 
-def open_features(model_args: ModelArguments, data_args: DataArguments, plan: Plan) -> FeatureCache | None:
-    """Open the feature cache, if one is to stand in for the tower.
-
-    Args:
-        model_args: The model flags.
-        data_args: The data flags.
-        plan: Result of `make_plan` for them.
+def open_features(args: RunArguments, spec: ModelSpec) -> FeatureCache | None:
+    """Open the feature cache, if `--feature_cache` is given.
 
     Raises:
         DataError: if the cache is unusable, or was made with another tower or reduction.
         ValueError: if the tower is trained.
     """
-    if data_args.feature_cache is None:
+    if args.data.feature_cache is None:
         return None
-    if not model_args.freeze_vision:
+    if not args.model.freeze_vision:
         raise ValueError(
             "--freeze_vision False trains the tower, so its visual tokens change and cannot come from --feature_cache "
-            f"{data_args.feature_cache}: leave one of the two out"
+            f"{args.data.feature_cache}: drop one of the two"
         )
-    return FeatureCache(data_args.feature_cache, describe_tower(plan.config, plan.processor))
-
-
-def runs_tower(data_args: DataArguments, args: MetaMorphTrainingArguments) -> bool:
-    """Whether anything in a run encodes images: training without a feature cache, validation, or sample prompts.
-
-    Args:
-        data_args: The data flags.
-        args: How the run learns.
-    """
-    return data_args.feature_cache is None or data_args.eval_data_path is not None or args.sample_steps is not None
+    return FeatureCache(args.data.feature_cache, describe_tower(spec.config, spec.processor))
 
 
 def load_training_data(
-    args: DataArguments, processor: MetaMorphProcessor, seed: int, features: FeatureCache | None = None
+    args: RunArguments, processor: MetaMorphProcessor, features: FeatureCache | None = None
 ) -> MixtureDataset:
-    """Open what the model learns from, and look at the records.
-
-    Args:
-        args: The data flags.
-        processor: Makes the sequences.
-        seed: Chooses the records of sources that are not used as a whole, and what tasks draw at random.
-        features: Result of `open_features`.
+    """Open the training data and check the records.
 
     Raises:
         DataError: if a source is unusable, or (with `--on_bad_record raise`) a record is bad.
     """
-    return load_data(
-        args.data_path,
-        processor,
-        image_folder=args.image_folder,
-        model_max_length=args.model_max_length,
-        seed=seed,
-        on_bad_record=args.on_bad_record,
-        max_bad_fraction=args.max_bad_fraction,
-        features=features,
-    )
+    return _load_data(args, args.data.data_path, args.data.image_folder, processor, features=features)
 
 
-def load_validation(
-    data_args: DataArguments,
-    args: MetaMorphTrainingArguments,
-    processor: MetaMorphProcessor,
-    visual_loss: bool = True,
-) -> MixtureDataset | None:
-    """As training data, but from the pictures also where training reads a feature cache, which lacks these.
-
-    Args:
-        data_args: `eval_data_path` and how records are read.
-        args: `eval_strategy`, `metric_for_best_model`.
-        processor: Makes the sequences.
-        visual_loss: Whether the model has one, `use_vision_ar`.
+def load_validation(args: RunArguments, spec: ModelSpec) -> MixtureDataset | None:
+    """Open the validation data. A feature cache lacks their images, so it is not used.
 
     Raises:
-        DataError: If validation data are unusable.
-        ValueError: If flags contradict each other, or the metric is not measured.
+        DataError: if a source is unusable.
+        ValueError: if flags contradict each other, or `metric_for_best_model` is not measured.
     """
-    _check_validation(data_args, args)
-    if data_args.eval_data_path is None:
+    _check_validation(args)
+    if args.data.eval_data_path is None:
         return None
-    validation = load_data(
-        data_args.eval_data_path,
-        processor,
-        image_folder=data_args.eval_image_folder,
-        model_max_length=data_args.model_max_length,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        on_bad_record=data_args.on_bad_record,
-        max_bad_fraction=data_args.max_bad_fraction,
-        folder_flag="--eval_image_folder",
-    )
-    _check_best_metric(args, validation, visual_loss)
+    path, folder = args.data.eval_data_path, args.data.eval_image_folder
+    validation = _load_data(args, path, folder, spec.processor, folder_flag="--eval_image_folder")
+    _check_best_metric(args.training, validation, spec.config.use_vision_ar)
     return validation
 
 
-def plan_run(dataset: MixtureDataset, model_max_length: int, args: MetaMorphTrainingArguments) -> BatchPlanner:
-    """Decide which samples make which batch, from lengths that are measured now if anything depends on them.
+def plan_batches(args: RunArguments, dataset: MixtureDataset) -> BatchPlanner:
+    """Plan which samples make up which batch.
 
-    One process of each machine measures, with workers of its own, and the others read what it has kept.
-
-    Args:
-        dataset: The data set.
-        model_max_length: Tokens of a row.
-        args: How the run learns.
+    With packing or grouping by length, the samples are measured first: by one process of each machine and its workers.
+    The other processes read the lengths that it has cached.
     """
-    group_by_length = args.train_sampling_strategy == "group_by_length"
-    if args.packing or group_by_length:
-        with args.main_process_first(desc="measuring lengths"):
-            lengths = measure(dataset, measuring_workers(args), cache_folder())
+    training = args.training
+    group_by_length = training.train_sampling_strategy == "group_by_length"
+    if training.packing or group_by_length:
+        with training.main_process_first(desc="measuring lengths"):
+            lengths = measure(dataset, measuring_workers(training), cache_folder())
     else:
         lengths = Lengths.unknown(len(dataset))
     planner = BatchPlanner(
         lengths,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        world_size=args.world_size,
-        rows_per_batch=args.per_device_train_batch_size,
-        max_length=model_max_length,
-        packing=args.packing,
+        seed=args.data_seed,
+        world_size=training.world_size,
+        rows_per_batch=training.per_device_train_batch_size,
+        max_length=args.data.model_max_length,
+        packing=training.packing,
         group_by_length=group_by_length,
-        shuffle=args.train_sampling_strategy != "sequential",
+        shuffle=training.train_sampling_strategy != "sequential",
     )
-    if args.packing:
-        per_row = len(dataset) / planner.num_rows
+    if training.packing:
         logger.info(
-            "packing: %d samples in %d rows of %d tokens, %.1f %% full; %d steps of micro-batches an epoch, on average "
-            "%.1f samples a row and %.0f in each optimizer step",
+            "packing: %d samples in %d rows of %d tokens, %.1f %% full; %d micro-batches per epoch; on average %.1f "
+            "samples per row and %.0f per optimizer step",
             len(dataset),
             planner.num_rows,
-            model_max_length,
+            planner.max_length,
             100 * planner.efficiency,
             planner.steps,
-            per_row,
-            per_row * args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            len(dataset) / planner.num_rows,
+            samples_in_a_step(planner, training.gradient_accumulation_steps),
         )
     return planner
 
 
+def build_collator(
+    model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor, *, packing: bool
+) -> PackedCollator | PaddedCollator:
+    """The collator for rows of several samples, or for padded samples."""
+    image_token_id = model.config.image_token_id
+    if packing:
+        return PackedCollator(processor.pad_token_id, uses_flash_attention(model), image_token_id)
+    return PaddedCollator(processor.pad_token_id, image_token_id)
+
+
 def load_model(
-    args: ModelArguments, plan: Plan, compute_dtype: torch.dtype = torch.float32
+    args: ModelArguments, spec: ModelSpec, compute_dtype: torch.dtype = torch.float32
 ) -> MetaMorphForConditionalGeneration:
     """Load the weights, in float32 (or the language model in 4 bits), and the connector of stage 1 if one is given.
 
+    New parts are initialised from PyTorch's global random generator.
+
     Args:
         args: The model flags.
-        plan: Result of `make_plan` for the same flags.
-        compute_dtype: Precision of the matrix products of a language model in 4 bits.
-
-    Returns:
-        The model, with new parts initialised from PyTorch's global random generator.
+        spec: Result of [`resolve_model`] for the same flags.
+        compute_dtype: Precision of matrix products with 4-bit weights.
     """
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     if args.attn_implementation is not None:
@@ -276,15 +234,15 @@ def load_model(
     if quantization is not None:
         kwargs["quantization_config"] = quantization
     with names_flag("--model_name_or_path", args.model_name_or_path):
-        if plan.continues:
+        if spec.continues:
             model = MetaMorphForConditionalGeneration.from_pretrained(
-                args.model_name_or_path, config=plan.config, **kwargs
+                args.model_name_or_path, config=spec.config, **kwargs
             )
         else:
             language_model = load_language_model(args.model_name_or_path, **kwargs)
-            # A tokenizer without the image tokens, unlike the processor's: from_parts initialises what it adds.
+            # Unlike the processor's, this tokenizer lacks the image tokens: from_parts initialises the rows it adds.
             tokenizer = load_tokenizer(args.model_name_or_path)
-    if not plan.continues:
+    if not spec.continues:
         with names_flag("--vision_tower", args.vision_tower):
             vision_encoder = load_vision_encoder(args.vision_tower)
         model = MetaMorphForConditionalGeneration.from_parts(
@@ -293,37 +251,34 @@ def load_model(
     if quantization is not None:
         forget_quantisation(model)
     if args.lora_enable:
-        model.adapter_base = adapter_base(args, plan.continues, quantization)
+        model.adapter_base = adapter_base(args, spec.continues, quantization)
     if args.pretrain_mm_mlp_adapter is not None:
         load_connector(model, args.pretrain_mm_mlp_adapter)
     return model
 
 
 def config_overrides(args: ModelArguments) -> dict[str, Any]:
-    """The flags as fields of `MetaMorphConfig`; those not asked for are left to its defaults."""
+    """The flags as fields of `MetaMorphConfig`; those that are None keep its defaults."""
     values = {name: getattr(args, name) for name in (*STRUCTURE_FIELDS, *LOSS_FIELDS)}
     values["use_vision_ar"] = args.resolved_use_vision_ar
     return {name: value for name, value in values.items() if value is not None}
 
 
 def measuring_workers(args: MetaMorphTrainingArguments) -> int:
-    """Processes that measure lengths: as many as all data loaders of this machine will have, else one for each core.
+    """Number of processes that measure lengths: the data loader workers of this machine, or one per core.
 
-    One process alone takes hours for ten million samples, and the other ranks wait for `--ddp_timeout` only.
-
-    Args:
-        args: How the run learns.
+    A single process takes hours for ten million samples, and the other ranks wait only as long as `--ddp_timeout`.
     """
     asked = args.dataloader_num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Of a shared machine the cores that are ours, where the system tells.
+    # On a shared machine, count only the cores of this process where the system says which.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return asked or min(cores, MAX_MEASURING)
 
 
 def _template_of_run(version: str, tokenizer: PreTrainedTokenizerBase, checkpoint: str | None) -> dict[str, str]:
-    """`chat_template` for a processor with `--version auto`: the checkpoint's, else the tokenizer's with a date.
+    """`chat_template` for a processor with `--version auto`: the checkpoint's, else the tokenizer's with a fixed date.
 
-    Every process must call it. They may start around midnight, or in several time zones.
+    Every process must call it: they may start around midnight, or in different time zones.
     """
     if checkpoint is not None:
         settings = json.loads((Path(checkpoint) / PROCESSOR_NAME).read_text(encoding="utf-8"))
@@ -336,11 +291,7 @@ def _template_of_run(version: str, tokenizer: PreTrainedTokenizerBase, checkpoin
 
 
 def _continued_config(config: PreTrainedConfig, args: ModelArguments) -> PreTrainedConfig:
-    """The configuration of a finished model with the loss flags that are given.
-
-    Raises:
-        ValueError: if a given flag contradicts the model.
-    """
+    """The configuration of a model that is trained further, with the loss flags that are given."""
     for name in STRUCTURE_FIELDS:
         asked, found = getattr(args, name), getattr(config, name)
         if asked == found:
@@ -348,7 +299,7 @@ def _continued_config(config: PreTrainedConfig, args: ModelArguments) -> PreTrai
         if args.is_given(name):
             raise ValueError(
                 f"--{name} {asked} contradicts the model {args.model_name_or_path}, which was trained with {found}: "
-                "leave the flag out"
+                "drop the flag"
             )
         logger.info("%s=%s comes from the model %s", name, found, args.model_name_or_path)
     if args.is_given("vision_tower"):
@@ -364,21 +315,36 @@ def _continued_config(config: PreTrainedConfig, args: ModelArguments) -> PreTrai
     return config
 
 
-def _check_validation(data_args: DataArguments, args: MetaMorphTrainingArguments) -> None:
-    strategy = IntervalStrategy(args.eval_strategy).value
-    evaluates = strategy != "no" or args.eval_on_start
-    if evaluates and data_args.eval_data_path is None:
+def _load_data(
+    args: RunArguments, path: str, folder: str | None, processor: MetaMorphProcessor, **kwargs: Any
+) -> MixtureDataset:
+    return load_data(
+        path,
+        processor,
+        image_folder=folder,
+        model_max_length=args.data.model_max_length,
+        seed=args.data_seed,
+        on_bad_record=args.data.on_bad_record,
+        max_bad_fraction=args.data.max_bad_fraction,
+        **kwargs,
+    )
+
+
+def _check_validation(args: RunArguments) -> None:
+    strategy, path = IntervalStrategy(args.training.eval_strategy).value, args.data.eval_data_path
+    evaluates = strategy != "no" or args.training.eval_on_start
+    if evaluates and path is None:
         flag = f"--eval_strategy {strategy}" if strategy != "no" else "--eval_on_start True"
-        raise ValueError(f"{flag} needs validation data: give them by --eval_data_path, or leave the flag out")
-    if data_args.eval_data_path is not None and not evaluates:
+        raise ValueError(f"{flag} needs validation data: add --eval_data_path, or drop the flag")
+    if path is not None and not evaluates:
         raise ValueError(
-            f"--eval_data_path {data_args.eval_data_path} is never read with --eval_strategy no: add --eval_strategy "
-            "steps (with --eval_steps) or epoch, or leave it out"
+            f"--eval_data_path {path} is never read with --eval_strategy no: add --eval_strategy steps (with "
+            "--eval_steps) or epoch, or drop it"
         )
 
 
 def _check_best_metric(args: MetaMorphTrainingArguments, validation: MixtureDataset, visual_loss: bool) -> None:
-    """Trainer would look for it after the first evaluation."""
+    """Find a wrong name now; Trainer would look for it after the first evaluation."""
     if args.metric_for_best_model is None:
         return
     name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"

@@ -1,4 +1,4 @@
-"""What stops a run early, on all ranks at the same step: a signal, or too many bad records."""
+"""Callbacks that stop a run early, on all ranks at the same step: after a signal, or for too many bad records."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 class StopWhenPreempted(TrainerCallback):
-    """Ends a run at the first step boundary after a signal, with a checkpoint. Add it behind all other callbacks.
+    """Stops a run at the first step boundary after a signal, with a checkpoint. Add it after all other callbacks.
 
     Args:
-        preemption: Has caught the signals since the run began.
-        resumed_from: The checkpoint that the run goes on from, if any.
+        preemption: Catches the signals.
+        resumed_from: The checkpoint that the run resumed from, if any.
     """
 
     def __init__(self, preemption: Preemption, resumed_from: str | None = None) -> None:
@@ -32,21 +32,21 @@ class StopWhenPreempted(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop before the first step, if the signal came while model and data were loaded: nothing is lost.
+        """Stop before the first step if the signal came while model and data were loaded.
 
-        From here on Ctrl-C saves, too; before, it ends the run.
+        From here on Ctrl-C also saves; before, it ends the run.
 
         Raises:
-            Preempted: On all ranks.
+            Preempted: on all ranks.
         """
         self.preemption.catch_interrupt()
         if self.preemption.agreed():
             self._leave(args, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask all ranks, behind each optimizer step."""
+        """Ask all ranks whether one got a signal; if so, save and stop."""
         if self.preemption.agreed():
-            if not self.preemption.is_interrupt:  # which has said so at once
+            if not self.preemption.is_interrupt:  # Ctrl-C is reported at once
                 logger.warning("preempted: saving after step %d, then stopping", state.global_step)
             self.stopped = True
             self._checkpoint = f"checkpoint-{state.global_step}"
@@ -58,23 +58,22 @@ class StopWhenPreempted(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Trainer calls it when it stops within an epoch, too: do not save again, nor evaluate."""
+        """Trainer also calls it when it stops within an epoch: do not save again, and do not evaluate."""
         if self.stopped:
             control.should_save = control.should_evaluate = False
-            args.save_total_limit = None  # with 1 Trainer would now delete all checkpoints but the best
+            args.save_total_limit = None  # with 1, Trainer would now delete all but the best
 
     def leave_if_stopped(self, trainer: Trainer) -> None:
-        """To be called behind `trainer.train()`, on all ranks.
+        """Call it after `trainer.train()`, on all ranks.
 
         Raises:
-            Preempted: If a signal has stopped the run; its marker has been written.
-            Interrupted: If Ctrl-C has.
+            Preempted: if a signal has stopped the run; the marker is written.
+            Interrupted: if Ctrl-C has stopped it.
         """
         if self.stopped:
             self._leave(trainer.args, trainer.state)
 
     def _leave(self, args: TrainingArguments, state: TrainerState) -> NoReturn:
-        """Stop, and say how to resume."""
         step, name = state.global_step, self._checkpoint
         if self.preemption.is_interrupt:
             folder = Path(args.output_dir, name or "")
@@ -84,18 +83,14 @@ class StopWhenPreempted(TrainerCallback):
             reason = None if self.preemption.signal is None else self.preemption.signal.name
             write_marker(args.output_dir, step, name, reason)
             logger.warning("preempted at step %d: the same command resumes from there", step)
-        self.preemption.agreed()  # torchrun ends all processes when the first is gone: not before the marker is there
+        self.preemption.agreed()  # wait for the marker: torchrun ends all processes when the first has exited
         raise Preempted(step)
 
 
 class StopOnBadRecords(TrainerCallback):
-    """Joins the counts of all ranks whenever a log line is due, and at the end of every epoch.
+    """Adds up the bad records of all ranks whenever a log entry is due, and at the end of every epoch.
 
-    A single rank stops by itself as soon as its own bad records are too many; this finds out when those of all ranks
-    together are.
-
-    Args:
-        limit: The limit of the training data.
+    Each rank stops on its own when it has met too many; this also stops when all ranks together have.
     """
 
     def __init__(self, limit: BadRecordLimit) -> None:
@@ -103,30 +98,23 @@ class StopOnBadRecords(TrainerCallback):
         self._merged = -1
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Called by the trainer behind each optimizer step.
-
-        Raises:
-            TooManyBadRecordsError: On all ranks, if more than `max_bad_fraction` of all records are bad.
-        """
+        """See `check`."""
         if control.should_log:
             self.check(args.device)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Called by the trainer behind each epoch; see `on_step_end`."""
+        """See `check`."""
         self.check(args.device)
 
     def check(self, device: torch.device) -> None:
-        """Join the counts, if any rank has met another bad record, and stop if there are too many.
-
-        Args:
-            device: Where the process group communicates.
+        """Stop if more than `max_bad_fraction` of all records are bad. `device` is that of the process group.
 
         Raises:
-            TooManyBadRecordsError: On all ranks, if more than `max_bad_fraction` of all records are bad.
+            TooManyBadRecordsError: on all ranks.
         """
         merged = merge_ranks(self.limit, self._merged, device)
-        if merged != self._merged:  # the records of a single process are counted where they are met
+        if merged != self._merged:  # a single process checks where it meets them
             self._merged = merged
             self.limit.check()

@@ -1,4 +1,4 @@
-"""The feature cache from training's own flags: the tower and the data that training would use, and nothing trained."""
+"""Writes a feature cache from the flags of training: visual tokens of all images, without training anything."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metamorph.data.dataset import load_data
 from metamorph.data.features.cache import DTYPES, FeatureCache, describe_tower, write_features
 from metamorph.data.features.images import PictureSet
 from metamorph.data.records import DataError
 from metamorph.flags.checks import check_choice, names_flag
 from metamorph.models.vision_tower import VisionTower, load_tower_of, load_vision_encoder
-from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments
-from metamorph.training.build import Plan, make_plan
+from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments, RunArguments
+from metamorph.training.build import ModelSpec
+from metamorph.training.prepare import prepare
 
 
 logger = logging.getLogger(__name__)
@@ -22,64 +22,51 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class FeatureArguments(MetaMorphTrainingArguments):
-    """The flags of training, so that its recipe can be given.
+    """The flags of training, so that its recipe can be used.
 
-    Only the seeds, the batch size, the number of workers and the device count.
+    Only the seeds, the batch size, the number of workers and the device matter.
     """
 
     output_dir: str | None = "."
     """Ignored: nothing is trained."""
     feature_dtype: str = "bfloat16"
-    """How visual tokens are kept: bfloat16, or float32, which takes twice the space."""
+    """Dtype of the visual tokens: bfloat16, or float32, which takes twice the space."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, dry_run: bool) -> None:
         check_choice("--feature_dtype", self.feature_dtype, tuple(DTYPES))
-        super().__post_init__()
+        super().__post_init__(dry_run)
 
 
 def cache_features(
     model_args: ModelArguments, data_args: DataArguments, feature_args: FeatureArguments
 ) -> tuple[Path, int]:
-    """Make the feature cache of a training run. `metamorph data cache-features` is this function with flags.
+    """Write the feature cache of a training run. `metamorph data cache-features` is this function with flags.
 
-    A cache that holds all images already is left as it is; the tower is then only read, on the CPU, to be compared.
-
-    Args:
-        model_args: Flags of the model; only the tower is loaded.
-        data_args: Flags of the data; `feature_cache` is the folder to write.
-        feature_args: Flags of training.
+    Of the model, only the tower is loaded. A cache that already holds all images does not change; the tower is then
+    read on the CPU and compared.
 
     Returns:
-        The folder, and the number of different images.
+        The folder (`--feature_cache`), and the number of distinct images.
 
     Raises:
-        ValueError: If the tower or the reduction is to be trained, or no folder is given.
+        ValueError: if the tower or the reduction is to be trained, or no folder is given.
     """
     if data_args.feature_cache is None:
         raise ValueError("--feature_cache is required: the folder to write visual tokens to")
     if not model_args.freeze_vision:
-        raise ValueError("--freeze_vision False trains the tower, so its visual tokens change: they cannot be kept")
-    aspect_ratio = data_args.image_aspect_ratio if data_args.is_given("image_aspect_ratio") else None
-    plan = make_plan(model_args, aspect_ratio)
-    description = describe_tower(plan.config, plan.processor)
-    data = load_data(
-        data_args.data_path,
-        plan.processor,
-        image_folder=data_args.image_folder,
-        seed=feature_args.seed if feature_args.data_seed is None else feature_args.data_seed,
-        on_bad_record=data_args.on_bad_record,
-        max_bad_fraction=data_args.max_bad_fraction,
-    )
-    pictures = PictureSet(data, data_args.on_bad_record)
-    logger.info("%d different images in %d samples", pictures.num_images, len(data))
+        raise ValueError("--freeze_vision False trains the tower, so its visual tokens change and cannot be cached")
+    prepared = prepare(RunArguments(model_args, data_args, feature_args), for_run=False)
+    description = describe_tower(prepared.spec.config, prepared.spec.processor)
+    images = PictureSet(prepared.dataset, data_args.on_bad_record)
+    logger.info("%d distinct images in %d samples", images.num_images, len(prepared.dataset))
     folder = Path(data_args.feature_cache)
-    tower = load_frozen_tower(model_args, plan)
-    if _is_done(folder, pictures, tower, description, feature_args.feature_dtype):
-        logger.info("--feature_cache %s holds all of them already: no image is encoded", folder)
-        return folder, pictures.num_images
+    tower = load_frozen_tower(model_args, prepared.spec)
+    if _is_done(folder, images, tower, description, feature_args.feature_dtype):
+        logger.info("--feature_cache %s already holds all of them: no image is encoded", folder)
+        return folder, images.num_images
     count = write_features(
         folder,
-        pictures.images(feature_args.dataloader_num_workers),
+        images.images(feature_args.dataloader_num_workers),
         tower.to(feature_args.device),
         description,
         device=feature_args.device,
@@ -89,25 +76,20 @@ def cache_features(
     return folder, count
 
 
-def _is_done(folder: Path, pictures: PictureSet, tower: VisionTower, description: dict[str, Any], dtype: str) -> bool:
-    """Whether a finished cache of this very tower has all pictures."""
+def _is_done(folder: Path, images: PictureSet, tower: VisionTower, description: dict[str, Any], dtype: str) -> bool:
+    """Whether a complete cache of this tower has all images."""
     try:
         cache = FeatureCache(folder, description)
         cache.check_weights(tower)
-    except DataError:  # there is none, or another one that will be replaced
+    except DataError:  # there is none, or one of another tower, which is replaced
         return False
-    return cache.holds(pictures.keys, dtype)
+    return cache.holds(images.keys, dtype)
 
 
-def load_frozen_tower(args: ModelArguments, plan: Plan) -> VisionTower:
-    """Load the tower as `load_model` would, in float32, without the language model.
-
-    Args:
-        args: The model flags.
-        plan: Result of `make_plan` for the same flags.
-    """
-    if plan.continues:
+def load_frozen_tower(args: ModelArguments, spec: ModelSpec) -> VisionTower:
+    """Load the tower as `load_model` does, in float32, without the language model."""
+    if spec.continues:
         with names_flag("--model_name_or_path", args.model_name_or_path):
             return load_tower_of(args.model_name_or_path).eval()
     with names_flag("--vision_tower", args.vision_tower):
-        return VisionTower(plan.config, load_vision_encoder(args.vision_tower)).eval()
+        return VisionTower(spec.config, load_vision_encoder(args.vision_tower)).eval()

@@ -1,8 +1,8 @@
-"""LoRA and 4-bit weights of the language model: from the flags to PEFT's and bitsandbytes' configurations."""
+"""LoRA and 4-bit weights of the language model: the flags as configurations of PEFT and bitsandbytes."""
 
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,8 +21,7 @@ from metamorph.models.vision_tower import resolve_vision_tower
 
 
 if TYPE_CHECKING:
-    from metamorph.training.arguments import MetaMorphTrainingArguments
-    from metamorph.training.arguments.model import ModelArguments
+    from metamorph.training.arguments import ModelArguments, RunArguments
 
 
 logger = logging.getLogger(__name__)
@@ -31,14 +30,7 @@ LANGUAGE_MODEL_PREFIX = "model.language_model."
 
 
 def attach_lora(model: PreTrainedModel, args: "ModelArguments") -> None:
-    """Put LoRA matrices beside the linear layers of the language model; all other weights are frozen by PEFT.
-
-    The layers are named by their path from the model on: names alone, such as `q_proj` or `0`, are also those of
-    layers of the vision tower, the connector and the vision head.
-
-    Args:
-        model: A MetaMorph model; changed in place.
-        args: The `lora_…` flags.
+    """Add LoRA matrices to the linear layers of the language model, in place; PEFT freezes all other weights.
 
     Raises:
         ModuleNotFoundError: if PEFT is not installed.
@@ -58,20 +50,15 @@ def attach_lora(model: PreTrainedModel, args: "ModelArguments") -> None:
 
 
 def is_lora(parameter_name: str) -> bool:
-    """Whether a parameter belongs to a LoRA matrix.
-
-    Args:
-        parameter_name: Name as in `model.named_parameters()`.
-    """
+    """Whether a parameter of `model.named_parameters()` belongs to a LoRA matrix."""
     return ".lora_" in parameter_name
 
 
 def target_pattern(model: PreTrainedModel, wanted: list[str] | None) -> str:
-    """The regular expression that PEFT matches against the whole path of each module.
+    """The regular expression that PEFT matches against the full path of each module.
 
-    Args:
-        model: A MetaMorph model.
-        wanted: Names of linear layers, such as q_proj; None: all that the language model has.
+    Names alone, such as `q_proj` or `0`, would also match layers of the vision tower, the connector and the vision
+    head. `wanted` None selects all linear layers of the language model.
     """
     language_model = model.get_decoder()
     linear = [name for name, module in language_model.named_modules() if isinstance(module, nn.Linear)]
@@ -80,7 +67,7 @@ def target_pattern(model: PreTrainedModel, wanted: list[str] | None) -> str:
     if unknown or not names:
         raise ValueError(
             f"--lora_target_modules {' '.join(unknown)}: the {type(language_model).__name__} has no such linear "
-            f"layers; it has {', '.join(sorted(names)) or 'none at all'}"
+            f"layers; it has {', '.join(sorted(names)) or 'none'}"
         )
     prefix = LANGUAGE_MODEL_PREFIX.replace(".", r"\.")
     return rf"{prefix}(.*\.)?({'|'.join(sorted(wanted or names))})"
@@ -89,26 +76,19 @@ def target_pattern(model: PreTrainedModel, wanted: list[str] | None) -> str:
 def adapter_base(
     args: "ModelArguments", continues_metamorph: bool, quantization: BitsAndBytesConfig | None
 ) -> AdapterBase:
-    """What the adapter belongs to, with whole paths, so that its folder opens from any other one.
-
-    Args:
-        args: The model flags.
-        continues_metamorph: Whether the base is a finished MetaMorph model.
-        quantization: Result of `quantization_config`.
-    """
+    """The base of the adapter, with absolute paths, so that the adapter opens from any folder."""
+    # Transformers adds private fields.
+    fields = {} if quantization is None else quantization.to_diff_dict()
+    public = {name: value for name, value in fields.items() if not name.startswith("_")}
     return AdapterBase(
-        language_model=_whole_path(args.model_name_or_path),
-        vision_tower=None if continues_metamorph else _whole_path(resolve_vision_tower(args.vision_tower)),
-        quantization=None if quantization is None else _public_fields(quantization),
+        language_model=_absolute(args.model_name_or_path),
+        vision_tower=None if continues_metamorph else _absolute(resolve_vision_tower(args.vision_tower)),
+        quantization=None if quantization is None else public,
     )
 
 
 def quantization_config(args: "ModelArguments", compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How the language model is loaded: None, or in 4 bits.
-
-    Args:
-        args: The flags `bits`, `double_quant` and `quant_type`.
-        compute_dtype: Precision of the matrix products.
+    """How the language model is quantised; None without `--bits 4`.
 
     Raises:
         ModuleNotFoundError: if bitsandbytes is not installed.
@@ -125,48 +105,30 @@ def quantization_config(args: "ModelArguments", compute_dtype: torch.dtype) -> B
     )
 
 
-def check_engine(model_args: "ModelArguments", training_args: "MetaMorphTrainingArguments") -> None:
-    """Refuse 4-bit weights under an engine that shards weights, before anything is loaded.
-
-    Args:
-        model_args: The flag `bits`.
-        training_args: The engine.
+def check_engine(args: "RunArguments") -> None:
+    """Refuse 4-bit weights with an engine that shards weights.
 
     Raises:
         ValueError: with `--bits 4` and ZeRO-3 or FSDP2.
     """
-    shards = is_deepspeed_zero3_enabled() or training_args.fsdp or training_args.sharding == "fsdp2"
-    if model_args.bits == 4 and shards:
+    shards = is_deepspeed_zero3_enabled() or args.training.fsdp or args.training.sharding == "fsdp2"
+    if args.model.bits == 4 and shards:
         raise ValueError("--bits 4 does not work with sharded weights (FSDP2, ZeRO-3): use --sharding ddp or zero2")
 
 
-def compute_dtype(args: "MetaMorphTrainingArguments") -> torch.dtype:
-    """The precision that `bf16` and `fp16` choose for matrix products."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+def store_frozen_matrices(model: PreTrainedModel, args: "RunArguments") -> None:
+    """With LoRA on a GPU, keep the frozen matrices of the language model in the precision of the computation.
 
-
-def store_frozen_matrices(model: PreTrainedModel, args: "MetaMorphTrainingArguments") -> None:
-    """Beside an adapter on a GPU, keep the language model's frozen matrices in the precision they are computed in.
-
-    Autocast rounds them to it in every step anyway, so this changes no result, and halves their memory. Norms,
-    embeddings and everything that is trained stay in float32. On a CPU all stays in float32, so that the model can
-    be used without autocast afterwards; and so it does where an engine shards weights, which needs them of one type.
-
-    Args:
-        model: A MetaMorph model after `apply_stage`; changed in place.
-        args: How the run learns.
+    Autocast rounds them to it in every step anyway, so this halves their memory and changes no result. Norms,
+    embeddings and trained weights stay in float32. On a CPU everything does, so that the model can be used without
+    autocast afterwards, and with an engine that shards weights, which needs them in one dtype.
     """
-    if not has_adapter(model) or args.use_cpu or args.fsdp or args.deepspeed:
+    if not has_adapter(model) or args.training.use_cpu or args.training.fsdp or args.training.deepspeed:
         return
     for module in model.get_decoder().modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad and module.weight.is_floating_point():
-            module.to(compute_dtype(args))
+            module.to(args.compute_dtype)
 
 
-def _whole_path(name: str) -> str:
+def _absolute(name: str) -> str:
     return os.path.abspath(name) if os.path.isdir(name) else name
-
-
-def _public_fields(quantization: BitsAndBytesConfig) -> dict[str, Any]:
-    """The arguments it was made with, for JSON."""
-    return {name: value for name, value in quantization.to_diff_dict().items() if not name.startswith("_")}

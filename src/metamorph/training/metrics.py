@@ -1,4 +1,4 @@
-"""Losses of each kind, summed while training without a device sync before they are logged, and at validation."""
+"""Text and visual losses between two log entries, summed on the device, and those of validation."""
 
 import time
 from typing import Any
@@ -16,21 +16,16 @@ from metamorph.models.sequence.constants import IGNORE_INDEX
 
 
 class LossWindow:
-    """Sums of the losses of each kind since the last log line, kept on the device: no host sync until they are read."""
+    """Sums of the losses since the last log entry, on the device: no synchronization until they are read."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
-        # Since this process began, not of the window: of a few images the best constant is too close to each.
+        # Since this process started, not since the last entry: with few images the best constant fits each too well.
         self._direction_sums: Tensor | None = None
         self._targets_seen = 0.0
 
     def add(self, outputs: MetaMorphOutput, normalizers: tuple[Tensor, Tensor, Tensor] | None) -> None:
-        """Add one micro-batch.
-
-        Args:
-            outputs: Losses and counts of the micro-batch.
-            normalizers: What the model divided the losses by; None means its own counts.
-        """
+        """Add one micro-batch. `normalizers` are what the model divided its losses by; None means its own counts."""
         if outputs.text_loss is None or outputs.num_text_tokens is None:
             raise ValueError("the model returned no losses: the batch has no labels")
         text, num_text = outputs.text_loss.detach(), outputs.num_text_tokens
@@ -54,13 +49,10 @@ class LossWindow:
             self._direction_sums = directions if self._direction_sums is None else self._direction_sums + directions
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all tokens of all ranks since the last call. Every rank must call it.
+        """Means over all tokens of all ranks since the last call. Every rank must call it.
 
-        `visual_cosine_baseline` is that of the best constant prediction for each place in the image, over all visual
-        targets since this process began: a resumed run starts to count again.
-
-        Args:
-            accelerator: Sums over the ranks.
+        `visual_cosine_baseline` is the cosine of the best constant prediction for each position in the image, over all
+        visual targets since this process started.
         """
         if self._sums is None:
             return {}
@@ -83,11 +75,7 @@ class LossWindow:
 
 
 def count_tokens(batch: dict[str, Any]) -> Tensor:
-    """0-d: the number of tokens in a batch, padding left out where the batch says what that is.
-
-    Args:
-        batch: With `labels` [batch, sequence], and `indices` or `attention_mask` if it is padded.
-    """
+    """The number of tokens in a batch, 0-d, without padding if `indices` or an `attention_mask` say which it is."""
     tokens = batch.get("indices", {}).get("tokens")
     if tokens is None and batch.get("attention_mask") is not None:
         return batch["attention_mask"].sum()
@@ -96,13 +84,8 @@ def count_tokens(batch: dict[str, Any]) -> Tensor:
 
 
 def count_targets(batch: dict[str, Any]) -> Tensor:
-    """[2] the numbers of text tokens and of visual tokens that a batch supervises.
-
-    Position 0 of a row is never predicted, so it does not count.
-
-    Args:
-        batch: With `labels` [batch, sequence] and, unless there are no images, `visual_target_mask` of that shape.
-    """
+    """The numbers of supervised text tokens and of supervised visual tokens, `[2]`."""
+    # Position 0 of a row is never predicted, so it does not count.
     text = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
     mask = batch.get("visual_target_mask")
     visual = torch.zeros_like(text) if mask is None else mask[:, 1:].sum()
@@ -112,15 +95,7 @@ def count_targets(batch: dict[str, Any]) -> Tensor:
 def validation_metrics(
     model: nn.Module, dataset: MixtureDataset, accelerator: Accelerator, args: TrainingArguments, *, prefix: str
 ) -> dict[str, float]:
-    """What a run logs of its validation data. Every rank must call it.
-
-    Args:
-        model: Wrapped or not.
-        dataset: The data.
-        accelerator: Of the run.
-        args: `per_device_eval_batch_size` and `dataloader_num_workers`.
-        prefix: What the names of the values begin with, such as `eval`.
-    """
+    """Validation losses of all sources, and of each if there are several. Every rank must call it."""
     began = time.perf_counter()
     losses = evaluate_losses(
         model,
@@ -131,7 +106,7 @@ def validation_metrics(
     )
     coefficient = accelerator.unwrap_model(model).config.vision_coef
     metrics = total_loss(losses).as_metrics(f"{prefix}_", coefficient)
-    if len(losses) > 1:  # a single source is all of them
+    if len(losses) > 1:
         for source, loss in losses.items():
             metrics |= loss.as_metrics(f"{prefix}_{source}_", coefficient)
     return metrics | {f"{prefix}_runtime": round(time.perf_counter() - began, 3)}

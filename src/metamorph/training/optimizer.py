@@ -1,7 +1,7 @@
 """Parameter groups, their learning rates, and the square-root rule of the training guide.
 
-The schedule is Transformers' own: `lr_scheduler_type`, by default cosine, after a warm-up of `warmup_ratio` (3 %) of
-the steps. Its defaults are set in `arguments/training.py`; `base_trainer.py` restores it at a resume.
+The schedule is that of Transformers: `lr_scheduler_type`, by default cosine, after a warm-up of `warmup_ratio` (3 %) of
+the steps. Its defaults are set in `arguments/training.py`; `base_trainer.py` restores it when a run resumes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 
-if TYPE_CHECKING:  # `metamorph lr` needs none of them, and they take seconds to import
+if TYPE_CHECKING:  # these take seconds to import, and `metamorph lr` does not need them
     from torch import nn
 
     from metamorph.data.batching.packing import BatchPlanner
@@ -32,12 +32,7 @@ MODULES = (LANGUAGE_MODEL, CONNECTOR, VISION_HEAD, VISION_TOWER)
 
 
 def scale_learning_rate(base_lr: float, base_batch: float, batch: float) -> float:
-    """Learning rate for another global batch size: `base_lr * sqrt(batch / base_batch)`.
-
-    Args:
-        base_lr: Learning rate known to work at `base_batch`.
-        base_batch: Samples per optimizer step it was tuned for.
-        batch: Samples per optimizer step of the new run.
+    """Learning rate for another number of samples per optimizer step: `base_lr * sqrt(batch / base_batch)`.
 
     Raises:
         ValueError: for a value that is not larger than 0.
@@ -49,50 +44,38 @@ def scale_learning_rate(base_lr: float, base_batch: float, batch: float) -> floa
 
 
 def samples_in_a_step(planner: BatchPlanner, gradient_accumulation_steps: int) -> float:
-    """Samples of one optimizer step, on average over an epoch: rows of all processes × samples in a row.
-
-    Args:
-        planner: Plans the run's batches.
-        gradient_accumulation_steps: Micro-batches of a step.
-    """
+    """Samples per optimizer step, averaged over an epoch: rows of all processes × samples per row."""
     rows = planner.rows_per_batch * planner.world_size * gradient_accumulation_steps
     return rows * len(planner.lengths) / max(planner.num_rows, 1)
 
 
 def apply_learning_rate_rule(args: MetaMorphTrainingArguments, samples: float) -> str | None:
-    """Replace `--learning_rate auto` by the rule's value, and say so in the log.
+    """Replace `--learning_rate auto` by the value of the rule for this number of samples per step, and log it.
 
-    Rates of single modules (`--mm_projector_lr`, …) stay as they are given.
-
-    Args:
-        args: How the run learns; `learning_rate` becomes a number.
-        samples: Samples in an optimizer step.
+    Rates of single modules (`--mm_projector_lr`, …) do not change.
 
     Returns:
-        What was done, in one line; None if the rate is given as a number.
+        The log line; None if the rate is given as a number.
     """
-    if not isinstance(args.learning_rate, str):  # the flags allow no other word than "auto"
+    if not isinstance(args.learning_rate, str):  # "auto", the only word that the flags allow
         return None
     base, base_batch = args.base_learning_rate, args.base_batch_size
     assert base is not None  # checked with the flags
     assert base_batch is not None
     args.learning_rate = scale_learning_rate(base, base_batch, samples)
     done = (
-        f"learning rate {args.learning_rate:.3g} = {base:g} × √({samples:.6g} / {base_batch}): --learning_rate auto "
-        "from --base_learning_rate, for the samples in a step and --base_batch_size"
+        f"learning rate {args.learning_rate:.3g} = {base:g} × √({samples:.6g} / {base_batch}): --base_learning_rate "
+        "scaled from --base_batch_size to the samples per step (--learning_rate auto)"
     )
     logger.info("%s", done)
     return done
 
 
 def module_of(parameter_name: str) -> str:
-    """The member of `MODULES` that a parameter belongs to.
+    """The one of `MODULES` that a parameter of `model.named_parameters()` belongs to.
 
-    The reduction's weights (`mlpmixer`) and the new tokens' rows count as connector: they are new in stage 1 and are
-    trained and saved with it.
-
-    Args:
-        parameter_name: Name as in `model.named_parameters()`.
+    The weights of the reduction (`mlpmixer`) and the rows of the new tokens count as connector: they are new in stage 1
+    and trained and saved with it.
     """
     if parameter_name.startswith(("model.mm_projector.", "model.vision_tower.reduction.")):
         return CONNECTOR
@@ -104,7 +87,7 @@ def module_of(parameter_name: str) -> str:
 
 
 def learning_rates(args: MetaMorphTrainingArguments) -> dict[str, float]:
-    """Peak learning rate of each module; `learning_rate` where no own rate is given."""
+    """Peak learning rate of each module."""
     own = {CONNECTOR: args.mm_projector_lr, VISION_HEAD: args.vision_head_lr, VISION_TOWER: args.vision_lr}
     given: dict[str, float] = {module: rate for module, rate in own.items() if rate is not None}
     return {module: given.get(module, float(args.learning_rate)) for module in MODULES}
@@ -117,17 +100,14 @@ def optimizer_groups(
     weight_decay: float,
     no_decay: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Parameter groups by module, each with and without weight decay; empty ones are left out.
+    """Parameter groups for a PyTorch optimizer: by module, each with and without weight decay, without empty ones.
 
     Args:
-        model: What is trained requires a gradient.
-        module_of: The module of a parameter, by its name.
+        model: Its trained parameters require a gradient.
+        module_of: Module of a parameter, by its name.
         rates: Peak learning rate of each module.
-        weight_decay: Of the parameters that decay.
-        no_decay: Names of the parameters that do not.
-
-    Returns:
-        Groups for a PyTorch optimizer, each with a `name`.
+        weight_decay: Weight decay of the parameters that are not in `no_decay`.
+        no_decay: Names of parameters without weight decay.
     """
     groups: dict[str, dict[str, Any]] = {
         name: {"name": name, "params": [], "lr": rate, "weight_decay": decay}
@@ -141,16 +121,13 @@ def optimizer_groups(
 
 
 def check_optimizer(args: RunTrainingArguments) -> None:
-    """Find out before the weights are loaded whether the optimizer is installed and reads its arguments.
-
-    Args:
-        args: `optim` and `optim_args`.
+    """Check that the optimizer is installed and accepts its arguments.
 
     Raises:
         ModuleNotFoundError: if the package of the optimizer is missing.
         ValueError: if `optim_args` are not `name=value,…`, or change nothing.
     """
-    from transformers import Trainer  # takes seconds, which a dry run does not need
+    from transformers import Trainer  # takes seconds
     from transformers.training_args import OptimizerNames
 
     name = OptimizerNames(args.optim).value
@@ -159,7 +136,7 @@ def check_optimizer(args: RunTrainingArguments) -> None:
     try:
         optimizer = Trainer.get_optimizer_cls_and_kwargs(args)
         if args.optim_args and optimizer == Trainer.get_optimizer_cls_and_kwargs(plain):
-            raise ValueError(f"it changes nothing with --optim {name}: leave it out")
+            raise ValueError(f"it has no effect with --optim {name}: drop it")
     except ImportError as error:
         raise ModuleNotFoundError(f"--optim {name}: {error}") from error
     except ValueError as error:
@@ -168,10 +145,9 @@ def check_optimizer(args: RunTrainingArguments) -> None:
 
 
 def keep_embeddings_in_32_bits(model: nn.Module) -> None:
-    """Exempt embedding tables from the 8-bit state of bitsandbytes' optimizers, as Trainer does; and rows of them.
+    """Keep the state of embedding tables in 32 bits under bitsandbytes' optimizers, as Trainer does, and of new rows.
 
-    Args:
-        model: What is trained, before the first step.
+    Call it before the first step.
     """
     from bitsandbytes.optim import GlobalOptimManager
     from torch import nn
@@ -187,7 +163,7 @@ def keep_embeddings_in_32_bits(model: nn.Module) -> None:
 
 
 def format_summary(summary: list[ModuleSummary], args: MetaMorphTrainingArguments) -> str:
-    """The table of what is trained, as text for the log."""
+    """The table of trained parameters, for the log."""
     rates = learning_rates(args)
     lines = [f"{'module':<16}{'trained':>16}{'frozen':>16}{'learning rate':>16}"]
     for line in summary:

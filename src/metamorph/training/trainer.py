@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with the two losses of VPiT, normalised over the whole optimizer step."""
+"""Trainer of the model: the two losses of VPiT, normalised over the entire optimizer step."""
 
 import math
 from collections.abc import Iterator
@@ -19,13 +19,17 @@ from metamorph.data.dataset import MixtureDataset
 from metamorph.files.permissions import apply_umask
 from metamorph.models.adapters import has_adapter, load_adapter_weights, save_adapter
 from metamorph.models.connector import load_connector, save_connector
+from metamorph.models.embeddings import merge_new_token_rows
 from metamorph.models.outputs import MetaMorphOutput
+from metamorph.runs.checkpoint_files import explains_write_errors
 from metamorph.runs.find_checkpoint import ResumePoint
+from metamorph.runs.lock import check_lock
+from metamorph.training.arguments import RunArguments
 from metamorph.training.base_trainer import RunTrainer
 from metamorph.training.checkpoints.resume import Position, describe_data
 from metamorph.training.checkpoints.weights import load_weights
 from metamorph.training.costs.flops import model_flops
-from metamorph.training.engines.prepare import whole_weights
+from metamorph.training.engines.prepare import full_weights
 from metamorph.training.engines.weights import FrozenTower
 from metamorph.training.metrics import LossWindow, count_targets, count_tokens, validation_metrics
 from metamorph.training.optimizer import learning_rates, module_of, optimizer_groups
@@ -36,24 +40,24 @@ from metamorph.training.reporting.throughput import ThroughputMonitor, find_peak
 class MetaMorphTrainer(RunTrainer):
     """Trains a MetaMorph model after `apply_stage`.
 
-    With `loss_normalization="global"` the sums of both losses are divided by their numbers of tokens over the whole
-    optimizer step: all micro-batches of all ranks. (So is the loss that balances experts, of which each micro-batch
-    has its own, weighted by its tokens.) The result does not depend on how a batch is cut into
-    micro-batches. `micro_batch` averages each micro-batch by itself, and then over micro-batches and ranks.
+    With `loss_normalization="global"` the sums of both losses are divided by the number of their tokens in the entire
+    optimizer step: all micro-batches of all ranks. The result does not depend on how the batch is split. (The loss that
+    balances experts is computed per micro-batch and weighted by its tokens.) `micro_batch` averages within each
+    micro-batch, and then over micro-batches and ranks.
 
     Args:
-        stage: 1: checkpoints hold the connector only, 2: the whole model. Both hold all that resuming needs.
+        stage: Checkpoints of stage 1 contain the connector, those of stage 2 the model, and everything to resume.
         planner: Plans the batches of each epoch.
-        tower_on_device: Whether the frozen vision tower computes. Else it stays in main memory, out of the tree of
-            modules, so that nothing moves it.
-        **kwargs: As for [`RunTrainer`].
+        tower_on_device: Whether the frozen vision tower runs. Otherwise it stays in main memory, outside of the module
+            tree, so that nothing moves it.
+        **kwargs: See [`RunTrainer`].
     """
 
     batches: PlannedBatches
     card_facts: CardFacts | None = None
-    """What the model card is made of; without them there is none."""
-    _knows_its_place = True
-    """Whether the number of the step tells the place in the data."""
+    """Content of the model card; without it none is written."""
+    _knows_position = True
+    """Whether the step determines the position in the data."""
 
     def __init__(self, *, stage: int, planner: BatchPlanner, tower_on_device: bool = True, **kwargs: Any) -> None:
         self.frozen_tower: FrozenTower | None = None
@@ -64,8 +68,8 @@ class MetaMorphTrainer(RunTrainer):
         super().__init__(batches=PlannedBatches(planner, kwargs["args"].process_index), **kwargs)
         self.stage, self.title = stage, f"stage {stage}"
         self.add_callback(_EpochOfPlan(self.batches))
-        # Trainer divides the loss by the number of micro-batches unless the model is said to normalise by a count
-        # over the step. Ours does so (by `get_batch_samples`); with `micro_batch` there is no count, and it divides.
+        # Trainer divides the loss by the number of micro-batches, unless the model normalises by a count over the step,
+        # which `get_batch_samples` returns. With `micro_batch` it returns None, and Trainer divides.
         self.model_accepts_loss_kwargs = True
         if "use_cache" in vars(self.model.config):
             del self.model.config.use_cache  # set by Trainer; it would be saved and slow down generation
@@ -73,20 +77,20 @@ class MetaMorphTrainer(RunTrainer):
         self._window = LossWindow()
 
     def create_monitor(self) -> ThroughputMonitor:
-        """What measures tokens and FLOPs, too."""
+        """The monitor, which also measures tokens and FLOPs."""
         config = self.model.config
         half = self.args.bf16 or self.args.fp16
         peak = find_peak_tflops(self.args.peak_tflops, half_precision=half, device=self.args.device)
         return ThroughputMonitor(self.accelerator, model_flops(self.model), config.num_image_tokens, peak)
 
-    def examples(self) -> Dataset[Any]:
-        """Rows of examples with packing, else examples."""
+    def samples(self) -> Dataset[Any]:
+        """The samples, or with packing rows of samples."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
         return PackedExamples(self.train_dataset) if self.batches.planner.packing else self.train_dataset
 
     def go_on_from(self, point: ResumePoint | None) -> None:
-        """See [`RunTrainer`]; the rows that have been trained on are left out."""
+        """See [`RunTrainer`]; leaves out the rows that have been trained on."""
         super().go_on_from(point)
         if point is not None:
             self.batches.leave_out(point.epoch, point.trained_rows)
@@ -104,14 +108,11 @@ class MetaMorphTrainer(RunTrainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """See [`RunTrainer`]."""
-        self._knows_its_place = resume_from_checkpoint is None or not self.args.ignore_data_skip
+        self._knows_position = resume_from_checkpoint is None or not self.args.ignore_data_skip
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def release_tower(self) -> None:
-        """Leave a plain model behind, its tower in the tree with the weights that it was loaded with.
-
-        To be called when nothing is trained any more.
-        """
+        """After training, put the tower back into the module tree, with the weights that it was loaded with."""
         if self.frozen_tower is not None:
             self.frozen_tower.restore()
             self.frozen_tower = None
@@ -124,7 +125,7 @@ class MetaMorphTrainer(RunTrainer):
         """Fetch the micro-batches of one optimizer step and count their supervised tokens over all ranks.
 
         Returns:
-            The micro-batches, and the number of supervised text tokens of the step (None with `micro_batch`).
+            The micro-batches, and the number of supervised text tokens in the step (None with `micro_batch`).
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.loss_normalization == "micro_batch" or not batches:
@@ -132,7 +133,7 @@ class MetaMorphTrainer(RunTrainer):
             return batches, None
         counts = sum(torch.cat([count_targets(batch), count_tokens(batch)[None]]).to(device) for batch in batches)
         counts = self.accelerator.reduce(counts, reduction="sum")
-        # Data parallelism averages gradients over the ranks: dividing by count / ranks makes that average the sum.
+        # Data parallelism averages gradients over the ranks: dividing by count / ranks turns the average into a sum.
         text, visual, tokens = (counts.clamp(min=1) / self.accelerator.num_processes).unbind()
         self._normalizers = (text, visual, tokens)
         return batches, counts[0]
@@ -144,7 +145,7 @@ class MetaMorphTrainer(RunTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, MetaMorphOutput]:
-        """Loss of one micro-batch, see the class; `num_items_in_batch` counts text only."""
+        """Loss of one micro-batch. `num_items_in_batch` is ignored: it counts text tokens only."""
         normalizers = self._normalizers if model.training else None
         outputs = model(**inputs, loss_normalizers=normalizers)
         if model.training:
@@ -152,7 +153,7 @@ class MetaMorphTrainer(RunTrainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the losses of each kind to a training log line, see [`RunTrainer`]."""
+        """See [`RunTrainer`]; adds the text and visual losses to a training log entry."""
         if "loss" in logs:
             logs.update(self._window.drain(self.accelerator))
         super().log(logs, start_time)
@@ -163,11 +164,10 @@ class MetaMorphTrainer(RunTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Measure the losses on data that is not trained on, of all sources together and of each.
+        """Measure the losses on validation data.
 
         Returns:
-            `eval_loss`, `eval_text_loss`, `eval_visual_loss`, …, and `eval_SOURCE_text_loss`, … for each source of
-            several.
+            `eval_loss`, `eval_text_loss`, `eval_visual_loss`, …, and with several sources `eval_SOURCE_text_loss`, …
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         with self.monitor.pause():
@@ -183,16 +183,16 @@ class MetaMorphTrainer(RunTrainer):
         return metrics
 
     def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """One group for each module, and one of those of its parameters that do not decay."""
+        """For each module one group with and one without weight decay."""
         no_decay = dict(model.named_parameters()).keys() - set(self.get_decay_parameter_names(model))
         return optimizer_groups(model, module_of, learning_rates(self.args), self.args.weight_decay, no_decay)
 
     def record(self) -> dict[str, Any]:
-        """Stage, place in the data, and what the data are."""
+        """Stage, position in the data, and description of the data."""
         position = Position.at(self.state.global_step, self.batches.planner, self.args.gradient_accumulation_steps)
         return {
             "stage": self.stage,
-            "position": asdict(position) if self._knows_its_place else None,
+            "position": asdict(position) if self._knows_position else None,
             "data": self._data_description,
         }
 
@@ -201,7 +201,7 @@ class MetaMorphTrainer(RunTrainer):
         return describe_data(self.train_dataset, self.batches.planner)
 
     def whole_state_dict(self) -> dict[str, Tensor]:
-        """See [`RunTrainer`]; with the frozen tower as it was loaded."""
+        """See [`RunTrainer`]; includes the frozen tower as it was loaded."""
         state = super().whole_state_dict()
         return state if self.frozen_tower is None else state | self.frozen_tower.state_dict()
 
@@ -214,40 +214,52 @@ class MetaMorphTrainer(RunTrainer):
             self.model.generation_config.eos_token_id = self.processing_class.end_of_turn_token_ids
             save_adapter(self.model, folder, self.model.adapter_base, state_dict)
         else:
-            # Base language models name one end token; ours also end their turns.
+            # Base language models have one end token; ours also end their turns.
             self.model.generation_config.eos_token_id = self.processing_class.end_of_turn_token_ids
             self.model.save_pretrained(folder, state_dict=state_dict)
             apply_umask(*folder.glob("*.safetensors"))
-            # It notes the precision that the first weight computes in; those in the files are float32 with any engine.
+            # It records the dtype of the first weight, but those in the files are float32 with any engine.
             self.model.config.dtype = torch.float32
             self.model.config.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def read_weights(self, folder: str) -> None:
-        """Read what `write_weights` has written."""
+        """Load what `write_weights` has written."""
         if self.stage == 1:
             load_connector(self.model, folder)
         elif has_adapter(self.model):
             load_adapter_weights(self.model, folder)
         else:
-            with whole_weights(self.args):
+            with full_weights(self.args):
                 load_weights(self.model, folder)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write `README.md` into `output_dir`, which says what was trained, and on what.
+    def save_result(self, args: RunArguments) -> None:
+        """Write state, flags, card and weights, and leave a plain model in memory where the engine allows it."""
+        folder = str(self.args.output_dir)
+        check_lock(folder)
+        with explains_write_errors(folder, "the result"):
+            self.save_state()
+            if self.is_world_process_zero():
+                args.save(folder)
+            self.create_model_card()
+            self.save_model()  # with --push_to_hub it also uploads all of the above
+        self.accelerator.wait_for_everyone()
+        self.release_tower()
+        if not self.is_sharded:
+            merge_new_token_rows(self.plain_model)
 
-        Trainer calls it before it pushes to the Hub.
-        """
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card to `output_dir`. Trainer calls it before it pushes to the Hub."""
         if self.card_facts is not None and self.is_world_process_zero():
             write_model_card(str(self.args.output_dir), self.card_facts, self.state)
 
 
 class _EpochOfPlan(TrainerCallback):
-    """Sets the epoch of the plan from the step counter: so it is right after a resume, too.
+    """Sets the epoch of the batch plan from the step counter, which is also right after a resume.
 
-    Trainer hands the epoch on to samplers, but its loader of a resumed epoch hides ours behind others, through which
-    not every version of Transformers and Accelerate reaches.
+    Trainer calls `set_epoch` of samplers, but wraps the loader of a resumed epoch, and not every version of
+    Transformers and Accelerate reaches our sampler through the wrappers.
     """
 
     def __init__(self, batches: PlannedBatches) -> None:

@@ -1,71 +1,78 @@
-"""The flags of `metamorph train` that say what the model learns from."""
+"""The flags of `metamorph train` that choose the training and validation data."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 
 from metamorph.data.mixture import read_specs
-from metamorph.data.records import ON_BAD_RECORD
+from metamorph.data.records import ON_BAD_RECORD, DataError
 from metamorph.flags.checks import RemembersGiven, check_choice, names_flag
 from metamorph.models.sequence.constants import ASPECT_RATIOS
 
 
 @dataclass
 class DataArguments(RemembersGiven):
-    """What the model learns from."""
+    """Training and validation data. In a dry run the training data may be missing."""
 
-    data_path: str
-    """Records: a JSON array, JSON Lines, tars in WebDataset's layout (`shard-{000..099}.tar`), or a mixture of
-    sources (YAML)."""
+    data_path: str = ""
+    """Records: a JSON array, JSON Lines, WebDataset tar archives (`shard-{000..099}.tar`), or a mixture of sources
+    (YAML)."""
     image_folder: str | None = None
-    """Folder that relative paths of images and videos start at; by default the folder of the records. Tars bring
-    their media, and sources of a mixture may name a folder of their own."""
+    """Folder that relative image and video paths start from; defaults to the folder of the records. Tar archives
+    contain their media, and sources of a mixture may set their own folder."""
     model_max_length: int = 4096
-    """Longest sequence in tokens, visual tokens included."""
+    """Maximum sequence length in tokens, including visual tokens."""
     image_aspect_ratio: str = "square"
-    """`square` lets the image processor resize to a square, `pad` keeps the proportions by a border. When a finished
-    model is trained further and this is not given, as in that model."""
+    """`square` resizes images to a square, `pad` keeps their proportions by adding a border. When a MetaMorph model is
+    trained further, the default is that model's setting."""
     on_bad_record: str = "raise"
-    """What happens with a record that cannot be used: raise, or skip (count, log and leave out)."""
+    """What to do with a record that cannot be used: `raise`, or `skip` (count it, log it and leave it out)."""
     max_bad_fraction: float = 0.01
-    """Largest share of skipped records, between 0 and 1; above it the run stops."""
+    """Maximum fraction of skipped records, between 0 and 1. The run stops above it."""
     data_license: str | None = None
-    """Licence of the records that the model card of the result names; without it the card calls it unknown."""
+    """Licence of the records, for the model card of the result; the card says unknown without it."""
     feature_cache: str | None = None
-    """Folder with visual tokens made by `metamorph data cache-features`: they stand in for the images, and the tower,
-    which must be frozen, is neither run nor kept on the GPU."""
+    """Folder of visual tokens written by `metamorph data cache-features`. They replace the images; the vision tower,
+    which must be frozen, does not run and stays off the GPU."""
 
     eval_data_path: str | None = None
-    """Records that are not trained on, in any form of `data_path`: their text and visual losses are measured for each
-    source when `eval_strategy` says."""
+    """Validation records, in any format of `data_path`. Their text and visual losses are measured per source, as
+    scheduled by `eval_strategy`."""
     eval_image_folder: str | None = None
-    """As `image_folder`, for `eval_data_path`; by default the folder of those records."""
+    """Like `image_folder`, for `eval_data_path`; defaults to the folder of those records."""
 
-    def __post_init__(self) -> None:
+    dry_run: InitVar[bool] = False  # a flag of DryRunArguments
+
+    def __post_init__(self, dry_run: bool) -> None:
         check_choice("--image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
         check_choice("--on_bad_record", self.on_bad_record, ON_BAD_RECORD)
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"--max_bad_fraction {self.max_bad_fraction} must lie between 0 and 1")
         if self.model_max_length < 2:
             raise ValueError(f"--model_max_length {self.model_max_length} must be at least 2 tokens")
-        self.data_path = os.path.expanduser(self.data_path)
-        read_specs(self.data_path)
-        if self.image_folder is not None:
-            self.image_folder = os.path.expanduser(self.image_folder)
-        if self.feature_cache is not None:
-            self.feature_cache = os.path.expanduser(self.feature_cache)
-        if self.image_folder is not None and not Path(self.image_folder).is_dir():
-            raise FileNotFoundError(f"--image_folder {self.image_folder} does not exist or is not a folder")
-        self._check_validation_data()
+        for name in ("data_path", "image_folder", "feature_cache", "eval_data_path", "eval_image_folder"):
+            if value := getattr(self, name):
+                setattr(self, name, os.path.expanduser(value))
+        if not self.data_path and not dry_run:
+            raise ValueError("--data_path is required: the records to train on")
+        self.missing_data: str | None = None
+        try:
+            self._check_files()
+        except (FileNotFoundError, DataError) as error:
+            # A DataError may wrap the missing file of a mixture's source.
+            is_missing = isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError)
+            if not (dry_run and is_missing):
+                raise
+            self.missing_data = str(error)
 
-    def _check_validation_data(self) -> None:
-        if self.eval_image_folder is not None:
-            self.eval_image_folder = os.path.expanduser(self.eval_image_folder)
-            if not Path(self.eval_image_folder).is_dir():
-                raise FileNotFoundError(
-                    f"--eval_image_folder {self.eval_image_folder} does not exist or is not a folder"
-                )
+    def _check_files(self) -> None:
+        if not self.data_path:
+            raise FileNotFoundError("--data_path is not given")
+        read_specs(self.data_path)
+        for name in ("image_folder", "eval_image_folder"):
+            folder = getattr(self, name)
+            if folder is not None and not Path(folder).is_dir():
+                raise FileNotFoundError(f"--{name} {folder} does not exist or is not a folder")
         if self.eval_data_path is not None:
-            self.eval_data_path = os.path.expanduser(self.eval_data_path)
             with names_flag("--eval_data_path", self.eval_data_path):
                 read_specs(self.eval_data_path)

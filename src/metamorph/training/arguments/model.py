@@ -1,7 +1,7 @@
-"""The flags of `metamorph train` that say what the network is and which part of it is trained."""
+"""The flags of `metamorph train` that define the network and which parts of it are trained."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 
 from metamorph.files.model_files import read_json_object
@@ -13,32 +13,32 @@ from metamorph.models.configuration_metamorph import check_options
 
 @dataclass
 class ModelArguments(RemembersGiven):
-    """What the network is and which part of it is trained.
+    """The network, and which parts of it are trained.
 
-    When a finished MetaMorph model is trained further, flags that are not given are as in that model. A value of
-    None means the stage's own default.
+    When a MetaMorph model is trained further, flags that are not given keep that model's values. None selects the
+    default of the stage. A dry run needs neither weights nor a connector.
     """
 
     model_name_or_path: str
-    """Base language model, or a finished MetaMorph model: a local folder or a Hub id; mini-llama and mini ship with
-    the package."""
+    """Base language model, or a MetaMorph model to train further: a local folder or a Hub id; mini-llama and mini ship
+    with the package."""
     version: str = "llama3"
-    """Conversation template: llama3, llama3_original, chatml, plain, or auto, which takes the tokenizer's own."""
+    """Conversation template: llama3, llama3_original, chatml, plain, or auto, which uses the tokenizer's template."""
     vision_tower: str = "siglip/CLIP-ViT-SO400M-14-384"
     """SigLIP, SigLIP 2, CLIP or DINOv2 vision model: a folder or Hub id, or mini-siglip, which ships with the package.
     The default is SigLIP-SO400M/14 at 384 px."""
     mm_vision_select_layer: int = -1
-    """Which hidden state of the tower becomes visual tokens; -1 is the last layer's, before the final norm."""
+    """Hidden state of the tower that becomes visual tokens; -1 is that of the last layer, before the final norm."""
     freeze_vision: bool = True
     """Whether the vision tower stays bit-identical."""
     normalize_vision: bool = True
-    """Whether visual tokens, and predictions of them, have length 1."""
+    """Whether visual tokens and their predictions are normalised to length 1."""
     image_token_reduction: str = "interpolation"
-    """How patches become `num_image_tokens` tokens: interpolation, concat_interpolation, mlpmixer or none."""
+    """How patches are reduced to `num_image_tokens` tokens: interpolation, concat_interpolation, mlpmixer or none."""
     num_image_tokens: int = 64
     """Visual tokens per image; a square number for the interpolations."""
     mm_use_im_start_end: bool = True
-    """Whether the tokens `<image_start>` and `<image_end>` stand around every image."""
+    """Whether every image is enclosed by the tokens `<image_start>` and `<image_end>`."""
     mm_use_im_patch_token: bool = False
     """Whether the placeholder token is `<im_patch>`."""
     mm_projector_type: str = "mlp2x_gelu"
@@ -46,100 +46,102 @@ class ModelArguments(RemembersGiven):
     tune_mm_mlp_adapter: bool = False
     """True is stage 1 (pretraining), False is stage 2 (fine-tuning)."""
     pretrain_mm_mlp_adapter: str | None = None
-    """The connector that stage 2 starts from: stage 1's output folder, or an mm_projector.safetensors or .bin."""
+    """Connector that stage 2 starts from: the output folder of stage 1, or an mm_projector.safetensors or .bin."""
     from_scratch_connector: bool = False
-    """Must be set to run stage 2 on a plain language model without a connector."""
+    """Must be set to run stage 2 on a plain language model without a trained connector."""
     freeze_backbone: bool = False
     """Whether the language model, its embeddings and `lm_head` stay bit-identical in stage 2."""
     freeze_mm_mlp_adapter: bool = False
     """Whether the connector stays bit-identical in stage 2."""
     use_vision_ar: bool | None = None
-    """Whether the visual loss is trained; by default not in stage 1 and yes in stage 2."""
+    """Whether to train with the visual loss; by default in stage 2 only."""
     vision_head_type: str = "mlp"
     """Head from the language model to visual tokens: linear, mlp or mlp2x_gelu."""
     vision_coef: float | None = None
-    """Weight of the visual loss; 1.0 when not given."""
+    """Weight of the visual loss; defaults to 1.0."""
     apply_softmax: bool = False
-    """Whether visual tokens are distributions over features, softmax(x / 0.07): so the connector reads them, and so
+    """Whether visual tokens are distributions over features, softmax(x / 0.07). The connector reads them as such, and
     the vision head is trained to predict them, with cross-entropy."""
     lora_enable: bool = False
-    """Whether stage 2 trains low-rank matrices (LoRA) beside the language model's linear layers instead of the layers
-    themselves. Connector, vision head and the new tokens' rows are trained in full, and saved with them."""
+    """Whether stage 2 trains low-rank matrices (LoRA) next to the linear layers of the language model instead of the
+    layers themselves. Connector, vision head and the rows of the new tokens are trained in full and saved with them."""
     lora_r: int = 64
     """Rank of the LoRA matrices."""
     lora_alpha: int = 16
     """LoRA's contribution is multiplied by `lora_alpha / lora_r`."""
     lora_dropout: float = 0.05
-    """Share of the inputs that LoRA drops in training, in [0, 1)."""
+    """Dropout probability of LoRA's inputs, in [0, 1)."""
     lora_target_modules: list[str] | None = None
     """Names of the linear layers that get LoRA, such as q_proj v_proj; by default all of the language model."""
     bits: int = 16
-    """4: the frozen language model is loaded in 4 bits by bitsandbytes (in stage 1, or with `lora_enable`: QLoRA)."""
+    """4 loads the frozen language model in 4 bits with bitsandbytes (in stage 1, or with `lora_enable`: QLoRA)."""
     double_quant: bool = True
     """Whether the scales of 4-bit weights are quantised, too."""
     quant_type: str = "nf4"
-    """Kind of 4-bit numbers: nf4 or fp4."""
+    """Data type of 4-bit weights: nf4 or fp4."""
     model_license: str | None = None
-    """Licence that the model card of the result names; without it the card calls the licence unknown."""
+    """Licence for the model card of the result; the card says unknown without it."""
     attn_implementation: str | None = None
     """Attention of the language model, such as sdpa or flash_attention_2; by default Transformers chooses."""
 
-    def __post_init__(self) -> None:
+    dry_run: InitVar[bool] = False  # a flag of DryRunArguments
+
+    def __post_init__(self, dry_run: bool) -> None:
+        self._is_dry_run = dry_run
         self._check_choices()
         self._check_stage()
-        self._check_adapter()
+        self._check_lora()
         self.model_name_or_path = shipped_folder(os.path.expanduser(self.model_name_or_path), "model")
         self.vision_tower = shipped_folder(os.path.expanduser(self.vision_tower), "tower")
         check_model_reference(self.model_name_or_path, flag="--model_name_or_path")
         if not self.continues_metamorph or self.is_given("vision_tower"):
             check_model_reference(self.vision_tower, flag="--vision_tower")
+        self.missing_connector: str | None = None
         if self.pretrain_mm_mlp_adapter is not None:
             self.pretrain_mm_mlp_adapter = os.path.expanduser(self.pretrain_mm_mlp_adapter)
-        if self.pretrain_mm_mlp_adapter is not None and not Path(self.pretrain_mm_mlp_adapter).exists():
-            raise FileNotFoundError(
-                f"--pretrain_mm_mlp_adapter {self.pretrain_mm_mlp_adapter} does not exist: give the output folder of "
-                "stage 1, or the mm_projector.safetensors in it"
-            )
-        if Path(self.model_name_or_path).is_dir():  # of a Hub id the type is not known yet
-            self._check_is_whole()
+            if not Path(self.pretrain_mm_mlp_adapter).exists():
+                if not dry_run:
+                    raise FileNotFoundError(
+                        f"--pretrain_mm_mlp_adapter {self.pretrain_mm_mlp_adapter} does not exist: give the output "
+                        "folder of stage 1, or the mm_projector.safetensors in it"
+                    )
+                self.missing_connector, self.pretrain_mm_mlp_adapter = self.pretrain_mm_mlp_adapter, None
+        if Path(self.model_name_or_path).is_dir() and not dry_run:  # the type of a Hub model is not known yet
+            self._check_weights()
             self.require_connector(self.continues_metamorph)
 
     @property
     def continues_metamorph(self) -> bool:
-        """Whether `model_name_or_path` is a local folder with a finished MetaMorph model."""
+        """Whether `model_name_or_path` is a local folder with a MetaMorph model."""
         return local_model_type(self.model_name_or_path) == "metamorph"
 
     @property
     def stage(self) -> int:
-        """1 while only the connector is trained, else 2."""
+        """1 or 2."""
         return 1 if self.tune_mm_mlp_adapter else 2
 
     @property
     def resolved_use_vision_ar(self) -> bool:
-        """`use_vision_ar` as asked for, else the stage's default."""
+        """`use_vision_ar`, or the default of the stage if it is not given."""
         return not self.tune_mm_mlp_adapter if self.use_vision_ar is None else self.use_vision_ar
 
     def require_connector(self, continues_metamorph: bool) -> None:
-        """Refuse stage 2 on a plain language model without a trained connector.
-
-        Args:
-            continues_metamorph: Whether the model is a finished MetaMorph model, which has its connector.
-        """
+        """Refuse stage 2 on a plain language model without a trained connector, unless this is a dry run."""
         has_connector = continues_metamorph or self.pretrain_mm_mlp_adapter is not None
-        if self.tune_mm_mlp_adapter or has_connector or self.from_scratch_connector:
+        if self.tune_mm_mlp_adapter or has_connector or self.from_scratch_connector or self._is_dry_run:
             return
         raise ValueError(
             f"stage 2 (--tune_mm_mlp_adapter False) has no connector: {self.model_name_or_path} is a plain language "
             "model and --pretrain_mm_mlp_adapter is not set. Run stage 1 (--tune_mm_mlp_adapter True) and pass its "
-            "output folder as --pretrain_mm_mlp_adapter, or allow a random one by --from_scratch_connector True"
+            "output folder as --pretrain_mm_mlp_adapter, or use a random one with --from_scratch_connector True"
         )
 
-    def _check_is_whole(self) -> None:
+    def _check_weights(self) -> None:
         folder = Path(self.model_name_or_path)
         if is_adapter_folder(folder):
             raise ValueError(
-                f"--model_name_or_path {self.model_name_or_path} is an adapter, which cannot be trained further by "
-                "itself: merge it first "
+                f"--model_name_or_path {self.model_name_or_path} is a LoRA adapter, which cannot be trained further "
+                "on its own: merge it first "
                 f"(metamorph convert --merge-adapter {self.model_name_or_path} --output-dir FOLDER)"
             )
         if self.continues_metamorph and not any(folder.glob("model*.safetensors*")):
@@ -158,14 +160,14 @@ class ModelArguments(RemembersGiven):
         if self.tune_mm_mlp_adapter and not self.freeze_vision:
             raise ValueError(
                 "--tune_mm_mlp_adapter True trains the connector only, but --freeze_vision False asks to train the "
-                "tower: tune the tower in stage 2 (--tune_mm_mlp_adapter False)"
+                "tower: train the tower in stage 2 (--tune_mm_mlp_adapter False)"
             )
         if self.tune_mm_mlp_adapter and self.freeze_mm_mlp_adapter:
             raise ValueError(
                 "--tune_mm_mlp_adapter True and --freeze_mm_mlp_adapter True leave nothing to train: drop one of them"
             )
 
-    def _check_adapter(self) -> None:
+    def _check_lora(self) -> None:
         check_choice("--bits", str(self.bits), ("4", "16"))
         check_choice("--quant_type", self.quant_type, ("nf4", "fp4"))
         if self.lora_r < 1 or self.lora_alpha < 1:
@@ -180,8 +182,8 @@ class ModelArguments(RemembersGiven):
             return
         if self.tune_mm_mlp_adapter:
             raise ValueError(
-                "--lora_enable True belongs to stage 2, and --tune_mm_mlp_adapter True is stage 1, which leaves the "
-                "language model as it is: drop one of them"
+                "--lora_enable True is for stage 2, and --tune_mm_mlp_adapter True is stage 1, which does not train "
+                "the language model: drop one of them"
             )
         if self.freeze_backbone:
             raise ValueError(
@@ -189,13 +191,13 @@ class ModelArguments(RemembersGiven):
             )
         if not self.freeze_vision:
             raise ValueError(
-                "--lora_enable True saves an adapter, which has no place for a trained vision tower: drop "
+                "--lora_enable True saves an adapter, which cannot hold a trained vision tower: drop "
                 "--freeze_vision False, or train without LoRA"
             )
 
 
 def local_model_type(name: str) -> str | None:
-    """The `model_type` that the config.json of a local folder names, or None for anything else."""
+    """The `model_type` in the config.json of a local folder; None for anything else."""
     config = Path(name) / "config.json"
     if not config.is_file():
         return None

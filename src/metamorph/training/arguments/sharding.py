@@ -1,4 +1,4 @@
-"""The flag `--sharding`: which engine divides the state of training among processes, and how it is configured."""
+"""The flag `--sharding`: the engine that divides the training state among processes, and its configuration."""
 
 from __future__ import annotations
 
@@ -20,17 +20,13 @@ FSDP2_CONFIG = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "reshard_
 """`fsdp_config` of `--sharding fsdp2`."""
 
 SHARDINGS = ("auto", "ddp", "fsdp2", "zero2", "zero3", "zero2_offload", "zero3_offload")
-"""What `--sharding` may be."""
+"""Values of `--sharding`."""
 
 
 def deepspeed_config(sharding: str) -> dict[str, Any]:
-    """The DeepSpeed configuration of one of the ZeRO engines; `scripts/<sharding>.json` holds the same.
+    """The DeepSpeed configuration of a ZeRO engine; `scripts/<sharding>.json` is the same.
 
-    Values of "auto" are filled in by Transformers from the training flags; gradient clipping from `--max_grad_norm`,
-    which is 1.0 unless it is set.
-
-    Args:
-        sharding: zero2, zero3, zero2_offload or zero3_offload.
+    Transformers fills in "auto" from the training flags; gradient clipping from `--max_grad_norm`, 1.0 by default.
     """
     offload = {"device": "cpu", "pin_memory": True}
     zero: dict[str, Any] = {
@@ -47,7 +43,7 @@ def deepspeed_config(sharding: str) -> dict[str, Any]:
             "stage3_param_persistence_threshold": 100_000,
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
-            # The trainer gathers the float32 masters itself when it saves.
+            # The trainer gathers the float32 master weights itself when it saves.
             "stage3_gather_16bit_weights_on_model_save": False,
         }
     if sharding.endswith("_offload"):
@@ -66,10 +62,7 @@ def deepspeed_config(sharding: str) -> dict[str, Any]:
 
 
 def check_deepspeed(config: dict[str, Any]) -> None:
-    """Refuse an optimizer or a schedule in a DeepSpeed configuration, which would replace those of the flags.
-
-    Args:
-        config: Of `--deepspeed` or `accelerate launch`.
+    """Refuse an optimizer or a scheduler in a DeepSpeed configuration, which would replace those of the flags.
 
     Raises:
         ValueError: naming the section.
@@ -79,22 +72,18 @@ def check_deepspeed(config: dict[str, Any]) -> None:
         if section in config:
             raise ValueError(
                 f"--deepspeed: the section {section!r} is not supported: it would replace {flags} and set one learning "
-                "rate for all modules, also when a run resumes with another one. Remove it and use the flags"
+                "rate for all modules, even when a run resumes with another one. Remove it and use the flags"
             )
 
 
 def apply_sharding(args: TrainingArguments, sharding: str) -> None:
-    """Turn `sharding` into the flags of Transformers; to be called before `TrainingArguments.__post_init__`.
+    """Translate `sharding` to flags of Transformers, before `TrainingArguments.__post_init__` reads them.
 
-    `auto` changes nothing yet: the model decides, once it is known.
-
-    Args:
-        args: Changed in place: `deepspeed`, or `fsdp` and `fsdp_config`.
-        sharding: One of `SHARDINGS`.
+    `auto` is decided later, when the model is known.
 
     Raises:
         ModuleNotFoundError: if DeepSpeed is asked for and not installed.
-        ValueError: for an unknown engine, one that needs GPUs where there are none, or beside `--fsdp`/`--deepspeed`.
+        ValueError: for an unknown engine, one that needs GPUs where there are none, or with `--fsdp`/`--deepspeed`.
     """
     check_choice("--sharding", sharding, SHARDINGS)
     if sharding == "auto" and not args.fsdp and _launched_with_fsdp2():
@@ -129,15 +118,11 @@ def check_has_gpus(args: TrainingArguments) -> None:
 
 
 def use_fsdp2(args: TrainingArguments) -> None:
-    """Set the flags of Transformers for FSDP2, with checkpoints that any number of processes can read.
-
-    Args:
-        args: Changed in place.
-    """
+    """Set the flags of Transformers for FSDP2, with checkpoints that any number of processes can read."""
     args.fsdp = True
     args.fsdp_config = dict(FSDP2_CONFIG)
 
 
 def _launched_with_fsdp2() -> bool:
-    """Whether `accelerate launch` was told to use FSDP2."""
+    """Whether `accelerate launch` configured FSDP2."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and os.environ.get("FSDP_VERSION") == "2"

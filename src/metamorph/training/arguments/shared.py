@@ -1,4 +1,4 @@
-"""What the flags of both trainers share: Transformers' own, and their checks."""
+"""Flags that both trainers share: those of Transformers, with other defaults, and their checks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from metamorph.training.arguments.sharding import apply_sharding, check_deepspee
 logger = logging.getLogger(__name__)
 
 OTHER_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
-"""Beginnings of the names of optimizers that do not fit the groups of weights, the steps or the checkpoints here."""
+"""Name prefixes of optimizers that do not work with our parameter groups, steps or checkpoints."""
 INSTALL_HINTS = {
     "tensorboard": install_command("trackers"),
     "wandb": install_command("trackers"),
@@ -37,25 +37,25 @@ class RunTrainingArguments(RemembersGiven, TrainingArguments):
     """
 
     sharding: str = "auto"
-    """How the state of training is divided among GPUs: ddp (each has all of it), fsdp2, zero2, zero3 (DeepSpeed),
-    zero2_offload, zero3_offload (in main memory), or auto: fsdp2 where one GPU cannot hold it, else ddp."""
+    """How the training state is divided among GPUs: ddp (not at all), fsdp2, zero2, zero3 (DeepSpeed), zero2_offload,
+    zero3_offload (into main memory), or auto: fsdp2 if it does not fit on one GPU, else ddp."""
     logging_steps: float = 10
-    """Optimizer steps between two log lines."""
+    """Log every this many optimizer steps."""
     logging_nan_inf_filter: bool = False
-    """Off: the filter reads the loss back from the device at every step, and it hides what should be seen."""
+    """Off, because the filter reads the loss back from the device at every step and hides what should be seen."""
     remove_unused_columns: bool = False
-    """Our dataset yields exactly what the collator needs."""
+    """Off, because the dataset returns exactly what the collator needs."""
     prediction_loss_only: bool = True
     """Evaluation returns losses only."""
     disable_tqdm: bool | None = None
     """Log lines instead of a progress bar; by default when there is no terminal."""
     ddp_find_unused_parameters: bool | None = False
-    """Off: every batch reaches every weight that is trained."""
+    """Off, because every batch reaches every trained weight."""
     save_total_limit: int | None = 2
-    """Checkpoints to keep: the newest ones, and the best with `load_best_model_at_end`. 0 keeps all."""
+    """Number of checkpoints to keep: the newest, and the best with `load_best_model_at_end`. 0 keeps all."""
     resume_from_checkpoint: str | None = None
-    """A checkpoint folder. By default (or `latest`) the newest complete one in `output_dir`, if any; True: there must
-    be one; False: start anew."""
+    """A checkpoint folder. By default (or `latest`) the newest complete one in `output_dir`, if any; True requires
+    one; False starts from the beginning."""
 
     def __post_init__(self) -> None:
         if self.output_dir is None:
@@ -93,10 +93,10 @@ class RunTrainingArguments(RemembersGiven, TrainingArguments):
             self._n_gpu = 1  # nn.DataParallel would split pixel_values as if every sample had one image
 
     def refuse_unsupported(self, flags: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
-        """Refuse flags of Transformers that would do nothing.
+        """Refuse flags of Transformers that have no effect here.
 
         Args:
-            flags: By name the values that are accepted, the default first, and why no other one is.
+            flags: Name -> accepted values, the default first, and why no other value is accepted.
 
         Raises:
             ValueError: naming the flag.
@@ -107,7 +107,7 @@ class RunTrainingArguments(RemembersGiven, TrainingArguments):
                 raise ValueError(f"--{name} {value} is not supported: {reason}")
 
     def check_at_least(self, least: float, names: str) -> None:
-        """Refuse values below `least`, or that are no numbers, of the flags in `names`, which blanks separate.
+        """Refuse values below `least`, or that are not finite, of the flags in `names` (separated by spaces).
 
         Raises:
             ValueError: naming the flag.
@@ -116,6 +116,17 @@ class RunTrainingArguments(RemembersGiven, TrainingArguments):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= least):
                 raise ValueError(f"--{name} {value} must be {least} or more")
+
+    def check_above_0(self, names: str) -> None:
+        """Refuse values of 0 or less, or that are not finite, of the flags in `names` (separated by spaces).
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        for name in names.split():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"--{name} {value} must be larger than 0")
 
     def _check_shared_ranges(self) -> None:
         self.check_at_least(1, "gradient_accumulation_steps per_device_train_batch_size per_device_eval_batch_size")
@@ -150,13 +161,10 @@ class RunTrainingArguments(RemembersGiven, TrainingArguments):
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Refuse a tracker that is unknown or not installed, before anything is loaded.
-
-    Args:
-        names: Values of `--report_to`.
+    """Refuse a tracker in `--report_to` that is unknown or not installed.
 
     Raises:
-        ValueError: Naming the tracker, and how to install it.
+        ValueError: naming the tracker, and how to install it.
     """
     names = [name for name in names if name not in ("none", "all")]
     for name in names:

@@ -1,7 +1,10 @@
-"""The flags of `metamorph train`: the names and defaults of the training guide, checked before anything is loaded."""
+"""The flags of `metamorph train` that set how the model is trained, with the defaults of the training guide."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import InitVar, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,13 +14,9 @@ from metamorph.data.batching.packing import check_grouping
 from metamorph.flags.checks import check_choice, check_model_reference
 from metamorph.mini import shipped_folder
 from metamorph.models.text_head import check_text_loss
-from metamorph.training.arguments.data import DataArguments
-from metamorph.training.arguments.model import ModelArguments
 from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.training.arguments.unsupported import UNSUPPORTED
 
-
-__all__ = ["DataArguments", "MetaMorphTrainingArguments", "ModelArguments"]
 
 LOSS_NORMALIZATIONS = ("global", "micro_batch")
 RECOMPUTE = ("none", "full", "selective")
@@ -35,97 +34,109 @@ CHANGEABLE = (
     "vision_tower",
     "warmup_steps",
 )
-"""What `allow_changes` may name: flags that change what a run minimises, or how."""
+"""Values of `allow_changes`: flags that change the objective of a run, or how it is minimised."""
 NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 """Schedules of Transformers that ignore `warmup_steps`."""
+ENGINE_FLAGS = {"sharding": "ddp", "fsdp": None, "fsdp_config": None, "deepspeed": None}
+"""Flags that set up an engine -> the value that does not."""
+NOT_GIVEN = "(not given)"
+"""`output_dir` of a dry run without one."""
 
 
 @dataclass
 class MetaMorphTrainingArguments(RunTrainingArguments):
-    """How it learns: every flag of `transformers.TrainingArguments`, with the guide's defaults, and our own.
+    """All flags of `transformers.TrainingArguments`, with the guide's defaults, and our own.
 
-    Weights are kept in float32; `bf16` and `fp16` choose the precision of the computation (autocast). Without a
-    GPU the run falls back to the CPU.
+    Weights are kept in float32; `bf16` and `fp16` set the precision of the computation (autocast). Without a GPU the
+    run falls back to the CPU. A dry run needs neither the GPUs nor the engine that it plans for.
     """
 
     learning_rate: float | str = 5e-5
-    """Peak learning rate; the default is Transformers', and a stage that runs with it is warned about. `auto` takes
-    `base_learning_rate` × √(samples in a step / `base_batch_size`), the rule of the training guide."""
+    """Peak learning rate; the default is that of Transformers, and a run that uses it logs a warning. `auto` is
+    `base_learning_rate` × √(samples per step / `base_batch_size`), the rule of the training guide."""
     base_learning_rate: float | None = None
-    """For `learning_rate="auto"`: a learning rate that is known to be good for `base_batch_size`."""
+    """For `learning_rate="auto"`: a learning rate that works well with `base_batch_size`."""
     base_batch_size: int | None = None
-    """For `learning_rate="auto"`: samples in an optimizer step that `base_learning_rate` was found with."""
+    """For `learning_rate="auto"`: samples per optimizer step that `base_learning_rate` was tuned for."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW; norms and biases have none."""
+    """Weight decay of AdamW, except for norms and biases."""
     lr_scheduler_type: str = "cosine"
-    """Shape of the learning rate over the run."""
+    """Learning rate schedule."""
     warmup_ratio: float = 0.03
-    """Share of the optimizer steps used for warm-up, in [0, 1). Ignored when `warmup_steps` is given."""
+    """Fraction of the optimizer steps used for warm-up, in [0, 1). Ignored when `warmup_steps` is given."""
     warmup_steps: float = 0
-    """Optimizer steps of warm-up (below 1: their share); 0 leaves it to `warmup_ratio`."""
+    """Optimizer steps of warm-up (below 1: their fraction); 0 uses `warmup_ratio`."""
     evaluation_strategy: str | None = None
-    """Spelling of `eval_strategy` in Transformers 4, still understood."""
+    """Name of `eval_strategy` in Transformers 4, still accepted."""
     bf16: bool = True
     """Compute in bfloat16, with float32 weights."""
     fp16: bool = False
     """Compute in float16, with float32 weights; needs `bf16=False`."""
     loss_normalization: str = "global"
-    """`global` divides each loss by its tokens over all micro-batches and ranks of the optimizer step;
-    `micro_batch` averages every micro-batch by itself, as the original system did."""
+    """`global` divides each loss by its tokens in all micro-batches and ranks of the optimizer step; `micro_batch`
+    averages every micro-batch separately, as the original system did."""
     packing: bool = True
-    """Whether several samples share a row of `model_max_length` tokens, without seeing each other. Batches are then
-    counted in rows: see `per_device_train_batch_size`. False pads every sample to the longest of its batch."""
+    """Whether several samples share a row of `model_max_length` tokens, without attending to each other. Batches are
+    then counted in rows: see `per_device_train_batch_size`. False pads every sample to the longest of its batch."""
     per_device_train_batch_size: int = 8
     """Rows per process and micro-batch. With `packing` a row holds as many samples as fit into `model_max_length`
-    tokens, without it one sample."""
+    tokens, otherwise one sample."""
     train_sampling_strategy: str = "random"
     """Order of the samples: random, sequential, or (only with `packing=False`) group_by_length, which puts samples of
     similar length into one step."""
     group_by_length: bool = False
-    """Spelling of `train_sampling_strategy="group_by_length"` in Transformers 4, still understood."""
+    """Transformers 4's form of `train_sampling_strategy="group_by_length"`, still accepted."""
     mm_projector_lr: float | None = None
-    """Learning rate of the connector and of the new tokens' rows in stage 1; by default `learning_rate`."""
+    """Learning rate of the connector and, in stage 1, of the rows of the new tokens; defaults to `learning_rate`."""
     vision_lr: float | None = None
-    """Learning rate of the vision tower (with `freeze_vision=False`); by default `learning_rate`."""
+    """Learning rate of the vision tower (with `freeze_vision=False`); defaults to `learning_rate`."""
     vision_head_lr: float | None = None
-    """Learning rate of the vision head; by default `learning_rate`."""
+    """Learning rate of the vision head; defaults to `learning_rate`."""
     label_names: list[str] | None = None
-    """Inputs that are labels; by default `labels`."""
+    """Inputs that are labels; defaults to `labels`."""
     hub_strategy: str = "end"
-    """When `push_to_hub` uploads: end, when the result is whole; every_save, checkpoint and all_checkpoints as in
+    """When `push_to_hub` uploads: end, when the result is complete; every_save, checkpoint and all_checkpoints as in
     Transformers, which then uploads the parts of a checkpoint that it knows."""
     text_loss: str = "auto"
-    """How the text loss is computed, with the same result: `full` makes the logits of all supervised tokens; `chunked`
-    some at a time, and again for the backward pass; `fused` by PyTorch 2.13's operator, in float32 only; `liger` by
-    liger-kernel, on a GPU. `auto` takes the one that fits, and `full` where the logits are few."""
+    """Implementation of the text loss; the result is the same. `full` computes the logits of all supervised tokens at
+    once; `chunked` some at a time, and again for the backward pass; `fused` uses PyTorch 2.13's operator, in float32
+    only; `liger` uses liger-kernel, on a GPU. `auto` picks one: `full` where there are few logits."""
     recompute: str = "none"
-    """What is computed again for the backward pass instead of kept: `none`; `full`, all but the input of each layer;
-    or `selective`, what lies between matrix products and attention. Saves memory, costs time."""
+    """What the backward pass recomputes instead of keeping: `none`; `full`, all but the input of each layer; or
+    `selective`, everything between matrix products and attention. Saves memory, costs time."""
     allow_changes: list[str] | None = None
-    """Flags that may have other values than in the checkpoint that the run resumes, such as `vision_coef
-    lr_scheduler_type`; without it such a change is an error."""
+    """Flags that may differ from the checkpoint that the run resumes from, such as `vision_coef lr_scheduler_type`;
+    otherwise such a change is an error."""
 
     sample_steps: int | None = None
-    """Every so many optimizer steps the prompts of `sample_prompts` are answered, into `output_dir`/samples and to the
+    """Answer the prompts of `sample_prompts` every this many optimizer steps, into `output_dir`/samples and the
     tracker; by default never."""
     sample_prompts: str | None = None
-    """Prompts for `sample_steps`: a text file with one a line, or JSON Lines of `{"prompt": "…", "images": ["…"],
+    """Prompts for `sample_steps`: a text file with one per line, or JSON Lines of `{"prompt": "…", "images": ["…"],
     "draw": true}`."""
     sample_visualizer: str | None = None
-    """Folder of a visualizer that draws the pictures of these answers; without it their visual tokens are kept."""
+    """Folder of a visualizer that draws the images of these answers; without it their visual tokens are saved."""
     peak_tflops: float | None = None
-    """Peak of one device in 10¹² FLOP/s, for `mfu` in the log; by default that of the GPU's data sheet."""
+    """Peak of one device in 10¹² FLOP/s, for `mfu` in the log; defaults to the data sheet of the GPU."""
 
-    def __post_init__(self) -> None:
+    dry_run: InitVar[bool] = False  # a flag of DryRunArguments
+
+    def __post_init__(self, dry_run: bool) -> None:
+        self._is_dry_run = dry_run
+        if dry_run and self.output_dir is None:
+            self.output_dir: Any = NOT_GIVEN
         self.refuse_unsupported(UNSUPPORTED)
-        self._check_observation()
+        self._check_samples()
         for name in self.allow_changes or ():
             check_choice("--allow_changes", name, CHANGEABLE)
         check_choice("--loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)
         check_choice("--recompute", self.recompute, RECOMPUTE)
         check_choice("--lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
         check_text_loss(self.text_loss, half_precision=self.bf16 or self.fp16)
-        self._check_batches()
+        if self.group_by_length:
+            self.train_sampling_strategy = "group_by_length"
+        check_choice("--train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES)
+        check_grouping(self.packing, self.train_sampling_strategy == "group_by_length")
         if self.bf16 and self.fp16:
             raise ValueError("--fp16 True and --bf16 True exclude each other: add --bf16 False")
         self._check_learning_rates()
@@ -136,23 +147,35 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
         self._check_combinations()
         if self.label_names is None:
             self.label_names = ["labels"]
-        super().__post_init__()
+        with self._without_engine():
+            super().__post_init__()
         self._check_schedule()
 
-    def _check_observation(self) -> None:
+    @contextmanager
+    def _without_engine(self) -> Iterator[None]:
+        """Set no engine up in a dry run, which may be on a machine without GPUs; its flags stay as they are."""
+        given = {name: getattr(self, name) for name in ENGINE_FLAGS} if self._is_dry_run else {}
+        for name in given:
+            setattr(self, name, ENGINE_FLAGS[name])
+        yield
+        for name, value in given.items():
+            setattr(self, name, value)
+
+    def _check_device(self) -> None:
+        if not self._is_dry_run:
+            super()._check_device()
+
+    def _check_samples(self) -> None:
         if (self.sample_steps is None) != (self.sample_prompts is None):
             raise ValueError(
                 f"--sample_steps {self.sample_steps} and --sample_prompts {self.sample_prompts} go together: give both"
             )
-        if self.sample_steps is not None and self.sample_steps < 1:
-            raise ValueError(f"--sample_steps {self.sample_steps} must be at least 1")
+        self.check_at_least(1, "sample_steps")
         if self.sample_visualizer is not None:
             if self.sample_steps is None:
                 raise ValueError(f"--sample_visualizer {self.sample_visualizer} needs --sample_steps")
             self.sample_visualizer = shipped_folder(self.sample_visualizer, "visualizer")
             check_model_reference(self.sample_visualizer, flag="--sample_visualizer", file="model_index.json")
-        if self.peak_tflops is not None and not (math.isfinite(self.peak_tflops) and self.peak_tflops > 0):
-            raise ValueError(f"--peak_tflops {self.peak_tflops} must be a number above 0")
 
     def _check_learning_rates(self) -> None:
         auto = self.learning_rate == AUTO_LEARNING_RATE
@@ -164,21 +187,12 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
                 word = f", or {AUTO_LEARNING_RATE}" if name == "learning_rate" else ""
                 raise ValueError(f"--{name} {value} must be a finite number, 0 or larger{word}")
         for name in ("base_learning_rate", "base_batch_size"):
-            value = getattr(self, name)
-            if value is None and auto:
+            if getattr(self, name) is None and auto:
                 raise ValueError(
-                    f"--learning_rate {AUTO_LEARNING_RATE} needs --{name}: give a learning rate that is known to be "
-                    "good and the number of samples in a step it was found with (the training guide's, for stage 2: "
-                    "--base_learning_rate 6.93e-5 --base_batch_size 1536)"
+                    f"--learning_rate {AUTO_LEARNING_RATE} needs --{name}: give a learning rate that works well and "
+                    "the samples per step it was tuned for (in the training guide, for stage 2: --base_learning_rate "
+                    "6.93e-5 --base_batch_size 1536)"
                 )
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"--{name} {value} must be a finite number larger than 0")
-
-    def _check_batches(self) -> None:
-        if self.group_by_length:
-            self.train_sampling_strategy = "group_by_length"
-        check_choice("--train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES)
-        check_grouping(self.packing, self.train_sampling_strategy == "group_by_length")
 
     def _check_ranges(self) -> None:
         if self.max_steps != -1 and self.max_steps < 1:
@@ -186,10 +200,9 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
                 f"--max_steps {self.max_steps} must be at least 1, or -1 for --num_train_epochs; --dry-run shows what "
                 "a run would do"
             )
-        if self.max_steps == -1 and not self.num_train_epochs > 0:
-            raise ValueError(f"--num_train_epochs {self.num_train_epochs} must be larger than 0")
-        if self.neftune_noise_alpha is not None and not self.neftune_noise_alpha > 0:
-            raise ValueError(f"--neftune_noise_alpha {self.neftune_noise_alpha} must be larger than 0")
+        if self.max_steps == -1:
+            self.check_above_0("num_train_epochs")
+        self.check_above_0("base_learning_rate base_batch_size neftune_noise_alpha peak_tflops")
 
     def _check_warmup(self) -> None:
         if not 0 <= self.warmup_ratio < 1:
@@ -197,7 +210,7 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
         if self.warmup_steps and self.lr_scheduler_type in NO_WARMUP:
             raise ValueError(
                 f"--warmup_steps {self.warmup_steps} has no effect with --lr_scheduler_type {self.lr_scheduler_type}, "
-                "which has no warm-up: use constant_with_warmup, or leave --warmup_steps out"
+                "which has no warm-up: use constant_with_warmup, or drop --warmup_steps"
             )
         if not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # Transformers 5 reads a value below 1 as a ratio
@@ -205,7 +218,7 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
     def _check_combinations(self) -> None:
         """Refuse flags that do nothing without another one."""
         if self.do_eval and self.eval_strategy == "no" and not self.eval_on_start:
-            raise ValueError("--do_eval True has no effect with --eval_strategy no: say when by --eval_strategy")
+            raise ValueError("--do_eval True has no effect with --eval_strategy no: add --eval_strategy steps or epoch")
         if self.metric_for_best_model is not None and self.eval_strategy == "no":
             raise ValueError(
                 f"--metric_for_best_model {self.metric_for_best_model} is never measured with --eval_strategy no: add "
@@ -213,7 +226,7 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
             )
 
     def _check_schedule(self) -> None:
-        """Build the schedule once, for nothing: wrong `lr_scheduler_kwargs` are found before the weights are loaded."""
+        """Build the schedule once, to find wrong `lr_scheduler_kwargs` before the weights are loaded."""
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
         try:
             get_scheduler(

@@ -1,7 +1,7 @@
 """Saving and resuming.
 
 How does a resume find its checkpoint and its sample?    `resume.py`
-What does the trainer save, and when?                    `RunTrainer`, in the package above
-Which flags may differ from the checkpoint's?            `resume_flags.py`
-How are weights read back?                               `weights.py`
+Which flags may differ from those of the checkpoint?     `resume_flags.py`
+How are weights loaded?                                  `weights.py`
+What is saved, and when?                                 `RunTrainer`, one package above
 """

@@ -1,10 +1,15 @@
-"""How a run resumes: which checkpoint it finds, and the sample at which it continues.
+"""How a run resumes: the checkpoint it finds, and the sample at which it continues.
 
-1. `find_checkpoint`: the newest complete checkpoint of the output folder, or the one asked for.
-2. `plan_resume`: the data are those of the checkpoint, and `Position` counts rows of the epoch's order, which is the
-   same for any number of processes and any batch size; so a run may resume with other batches.
-3. `resume_flags.check_flags`: flags that may not differ from the checkpoint's.
-4. `MetaMorphTrainer.go_on_from` sets the step, `PlannedBatches.leave_out` the rows that have been trained on.
+1. `MetaMorphTrainer.record` puts into every checkpoint its `Position`, a description of the data (`describe_data`) and
+   the flags of the run.
+2. `find_checkpoint` picks the newest complete checkpoint of the output folder, or the one that is asked for. The search
+   is in `metamorph.runs.find_checkpoint`, which both trainers use.
+3. `plan_resume` checks that the data are those of the checkpoint and computes the `ResumePoint`. A `Position` counts
+   rows in the order of the epoch, which does not depend on the number of processes or the batch size, so a run may
+   resume with other batches.
+4. `resume_flags.check_flags` compares the flags.
+5. `MetaMorphTrainer.go_on_from` leaves out the rows of the epoch that have been trained on, and Trainer starts at the
+   step of the `ResumePoint`.
 """
 
 from __future__ import annotations
@@ -34,8 +39,8 @@ from metamorph.training.checkpoints.weights import ARGUMENTS_FILE
 
 logger = logging.getLogger(__name__)
 
-_LOOKED_AT = 256
-"""Records, spread over the data, whose text is compared."""
+_COMPARED_RECORDS = 256
+"""Number of records, spread over the data, whose content is compared."""
 _FLAGS = {
     "sources": "--data_path",
     "records": "--data_path",
@@ -45,14 +50,20 @@ _FLAGS = {
     "sampling": "--train_sampling_strategy",
     "rows": "--data_path, --model_max_length, --version or the tokenizer",
 }
-"""What `describe_data` holds, most telling first, and the flags that decide it."""
+"""Keys of `describe_data`, the most telling first -> the flags that determine them."""
+
+
+_START_EPOCH_AGAIN = (
+    "add --ignore_data_skip True, which keeps weights, optimizer and step and starts an epoch of this run's data, or "
+    "start from the beginning with --resume_from_checkpoint False"
+)
 
 
 def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, adapter: bool = False) -> str | None:
     """The checkpoint to resume from, see [`metamorph.runs.find_checkpoint.find_checkpoint`].
 
     Raises:
-        ValueError: also if the checkpoint is of the other stage, or with an adapter where this run has none.
+        ValueError: also if the checkpoint is of the other stage, or only one of the two has a LoRA adapter.
     """
     check = partial(_check_kind, stage=stage, adapter=adapter)
     return find_in_folder(output_dir, request, check, ARGUMENTS_FILE, saves_on_each_node=True)
@@ -61,52 +72,45 @@ def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, ada
 def plan_resume(
     checkpoint: str | None, dataset: MixtureDataset, planner: BatchPlanner, args: MetaMorphTrainingArguments
 ) -> ResumePoint | None:
-    """Find where in the data a run goes on, and that they are the data that the checkpoint was trained on.
+    """Find where in the data a run resumes, and check that they are the data of the checkpoint.
 
-    The rows of an epoch have one order for any number of processes and any batch size. Where an optimizer step has
-    another number of rows than before, steps are counted anew, as if the whole run had had the new ones: the schedule
-    of the learning rate stays where it is relative to the data, and no row is left out or met twice.
-
-    Args:
-        checkpoint: Result of `find_checkpoint`.
-        dataset: The data of this run.
-        planner: Plans its batches.
-        args: How the run learns.
+    If an optimizer step has another number of rows than before, steps are recounted as if the entire run had had the
+    new number: the learning rate schedule keeps its place relative to the data, and no row is skipped or repeated.
 
     Returns:
-        The place; None without a checkpoint, and with `ignore_data_skip`, which begins its epoch again.
+        None without a checkpoint, and with `ignore_data_skip`, which starts an epoch again.
 
     Raises:
-        CheckpointError: If the data differ, or the batches in a way that cannot be made up for.
+        CheckpointError: if the data differ, or the batches in a way that does not allow resuming.
     """
     if checkpoint is None or args.ignore_data_skip:
         return None
     manifest = read_manifest(checkpoint)
     if manifest is None or manifest["position"] is None:
         raise CheckpointError(
-            f"{checkpoint} does not tell its position in the data (none does behind a resume with --ignore_data_skip "
-            "True); add --ignore_data_skip True, which begins an epoch again"
+            f"{checkpoint} does not record its position in the data (no checkpoint does after a resume with "
+            "--ignore_data_skip True); add --ignore_data_skip True, which starts an epoch again"
         )
     _check_data(checkpoint, manifest["data"], describe_data(dataset, planner))
     old = Position(**manifest["position"])
     new = Position.at(0, planner, args.gradient_accumulation_steps)
     if planner.group_by_length and old.rows_per_micro_batch != new.rows_per_micro_batch:
         raise CheckpointError(
-            f"{checkpoint} comes from micro-batches of {old.rows_per_micro_batch} samples over all processes, this run "
-            f"has {new.rows_per_micro_batch}, and --train_sampling_strategy group_by_length orders by them: choose "
-            "--per_device_train_batch_size so that the product with the number of processes is the same"
+            f"{checkpoint} has micro-batches of {old.rows_per_micro_batch} samples over all processes, this run has "
+            f"{new.rows_per_micro_batch}, and the order of --train_sampling_strategy group_by_length depends on them: "
+            "choose --per_device_train_batch_size so that its product with the number of processes is the same"
         )
     if (Path(checkpoint) / "latest").is_file() and old.processes != new.processes:  # DeepSpeed's file
         raise CheckpointError(
-            f"{checkpoint} was written by DeepSpeed on {old.processes} processes and can only be resumed on as many, "
-            f"not on {new.processes}"
+            f"{checkpoint} was written by DeepSpeed on {old.processes} processes and can only be resumed on the same "
+            f"number, not on {new.processes}"
         )
     if old.rows_per_step == new.rows_per_step:
         return ResumePoint(manifest["step"], old.epoch, old.rows, counts_anew=False)
     step = old.epoch * steps_per_epoch(planner, args.gradient_accumulation_steps) + old.rows // new.rows_per_step
     logger.warning(
-        "an optimizer step had %d rows (over %d processes) and has %d now (over %d): step %d of before counts as step "
-        "%d, and the epoch goes on at row %d of %d. --gradient_accumulation_steps can keep the steps as they were",
+        "an optimizer step had %d rows (over %d processes) and now has %d (over %d): step %d becomes step %d, and the "
+        "epoch continues at row %d of %d. --gradient_accumulation_steps can keep the size of the steps",
         old.rows_per_step,
         old.processes,
         new.rows_per_step,
@@ -120,17 +124,12 @@ def plan_resume(
 
 
 def describe_data(dataset: MixtureDataset, planner: BatchPlanner) -> dict[str, Any]:
-    """What decides the order of the samples, in short: two runs with the same description train on the same samples.
+    """What determines the samples and their order: two runs with equal descriptions train on the same samples.
 
-    Paths and times of files do not count, so that data may be copied to another place between two runs; of the records
-    a few hundred are looked at.
-
-    Args:
-        dataset: The data.
-        planner: Plans its batches.
+    Paths and modification times do not matter, so data may be moved between two runs. A few hundred records are read.
     """
     records = hashlib.sha256()
-    for index in np.unique(np.linspace(0, len(dataset) - 1, _LOOKED_AT).astype(np.int64)).tolist():
+    for index in np.unique(np.linspace(0, len(dataset) - 1, _COMPARED_RECORDS).astype(np.int64)).tolist():
         try:
             records.update(json.dumps(dataset.record(index).fields, default=str).encode())
         except RecordError as error:
@@ -155,28 +154,20 @@ def describe_data(dataset: MixtureDataset, planner: BatchPlanner) -> dict[str, A
 
 @dataclass(frozen=True)
 class Position:
-    """A place in the data, between two optimizer steps."""
+    """A place in the data, between two optimizer steps. Rows are counted over all processes."""
 
     epoch: int
-    """Number of the epoch, from 0."""
+    """From 0."""
     rows: int
     """Rows of the epoch that have been trained on; a prefix of its order."""
     rows_per_micro_batch: int
-    """Rows of a micro-batch, over all processes."""
     rows_per_step: int
-    """Rows of an optimizer step, over all processes and micro-batches."""
     processes: int
     """Data-parallel processes."""
 
     @classmethod
     def at(cls, step: int, planner: BatchPlanner, accumulation: int) -> Position:
-        """The position after `step` optimizer steps.
-
-        Args:
-            step: Optimizer steps.
-            planner: Plans the batches.
-            accumulation: Micro-batches of an optimizer step.
-        """
+        """The position after `step` optimizer steps of `accumulation` micro-batches."""
         micro_batch = planner.world_size * planner.rows_per_batch
         epoch, steps = divmod(step, steps_per_epoch(planner, accumulation))
         rows = min(steps * accumulation * micro_batch, planner.num_rows)
@@ -184,26 +175,23 @@ class Position:
 
 
 def steps_per_epoch(planner: BatchPlanner, accumulation: int) -> int:
-    """Optimizer steps of an epoch; the last may hold fewer rows than the others."""
+    """Optimizer steps of an epoch; the last may have fewer rows than the others."""
     return math.ceil(planner.steps / accumulation)
 
 
 def _check_data(checkpoint: str, old: dict[str, Any], new: dict[str, Any]) -> None:
-    # Before this key there was version 1.
+    # Checkpoints of version 1 lack this key.
     if old.get("packing") and new["packing"] and old.get("packing_version", 1) != new["packing_version"]:
         raise CheckpointError(
             f"{checkpoint} was written by a release of MetaMorph that packs other samples into a row (packing version "
-            f"{old.get('packing_version', 1)}, here {new['packing_version']}), so that its place in the epoch cannot "
-            "be found. Finish the run with that release, or add --ignore_data_skip True, which keeps weights, "
-            "optimizer and step and goes through the data from the beginning of an epoch, or start anew with "
-            "--resume_from_checkpoint False"
+            f"{old.get('packing_version', 1)}, here {new['packing_version']}), so its place in the epoch cannot be "
+            f"found. Finish the run with that release, or {_START_EPOCH_AGAIN}"
         )
     for name, flag in _FLAGS.items():
         if old.get(name) != new[name]:
             raise CheckpointError(
                 f"{checkpoint} was trained on other data: {name} {old.get(name)} there, {new[name]} here. Restore "
-                f"{flag}, or add --ignore_data_skip True, which keeps weights, optimizer and step and goes through the "
-                "data of this run from the beginning of an epoch, or start anew with --resume_from_checkpoint False"
+                f"{flag}, or {_START_EPOCH_AGAIN}"
             )
 
 
@@ -213,10 +201,10 @@ def _check_kind(folder: str, stage: int, adapter: bool) -> None:
     if found != stage:
         raise ValueError(
             f"{folder} is a checkpoint of stage {found}, but this run is stage {stage}: give each stage its own "
-            "--output_dir, or start anew with --resume_from_checkpoint False"
+            "--output_dir, or start from the beginning with --resume_from_checkpoint False"
         )
     if found_adapter != adapter:
         raise ValueError(
             f"{folder} is a checkpoint with --lora_enable {found_adapter}, but this run has --lora_enable {adapter}: "
-            "give each its own --output_dir, or start anew with --resume_from_checkpoint False"
+            "give each its own --output_dir, or start from the beginning with --resume_from_checkpoint False"
         )

@@ -1,4 +1,4 @@
-"""Flags that differ from those that a checkpoint was trained with: they act, are confirmed, or are refused by name."""
+"""Flags of a resumed run that differ from those of its checkpoint: logged, confirmed by the user, or refused."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from metamorph.runs.checkpoint_files import read_manifest
 from metamorph.runs.flag_changes import compare_flags, describe_model
-from metamorph.training.arguments.data import DataArguments
-from metamorph.training.arguments.training import CHANGEABLE, MetaMorphTrainingArguments, ModelArguments
-from metamorph.training.build import LOSS_FIELDS, STRUCTURE_FIELDS, Plan
+from metamorph.training.arguments import RunArguments
+from metamorph.training.arguments.training import CHANGEABLE
+from metamorph.training.build import LOSS_FIELDS, STRUCTURE_FIELDS, ModelSpec
 from metamorph.training.checkpoints.weights import ARGUMENTS_FILE
 
 
@@ -33,7 +33,7 @@ ACTING = (
     "fp16",
     "model_max_length",
 )
-"""Flags that act from the next step on; the log names those that have changed."""
+"""Flags that take effect from the next step on; changes are logged."""
 FIXED = (
     "optim",
     "optim_args",
@@ -49,47 +49,32 @@ FIXED = (
     "double_quant",
     *STRUCTURE_FIELDS,
 )
-"""Flags that decide which weights there are, or what the state of the optimizer is: it would not fit."""
+"""Flags that must not change, since the weights or the optimizer state would not fit."""
 
 _RATES = ("learning_rate", "mm_projector_lr", "vision_lr", "vision_head_lr")
 _STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-"""They lower the rate step by step; what it was lowered from is not known."""
+"""They lower the rate step by step, and do not keep the initial one."""
 
 
-def flags_of_run(
-    model_args: ModelArguments, data_args: DataArguments, args: MetaMorphTrainingArguments, plan: Plan
-) -> dict[str, Any]:
-    """The flags that are compared, as they are written into a checkpoint: values of JSON.
-
-    Args:
-        model_args: The model flags.
-        data_args: The data flags.
-        args: How the run learns, once `learning_rate` is a number.
-        plan: Result of `make_plan`.
-    """
-    known = args.to_sanitized_dict()
+def flags_of_run(args: RunArguments, spec: ModelSpec) -> dict[str, Any]:
+    """The flags that are compared, as a checkpoint records them: JSON values. `learning_rate` must be a number."""
+    known = args.training.to_sanitized_dict()
     flags = {name: known[name] for name in (*ACTING, *CHANGEABLE, *FIXED) if name in known}
-    flags |= {name: getattr(plan.config, name) for name in (*STRUCTURE_FIELDS, *LOSS_FIELDS)}
+    flags |= {name: getattr(spec.config, name) for name in (*STRUCTURE_FIELDS, *LOSS_FIELDS)}
     names = ["freeze_vision", "freeze_backbone", "freeze_mm_mlp_adapter", "bits"]
-    names += ["quant_type", "double_quant"] if model_args.bits == 4 else []
-    lora = ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"]
-    names += lora if model_args.lora_enable else []
-    flags |= {name: getattr(model_args, name) for name in names}
-    flags["image_aspect_ratio"] = plan.processor.image_aspect_ratio
-    flags["model_max_length"] = data_args.model_max_length  # with packing, a part of the data's description
-    flags["model_name_or_path"] = describe_model(model_args.model_name_or_path)
-    if not plan.continues:
-        flags["vision_tower"] = describe_model(model_args.vision_tower)
+    names += ["quant_type", "double_quant"] if args.model.bits == 4 else []
+    names += ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"] if args.model.lora_enable else []
+    flags |= {name: getattr(args.model, name) for name in names}
+    flags["image_aspect_ratio"] = spec.processor.image_aspect_ratio
+    flags["model_max_length"] = args.data.model_max_length  # with packing, also part of the description of the data
+    flags["model_name_or_path"] = describe_model(args.model.model_name_or_path)
+    if not spec.continues:
+        flags["vision_tower"] = describe_model(args.model.vision_tower)
     return flags
 
 
 def check_flags(checkpoint: str | None, flags: dict[str, Any], allowed: list[str] | None) -> None:
-    """Compare the flags of a run with those of the checkpoint that it resumes; before the weights are loaded.
-
-    Args:
-        checkpoint: Result of `find_checkpoint`.
-        flags: Result of `flags_of_run`.
-        allowed: `allow_changes`.
+    """Compare the flags of a run with those of its checkpoint; `allowed` are the values of `allow_changes`.
 
     Raises:
         CheckpointError: naming each flag that must not differ, with both values.
@@ -100,7 +85,7 @@ def check_flags(checkpoint: str | None, flags: dict[str, Any], allowed: list[str
     fixed = [name for name in flags if name in FIXED or _is_fixed(name, old, flags)]
     changed = compare_flags(checkpoint, old, flags, fixed, CHANGEABLE, allowed or ())
     if {"max_steps", "num_train_epochs"} & changed:
-        logger.warning("the schedule of the learning rate now ends with this run: %s", flags["lr_scheduler_type"])
+        logger.warning("the learning rate schedule now ends with this run: %s", flags["lr_scheduler_type"])
 
 
 def _is_fixed(name: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
@@ -109,7 +94,7 @@ def _is_fixed(name: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 
 def _flags_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:
-    """What the checkpoint was trained with, as far as it tells."""
+    """The flags that the checkpoint was trained with, as far as it records them."""
     manifest = read_manifest(checkpoint)
     if manifest is not None and isinstance(manifest.get("flags"), dict):
         return manifest["flags"]
@@ -118,7 +103,7 @@ def _flags_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:
     old = {name: training[name] for name in (*ACTING, *CHANGEABLE, *FIXED) if name in training}
     old |= {name: model[name] for name in (*STRUCTURE_FIELDS, *LOSS_FIELDS) if name in model}
     unknown = [f"--{name}" for name in flags if name not in old]
-    logger.info("%s does not tell the value of %s that it was trained with", checkpoint, ", ".join(unknown))
+    logger.info("%s does not record its value of %s", checkpoint, ", ".join(unknown))
     return old
 
 

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint, read back into a model."""
+"""Loads the weights of a checkpoint into a model."""
 
 import copy
 import logging
@@ -18,21 +18,17 @@ TRAINER_STATE_FILE = "trainer_state.json"
 
 @torch.no_grad()
 def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
-    """Load a full checkpoint into `model`, in place, in the precision of each of its weights; every one must be there.
+    """Load a full checkpoint into a model of the same configuration, in place; each weight keeps its precision.
 
-    The files are read by `from_pretrained`, since the names in them are not always those of `model.state_dict()`:
+    `from_pretrained` reads the files, since the names in them are not always those of `model.state_dict()`:
     Transformers renames, splits and joins the weights of some models (DINOv2, mixtures of experts) when it saves.
-
-    Args:
-        model: A model of the same configuration.
-        folder: Folder with `model.safetensors` or shards of it.
 
     Raises:
         ValueError: if weights are missing, unknown, of another shape, or not finite.
     """
-    # Not in `model.dtype`, which is that of its first weight: of a frozen tower, in bfloat16 beside float32.
+    # `model.dtype` is that of the first weight, which may be a frozen tower in bfloat16.
     loaded = type(model).from_pretrained(folder, config=copy.deepcopy(model.config), dtype=torch.float32)
     state = loaded.state_dict()
-    if "vision_tower" in vars(model.model):  # out of the tree of modules, see `FrozenTower`; it has not changed
+    if "vision_tower" in vars(model.model):  # outside of the module tree, see `FrozenTower`; unchanged
         state = {name: weight for name, weight in state.items() if not name.startswith(f"{TOWER}.")}
     model.load_state_dict(state)

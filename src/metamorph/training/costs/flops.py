@@ -1,9 +1,8 @@
-"""Model FLOPs of a training step: what the arithmetic of the model needs, whatever the hardware does beside it.
+"""Model FLOPs of a training step: the operations that the model needs, not those that the hardware executes.
 
-Counted are matrix products and attention, a multiplication with its addition as two; norms, activations, softmax,
-embedding look-ups and the interpolation of visual tokens are left out. Not counted either is what a better program
-would not do: padding, the masked half of causal attention, activations computed again by checkpointing, logits that
-nothing supervises. `docs/speed.md` has the formula.
+Counted are matrix products and attention, a multiplication and an addition as two. Not counted are norms, activations,
+softmax, embedding look-ups, the interpolation of visual tokens, and what a better implementation would avoid: padding,
+the masked half of causal attention, recomputation, logits without supervision. `docs/speed.md` has the formula.
 """
 
 from __future__ import annotations
@@ -21,16 +20,15 @@ from metamorph.training.metrics import count_targets
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of one unit of work."""
+    """FLOPs of one unit of work, forward and backward."""
 
     forward: float
-    """Of the forward pass."""
     backward: float = 0.0
-    """Of the backward pass: gradients of the trained weights, and of inputs where something before them is trained."""
+    """Gradients of trained weights, and of inputs where something before them is trained."""
 
     @property
     def total(self) -> float:
-        """Forward and backward."""
+        """Sum of both."""
         return self.forward + self.backward
 
     def __add__(self, other: Cost) -> Cost:
@@ -42,48 +40,41 @@ class Cost:
 
 @dataclass(frozen=True)
 class Work:
-    """How much of each unit a step processes. Sums over micro-batches and ranks are sums of the fields."""
+    """Units of work of a step. The fields add up over micro-batches and ranks."""
 
     tokens: float
-    """Positions of the decoder that hold a token, those of images included, padding not."""
+    """Positions of the decoder, including those of images, without padding."""
     pairs: float
     """Pairs of a position and one that it may attend to: L (L + 1) / 2 for a sample of L tokens."""
     images: float
-    """Images that pass the vision tower; 0 with a feature cache."""
+    """Images that pass through the vision tower; 0 with a feature cache."""
     visual_tokens: float
-    """Visual tokens that pass the connector."""
+    """Visual tokens that pass through the connector."""
     text_targets: float
-    """Positions that pass `lm_head`."""
+    """Positions that pass through `lm_head`."""
     visual_targets: float
-    """Positions that pass the vision head."""
+    """Positions that pass through the vision head."""
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs of each unit of work of one model, for the parts that its stage trains. See [`model_flops`]."""
+    """FLOPs of each unit of work of a model, for what its stage trains. See [`model_flops`]."""
 
     token: Cost
-    """Linear layers of the decoder, for one token."""
+    """Linear layers of the decoder."""
     pair: Cost
-    """Attention of all layers of the decoder, for one pair of positions."""
+    """Attention of all decoder layers."""
     image: Cost
-    """The vision tower, for one image."""
+    """Vision tower."""
     visual_token: Cost
-    """Reduction (`mlpmixer`) and connector, for one visual token."""
+    """Reduction (`mlpmixer`) and connector."""
     text_target: Cost
-    """`lm_head`, for one position."""
+    """`lm_head`."""
     visual_target: Cost
-    """The vision head, for one position."""
+    """Vision head."""
 
     def parts(self, work: Work) -> dict[str, Cost]:
-        """FLOPs of each part for some work.
-
-        Args:
-            work: Of one step, or of any number of them.
-
-        Returns:
-            `decoder`, `attention`, `vision_tower`, `mm_projector`, `lm_head` and `vision_head`.
-        """
+        """FLOPs of each part of the model for an amount of work."""
         return {
             "decoder": self.token * work.tokens,
             "attention": self.pair * work.pairs,
@@ -94,32 +85,24 @@ class ModelFlops:
         }
 
     def total(self, work: Work) -> float:
-        """FLOPs of forward and backward for some work.
+        """FLOPs of forward and backward for an amount of work.
 
-        Divided by seconds, number of devices and the peak FLOP/s of one, it is the model FLOPs utilisation (MFU).
-
-        Args:
-            work: Of one step, or of any number of them, on all devices together.
+        Divided by seconds, number of devices and the peak FLOP/s of one, this is the model FLOPs utilisation (MFU).
         """
         return sum(cost.total for cost in self.parts(work).values())
 
 
 def model_flops(model: PreTrainedModel) -> ModelFlops:
-    """Measure a model: from the sizes of its layers and from what requires a gradient.
+    """FLOPs from the sizes of the layers and what requires a gradient; every layer counts as full causal attention.
 
-    Args:
-        model: A MetaMorph model after `apply_stage`, before it is wrapped or sharded; on any device, `meta` included.
-
-    Returns:
-        The FLOPs of each unit of work. Attention windows are not modelled: every layer counts as full causal
-        attention.
+    The model is one after `apply_stage`, before it is wrapped or sharded, on any device including `meta`.
     """
     config = model.config
     tower, decoder = model.model.vision_tower, model.get_decoder()
     tower_trained = _is_trained(tower.encoder)
     reduction_trained = tower_trained or _is_trained(tower.reduction)
     connector_trained = reduction_trained or _is_trained(model.model.mm_projector)
-    # The first layer of the decoder always has an embedding table or a connector in front of it.
+    # The first layer of the decoder always follows an embedding table or a connector.
     decoder_trained = connector_trained or _is_trained(decoder)
     text, vision = config.text_config, config.vision_config
     patches = config.patch_grid**2
@@ -137,19 +120,16 @@ def model_flops(model: PreTrainedModel) -> ModelFlops:
         + tower_attention * tower_tokens**2,
         visual_token=_reduction(tower.reduction, vision.hidden_size, inputs_need=tower_trained)
         + _chain(model.model.mm_projector, inputs_need=reduction_trained),
-        text_target=_product(text.hidden_size, text.vocab_size, model.lm_head.weight, inputs_need=decoder_trained),
+        text_target=_matrix(text.hidden_size * text.vocab_size, model.lm_head.weight, inputs_need=decoder_trained),
         visual_target=_chain(model.vision_head, inputs_need=decoder_trained) if config.use_vision_ar else Cost(0),
     )
 
 
 def count_work(batch: dict[str, Any], num_image_tokens: int) -> Tensor:
-    """Count the work of a micro-batch, on the device that it is on and without waiting for it.
+    """Count the work of a micro-batch of one of our collators, on its device and without synchronization.
 
-    Args:
-        batch: A batch of one of our collators. The `sample_lengths` of its `indices` say how long the samples are;
-            without them a padded batch is counted by its `attention_mask`, and a packed one by its `position_ids`,
-            which take the padding at the end of a row for one more sample.
-        num_image_tokens: Visual tokens for each image (`N`).
+    Without `sample_lengths` in its `indices`, a padded batch is counted by its `attention_mask`, and a packed one by
+    its `position_ids`, which count the padding at the end of a row as another sample.
 
     Returns:
         int64 [6], the fields of [`Work`] in their order: sum them, then `Work(*total.tolist())`.
@@ -177,7 +157,7 @@ def _is_trained(module: nn.Module) -> bool:
 
 
 def _layers_used(select_layer: int, num_layers: int) -> int:
-    """Layers of the tower in front of hidden state `select_layer`; those behind it are cut off."""
+    """Layers of the tower before hidden state `select_layer`; the others are not computed."""
     return select_layer if select_layer >= 0 else num_layers + 1 + select_layer
 
 
@@ -186,56 +166,47 @@ def _attention(forward: float, *, trained: bool) -> Cost:
     return Cost(forward, 2 * forward if trained else 0)
 
 
-def _linears(module: nn.Module, config: PreTrainedConfig, *, inputs_need: bool) -> Cost:
-    """All linear layers of a module for one position, the experts that a token visits included.
+def _matrix(size: int, weight: Tensor, *, inputs_need: bool) -> Cost:
+    """Product of one position with a matrix of `size` numbers."""
+    return Cost(2 * size, 2 * size * (weight.requires_grad + inputs_need))
 
-    Sizes are not those of the weights, which quantised and sharded layers keep in other shapes.
-    """
+
+def _linears(module: nn.Module, config: PreTrainedConfig, *, inputs_need: bool) -> Cost:
+    """All linear layers of a module for one position, including the experts that a token visits."""
     cost = Cost(0)
-    layer: Any  # the sizes of a linear layer are attributes of its class, quantised ones included
+    layer: Any  # the sizes of a linear layer are attributes of its class, including quantised ones
     for layer in module.modules():
         for name, weight in layer.named_parameters(recurse=False):
             if name == "weight" and hasattr(layer, "in_features"):
-                products = layer.in_features * layer.out_features
+                size = layer.in_features * layer.out_features  # quantised and sharded weights have other shapes
             elif weight.ndim == 3 and hasattr(config, "num_experts_per_tok"):  # [experts, in, out]
-                products = weight.numel() // weight.shape[0] * config.num_experts_per_tok
+                size = weight.numel() // weight.shape[0] * config.num_experts_per_tok
             else:
                 continue
-            cost += Cost(2 * products, 2 * products * (weight.requires_grad + inputs_need))
+            cost += _matrix(size, weight, inputs_need=inputs_need)
     return cost
-
-
-def _product(size_in: int, size_out: int, weight: Tensor, *, inputs_need: bool) -> Cost:
-    """One linear layer for one position."""
-    return Cost(2 * size_in * size_out, 2 * size_in * size_out * (weight.requires_grad + inputs_need))
 
 
 def _convolution(layer: nn.Conv2d) -> Cost:
     """Patch embedding for one patch. Pixels never need a gradient."""
-    forward = 2 * layer.in_channels * layer.out_channels * layer.kernel_size[0] * layer.kernel_size[1]
-    return Cost(forward, forward if layer.weight.requires_grad else 0)
+    size = layer.in_channels * layer.out_channels * layer.kernel_size[0] * layer.kernel_size[1]
+    return _matrix(size, layer.weight, inputs_need=False)
 
 
 def _chain(module: nn.Module, *, inputs_need: bool) -> Cost:
-    """Linear layers behind each other, for one token; an input needs a gradient if anything before it is trained."""
-    cost, flows = Cost(0), inputs_need
+    """Consecutive linear layers, for one token; an input needs a gradient if anything before it is trained."""
+    cost = Cost(0)
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
-            forward = 2 * layer.in_features * layer.out_features
-            cost += Cost(forward, forward * (layer.weight.requires_grad + flows))
-            flows = flows or layer.weight.requires_grad
+            cost += _matrix(layer.in_features * layer.out_features, layer.weight, inputs_need=inputs_need)
+            inputs_need = inputs_need or layer.weight.requires_grad
     return cost
 
 
 def _reduction(reduction: TokenReduction, hidden: int, *, inputs_need: bool) -> Cost:
-    """`mlpmixer` for one visual token; nothing for the reductions without weights."""
+    """`mlpmixer` for one visual token; the other reductions have no weights."""
     if reduction.method != "mlpmixer":
         return Cost(0)
-    cost = Cost(0)
-    flows = inputs_need or _is_trained(reduction)  # a norm with trained weights precedes the first layer
-    for mixer, share in ((reduction.token_mixer, hidden / reduction.num_tokens), (reduction.channel_mixer, 1)):
-        for layer in mixer:
-            if isinstance(layer, nn.Linear):
-                forward = 2 * layer.in_features * layer.out_features * share
-                cost += Cost(forward, forward * (layer.weight.requires_grad + flows))
-    return cost
+    inputs_need = inputs_need or _is_trained(reduction)  # a norm with trained weights precedes the first layer
+    tokens = _chain(reduction.token_mixer, inputs_need=inputs_need) * (hidden / reduction.num_tokens)
+    return tokens + _chain(reduction.channel_mixer, inputs_need=inputs_need)

@@ -1,8 +1,7 @@
-"""How much memory a training run will need on each GPU, from shapes alone.
+"""Estimates the memory that training takes on each GPU, from shapes alone.
 
-An estimate with its terms named, so that what does not fit is known before weights are loaded. `docs/multi_gpu.md` has
-the formulas; the term for activations is compared with what autograd keeps in `tests/training/test_memory.py`. Not
-counted are temporary results inside single operations and the fragmentation of the allocator: leave a tenth of the
+`docs/multi_gpu.md` has the formulas; `tests/training/test_memory.py` compares the activations with what autograd keeps.
+Not counted are temporary results inside single operations and the fragmentation of the allocator: leave a tenth of the
 GPU free.
 """
 
@@ -22,42 +21,41 @@ from metamorph.training.optimizer import VISION_TOWER, module_of
 
 GIB = 2**30
 ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3", "zero2_offload", "zero3_offload")
-"""What `estimate_memory` knows: one process, or one of the engines of `--sharding`."""
+"""One process, or one of the engines of `--sharding`."""
 LAYERS = ("trained", "frozen", "lora")
-"""What happens to the decoder's layers: it decides what they keep for the backward pass."""
+"""Training of the decoder's layers, which determines what they keep for the backward pass."""
 LOGIT_BYTES = 12
-"""For one logit: in the precision of the computation, in float32, its gradient, and the softmax."""
+"""Per logit: in the precision of the computation, in float32, its gradient, and the softmax."""
 RUNTIME_BYTES = int(1.5 * GIB)
 """CUDA context, kernels, cuBLAS and NCCL buffers of a process with a GPU: an assumption."""
 _FLOAT32, _HALF = 4, 2
 _EIGHT_BITS = 2
-"""Bytes of the two moments of a parameter in 8 bits."""
+"""Bytes per parameter of two moments in 8 bits."""
 _BUCKETS = 400_000_000
-"""Gradients in DeepSpeed's two buckets, of `reduce_bucket_size` each."""
+"""Gradients in DeepSpeed's two buckets of `reduce_bucket_size`."""
 _MAX_LIVE = 1_000_000_000
 """Weights that ZeRO-3 keeps gathered (`stage3_max_live_parameters`)."""
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Numbers of parameters, as a sharding engine distinguishes them. See [`model_sizes`]."""
+    """Numbers of parameters, as sharding engines distinguish them. See [`model_sizes`]."""
 
     trained: int
-    """Trained parameters of all modules."""
     frozen_bytes: int
-    """Bytes of frozen parameters outside of a frozen tower, as they are kept in memory."""
+    """Bytes of frozen parameters in memory, without a frozen tower."""
     frozen: int
     """The same as a number of parameters."""
     frozen_matrices: int
-    """Those of them that belong to linear layers of the decoder, which can be kept in fewer bits."""
+    """Those of them in linear layers of the decoder, which may be kept in fewer bits."""
     tower: int
-    """Parameters of a frozen vision tower: replicated, without gradients."""
+    """A frozen vision tower: replicated, without gradients."""
     layer: int
-    """Parameters of the largest decoder layer: what is gathered at a time when weights are sharded."""
+    """The largest decoder layer, which is gathered at a time when weights are sharded."""
     root: int
-    """Parameters of embedding table and head of the language model."""
+    """Embedding table and head of the language model."""
     products: int
-    """Trained weights that matrices are multiplied by; autocast copies them and keeps the copies."""
+    """Trained matrices; autocast copies them and keeps the copies."""
     frozen_products: int
     """Frozen ones outside of a frozen tower: their copies live as long as the activations of their layer."""
     layers: str
@@ -66,18 +64,17 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one process computes at a time."""
+    """The micro-batch of one process."""
 
     rows: int
-    """Rows (`per_device_train_batch_size`)."""
     length: int
-    """Tokens of a row, padding included."""
+    """Tokens of a row, including padding."""
     images: float
     """Images in all rows."""
     supervised: int | None = None
     """Positions with a label; None counts all."""
     block_mask: bool = False
-    """Whether samples of a row are kept apart by a mask of length × length (packing with SDPA or eager attention)."""
+    """Whether a length × length mask separates samples of a row (packing with SDPA or eager attention)."""
 
     @property
     def tokens(self) -> int:
@@ -87,26 +84,25 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each GPU by what they are for."""
+    """Bytes on each GPU, by purpose."""
 
     weights: int
-    """Weights (float32 masters where they are trained), or this process's share of them."""
+    """This process's share; trained weights in float32."""
     compute_copies: int
-    """Copies of weights in the precision of the computation, gathered ones included."""
+    """Copies of weights in the precision of the computation, including gathered ones."""
     gradients: int
-    """Gradients and the buffers they are averaged in."""
+    """Including the buffers for averaging them."""
     optimizer: int
-    """State of the optimizer."""
     activations: int
     """What the decoder, and a trained tower, keep for the backward pass."""
     logits: int
     """Logits of one chunk of supervised positions, and their gradient."""
     frozen_tower: int
-    """Weights of the frozen tower, and what it needs for the images of a micro-batch."""
+    """Its weights, and its activations for the images of a micro-batch."""
     runtime: int
     """CUDA context and libraries."""
     host: int = 0
-    """Main memory of each process that offloading takes; not part of the total."""
+    """Main memory of each process for offloading; not part of the total."""
 
     @property
     def total(self) -> int:
@@ -115,16 +111,12 @@ class MemoryEstimate:
 
     @property
     def state(self) -> int:
-        """Bytes that are there all the time, whatever the batch: weights, gradients, optimizer."""
+        """Bytes that do not depend on the batch: weights, gradients, optimizer."""
         return self.weights + self.gradients + self.optimizer
 
 
 def model_sizes(model: PreTrainedModel) -> ModelSizes:
-    """Count the parameters of a model after `apply_stage`.
-
-    Args:
-        model: A MetaMorph model, possibly on the meta device.
-    """
+    """Count the parameters of a model after `apply_stage`, possibly on the meta device."""
     trained = frozen = frozen_bytes = tower = 0
     decoder = model.get_decoder()
     products = {True: 0, False: 0}
@@ -175,27 +167,27 @@ def estimate_memory(
     """Estimate the memory that training takes on each GPU.
 
     Args:
-        model: A MetaMorph model after `apply_stage`; the meta device suffices.
+        model: A MetaMorph model after `apply_stage`, possibly on the meta device.
         engine: One of `ENGINES`.
         batch: Micro-batch of one process.
         num_processes: GPUs of the run.
-        bf16: Whether bfloat16 (or float16) computes; else float32.
-        recompute: How much of each decoder layer is computed again in the backward pass, one of `RECOMPUTE`.
+        bf16: Whether the computation is in bfloat16 (or float16); otherwise it is in float32.
+        recompute: One of `RECOMPUTE`.
         all_logits: Whether the logits of all supervised positions exist at once (`--text_loss full`).
-        optimizer_bytes: State of the optimizer for each trained parameter; AdamW has 8, see [`optimizer_bytes_of`].
-        matrix_bytes: Bytes of each frozen weight of the decoder's linear layers, see [`matrix_bytes_of`].
-        on_gpu: Whether to count CUDA's own memory.
-        tower_on_gpu: Whether a frozen tower computes; else it stays in main memory.
+        optimizer_bytes: Optimizer state of each trained parameter, see [`optimizer_bytes_of`].
+        matrix_bytes: Bytes of each frozen weight in the decoder's linear layers, see [`matrix_bytes_of`].
+        on_gpu: Whether to count the memory of CUDA itself.
+        tower_on_gpu: Whether a frozen tower runs; otherwise it stays in main memory.
 
     Raises:
-        ValueError: for an unknown engine or kind of checkpointing.
+        ValueError: for an unknown `engine` or `recompute`.
     """
     check_choice("--sharding", engine, ENGINES)
     check_choice("--recompute", recompute, RECOMPUTE)
     sizes = model_sizes(model)
     if not tower_on_gpu:
         sizes = replace(sizes, tower=0)
-    if matrix_bytes < _FLOAT32:  # and then autocast has nothing to copy
+    if matrix_bytes < _FLOAT32:  # then autocast has nothing to copy
         fewer = sizes.frozen_matrices
         sizes = replace(
             sizes,
@@ -207,7 +199,7 @@ def estimate_memory(
     residual = _FLOAT32 if engine in ("single", "ddp") else compute
     logits = (batch.supervised or batch.tokens) * model.config.text_config.vocab_size
     moments: float = optimizer_bytes
-    if optimizer_bytes == _EIGHT_BITS and sizes.trained:  # the state of embeddings has 32 bits, see the trainer
+    if optimizer_bytes == _EIGHT_BITS and sizes.trained:  # except for embeddings, see the trainer
         tables = {id(part.weight): part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
         embeddings = sum(table.numel() for table in tables.values() if table.requires_grad)
         moments += (2 * _FLOAT32 - _EIGHT_BITS) * embeddings / sizes.trained
@@ -226,7 +218,7 @@ def estimate_memory(
 
 
 def optimizer_bytes_of(optim: str) -> int:
-    """Bytes of state for each trained parameter of an optimizer of `--optim`."""
+    """Bytes of state per trained parameter of an optimizer of `--optim`; AdamW has 8."""
     name = str(optim).lower()
     if "8bit" in name:
         return _EIGHT_BITS
@@ -238,11 +230,8 @@ def optimizer_bytes_of(optim: str) -> int:
 def matrix_bytes_of(bits: int, *, lora: bool, double_quant: bool = True, compute: int = _HALF) -> float:
     """Bytes of each frozen weight in the linear layers of the decoder on a GPU.
 
-    Args:
-        bits: 4 or 16 (`--bits`).
-        lora: Whether LoRA is trained beside them; they are then kept in the precision of the computation.
-        double_quant: Whether the scales of 4-bit weights, one for 64 of them, are quantised themselves.
-        compute: Bytes of a number in the computation.
+    With `lora` they are in the precision of the computation (`compute` bytes), with `bits` 4 in 4 bits and a scale for
+    64 weights, which `double_quant` quantises, too.
     """
     if bits == 4:
         return 0.5 + (1 / 64 + 4 / (64 * 256) if double_quant else 4 / 64)
@@ -259,22 +248,22 @@ def decoder_activations(
 ) -> int:
     """Bytes that the decoder keeps for the backward pass.
 
-    Of each token and layer of a Llama-like decoder (h hidden size, q and k widths of queries and of keys, f width of
+    For each token and layer of a Llama-like decoder (h hidden size, q and k widths of queries and of keys, f width of
     the MLP, c and r bytes of a number in the computation and in the residual stream):
 
         8·h                           inputs of the two norms, in float32
         + c·(2·q + 2·k) + 4·heads     queries, keys, values and output of the attention
-        + 3·c·f + 8                   the gate before and after its activation function, and what it is multiplied by
-        + 2·r·h + c·f + (5·c·h if r > c else 2·c·h)    where weights are trained: what they are multiplied by
-        + (c + 1)·(5·h + q + f)       with LoRA instead: its own inputs and the mask of its dropout
+        + 3·c·f + 8                   the gate before and after its activation, and the other factor
+        + 2·r·h + c·f + (5·c·h if r > c else 2·c·h)    with trained weights: their inputs
+        + (c + 1)·(5·h + q + f)       with LoRA instead: its inputs and dropout masks
 
     Args:
         config: Configuration of the language model.
         batch: Micro-batch of one process.
-        compute: Bytes of a number in the computation.
-        residual: Bytes of a number in the residual stream; more than `compute` only under autocast.
-        recompute: `full` keeps the input of each layer, and all of one layer at a time; `selective` also results of
-            matrix products and of attention: c·(2·q + 2·k + 2·h + 2·f) for each token and layer.
+        compute: c.
+        residual: r, larger than c only under autocast.
+        recompute: `full` keeps the input of each layer, and everything of one layer at a time; `selective` also results
+            of matrix products and attention: c·(2·q + 2·k + 2·h + 2·f) per token and layer.
         layers: One of `LAYERS`.
     """
     hidden, heads, width = config.hidden_size, config.num_attention_heads, _mlp_width(config)
@@ -290,7 +279,7 @@ def decoder_activations(
         token += (compute + 1) * (5 * hidden + queries + width)
     layer = batch.tokens * token
     mask = compute * batch.tokens * batch.length if batch.block_mask else 0
-    if autocast:  # converts the mask in every layer
+    if autocast:  # which converts the mask in every layer
         layer, mask = layer + mask, 2 * mask
     count = config.num_hidden_layers
     inputs = batch.tokens * hidden * residual
@@ -298,7 +287,7 @@ def decoder_activations(
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         inputs += batch.tokens * compute * (2 * queries + 2 * kv_heads * head_dim + 2 * hidden + 2 * width)
     kept = count * layer if recompute == "none" else count * inputs + layer
-    # Embeddings with visual tokens in them, and the final norm.
+    # Embeddings including visual tokens, and the final norm.
     ends = batch.tokens * hidden * (4 + (2 if layers == "trained" else 1) * residual)
     return int(kept + ends + mask)
 
@@ -306,7 +295,7 @@ def decoder_activations(
 def _state(
     sizes: ModelSizes, engine: str, processes: int, compute: int, optimizer_bytes: float, recompute: str
 ) -> tuple[dict[str, int], int]:
-    """Weights, copies, gradients and optimizer of one process, and what is offloaded to main memory."""
+    """Weights, copies, gradients and optimizer of one process, and its main memory for offloading."""
     trained, share = sizes.trained, 1 / processes
     if engine in ("single", "ddp"):
         buckets = _FLOAT32 * trained if processes > 1 else 0
@@ -318,7 +307,7 @@ def _state(
             "optimizer": round(optimizer_bytes * trained),
         }
         return state, 0
-    # Weights of two layers (the next one is fetched early) and of the two tables are whole at a time.
+    # Two layers (the next one is prefetched) and the two tables are gathered at a time.
     live = 2 * sizes.layer + sizes.root
     gathered = compute * live
     if engine == "fsdp2":
@@ -330,7 +319,7 @@ def _state(
             "optimizer": share * optimizer_bytes * trained,
         }
         return {name: int(value) for name, value in sharded.items()}, 0
-    # DeepSpeed keeps the model in the precision of the computation, and shards of float32 masters beside it.
+    # DeepSpeed keeps the model in the precision of the computation, plus shards of float32 master weights.
     masters, moments = share * _FLOAT32 * trained, share * optimizer_bytes * trained
     whole = compute * (trained + sizes.frozen)
     gradients = share * compute * trained
@@ -348,7 +337,7 @@ def _state(
 
 
 def _trained_tower_activations(model: PreTrainedModel, images: float, compute: int) -> float:
-    """Of a vision tower that is trained: a transformer with layer norms, biases and a plain MLP."""
+    """Activations of a trained vision tower: a transformer with layer norms, biases and a plain MLP."""
     if not model.model.vision_tower.is_trained:
         return 0
     config = model.config.vision_config
@@ -359,7 +348,7 @@ def _trained_tower_activations(model: PreTrainedModel, images: float, compute: i
 
 
 def _frozen_tower_work(model: PreTrainedModel, images: float, compute: int) -> int:
-    """One layer's results of a tower without gradients, and the pixels."""
+    """Activations of one layer of a tower without gradients, and the pixels."""
     config: Any = model.config.vision_config
     patches, side = model.config.patch_grid**2, model.config.vision_image_size
     layer = patches * (6 * config.hidden_size + 2 * _mlp_width(config)) * compute
@@ -367,7 +356,7 @@ def _frozen_tower_work(model: PreTrainedModel, images: float, compute: int) -> i
 
 
 def _mlp_width(config: PreTrainedConfig) -> int:
-    """Width of the MLP; DINOv2 gives it as a multiple of the hidden size."""
+    """Width of the MLP; DINOv2 has a multiple of the hidden size."""
     width = getattr(config, "intermediate_size", None)
     return int(width or getattr(config, "mlp_ratio", 4) * config.hidden_size)
 

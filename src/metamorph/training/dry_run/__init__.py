@@ -1,6 +1,6 @@
-"""`metamorph train --dry-run`: what a run would do, without weights.
+"""`metamorph train --dry-run`: describes a run without loading weights.
 
-Which flags may be missing?    `arguments.py`
-What is worked out?            `preview.py`
-What is printed?               `report.py`
+Which flags are there?    `arguments.py`
+What is computed?         `preview.py`
+What is printed?          `report.py`
 """

@@ -1,4 +1,4 @@
-"""Which attention is used, and whether it keeps the samples of a packed row apart."""
+"""The attention implementation, and whether it keeps the samples of a packed row apart."""
 
 from __future__ import annotations
 
@@ -10,27 +10,22 @@ from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments
+from metamorph.training.arguments import RunArguments
 
 
 logger = logging.getLogger(__name__)
 
 _SAMPLE = 4
-"""Tokens of each of the two samples of the trial."""
+"""Tokens of each test sample."""
 
 
-def choose_attention(model: PreTrainedModel, model_args: ModelArguments, args: MetaMorphTrainingArguments) -> None:
-    """Let the language model use flash attention where it is installed and works: on a GPU, in half precision.
+def choose_attention(model: PreTrainedModel, args: RunArguments) -> None:
+    """Use flash attention where it is installed and works: on a GPU, in half precision.
 
-    Without effect if `--attn_implementation` is given.
-
-    Args:
-        model: A MetaMorph model; changed in place.
-        model_args: The model flags.
-        args: How the run learns.
+    Does nothing if `--attn_implementation` is given.
     """
-    half = args.bf16 or args.fp16
-    if model_args.attn_implementation is not None or args.device.type != "cuda" or not half:
+    is_float32 = args.compute_dtype == torch.float32
+    if args.model.attn_implementation is not None or args.training.device.type != "cuda" or is_float32:
         return
     if is_flash_attn_2_available() and model.get_decoder()._supports_flash_attn:
         model.set_attn_implementation({"text_config": "flash_attention_2"})
@@ -38,34 +33,26 @@ def choose_attention(model: PreTrainedModel, model_args: ModelArguments, args: M
 
 
 def uses_flash_attention(model: MetaMorphForConditionalGeneration) -> bool:
-    """Whether the language model computes attention by one of the flash attention libraries.
-
-    They get the boundaries of samples by arguments of their own instead of a mask.
-
-    Args:
-        model: The model.
-    """
+    """Whether the language model uses a flash attention library, which takes sample boundaries instead of a mask."""
     return "flash" in (model.get_decoder().config._attn_implementation or "")
 
 
 def check_keeps_samples_apart(model: MetaMorphForConditionalGeneration) -> None:
-    """Try with two short samples whether the second is the same whatever stands in the first.
+    """Test with a row of two short samples that the second does not depend on the first.
 
     Attention keeps them apart, but layers that carry a state along the row (state-space models, linear attention) do
-    not, and nothing would show it but a worse model. Those are the same whatever computes the attention of the other
-    layers, so the trial is made without flash attention, which needs a GPU and boundaries.
-
-    Args:
-        model: The model, on any device.
+    not, and nothing would show it but a worse model. This does not depend on the attention implementation of the other
+    layers, so the test runs without flash attention, which needs a GPU and sample boundaries.
 
     Raises:
-        ValueError: If samples of one row would leak into each other.
+        ValueError: if samples of one row leak into each other.
     """
     decoder: Any = model.get_decoder()
     table: torch.Tensor = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     first, other, second = torch.randn(3, 1, _SAMPLE, model.config.text_config.hidden_size, generator=generator)
     scale = table.detach().float().std().cpu()
+    # Two rows that differ in the first sample only, each [1, 2 * _SAMPLE, hidden].
     rows = [(torch.cat([start, second], dim=1) * scale).to(decoder.device, table.dtype) for start in (first, other)]
     positions = torch.arange(_SAMPLE, device=decoder.device).repeat(1, 2)
     was_training, attention = decoder.training, decoder.config._attn_implementation

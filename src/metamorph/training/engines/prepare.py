@@ -1,8 +1,7 @@
-"""How the state of training is divided among processes: the engines of `--sharding`, and where the frozen tower lives.
+"""Prepares a model for training: the engine of `--sharding`, attention, and the options that save time and memory.
 
-Every engine keeps float32 masters of what is trained and computes in bfloat16 with `--bf16`. The engines themselves are
-Accelerate's (DDP, FSDP2) and DeepSpeed's (ZeRO); this module turns a flag into their configurations, keeps the frozen
-vision tower out of what they shard, and puts the whole weights together for saving.
+Every engine keeps float32 master weights of what is trained and computes in bfloat16 with `--bf16`. The engines are
+those of Accelerate (DDP, FSDP2) and DeepSpeed (ZeRO); this module configures them.
 """
 
 from __future__ import annotations
@@ -16,30 +15,47 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from metamorph.training.arguments import MetaMorphTrainingArguments
+from metamorph.training.arguments import MetaMorphTrainingArguments, RunArguments
 from metamorph.training.arguments.sharding import use_fsdp2
 from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.training.costs.memory import MicroBatch, estimate_memory
+from metamorph.training.engines.attention import check_keeps_samples_apart, choose_attention
+from metamorph.training.engines.speed import prepare_speed
+from metamorph.training.lora import store_frozen_matrices
 
 
 logger = logging.getLogger(__name__)
 
 GPU_SHARE = 0.7
-"""Share of a GPU that weights, gradients and optimizer may take before `auto` shards them; the rest is for
+"""Fraction of a GPU that weights, gradients and optimizer may take before `auto` shards them; the rest is for
 activations."""
 
 
+def prepare_model(model: PreTrainedModel, args: RunArguments) -> str:
+    """Set up engine, attention and memory options of a model after `apply_stage`, before the trainer is made.
+
+    Returns:
+        Name of the engine, see [`prepare_engine`].
+
+    Raises:
+        ValueError: if `--packing` would mix samples, or FSDP2 cannot shard the model.
+    """
+    engine = prepare_engine(args.training, model)
+    store_frozen_matrices(model, args)
+    if args.training.packing:
+        check_keeps_samples_apart(model)
+    choose_attention(model, args)
+    prepare_speed(model, args.training)
+    return engine
+
+
 def prepare_engine(args: MetaMorphTrainingArguments, model: PreTrainedModel) -> str:
-    """Settle what `auto` means, and what the engine must know of the model; to be called before the trainer is made.
+    """Decide what `--sharding auto` is, and configure FSDP2, in `args`.
 
     `auto` is FSDP2 if there are several GPUs and one cannot hold weights, gradients and optimizer, else DDP.
 
-    Args:
-        args: How the run learns; changed in place.
-        model: A MetaMorph model after `apply_stage`.
-
     Returns:
-        Name of the engine: `single`, a value of `--sharding`, or `deepspeed` where Transformers' own flag asks for it.
+        `single`, a value of `--sharding`, or `deepspeed` if it is configured by Transformers' own flag.
     """
     if args.deepspeed_plugin is not None:
         return args.sharding if args.sharding != "auto" else "deepspeed"
@@ -61,14 +77,10 @@ def prepare_engine(args: MetaMorphTrainingArguments, model: PreTrainedModel) -> 
 
 
 def configure_fsdp2(args: RunTrainingArguments, layers: Iterable[str]) -> None:
-    """Name the layers that FSDP2 shards one by one, and the precisions.
+    """Complete `fsdp_plugin_args`: precision, and `layers`, the classes whose modules FSDP2 shards one by one.
 
-    Inputs and outputs are not cast, as Accelerate's own policy would: the loss and what it is divided by are float32.
+    Inputs and outputs are not cast, as Accelerate's own policy would do: the loss and its normaliser are float32.
     Gradients are averaged in float32.
-
-    Args:
-        args: Its `fsdp_plugin_args` are completed.
-        layers: Names of the classes whose modules are sharded one by one.
     """
     given = {
         "fsdp_version": 2,
@@ -88,10 +100,7 @@ def configure_fsdp2(args: RunTrainingArguments, layers: Iterable[str]) -> None:
 
 
 def layer_classes(model: PreTrainedModel) -> list[str]:
-    """Names of the classes whose modules are sharded one by one: layers of the decoder and of a tower that is trained.
-
-    Args:
-        model: A MetaMorph model after `apply_stage`.
+    """Names of the classes whose modules are sharded one by one: layers of the decoder and of a trained tower.
 
     Raises:
         ValueError: if the language model does not say which of its modules are layers.
@@ -110,14 +119,11 @@ def layer_classes(model: PreTrainedModel) -> list[str]:
 
 
 @contextmanager
-def whole_weights(args: MetaMorphTrainingArguments) -> Iterator[None]:
-    """Load models inside as one process would, and let ZeRO-3 partition them afterwards.
+def full_weights(args: MetaMorphTrainingArguments) -> Iterator[None]:
+    """Load full weights inside this context also under ZeRO-3, which partitions them afterwards.
 
-    Transformers would partition each weight when it is loaded, but the model is composed of parts: rows are added to
-    tables and weights tied, which needs them whole.
-
-    Args:
-        args: How the run learns.
+    Transformers would partition each weight when it is loaded, but the model is composed of parts: adding rows to
+    tables and tying weights needs all of them.
     """
     plugin = args.deepspeed_plugin
     if plugin is None:

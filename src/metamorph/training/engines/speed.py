@@ -1,4 +1,4 @@
-"""What makes a step faster or smaller without changing what is learnt: attention, recomputation, compilation."""
+"""Recomputation and compilation: less time or memory per step, the same result."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_speed(model: PreTrainedModel, args: MetaMorphTrainingArguments) -> None:
-    """Apply `--text_loss`, `--recompute` and `--torch_compile`. Weights and their names stay as they are.
+    """Apply `--text_loss`, `--recompute` and `--torch_compile` after `apply_stage`; weights and names do not change.
 
-    Args:
-        model: A MetaMorph model after `apply_stage`; changed in place.
-        args: How the run learns. `torch_compile` is switched off in them: the layers are compiled here, and Trainer
-            would compile the whole model around them once more.
+    `torch_compile` is switched off in `args`: the layers are compiled here, and Trainer would compile the entire model
+    around them once more.
     """
     model.text_loss_options = TextLossOptions(args.text_loss)
     if args.recompute != "none":
@@ -36,14 +34,12 @@ def prepare_speed(model: PreTrainedModel, args: MetaMorphTrainingArguments) -> N
 
 
 def recompute_layers(model: PreTrainedModel, *, selective: bool) -> None:
-    """Keep less of each layer for the backward pass, and compute the rest again.
+    """Keep less of each layer for the backward pass, and recompute the rest. A frozen tower keeps nothing anyway.
 
     Args:
-        model: A MetaMorph model after `apply_stage`; changed in place. A tower that is not trained keeps nothing
-            anyway.
-        selective: Keep the results of matrix products and of attention, which take the time; compute again what lies
-            between them (norms, activations, rotations), which takes the memory. False: keep the input of each layer
-            only.
+        model: A MetaMorph model after `apply_stage`.
+        selective: Keep the results of matrix products and attention, which take the time, and recompute what lies
+            between them (norms, activations, rotations), which takes the memory. False keeps only the layer inputs.
     """
     kwargs: dict[str, Any] = {"use_reentrant": False}
     if selective:
@@ -57,21 +53,16 @@ def recompute_layers(model: PreTrainedModel, *, selective: bool) -> None:
         else:
             part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
         if part is model.get_decoder():
-            # Transformers makes the embeddings require a gradient, for the reentrant kind. Ours needs none, and with a
-            # frozen decoder a backward pass through all of it would follow.
+            # Transformers makes the embeddings require a gradient, for reentrant recomputation. Ours does not need it,
+            # and it would cause a backward pass through all of a frozen decoder.
             part.disable_input_require_grads()
 
 
 def compile_layers(model: PreTrainedModel, *, backend: str | None = None, mode: str | None = None) -> None:
-    """Compile every layer of the decoder and of the tower by itself.
+    """Compile every layer of the decoder and of the tower separately, in place; names of weights do not change.
 
-    All layers of a kind share one compilation, so that it takes seconds instead of minutes; embeddings, losses and the
-    placing of images, whose shapes change from batch to batch, stay as they are.
-
-    Args:
-        model: A MetaMorph model; changed in place. Names of weights stay the same.
-        backend: As for `torch.compile`.
-        mode: As for `torch.compile`.
+    Layers of the same kind share one compilation, so it takes seconds instead of minutes. Embeddings, losses and the
+    insertion of images, whose shapes change from batch to batch, are not compiled.
     """
     for part in (model.get_decoder(), model.model.vision_tower.encoder):
         for layer in part.modules():

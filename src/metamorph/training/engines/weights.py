@@ -1,4 +1,4 @@
-"""The weights on any engine: the frozen tower outside of what is sharded, and whole weights when saving."""
+"""Weights under any engine: the frozen tower, which is not sharded, and full weights for saving."""
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +11,19 @@ TOWER = "model.vision_tower"
 
 
 class FrozenTower:
-    """The frozen vision tower of a model in training: whole on every process, in the precision of the computation.
+    """The frozen vision tower of a model in training: complete on every process, in the precision of the computation.
 
-    Where an engine shards or partitions the model, the tower is taken out of the tree of modules, so that the engine
-    does not see it: it is reached as before, as `model.model.vision_tower`, but has no weights to gather. Nor has it
-    hooks: ZeRO-3 hangs when the order of calls changes on one process only, because its batch has no image. Of a tower
-    whose token reduction is trained, it is the encoder that is taken out. What is saved are the weights as they were
-    loaded, not rounded to bfloat16.
+    If an engine shards the model, the tower is removed from the module tree, so that the engine does not see it: it is
+    still `model.model.vision_tower`, but has no weights to gather and no hooks. (ZeRO-3 hangs when a process skips the
+    tower because its batch has no image.) If the token reduction is trained, only the encoder is removed. Saved are the
+    weights as they were loaded, not rounded to bfloat16.
 
     Args:
         model: A MetaMorph model after `apply_stage`; changed in place.
-        dtype: Precision of the tower; None leaves it as it is.
-        device: Where it computes.
-        outside: Whether to take it out of the tree.
-        keep: Whether this process needs the original weights, in main memory, because it saves.
+        dtype: Precision of the tower; None keeps it.
+        device: Device of the tower.
+        outside: Whether to remove it from the module tree.
+        keep: Whether this process keeps the original weights in main memory, because it saves.
     """
 
     def __init__(
@@ -48,10 +47,10 @@ class FrozenTower:
         if outside:
             self._weights = frozen.state_dict()
             delattr(self._parent, self._name)
-            object.__setattr__(self._parent, self._name, frozen)  # an attribute like any other: not a submodule
+            object.__setattr__(self._parent, self._name, frozen)  # a plain attribute, not a submodule
 
     def restore(self) -> None:
-        """Put the tower back into the tree, with its original weights where they were kept."""
+        """Put the tower back into the module tree, with its original weights if they were kept."""
         frozen = getattr(self._parent, self._name)
         if self._original:
             frozen.to(next(iter(self._original.values())).dtype).load_state_dict(self._original)
@@ -61,26 +60,21 @@ class FrozenTower:
         self._original, self._weights = {}, {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights of the tower that replace, or are missing in, those of the model, by their names in the model."""
+        """Weights of the tower that the model lacks or has rounded, by their names in the model."""
         return {f"{self._path}.{name}": weight for name, weight in (self._original or self._weights).items()}
 
 
 def gather_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The whole weights of a model that an engine has sharded. Every process must call it.
+    """The full state dict of a model that an engine has sharded. Every process must call it.
 
-    Args:
-        model: What the engine made of the model: with FSDP2 the model itself, with DeepSpeed its `module`.
-        keep: Whether this process wants them; the others get an empty result.
-
-    Returns:
-        The state of the model by name, in main memory where it was sharded; trained weights in float32.
+    Sharded weights are in main memory, trained ones in float32. Without `keep` the result is empty.
     """
     if isinstance(model, FSDPModule):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]  # of tensors only
-    state = dict(model.state_dict()) if keep else {}  # of buffers; weights may be parts or rounded here
+    state = dict(model.state_dict()) if keep else {}  # for the buffers; weights may be partitioned or rounded
     shared: dict[int, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) not in shared:
@@ -91,13 +85,13 @@ def gather_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
 
 
 def _gather_from_deepspeed(parameter: nn.Parameter, keep: bool) -> Tensor:
-    """The float32 master of one parameter if it is trained, else its value."""
+    """The float32 master weight of a trained parameter, or the value of a frozen one."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-    if whole is not None:
+    full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+    if full is not None:
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 has partitioned it
-        return whole.to("cpu", copy=True).view(shape) if keep else whole.new_empty(0)
+        return full.to("cpu", copy=True).view(shape) if keep else full.new_empty(0)
     with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
         return parameter.detach().to("cpu", copy=True) if keep else parameter.detach().new_empty(0)

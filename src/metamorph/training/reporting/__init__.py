@@ -1,8 +1,8 @@
-"""What people see of a run.
+"""Progress, log entries, samples and the model card of a run.
 
-Bar, lines, time left                    `progress.py`
-Log entries: speed, memory, gradients    `monitor.py`; tokens and FLOPs `throughput.py`
-Answers to fixed prompts                 `samples.py`
-TensorBoard, W&B, trackio                `trackers.py`
-The card of the result                   `model_card.py`
+Progress bar, log lines, time left              `progress.py`
+Log entries: speed, memory, gradient norms      `monitor.py`; tokens and FLOPs: `throughput.py`
+Answers to fixed prompts                        `samples.py`
+Texts and images in TensorBoard, W&B, trackio   `trackers.py`
+Model card of the result                        `model_card.py`
 """

@@ -1,8 +1,8 @@
-"""What a training run reports in each log line: speed, waiting, memory and gradients, over all ranks.
+"""Measurements of a run for its log entries: speed, data waiting, memory and gradient norms, over all ranks.
 
-Between two log lines nothing is read back from the device: work is summed there, time is taken on the host. The one
-exception is a pause (evaluation, samples, a checkpoint), before which the device is waited for, so that its time is
-not counted as training.
+Between two log entries nothing is read back from the device: work is summed there, time is taken on the host. The one
+exception is a pause (evaluation, samples, a checkpoint): the device is synchronized before it, so that its time does
+not count as training.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,31 +27,15 @@ from metamorph.models.losses import sum_dtype
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Window:
-    """What happened since the last log line, over all ranks."""
-
-    work: Tensor
-    """float64 [quantities] on the CPU: sums of what `RunMonitor.work_of` counts."""
-    samples: float
-    """Samples of all ranks."""
-    seconds: float
-    """Time without pauses, of the slowest rank."""
-    waited: float
-    """Time spent waiting for data, of the rank that waited longest."""
-    peak: float
-    """Largest memory of a rank so far, in bytes."""
-
-
 class RunMonitor(TrainerCallback):
-    """Measures a run between log lines.
+    """Measures a run between log entries.
 
-    The trainer waits for its batches within `wait` and counts them by `count`, asks `drain` for the values of a log
-    line, and wraps in `pause` what is no training. A subclass may count more than samples.
+    The trainer fetches batches within `wait`, counts them with `count`, gets the values of a log entry from `drain`,
+    and wraps in `pause` what is not training. A subclass may count more than samples.
 
     Args:
         accelerator: Gathers over the ranks.
-        module_of: The part of the model that a parameter belongs to, by its name.
+        module_of: Part of the model that a parameter belongs to, by its name.
     """
 
     def __init__(self, accelerator: Accelerator, module_of: Callable[[str], str]) -> None:
@@ -60,21 +43,21 @@ class RunMonitor(TrainerCallback):
         self.module_of = module_of
         self.skipped_records: Callable[[], int] = lambda: 0
         self.total_samples = 0.0
-        """Samples of all ranks since this process began, without those before a resume."""
+        """Samples of all ranks since this process started, without those before a resume."""
         self._norms: dict[str, Tensor] = {}
-        self._window: Window | None = None
         self._steps = 0
         self._started: float | None = None
-        self._clear()
-
-    def _clear(self) -> None:
-        """Forget what this rank has counted by itself."""
+        # Counted by this rank since the last `settle`.
         self._work: Tensor | None = None
         self._samples = 0
         self._waited = self._paused = 0.0
+        # Of all ranks since the last log entry: work and samples, seconds and waiting, peak memory in bytes.
+        self._sums: Tensor | float = 0.0
+        self._times: Tensor | float = 0.0
+        self._peak = 0.0
 
     def work_of(self, batch: dict[str, Any]) -> Tensor:
-        """What a subclass counts in a batch, `[quantities]` on the batch's device; here nothing."""
+        """Quantities that a subclass counts in a batch, `[quantities]` on its device."""
         return torch.zeros(0, device=self.accelerator.device)
 
     def samples_of(self, batch: dict[str, Any]) -> int:
@@ -82,20 +65,15 @@ class RunMonitor(TrainerCallback):
         return len(next(iter(batch.values())))
 
     def report(self, work: Tensor, seconds: float) -> dict[str, float]:
-        """What a log line says of the work of its window.
-
-        Args:
-            work: float64 `[quantities]`, over all ranks.
-            seconds: Its duration.
-        """
+        """Values of a log entry for its work (float64 `[quantities]`, over all ranks) and duration."""
         return {}
 
     def advance(self, state: TrainerState, work: Tensor) -> None:
-        """Advance the counters in `state`, which a checkpoint keeps, by `work` `[quantities]` of all ranks."""
+        """Add `work` `[quantities]` of all ranks to the counters in `state`, which checkpoints contain."""
 
     @contextmanager
     def wait(self) -> Iterator[None]:
-        """What happens within is waiting for data."""
+        """Count the time inside as waiting for data."""
         began = time.perf_counter()
         if self._started is None:
             self._started = began
@@ -103,7 +81,7 @@ class RunMonitor(TrainerCallback):
         self._waited += time.perf_counter() - began
 
     def count(self, batches: Sequence[dict[str, Any]]) -> None:
-        """Count what is in the micro-batches of one optimizer step."""
+        """Count the micro-batches of one optimizer step."""
         if batches:
             self._steps += 1
         for batch in batches:
@@ -113,40 +91,38 @@ class RunMonitor(TrainerCallback):
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What happens within is not counted as training time; the device is waited for before and after."""
+        """Do not count the time inside as training; the device is synchronized before and after."""
         self._synchronize()
         began = time.perf_counter()
         try:
             yield
         finally:
             self._synchronize()
-            if self._started is not None:  # else the clock does not run yet
+            if self._started is not None:  # otherwise the clock has not started
                 self._paused += time.perf_counter() - began
 
     def drain(self, state: TrainerState, grad_norm: float | None) -> dict[str, float]:
-        """The values of a log line, over all ranks. Every rank must call it.
+        """The values of a log entry, over all ranks; see `docs/observability.md`. Every rank must call it.
 
         Args:
-            state: Its counters are advanced.
+            state: Its counters are updated.
             grad_norm: Norm of all gradients of the last step before clipping, as Trainer logs it.
-
-        Returns:
-            See `docs/observability.md`. Empty where nothing was trained since the last call.
         """
         logs = self._module_norms(grad_norm)
         self.settle(state)
-        window, steps = self._window, self._steps
-        self._window, self._steps = None, 0
-        if window is None:
+        sums, times, steps = self._sums, self._times, self._steps
+        self._sums, self._times, self._steps = 0.0, 0.0, 0
+        if not (isinstance(sums, Tensor) and isinstance(times, Tensor)):  # nothing was trained since the last call
             return logs
+        seconds, waited = times.tolist()
         return {
             **logs,
-            "step_seconds": window.seconds / steps,
-            "data_wait_share": window.waited / window.seconds,
-            "samples_per_second": window.samples / window.seconds,
-            "peak_memory_gib": window.peak / 2**30,
+            "step_seconds": seconds / steps,
+            "data_wait_share": waited / seconds,
+            "samples_per_second": sums[-1].item() / seconds,
+            "peak_memory_gib": self._peak / 2**30,
             "skipped_records": self.skipped_records(),
-            **self.report(window.work, window.seconds),
+            **self.report(sums[:-1], seconds),
         }
 
     def on_pre_optimizer_step(
@@ -157,35 +133,29 @@ class RunMonitor(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take the gradient norm of each module, on the device, where this step's log line will want it."""
+        """Compute the gradient norm of each module, on the device, if this step is logged."""
         if model is not None and _will_log(args, state, state.global_step + 1):
             self._norms = gradient_norms(model, self.module_of)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The last step has a log line, too."""
+        """Also log the last step."""
         if state.global_step >= state.max_steps and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
 
     def _module_norms(self, grad_norm: float | None) -> dict[str, float]:
-        """`grad_norm_MODULE` before clipping.
-
-        Gradients have been clipped when they are measured. Clipping multiplies all of them by the same number, and
-        their total norm before it is known.
-        """
+        """`grad_norm_MODULE` before clipping."""
         if not self._norms:
             return {}
         values = torch.stack(list(self._norms.values())).tolist()
         names = [f"grad_norm_{module}" for module in self._norms]
         self._norms = {}
+        # They are measured after clipping, which multiplies all of them by the same number: undo it.
         total = math.hypot(*values)
         scale = grad_norm / total if grad_norm is not None and math.isfinite(grad_norm) and total > 0 else 1.0
         return {name: value * scale for name, value in zip(names, values, strict=True)}
 
     def settle(self, state: TrainerState) -> None:
-        """Sum over the ranks what each has counted by itself. Every rank must call it.
-
-        A checkpoint needs it, too: the counters in `state` shall go on from there.
-        """
+        """Sum what each rank has counted, into the window and the counters of `state`. Every rank must call it."""
         if self._work is None or self._started is None:
             return
         self._synchronize()
@@ -193,18 +163,14 @@ class RunMonitor(TrainerCallback):
         seconds = max(now - self._started - self._paused, 1e-9)
         counted = self._work.to(sum_dtype(self._work.device))
         own = counted.new_tensor([self._samples, seconds, self._waited, peak_memory(self.accelerator.device)])
+        # [ranks, quantities + 4]
         ranks = self.accelerator.gather(torch.cat([counted, own]).unsqueeze(0)).cpu().double()
-        work, samples = ranks[:, :-4].sum(dim=0), ranks[:, -4].sum().item()  # [ranks, quantities + 4]
-        seconds, waited, peak = ranks[:, -3:].max(dim=0).values.tolist()
-        self._clear()
-        self._started = now
-        self.total_samples += samples
-        self.advance(state, work)
-        before = self._window
-        if before is not None:
-            work, samples = work + before.work, samples + before.samples
-            seconds, waited = seconds + before.seconds, waited + before.waited
-        self._window = Window(work, samples, seconds, waited, peak)
+        sums, slowest = ranks[:, :-3].sum(dim=0), ranks[:, -3:].amax(dim=0)
+        self._started, self._work, self._samples = now, None, 0
+        self._waited = self._paused = 0.0
+        self._sums, self._times, self._peak = self._sums + sums, self._times + slowest[:2], slowest[2].item()
+        self.total_samples += sums[-1].item()
+        self.advance(state, sums[:-1])
 
     def _synchronize(self) -> None:
         if self.accelerator.device.type != "cpu":
@@ -212,13 +178,9 @@ class RunMonitor(TrainerCallback):
 
 
 def gradient_norms(model: nn.Module, module_of: Callable[[str], str]) -> dict[str, Tensor]:
-    """The 2-norm of the gradients of each module, 0-d tensors on the device; sharded gradients are joined.
+    """The 2-norm of the gradients of each module: 0-d tensors on the device, of all shards.
 
-    Empty under DeepSpeed, which keeps gradients to itself.
-
-    Args:
-        model: With gradients.
-        module_of: The module of a parameter, by its name.
+    Empty under DeepSpeed, which does not expose gradients.
     """
     gradients: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -229,12 +191,8 @@ def gradient_norms(model: nn.Module, module_of: Callable[[str], str]) -> dict[st
 
 
 def peak_memory(device: torch.device) -> float:
-    """Largest memory of this process so far in bytes: allocated on the device, or resident on a CPU.
-
-    Args:
-        device: Where the model is.
-    """
-    if device.type == "mps":  # it keeps no maximum
+    """Peak memory of this process in bytes: allocated on the device, or resident on a CPU."""
+    if device.type == "mps":  # no peak is recorded
         return torch.mps.driver_allocated_memory()
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
@@ -247,7 +205,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def _will_log(args: TrainingArguments, state: TrainerState, step: int) -> bool:
-    """Whether Trainer's own callback will ask for a log line after this step (or may, at the end of an epoch)."""
+    """Whether Trainer's own callback logs this step (or may, at the end of an epoch)."""
     if args.logging_first_step and step == 1:
         return True
     if step >= state.max_steps:

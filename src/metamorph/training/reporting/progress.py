@@ -1,4 +1,4 @@
-"""What a person sees of a training run: how far it is, and a line of six fields for each log entry."""
+"""Shows the progress of a run: a bar or lines, and one line for each log entry."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VALIDATION = {
     "eval_visual_loss": "visual",
     "eval_visual_cosine": "cosine",
 }
-"""Values of a validation over all sources -> what they are called."""
+"""Validation metrics over all sources -> their labels."""
 
 
 class ShowProgress(TrainerCallback):
@@ -26,8 +26,8 @@ class ShowProgress(TrainerCallback):
 
     Args:
         title: What is trained.
-        log_entries: Whether each log entry becomes a line.
-        shown: Values of a log entry that stand beside the bar -> what they are called.
+        log_entries: Whether to print a line for each log entry.
+        shown: Values of a log entry to show next to the bar -> their labels.
     """
 
     def __init__(self, title: str, *, log_entries: bool = True, shown: dict[str, str] | None = None) -> None:
@@ -39,7 +39,7 @@ class ShowProgress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin at the step of the checkpoint, if the run resumes."""
+        """Start at the step of the checkpoint, if the run resumes."""
         self._progress = Progress(
             desc=self.title,
             total=state.max_steps,
@@ -61,7 +61,7 @@ class ShowProgress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the entry: of training, of a validation, or of the whole run."""
+        """Show the entry: of training, of a validation, or of the entire run."""
         progress, logs = self._progress, logs or {}
         if progress is None:
             return

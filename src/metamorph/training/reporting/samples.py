@@ -1,11 +1,12 @@
-"""Answers to fixed prompts while a model learns: texts and pictures, in a folder for each step and in the tracker."""
+"""Answers to fixed prompts during training: texts and images, in a folder per step and in the tracker."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,9 @@ from metamorph.files.permissions import save_file
 from metamorph.inference.draw import draw
 from metamorph.inference.reply import Prompt, Reply, can_draw, reply_to
 from metamorph.inference.session import load_pipeline, pick_device, place_images
-from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.models.processing_metamorph import MetaMorphProcessor, TextPart
+from metamorph.models.processing_metamorph import TextPart
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 from metamorph.training.arguments import MetaMorphTrainingArguments
-from metamorph.training.reporting.trackers import MediaTracker
 
 
 if TYPE_CHECKING:
@@ -33,172 +32,122 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WORDS = 128
-"""New tokens of an answer, beside those of one picture."""
+_TEXT_TOKENS = 128
+"""New tokens of an answer, in addition to those of one image."""
 _FIELDS = ("prompt", "images", "draw")
 
 
 @dataclass(frozen=True)
-class SamplePrompt:
-    """A prompt that is answered again and again."""
+class SamplePrompt(Prompt):
+    """A prompt of `--sample_prompts`."""
 
-    text: str
-    """The user's turn, with one `<image>` for each picture."""
-    images: tuple[Path, ...] = ()
-    """Pictures of the prompt."""
-    draw: bool = False
-    """Whether the answer begins with a picture, however the model would begin it."""
+    paths: tuple[str, ...] = ()
+    """Paths of its images."""
 
 
 def read_prompts(path: str) -> list[SamplePrompt]:
-    """Read `--sample_prompts`: JSON Lines of `{"prompt": …, "images": […], "draw": …}`, or plain text, a prompt a line.
+    """Read `--sample_prompts`: JSON Lines of `{"prompt": …, "images": […], "draw": …}`, or text with a prompt per line.
 
-    Paths of images start at the folder of the file. Markers that are missing are put before the text.
-
-    Args:
-        path: The file; JSON Lines if its name ends in `.jsonl`.
+    Image paths are relative to the folder of the file. Missing `<image>` markers are put before the text.
 
     Raises:
-        FileNotFoundError: If the file or an image is missing.
-        ValueError: If an entry is not valid, or a picture cannot be read; the message names the line.
+        FileNotFoundError: if the file or an image is missing.
+        ValueError: if an entry is not valid, or an image cannot be read; the message names the line.
     """
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(
-            f"--sample_prompts {path} does not exist: give a text file with a prompt a line, or JSON Lines"
+            f"--sample_prompts {path} does not exist: give a text file with one prompt per line, or JSON Lines"
         )
     prompts = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"--sample_prompts {path}, line {number}"
-        prompts.append(_parse(line, where, file.parent) if file.suffix == ".jsonl" else SamplePrompt(line.strip()))
-        _check(prompts[-1], where)
+        if line.strip():
+            where = f"--sample_prompts {path}, line {number}"
+            entry = _parse(line, where) if file.suffix == ".jsonl" else {"prompt": line.strip()}
+            prompts.append(_open_prompt(entry, where, file.parent))
     if not prompts:
-        raise ValueError(f"--sample_prompts {path} is empty: give a prompt a line")
+        raise ValueError(f"--sample_prompts {path} is empty: give one prompt per line")
     return prompts
 
 
-def _parse(line: str, where: str, folder: Path) -> SamplePrompt:
+def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise ValueError(f'{where} must be {{"prompt": "…"}}, with "images" and "draw" if wanted, not {entry!r:.80}')
+        raise ValueError(f'{where} must be {{"prompt": "…"}}, optionally with "images" and "draw", not {entry!r:.80}')
+    images = entry.get("images", [])
     unknown = [name for name in entry if name not in _FIELDS]
-    images, draw = entry.get("images", []), entry.get("draw", False)
-    if unknown or not isinstance(draw, bool) or not isinstance(images, list):
+    if unknown or not isinstance(entry.get("draw", False), bool) or not isinstance(images, list):
         raise ValueError(
             f"{where}: keys are prompt (text), images (a list of paths) and draw (true or false), not {entry!r:.80}"
         )
     if not all(isinstance(image, str) for image in images):
         raise ValueError(f"{where}: images must be paths, not {images!r:.80}")
-    text = entry["prompt"]
-    if DEFAULT_IMAGE_TOKEN not in text:
-        text = place_images(text, len(images))
-    return SamplePrompt(text, tuple(folder / image for image in images), draw)
+    if DEFAULT_IMAGE_TOKEN not in entry["prompt"]:
+        entry["prompt"] = place_images(entry["prompt"], len(images))
+    return entry
 
 
-def _check(prompt: SamplePrompt, where: str) -> None:
-    markers = prompt.text.count(DEFAULT_IMAGE_TOKEN)
-    if markers != len(prompt.images):
-        raise ValueError(f"{where} has {markers} {DEFAULT_IMAGE_TOKEN}, but names {len(prompt.images)} images")
-    for image in prompt.images:
-        if not image.is_file():
-            raise FileNotFoundError(f"{where}: there is no image {image}")
-        _open(image)
-
-
-def _open(path: Path) -> Image.Image:
+def _open_prompt(entry: dict[str, Any], where: str, folder: Path) -> SamplePrompt:
+    text, paths = entry["prompt"], [folder / name for name in entry.get("images", [])]
+    if (markers := text.count(DEFAULT_IMAGE_TOKEN)) != len(paths):
+        raise ValueError(f"{where} has {markers} {DEFAULT_IMAGE_TOKEN}, but names {len(paths)} images")
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{where}: there is no image {path}")
     try:
-        return load_image(path)
+        images = tuple(load_image(path) for path in paths)
     except MediaError as error:
         raise ValueError(f"--sample_prompts: {error}") from error
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One answer."""
-
-    prompt: SamplePrompt
-    """What was asked."""
-    text: str
-    """Its words; `[picture 1]` stands where the model drew one."""
-    visual_tokens: Tensor
-    """[pictures, N, D] float32 on the CPU."""
-
-
-def answer(
-    model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor, prompts: Sequence[SamplePrompt]
-) -> list[Sample]:
-    """Answer prompts greedily, so that the same weights give the same answers and no random number is drawn.
-
-    A model that cannot draw answers as it would without being told to.
-    """
-    may_draw = can_draw(model)
-    asked = [
-        Prompt(prompt.text, tuple(_open(path) for path in prompt.images), prompt.draw and may_draw)
-        for prompt in prompts
-    ]
-    # One by one: memory is short beside a model that is being trained.
-    replies = reply_to(model, processor, asked, batch_size=1, max_new_tokens=WORDS + processor.num_image_tokens + 2)
-    return [Sample(prompt, _text(reply), reply.visual_tokens) for prompt, reply in zip(prompts, replies, strict=True)]
-
-
-def _text(reply: Reply) -> str:
-    words, drawn = [], 0
-    for part in reply.parts:
-        drawn += not isinstance(part, TextPart)
-        words.append(part.text if isinstance(part, TextPart) else f"[picture {drawn}]")
-    return "".join(words).strip()
+    return SamplePrompt(text, images, entry.get("draw", False), paths=tuple(map(str, paths)))
 
 
 def write_samples(
-    samples: Sequence[Sample], folder: Path, pipeline: VisualizationPipeline | None = None
+    prompts: Sequence[SamplePrompt],
+    replies: Sequence[Reply],
+    folder: Path,
+    pipeline: VisualizationPipeline | None = None,
 ) -> dict[str, Image.Image]:
-    """Write `samples.jsonl`, the visual tokens of all pictures (`pictures.safetensors`) and, if drawn, PNG files.
-
-    Args:
-        samples: The answers.
-        folder: Is made if need be.
-        pipeline: Draws visual tokens; None leaves them undrawn.
+    """Write `samples.jsonl`, the visual tokens of all images (`pictures.safetensors`) and, with `pipeline`, PNG files.
 
     Returns:
-        The drawn pictures by name (`001-1` is the first of the first answer).
+        The drawn images by name (`001-1` is the first of the first answer).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = [
-        [f"{number:03d}-{picture + 1}" for picture in range(len(sample.visual_tokens))]
-        for number, sample in enumerate(samples, 1)
-    ]
-    tokens = {
-        name: sample.visual_tokens[position].contiguous()
-        for sample, own in zip(samples, names, strict=True)
-        for position, name in enumerate(own)
-    }
+    tokens: dict[str, Tensor] = {}
     images: dict[str, Image.Image] = {}
+    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+        for number, (prompt, reply) in enumerate(zip(prompts, replies, strict=True), 1):
+            own = {f"{number:03d}-{image}": token for image, token in enumerate(reply.visual_tokens, 1)}
+            tokens |= own
+            entry = {
+                "prompt": prompt.text,
+                "images": prompt.paths,
+                "draw": prompt.draw,
+                "answer": _text(reply),
+                "pictures": list(own),
+            }
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     if tokens:
-        save_file(tokens, folder / "pictures.safetensors")
+        save_file({name: token.contiguous() for name, token in tokens.items()}, folder / "pictures.safetensors")
         if pipeline is not None:
             images = dict(zip(tokens, _draw(pipeline, torch.stack(list(tokens.values()))), strict=True))
     for name, image in images.items():
         image.save(folder / f"{name}.png")
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for sample, own in zip(samples, names, strict=True):
-            entry = {
-                "prompt": sample.prompt.text,
-                "images": [str(path) for path in sample.prompt.images],
-                "draw": sample.prompt.draw,
-                "answer": sample.text,
-                "pictures": own,
-            }
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     return images
 
 
+def _text(reply: Reply) -> str:
+    """The words of an answer, with `[picture 1]` in the place of an image."""
+    images = itertools.count(1)
+    parts = [part.text if isinstance(part, TextPart) else f"[picture {next(images)}]" for part in reply.parts]
+    return "".join(parts).strip()
+
+
 def _draw(pipeline: VisualizationPipeline, visual_tokens: Tensor) -> list[Image.Image]:
-    """Draw on the accelerator, and give its memory back: it belongs to training."""
+    """Draw on the accelerator, and free its memory for training."""
     pipeline.to(pick_device())
     try:
         return draw(pipeline, visual_tokens)
@@ -207,16 +156,15 @@ def _draw(pipeline: VisualizationPipeline, visual_tokens: Tensor) -> list[Image.
 
 
 def open_samples(args: MetaMorphTrainingArguments) -> SampleWriter | None:
-    """What `--sample_steps`, `--sample_prompts` and `--sample_visualizer` ask for, opened before any weights.
+    """The callback that `--sample_steps` asks for, with prompts and visualizer; None without the flag.
 
     Raises:
-        FileNotFoundError: If the file of the prompts, or an image of one, is missing.
-        ValueError: If a prompt is not valid, or the visualizer cannot be opened.
+        FileNotFoundError: if the file of the prompts, or an image of one, is missing.
+        ValueError: if a prompt is not valid, or the visualizer cannot be opened.
     """
-    if args.sample_steps is None:
+    if args.sample_steps is None or args.sample_prompts is None:  # they are given together
         return None
-    prompts = read_prompts(args.sample_prompts) if args.sample_prompts is not None else []
-    pipeline = None
+    prompts, pipeline = read_prompts(args.sample_prompts), None
     if args.sample_visualizer is not None and args.process_index == 0:
         pipeline = load_pipeline(args.sample_visualizer, flag="--sample_visualizer")
     return SampleWriter(prompts, args.sample_steps, pipeline)
@@ -225,17 +173,17 @@ def open_samples(args: MetaMorphTrainingArguments) -> SampleWriter | None:
 class SampleWriter(TrainerCallback):
     """Answers the prompts every `sample_steps` steps, into `output_dir`/samples/step-N and to the trackers.
 
-    Parameters that are sharded need all ranks in every forward pass, so then all ranks generate the same; else the
-    main process does, and the others wait for it in the next step.
+    Answers are greedy: the same weights give the same answers, and no random numbers are used. Sharded parameters need
+    all ranks in every forward pass, so all ranks generate the same answers; otherwise the main process does, and the
+    others wait.
 
     Args:
-        prompts: What is asked.
-        every: Optimizer steps between two times.
-        pipeline: Draws visual tokens; without it pictures are counted and their tokens kept.
+        prompts: The prompts; `draw` has no effect on a model that cannot draw.
+        every: Interval in optimizer steps.
+        pipeline: Draws visual tokens; without it only the tokens are written.
     """
 
     trainer: MetaMorphTrainer
-    trackers: Sequence[MediaTracker] = ()
 
     def __init__(
         self, prompts: Sequence[SamplePrompt], every: int, pipeline: VisualizationPipeline | None = None
@@ -244,38 +192,40 @@ class SampleWriter(TrainerCallback):
         self.every = every
         self.pipeline = pipeline
 
-    def attach(self, trainer: MetaMorphTrainer, trackers: Sequence[MediaTracker]) -> None:
-        """Join a trainer, which gives model, processor, precision and the clock that is stopped meanwhile."""
-        self.trainer, self.trackers = trainer, trackers
+    def attach(self, trainer: MetaMorphTrainer) -> None:
+        """Become a callback of the trainer, whose model and processor answer."""
+        self.trainer = trainer
         trainer.add_callback(self)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Called by the trainer behind each optimizer step."""
+        """Answer the prompts if it is time."""
         if state.global_step % self.every:
             return
         with self.trainer.monitor.pause():
             self.sample(state.global_step, Path(args.output_dir) / "samples" / f"step-{state.global_step}")
-            # Within the pause: else the waiting of the others would count as training.
+            # Inside the pause: otherwise the waiting of the others would count as training time.
             self.trainer.accelerator.wait_for_everyone()
 
     def sample(self, step: int, folder: Path) -> None:
-        """Answer, write and report.
-
-        Args:
-            step: For the trackers.
-            folder: Where to write.
-        """
+        """Answer the prompts, write the answers to `folder` and log them to the trackers."""
         trainer = self.trainer
         if not (trainer.is_world_process_zero() or trainer.is_sharded):
             return
+        model, processor = trainer.plain_model, trainer.processing_class
+        asked = [replace(prompt, draw=prompt.draw and can_draw(model)) for prompt in self.prompts]
+        limit = _TEXT_TOKENS + processor.num_image_tokens + 2
         with trainer.accelerator.autocast():
-            samples = answer(trainer.plain_model, trainer.processing_class, self.prompts)
+            # One at a time, because the model in training leaves little memory.
+            replies = reply_to(model, processor, asked, batch_size=1, max_new_tokens=limit)
         if not trainer.is_world_process_zero():
             return
-        images = write_samples(samples, folder, self.pipeline)
-        pictures = sum(len(sample.visual_tokens) for sample in samples)
+        images = write_samples(self.prompts, replies, folder, self.pipeline)
+        num_images = sum(reply.num_images for reply in replies)
         form = "drawn" if self.pipeline else "as visual tokens"
-        logger.info("step %d: %d answers with %d pictures, %s, in %s", step, len(samples), pictures, form, folder)
-        texts = {f"samples/{number:03d}": f"{s.prompt.text}\n\n{s.text}" for number, s in enumerate(samples, 1)}
-        for tracker in self.trackers:
+        logger.info("step %d: %d answers with %d images, %s, in %s", step, len(replies), num_images, form, folder)
+        texts = {
+            f"samples/{number:03d}": f"{prompt.text}\n\n{_text(reply)}"
+            for number, (prompt, reply) in enumerate(zip(self.prompts, replies, strict=True), 1)
+        }
+        for tracker in trainer.trackers:
             tracker.log_media(texts, {f"samples/{name}": image for name, image in images.items()}, step)

@@ -1,4 +1,4 @@
-"""What the monitor counts of MetaMorph's own batches: tokens, images, FLOPs and the use of the device's peak."""
+"""Throughput of the model: tokens, images and FLOPs per second, and the fraction of the device's peak (MFU)."""
 
 from __future__ import annotations
 
@@ -33,18 +33,12 @@ PEAK_TFLOPS = {
     "A10": 125.0,
     "MI300X": 1307.0,
 }
-"""Dense bfloat16 peak of one device in 10¹² FLOP/s, from its data sheet, without sparsity; of the names that are words
-of the device's own the first counts. float16 has the same peaks."""
+"""Dense bfloat16 peak of a device in 10¹² FLOP/s, from its data sheet; float16 has the same. The first entry whose name
+occurs as a word in the device's name applies."""
 
 
 class ThroughputMonitor(RunMonitor):
-    """Measures a run of MetaMorph, see [`RunMonitor`].
-
-    Args:
-        flops: FLOPs of each unit of work of the model.
-        num_image_tokens: Visual tokens of one image.
-        peak_tflops: Peak of one device in 10¹² FLOP/s; None leaves `mfu` out.
-    """
+    """[`RunMonitor`] of the model. Without `peak_tflops` (of one device, in 10¹² FLOP/s), `mfu` is not logged."""
 
     def __init__(
         self, accelerator: Accelerator, flops: ModelFlops, num_image_tokens: int, peak_tflops: float | None
@@ -60,12 +54,12 @@ class ThroughputMonitor(RunMonitor):
         return count_work(batch, self.num_image_tokens)
 
     def samples_of(self, batch: dict[str, Any]) -> int:
-        """Samples in a batch of one of our collators; rows, if it does not say how long its samples are."""
+        """Number of samples, or of rows if the batch has no sample lengths."""
         lengths = batch.get("indices", {}).get("sample_lengths")
         return len(batch["input_ids"] if lengths is None else lengths)
 
     def advance(self, state: TrainerState, work: Tensor) -> None:
-        """Advance `num_input_tokens_seen` and `total_flos`."""
+        """Update `num_input_tokens_seen` and `total_flos`."""
         state.num_input_tokens_seen += round(work[0].item())
         state.total_flos += self.flops.total(Work(*work.tolist()))
         self._tokens_seen = state.num_input_tokens_seen
@@ -85,20 +79,11 @@ class ThroughputMonitor(RunMonitor):
 
 
 def find_peak_tflops(given: float | None, *, half_precision: bool, device: torch.device) -> float | None:
-    """Peak of one device in 10¹² FLOP/s, for MFU.
-
-    Args:
-        given: `--peak_tflops`, which counts before the table.
-        half_precision: Whether the run computes in bfloat16 or float16; the table has no other peaks.
-        device: Of this process.
-
-    Returns:
-        None where it is not known: `mfu` is then not logged.
-    """
+    """Peak of one device in 10¹² FLOP/s: `given` by `--peak_tflops`, or from the table; None if it is not known."""
     if given is not None or device.type != "cuda" or not half_precision:
         return given
     name = torch.cuda.get_device_name(device)
     peak = next((peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None)
     if peak is None:
-        logger.warning("the peak of %s is not known, so mfu is not logged: give it by --peak_tflops", name)
+        logger.warning("the peak of %s is not known, so mfu is not logged: set it with --peak_tflops", name)
     return peak
