@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaModel, SiglipImageProc
 from metamorph.data.batching.collation import PackedCollator
 from metamorph.data.batching.lengths import Lengths, measure
 from metamorph.data.batching.packing import BatchPlanner
-from metamorph.data.batching.sampler import PackedExamples, PlannedBatches
+from metamorph.data.batching.sampler import PackedSamples, PlannedBatches
 from metamorph.data.dataset import load_data
 from metamorph.data.sources.json_files import scan_array, scan_lines
 from metamorph.data.sources.open import open_source
@@ -158,7 +158,7 @@ def loading(folder: Path, count: int) -> list[dict[str, Any]]:
     batches = PlannedBatches(planner_of(lengths, world_size=1, rows_per_batch=1, max_length=1024), rank=0)
     for workers in (0, 1, 2):
         loader = DataLoader(
-            PackedExamples(dataset),
+            PackedSamples(dataset),
             batch_sampler=batches,
             collate_fn=PackedCollator(dataset.processor.pad_token_id),
             num_workers=workers,

@@ -188,7 +188,7 @@ def print_mix(lines: list[dict[str, Any]]) -> None:
         )
 
 
-# What is learnt.
+# What is learned.
 
 
 class Experiment:

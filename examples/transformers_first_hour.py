@@ -99,8 +99,8 @@ def conversations(model: Any, processor: Any) -> None:
     """Options of chat templates."""
     messages = [*chat("hello"), {"role": "assistant", "content": "red"}]
     batch = processor.apply_chat_template(messages, tokenize=True, return_assistant_tokens_mask=True)
-    learnt = batch["input_ids"][batch["assistant_masks"].bool()]
-    assert processor.decode(learnt) == "red<|eot_id|>"
+    learned = batch["input_ids"][batch["assistant_masks"].bool()]
+    assert processor.decode(learned) == "red<|eot_id|>"
     assert processor.apply_chat_template(messages, continue_final_message=True).endswith("red")
     own = processor.chat_template.replace("<|eot_id|>", "<|end_of_text|>")
     assert processor.apply_chat_template(messages, chat_template=own).endswith("<|end_of_text|>")

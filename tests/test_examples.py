@@ -24,7 +24,7 @@ def test_idioms_of_transformers_give_what_their_users_expect() -> None:
 
 @pytest.mark.slow
 def test_both_losses_fall_on_photographs(tmp_path: Path) -> None:
-    logs = runpy.run_path(str(EXAMPLES / "real_pictures.py"))["train"](tmp_path, steps=20)
+    logs = runpy.run_path(str(EXAMPLES / "real_images.py"))["train"](tmp_path, steps=20)
 
     assert len(list((tmp_path / "data" / "images").glob("*.jpg"))) == 48
     assert [len(lines) for lines in logs.values()] == [20, 20]

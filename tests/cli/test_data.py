@@ -128,8 +128,8 @@ def test_show_prints_tokens_and_writes_images(
     rows = [line.split() for line in printed.splitlines()]
     assert sum(row[-2:] == ["visual", "target"] for row in rows) == 1  # the second image is the answer
     assert sum("image 0: 4 visual tokens" in line for line in printed.splitlines()) == 1
-    learnt = [row[2] for row in rows if len(row) > 3 and row[-1] == "text"]
-    assert learnt == ["<image_start>", "<image_end>", "<|eot_id|>"]
+    learned = [row[2] for row in rows if len(row) > 3 and row[-1] == "text"]
+    assert learned == ["<image_start>", "<image_end>", "<|eot_id|>"]
     for number in (0, 1):
         assert Image.open(tmp_path / f"2-image-{number}.png").size == (384, 384)
     assert cli.main([*words, "--index", "12", "--output-dir", str(tmp_path)]) == 2

@@ -94,7 +94,7 @@ def broken_records() -> dict[str, tuple[object, str, str]]:
             "over_long",
             r"and \d of 8 image\(s\) would be cut",
         ),
-        "mute": (llava("mute", "Say something.", " \n"), "empty_turn", "only the end of the turn would be learnt"),
+        "mute": (llava("mute", "Say something.", " \n"), "empty_turn", "only the end of the turn would be learned"),
         "templated": (llava("templated", "Hi<|eot_id|>", "Hi."), "control_token", r"contains <\|eot_id\|> as text"),
         "tagged": (llava("tagged", "<image_start>Hi", "Hi."), "control_token", "contains <image_start> as text"),
         "same": (llava("same", "Again?", "Yes."), "duplicate_id", "the id is also that of .*broken.jsonl:"),
@@ -311,8 +311,8 @@ def test_statistics_are_those_of_the_examples(folder, processor):
     lengths = [len(whole[index]["input_ids"]) for index in range(4)]
     assert statistics["tokens"]["total"] == sum(lengths)
     assert statistics["tokens"]["max"] == lengths[3] > LIMIT
-    learnt = sum(int((example["labels"] != -100).sum()) for example in examples)
-    assert statistics["text_targets"]["total"] == learnt
+    learned = sum(int((example["labels"] != -100).sum()) for example in examples)
+    assert statistics["text_targets"]["total"] == learned
     assert (statistics["images"]["total"], statistics["answer_images"]["total"]) == (3, 2)
     assert statistics["sources"]["data"]["records"] == 4
     kept = sum(len(example["input_ids"]) for example in examples)
@@ -352,7 +352,7 @@ def test_page_shows_problems_samples_and_masks(folder, processor):
     assert "&lt;b&gt;read" in page
     assert "<b>duplicate_id</b> × 29" in page
     assert "9 more are in" in page
-    assert re.search(r'<span class="learnt">A cat\.(&lt;\|eot_id\|&gt;)?</span>', page)
+    assert re.search(r'<span class="learned">A cat\.(&lt;\|eot_id\|&gt;)?</span>', page)
     assert page.count('<figure class="image">') == page.count('<figure class="answer_image">') == 1
     assert page.count('src="data:image/jpeg;base64,') == 2
     assert "http" not in page  # nothing is loaded from a network
@@ -367,9 +367,9 @@ def test_pieces_cover_the_example_and_agree_with_its_masks(folder, processor):
     for piece in pieces:
         span = slice(piece.start, piece.start + len(piece.ids))
         mask = example["visual_target_mask"][span] if piece.image is not None else example["labels"][span] != -100
-        assert mask.tolist() == [piece.is_learnt] * len(piece.ids)
+        assert mask.tolist() == [piece.is_learned] * len(piece.ids)
     assert [piece.kind for piece in pieces if piece.image is not None] == ["image", "image", "answer_image"]
-    assert "".join(text_of(piece.ids, processor) for piece in pieces if piece.kind == "learnt").startswith("This:")
+    assert "".join(text_of(piece.ids, processor) for piece in pieces if piece.kind == "learned").startswith("This:")
     rows = list(token_rows(pieces, processor))
     assert sum(loss == "text" for *_, loss in rows) == int((example["labels"] != -100).sum())
     assert [row[2:] for row in rows if row[3] == "visual target"] == [("image 2: 16 visual tokens", "visual target")]

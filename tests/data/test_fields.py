@@ -16,7 +16,7 @@ from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.batching.lengths import measure
 from metamorph.data.dataset import load_data
 from metamorph.data.doctor.check import check_dataset
-from metamorph.data.features.images import PictureSet
+from metamorph.data.features.images import ImageSet
 from metamorph.data.fields import NAMES, FieldMap
 from metamorph.data.mixture import SourceSpec
 from metamorph.data.records import DataError, RecordError
@@ -134,7 +134,7 @@ def test_a_set_in_another_layout_gives_the_same_batches(layout, folder, processo
     for name, value in expected.items():
         assert torch.equal(found[name], value) if isinstance(value, torch.Tensor) else name == "indices"
     assert other.measure(0) == plain.measure(0)
-    assert PictureSet(other).num_images == PictureSet(plain).num_images > 0
+    assert ImageSet(other).num_images == ImageSet(plain).num_images > 0
     assert check_dataset(other).problems == []
 
 

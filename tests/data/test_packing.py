@@ -6,7 +6,7 @@ import torch
 
 from metamorph.data.batching.lengths import Lengths
 from metamorph.data.batching.packing import BatchPlanner, Rows, pack_rows
-from metamorph.data.batching.sampler import PackedExamples, PlannedBatches
+from metamorph.data.batching.sampler import PackedSamples, PlannedBatches
 
 
 def lengths_of(count: int, seed: int = 0, longest: int = 300) -> Lengths:
@@ -198,7 +198,7 @@ def test_the_sampler_yields_rows_or_samples_of_its_rank() -> None:
     packed.set_epoch(2)
     assert list(packed) == [packed.planner.plan(2).batch(0, step) for step in range(len(packed))]
     assert all(isinstance(sample, int) for batch in padded for sample in batch)
-    examples = PackedExamples([{"id": str(index)} for index in range(50)])
+    examples = PackedSamples([{"id": str(index)} for index in range(50)])
     assert len(examples) == 50
     assert examples[[4, 2]] == [{"id": "4"}, {"id": "2"}]
     with pytest.raises(ValueError, match="rank 1 is none of the 1 ranks"):

@@ -6,7 +6,7 @@ from PIL import Image
 from training_parts import IMAGE_SIZE, arguments, write_records
 from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae
 
-from metamorph.evaluation.drawings import DrawingTask, draw_tasks, encode_pictures, summarise
+from metamorph.evaluation.drawings import DrawingTask, draw_tasks, encode_images, summarise
 from metamorph.evaluation.questions import Question, ask
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
 from metamorph.inference.draw import SamplerSettings
@@ -27,9 +27,9 @@ def plain_image(color: str) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def learnt(parts, tmp_path_factory):
+def learned(parts, tmp_path_factory):
     """A model that names the colour of two images and draws both when asked."""
-    folder = tmp_path_factory.mktemp("learnt")
+    folder = tmp_path_factory.mktemp("learned")
     for name in ("llm", "tower"):
         (folder / name).symlink_to(parts / name)
     (folder / "images").mkdir()
@@ -46,16 +46,16 @@ def learnt(parts, tmp_path_factory):
     return result.model, result.processor
 
 
-def test_learnt_answers_are_right_and_others_wrong(learnt):
-    model, processor = learnt
+def test_learnt_answers_are_right_and_others_wrong(learned):
+    model, processor = learned
     questions = [Question("colour", Prompt("<image>\nWhich colour?", (plain_image(color),)), color) for color in COLORS]
     assert ask(model, processor, questions).to_dict()["accuracy"] == 1.0
     swapped = [Question("colour", question.prompt, "green") for question in questions]
     assert ask(model, processor, swapped).to_dict()["accuracy"] == 0.0
 
 
-def test_replies_keep_their_order_in_any_batch(learnt):
-    model, processor = learnt
+def test_replies_keep_their_order_in_any_batch(learned):
+    model, processor = learned
     prompts = [
         Prompt("Draw red"),
         Prompt("<image>\nWhich colour?", (plain_image("blue"),)),
@@ -69,17 +69,17 @@ def test_replies_keep_their_order_in_any_batch(learnt):
         torch.testing.assert_close(one.visual_tokens, other.visual_tokens, atol=1e-4, rtol=1e-4)
 
 
-def test_drawn_tokens_are_nearest_to_the_requested_image(learnt):
-    model, processor = learnt
-    candidates = encode_pictures(model, processor, [plain_image(color) for color in COLORS])
+def test_drawn_tokens_are_nearest_to_the_requested_image(learned):
+    model, processor = learned
+    candidates = encode_images(model, processor, [plain_image(color) for color in COLORS])
     replies = reply_to(model, processor, [Prompt(f"Draw {color}") for color in COLORS])
     tokens = torch.cat([reply.visual_tokens for reply in replies])
     assert nearest_candidates(tokens, candidates).tolist() == [0, 1]
     assert (mean_cosine(tokens, candidates) > 0.9).all()
 
 
-def test_drawings_are_judged_with_their_own_target(learnt):
-    model, processor = learnt
+def test_drawings_are_judged_with_their_own_target(learned):
+    model, processor = learned
     torch.manual_seed(0)
     projector = VisualizationProjector(input_dim=24, hidden_dim=16, output_dim=CROSS_ATTENTION_DIM, mode="mlp")
     pipeline = VisualizationPipeline.from_parts(projector, tiny_unet(), tiny_vae(), tiny_scheduler())

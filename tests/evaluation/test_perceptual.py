@@ -7,7 +7,7 @@ import torch
 from perceptual_parts import save_networks
 from torch import Tensor
 
-from metamorph.evaluation.perceptual import FeatureStatistics, PictureFeatures, frechet_distance, lpips_distances
+from metamorph.evaluation.perceptual import FeatureStatistics, ImageFeatures, frechet_distance, lpips_distances
 
 
 def statistics(features: Tensor) -> FeatureStatistics:
@@ -37,15 +37,15 @@ def test_frechet_distance_of_diagonal_covariances():
 def test_networks_are_asked_for_the_right_features(tmp_path):
     lpips, inception = save_networks(tmp_path)
     black, grey = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.full((2, 3, 4, 4), 10, dtype=torch.uint8)
-    network = PictureFeatures.lpips(lpips)
+    network = ImageFeatures.lpips(lpips)
     assert lpips_distances(network, black, grey) == [300.0, 300.0]
-    features = PictureFeatures.inception(inception)(grey)
+    features = ImageFeatures.inception(inception)(grey)
     assert torch.equal(features, torch.full((2, 2), 10.0, dtype=torch.float64))
 
 
 def test_files_that_are_no_networks_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="--lpips_weights"):
-        PictureFeatures.lpips(tmp_path / "none.pt")
+        ImageFeatures.lpips(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("not a network")
     with pytest.raises(ValueError, match=r"--inception_weights .* is not a TorchScript file"):
-        PictureFeatures.inception(tmp_path / "text.pt")
+        ImageFeatures.inception(tmp_path / "text.pt")

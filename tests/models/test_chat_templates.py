@@ -118,7 +118,7 @@ def test_a_prompt_has_the_ids_with_which_the_answer_was_trained(processor, conve
         length = len(prompt.input_ids)
         assert length < len(full.input_ids)
         assert prompt.input_ids.tolist() == full.input_ids[:length].tolist()
-    # What follows the prompt is learnt up to the end of the turn; a line end after it is not.
+    # What follows the prompt is learned up to the end of the turn; a line end after it is not.
     answer, labels = full.input_ids[length:], full.labels[length:]
     end = processor.tokenizer.convert_tokens_to_ids(processor.template.end_tokens[0])
     stop = (answer == end).nonzero()[-1].item() + 1
@@ -181,7 +181,7 @@ def test_a_prompt_does_not_end_in_a_space_that_belongs_to_the_answer(tokenizer_o
 
 
 def test_a_token_that_begins_in_the_prompt_and_ends_in_the_answer_is_not_learnt():
-    """ "assistant:" and "**cat**" have the token ":**": the ids are those of the text, and the rest is learnt."""
+    """ "assistant:" and "**cat**" have the token ":**": the ids are those of the text, and the rest is learned."""
     own = tokenizer_with("space").chat_template.replace(": '", ":'")
     tokenizer = merging_tokenizer(own)
     processor = build_processor(tokenizer, version="auto")

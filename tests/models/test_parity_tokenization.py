@@ -33,7 +33,7 @@ DIFFERENT = {
     "empty_middle_answer": "an empty answer is an end of turn; the original masks the sample",
     "empty_question": "an empty question has an end of turn; the original masks the sample",
     "literal_image_tag_in_text_sample": "a marker without an image is an error",
-    "ends_with_human_turn": "same ids, but the answer is learnt; the original masks the sample",
+    "ends_with_human_turn": "same ids, but the answer is learned; the original masks the sample",
     "text_longer_than_max_length_40": "a cut at the limit as well, but one BOS token leaves room for one token more",
     "image_sample_longer_than_max_length_40": "the limit holds with images, too",
     "text_with_eot_inside_answer": "R18: the name of a control token in a text is text",
@@ -85,7 +85,7 @@ def test_ids_and_labels_are_the_originals(processor, name):
 def test_where_ours_differs_it_learns_the_answers(processor, name):
     case = CASES[name]
     encoded = encode(processor, case)
-    learnt = encoded.labels[encoded.labels != -100].tolist()
+    learned = encoded.labels[encoded.labels != -100].tolist()
     answers = [turn["value"].strip() for turn in case["conversations"] if turn["from"] == "gpt"]
     expected = [
         token
@@ -95,8 +95,8 @@ def test_where_ours_differs_it_learns_the_answers(processor, name):
             processor.tokenizer.eos_token_id,
         ]
     ]
-    assert learnt == expected[: len(learnt)]
-    assert len(learnt) == len(expected) or encoded.truncated
+    assert learned == expected[: len(learned)]
+    assert len(learned) == len(expected) or encoded.truncated
     if "input_ids" in case and name != "ends_with_human_turn":
         assert (encoded.input_ids.tolist(), encoded.labels.tolist()) != recorded_sequence(case, processor)
 

@@ -213,9 +213,9 @@ def test_r18_a_text_with_names_of_special_tokens_is_spelt_as_the_tokenizer_would
     expected = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     assert tokenizer.backend_tokenizer.encode_special_tokens  # the switch is still on, for whoever uses it
     encoded = processor.encode_conversation([{"role": "assistant", "content": text}])
-    learnt = encoded.labels[encoded.labels != -100].tolist()
-    assert learnt[:-1] == expected
-    assert learnt[-1] == tokenizer.eos_token_id
+    learned = encoded.labels[encoded.labels != -100].tolist()
+    assert learned[:-1] == expected
+    assert learned[-1] == tokenizer.eos_token_id
 
 
 def test_threads_share_a_processor(processor):
@@ -278,9 +278,9 @@ def test_r22_adjacent_images_and_images_at_the_start_of_a_turn(mm_use_im_start_e
     encoded = processor.encode_conversation(chat("<image><image>", answer), [IMAGES[0]] * (2 + count))
     assert encoded.visual_target_mask.sum() == 16 * count
     assert len(encoded.pixel_values) == 2 + count
-    learnt = tokens(processor, encoded.labels[encoded.labels != -100])
-    assert learnt.count("<image_start>") == learnt.count("<image_end>") == (count if mm_use_im_start_end else 0)
-    assert learnt[-1] == "<|eot_id|>"
+    learned = tokens(processor, encoded.labels[encoded.labels != -100])
+    assert learned.count("<image_start>") == learned.count("<image_end>") == (count if mm_use_im_start_end else 0)
+    assert learned[-1] == "<|eot_id|>"
     assert not encoded.visual_target_mask[0]
 
 

@@ -30,7 +30,7 @@ data_seed use_cpu accelerator_config ddp_find_unused_parameters ddp_bucket_cap_m
 ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed local_rank load_best_model_at_end
 metric_for_best_model greater_is_better restore_callback_states_from_checkpoint
 """
-"""Flags of training that act on what is learnt, or how, besides those that are compared when a run resumes."""
+"""Flags of training that act on what is learned, or how, besides those that are compared when a run resumes."""
 AROUND = """
 output_dir logging_strategy logging_steps logging_first_step logging_nan_inf_filter logging_dir log_level
 log_level_replica log_on_each_node disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
@@ -40,7 +40,7 @@ save_strategy save_steps save_total_limit save_only_model save_on_each_node push
 hub_token hub_private_repo hub_always_push hub_revision dataloader_num_workers dataloader_pin_memory
 dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context torch_empty_cache_steps
 """
-"""Flags that act on what is logged, evaluated, saved and uploaded, and on speed: not on what is learnt."""
+"""Flags that act on what is logged, evaluated, saved and uploaded, and on speed: not on what is learned."""
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from transformers import SiglipVisionModel, TrainerCallback
 from metamorph import cli
 from metamorph.data.dataset import load_data
 from metamorph.data.features.cache import FeatureCache, describe_tower, image_key, write_features
-from metamorph.data.features.images import PictureSet
+from metamorph.data.features.images import ImageSet
 from metamorph.data.media.stores import FolderStore, MediaError
 from metamorph.data.records import DataError, RecordError
 from metamorph.data.tasks import ImageRef
@@ -326,7 +326,7 @@ def test_parts_of_images_and_members_of_tars_are_images_of_their_own(parts: Path
     (tmp_path / "mixture.yaml").write_text(json.dumps(sources))
     spec = resolve_model(arguments(parts, tmp_path, stage=1)[0])
     plain = load_data(tmp_path / "mixture.yaml", spec.processor)
-    images = PictureSet(plain)
+    images = ImageSet(plain)
     assert images.num_images == 1 + 3 + 4  # the image, three crops of it, four members
     tower, description = Corners(), describe_tower(spec.config, spec.processor)
     options = {"dtype": "float32", "batch_size": 3, "images_per_shard": 3}

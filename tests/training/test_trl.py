@@ -42,8 +42,8 @@ def test_sft_trainer_computes_our_text_loss(tmp_path, form):
     )
 
     batch = processor.apply_chat_template(MESSAGES, images=[image], tokenize=True, return_assistant_tokens_mask=True)
-    learnt = batch.pop("assistant_masks").bool()
-    labels = batch["input_ids"] if form == "messages" else batch["input_ids"].masked_fill(~learnt, -100)
+    learned = batch.pop("assistant_masks").bool()
+    labels = batch["input_ids"] if form == "messages" else batch["input_ids"].masked_fill(~learned, -100)
     with torch.no_grad():
         expected = model(**batch, labels=labels).text_loss.item()
     before = model.lm_head.weight.detach().clone()

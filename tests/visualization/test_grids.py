@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metamorph.visualization.grids import HEADER_HEIGHT, picture_grid, reconstruction_grid
+from metamorph.visualization.grids import HEADER_HEIGHT, image_grid, reconstruction_grid
 
 
 def plain(color: str, side: int = 8) -> Image.Image:
@@ -22,7 +22,7 @@ def test_rows_and_columns_stand_where_they_should():
 
 
 def test_wide_columns_have_labels_and_gaps():
-    grid = picture_grid([[plain("red"), plain("blue")]] * 2, side=64, labels=["original", "scale 3"], gap=2)
+    grid = image_grid([[plain("red"), plain("blue")]] * 2, side=64, labels=["original", "scale 3"], gap=2)
     assert grid.size == (130, HEADER_HEIGHT + 130)
     header = np.asarray(grid.crop((0, 0, 130, HEADER_HEIGHT)))
     assert header[:, :64].min() < 100  # ink
@@ -34,8 +34,8 @@ def test_wide_columns_have_labels_and_gaps():
 
 def test_misfits_are_refused():
     with pytest.raises(ValueError, match="needs a row"):
-        picture_grid([], side=8)
+        image_grid([], side=8)
     with pytest.raises(ValueError, match="have 2 images, but one has 1"):
-        picture_grid([[plain("red")] * 2, [plain("red")]], side=8)
+        image_grid([[plain("red")] * 2, [plain("red")]], side=8)
     with pytest.raises(ValueError, match="1 labels for 2 columns"):
-        picture_grid([[plain("red")] * 2], side=8, labels=["one"])
+        image_grid([[plain("red")] * 2], side=8, labels=["one"])

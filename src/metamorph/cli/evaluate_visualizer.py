@@ -47,15 +47,15 @@ def run(flags: argparse.Namespace) -> None:
     """Measure, print a table and write JSON and a grid."""
     check_drawing_flags(flags)
     files = list_images(flags.images, flags.max_images)
-    from metamorph.evaluation.perceptual import PictureFeatures
+    from metamorph.evaluation.perceptual import ImageFeatures
     from metamorph.evaluation.visualizer import evaluate_visualizer
     from metamorph.inference.draw import SamplerSettings
     from metamorph.inference.session import pick_device
     from metamorph.runs.progress import Progress
 
     device = pick_device(flags.device, flag="--device")
-    lpips = PictureFeatures.lpips(flags.lpips_weights, device) if flags.lpips_weights else None
-    inception = PictureFeatures.inception(flags.inception_weights, device) if flags.inception_weights else None
+    lpips = ImageFeatures.lpips(flags.lpips_weights, device) if flags.lpips_weights else None
+    inception = ImageFeatures.inception(flags.inception_weights, device) if flags.inception_weights else None
     pipeline = open_pipeline(flags)
     settings = SamplerSettings(tuple(flags.guidance_scale), flags.steps, flags.seed, flags.batch_size)
     with Progress(desc="drawing", total=len(files), unit="image") as progress:
@@ -105,12 +105,12 @@ def list_images(folder: Path, most: int) -> list[Path]:
 
 def write_results(flags: argparse.Namespace, files: Sequence[Path], found: "Reconstructions") -> None:
     """Print the table, and write visualizer.json and visualizer.png."""
-    from metamorph.evaluation.perceptual import FID_PICTURES, NOT_MEASURED
+    from metamorph.evaluation.perceptual import FID_IMAGES, NOT_MEASURED
 
     scales = [score.to_dict() for score in found.scales]
     notes = {name: f"not measured: {reason}" for name, reason in NOT_MEASURED.items() if name not in scales[0]}
-    if "fid" in scales[0] and len(files) < FID_PICTURES:
-        notes["fid"] = f"of {len(files)} images: FID of fewer than {FID_PICTURES} is much too large"
+    if "fid" in scales[0] and len(files) < FID_IMAGES:
+        notes["fid"] = f"of {len(files)} images: FID of fewer than {FID_IMAGES} is much too large"
     per_picture = [
         {
             "file": str(file.relative_to(flags.images.expanduser())),

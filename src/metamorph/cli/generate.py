@@ -186,11 +186,11 @@ def save_preview(image: "Image.Image", file: Path, caption: str) -> Path | None:
     """Write an enlarged copy of a small image with a caption to `…-preview`; returns None if the image is not small."""
     if image.width >= SMALL_SIDE:
         return None
-    from metamorph.visualization.grids import picture_grid
+    from metamorph.visualization.grids import image_grid
 
     label = textwrap.shorten(caption, width=60, placeholder=" …")
     preview = _preview_of(file)
-    picture_grid([[image]], side=PREVIEW_SIDE, labels=[label]).save(preview)
+    image_grid([[image]], side=PREVIEW_SIDE, labels=[label]).save(preview)
     return preview
 
 

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     pipeline = open_pipeline(flags)
     from metamorph.evaluation.visualizer import evaluate_visualizer
     from metamorph.inference.draw import SamplerSettings
-    from metamorph.visualization.grids import picture_grid
+    from metamorph.visualization.grids import image_grid
 
     scales = tuple(flags.guidance_scale)
     settings = SamplerSettings(scales, flags.steps, flags.seed, batch_size=16)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     if flags.drawings_only:
         rows = [found.drawn[start : start + len(scales)] for start in range(0, len(found.drawn), len(scales))]
-        picture_grid(rows, side=found.drawn[0].width).save(output)
+        image_grid(rows, side=found.drawn[0].width).save(output)
     else:
         found.grid().save(output)
     for index, name in enumerate(flags.image):

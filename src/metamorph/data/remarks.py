@@ -12,7 +12,7 @@ from metamorph.data.records import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Record, Recor
 REMARKS = {
     "unread_field": "a field that looks like media or a system prompt is not read",
     "unread_marker": "a marker of a video or of audio that is not read is plain text",
-    "no_answer": "the last human turn has no answer, so nothing is learnt from it",
+    "no_answer": "the last human turn has no answer, so nothing is learned from it",
 }
 """Kinds of remarks. Training accepts these records."""
 
@@ -74,7 +74,7 @@ def _fix(name: str, value: Any) -> str:
 
 
 def remarks(record: Record, turns: Sequence[Turn], paths: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Kind and detail of anything in a record that is not read, or that nothing is learnt from.
+    """Kind and detail of anything in a record that is not read, or that nothing is learned from.
 
     Args:
         record: The record.
@@ -100,7 +100,7 @@ def remarks(record: Record, turns: Sequence[Turn], paths: Collection[str]) -> It
             )
     roles = [turn.role for turn in turns]
     if "assistant" in roles and roles[-1] == "user":
-        detail = f"turn {len(turns)} (user) has no answer, so nothing is learnt from it; remove it or add the answer"
+        detail = f"turn {len(turns)} (user) has no answer, so nothing is learned from it; remove it or add the answer"
         yield "no_answer", detail
 
 

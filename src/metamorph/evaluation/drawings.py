@@ -40,7 +40,7 @@ class Drawing:
 
     task: DrawingTask
     reply: Reply
-    picture: Image.Image | None = field(repr=False)
+    image: Image.Image | None = field(repr=False)
     """The first image of the reply; None if the model did not draw."""
     verdict: dict[str, bool]
     """The judge's verdicts; empty without an image."""
@@ -84,16 +84,16 @@ def summarise(drawings: Sequence[Drawing], names: Sequence[str] = ("all",)) -> d
 
 
 @torch.no_grad()
-def encode_pictures(
+def encode_images(
     model: MetaMorphForConditionalGeneration,
     processor: MetaMorphProcessor,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     batch_size: int = 128,
 ) -> Tensor:
     """The true visual tokens of one or more images, `[images, N, D]` float32 on the CPU."""
     model.eval()
     chunks = []
-    for start in range(0, len(pictures), batch_size):
-        pixels = processor(images=list(pictures[start : start + batch_size]), return_tensors="pt")["pixel_values"]
+    for start in range(0, len(images), batch_size):
+        pixels = processor(images=list(images[start : start + batch_size]), return_tensors="pt")["pixel_values"]
         chunks.append(model.get_visual_tokens(pixels.to(model.device)).float().cpu())
     return torch.cat(chunks)

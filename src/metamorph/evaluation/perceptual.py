@@ -20,11 +20,11 @@ NOT_MEASURED = {
     "metrics)",
 }
 """Metric → why it was not measured."""
-FID_PICTURES = 2048
+FID_IMAGES = 2048
 """With fewer images than features the covariance is singular, and FID is much too large."""
 
 
-class PictureFeatures:
+class ImageFeatures:
     """A TorchScript network from images to features; `options` are keyword arguments of its forward."""
 
     def __init__(self, file: str | Path, flag: str, device: torch.device | str = "cpu", **options: Any) -> None:
@@ -38,12 +38,12 @@ class PictureFeatures:
         self._device, self._options = device, options
 
     @classmethod
-    def lpips(cls, file: str | Path, device: torch.device | str = "cpu") -> PictureFeatures:
+    def lpips(cls, file: str | Path, device: torch.device | str = "cpu") -> ImageFeatures:
         """The network whose squared distances are LPIPS."""
         return cls(file, "--lpips_weights", device, resize_images=False, return_lpips=True)
 
     @classmethod
-    def inception(cls, file: str | Path, device: torch.device | str = "cpu") -> PictureFeatures:
+    def inception(cls, file: str | Path, device: torch.device | str = "cpu") -> ImageFeatures:
         """The network of FID."""
         return cls(file, "--inception_weights", device, return_features=True)
 
@@ -53,7 +53,7 @@ class PictureFeatures:
         return self._network(pixels.to(self._device), **self._options).flatten(1).double().cpu()
 
 
-def lpips_distances(network: PictureFeatures, first: Tensor, second: Tensor) -> list[float]:
+def lpips_distances(network: ImageFeatures, first: Tensor, second: Tensor) -> list[float]:
     """LPIPS between the images of two batches, uint8 `[images, 3, height, width]`."""
     return (network(first) - network(second)).square().sum(dim=1).tolist()
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from metamorph.evaluation.perceptual import FeatureStatistics, PictureFeatures, frechet_distance, lpips_distances
+from metamorph.evaluation.perceptual import FeatureStatistics, ImageFeatures, frechet_distance, lpips_distances
 from metamorph.inference.draw import Progress, SamplerSettings, draw
 from metamorph.models.image_processing import to_rgb
 from metamorph.visualization.grids import reconstruction_grid
@@ -81,19 +81,19 @@ class Reconstructions:
 
 def evaluate_visualizer(
     pipeline: VisualizationPipeline,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     settings: SamplerSettings,
     *,
     keep: int = 8,
-    lpips: PictureFeatures | None = None,
-    inception: PictureFeatures | None = None,
+    lpips: ImageFeatures | None = None,
+    inception: ImageFeatures | None = None,
     on_progress: Progress | None = None,
 ) -> Reconstructions:
     """Encode, draw, encode again and compare.
 
     Args:
         pipeline: A visualizer with its vision tower.
-        pictures: One or more images of any size; their central squares count. May load an image when it is asked for:
+        images: One or more images of any size; their central squares count. May load an image when it is asked for:
             each is asked for twice. The tokens of all stay in memory (64 tokens of 1,152 features: 0.3 MB each).
         settings: How to draw. Each image is drawn at every guidance scale, from the same noise.
         keep: Number of images, from the first, whose drawings are kept for a grid.
@@ -105,15 +105,15 @@ def evaluate_visualizer(
     """
     if pipeline.vision_tower is None:
         raise ValueError("the visualizer has no vision tower; load it with metamorph.visualization.load_visualizer")
-    if not len(pictures):
+    if not len(images):
         raise ValueError("there are no images to draw again; give at least one")
     scales = settings.guidance_scale
     scores = [ScaleScores(scale) for scale in (scales if isinstance(scales, Sequence) else [scales])]
     features = [FeatureStatistics() for _ in (None, *scores)]  # of the originals, then at each scale
-    keys = torch.cat([_tokens(pipeline, chunk) for _, chunk in _chunks(pictures, settings.batch_size)])
+    keys = torch.cat([_tokens(pipeline, chunk) for _, chunk in _chunks(images, settings.batch_size)])
     kept_originals: list[Image.Image] = []
     kept_drawn: list[Image.Image] = []
-    for start, chunk in _chunks(pictures, settings.batch_size):
+    for start, chunk in _chunks(images, settings.batch_size):
         drawn = draw(pipeline, keys[start : start + len(chunk)], replace(settings, seed=settings.seed + start))
         originals = [crop_square(to_rgb(image)).resize(drawn[0].size, Image.Resampling.BICUBIC) for image in chunk]
         for number, score in enumerate(scores):
@@ -130,7 +130,7 @@ def evaluate_visualizer(
         kept_drawn += drawn[: room * len(scores)]
         if on_progress is not None:
             on_progress(len(chunk))
-    if inception is not None and len(pictures) > 1:
+    if inception is not None and len(images) > 1:
         for score, found in zip(scores, features[1:], strict=True):
             score.fid = frechet_distance(features[0], found)
     return Reconstructions(scores, kept_originals, kept_drawn)

@@ -222,7 +222,7 @@ class MetaMorphProcessor(ProcessorMixin):
             add_generation_prompt: Whether to end with the header of the assistant's next answer.
             continue_final_message: Whether to end with the last message, for the model to continue.
             return_assistant_tokens_mask: Whether to return `assistant_masks` `[batch, sequence]`: 1 for tokens that are
-                learnt in training, visual tokens included, else 0.
+                learned in training, visual tokens included, else 0.
             tokenize: Whether to return model inputs instead of text. In the text, control tokens and their literal
                 names look alike, so tokenize here if contents come from untrusted sources.
             return_dict: False returns only the `input_ids`.
@@ -397,7 +397,7 @@ class MetaMorphProcessor(ProcessorMixin):
         if options.return_attention_mask:
             data["attention_mask"] = options.pad([[1] * len(row.ids) for row in builders], 0)
         if assistant_masks:
-            data["assistant_masks"] = options.pad([row.learnt for row in builders], 0)
+            data["assistant_masks"] = options.pad([row.learned for row in builders], 0)
         if options.return_mm_token_type_ids:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         remaining = [

@@ -25,7 +25,7 @@ class ResumePoint:
     """Number of the epoch."""
     trained_rows: int
     """Rows (or samples) of that epoch already trained on. The first step may have fewer rows because of them."""
-    counts_anew: bool
+    rescales_steps: bool
     """Whether the steps of the checkpoint had another number of rows, so that `step` is not the checkpoint's."""
 
 

@@ -137,14 +137,14 @@ class RunTrainer(Trainer):
             self.add_callback(ShowProgress(self.title))
         self.add_callback(StopOnBadRecords(limit))
         self.monitor.skipped_records = lambda: limit.num_bad
-        self.go_on_from(point)
+        self.resume_from(point)
         stop = StopWhenPreempted(preemption, checkpoint)
         self.add_callback(stop)
         result = self.train(resume_from_checkpoint=checkpoint)
         stop.leave_if_stopped(self)
         return result
 
-    def go_on_from(self, point: ResumePoint | None) -> None:
+    def resume_from(self, point: ResumePoint | None) -> None:
         """Set where in the data `train` resumes. Every process must call it."""
         self.resume_point = point
 
@@ -282,7 +282,7 @@ class RunTrainer(Trainer):
         assert self.optimizer is not None
         for group, given in zip(self.optimizer.param_groups, self._given, strict=True):
             group.update(given)
-        recounted = self.resume_point is not None and self.resume_point.counts_anew
+        recounted = self.resume_point is not None and self.resume_point.rescales_steps
         if not isinstance(scheduler, LambdaLR):  # its state contains the rates
             if recounted:
                 logger.warning("%s keeps its own count of steps", type(scheduler).__name__)
@@ -305,7 +305,7 @@ class RunTrainer(Trainer):
             return self.model_wrapped is not self.plain_model
         return isinstance(self.plain_model, FSDPModule)
 
-    def whole_state_dict(self) -> dict[str, Tensor]:
+    def full_state_dict(self) -> dict[str, Tensor]:
         """The full weights. Every process must call it; only those that save get them."""
         if self.is_sharded:
             return gather_weights(self.plain_model, keep=self.args.should_save)
@@ -316,7 +316,7 @@ class RunTrainer(Trainer):
 
         For some engines, Trainer would write shards only, or weights in bfloat16.
         """
-        self._save(output_dir or self.args.output_dir, state_dict=self.whole_state_dict())
+        self._save(output_dir or self.args.output_dir, state_dict=self.full_state_dict())
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metamorph.data.features.cache import DTYPES, FeatureCache, describe_tower, write_features
-from metamorph.data.features.images import PictureSet
+from metamorph.data.features.images import ImageSet
 from metamorph.data.records import DataError
 from metamorph.flags.checks import check_choice, names_flag
 from metamorph.models.vision_tower import VisionTower, load_tower_of, load_vision_encoder
@@ -57,7 +57,7 @@ def cache_features(
         raise ValueError("--freeze_vision False trains the tower, so its visual tokens change and cannot be cached")
     prepared = prepare(RunArguments(model_args, data_args, feature_args), for_run=False)
     description = describe_tower(prepared.spec.config, prepared.spec.processor)
-    images = PictureSet(prepared.dataset, data_args.on_bad_record)
+    images = ImageSet(prepared.dataset, data_args.on_bad_record)
     logger.info("%d distinct images in %d samples", images.num_images, len(prepared.dataset))
     folder = Path(data_args.feature_cache)
     tower = load_frozen_tower(model_args, prepared.spec)
@@ -76,7 +76,7 @@ def cache_features(
     return folder, count
 
 
-def _is_done(folder: Path, images: PictureSet, tower: VisionTower, description: dict[str, Any], dtype: str) -> bool:
+def _is_done(folder: Path, images: ImageSet, tower: VisionTower, description: dict[str, Any], dtype: str) -> bool:
     """Whether a complete cache of this tower has all images."""
     try:
         cache = FeatureCache(folder, description)

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import TrainOutput
 
 from metamorph.data.batching.packing import BatchPlanner
-from metamorph.data.batching.sampler import PackedExamples, PlannedBatches
+from metamorph.data.batching.sampler import PackedSamples, PlannedBatches
 from metamorph.data.dataset import MixtureDataset
 from metamorph.files.permissions import apply_umask
 from metamorph.models.adapters import has_adapter, load_adapter_weights, save_adapter
@@ -87,11 +87,11 @@ class MetaMorphTrainer(RunTrainer):
         """The samples, or with packing rows of samples."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
-        return PackedExamples(self.train_dataset) if self.batches.planner.packing else self.train_dataset
+        return PackedSamples(self.train_dataset) if self.batches.planner.packing else self.train_dataset
 
-    def go_on_from(self, point: ResumePoint | None) -> None:
+    def resume_from(self, point: ResumePoint | None) -> None:
         """See [`RunTrainer`]; leaves out the rows that have been trained on."""
-        super().go_on_from(point)
+        super().resume_from(point)
         if point is not None:
             self.batches.leave_out(point.epoch, point.trained_rows)
 
@@ -200,9 +200,9 @@ class MetaMorphTrainer(RunTrainer):
     def _data_description(self) -> dict[str, Any]:
         return describe_data(self.train_dataset, self.batches.planner)
 
-    def whole_state_dict(self) -> dict[str, Tensor]:
+    def full_state_dict(self) -> dict[str, Tensor]:
         """See [`RunTrainer`]; includes the frozen tower as it was loaded."""
-        state = super().whole_state_dict()
+        state = super().full_state_dict()
         return state if self.frozen_tower is None else state | self.frozen_tower.state_dict()
 
     def write_weights(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:

@@ -13,7 +13,7 @@ _MIN_LABEL_SIDE = 64
 """Pixels of a column that has room for a label."""
 
 
-def picture_grid(
+def image_grid(
     rows: Sequence[Sequence[Image.Image]], *, side: int, labels: Sequence[str] = (), gap: int = 0
 ) -> Image.Image:
     """Paste images into a grid.
@@ -58,4 +58,4 @@ def reconstruction_grid(
     count = len(guidance_scales)
     rows = [[original, *drawn[row * count : (row + 1) * count]] for row, original in enumerate(originals)]
     labels = ["original", *(f"scale {scale:g}" for scale in guidance_scales)]
-    return picture_grid(rows, side=side, labels=labels, gap=gap)
+    return image_grid(rows, side=side, labels=labels, gap=gap)

@@ -30,7 +30,7 @@ FIXED = (
     *("lr_scheduler", "lr_warmup_steps", "cfg_prob", "timestep_power", "noise_offset", "snr_gamma", "optim"),
     "optim_args",
 )
-"""Flags that decide what is learnt, and that the sizes of the weights do not show."""
+"""Flags that decide what is learned, and that the sizes of the weights do not show."""
 _DATA = {"pictures": "--image_folder, --image_jsons", "digest": "--image_folder, --image_jsons", "seed": "--seed"}
 """What describes the data, and the flags that decide it."""
 
@@ -66,7 +66,7 @@ def find_resume_point(
             )
     if (Path(folder) / AVERAGE_FILE).is_file() != bool(args.ema_decay):
         raise CheckpointError(f"--resume_from_checkpoint {folder}: switch --ema_decay on or off as it was there")
-    return folder, ResumePoint(manifest["step"], 0, manifest["samples"], counts_anew=False)
+    return folder, ResumePoint(manifest["step"], 0, manifest["samples"], rescales_steps=False)
 
 
 def _check_kind(folder: str) -> None:

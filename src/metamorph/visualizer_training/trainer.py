@@ -138,9 +138,9 @@ class VisualizerTrainer(RunTrainer):
         """Samples, over all processes, that the steps so far have consumed."""
         return self.batches.samples_after(self.state.global_step * self.args.gradient_accumulation_steps)
 
-    def go_on_from(self, point: ResumePoint | None) -> None:
+    def resume_from(self, point: ResumePoint | None) -> None:
         """See [`RunTrainer`]; `trained_rows` are samples."""
-        super().go_on_from(point)
+        super().resume_from(point)
         if point is not None:
             self.batches.resume(point.step * self.args.gradient_accumulation_steps, point.trained_rows)
 
@@ -148,14 +148,14 @@ class VisualizerTrainer(RunTrainer):
         """The place in the data, and what identifies the data."""
         return {"samples": self.samples_seen, "data": self.data}
 
-    def whole_state_dict(self) -> dict[str, Tensor]:
+    def full_state_dict(self) -> dict[str, Tensor]:
         """See [`RunTrainer`]; the trained weights only."""
         weights = {name: value.detach() for name, value in trainable_parameters(self.plain_model).items()}
         return gather(weights, keep=self.args.should_save)
 
     def write_weights(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
         """Write the trained weights."""
-        weights = self.whole_state_dict() if state_dict is None else state_dict
+        weights = self.full_state_dict() if state_dict is None else state_dict
         save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS_FILE)
 
     def read_weights(self, folder: str) -> None:
@@ -244,7 +244,7 @@ class VisualizerTrainer(RunTrainer):
         assert isinstance(model, Denoiser)
         keep = self.args.should_save
         if self.is_sharded:
-            state = super().whole_state_dict()
+            state = super().full_state_dict()
             if self.average is not None:
                 state |= self.average.gather(keep=keep)
             yield unsharded_copy(model, state, self.accelerator.device) if keep else model

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from metamorph.data.dataset import MixtureDataset
 
 
-class PackedExamples(Dataset[list[dict[str, Any]]]):
+class PackedSamples(Dataset[list[dict[str, Any]]]):
     """A data set indexed by rows: the index is a list of sample numbers, the item the list of their examples."""
 
     def __init__(self, dataset: MixtureDataset) -> None:
@@ -31,7 +31,7 @@ class PackedExamples(Dataset[list[dict[str, Any]]]):
 class PlannedBatches(Sampler[list[Any]]):
     """Batch sampler that yields the batches of one data-parallel rank, epoch by epoch.
 
-    With packing a batch is a list of rows, for [`PackedExamples`]; without, a list of sample numbers.
+    With packing a batch is a list of rows, for [`PackedSamples`]; without, a list of sample numbers.
     """
 
     def __init__(self, planner: BatchPlanner, rank: int) -> None:

@@ -1,4 +1,4 @@
-"""Training examples as people can read them: which tokens are learnt, and the images as the vision tower sees them."""
+"""Training examples as people can read them: which tokens are learned, and the images as the vision tower sees them."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class Piece:
     start: int
     """Position of the first token."""
     ids: tuple[int, ...]
-    is_learnt: bool
+    is_learned: bool
     """Whether they have a loss: text loss for text, visual loss for an image."""
     image: int | None = None
     """Number of the image in reading order; None for text."""
 
     @property
     def kind(self) -> str:
-        """`read` or `learnt` text, `image` (only read) or `answer_image` (learnt)."""
+        """`read` or `learned` text, `image` (only read) or `answer_image` (learned)."""
         if self.image is None:
-            return "learnt" if self.is_learnt else "read"
-        return "answer_image" if self.is_learnt else "image"
+            return "learned" if self.is_learned else "read"
+        return "answer_image" if self.is_learned else "image"
 
 
 def split_example(example: dict[str, Any], processor: MetaMorphProcessor) -> list[Piece]:
     """Split an example of the data set where the kind of its tokens changes."""
     ids = example["input_ids"].tolist()
-    learnt = (example["labels"] != IGNORE_INDEX).tolist()
+    learned = (example["labels"] != IGNORE_INDEX).tolist()
     targets = example["visual_target_mask"].tolist()
     placeholder, count = processor.image_tokens.image, processor.num_image_tokens
     pieces: list[Piece] = []
@@ -50,9 +50,9 @@ def split_example(example: dict[str, Any], processor: MetaMorphProcessor) -> lis
             start += count
             continue
         end = start + 1
-        while end < len(ids) and ids[end] != placeholder and learnt[end] == learnt[start]:
+        while end < len(ids) and ids[end] != placeholder and learned[end] == learned[start]:
             end += 1
-        pieces.append(Piece(start, tuple(ids[start:end]), learnt[start]))
+        pieces.append(Piece(start, tuple(ids[start:end]), learned[start]))
         start = end
     return pieces
 
@@ -63,11 +63,11 @@ def token_rows(pieces: list[Piece], processor: MetaMorphProcessor) -> Iterator[t
         if piece.image is not None:
             last = piece.start + len(piece.ids) - 1
             text = f"image {piece.image}: {len(piece.ids)} visual tokens"
-            yield f"{piece.start}–{last}", str(piece.ids[0]), text, "visual target" if piece.is_learnt else ""
+            yield f"{piece.start}–{last}", str(piece.ids[0]), text, "visual target" if piece.is_learned else ""
             continue
         for offset, token in enumerate(piece.ids):
             text = text_of([token], processor)
-            yield str(piece.start + offset), str(token), repr(text)[1:-1], "text" if piece.is_learnt else ""
+            yield str(piece.start + offset), str(token), repr(text)[1:-1], "text" if piece.is_learned else ""
 
 
 def text_of(ids: Sequence[int], processor: MetaMorphProcessor) -> str:

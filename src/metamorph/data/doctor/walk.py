@@ -184,8 +184,8 @@ def _faults_of_turns(turns: Sequence[Turn], control_tokens: re.Pattern[str]) -> 
         parts = split_at_images(turn.text)
         texts = [part for part in parts if isinstance(part, str)]
         if not "".join(texts).strip() and len(texts) == len(parts):
-            learnt = "only the end of the turn would be learnt" if turn.role == "assistant" else "it says nothing"
-            yield "empty_turn", f"turn {number} ({turn.role}) is empty: {learnt}; write a text or remove the record"
+            learned = "only the end of the turn would be learned" if turn.role == "assistant" else "it says nothing"
+            yield "empty_turn", f"turn {number} ({turn.role}) is empty: {learned}; write a text or remove the record"
         names = sorted({match[0] for text in texts for match in control_tokens.finditer(text)})
         if names:
             yield (

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 Keyed = list[tuple[tuple[int, int], Tensor]]
 
 
-class PictureSet(Dataset[Keyed]):
+class ImageSet(Dataset[Keyed]):
     """The records with an image that no earlier record has, as keys and pixel values.
 
     An item is a list of key and float32 `[3, height, width]` for each new image of one record.

@@ -2,7 +2,7 @@
 
 To add one: write a module with a frozen dataclass of options and a function `build(record, rng, options, video)` that
 returns a `Conversation` (`instruction.py` is the shortest), name both in a `Task`, and add that to `_ALL` below.
-Wordings belong in `wording.py`; shared code is in `base.py`. The tasks: `instruction.py`, `pictures.py` (drawing and
+Wordings belong in `wording.py`; shared code is in `base.py`. The tasks: `instruction.py`, `images.py` (drawing and
 editing), `regions.py` (a detail first), `video_qa.py`, `frame_prediction.py`.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 from metamorph.data.media.refs import Box, ImageRef
 from metamorph.data.tasks.base import Conversation, Task
 from metamorph.data.tasks.frame_prediction import FRAME_PREDICTION
+from metamorph.data.tasks.images import IMAGE_EDIT, TEXT_TO_IMAGE
 from metamorph.data.tasks.instruction import INSTRUCTION
-from metamorph.data.tasks.pictures import IMAGE_EDIT, TEXT_TO_IMAGE
 from metamorph.data.tasks.regions import VISUAL_COT, VSTAR
 from metamorph.data.tasks.video_qa import VIDEO_QA
 from metamorph.flags.parser import nearest, unknown_choice

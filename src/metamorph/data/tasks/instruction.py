@@ -30,4 +30,4 @@ def _build(
 
 
 INSTRUCTION = Task("instruction", InstructionOptions, _build)
-"""Questions, instructions and plain text; images in `gpt` turns are learnt."""
+"""Questions, instructions and plain text; images in `gpt` turns are learned."""

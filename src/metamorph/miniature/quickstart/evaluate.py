@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from metamorph.evaluation.drawings import Drawing, DrawingTask, draw_tasks, encode_pictures, summarise
+from metamorph.evaluation.drawings import Drawing, DrawingTask, draw_tasks, encode_images, summarise
 from metamorph.evaluation.questions import Question, QuestionResults, ask, fraction
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
 from metamorph.inference import Prompt, SamplerSettings, Session, draw, load
@@ -156,7 +156,7 @@ def compare_tokens(session: Session, drawings: dict[str, list[Drawing]]) -> dict
     targets = (item.task.target for items in drawings.values() for item in items)
     scenes = list(dict.fromkeys([*single_scenes(), *targets]))
     place = {scene: index for index, scene in enumerate(scenes)}
-    candidates = encode_pictures(session.model, session.processor, [render(scene) for scene in scenes])
+    candidates = encode_images(session.model, session.processor, [render(scene) for scene in scenes])
     found = {}
     for group, items in drawings.items():
         cosines, right = [], []
@@ -183,7 +183,7 @@ def _redraw(session: Session, files: WorldFiles, count: int, settings: SamplerSe
     records = _records(files.evaluation["visualizer"], count)
     scenes = [Scene.from_dict(record["scene"]) for record in records]
     originals = [_open(files.image_folder / record["image"]) for record in records]
-    tokens = encode_pictures(session.model, session.processor, originals)
+    tokens = encode_images(session.model, session.processor, originals)
     with Progress(desc="visualizer", total=count, unit="image") as bar:
         images = draw(session.visualizer, tokens, settings, bar.update)
     return [

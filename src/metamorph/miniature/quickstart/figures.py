@@ -40,7 +40,7 @@ def drawing_cell(drawing: Drawing, *, with_inputs: bool = False) -> Cell:
     inputs = drawing.task.prompt.images if with_inputs else ()
     prompt = drawing.task.prompt.text.replace("<image>", "").strip()
     text = f"{prompt}\n{verdict_text(drawing.verdict)}"
-    return Cell((*inputs, drawing.picture), text, drawing.is_right())
+    return Cell((*inputs, drawing.image), text, drawing.is_right())
 
 
 def verdict_text(verdict: dict[str, bool]) -> str:

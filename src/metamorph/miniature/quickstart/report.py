@@ -36,8 +36,8 @@ class Section:
 
 
 def write_report(space: Workspace, evaluation: WorldEvaluation, metrics: dict[str, Any]) -> None:
-    """Write report.html, with the loss curves already in `space.pictures`, and the PNG files next to it."""
-    sections = save_sections(space.pictures, evaluation, metrics)
+    """Write report.html, with the loss curves already in `space.figures`, and the PNG files next to it."""
+    sections = save_sections(space.figures, evaluation, metrics)
     stages = [
         {
             "name": name,
@@ -55,7 +55,7 @@ def write_report(space: Workspace, evaluation: WorldEvaluation, metrics: dict[st
         model=shlex.quote(str(space.model)),
         visualizer=shlex.quote(str(space.visualizer)),
         sections=[{"title": section.title, "text": section.text, "cards": _cards(section)} for section in sections],
-        curves=_data_url(Image.open(space.pictures / "losses.png")),
+        curves=_data_url(Image.open(space.figures / "losses.png")),
         stages=stages,
         recipe=yaml.safe_dump({"recipe": metrics["recipe"], "versions": metrics["versions"]}, sort_keys=False),
     )

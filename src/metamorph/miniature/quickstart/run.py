@@ -61,8 +61,8 @@ def run_quickstart(space: Workspace, *, fast: bool = False) -> dict[str, Any]:
         "recipe": asdict(recipe),
         "versions": {**library_versions(), "diffusers": diffusers.__version__},
     }
-    space.pictures.mkdir()
-    save_curves(space.pictures / "losses.png", stage1.log_history, stage2.log_history, visualizer.losses)
+    space.figures.mkdir()
+    save_curves(space.figures / "losses.png", stage1.log_history, stage2.log_history, visualizer.losses)
     write_report(space, evaluation, metrics)
     (space.root / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics

@@ -39,7 +39,7 @@ class Workspace:
         self.connector = root / "connector"  # result of stage 1
         self.model = root / "model"  # result of stage 2
         self.visualizer = root / "visualizer"
-        self.pictures = root / "pictures"  # PNG files of the report
+        self.figures = root / "pictures"  # PNG files of the report
 
     def clear(self) -> None:
         """Create the folder and remove the results of an earlier run, whose checkpoint would be resumed."""

@@ -1,7 +1,7 @@
 """From a conversation to one sequence of ids, labels and visual targets.
 
 Which templates does `--version` name?        `chat_templates.py`
-What of a template is learnt?                 `chat_template.py`; its date: `template_date.py`
+What of a template is learned?                 `chat_template.py`; its date: `template_date.py`
 How is a template limited?                    `bounded_jinja.py`
 How are ids and labels built together?        `conversations.py`, called by `conversation_encoder.py`
 How are generated ids split?                  `conversations.py`

@@ -1,4 +1,4 @@
-"""A Jinja chat template, divided into text that is learnt and text that is only read."""
+"""A Jinja chat template, divided into text that is learned and text that is only read."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class Segment:
 
 
 class ChatTemplate:
-    """A Jinja chat template, divided into text that is learnt and text that is only read.
+    """A Jinja chat template, divided into text that is learned and text that is only read.
 
     The full conversation is rendered once, and once up to each answer with a generation prompt. That prompt must be a
-    prefix of the full text: the model sees the same text in training and in use. An answer is learnt from there up to
+    prefix of the full text: the model sees the same text in training and in use. An answer is learned from there up to
     the token that ends the turn.
 
     If the text depends on the roles alone, this is done once for each order of roles, with marks instead of contents. A
@@ -66,7 +66,7 @@ class ChatTemplate:
     Four things are changed in the source, and saved with a trained model: a system message that the template refuses,
     drops or puts after a later turn goes to the start of the first user message; an answer without an end gets a token
     that ends it; white space at the end of a prompt, which the tokenizer would join with the first word of an answer,
-    is learnt with the answer instead; and a date is that of the day on which this object was made. A template that is
+    is learned with the answer instead; and a date is that of the day on which this object was made. A template that is
     faulty, or cannot be used for training, is a `ValueError`.
     """
 
@@ -208,7 +208,7 @@ class ChatTemplate:
         self.source = _SYSTEM_IN_FIRST_TURN + self.source
 
     def _find_ends(self) -> tuple[str, str, str]:
-        """Text between an answer and the next question, and what of it is learnt there and after the last answer."""
+        """Text between an answer and the next question, and what of it is learned there and after the last answer."""
         alone = self._after_answer(("user", "assistant"))
         try:
             gap = self._after_answer(("user", "assistant", "user"))

@@ -35,7 +35,7 @@ class EncodedConversation:
     input_ids: torch.Tensor
     """int64 `[sequence]`, each image expanded to its placeholders."""
     labels: torch.Tensor
-    """int64 `[sequence]`, not shifted: the id where text is learnt, `IGNORE_INDEX` elsewhere."""
+    """int64 `[sequence]`, not shifted: the id where text is learned, `IGNORE_INDEX` elsewhere."""
     visual_target_mask: torch.Tensor
     """bool `[sequence]`: the placeholders of images in assistant turns."""
     pixel_values: torch.Tensor | None = None
@@ -108,7 +108,7 @@ class SequenceBuilder:
     truncated: bool = False
 
     @property
-    def learnt(self) -> list[int]:
+    def learned(self) -> list[int]:
         """1 for each token of an answer, text or visual, else 0."""
         pairs = zip(self.labels, self.targets, strict=True)
         return [int(is_target or label != IGNORE_INDEX) for label, is_target in pairs]

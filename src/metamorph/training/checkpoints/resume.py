@@ -8,7 +8,7 @@
    rows in the order of the epoch, which does not depend on the number of processes or the batch size, so a run may
    resume with other batches.
 4. `resume_flags.check_flags` compares the flags.
-5. `MetaMorphTrainer.go_on_from` leaves out the rows of the epoch that have been trained on, and Trainer starts at the
+5. `MetaMorphTrainer.resume_from` leaves out the rows of the epoch that have been trained on, and Trainer starts at the
    step of the `ResumePoint`.
 """
 
@@ -106,7 +106,7 @@ def plan_resume(
             f"number, not on {new.processes}"
         )
     if old.rows_per_step == new.rows_per_step:
-        return ResumePoint(manifest["step"], old.epoch, old.rows, counts_anew=False)
+        return ResumePoint(manifest["step"], old.epoch, old.rows, rescales_steps=False)
     step = old.epoch * steps_per_epoch(planner, args.gradient_accumulation_steps) + old.rows // new.rows_per_step
     logger.warning(
         "an optimizer step had %d rows (over %d processes) and now has %d (over %d): step %d becomes step %d, and the "
@@ -120,7 +120,7 @@ def plan_resume(
         old.rows,
         planner.num_rows,
     )
-    return ResumePoint(step, old.epoch, old.rows, counts_anew=True)
+    return ResumePoint(step, old.epoch, old.rows, rescales_steps=True)
 
 
 def describe_data(dataset: MixtureDataset, planner: BatchPlanner) -> dict[str, Any]:

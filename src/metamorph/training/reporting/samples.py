@@ -140,9 +140,9 @@ def write_samples(
 
 
 def _text(reply: Reply) -> str:
-    """The words of an answer, with `[picture 1]` in the place of an image."""
+    """The words of an answer, with `[image 1]` in the place of an image."""
     images = itertools.count(1)
-    parts = [part.text if isinstance(part, TextPart) else f"[picture {next(images)}]" for part in reply.parts]
+    parts = [part.text if isinstance(part, TextPart) else f"[image {next(images)}]" for part in reply.parts]
     return "".join(parts).strip()
 
 

@@ -4,7 +4,7 @@ The photographs come with scikit-image and scikit-learn; nothing is downloaded. 
 nothing useful is learned: the example shows the data and arguments of a real run, at the real image size (27×27
 patches, reduced to 64 visual tokens), and that both losses fall.
 
-    python examples/real_pictures.py --output-dir runs/real_pictures --steps 20
+    python examples/real_images.py --output-dir runs/real_images --steps 20
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def train(output_dir: Path, steps: int = 20) -> dict[str, list[dict[str, float]]
 def main() -> None:
     """Train, and print both losses of the first and last steps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/real_pictures"))
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/real_images"))
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each stage (default: %(default)s)")
     flags = parser.parse_args()
     for stage, lines in train(flags.output_dir, flags.steps).items():
