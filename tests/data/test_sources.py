@@ -67,7 +67,7 @@ def test_a_broken_line_is_an_error_of_its_record_alone(tmp_path):
     assert [(index, error.where, error.kind) for index, error in broken.items()] == [
         (index, f"{path}:{index + 1}", "broken_line") for index in (1, 3, 5, 6, 7)
     ]
-    assert "data.jsonl:2: the text is not valid JSON (Unterminated string starting at at column 13" in str(broken[1])
+    assert "data.jsonl:2: the text is not valid JSON (Unterminated string starting at column 13" in str(broken[1])
     assert "the text cannot be read (Exceeds the limit" in str(broken[6])
     assert "not UTF-8" in str(broken[7])
 

@@ -181,7 +181,8 @@ def parse_json(text: bytes, where: str) -> Any:
         return json.loads(text.removeprefix(BYTE_ORDER_MARK))
     except json.JSONDecodeError as error:
         column = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        fault = f"the text is not valid JSON ({error.msg.removesuffix(" at")} at {column}: {text[:60]!r}); correct or remove it"
+        message = error.msg.removesuffix(" at")
+        fault = f"the text is not valid JSON ({message} at {column}: {text[:60]!r}); correct or remove it"
         raise RecordError.at(where, "broken_line", fault) from error
     except UnicodeDecodeError as error:
         fault = f"the text is not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8"
