@@ -1,4 +1,4 @@
-"""One process of `test_engines.py`: trains the runs in a JSON file, one after another, and writes what it saw."""
+"""One process of `test_engines_processes.py` and `test_fsdp2.py`: trains the runs in a JSON file, one after another, and writes what it saw."""
 
 import json
 import os
@@ -6,16 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
+from fsdp2_parts import shard_on_cpu
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from training_parts import arguments, logged
 
 from metamorph.training import run
 from metamorph.training.trainer import MetaMorphTrainer
-
-
-# DeepSpeed would compile a faster all-reduce for processes of one machine, which takes minutes.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Recording(MetaMorphTrainer):
@@ -29,18 +27,49 @@ class Recording(MetaMorphTrainer):
         tower = self.plain_model.model.vision_tower
         SEEN["engine"] = type(self.model_wrapped).__name__
         SEEN["outside"] = "vision_tower" not in dict(self.plain_model.model.named_children())
-        SEEN["partitioned"] = sum(hasattr(weight, "ds_id") for weight in self.plain_model.parameters())
-        SEEN["tower_partitioned"] = any(hasattr(weight, "ds_id") for weight in tower.parameters())
+        SEEN["partitioned"] = sum(is_partitioned(weight) for weight in self.plain_model.parameters())
+        SEEN["tower_partitioned"] = any(is_partitioned(weight) for weight in tower.parameters())
+        SEEN["layers"] = all(isinstance(layer, FSDPModule) for layer in self.plain_model.get_decoder().layers)
         return batches, count
+
+
+    def training_step(self, *args: Any) -> torch.Tensor:
+        """As the trainer does; notes the bytes of gradients that stay unsharded after a micro-batch."""
+        loss: torch.Tensor = super().training_step(*args)
+        SEEN["unsharded"] = max(SEEN.get("unsharded", 0), unsharded_gradients(self.plain_model))
+        return loss
 
 
 SEEN: dict[str, Any] = {}
 
 
+def unsharded_gradients(model: torch.nn.Module) -> int:
+    """Bytes of gradients that FSDP2 keeps for all weights, not only for the shard of this process."""
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+    weights = [weight for group in groups for weight in group.fsdp_params]
+    kept = [weight.unsharded_accumulated_grad for weight in weights]  # if their precision is not that of the averages
+    kept += [weight._unsharded_param.grad for weight in weights if hasattr(weight, "_unsharded_param")]
+    return sum(gradient.nbytes for gradient in kept if gradient is not None)
+
+
+def is_partitioned(weight: torch.Tensor) -> bool:
+    """Whether this process has only a part of a weight, by ZeRO-3 or FSDP2."""
+    return hasattr(weight, "ds_id") or isinstance(weight, DTensor)
+
+
 def main(parts: Path, output_dir: Path) -> None:
     """Train every run of `runs.json`."""
     run.MetaMorphTrainer = Recording  # type: ignore[misc]
-    for name, flags in json.loads((output_dir / "runs.json").read_text()).items():
+    runs = json.loads((output_dir / "runs.json").read_text())
+    if any(flags["sharding"].startswith("zero") for flags in runs.values()):
+        import deepspeed
+
+        # DeepSpeed would compile a faster all-reduce for processes of one machine, which takes minutes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for name, flags in runs.items():
+        if flags["sharding"] == "fsdp2" and flags["use_cpu"]:
+            shard_on_cpu()
         SEEN.clear()
         SEEN["steps"] = []
         torch.manual_seed(0)
@@ -48,6 +77,7 @@ def main(parts: Path, output_dir: Path) -> None:
         SEEN["losses"] = logged(result)
         SEEN["norms"] = logged(result, "grad_norm")
         SEEN["trained"] = result.global_step
+        SEEN["eval_losses"] = [line["eval_loss"] for line in result.log_history if "eval_loss" in line]
         (output_dir / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(SEEN))
 
 

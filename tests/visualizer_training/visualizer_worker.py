@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from fsdp2_parts import shard_on_cpu
 
-from metamorph.training.arguments import sharding
 from metamorph.visualization import VisualizerArguments, train_visualizer
 from metamorph.visualizer_training.images.sources import TrainingImages
 from metamorph.visualizer_training.trainer import VisualizerTrainer
@@ -40,19 +38,6 @@ def die_in_checkpoint(number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = save
-
-
-def shard_on_cpu() -> None:
-    """Let FSDP2 run without GPUs: Accelerate, which would silently use DDP, is told that the processes have some."""
-    original = AcceleratorState.__init__
-
-    def init(self, *args, **kwargs):
-        if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        original(self, *args, **kwargs)
-
-    AcceleratorState.__init__ = init
-    sharding.check_has_gpus = lambda args: None
 
 
 if __name__ == "__main__":

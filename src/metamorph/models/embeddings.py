@@ -29,7 +29,9 @@ class NewRows(nn.Module):
         self.weight = plain.weight.requires_grad_(False)
         self.new_rows = nn.Parameter(plain.weight.detach()[token_ids].clone())  # (new tokens, hidden)
         self.register_buffer("token_ids", torch.tensor(token_ids, device=plain.weight.device), persistent=False)
-        self._plain = (plain,)  # in a tuple, so it is not a submodule: its weight is registered here
+        # The table itself is a parameter of this module only. An engine that shards it could not free it otherwise.
+        plain.weight = nn.Parameter(torch.empty_like(plain.weight, device="meta"), requires_grad=False)
+        self._plain = (plain,)  # in a tuple, so it is not a submodule
 
     @property
     def plain(self) -> nn.Module:
@@ -46,6 +48,7 @@ class NewRows(nn.Module):
     def merge(self) -> nn.Module:
         """Write the new rows into the table of the plain module and return it."""
         plain: Any = self.plain
+        plain.weight = self.weight
         plain.weight[self.token_ids] = self.new_rows.to(plain.weight.dtype)
         return plain
 

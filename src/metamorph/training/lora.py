@@ -13,7 +13,6 @@ from metamorph.models.adapters import (
     ADAPTER_NAME,
     PARTS_NOT_QUANTISED,
     AdapterBase,
-    has_adapter,
     require_bitsandbytes,
     require_peft,
 )
@@ -117,13 +116,14 @@ def check_engine(args: "RunArguments") -> None:
 
 
 def store_frozen_matrices(model: PreTrainedModel, args: "RunArguments") -> None:
-    """With LoRA on a GPU, keep the frozen matrices of the language model in the precision of the computation.
+    """On a GPU, keep the frozen matrices of the language model in the precision of the computation.
 
-    Autocast rounds them to it in every step anyway, so this halves their memory and changes no result. Norms,
-    embeddings and trained weights stay in float32. On a CPU everything does, so that the model can be used without
-    autocast afterwards, and with an engine that shards weights, which needs them in one dtype.
+    Autocast and FSDP2 round them to it in every step anyway, so this halves their memory and changes no result. Norms,
+    embeddings and trained weights stay in float32. So does everything if the result contains the frozen matrices; on a
+    CPU, so that the model can be used without autocast afterwards; and with DeepSpeed, which rounds by itself.
     """
-    if not has_adapter(model) or args.training.use_cpu or args.training.fsdp or args.training.deepspeed:
+    is_saved = args.model.stage == 2 and not args.model.lora_enable
+    if is_saved or args.training.use_cpu or args.training.deepspeed:
         return
     for module in model.get_decoder().modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad and module.weight.is_floating_point():

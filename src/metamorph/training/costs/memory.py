@@ -227,15 +227,15 @@ def optimizer_bytes_of(optim: str) -> int:
     return 4 if "lion" in name or "rmsprop" in name else 8
 
 
-def matrix_bytes_of(bits: int, *, lora: bool, double_quant: bool = True, compute: int = _HALF) -> float:
+def matrix_bytes_of(bits: int, *, rounded: bool, double_quant: bool = True, compute: int = _HALF) -> float:
     """Bytes of each frozen weight in the linear layers of the decoder on a GPU.
 
-    With `lora` they are in the precision of the computation (`compute` bytes), with `bits` 4 in 4 bits and a scale for
-    64 weights, which `double_quant` quantises, too.
+    If `rounded` (in stage 1 and with LoRA), they are in the precision of the computation (`compute` bytes). With `bits`
+    4 they are in 4 bits and a scale for 64 weights, which `double_quant` quantises, too.
     """
     if bits == 4:
         return 0.5 + (1 / 64 + 4 / (64 * 256) if double_quant else 4 / 64)
-    return compute if lora else _FLOAT32
+    return compute if rounded else _FLOAT32
 
 
 def decoder_activations(

@@ -135,7 +135,7 @@ def preview(args: RunArguments, dry_run: DryRunArguments) -> DryRun:
     batch = _micro_batch(args, data)
     matrix_bytes = matrix_bytes_of(
         args.model.bits,
-        lora=args.model.lora_enable,
+        rounded=args.model.stage == 1 or args.model.lora_enable,
         double_quant=args.model.double_quant,
         compute=args.compute_dtype.itemsize,
     )

@@ -80,7 +80,8 @@ def configure_fsdp2(args: RunTrainingArguments, layers: Iterable[str]) -> None:
     """Complete `fsdp_plugin_args`: precision, and `layers`, the classes whose modules FSDP2 shards one by one.
 
     Inputs and outputs are not cast, as Accelerate's own policy would do: the loss and its normaliser are float32.
-    Gradients are averaged in float32.
+    Gradients are averaged in float32, after every micro-batch: with accumulation, each GPU would otherwise keep all of
+    them unsharded until the last one.
     """
     given = {
         "fsdp_version": 2,
@@ -97,6 +98,8 @@ def configure_fsdp2(args: RunTrainingArguments, layers: Iterable[str]) -> None:
             cast_forward_inputs=False,
         )
     args.fsdp_plugin_args = given
+    accumulation = {"sync_each_batch": True} | (args.accelerator_config.gradient_accumulation_kwargs or {})
+    args.accelerator_config.gradient_accumulation_kwargs = accumulation
 
 
 def layer_classes(model: PreTrainedModel) -> list[str]:

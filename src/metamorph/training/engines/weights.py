@@ -1,5 +1,7 @@
 """Weights under any engine: the frozen tower, which is not sharded, and full weights for saving."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -73,7 +75,11 @@ def gather_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]  # of tensors only
+        full: dict[str, Any] = get_model_state_dict(model, options=options)
+        first: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False) if full else ():
+            full[name] = full[first.setdefault(id(parameter), name)]  # tied weights stay tied: they are saved once
+        return full
     state = dict(model.state_dict()) if keep else {}  # for the buffers; weights may be partitioned or rounded
     shared: dict[int, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
