@@ -1,7 +1,5 @@
 """Losses on validation data, for each source: exact means over its tokens, however ranks share them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

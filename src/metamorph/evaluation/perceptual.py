@@ -5,8 +5,6 @@ files, for example with NVIDIA's StyleGAN3 metrics (`vgg16.pt`, `inception-2015-
 A TorchScript file is a program: use one from a source that you trust.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +36,12 @@ class ImageFeatures:
         self._device, self._options = device, options
 
     @classmethod
-    def lpips(cls, file: str | Path, device: torch.device | str = "cpu") -> ImageFeatures:
+    def lpips(cls, file: str | Path, device: torch.device | str = "cpu") -> "ImageFeatures":
         """The network whose squared distances are LPIPS."""
         return cls(file, "--lpips_weights", device, resize_images=False, return_lpips=True)
 
     @classmethod
-    def inception(cls, file: str | Path, device: torch.device | str = "cpu") -> ImageFeatures:
+    def inception(cls, file: str | Path, device: torch.device | str = "cpu") -> "ImageFeatures":
         """The network of FID."""
         return cls(file, "--inception_weights", device, return_features=True)
 

@@ -1,7 +1,5 @@
 """Visual question answering: the share of answers that are exactly right, for each type of question."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

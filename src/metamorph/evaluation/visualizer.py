@@ -5,8 +5,6 @@ compared with those of the original. Tokens of any two images have a high cosine
 shows how much of it means nothing, and retrieval shows whether the drawing is nearest to its own original.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Prompts to answers in text and visual tokens: the one place that calls `generate`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any

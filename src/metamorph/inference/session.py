@@ -1,7 +1,5 @@
 """A model and its visualizer in one object: `metamorph.load("mini", "mini").reply("Draw a red circle").images[0]`."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,11 +33,11 @@ class Session:
 
     model: MetaMorphForConditionalGeneration
     processor: MetaMorphProcessor
-    pipeline: VisualizationPipeline | None = None
+    pipeline: "VisualizationPipeline | None" = None
     """Draws visual tokens; None leaves images undrawn."""
 
     @property
-    def visualizer(self) -> VisualizationPipeline:
+    def visualizer(self) -> "VisualizationPipeline":
         """The pipeline; a ValueError if there is none."""
         if self.pipeline is None:
             raise ValueError("there is no visualizer: give one to metamorph.load")
@@ -122,7 +120,7 @@ def load(
 
 def load_pipeline(
     visualizer: str, flag: str = "--visualizer", dtype: torch.dtype | None = None
-) -> VisualizationPipeline:
+) -> "VisualizationPipeline":
     """Load a visualizer without its progress bars, on the CPU, by default in float32; see `check_visualizer_folder`."""
     visualizer = check_visualizer_folder(visualizer, flag)
     from metamorph.visualization.pipeline import VisualizationPipeline

@@ -5,8 +5,6 @@ built on, and some decoders need more than embeddings. A difference would show u
 the first time a family is used, a small random copy of it is composed and compared with itself.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import logging
@@ -47,7 +45,7 @@ _DIVIDED = (
 """Sizes divided by the same number, which keeps the size of a head and what depends on it."""
 _SAME_FAMILY = re.compile(r"vocab_size|_token_id|dtype|_name_or_path|architectures|transformers_version|quantization")
 """Fields that may differ within a family: between the configuration a run starts from, and that of its model."""
-_VERDICTS: dict[str, Verdict] = {}  # results of this process
+_VERDICTS: dict[str, "Verdict"] = {}  # results of this process
 _TOLERANCE = 1e-3  # relative to the largest logit: equal computations differ by rounding only
 
 

@@ -1,7 +1,5 @@
 """The processor: prompts or conversations and their images to model inputs, and generated ids to text and images."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -102,7 +100,7 @@ class MetaMorphProcessor(ProcessorMixin):
         self._pixel_table = pixel_table(self.image_processor)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> MetaMorphProcessor:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "MetaMorphProcessor":
         """Load a processor as in Transformers, but never run, or ask on stdin to run, code that comes with it."""
         if kwargs.pop("trust_remote_code", None):
             raise ValueError("trust_remote_code is not supported: code that comes with a model is never run")
@@ -118,7 +116,7 @@ class MetaMorphProcessor(ProcessorMixin):
         image_processor: BaseImageProcessor,
         config: MetaMorphConfig,
         **overrides: Any,
-    ) -> MetaMorphProcessor:
+    ) -> "MetaMorphProcessor":
         """Make the processor that fits a model's configuration, with the size of the vision tower's images.
 
         `overrides` are arguments of the constructor that `config` does not hold, such as `image_aspect_ratio`.

@@ -1,7 +1,5 @@
 """The vision tower and what prepares images for it, as one part of a diffusers pipeline."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +59,7 @@ class VisualTokenEncoder(ModelMixin, ConfigMixin):
         )
 
     @classmethod
-    def from_tower(cls, tower: VisionTower, config: MetaMorphConfig, pixel_format: PixelFormat) -> VisualTokenEncoder:
+    def from_tower(cls, tower: VisionTower, config: MetaMorphConfig, pixel_format: PixelFormat) -> "VisualTokenEncoder":
         """Wrap a loaded tower that was built with `config`."""
         vision_config = config.vision_config.to_dict()
         vision_config.pop("_name_or_path", None)  # a path of this machine

@@ -4,8 +4,6 @@ Such a folder is data: only its JSON and safetensors files are read, and only th
 checks raise a `FileNotFoundError` for a missing file, and else a `ValueError` that names the file and what is wrong.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar

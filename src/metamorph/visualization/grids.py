@@ -1,7 +1,5 @@
 """Images in rows and columns, as one image."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont

@@ -3,8 +3,6 @@
 The denoiser calls `drop` in training, the pipeline uses `GuidedBatch`. In both, zeros mean "no condition".
 """
 
-from __future__ import annotations
-
 import torch
 
 

@@ -1,7 +1,5 @@
 """Load a finished visualizer together with the vision tower whose tokens it draws."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 

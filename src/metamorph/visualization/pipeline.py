@@ -1,7 +1,5 @@
 """Visual tokens to images: projector, UNet, VAE and a noise scheduler as one diffusers pipeline."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,13 +64,13 @@ class VisualizationPipeline(DiffusionPipeline):
         vae: AutoencoderKL,
         noise_scheduler: SchedulerMixin,
         vision_tower: VisualTokenEncoder | None = None,
-    ) -> VisualizationPipeline:
+    ) -> "VisualizationPipeline":
         """Compose a pipeline that samples with DPM-Solver on the noise schedule of `noise_scheduler`."""
         scheduler = DPMSolverMultistepScheduler.from_config(noise_scheduler.config)
         return cls(projector=projector, unet=unet, vae=vae, scheduler=scheduler, vision_tower=vision_tower)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VisualizationPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "VisualizationPipeline":
         """Check a folder or Hub id, which may hold parts of a visualizer and no code, and load it as diffusers does.
 
         Options are those of diffusers, without `custom_pipeline` and `trust_remote_code`.
@@ -96,7 +94,7 @@ class VisualizationPipeline(DiffusionPipeline):
                 check_finite(module.state_dict().items(), folder / name)
         return pipeline
 
-    def compile(self, **options: Any) -> VisualizationPipeline:
+    def compile(self, **options: Any) -> "VisualizationPipeline":
         """Compile UNet, VAE decoder and projector with `torch.compile` on their first use.
 
         They are compiled in place, so names of weights, saving and loading do not change. The first call, and the first

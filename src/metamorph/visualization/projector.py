@@ -13,8 +13,6 @@ replaces them by visual tokens `[images, N, D]`. It has four forms, as in the or
 Parameter names inside `network` are those of the original's weight files, so that they load unchanged.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch

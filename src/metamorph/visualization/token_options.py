@@ -1,7 +1,5 @@
 """Which visual tokens a visualizer draws: its vision tower and how the tower's features become tokens."""
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ right conditions of the images are known (from the diffusion model's own conditi
 the projector most of the way without running the UNet.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The flags of `metamorph train-visualizer`, checked before anything is loaded."""
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import dataclass, field, fields

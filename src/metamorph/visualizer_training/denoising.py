@@ -1,7 +1,5 @@
 """One training step of the visualizer: encode, add noise, predict it from the visual tokens, compare."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +69,7 @@ class RandomInputs:
         timestep_power: float = 1.0,
         cfg_prob: float = 0.0,
         noise_offset: float = 0.0,
-    ) -> RandomInputs:
+    ) -> "RandomInputs":
         """The random inputs of the samples at `positions` `[images]` of the training stream.
 
         They do not depend on the batch size, accumulation, number of processes, or on interruptions.

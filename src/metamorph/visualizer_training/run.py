@@ -1,7 +1,5 @@
 """Trains the visualizer: arguments → parts → data → trainer → pipeline folder."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ The original warms up over 4,000 of 16,000 steps, a fixed horizon; here it is `t
 Transformers'.
 """
 
-from __future__ import annotations
-
 import math
 
 

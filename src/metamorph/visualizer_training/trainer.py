@@ -1,7 +1,5 @@
 """The visualizer's trainer: `RunTrainer` with frozen encoders, a moving average, validation images and the result."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A Jinja chat template, divided into text that is learned and text that is only read."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -111,7 +109,7 @@ class ChatTemplate:
         own = {"messages", "tools", "documents", "add_generation_prompt"}
         self._variables = variables_of(self.source) - own
 
-    def __deepcopy__(self, memo: dict) -> ChatTemplate:
+    def __deepcopy__(self, memo: dict) -> "ChatTemplate":
         """Not copied: it never changes, and a copy of its tokenizer would be large."""
         return self
 

@@ -1,7 +1,5 @@
 """Where the training images of the visualizer are: in memory, in files and in tar archives; read by their number."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os
