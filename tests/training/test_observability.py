@@ -232,9 +232,10 @@ def test_image_starts_are_measured_where_an_answer_has_an_image(observed: TrainR
         losses = evaluate_losses(model, data, Accelerator(cpu=True), batch_size=batch_size)
         for name, loss in losses.items():
             own = [was_found for was_found, its_source in zip(found, source, strict=True) if its_source == name]
-            assert loss.num_image_answers == len(own) > 0
-            assert loss.image_start_accuracy == sum(own) / len(own)
-        assert total_loss(losses).image_start_accuracy == sum(found) / len(found)
+            metrics = loss.as_metrics()
+            assert metrics["num_image_answers"] == len(own) > 0
+            assert metrics["image_start_accuracy"] == sum(own) / len(own)
+        assert total_loss(losses).as_metrics()["image_start_accuracy"] == sum(found) / len(found)
 
 
 def fixed(line: dict[str, float]) -> dict[str, float]:
@@ -266,7 +267,7 @@ def test_the_best_model_is_loaded_at_the_end(stage: int, parts: Path, validation
     assert max(losses) - losses[-1] > 1e-3
     data = load_data(validation, result.processor)
     end = total_loss(evaluate_losses(result.model, data, Accelerator(cpu=True)))
-    assert end.loss(1.0) == pytest.approx(max(losses), rel=1e-5)
+    assert end.as_metrics()["loss"] == pytest.approx(max(losses), rel=1e-5)
 
 
 def test_evaluate_loss_measures_what_training_logged(

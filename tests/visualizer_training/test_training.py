@@ -20,7 +20,6 @@ from metamorph.runs.lock import only_run_in
 from metamorph.runs.preemption import MARKER_FILE, PREEMPTED, Interrupted, Preempted
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
 from metamorph.visualization.projector import PROJECTOR_MODES
-from metamorph.visualization.token_options import load_encoder
 from metamorph.visualizer_training.build import adopt_resolution, load_diffusion_parts
 
 
@@ -343,31 +342,6 @@ def test_projector_starts_from_a_finished_visualizer(arguments, pictures, tmp_pa
     before, after = weights(first.output_dir, "projector"), weights(args.output_dir, "projector")
     for name in before:
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
-
-
-def test_alignment_brings_the_projector_to_known_conditions(arguments, pictures, parts, tmp_path):
-    """Conditions that another projector gives can be learned from the tokens alone."""
-    teacher = train_visualizer(arguments(output_dir=str(tmp_path / "teacher"), learn_positions=True), pictures)
-    projector = VisualizationPipeline.from_pretrained(teacher.output_dir).projector
-    with torch.no_grad():
-        tokens = load_encoder(arguments()).encode_images(pictures)
-        conditions = projector(tokens)
-    file = tmp_path / "conditions.safetensors"
-    save_file({"conditions": conditions}, file)
-    options = {"learn_positions": True, "cache_latents": True, "lr": 1e-9, "training_steps": 1, "seed": 5}
-    aligned = arguments(alignment_conditions=str(file), alignment_steps=200, **options)
-    plain = arguments(output_dir=str(tmp_path / "plain"), **options)
-    errors = []
-    for args in (aligned, plain):
-        result = train_visualizer(args, pictures)
-        student = VisualizationPipeline.from_pretrained(result.output_dir).projector
-        with torch.no_grad():
-            errors.append((student(tokens) - conditions).square().mean().item())
-    assert errors[0] < 0.1 * errors[1]
-    with pytest.raises(ValueError, match=r"\[5 images, tokens, features\]"):
-        train_visualizer(replace(aligned, output_dir=str(tmp_path / "five")), pictures[:5])
-    with pytest.raises(ValueError, match="--num_query_tokens"):
-        train_visualizer(replace(aligned, output_dir=str(tmp_path / "mode"), mode="xattn"), pictures)
 
 
 def test_unet_from_scratch_ignores_the_pretrained_one(arguments, pictures, parts):

@@ -56,15 +56,15 @@ def run(flags: argparse.Namespace) -> None:
             f"{'source':<24}{'loss':>10}{'text':>10}{'tokens':>12}"
             f"{'visual':>10}{'cosine':>10}{'baseline':>10}{'tokens':>12}{'starts':>10}{'answers':>10}"
         )
-        for name, loss in losses.items():
-            optional = (loss.visual_loss, loss.visual_cosine, loss.visual_cosine_baseline, loss.image_start_accuracy)
-            visual, cosine, baseline, starts = ("-" if value is None else f"{value:.4f}" for value in optional)
+        values = {name: loss.as_metrics("", coefficient) for name, loss in losses.items()}
+        optional = ("visual_loss", "visual_cosine", "visual_cosine_baseline", "image_start_accuracy")
+        for name, found in values.items():
+            visual, cosine, baseline, starts = (f"{found[key]:.4f}" if key in found else "-" for key in optional)
             print(
-                f"{name:<24}{loss.loss(coefficient):>10.4f}{loss.text_loss:>10.4f}{loss.num_text_tokens:>12,}"
-                f"{visual:>10}{cosine:>10}{baseline:>10}{loss.num_visual_tokens:>12,}{starts:>10}"
-                f"{loss.num_image_answers:>10,}"
+                f"{name:<24}{found['loss']:>10.4f}{found['text_loss']:>10.4f}{found['num_text_tokens']:>12,}"
+                f"{visual:>10}{cosine:>10}{baseline:>10}{found['num_visual_tokens']:>12,}{starts:>10}"
+                f"{found['num_image_answers']:>10,}"
             )
         if flags.output is not None:
-            values = {name: loss.as_metrics("", coefficient) for name, loss in losses.items()}
             flags.output.parent.mkdir(parents=True, exist_ok=True)
             flags.output.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

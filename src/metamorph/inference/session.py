@@ -60,9 +60,6 @@ class Session:
             images: PIL images or files; one, or several.
             draw: Begin the answer with an image, however the model would begin it.
             **generate_kwargs: For `model.generate`, for example `max_new_tokens=500, do_sample=True`.
-
-        Raises:
-            ValueError: If markers and images differ in number, or an image cannot be read.
         """
         if isinstance(images, (Image.Image, str, Path)):
             images = [images]
@@ -97,10 +94,6 @@ def load(
         device: By default the accelerator if there is one.
         dtype: Precision of the weights of both; by default as saved.
         dashes: What errors write in front of the names of arguments; `--` where they are flags.
-
-    Raises:
-        ValueError: If a folder is not what it should be, or there is no such device.
-        FileNotFoundError: If a folder does not exist.
     """
     where = pick_device(device, flag=f"{dashes}device")
     model = shipped_folder(str(model), "model")
@@ -132,12 +125,7 @@ def load_pipeline(
 
 
 def check_visualizer_folder(visualizer: str, flag: str = "--visualizer") -> str:
-    """Check a visualizer without loading its weights; returns its folder or Hub id.
-
-    Raises:
-        FileNotFoundError: If it does not exist.
-        ValueError: If diffusers is not installed, or the folder is not a visualizer.
-    """
+    """Check a visualizer without loading its weights, and that diffusers is installed; returns its folder or Hub id."""
     check_reachable(visualizer, flag=flag, file="model_index.json")
     try:
         from metamorph.visualization.folders import check_visualizer, local_folder

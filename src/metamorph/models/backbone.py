@@ -179,11 +179,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
     ) -> Tensor:
         """Embed text tokens, and put the projected visual tokens at the placeholders: [B, S] -> [B, S, H].
 
-        Args:
-            input_ids: [B, S] with `N` placeholders for each image.
-            visual_tokens: [I, N, D] for the placeholders in reading order, except those of generated tokens.
-            generated_visual_tokens: [B, G, D] candidates for the last G positions, used at placeholders.
-            image_positions: [placeholders] their positions in [B · S], if known: see [`BatchIndices`].
+        [I, N, D] `visual_tokens` fill placeholders in reading order, except those among the last G positions if there
+        are [B, G, D] `generated_visual_tokens`. `image_positions` are those of [`BatchIndices`], if known.
         """
         embeds = self.get_input_embeddings()(input_ids)  # (batch, seq, hidden)
         if (scale := embedding_scale(self.config.text_config)) != 1.0:

@@ -102,8 +102,7 @@ class NewTokenHead(NewRows, TextHead):
 def attach_new_token_rows(model: PreTrainedModel) -> nn.Parameter | None:
     """Freeze the embedding table of a MetaMorph model, except its rows of `<image_start>` and `<image_end>`.
 
-    Returns:
-        The new parameter [2, hidden], or None when the model has no such tokens (`mm_use_im_start_end=False`).
+    Returns these rows [2, hidden], or None without such tokens (`mm_use_im_start_end=False`).
     """
     embedding, token_ids = model.get_input_embeddings(), _new_token_ids(model.config)
     if not isinstance(embedding, NewTokenEmbedding):
@@ -118,9 +117,8 @@ def attach_new_token_rows(model: PreTrainedModel) -> nn.Parameter | None:
 def attach_new_head_rows(model: PreTrainedModel) -> nn.Parameter | None:
     """Freeze `lm_head` of a MetaMorph model, except its rows of `<image_start>` and `<image_end>`.
 
-    Returns:
-        The new parameter [2, hidden]. None when the model has no such tokens, or when the head is tied to the
-        embedding table: then the rows of [`attach_new_token_rows`] serve both.
+    Returns these rows [2, hidden], or None without such tokens, and for a head that is tied to the embedding table:
+    the rows of [`attach_new_token_rows`] serve both.
     """
     head, token_ids = model.get_output_embeddings(), _new_token_ids(model.config)
     if not isinstance(head, NewTokenHead):

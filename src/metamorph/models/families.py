@@ -122,11 +122,9 @@ def check_language_model(config: PreTrainedConfig, compose: Compose) -> Verdict:
 
 
 def compose_and_compare(language_model: PreTrainedModel, compose: Compose) -> PreTrainedModel:
-    """Compose a model, and compare its logits on text with those of the language model.
+    """Compose a model, and compare its logits on text and load-balancing losses with those of the language model.
 
-    Raises:
-        ValueError: logits or load-balancing losses differ, the composite fails (as decoders that need token ids do), or
-            a position depends on later ones.
+    It must not fail either, as decoders do that need token ids, and no position may depend on later ones.
     """
     was_training = language_model.training
     size, device = language_model.get_output_embeddings().weight.shape[0], language_model.device

@@ -8,5 +8,4 @@ What is the learning rate?                 `schedule.py`
 What is averaged and saved?                `average.py`; the result and its card `export.py`
 How does a run resume?                     `resume.py`
 What does FSDP2 shard?                     `fsdp2.py`
-What may the projector start from?         `alignment.py`
 """

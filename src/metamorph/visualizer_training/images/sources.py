@@ -58,10 +58,6 @@ def open_images(image_jsons: Sequence[str | Path] = (), image_folder: str | Path
             in `.tar` is an archive. Relative paths may not leave the folder that they start from.
         image_folder: Root of relative paths, by default the folder of the JSON file. Without `image_jsons`, the folder
             whose images and archives are used, including its subfolders.
-
-    Raises:
-        ValueError: If there are none, or, naming file and record, a list is not of that form.
-        FileNotFoundError: If a listed file does not exist.
     """
     if image_jsons:
         paths, flag = list(_listed(image_jsons, image_folder)), f"--image_jsons {' '.join(map(str, image_jsons))} lists"
