@@ -14,7 +14,6 @@ from metamorph.flags.parser import FlagParser, output_folder
 logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
-CONNECTOR_NAMES = ("mm_projector.bin", "mm_projector.safetensors")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -121,12 +120,9 @@ def convert_original(flags: argparse.Namespace, output: Path) -> None:
 
 def is_connector(path: Path) -> bool:
     """Whether `path` is a connector file, or a folder with one and no model."""
-    from metamorph.models.original import WEIGHT_FILES
+    from metamorph.models.connector import CONNECTOR_FILES, is_full_model
 
-    if path.is_file():
-        return True
-    has_model = any((path / name).is_file() for name in WEIGHT_FILES)
-    return not has_model and any((path / name).is_file() for name in CONNECTOR_NAMES)
+    return path.is_file() or (not is_full_model(path) and any((path / name).is_file() for name in CONNECTOR_FILES))
 
 
 def save(model: Any, processor: Any, output: Path, dtype: str) -> None:

@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 Compose = Callable[[PreTrainedModel], PreTrainedModel]
 """Composes a MetaMorph model from a language model, whose modules it takes over."""
 
-_FAILURES = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError),
-    *(RuntimeError, StrictDataclassError, TypeError, ValueError),
+BUILD_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError),
+    *(StrictDataclassError, TypeError, ValueError),
 )
-"""What classes of Transformers raise when they are built or called in a way that they do not support."""
+"""What classes of Transformers and diffusers raise for values, or calls, that they do not support."""
 _LAYERS, _HEADS, _INTERMEDIATE, _VOCABULARY = 2, 4, 32, 512
 _MOST_WEIGHTS = 2**26  # most weights of a copy: 256 MiB
 _DIVIDED = (
@@ -140,7 +140,7 @@ def compose_and_compare(language_model: PreTrainedModel, compose: Compose) -> Pr
             ours = model(input_ids=ids, use_cache=False).logits
             _try_an_image(model, ids)
             changed = model(input_ids=torch.cat([ids[:, :-1], ids[:, :1]], dim=1), use_cache=False).logits
-        except _FAILURES as error:
+        except BUILD_ERRORS as error:
             what, *_ = [*str(error).splitlines(), ""]
             raise _refusal(language_model.config, f"the composite fails: {type(error).__name__}: {what}") from error
         _compare(language_model.config, "logits", ours, own)
@@ -187,7 +187,7 @@ def _without_gradient(model: PreTrainedModel) -> frozenset[str]:
         with torch.enable_grad():
             outputs = decoder(inputs_embeds=table(torch.arange(_LAYERS * 8)[None]), use_cache=False)
             outputs.last_hidden_state.square().sum().backward()
-    except _FAILURES as error:  # some kernels have no backward pass on a CPU
+    except BUILD_ERRORS as error:  # some kernels have no backward pass on a CPU
         logger.debug("no backward pass of %s: %s", type(decoder).__name__, error)
         return frozenset()
     weights = {name: weight.grad is not None for name, weight in decoder.named_parameters()}
@@ -228,7 +228,7 @@ def _small_copy(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
             for parameter in model.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)  # so that none is exactly 0 or 1
             model(input_ids=torch.arange(_LAYERS)[None], use_cache=False)
-        except _FAILURES as error:
+        except BUILD_ERRORS as error:
             logger.debug("no small %s with %s heads: %s", config.model_type, heads, error)
         else:
             return model

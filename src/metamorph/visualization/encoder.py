@@ -13,6 +13,10 @@ from metamorph.models.vision_tower import MetaMorphConfig, VisionTower
 from metamorph.visualization.pixels import PixelFormat, crop_square
 
 
+TOKEN_FIELDS = ("mm_vision_select_layer", "image_token_reduction", "normalize_vision", "apply_softmax")
+"""Fields of a MetaMorph configuration that, with `num_image_tokens`, decide what the visual tokens of an image are."""
+
+
 class VisualTokenEncoder(ModelMixin, ConfigMixin):
     """Images to visual tokens `[images, N, D]`, with the crop, size and token options of the visualizer's training.
 
@@ -66,11 +70,8 @@ class VisualTokenEncoder(ModelMixin, ConfigMixin):
         with torch.device("meta"):  # these weights are replaced
             encoder = cls(
                 vision_config=vision_config,
-                mm_vision_select_layer=config.mm_vision_select_layer,
                 num_image_tokens=config.num_image_tokens,
-                image_token_reduction=config.image_token_reduction,
-                normalize_vision=config.normalize_vision,
-                apply_softmax=config.apply_softmax,
+                **{name: getattr(config, name) for name in TOKEN_FIELDS},
                 image_mean=pixel_format.mean,
                 image_std=pixel_format.std,
                 resample=pixel_format.resample.value,

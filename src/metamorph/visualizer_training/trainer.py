@@ -120,13 +120,12 @@ class VisualizerTrainer(RunTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the mean loss over good images, also for the whole run."""
         self.state.epoch = self.samples_seen / self.data["pictures"]
+        for name, first in (("loss", self._logged), ("train_loss", 0)):
+            if name in logs and self.losses:
+                mean = torch.stack(self.losses[first:]).mean(dim=0)
+                logs[name] = _ratio(*self.accelerator.reduce(mean, "mean").tolist())
         if "loss" in logs:
-            window = torch.stack(self.losses[self._logged :]).mean(dim=0)
-            logs["loss"] = _ratio(*self.accelerator.reduce(window, "mean").tolist())
             self._logged = len(self.losses)
-        if "train_loss" in logs and self.losses:
-            mean = torch.stack(self.losses).mean(dim=0)
-            logs["train_loss"] = _ratio(*self.accelerator.reduce(mean, "mean").tolist())
         super().log(logs, start_time)
 
     # Checkpoints.
