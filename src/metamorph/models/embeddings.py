@@ -110,7 +110,7 @@ def attach_new_token_rows(model: PreTrainedModel) -> nn.Parameter | None:
 
     Returns these rows [2, hidden], or None without such tokens (`mm_use_im_start_end=False`).
     """
-    embedding, token_ids = model.get_input_embeddings(), list(new_token_ids(model.config).values())
+    embedding, token_ids = model.get_input_embeddings(), [*new_token_ids(model.config).values()]
     if not isinstance(embedding, NewTokenEmbedding):
         if not token_ids:
             embedding.weight.requires_grad_(False)

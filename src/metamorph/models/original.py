@@ -54,12 +54,9 @@ def load_original(
 ) -> tuple[MetaMorphForConditionalGeneration, MetaMorphProcessor]:
     """Load a checkpoint of the original system as a model and a processor of ours.
 
-    Args:
-        folder: With `config.json` and the weights, as safetensors or as `.bin` files of tensors only.
-        tokenizer: Folder or Hub id of its tokenizer; by default `folder`.
-        vision_tower: Folder or Hub id of the tower, for its configuration and image processor, and for its weights
-            if the checkpoint has none; by default what the configuration names.
-        dtype: Of the weights.
+    `folder` has `config.json` and the weights, as safetensors or as `.bin` files of tensors only, and the tokenizer
+    unless `tokenizer` names another folder or Hub id. `vision_tower`, by default what the configuration names, gives
+    the tower's configuration and image processor, and its weights if the checkpoint has none.
     """
     folder = Path(folder)
     fields = _read_config(folder)

@@ -290,9 +290,6 @@ class MetaMorphProcessor(ProcessorMixin):
                 image that does not fit; images after the cut are dropped.
             with_pixels: False leaves `pixel_values` out, for images that are encoded already: `images` may hold
                 anything then.
-
-        Raises:
-            ValueError: If the numbers of markers and images differ, or a role or part is unknown.
         """
         parsed = parse_messages(messages)
         if system is not None and not any(message.role == "system" for message in parsed):
@@ -342,11 +339,9 @@ class MetaMorphProcessor(ProcessorMixin):
     ) -> list[list[TextPart | ImagePart]]:
         """Decode generated sequences to texts and images, in the order in which the model wrote them.
 
-        Args:
-            sequences: `[batch, sequence]` ids; what follows the first end of turn after the prompt is ignored.
-            visual_tokens: `[images, num_image_tokens, vision_hidden]` of the generated images, row by row.
-            prompt_length: Number of leading ids of each row to leave out.
-            skip_special_tokens: Whether control tokens are left out of the text.
+        `sequences` are `[batch, sequence]` ids, of which the first `prompt_length` and what follows the first end of
+        turn after them are ignored; `visual_tokens` `[images, num_image_tokens, vision_hidden]` are those of the
+        generated images, row by row.
         """
         return interleave(
             [sequence[prompt_length:] for sequence in sequences],

@@ -20,15 +20,9 @@ TOKEN_FIELDS = ("mm_vision_select_layer", "image_token_reduction", "normalize_vi
 class VisualTokenEncoder(ModelMixin, ConfigMixin):
     """Images to visual tokens `[images, N, D]`, with the crop, size and token options of the visualizer's training.
 
-    Args:
-        vision_config: Configuration of the tower, with its `model_type`.
-        mm_vision_select_layer: Hidden state of the tower that becomes visual tokens.
-        num_image_tokens: Visual tokens per image, N.
-        image_token_reduction: How the tower's patches become N tokens.
-        normalize_vision: Whether every token is divided by its L2 norm.
-        apply_softmax: Whether every token then becomes a distribution over its features.
-        image_mean: Subtracted from each channel in 0..1, which is then divided by `image_std`.
-        resample: Pillow's number of the filter for resizing.
+    The first six options are those of [`MetaMorphConfig`]; `vision_config` is a dict with its `model_type`. The others
+    describe the pixels: `image_mean` is subtracted from each channel in 0..1, which is then divided by `image_std`, and
+    `resample` is Pillow's number of the filter for resizing.
     """
 
     @register_to_config
