@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 
 JSON_LIMIT = 32 * 2**20
 """Bytes; the longest known index of sharded weights has a third of it."""
+
+BUILD_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError),
+    *(StrictDataclassError, TypeError, ValueError),
+)
+"""What classes of Transformers and diffusers raise for values, or calls, that they do not support."""
 
 _PICKLE_ERRORS = (
     ArithmeticError,

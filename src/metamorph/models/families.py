@@ -14,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from metamorph.files.model_files import BUILD_ERRORS
 
 
 logger = logging.getLogger(__name__)
@@ -24,11 +25,6 @@ logger = logging.getLogger(__name__)
 Compose = Callable[[PreTrainedModel], PreTrainedModel]
 """Composes a MetaMorph model from a language model, whose modules it takes over."""
 
-BUILD_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError),
-    *(StrictDataclassError, TypeError, ValueError),
-)
-"""What classes of Transformers and diffusers raise for values, or calls, that they do not support."""
 _LAYERS, _HEADS, _INTERMEDIATE, _VOCABULARY = 2, 4, 32, 512
 _MOST_WEIGHTS = 2**26  # most weights of a copy: 256 MiB
 _DIVIDED = (

@@ -16,6 +16,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from huggingface_hub import snapshot_download
 
 from metamorph.files.model_files import (
+    BUILD_ERRORS,
     check_finite,
     check_implementations,
     check_layer_counts,
@@ -23,7 +24,6 @@ from metamorph.files.model_files import (
     read_json_object,
     weight_shapes,
 )
-from metamorph.models.families import BUILD_ERRORS
 from metamorph.visualization.encoder import VisualTokenEncoder
 from metamorph.visualization.projector import VisualizationProjector
 

@@ -12,9 +12,10 @@ from metamorph.training.arguments.sharding import FSDP2_CONFIG
 from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.visualization.projector import CONDITION_LENGTH, PROJECTOR_MODES
 from metamorph.visualization.token_options import TokenOptions
-from metamorph.visualizer_training.schedule import DEFAULT_LR_SCHEDULER, LR_SCHEDULERS
 
 
+DEFAULT_LR_SCHEDULER = "log_warmup_linear_decay"
+LR_SCHEDULERS = (DEFAULT_LR_SCHEDULER, "constant", "constant_with_warmup", "linear", "cosine")
 NAMES_IN_TRANSFORMERS = {
     "training_steps": "max_steps",
     "batch_size": "per_device_train_batch_size",

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from metamorph.evaluation.drawings import Drawing, DrawingTask, draw_tasks, encode_images, summarise
-from metamorph.evaluation.questions import Question, QuestionResults, ask, fraction
+from metamorph.evaluation.questions import AnsweredQuestion, Question, ask, fraction, summarise_answers
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
 from metamorph.inference import Prompt, SamplerSettings, Session, draw, load
 from metamorph.miniature.quickstart.recipe import EvaluationSizes, Recipe
@@ -43,7 +43,7 @@ class Redrawing:
 class WorldEvaluation:
     """Everything that was evaluated, with the images."""
 
-    questions: QuestionResults
+    questions: list[AnsweredQuestion]
     drawings: dict[str, list[Drawing]]
     """By group of `DRAWING_GROUPS`; a target is a `Scene`."""
     tokens: dict[str, dict[str, float]]
@@ -58,7 +58,7 @@ class WorldEvaluation:
         }
         edit, next_frame = drawn.pop("edit"), drawn.pop("next_frame")
         return {
-            "vqa": self.questions.to_dict(),
+            "vqa": summarise_answers(self.questions),
             "generation": drawn,
             "edit": edit,
             "next_frame": next_frame,
@@ -80,7 +80,7 @@ class WorldEvaluation:
     def _image_start(self) -> dict[str, Any]:
         """Whether the model drew exactly one image if asked for one, and none otherwise."""
         asked = [item.reply.num_images == 1 for items in self.drawings.values() for item in items]
-        not_asked = [item.reply.num_images == 0 for item in self.questions.answered]
+        not_asked = [item.reply.num_images == 0 for item in self.questions]
         return {
             "asked": {"n": len(asked), "emitted": fraction(asked)},
             "not_asked": {"n": len(not_asked), "emitted": round(1 - fraction(not_asked), 4)},

@@ -108,7 +108,7 @@ def save_sections(folder: Path, evaluation: WorldEvaluation, metrics: dict[str, 
         cells = [drawing_cell(item, with_inputs=True) for item in drawings[name]]
         sections.append(Section(name, title, f"{text} {_share(metrics[name])}", cells))
     text = f"{metrics['vqa']['accuracy']:.0%} of {metrics['vqa']['n']} answers are exactly right."
-    cells = [_question_cell(item) for item in evaluation.questions.answered]
+    cells = [_question_cell(item) for item in evaluation.questions]
     sections.append(Section("vqa", "Questions and answers", text, cells))
     cells = [
         Cell((item.original, item.image), verdict_text(item.verdict), item.verdict["all"])
