@@ -56,11 +56,9 @@ class MetaMorphProcessor(ProcessorMixin):
             copy makes exact squares.
         tokenizer: Tokenizer of the language model. The image tokens are added to it if it lacks them.
         chat_template: Jinja template for `version="auto"`; by default the tokenizer's own.
-        num_image_tokens: Number of placeholders for each image.
-        version: Name of the conversation template, see `metamorph.models.sequence.constants.VERSIONS`.
-        mm_use_im_start_end: Whether to wrap images in `<image_start>` and `<image_end>`.
-        mm_use_im_patch_token: Whether the placeholder is `<im_patch>` instead of `<image>`.
         image_aspect_ratio: `square` (stretch) or `pad`.
+
+    The other options are those of [`MetaMorphConfig`].
     """
 
     def __init__(
