@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from metamorph.mini import ASSETS, asset_path
-from metamorph.mini.cards import AssetCard, AssetError, verify_folder
-from tools.miniature.cards import write_card
+from metamorph.mini import ASSETS, AssetError, asset_path
+from tools.miniature.cards import AssetCard, verify_folder, write_card
 from tools.miniature.rebuild import rebuild
 from tools.miniature.training_state import TrainingSchedule, train
 

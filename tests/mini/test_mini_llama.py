@@ -5,8 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from metamorph.mini import asset_path, verify_asset
-from metamorph.mini.cards import AssetError
+from metamorph.mini import AssetError, asset_path
 from metamorph.miniature.world.language import caption
 from metamorph.miniature.world.scenes import COLORS, SHAPES, SIZES, is_reserved, single_scenes
 from tools.miniature.build_llama import (
@@ -18,6 +17,7 @@ from tools.miniature.build_llama import (
     encode,
     new_model,
 )
+from tools.miniature.cards import verify_asset
 from tools.miniature.llama_data import (
     build_vocabulary,
     evaluation_tasks,

@@ -5,8 +5,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from metamorph.mini import asset_path, verify_asset
-from metamorph.mini.cards import AssetError, verify_folder
+from metamorph.mini import AssetError, asset_path
 from metamorph.miniature.quickstart.conditions import CONDITION_DIM, AttributeEncoder
 from metamorph.miniature.world.cells import cells_of
 from metamorph.miniature.world.checker import judge
@@ -14,6 +13,7 @@ from metamorph.miniature.world.render import render_array
 from metamorph.miniature.world.scenes import Scene, SceneObject, sample_scene
 from metamorph.visualization.projector import pad_condition
 from tools.miniature.build_sd import GATES, SdRecipe, build, check_gates, load_asset
+from tools.miniature.cards import verify_asset, verify_folder
 from tools.miniature.sd_unet import UnetRecipe, new_noise_scheduler, sample_images
 from tools.miniature.sd_vae import VaeRecipe, to_images, to_pixels
 

@@ -5,14 +5,14 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, SiglipModel
 
-from metamorph.mini import asset_path, verify_asset
-from metamorph.mini.cards import AssetError
+from metamorph.mini import AssetError, asset_path
 from metamorph.miniature.world.cells import cells_of
 from metamorph.miniature.world.render import coverage, render
 from metamorph.miniature.world.scenes import POSITIONS, SHAPES, SIZES, Scene, SceneObject, is_reserved, sample_scene
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.vision_tower import VisionTower, load_vision_encoder
 from tools.miniature.build_siglip import check_gates, encode_scenes, reduced_tokens
+from tools.miniature.cards import verify_asset
 from tools.miniature.probes import PROBE_NAMES, LinearProbes, probe_scenes, scene_pixels
 from tools.miniature.siglip_data import (
     IGNORED,

@@ -64,8 +64,7 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `metamorph COMMAND …`, by default from `sys.argv`.
 
-    Returns:
-        Exit status: 0 on success, 1 if `data check` finds problems, 2 for bad input, 130 after Ctrl-C.
+    Returns 0 on success, 1 if `data check` finds problems, 2 for bad input, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = words[:1] == ["--debug"]  # before the command only: `train` has Transformers' own --debug
@@ -113,12 +112,9 @@ def _is_from_elsewhere(error: BaseException) -> bool:
 
 def usage() -> str:
     """The text of `metamorph --help`."""
-    lines = [f"  {name:<18}{summary}" for name, summary in COMMANDS.items()]
-    return (
-        "usage: metamorph [--debug] COMMAND [flags]\n\ncommands:\n"
-        + "\n".join(lines)
-        + "\n\n`metamorph COMMAND --help` lists the flags of a command. With --debug, errors keep their traceback."
-    )
+    commands = "\n".join(f"  {name:<18}{summary}" for name, summary in COMMANDS.items())
+    end = "`metamorph COMMAND --help` lists the flags of a command. With --debug, errors keep their traceback."
+    return f"usage: metamorph [--debug] COMMAND [flags]\n\ncommands:\n{commands}\n\n{end}"
 
 
 def _warn_of_namesake() -> None:
@@ -158,7 +154,7 @@ def _set_up_logging(debug: bool) -> None:
     # PEFT imports bitsandbytes, which then recommends a package for 4-bit matrix products on a CPU.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for name in HARMLESS:  # filters, because libraries set the levels of their loggers themselves
-        logging.getLogger(name).addFilter(_is_worth_reading)
+        logging.getLogger(name).addFilter(lambda record: not re.match(HARMLESS[record.name], record.getMessage()))
     if not (is_main and sys.stderr.isatty()):  # in a log file each bar takes several lines
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # PEFT uses a name of Transformers that is deprecated.
@@ -182,8 +178,3 @@ class _LineFormatter(logging.Formatter):
         level = f"{record.levelname} " if self.debug or record.levelno != logging.INFO else ""
         record.origin = level if is_own and not self.debug else f"{level}{record.name}: "
         return printable(super().format(record))
-
-
-def _is_worth_reading(record: logging.LogRecord) -> bool:
-    """False for what `HARMLESS` lists."""
-    return re.match(HARMLESS[record.name], record.getMessage()) is None
