@@ -47,7 +47,7 @@ def test_model_that_the_hub_does_not_have(empty_hub):
     assert "--model nowhere is not a local folder, and the Hub has no config.json of that name" in result.stderr
 
 
-def test_answers_of_the_hub_are_one_line_with_the_mend(empty_hub):
+def test_answers_of_the_hub_are_one_line_with_the_fix(empty_hub):
     """The one check of all commands, in a process that knows this Hub from its start."""
     script = (
         "from metamorph.flags.checks import check_reachable\n"

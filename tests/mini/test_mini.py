@@ -73,7 +73,7 @@ README_PROMPTS = {
 
 
 @pytest.mark.parametrize("prompt", README_PROMPTS)
-def test_the_readme_s_commands_draw_what_they_are_told(tmp_path, capsys, prompt):
+def test_the_readme_s_commands_draw_what_they_ask_for(tmp_path, capsys, prompt):
     file = tmp_path / "drawn.png"
     assert main(["generate", "--model", "mini", "--visualizer", "mini", "--prompt", prompt, "--output", str(file)]) == 0
     assert str(file) in capsys.readouterr().out

@@ -154,7 +154,7 @@ def _set_up_logging(debug: bool) -> None:
     # PEFT imports bitsandbytes, which then recommends a package for 4-bit matrix products on a CPU.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for name in HARMLESS:  # filters, because libraries set the levels of their loggers themselves
-        logging.getLogger(name).addFilter(lambda record: not re.match(HARMLESS[record.name], record.getMessage()))
+        logging.getLogger(name).addFilter(_is_worth_reading)
     if not (is_main and sys.stderr.isatty()):  # in a log file each bar takes several lines
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # PEFT uses a name of Transformers that is deprecated.
@@ -178,3 +178,8 @@ class _LineFormatter(logging.Formatter):
         level = f"{record.levelname} " if self.debug or record.levelno != logging.INFO else ""
         record.origin = level if is_own and not self.debug else f"{level}{record.name}: "
         return printable(super().format(record))
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    """False for what `HARMLESS` lists."""
+    return re.match(HARMLESS[record.name], record.getMessage()) is None

@@ -91,8 +91,10 @@ def main(argv: Sequence[str]) -> None:
     previews = [save_preview(image, file, flags.prompt) for image, file in zip(reply.images, files, strict=True)]
     names = map("".join, zip(map(str, files), previews, strict=True))
     for part in reply.parts:
-        is_text = isinstance(part, TextPart)
-        print(printable(part.text) if is_text else f"[image: {next(names, 'not drawn without --visualizer')}]")
+        if isinstance(part, TextPart):
+            print(printable(part.text))
+        else:
+            print(f"[image: {next(names, 'not drawn without --visualizer')}]")
     if not reply.num_images and (flags.visualizer is not None or flags.output is not None):
         logger.info("the answer has no image to draw; with --draw it begins with one")
 

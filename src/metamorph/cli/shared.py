@@ -64,11 +64,12 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], styles: It
     """Print a table whose first column is left-aligned; `styles` of rich are those of the rows, such as `green`."""
     from rich.console import Console
     from rich.table import Column, Table
+    from rich.text import Text
 
     columns = (Column(name, justify="right" if number else "left") for number, name in enumerate(header))
     table = Table(*columns, box=None, pad_edge=False)
     for row, style in itertools.zip_longest(rows, styles, fillvalue=""):
-        table.add_row(*row, style=style)
+        table.add_row(*map(Text, row), style=style)  # text, since names may contain rich's markup
     Console(width=200).print(table)  # never wraps a cell
 
 

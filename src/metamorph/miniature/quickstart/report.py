@@ -58,7 +58,7 @@ def headline(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     num_seen = drawn["seen"]["n"] + drawn["pairs"]["n"]
     num_replies = start["asked"]["n"] + start["not_asked"]["n"]
     attributes = {"colour": "color", "shape": "shape", "size": "size", "position": "position"}
-    rows = [
+    rows: list[tuple[Any, ...]] = [
         ("questions answered exactly", metrics["vqa"]["n"], metrics["vqa"]["accuracy"], "vqa"),
         *(
             (f"  about {name.replace('_', '/')}", metrics["vqa"]["n_per_type"][name], value)
