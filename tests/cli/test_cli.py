@@ -58,12 +58,15 @@ def test_debug_is_recommended_for_errors_of_other_packages_only(fail, capsys: py
     assert capsys.readouterr().err.endswith("error: raised in a test (metamorph --debug lr … shows where)\n")
 
 
-def test_ctrl_c_is_one_line(fail, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_is_one_line_and_a_bug_keeps_its_traceback(fail, capsys: pytest.CaptureFixture[str]) -> None:
     fail(KeyboardInterrupt())
     assert cli.main(["lr"]) == 130
     assert capsys.readouterr().err == "metamorph lr: interrupted\n"
     with pytest.raises(KeyboardInterrupt):
         cli.main(["--debug", "lr"])
+    fail(RuntimeError("a bug"))
+    with pytest.raises(RuntimeError):
+        cli.main(["lr"])
 
 
 def test_errors_and_log_lines_do_not_command_the_terminal(
@@ -128,9 +131,3 @@ def test_a_misspelt_recipe_is_found_before_torch_is_imported(command: list[str])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout == "2 False\n"
     assert "--config zzz is neither a file nor the name of a recipe" in done.stderr
-
-
-def test_faults_of_ours_keep_their_traceback(fail) -> None:
-    fail(RuntimeError("a fault"))
-    with pytest.raises(RuntimeError):
-        cli.main(["lr"])
