@@ -28,11 +28,8 @@ def main(argv: Sequence[str]) -> None:
         "--image", required=True, type=image_file, nargs="+", action="extend", help="one or more image files"
     )
     add_drawing_flags(parser)
-    parser.add_argument(
-        "--output",
-        type=output_file,
-        help=f"image file with a row for each image (default: {DEFAULT_OUTPUT}, or the next free name)",
-    )
+    output_help = f"image file with a row for each image (default: {DEFAULT_OUTPUT}, or the next free name)"
+    parser.add_argument("--output", type=output_file, help=output_help)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument("--drawings-only", action="store_true", help="leave the originals out of the output")
     flags = parser.parse_args(argv)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import set_seed
 
-from metamorph.miniature.world.cells import ATTRIBUTES, GRID, cell_labels
+from metamorph.miniature.world.cells import GRID, cell_labels
 from metamorph.miniature.world.checker import read_image
-from metamorph.miniature.world.scenes import BACKGROUNDS, Scene
+from metamorph.miniature.world.scenes import ATTRIBUTES, BACKGROUNDS, Scene
 from metamorph.runs.progress import Progress
 from metamorph.visualization.token_options import load_encoder
 from metamorph.visualizer_training.arguments import VisualizerArguments
