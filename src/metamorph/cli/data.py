@@ -180,7 +180,8 @@ def run_show(flags: argparse.Namespace) -> int:
     from metamorph.data.doctor.samples import images_of, split_example, token_rows
 
     example = data[flags.index]
-    record = data.record(flags.index)
+    source, number = data.locate(flags.index)
+    record = source.record(number)
     print(f"{printable(record.where)} (id {record.id!r}), {len(example['input_ids'])} tokens")
     table = Table(box=None, pad_edge=False)
     for name in ("position", "id"):

@@ -81,7 +81,7 @@ class ImageFiles(Sequence["Image.Image"]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> "Image.Image":  # type: ignore[override]
-        from metamorph.data.media.stores import MediaError, load_image
+        from metamorph.models.image_files import MediaError, load_image
 
         try:
             return load_image(self.files[index])

@@ -32,7 +32,7 @@ def open_images(paths: Sequence[str]) -> list[Image.Image]:
     """
     if not paths:
         return []
-    from metamorph.data.media.stores import MediaError, load_image
+    from metamorph.models.image_files import MediaError, load_image
 
     try:
         return [load_image(path) for path in paths]

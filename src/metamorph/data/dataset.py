@@ -13,11 +13,8 @@ from torch.utils.data import Dataset
 
 from metamorph.data.bad_records import BadRecordLimit
 from metamorph.data.examples import ConversationDataset
-from metamorph.data.features.cache import FeatureCache
-from metamorph.data.media.stores import MediaStore
+from metamorph.data.features import FeatureCache
 from metamorph.data.mixture import read_specs
-from metamorph.data.records import Record
-from metamorph.data.tasks import Conversation
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 
@@ -126,37 +123,13 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         return dataset[number]
 
     def locate(self, index: int) -> tuple[ConversationDataset, int]:
-        """The source of sample `index`, and the number of its record there."""
+        """The source of sample `index`, and the number of its record there, for the methods of the source."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no sample {index}: the sources have {len(self)}")
         source = int(np.searchsorted(self._ends, index, side="right"))
         number = int(index) - (int(self._ends[source - 1]) if source else 0)
         chosen = self.indices[source]
         return self.datasets[source], number if chosen is None else int(chosen[number])
-
-    def record(self, index: int) -> Record:
-        """See [`ConversationDataset.record`]."""
-        dataset, number = self.locate(index)
-        return dataset.record(number)
-
-    def conversation(self, index: int) -> Conversation:
-        """See [`ConversationDataset.conversation`]."""
-        dataset, number = self.locate(index)
-        return dataset.conversation(number)
-
-    def measure(self, index: int) -> tuple[int, int, int, int]:
-        """See [`ConversationDataset.measure`]."""
-        dataset, number = self.locate(index)
-        return dataset.measure(number)
-
-    def store(self, index: int) -> MediaStore:
-        """Where the media of sample `index` are."""
-        dataset, number = self.locate(index)
-        return dataset.store(number)
-
-    def source_name(self, index: int) -> str:
-        """Name of the source of sample `index`."""
-        return self.locate(index)[0].name
 
     def fingerprint(self) -> str:
         """Changes whenever the conversations may have changed, or the choice of them."""

@@ -26,8 +26,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from metamorph.data.bad_records import BadRecordLimit, RecordLog
-from metamorph.data.doctor.preflight import find_problems, summary
-from metamorph.data.features.cache import FeatureCache
+from metamorph.data.doctor.check import check_before_training
+from metamorph.data.features import FeatureCache
 from metamorph.data.fields import FieldMap
 from metamorph.data.media.stores import FolderStore, MediaStore, load_all, media_of, probe
 from metamorph.data.records import DataError, Record, RecordError, UnsupervisedRecordError, parse_record
@@ -121,6 +121,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             self._skip(index, error)
             return {"id": error.record_id or error.where, "source": self.name, "skipped": error.kind}
 
+    def locate(self, index: int) -> tuple[ConversationDataset, int]:
+        """As that of a mixture, so that both can be walked over and measured."""
+        return self, index
+
     def record(self, index: int) -> Record:
         """Read record `index`, and check the fields that all tasks share.
 
@@ -179,20 +183,13 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         limit.add(self.log, num_records)
 
     def check(self, indices: Sequence[int] | np.ndarray | None = None) -> None:
-        """Look for broken records, records that do not fit the task, and missing files; no media are opened.
-
-        Args:
-            indices: Which records, by default all; at most `preflight.MAX_CHECKED` of them are checked.
+        """[`check_before_training`][metamorph.data.doctor.check.check_before_training], by default of all records.
 
         Raises:
-            DataError: If none of the media files exists; with `on_bad_record="raise"` also if any record is bad.
-            TooManyBadRecordsError: If more than `max_bad_fraction` of all records are bad, with `skip`.
+            TooManyBadRecordsError: With `skip`, if more than `max_bad_fraction` of all records are bad.
         """
-        problems, remark = find_problems(self, range(len(self)) if indices is None else indices)
-        if problems and self.limit.on_bad_record == "raise":
-            raise DataError(summary(self.source.path, [problems[index] for index in sorted(problems)], remark))
-        for index in sorted(problems):
-            self._skip(index, problems[index])
+        for index, error in check_before_training(self, range(len(self)) if indices is None else indices).items():
+            self._skip(index, error)
 
     @property
     def media_place(self) -> str:

@@ -94,7 +94,8 @@ class _Sizes(Dataset[torch.Tensor]):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         try:
-            sizes = self.dataset.measure(index)
+            source, number = self.dataset.locate(index)
+            sizes = source.measure(number)
         except RecordError:  # training reports it, or skips it
             sizes = (0, 0, 0, 0)
         return torch.tensor(sizes, dtype=torch.int32)

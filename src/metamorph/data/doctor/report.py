@@ -77,7 +77,8 @@ def pick_samples(dataset: MixtureDataset, diagnosis: Diagnosis, count: int) -> l
     for number, name in enumerate(diagnosis.sources):
         indices = rows["index"][rows["source"] == number]
         for index in indices[spread(len(indices), share)].tolist():
-            record = dataset.record(index)
+            source, place = dataset.locate(index)
+            record = source.record(place)
             title = f"{name}:{line_of(record.where, index)}" + (f" · {record.id}" if record.id != record.where else "")
             title = title.encode("utf-8", "backslashreplace").decode()  # an id may contain half a character
             samples.append((title, dataset[index]))
