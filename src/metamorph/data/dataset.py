@@ -18,8 +18,6 @@ from metamorph.data.mixture import read_specs
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 
-__all__ = ["ConversationDataset", "MixtureDataset", "load_data"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -39,15 +37,8 @@ def load_data(
 ) -> MixtureDataset:
     """Open the data that `--data_path` names, for training, for the data check and for caching features.
 
-    The other arguments, and errors, are those of [`ConversationDataset`], applied to all sources.
-
-    Args:
-        data_path: A JSON or JSONL file, tars (`shard-{000..099}.tar`), or a mixture (YAML, see [`read_specs`]).
-        processor: Makes the sequences.
-        image_folder: For sources that do not name a folder.
-        model_max_length: Longest sequence.
-        seed: Also picks records by `weight` and `max_samples`.
-        weighted: Whether `weight` and `max_samples` count; False gives every record of every source once.
+    Arguments and errors are those of [`ConversationDataset`] for all sources. `image_folder` is for those that do not
+    name one. `seed` also picks records by `weight` and `max_samples`; with `weighted=False` each record counts once.
 
     Raises:
         DataError: If a source or the mixture is unusable.
@@ -78,11 +69,7 @@ def load_data(
 class MixtureDataset(Dataset[dict[str, Any]]):
     """Several sources as one data set: all samples of the first source, then those of the second, and so on.
 
-    Args:
-        datasets: The sources, with the same processor and length; their names differ.
-        indices: For each source, int64 `[samples]` record numbers; None takes each record once.
-        limit: Counts bad records over all sources.
-        check: Whether to check the records now.
+    `indices` are the int64 `[samples]` record numbers of each source; None takes each record once.
     """
 
     def __init__(

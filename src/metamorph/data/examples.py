@@ -54,16 +54,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     Args:
         source: Path or pattern for [`open_source`], or an open source.
-        processor: Makes the sequences.
         image_folder: Folder of relative media paths; by default the folder of the file. Tars contain their media.
         model_max_length: Longest sequence; longer ones are truncated by `encode_conversation`, and counted.
-        task: How records become conversations, see `metamorph.data.tasks`; `options` are those of the task.
         name: Name in logs and reports; by default that of the file, without suffix.
-        on_bad_record: `raise`, or `skip` to count, log and leave out.
         max_bad_fraction: Largest share of bad records with `skip`; above it, training stops.
-        check: Whether to [`check`][metamorph.data.examples.ConversationDataset.check] the records now.
-        features: Cached visual tokens, used instead of the images.
-        fields: Names of our fields in the records, see [`metamorph.data.fields.FieldMap`].
         folder_flag: Name of the flag for `image_folder` in error messages.
 
     Raises:
@@ -162,7 +156,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def fingerprint(self) -> str:
         """Changes whenever the conversations may have changed: with the files, the task, its options, the seed."""
-        parts = [self.source.fingerprint(), self.name, self.task.name, repr(self.options), str(self.seed)]
+        parts = [self.source.index.fingerprint(), self.name, self.task.name, repr(self.options), str(self.seed)]
         parts += [repr(self.fields)] if self.fields.names else []
         if self.task.needs_video:  # how many frames there are depends on the files
             parts.append(os.path.abspath(self.image_folder))

@@ -61,10 +61,6 @@ _TRAINED_REDUCTION = "mlpmixer"
 def describe_tower(config: Any, processor: MetaMorphProcessor) -> dict[str, Any]:
     """Everything that visual tokens depend on, except for the image and the weights of the tower.
 
-    Args:
-        config: Configuration of the model (`MetaMorphConfig`).
-        processor: Makes the pixel values.
-
     Raises:
         ValueError: If the token reduction is trained, so that its tokens change with every step.
     """
@@ -97,12 +93,9 @@ def hash_weights(tower: nn.Module) -> str:
 class FeatureCache:
     """Reads the visual tokens of images, on demand; workers of a data loader share the page cache of the system.
 
-    Args:
-        folder: As written by [`write_features`].
-        tower: Result of [`describe_tower`] for the model that will be trained.
-
     Raises:
-        DataError: If the folder is not a complete cache, or was made with another tower or reduction.
+        DataError: If the folder is not a complete cache, or was made with another tower or reduction than `tower`, the
+            result of [`describe_tower`] for the model that will be trained.
     """
 
     def __init__(self, folder: str | os.PathLike[str], tower: Mapping[str, Any]) -> None:
@@ -125,11 +118,7 @@ class FeatureCache:
         return self.manifest.get("dtype") == dtype and own.issuperset(keys)
 
     def check_weights(self, tower: nn.Module) -> None:
-        """Check that the tokens come from this tower.
-
-        Raises:
-            DataError: If its weights differ.
-        """
+        """Raise a `DataError` if the tokens were not made by a tower with these weights."""
         found = hash_weights(tower)
         if found != self.manifest[_WEIGHTS]:
             raise DataError(
@@ -259,20 +248,13 @@ def write_features(
     batch_size: int = 16,
     images_per_shard: int = 8192,
 ) -> int:
-    """Encode images, write their visual tokens, and return the number of images.
+    """Encode images, write their visual tokens, and return the number of images; an existing cache is replaced.
 
     Args:
-        folder: Where to; an existing cache is replaced.
         images: Key and pixel values (float32 `[3, height, width]`) of each image; each key once.
         encode: The vision tower, on `device`: `[images, 3, height, width]` to `[images, N, D]`.
         tower: Result of [`describe_tower`].
-        device: Device of the tower.
-        dtype: A key of `DTYPES`.
-        batch_size: Images per forward pass of the tower.
-        images_per_shard: Images in one file.
-
-    Raises:
-        ValueError: For an unknown `dtype`.
+        dtype: A key of `DTYPES`; a `ValueError` says if it is not.
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
@@ -360,7 +342,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _read_index(folder: Path, manifest: Mapping[str, Any]) -> Index:
-    """Keys and rows of all images, after a check that they match the headers of the token files."""
+    """Keys and rows of all images, which must match the headers of the token files."""
     count, size = manifest["images"], manifest["images_per_shard"]
     try:
         for name in (_KEYS_FILE, _ROWS_FILE):

@@ -25,11 +25,10 @@ class PaddedCollator:
     """Id of the image placeholder. If given, the batch includes its `indices`, which a GPU then need not search for."""
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Make a batch.
+        """Make a batch of all examples but the skipped ones.
 
-        Args:
-            examples: Examples of the data set; skipped ones are left out. If none is left, the batch is one row of
-                one padding token without any target, so that all ranks still take the same number of steps.
+        If none is left, the batch is one row of one padding token without any target, so that all ranks still take the
+        same number of steps.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (int64) and `visual_target_mask` (bool) `[batch, sequence]`;
@@ -86,11 +85,7 @@ class PackedCollator:
 
 
 def flash_attention_boundaries(position_ids: torch.Tensor) -> dict[str, Any]:
-    """Boundaries of the samples as Transformers' `FlashAttentionKwargs`.
-
-    Args:
-        position_ids: int64 `[rows, sequence]`, 0 at the beginning of each sample and nowhere else.
-    """
+    """Boundaries of samples, whose `position_ids` (int64 `[rows, sequence]`) begin at 0, as `FlashAttentionKwargs`."""
     starts = (position_ids.flatten() == 0).nonzero().squeeze(-1)  # in the flattened batch
     boundaries = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)  # (samples + 1,)
     longest = int(boundaries.diff().max())

@@ -283,13 +283,9 @@ def pack_rows(
 ) -> Rows:
     """Fill rows by best fit: each sample goes into the open row with the least space that suffices.
 
-    Args:
-        tokens: int `[samples]` lengths, none above `max_length`.
-        max_length: Tokens of a row.
-        order: int `[samples]`: the order in which samples are placed. In a random order, the samples of a row are
-            nearly as mixed as random ones. Ordered by length, which would fill rows a little better, they would have
-            one length, and often come from one task.
-        open_rows: Rows that are filled at the same time.
+    Samples are placed in `order`, int `[samples]`. In a random order, the samples of a row are nearly as mixed as
+    random ones. Ordered by length, which would fill rows a little better, they would have one length, and often come
+    from one task.
 
     Raises:
         ValueError: If a sample is longer than a row.

@@ -101,12 +101,7 @@ class Diagnosis:
 
 
 def check_dataset(dataset: MixtureDataset, *, num_workers: int = 0, limit: int | None = None) -> Diagnosis:
-    """Build every example as training would, and collect lengths and problems.
-
-    Args:
-        dataset: The data; it must raise the errors of its records (`on_bad_record="raise"`).
-        num_workers: Processes that build examples; 0 builds them in this one.
-        limit: Check only this number of records, evenly spread; None checks all.
+    """Build every example as training would (or `limit` of them, evenly spread), and collect lengths and problems.
 
     Raises:
         DataError: If a source names media and none of their files exists.

@@ -68,15 +68,10 @@ def walk(
     media_place: str | None = None,
     num_workers: int = 0,
 ) -> Iterator[Finding]:
-    """Check records one by one.
+    """Check records one by one; the data set must raise their errors.
 
-    Args:
-        dataset: The data; it must raise the errors of its records (`record` and `conversation` always do).
-        indices: Which records.
-        desc: Text of the progress bar.
-        media_place: None builds every training example, so media are decoded. Otherwise the check only looks whether
-            the media files exist, and this is where error messages say it looked.
-        num_workers: Processes that check records; 0 checks them in this one.
+    With `media_place=None` every training example is built, so media are decoded. Otherwise the check only looks
+    whether the media files exist, and `media_place` is where error messages say it looked.
     """
     loader: DataLoader[Finding] = DataLoader(
         _Findings(dataset, indices, media_place),

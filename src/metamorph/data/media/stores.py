@@ -83,11 +83,6 @@ def _is_path(text: str) -> bool:
         return False
 
 
-def load(ref: ImageRef, store: MediaStore) -> Image.Image:
-    """Load one image as upright RGB; see [`load_all`]."""
-    return load_all([ref], store)[0]
-
-
 def load_all(refs: Sequence[ImageRef], store: MediaStore) -> list[Image.Image]:
     """Load the images of a conversation as upright RGB, in order; each file is opened and decoded once.
 
@@ -166,15 +161,10 @@ def _pixels(box: Box, image: Image.Image, ref: ImageRef) -> tuple[int, int, int,
 
 
 def draw_box(image: Image.Image, box: tuple[int, int, int, int], name: str, colour: str) -> None:
-    """Draw a frame and its name into an RGB image, in place.
+    """Draw a frame into an RGB image, in place, and its name (which may be empty) above or inside it.
 
-    Lines and letters scale with the image, so that they stay visible when it is resized for the vision tower.
-
-    Args:
-        image: The image.
-        box: Left, top, right and bottom; right and bottom are exclusive.
-        name: Written above the frame if there is room, else inside it; may be empty.
-        colour: Name of the colour.
+    Lines and letters scale with the image, so that they stay visible when it is resized for the vision tower. Right and
+    bottom of the box are exclusive.
     """
     left, top, right, bottom = box
     draw = ImageDraw.Draw(image)

@@ -37,10 +37,6 @@ class JsonlSource:
         self.path = Path(path)
         self.index = index_files([self.path], "lines", lambda: scan_lines(self.path))
 
-    def fingerprint(self) -> str:
-        """Changes when the file does."""
-        return self.index.fingerprint()
-
     def __len__(self) -> int:
         return len(self.index["offsets"]) - 1
 
