@@ -120,11 +120,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return self, index
 
     def record(self, index: int) -> Record:
-        """Read record `index`, and check the fields that all tasks share.
-
-        Raises:
-            RecordError: If it is bad.
-        """
+        """Read record `index`, and check the fields that all tasks share; a bad one raises a `RecordError`."""
         raw = self.source[index]
         with self.fields.explains_errors():
             return parse_record(self.fields.apply(raw.value, raw.where), raw.where)
@@ -144,8 +140,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def measure(self, index: int) -> tuple[int, int, int, int]:
         """Numbers of tokens, images, answer images and text targets of example `index` before truncation.
 
-        Raises:
-            RecordError: If the record is bad.
+        A bad record raises a `RecordError`.
         """
         record = self.record(index)
         messages = [turn.as_message() for turn in self._converse(index, record).turns]
