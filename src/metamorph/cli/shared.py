@@ -27,7 +27,7 @@ def open_images(paths: Sequence[str | Path], flag: str = "--image") -> list[Imag
     """Open images as training does: upright, RGB, and fully decoded; a `ValueError` names one that cannot be read."""
     if not paths:
         return []
-    from metamorph.data.media.stores import MediaError, load_image
+    from metamorph.models.image_files import MediaError, load_image
 
     try:
         return [load_image(path) for path in paths]

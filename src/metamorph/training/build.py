@@ -16,7 +16,7 @@ from metamorph.data.batching.collation import PackedCollator, PaddedCollator
 from metamorph.data.batching.lengths import Lengths, measure
 from metamorph.data.batching.packing import BatchPlanner
 from metamorph.data.dataset import MixtureDataset, load_data
-from metamorph.data.features.cache import FeatureCache, describe_tower
+from metamorph.data.features import FeatureCache, describe_tower
 from metamorph.data.sources.index import cache_folder
 from metamorph.evaluation.losses import metric_names
 from metamorph.flags.checks import check_reachable, names_flag, refuse_tower

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metamorph.data.features.cache import DTYPES, FeatureCache, describe_tower, write_features
-from metamorph.data.features.images import ImageSet
+from metamorph.data.features import DTYPES, FeatureCache, ImageSet, describe_tower, write_features
 from metamorph.data.records import DataError
 from metamorph.flags.checks import check_choice, names_flag
 from metamorph.models.vision_tower import VisionTower, load_tower_of, load_vision_encoder
@@ -57,7 +56,7 @@ def cache_features(
         raise ValueError("--freeze_vision False trains the tower, so its visual tokens change and cannot be cached")
     prepared = prepare(RunArguments(model_args, data_args, feature_args), for_run=False)
     description = describe_tower(prepared.spec.config, prepared.spec.processor)
-    images = ImageSet(prepared.dataset, data_args.on_bad_record)
+    images = ImageSet(prepared.dataset)
     logger.info("%d distinct images in %d samples", images.num_images, len(prepared.dataset))
     folder = Path(data_args.feature_cache)
     tower = load_frozen_tower(model_args, prepared.spec)

@@ -7,7 +7,7 @@ from typing import Any
 
 from metamorph.data.batching.packing import BatchPlanner
 from metamorph.data.dataset import MixtureDataset
-from metamorph.data.features.cache import FeatureCache
+from metamorph.data.features import FeatureCache
 from metamorph.runs.find_checkpoint import ResumePoint
 from metamorph.training.arguments import RunArguments
 from metamorph.training.build import (

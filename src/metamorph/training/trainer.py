@@ -13,8 +13,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from metamorph.data.batching.packing import BatchPlanner
-from metamorph.data.batching.sampler import PackedSamples, PlannedBatches
+from metamorph.data.batching.packing import BatchPlanner, PackedSamples, PlannedBatches
 from metamorph.data.dataset import MixtureDataset
 from metamorph.files.permissions import apply_umask
 from metamorph.models.adapters import has_adapter, load_adapter_weights, save_adapter

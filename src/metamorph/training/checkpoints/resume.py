@@ -131,7 +131,8 @@ def describe_data(dataset: MixtureDataset, planner: BatchPlanner) -> dict[str, A
     records = hashlib.sha256()
     for index in np.unique(np.linspace(0, len(dataset) - 1, _COMPARED_RECORDS).astype(np.int64)).tolist():
         try:
-            records.update(json.dumps(dataset.record(index).fields, default=str).encode())
+            source, number = dataset.locate(index)
+            records.update(json.dumps(source.record(number).fields, default=str).encode())
         except RecordError as error:
             records.update(error.kind.encode())
     planned = planner.rows(0)

@@ -204,7 +204,8 @@ def _measure(args: RunArguments, dataset: MixtureDataset) -> DataPreview:
     sizes = []
     for index in indices.tolist():
         try:
-            sizes.append(dataset.measure(index))
+            source, number = dataset.locate(index)
+            sizes.append(source.measure(number))
         except RecordError:  # training reports it, as `--on_bad_record` says
             continue
     if not sizes:

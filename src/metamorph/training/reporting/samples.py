@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from metamorph.data.media.stores import MediaError, load_image
 from metamorph.files.permissions import save_file
 from metamorph.inference.draw import draw
 from metamorph.inference.reply import Prompt, Reply, can_draw, reply_to
 from metamorph.inference.session import load_pipeline, pick_device, place_images
+from metamorph.models.image_files import MediaError, load_image
 from metamorph.models.processing_metamorph import TextPart
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 from metamorph.training.arguments import MetaMorphTrainingArguments

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from metamorph.data.media.images import resolve_image_path
+from metamorph.data.media.stores import resolve_image_path
 from metamorph.data.sources.open import open_source
 from metamorph.models.image_files import MediaError, load_image
 from metamorph.models.image_processing import to_rgb
