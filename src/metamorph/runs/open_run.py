@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_run(args: TrainingArguments) -> Iterator[Preemption]:
-    """Lock the output folder, catch signals and make algorithms deterministic where they should be; undone at the end.
-
-    Raises:
-        CheckpointError: If another run uses the output folder.
-    """
+    """Lock the output folder, catch signals and make algorithms deterministic if necessary; undone at the end."""
     assert args.output_dir is not None
     deterministic = deterministic_algorithms(args.device, full=args.full_determinism, seed=args.seed)
     with Preemption(args.ddp_timeout_delta) as preemption, only_run_in(args.output_dir), deterministic:

@@ -1,6 +1,5 @@
 """LoRA and 4-bit weights of the language model: the flags as configurations of PEFT and bitsandbytes."""
 
-import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -24,18 +23,11 @@ if TYPE_CHECKING:
     from metamorph.training.arguments import ModelArguments, RunArguments
 
 
-logger = logging.getLogger(__name__)
-
 LANGUAGE_MODEL_PREFIX = "model.language_model."
 
 
 def attach_lora(model: PreTrainedModel, args: "ModelArguments") -> None:
-    """Add LoRA matrices to the linear layers of the language model, in place; PEFT freezes all other weights.
-
-    Raises:
-        ModuleNotFoundError: if PEFT is not installed.
-        ValueError: if `lora_target_modules` names a layer that the language model does not have.
-    """
+    """Add LoRA matrices to the linear layers of the language model, in place; PEFT freezes all other weights."""
     require_peft()
     from peft import LoraConfig
 
@@ -47,11 +39,6 @@ def attach_lora(model: PreTrainedModel, args: "ModelArguments") -> None:
         target_modules=target_pattern(model, args.lora_target_modules),
     )
     model.add_adapter(settings, ADAPTER_NAME)
-
-
-def is_lora(parameter_name: str) -> bool:
-    """Whether a parameter of `model.named_parameters()` belongs to a LoRA matrix."""
-    return ".lora_" in parameter_name
 
 
 def target_pattern(model: PreTrainedModel, wanted: list[str] | None) -> str:
@@ -88,11 +75,7 @@ def adapter_base(
 
 
 def quantization_config(args: "ModelArguments", compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How the language model is quantised; None without `--bits 4`.
-
-    Raises:
-        ModuleNotFoundError: if bitsandbytes is not installed.
-    """
+    """How the language model is quantised; None without `--bits 4`."""
     if args.bits != 4:
         return None
     require_bitsandbytes()
@@ -106,11 +89,7 @@ def quantization_config(args: "ModelArguments", compute_dtype: torch.dtype) -> B
 
 
 def check_engine(args: "RunArguments") -> None:
-    """Refuse 4-bit weights with an engine that shards weights.
-
-    Raises:
-        ValueError: with `--bits 4` and ZeRO-3 or FSDP2.
-    """
+    """Refuse 4-bit weights with an engine that shards weights."""
     shards = is_deepspeed_zero3_enabled() or args.training.fsdp or args.training.sharding == "fsdp2"
     if args.model.bits == 4 and shards:
         raise ValueError("--bits 4 does not work with sharded weights (FSDP2, ZeRO-3): use --sharding ddp or zero2")

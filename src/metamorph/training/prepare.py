@@ -48,10 +48,6 @@ class Preparation:
 def prepare(args: RunArguments, *, for_run: bool = True) -> Preparation:
     """Read configurations, tokenizer and data, and find what is wrong with them before any weights are loaded.
 
-    Args:
-        args: All flags; `--learning_rate auto` becomes a number.
-        for_run: False stops after model and data, which is what a dry run and the feature cache need.
-
     Raises:
         FileNotFoundError: if a file, a model or a checkpoint is missing.
         ValueError: if flags, parts, data or the checkpoint do not go together; the message names the flag.

@@ -60,11 +60,7 @@ _START_EPOCH_AGAIN = (
 
 
 def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, adapter: bool = False) -> str | None:
-    """The checkpoint to resume from, see [`metamorph.runs.find_checkpoint.find_checkpoint`].
-
-    Raises:
-        ValueError: also if the checkpoint is of the other stage, or only one of the two has a LoRA adapter.
-    """
+    """The checkpoint to resume from, see [`metamorph.runs.find_checkpoint.find_checkpoint`]."""
     check = partial(_check_kind, stage=stage, adapter=adapter)
     return find_in_folder(output_dir, request, check, ARGUMENTS_FILE, saves_on_each_node=True)
 
@@ -77,11 +73,8 @@ def plan_resume(
     If an optimizer step has another number of rows than before, steps are recounted as if the entire run had had the
     new number: the learning rate schedule keeps its place relative to the data, and no row is skipped or repeated.
 
-    Returns:
-        None without a checkpoint, and with `ignore_data_skip`, which starts an epoch again.
-
-    Raises:
-        CheckpointError: if the data differ, or the batches in a way that does not allow resuming.
+    Returns None without a checkpoint, and with `ignore_data_skip`, which starts an epoch again. Raises a
+    `CheckpointError` if the data differ, or the batches in a way that does not allow resuming.
     """
     if checkpoint is None or args.ignore_data_skip:
         return None

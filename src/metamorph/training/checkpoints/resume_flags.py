@@ -74,11 +74,7 @@ def flags_of_run(args: RunArguments, spec: ModelSpec) -> dict[str, Any]:
 
 
 def check_flags(checkpoint: str | None, flags: dict[str, Any], allowed: list[str] | None) -> None:
-    """Compare the flags of a run with those of its checkpoint; `allowed` are the values of `allow_changes`.
-
-    Raises:
-        CheckpointError: naming each flag that must not differ, with both values.
-    """
+    """Compare the flags of a run with those of its checkpoint; `allowed` are the values of `allow_changes`."""
     if checkpoint is None:
         return
     old = _flags_of(Path(checkpoint), flags)
