@@ -35,12 +35,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be written or used; the message says what to do."""
 
 
-def begin_checkpoint(output_dir: str | os.PathLike[str]) -> Path:
-    """Remove half-written checkpoints, and return the folder to write `checkpoint-STEP` in. For one process."""
+def begin_checkpoint(output_dir: str | os.PathLike[str]) -> None:
+    """Remove half-written checkpoints, and create the folder to write `checkpoint-STEP` in. For one process."""
     clean_up(output_dir)
-    partial = Path(output_dir) / PARTIAL_FOLDER
-    partial.mkdir(parents=True, exist_ok=True)
-    return partial
+    (Path(output_dir) / PARTIAL_FOLDER).mkdir(parents=True, exist_ok=True)
 
 
 def clean_up(output_dir: str | os.PathLike[str]) -> None:

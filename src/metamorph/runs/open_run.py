@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+
+from transformers import TrainingArguments
 
 from metamorph.runs.checkpoint_files import clean_up
 from metamorph.runs.determinism import deterministic_algorithms
 from metamorph.runs.lock import only_run_in
 from metamorph.runs.preemption import Preemption, clear_marker
-
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 
 @contextmanager

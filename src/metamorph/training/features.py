@@ -21,10 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class FeatureArguments(MetaMorphTrainingArguments):
-    """The flags of training, so that its recipe can be used.
-
-    Only the seeds, the batch size, the number of workers and the device matter.
-    """
+    """The flags of training, whose recipe can be used. Only seeds, batch size, workers and device matter."""
 
     output_dir: str | None = "."
     """Ignored: nothing is trained."""

@@ -125,10 +125,7 @@ def check_optimizer(args: RunTrainingArguments) -> None:
 
 
 def keep_embeddings_in_32_bits(model: nn.Module) -> None:
-    """Keep the state of embedding tables in 32 bits under bitsandbytes' optimizers, as Trainer does, and of new rows.
-
-    Call it before the first step.
-    """
+    """Keep the state of embedding tables and new rows in 32 bits under bitsandbytes' optimizers, as Trainer does."""
     from bitsandbytes.optim import GlobalOptimManager
     from torch import nn
 

@@ -66,12 +66,8 @@ def prepare(args: RunArguments, *, for_run: bool = True) -> Preparation:
         prepared.features = open_features(args, prepared.spec)
     if args.data.missing_data is None:
         prepared.dataset = load_training_data(args, prepared.spec.processor, prepared.features)
-    if for_run:
-        _prepare_training(prepared, args)
-    return prepared
-
-
-def _prepare_training(prepared: Preparation, args: RunArguments) -> None:
+    if not for_run:
+        return prepared
     prepared.validation = load_validation(args, prepared.spec)
     prepared.samples = open_samples(args.training)
     prepared.planner = planner = plan_batches(args, prepared.dataset)
@@ -79,3 +75,4 @@ def _prepare_training(prepared: Preparation, args: RunArguments) -> None:
     apply_learning_rate_rule(args.training, samples_in_a_step(planner, args.training.gradient_accumulation_steps))
     prepared.flags = flags_of_run(args, prepared.spec)
     check_flags(prepared.checkpoint, prepared.flags, args.training.allow_changes)
+    return prepared

@@ -19,7 +19,6 @@ import json
 import logging
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,22 @@ _START_EPOCH_AGAIN = (
 
 def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, adapter: bool = False) -> str | None:
     """The checkpoint to resume from, see [`metamorph.runs.find_checkpoint.find_checkpoint`]."""
-    check = partial(_check_kind, stage=stage, adapter=adapter)
+
+    def check(folder: str) -> None:
+        found_adapter = is_adapter_folder(folder)
+        found = 2 if found_adapter or is_full_model(folder) else 1
+        if found != stage:
+            raise ValueError(
+                f"{folder} is a checkpoint of stage {found}, but this run is stage {stage}: give each stage its own "
+                "--output_dir, or start from the beginning with --resume_from_checkpoint False"
+            )
+        if found_adapter != adapter:
+            raise ValueError(
+                f"{folder} is a checkpoint with --lora_enable {found_adapter}, but this run has --lora_enable "
+                f"{adapter}: give each its own --output_dir, or start from the beginning with "
+                "--resume_from_checkpoint False"
+            )
+
     return find_in_folder(output_dir, request, check, ARGUMENTS_FILE, saves_on_each_node=True)
 
 
@@ -186,18 +200,3 @@ def _check_data(checkpoint: str, old: dict[str, Any], new: dict[str, Any]) -> No
                 f"{checkpoint} was trained on other data: {name} {old.get(name)} there, {new[name]} here. Restore "
                 f"{flag}, or {_START_EPOCH_AGAIN}"
             )
-
-
-def _check_kind(folder: str, stage: int, adapter: bool) -> None:
-    found_adapter = is_adapter_folder(folder)
-    found = 2 if found_adapter or is_full_model(folder) else 1
-    if found != stage:
-        raise ValueError(
-            f"{folder} is a checkpoint of stage {found}, but this run is stage {stage}: give each stage its own "
-            "--output_dir, or start from the beginning with --resume_from_checkpoint False"
-        )
-    if found_adapter != adapter:
-        raise ValueError(
-            f"{folder} is a checkpoint with --lora_enable {found_adapter}, but this run has --lora_enable {adapter}: "
-            "give each its own --output_dir, or start from the beginning with --resume_from_checkpoint False"
-        )

@@ -131,9 +131,9 @@ def preview(args: RunArguments, dry_run: DryRunArguments) -> DryRun:
         compute=args.compute_dtype.itemsize,
     )
     memory = {
-        engine: estimate_memory(
+        name: estimate_memory(
             model,
-            engine,
+            name,
             batch,
             num_processes=processes,
             bf16=args.compute_dtype != torch.float32,
@@ -143,8 +143,13 @@ def preview(args: RunArguments, dry_run: DryRunArguments) -> DryRun:
             matrix_bytes=matrix_bytes,
             tower_on_gpu=args.encodes_images,
         )
-        for engine in (("single",) if processes == 1 else ENGINES[1:])
+        for name in (("single",) if processes == 1 else ENGINES[1:])
     }
+    engine = _given_engine(args.training)
+    if processes == 1:
+        engine = "single"
+    elif engine == "auto":  # shards only what does not fit on one GPU
+        engine = "ddp" if memory["ddp"].state <= GPU_SHARE * dry_run.gpu_memory * GIB else "fsdp2"
     return DryRun(
         args=args,
         num_gpus=num_gpus,
@@ -153,7 +158,7 @@ def preview(args: RunArguments, dry_run: DryRunArguments) -> DryRun:
         summary=summary,
         data=data,
         batch=batch,
-        engine=_choose_engine(_given_engine(args.training), memory, dry_run.gpu_memory),
+        engine=engine,
         memory=memory,
         learning_rate=_learning_rate(args.training, data, processes),
         matrix_bytes=matrix_bytes,
@@ -249,15 +254,6 @@ def _given_engine(args: MetaMorphTrainingArguments) -> str:
         return "ddp"
     offload = "offload_optimizer" in zero or "offload_param" in zero
     return f"zero{zero['stage']}" + "_offload" * offload
-
-
-def _choose_engine(given: str, memory: dict[str, MemoryEstimate], gpu_memory: float) -> str:
-    """`auto` shards only what does not fit on one GPU."""
-    if "single" in memory:
-        return "single"
-    if given != "auto":
-        return given
-    return "ddp" if memory["ddp"].state <= GPU_SHARE * gpu_memory * GIB else "fsdp2"
 
 
 def _learning_rate(args: MetaMorphTrainingArguments, data: DataPreview | None, processes: int) -> str:

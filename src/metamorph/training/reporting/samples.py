@@ -128,7 +128,11 @@ def write_samples(
     if tokens:
         save_file({name: token.contiguous() for name, token in tokens.items()}, folder / "pictures.safetensors")
         if pipeline is not None:
-            images = dict(zip(tokens, _draw(pipeline, torch.stack(list(tokens.values()))), strict=True))
+            pipeline.to(pick_device())
+            try:
+                images = dict(zip(tokens, draw(pipeline, torch.stack(list(tokens.values()))), strict=True))
+            finally:
+                pipeline.to("cpu")  # its memory is needed for training
     for name, image in images.items():
         image.save(folder / f"{name}.png")
     return images
@@ -139,15 +143,6 @@ def _text(reply: Reply) -> str:
     images = itertools.count(1)
     parts = [part.text if isinstance(part, TextPart) else f"[image {next(images)}]" for part in reply.parts]
     return "".join(parts).strip()
-
-
-def _draw(pipeline: VisualizationPipeline, visual_tokens: Tensor) -> list[Image.Image]:
-    """Draw on the accelerator, and free its memory for training."""
-    pipeline.to(pick_device())
-    try:
-        return draw(pipeline, visual_tokens)
-    finally:
-        pipeline.to("cpu")
 
 
 def open_samples(args: MetaMorphTrainingArguments) -> SampleWriter | None:
