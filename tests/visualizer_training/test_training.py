@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
 from safetensors.torch import load_file, save_file
 from visualization_parts import RESOLUTION, OnLog, random_images, tiny_flags
 
@@ -166,6 +168,15 @@ def test_compiled_trains_as_uncompiled(arguments, pictures, tmp_path):
     assert weights(tmp_path / "fast", "unet").keys() == weights(tmp_path / "plain", "unet").keys()
     again = replace(arguments(output_dir=str(tmp_path / "fast"), **options), training_steps=3)
     assert train_visualizer(again, pictures).first_step == 2
+
+
+def test_a_run_records_that_its_layers_are_compiled(arguments, pictures):
+    args = arguments(torch_compile=True, torch_compile_backend="eager", training_steps=1, save_step=1)
+    train_visualizer(args, pictures)
+    recorded = json.loads((Path(args.output_dir) / "checkpoint-1" / "training_args.json").read_text())
+    assert (recorded["torch_compile"], recorded["torch_compile_backend"]) == (True, "eager")
+    # Accelerate does not compile the entire model around the layers.
+    assert AcceleratorState().dynamo_plugin.backend == DynamoBackend.NO
 
 
 def test_r46_bf16_ema_clipping_accumulation_and_final_save(arguments, pictures):

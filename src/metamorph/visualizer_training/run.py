@@ -142,7 +142,5 @@ def _prepare_engine(args: VisualizerArguments, model: Denoiser) -> None:
     if args.torch_compile:
         for layer in layers(model):
             layer.compile(backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode)
-        # Otherwise Trainer would compile the model around them once more.
-        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
     if args.fsdp:
         configure_fsdp2(args, sorted({type(layer).__name__ for layer in layers(model)}))

@@ -88,7 +88,10 @@ class ModelArguments(RemembersGiven):
 
     def __post_init__(self, dry_run: bool) -> None:
         self._is_dry_run = dry_run
-        self._check_choices()
+        try:
+            check_options(self)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
         self._check_stage()
         self._check_lora()
         self.model_name_or_path = shipped_folder(os.path.expanduser(self.model_name_or_path), "model")
@@ -149,12 +152,6 @@ class ModelArguments(RemembersGiven):
                 f"--model_name_or_path {self.model_name_or_path} has no model weights. If it is the output of stage 1, "
                 "pass it as --pretrain_mm_mlp_adapter, and the language model as --model_name_or_path"
             )
-
-    def _check_choices(self) -> None:
-        try:
-            check_options(self)
-        except ValueError as error:
-            raise ValueError(f"--{error}") from error
 
     def _check_stage(self) -> None:
         if self.tune_mm_mlp_adapter and not self.freeze_vision:
