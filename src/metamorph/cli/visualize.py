@@ -18,11 +18,11 @@ DEFAULT_OUTPUT = Path("visualized.png")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draw images again, write them side by side and print how similar they are."""
+    """Reconstruct images, write them next to the originals and print how similar they are."""
     parser = FlagParser(
         prog="metamorph visualize",
-        description="Encode images with the vision tower and draw them again from their visual tokens, to see how good "
-        "the visualizer is alone.",
+        description="Encode images with the vision tower and reconstruct them from their visual tokens, to see how "
+        "good the visualizer is alone.",
     )
     parser.add_argument(
         "--image", required=True, type=image_file, nargs="+", action="extend", help="one or more image files"

@@ -167,9 +167,9 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     save_vision_tower: bool = False
     """Write the vision tower, which may be large, into the result, too: `pipe(images=…)` can then encode images."""
     validation_images: list[str] = field(default_factory=list)
-    """Images that are drawn again from their own tokens at every checkpoint."""
+    """Images that are reconstructed from their visual tokens at every checkpoint."""
     validation_guidance_scales: list[float] = field(default_factory=lambda: [1.0, 3.0])
-    """Guidance scales of these drawings, one column each."""
+    """Guidance scales of these reconstructions, one column each."""
 
     def __post_init__(self) -> None:
         self.refuse_unsupported(UNSUPPORTED)

@@ -26,7 +26,7 @@ class ModelArguments(RemembersGiven):
     """Conversation template: llama3, llama3_original, chatml, plain, or auto, which uses the tokenizer's template."""
     vision_tower: str = "siglip/CLIP-ViT-SO400M-14-384"
     """SigLIP, SigLIP 2, CLIP or DINOv2 vision model: a folder or Hub id, or mini-siglip, which ships with the package.
-    The default is SigLIP-SO400M/14 at 384 px."""
+    The default is an alias of google/siglip-so400m-patch14-384."""
     mm_vision_select_layer: int = -1
     """Hidden state of the tower that becomes visual tokens; -1 is that of the last layer, before the final norm."""
     freeze_vision: bool = True
@@ -82,7 +82,8 @@ class ModelArguments(RemembersGiven):
     model_license: str | None = None
     """Licence for the model card of the result; the card says unknown without it."""
     attn_implementation: str | None = None
-    """Attention of the language model, such as sdpa or flash_attention_2; by default Transformers chooses."""
+    """Attention of the language model, such as sdpa. By default flash_attention_2 on a GPU where it is installed and
+    the run computes in half precision, otherwise Transformers' choice."""
 
     dry_run: InitVar[bool] = False  # a flag of DryRunArguments
 
