@@ -32,8 +32,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaModel, SiglipImageProc
 
 from metamorph.data.batching.collation import PackedCollator
 from metamorph.data.batching.lengths import Lengths, measure
-from metamorph.data.batching.packing import BatchPlanner
-from metamorph.data.batching.sampler import PackedSamples, PlannedBatches
+from metamorph.data.batching.packing import BatchPlanner, PackedSamples, PlannedBatches
 from metamorph.data.dataset import load_data
 from metamorph.data.sources.json_files import scan_array, scan_lines
 from metamorph.data.sources.open import open_source

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -238,7 +238,7 @@ class Experiment:
             "steps": self.recipe.stage2_steps,
             "samples_in_a_step": samples,
             "full": packed.efficiency,
-            **asdict(loss),
+            **loss.as_metrics(),
         }
         print(json.dumps(run), flush=True)
         return run

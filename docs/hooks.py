@@ -1,10 +1,12 @@
 """MkDocs hooks: tables of flags and lists of tests, generated from the code.
 
 `{{ flags module:Class }}` becomes a table of the fields of a dataclass, `{{ options module:Class }}` the same without
-dashes before the names, `{{ tests r07 }}` a list of the regression tests of that fault. A placeholder without a match
-is a warning, which fails `mkdocs build --strict`. Names in docstrings, [`Name`] and :func:`name`, become plain code.
+dashes before the names, `{{ tests r07 }}` a list of the regression tests of that fault, `{{ files }}` a table of all
+source files. A placeholder without a match is a warning, which fails `mkdocs build --strict`. Names in docstrings,
+[`Name`] and :func:`name`, become plain code.
 """
 
+import ast
 import dataclasses
 import importlib
 import logging
@@ -21,11 +23,14 @@ FLAGS = re.compile(r"^\{\{ (flags|options) ([\w.]+):(\w+) \}\}$", re.MULTILINE)
 TESTS = re.compile(r"^\{\{ tests (r\d\d) \}\}$", re.MULTILINE)
 MARKED_NAME = re.compile(r"\[(<code>[\w.]+</code>)\]|:(?:attr|class|data|func|meth|mod):(<code>[^<]*</code>)")
 TEST_FOLDER = Path(__file__).parent.parent / "tests"
+PACKAGE = Path(__file__).parent.parent / "src" / "metamorph"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill in the placeholders of a page; MkDocs calls this function by name."""
     markdown = FLAGS.sub(lambda match: flag_table(match[2], match[3], "--" * (match[1] == "flags")), markdown)
+    if "{{ files }}" in markdown:
+        markdown = markdown.replace("{{ files }}", file_table())
     return TESTS.sub(lambda match: guarding_tests(match[1]), markdown)
 
 
@@ -54,6 +59,22 @@ def guarding_tests(number: str) -> str:
     if not found:
         logger.warning("no test is named test_%s_…: write it, or leave the fault out of the page", number)
     return "\n" + "\n".join(found)
+
+
+def file_table() -> str:
+    """Return a Markdown table of the files of each package, with the first paragraph of each docstring."""
+    lines = []
+    for folder in sorted({file.parent for file in PACKAGE.rglob("*.py")}):
+        lines += ["", f"**`{folder.relative_to(PACKAGE.parent).as_posix()}/`** {_summary(folder / '__init__.py')}"]
+        files = sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
+        lines += ["", "| File | |", "|---|---|"] if files else []
+        lines += [f"| `{file.name}` | {_summary(file).replace('|', chr(92) + '|')} |" for file in files]
+    return "\n".join(lines)
+
+
+def _summary(file: Path) -> str:
+    doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return " ".join(doc.split("\n\n")[0].split())
 
 
 @cache

@@ -8,7 +8,8 @@ scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 #   DATA_PATH                    records: JSON array, JSON Lines, tar archives or a mixture (required)
 #   PRETRAIN_MM_MLP_ADAPTER      output folder of stage 1 (stage 2: required)
 #   IMAGE_FOLDER                 folder that relative image paths start from
-#   OUTPUT_DIR                   checkpoints and result, on a file system that all nodes see
+#   OUTPUT_DIR                   checkpoints and result, on a file system that all nodes see. Another folder for each run:
+#                                do not export it, or the next stage and the visualizer write there too
 #   RECIPE                       a name of `metamorph recipes`, or a YAML file of flags
 #   MODEL_NAME_OR_PATH, VISION_TOWER
 #   PER_DEVICE_TRAIN_BATCH_SIZE, GRADIENT_ACCUMULATION_STEPS

@@ -19,7 +19,6 @@ from PIL import Image
 
 from metamorph import cli
 from metamorph.recipes import find_recipe
-from tools.file_table import PAGE, page_with_table
 
 
 ROOT = Path(__file__).parents[1]
@@ -98,11 +97,6 @@ def test_package_offers_its_main_classes() -> None:
         assert getattr(metamorph, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'MetaMorph'"):
         _ = metamorph.MetaMorph
-
-
-def test_the_table_of_files_is_up_to_date() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    assert page == page_with_table(page), "run python -m tools.file_table"
 
 
 PACKAGES = sorted((ROOT / "src" / "metamorph").rglob("__init__.py"))

@@ -1,4 +1,4 @@
-"""Bad input of every command: exit status 2 and one line that names the flag, the value and the mend.
+"""Bad input of every command: exit status 2 and one line that names the flag, the value and the fix.
 
 All of it is found before weights are read: the models here have none.
 """

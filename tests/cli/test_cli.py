@@ -40,7 +40,7 @@ def fail(monkeypatch: pytest.MonkeyPatch):
 def test_a_missing_package_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "deepspeed", None)  # what the import system keeps for a module that is not there
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # how the import system marks a missing module
     (tmp_path / "data.jsonl").write_text("")
     words = ["train", "--model_name_or_path", "owner/llm", "--data_path", str(tmp_path / "data.jsonl")]
     flags = ["--tune_mm_mlp_adapter", "True", "--output_dir", str(tmp_path), "--bf16", "False", "--sharding", "zero2"]
@@ -58,18 +58,21 @@ def test_debug_is_recommended_for_errors_of_other_packages_only(fail, capsys: py
     assert capsys.readouterr().err.endswith("error: raised in a test (metamorph --debug lr … shows where)\n")
 
 
-def test_ctrl_c_is_one_line(fail, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_is_one_line_and_a_bug_keeps_its_traceback(fail, capsys: pytest.CaptureFixture[str]) -> None:
     fail(KeyboardInterrupt())
     assert cli.main(["lr"]) == 130
     assert capsys.readouterr().err == "metamorph lr: interrupted\n"
     with pytest.raises(KeyboardInterrupt):
         cli.main(["--debug", "lr"])
+    fail(RuntimeError("a bug"))
+    with pytest.raises(RuntimeError):
+        cli.main(["lr"])
 
 
 def test_errors_and_log_lines_do_not_command_the_terminal(
     fail, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A path of a stranger's data may hold escapes that clear the screen or forge a line."""
+    """A path in untrusted data may hold escapes that clear the screen or forge a line."""
     fail(ValueError("no file \x1b[2J\x9b31m\r\u202e in\n\tthe folder 👨‍👩‍👧"))
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     assert cli.main(["lr"]) == 2
@@ -128,22 +131,3 @@ def test_a_misspelt_recipe_is_found_before_torch_is_imported(command: list[str])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout == "2 False\n"
     assert "--config zzz is neither a file nor the name of a recipe" in done.stderr
-
-
-def test_faults_of_ours_keep_their_traceback(fail) -> None:
-    fail(RuntimeError("a fault"))
-    with pytest.raises(RuntimeError):
-        cli.main(["lr"])
-
-
-def test_deepspeed_speaks_only_of_what_matters(caplog: pytest.LogCaptureFixture) -> None:
-    cli.main(["lr", "--batch", "768"])
-    logger = logging.getLogger("DeepSpeed")
-    logger.addHandler(caplog.handler)
-    try:
-        logger.warning("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.")
-        logger.warning("something else")
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert [record.getMessage() for record in caplog.records if record.name == "DeepSpeed"][-1:] == ["something else"]
-    assert "Setting accelerator" not in caplog.text

@@ -147,7 +147,7 @@ def test_a_connector_of_the_original(as_folder: bool, tmp_path: Path) -> None:
     source = file.parent if as_folder else file
     assert main(["convert", "--from", "original", "--model", str(source), "--output", str(tmp_path / "ours")]) == 0
     connector = read_connector(tmp_path / "ours" / CONNECTOR_FILE)
-    for name, weight in connector.mm_projector.items():
+    for name, weight in connector.parts["mm_projector"].items():
         assert torch.equal(weight, weights[f"model.mm_projector.{name}"])
     model = golden_model()
     with torch.no_grad():

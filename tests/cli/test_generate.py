@@ -80,7 +80,7 @@ def test_images_are_never_replaced_unasked(generate, tmp_path: Path) -> None:
     assert (tmp_path / "generated.png").read_bytes() != first
 
 
-def test_draw_begins_the_answer_with_a_image(generate, tmp_path: Path) -> None:
+def test_draw_begins_the_answer_with_an_image(generate, tmp_path: Path) -> None:
     question = ["--prompt", "<image>\nWhat color is the object?", "--image", "in.png"]
     Image.new("RGB", (64, 64), "white").save(tmp_path / "in.png")
     printed, logged = generate(*question)
@@ -91,7 +91,7 @@ def test_draw_begins_the_answer_with_a_image(generate, tmp_path: Path) -> None:
     assert "no image" not in logged
 
 
-def test_default_number_of_new_tokens_fits_a_image(generate) -> None:
+def test_default_number_of_new_tokens_fits_an_image(generate) -> None:
     assert build_parser().parse_args(["--model", "m", "--prompt", "p"]).max_new_tokens is None
     printed, logged = generate("--prompt", "Draw a red circle", "--max-new-tokens", "17")
     assert "[image" not in printed

@@ -43,5 +43,5 @@ def test_shipped_recipe_is_valid():
 def test_guide_names_every_flag():
     guide = (Path(__file__).parents[2] / "visualization" / "Train_Visualization.md").read_text(encoding="utf-8")
     ours = VisualizerArguments.__annotations__.keys() | TokenOptions.__annotations__.keys()
-    missing = [name for name in ours if f"`{name}`" not in guide]
+    missing = [name for name in ours if f"`--{name}`" not in guide]
     assert not missing

@@ -254,11 +254,11 @@ def test_a_source_without_any_of_its_files_is_unusable(folder, processor):
         check_file(mixture, processor)
 
 
-def test_cut_examples_are_measured_whole(folder, processor):
-    """However an example is cut, in a text or before an image, its length is told as it was."""
+def test_truncated_examples_are_measured_in_full(folder, processor):
+    """Wherever an example is truncated, in a text or before an image, its original length is reported."""
     answer = "First <image> then <image> and last <image>."
     path = write_jsonl(folder / "data.jsonl", [llava("x", "Hi", answer, image=["good.png"] * 3)])
-    tokens, images, answers, _ = opened(path, processor, None).measure(0)
+    tokens, images, answers, _ = opened(path, processor, None).datasets[0].measure(0)
     for limit in range(30, tokens + 2):
         (row,) = check_dataset(opened(path, processor, limit)).rows
         assert (row["tokens"], row["images"], row["answer_images"]) == (tokens, images, answers)

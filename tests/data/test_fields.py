@@ -16,7 +16,7 @@ from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.batching.lengths import measure
 from metamorph.data.dataset import load_data
 from metamorph.data.doctor.check import check_dataset
-from metamorph.data.features.images import ImageSet
+from metamorph.data.features import ImageSet
 from metamorph.data.fields import NAMES, FieldMap
 from metamorph.data.mixture import SourceSpec
 from metamorph.data.records import DataError, RecordError
@@ -133,7 +133,7 @@ def test_a_set_in_another_layout_gives_the_same_batches(layout, folder, processo
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert torch.equal(found[name], value) if isinstance(value, torch.Tensor) else name == "indices"
-    assert other.measure(0) == plain.measure(0)
+    assert other.datasets[0].measure(0) == plain.datasets[0].measure(0)
     assert ImageSet(other).num_images == ImageSet(plain).num_images > 0
     assert check_dataset(other).problems == []
 
@@ -161,7 +161,7 @@ def test_tars_are_read_through_fields_too(folder, processor):
     entry = {"path": "s-{0..0}.tar", "task": "text_to_image", "fields": {"caption": "alt"}}
     (folder / "m.yaml").write_text(yaml.safe_dump([entry]))
     data = load_data(folder / "m.yaml", processor)
-    assert "Red." in data.conversation(0).turns[0].text
+    assert "Red." in data.datasets[0].conversation(0).turns[0].text
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_tars_are_read_through_fields_too(folder, processor):
 def test_errors_name_the_field_of_the_records(fields, record, kind, message, folder, processor):
     data = opened(folder, processor, [record], task="text_to_image", fields=fields, check=False)
     with pytest.raises(RecordError, match=message) as error:
-        data.conversation(0)
+        data.datasets[0].conversation(0)
     assert (error.value.kind, error.value.record_id) == (kind, "r")
     assert str(error.value) == f"{error.value.where} (id 'r'): {error.value.detail}"  # the report shows the detail
 
@@ -302,7 +302,7 @@ def test_video_records_say_what_the_video_is_called(folder, processor):
     record = {"id": "r", "videos": ["a.mp4"], "conversations": HI}
     data = opened(folder, processor, [record], task="video_qa", check=False)
     with pytest.raises(RecordError, match=r"fields: \{video: videos\}"):
-        data.conversation(0)
+        data.datasets[0].conversation(0)
 
 
 def test_the_documented_layouts_are_valid_and_have_every_key(request):

@@ -81,7 +81,7 @@ def test_copies_map_the_same_memory(path):
     assert len(pickle.dumps(source)) < 2000
     assert isinstance(copy.index["offsets"], np.memmap)
     assert copy[99].value == source[99].value
-    assert copy.fingerprint() == source.fingerprint()
+    assert copy.index.fingerprint() == source.index.fingerprint()
 
 
 RANK = """

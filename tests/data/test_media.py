@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from metamorph.data.media.stores import FolderStore, MediaError, load, load_all, load_image, resolve_image_path
+from metamorph.data.media.stores import FolderStore, MediaError, load_all, load_image, resolve_image_path
 from metamorph.data.records import IMAGE_SUFFIXES
 from metamorph.data.tasks import Box, ImageRef
 from metamorph.models.image_files import FORMATS, read_size
@@ -248,7 +248,7 @@ def store(tmp_path) -> FolderStore:
 
 @pytest.mark.parametrize("box", [Box(100, 50, 200, 100), Box(0.5, 0.5, 1, 1, relative=True), Box(150.6, 60, 999, 999)])
 def test_crops_are_in_pixels_of_the_image(store, box):
-    crop = load(ImageRef("a.png", crop=box), store)
+    crop = load_all([ImageRef("a.png", crop=box)], store)[0]
     assert crop.getcolors() == [(crop.width * crop.height, (255, 255, 255))]
     assert crop.size == ((50, 40) if box.right == 999 else (100, 50))
 
@@ -258,15 +258,15 @@ def test_crops_of_turned_photographs_are_in_the_upright_image(tmp_path):
     exif[0x0112] = 6
     quarters().save(tmp_path / "turned.png", exif=exif)
     store = FolderStore(tmp_path)
-    assert load(ImageRef("turned.png"), store).size == (100, 200)
-    assert corner(load(ImageRef("turned.png", crop=Box(0, 0, 50, 100)), store)) == (0, 0, 255)
+    assert load_all([ImageRef("turned.png")], store)[0].size == (100, 200)
+    assert corner(load_all([ImageRef("turned.png", crop=Box(0, 0, 50, 100))], store)[0]) == (0, 0, 255)
 
 
 @pytest.mark.parametrize("box", [Box(200, 0, 210, 10), Box(-20, 0, 0, 10), Box(2, 2, 3, 3, relative=True)])
 def test_a_box_outside_the_image_is_named(store, box):
     for ref in (ImageRef("a.png", crop=box), ImageRef("a.png", boxes=(("cat", box),))):
         with pytest.raises(MediaError, match="outside the image of 200x100 pixels") as error:
-            load(ref, store)
+            load_all([ref], store)
         assert error.value.kind == "bad_box"
 
 
@@ -296,7 +296,7 @@ def test_missing_files_of_a_store_are_named(store):
     for where in (store, MemoryStore({})):
         for ref, kind in ((ImageRef("b.png"), "missing_image"), (ImageRef("b.mp4", time=0.0), "missing_video")):
             with pytest.raises(MediaError, match=r"b\.") as error:
-                load(ref, where)
+                load_all([ref], where)
             assert error.value.kind == kind
 
 

@@ -53,7 +53,8 @@ CAPTIONS = {"path": "captions-{0..0}.tar", "task": "text_to_image"}
 
 
 def ids(dataset):
-    return [dataset.record(index).id for index in range(len(dataset))]
+    places = map(dataset.locate, range(len(dataset)))
+    return [source.record(number).id for source, number in places]
 
 
 def test_a_mixture_of_three_kinds_of_sources(folder, processor, caplog):
@@ -68,8 +69,9 @@ def test_a_mixture_of_three_kinds_of_sources(folder, processor, caplog):
     assert [example["visual_target_mask"].any().item() for example in examples] == [False, False, True]
     assert [len(example.get("pixel_values", ())) for example in examples] == [0, 1, 1]
     for index, example in zip((0, 10, 14), examples, strict=True):
-        assert dataset.measure(index)[0] == len(example["input_ids"])
-        assert dataset.source_name(index) == example["source"]
+        source, number = dataset.locate(index)
+        assert source.measure(number)[0] == len(example["input_ids"])
+        assert source.name == example["source"]
     with pytest.raises(IndexError, match="no sample 15: the sources have 15"):
         dataset[15]
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from metamorph.data.batching.lengths import Lengths
-from metamorph.data.batching.packing import BatchPlanner, Rows, pack_rows
-from metamorph.data.batching.sampler import PackedSamples, PlannedBatches
+from metamorph.data.batching.packing import BatchPlanner, PackedSamples, PlannedBatches, Rows, pack_rows
 
 
 def lengths_of(count: int, seed: int = 0, longest: int = 300) -> Lengths:

@@ -11,7 +11,7 @@ from PIL import Image
 from video_parts import av, colour, index_of, write_video
 
 from metamorph.data.media import video
-from metamorph.data.media.stores import FolderStore, MediaError, load, load_all, load_image, probe
+from metamorph.data.media.stores import FolderStore, MediaError, load_all, load_image, probe
 from metamorph.data.media.video import probe_video, read_frames
 from metamorph.data.tasks import Box, ImageRef
 from metamorph.flags.extras import install_command
@@ -193,7 +193,7 @@ def test_images_of_a_conversation_come_in_order(tmp_path):
     refs = [ImageRef("a.mp4", time=info.times[4]), ImageRef("b.png"), ImageRef("a.mp4", time=info.times[1])]
     later, image, earlier = load_all(refs, store)
     assert [index_of(later), index_of(earlier), image.size] == [4, 1, (8, 8)]
-    part = load(ImageRef("a.mp4", time=0.0, crop=Box(0, 0, 10, 20)), store)
+    part = load_all([ImageRef("a.mp4", time=0.0, crop=Box(0, 0, 10, 20))], store)[0]
     assert part.size == (10, 20)
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae
 
 from metamorph.evaluation.drawings import Drawing, DrawingTask, summarise
-from metamorph.evaluation.questions import AnsweredQuestion, Question, QuestionResults, fraction
+from metamorph.evaluation.questions import AnsweredQuestion, Question, fraction, summarise_answers
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.inference.reply import Prompt, Reply
@@ -36,10 +36,8 @@ def test_an_answer_with_an_unwanted_image_is_wrong():
 
 
 def test_accuracy_is_counted_for_each_type():
-    results = QuestionResults(
-        (answered("red"), answered("blue"), answered("two", "two", "count"), answered("red"), answered("red"))
-    )
-    assert results.to_dict() == {
+    results = [answered("red"), answered("blue"), answered("two", "two", "count"), answered("red"), answered("red")]
+    assert summarise_answers(results) == {
         "n": 5,
         "accuracy": 0.8,
         "per_type": {"color": 0.75, "count": 1.0},

@@ -7,7 +7,7 @@ from training_parts import IMAGE_SIZE, arguments, write_records
 from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae
 
 from metamorph.evaluation.drawings import DrawingTask, draw_tasks, encode_images, summarise
-from metamorph.evaluation.questions import Question, ask
+from metamorph.evaluation.questions import Question, ask, summarise_answers
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
 from metamorph.inference.draw import SamplerSettings
 from metamorph.inference.reply import Prompt, reply_to
@@ -49,9 +49,9 @@ def learned(parts, tmp_path_factory):
 def test_learnt_answers_are_right_and_others_wrong(learned):
     model, processor = learned
     questions = [Question("colour", Prompt("<image>\nWhich colour?", (plain_image(color),)), color) for color in COLORS]
-    assert ask(model, processor, questions).to_dict()["accuracy"] == 1.0
+    assert summarise_answers(ask(model, processor, questions))["accuracy"] == 1.0
     swapped = [Question("colour", question.prompt, "green") for question in questions]
-    assert ask(model, processor, swapped).to_dict()["accuracy"] == 0.0
+    assert summarise_answers(ask(model, processor, swapped))["accuracy"] == 0.0
 
 
 def test_replies_keep_their_order_in_any_batch(learned):

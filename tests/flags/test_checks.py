@@ -1,5 +1,6 @@
 """A model that does not exist is an error within seconds, with and without a network."""
 
+import json
 import os
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def test_model_that_the_hub_does_not_have(empty_hub):
     assert "--model nowhere is not a local folder, and the Hub has no config.json of that name" in result.stderr
 
 
-def test_answers_of_the_hub_are_one_line_with_the_mend(empty_hub):
+def test_answers_of_the_hub_are_one_line_with_the_fix(empty_hub):
     """The one check of all commands, in a process that knows this Hub from its start."""
     script = (
         "from metamorph.flags.checks import check_reachable\n"
@@ -69,22 +70,23 @@ def test_answers_of_the_hub_are_one_line_with_the_mend(empty_hub):
     assert broken == "--model owner/broken is not a local folder, and the Hub answers with status 503: try again later"
 
 
-@pytest.mark.parametrize("flag", ["--model_name_or_path", "--vision_tower"])
-def test_no_network(flag, tmp_path):
+TRAIN = ["train", "--tune_mm_mlp_adapter", "True", "--data_path", "data.jsonl"]
+VISUALIZER = ["train-visualizer", "--image_folder", "."]
+
+
+@pytest.mark.parametrize(
+    ("words", "flag", "other"),
+    [
+        (TRAIN, "--model_name_or_path", "--vision_tower"),
+        (TRAIN, "--vision_tower", "--model_name_or_path"),
+        (VISUALIZER, "--pretrained_model_name_or_path", "--vision_tower"),
+    ],
+)
+def test_no_network(words, flag, other, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "data.jsonl").write_text("{}\n")
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    names = {"--model_name_or_path": str(tmp_path), "--vision_tower": str(tmp_path), flag: "owner/nowhere"}
-    flags = [word for pair in names.items() for word in pair]
-    flags += ["--tune_mm_mlp_adapter", "True", "--data_path", str(tmp_path / "data.jsonl")]
-    result = run("http://127.0.0.1:9", "train", *flags, "--output_dir", str(tmp_path / "out"))
+    kind = "llama" if other == "--model_name_or_path" else "siglip_vision_model"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    result = run("http://127.0.0.1:9", *words, flag, "owner/nowhere", other, str(tmp_path), "--output_dir", "out")
     assert result.returncode == 2
     assert f"{flag} owner/nowhere is not a local folder, and the Hub cannot be reached" in result.stderr
-
-
-def test_visualizer_without_network(tmp_path):
-    flags = ["--pretrained_model_name_or_path", "owner/nowhere", "--vision_tower", str(tmp_path)]
-    flags += ["--output_dir", str(tmp_path / "out")]
-    (tmp_path / "config.json").write_text('{"model_type": "siglip_vision_model"}')
-    result = run("http://127.0.0.1:9", "train-visualizer", *flags, "--image_folder", str(tmp_path))
-    assert result.returncode == 2
-    assert "--pretrained_model_name_or_path owner/nowhere is not a local folder, and the Hub" in result.stderr

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from metamorph.mini import ASSETS, asset_path
-from metamorph.mini.cards import AssetCard, AssetError, verify_folder
-from tools.miniature.cards import write_card
+from metamorph.mini import ASSETS, AssetError, asset_path
+from tools.miniature import build_llama, build_sd, build_siglip
+from tools.miniature.cards import AssetCard, verify_asset, verify_folder, write_card
+from tools.miniature.probes import PROBE_NAMES
 from tools.miniature.rebuild import rebuild
 from tools.miniature.training_state import TrainingSchedule, train
 
@@ -117,6 +118,30 @@ def test_loss_that_is_not_finite_stops_the_build(tmp_path):
     model = nn.Linear(1, 1)
     with pytest.raises(FloatingPointError, match="step 0"):
         train(model, schedule, lambda _: (model.weight.sum() * torch.inf, {}), tmp_path, fingerprint="", resume=False)
+
+
+GOOD = dict.fromkeys(PROBE_NAMES, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("build", "low", "missed"),
+    [
+        (build_llama, {"vqa": {"all": 0.96, "yes_no": 0.7}, "facts": 0.9}, r"vqa\.yes_no.*facts"),
+        (build_sd, {**dict.fromkeys(build_sd.GATES, 1.0), "attributes.pairs": 0.5}, r"attributes\.pairs.*0\.5"),
+        (build_siglip, {"singles": GOOD, "pairs": {**GOOD, "size": 0.5}}, r"pairs\.size"),
+    ],
+)
+def test_shipped_parts_match_their_cards_and_pass_gates_that_low_figures_miss(build, low, missed):
+    card = verify_asset(build.NAME)
+    assert card.figures.keys() >= low.keys()
+    build.check_gates(card.figures)
+    with pytest.raises(AssetError, match=missed):
+        build.check_gates(low)
+
+
+def test_cards_of_llama_and_sd_state_what_is_promised():
+    assert verify_asset("mini-llama").gates == build_llama.GATES
+    assert sum(path.stat().st_size for path in asset_path("mini-sd").rglob("*") if path.is_file()) < 12e6
 
 
 @pytest.mark.parametrize("name", ASSETS)

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from metamorph.cli import main
-from metamorph.mini import ASSETS, asset_path, shipped_folder, verify_asset
-from metamorph.mini.cards import AssetError, verify_folder
+from metamorph.mini import ASSETS, AssetError, asset_path, shipped_folder
 from metamorph.miniature.quickstart.measure import measure_world
 from metamorph.miniature.quickstart.recipe import FAST, MINI, EvaluationSizes
 from metamorph.miniature.world.checker import judge
@@ -21,6 +20,7 @@ from metamorph.visualization.loading import load_visualizer
 from metamorph.visualizer_training.arguments import VisualizerArguments
 from metamorph.visualizer_training.build import check_folders
 from tools.miniature.build_mini import GATES, _parts_next_to, build, missed_gates, summarise_figures
+from tools.miniature.cards import verify_asset, verify_folder
 
 
 def test_card_matches_the_folder_and_names_the_gates_it_misses():
@@ -73,7 +73,7 @@ README_PROMPTS = {
 
 
 @pytest.mark.parametrize("prompt", README_PROMPTS)
-def test_the_readme_s_commands_draw_what_they_are_told(tmp_path, capsys, prompt):
+def test_the_readme_s_commands_draw_what_they_ask_for(tmp_path, capsys, prompt):
     file = tmp_path / "drawn.png"
     assert main(["generate", "--model", "mini", "--visualizer", "mini", "--prompt", prompt, "--output", str(file)]) == 0
     assert str(file) in capsys.readouterr().out

@@ -24,7 +24,7 @@ QUESTION_TYPES = {"color", "shape", "size", "position", "count", "yes_no"}
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
-    """The folder that `metamorph quickstart --fast` leaves; `log` beside it has the lines, which are due at once."""
+    """The folder that `metamorph quickstart --fast` leaves; `log` next to it has the lines."""
     folder = tmp_path_factory.mktemp("quickstart") / "out"
     handler, logger = logging.FileHandler(folder.parent / "log", encoding="utf-8"), logging.getLogger("metamorph")
     logger.addHandler(handler)

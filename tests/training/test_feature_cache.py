@@ -17,8 +17,7 @@ from transformers import SiglipVisionModel, TrainerCallback
 
 from metamorph import cli
 from metamorph.data.dataset import load_data
-from metamorph.data.features.cache import FeatureCache, describe_tower, image_key, write_features
-from metamorph.data.features.images import ImageSet
+from metamorph.data.features import FeatureCache, ImageSet, describe_tower, image_key, write_features
 from metamorph.data.media.stores import FolderStore, MediaError
 from metamorph.data.records import DataError, RecordError
 from metamorph.data.tasks import ImageRef

@@ -194,7 +194,7 @@ def test_validation_losses_equal_a_direct_computation(parts: Path, validation: P
         counts = (out.num_text_tokens, out.num_visual_tokens, out.num_visual_tokens)
         means = (out.text_loss, out.visual_loss, out.visual_cosine)
         weighted = [mean * count for mean, count in zip(means, counts, strict=True)]
-        sums[data.source_name(index)] += torch.stack([*weighted, *counts[:2]])
+        sums[data.locate(index)[0].name] += torch.stack([*weighted, *counts[:2]])
     for prefix, (text, visual, cosine, num_text, num_visual) in [
         *((f"eval_{name}_", total.tolist()) for name, total in sums.items()),
         ("eval_", sum(sums.values()).tolist()),
@@ -206,7 +206,7 @@ def test_validation_losses_equal_a_direct_computation(parts: Path, validation: P
         assert first[f"{prefix}visual_cosine"] == pytest.approx(cosine / num_visual, rel=1e-4)
         assert first[f"{prefix}loss"] == pytest.approx(text / num_text + visual / num_visual, rel=1e-5)
     for prefix, names in [*((f"eval_{name}_", [name]) for name in data.sources), ("eval_", [*data.sources])]:
-        samples = [data[index] for index in range(len(data)) if data.source_name(index) in names]
+        samples = [data[index] for index in range(len(data)) if data.locate(index)[0].name in names]
         assert first[f"{prefix}visual_cosine_baseline"] == pytest.approx(constant_cosine(samples, result.model))
 
 
@@ -220,7 +220,7 @@ def test_image_starts_are_measured_where_an_answer_has_an_image(observed: TrainR
         for place in (batch["labels"][0] == start).nonzero().flatten().tolist():  # no answer here has two images
             with torch.no_grad():
                 hidden.append(model(**batch, output_hidden_states=True).hidden_states[-1][0, place - 1])
-            source.append(data.source_name(index))
+            source.append(data.locate(index)[0].name)
     with torch.no_grad():
         # Orthogonal to the mean of the states, with which it would prefer all or none.
         mean = torch.stack(hidden).mean(dim=0)
@@ -232,9 +232,10 @@ def test_image_starts_are_measured_where_an_answer_has_an_image(observed: TrainR
         losses = evaluate_losses(model, data, Accelerator(cpu=True), batch_size=batch_size)
         for name, loss in losses.items():
             own = [was_found for was_found, its_source in zip(found, source, strict=True) if its_source == name]
-            assert loss.num_image_answers == len(own) > 0
-            assert loss.image_start_accuracy == sum(own) / len(own)
-        assert total_loss(losses).image_start_accuracy == sum(found) / len(found)
+            metrics = loss.as_metrics()
+            assert metrics["num_image_answers"] == len(own) > 0
+            assert metrics["image_start_accuracy"] == sum(own) / len(own)
+        assert total_loss(losses).as_metrics()["image_start_accuracy"] == sum(found) / len(found)
 
 
 def fixed(line: dict[str, float]) -> dict[str, float]:
@@ -266,7 +267,7 @@ def test_the_best_model_is_loaded_at_the_end(stage: int, parts: Path, validation
     assert max(losses) - losses[-1] > 1e-3
     data = load_data(validation, result.processor)
     end = total_loss(evaluate_losses(result.model, data, Accelerator(cpu=True)))
-    assert end.loss(1.0) == pytest.approx(max(losses), rel=1e-5)
+    assert end.as_metrics()["loss"] == pytest.approx(max(losses), rel=1e-5)
 
 
 def test_evaluate_loss_measures_what_training_logged(

@@ -1,8 +1,11 @@
 """The flags of speed through the real command: the same losses and gradient norms, step by step."""
 
+import json
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
 from training_parts import arguments, make_language_model, make_records, make_vision_tower, training_lines
 
 from metamorph.models import text_head
@@ -48,3 +51,11 @@ def test_all_flags_of_speed_together_change_nothing(stage, parts, tmp_path, monk
     assert len(plain) == 3
     for ours, theirs in zip(fast, plain, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_run_records_that_its_layers_are_compiled(parts, tmp_path):
+    run_training(*arguments(parts, tmp_path, stage=1, max_steps=1, torch_compile_backend="eager"))
+    recorded = json.loads((tmp_path / "training_args.json").read_text())
+    assert (recorded["torch_compile"], recorded["torch_compile_backend"]) == (True, "eager")
+    # Accelerate does not compile the entire model around the layers.
+    assert AcceleratorState().dynamo_plugin.backend == DynamoBackend.NO

@@ -119,7 +119,6 @@ def test_warmup_is_a_quarter_by_default():
         ({"unet_from_scratch": True}, "--unfreeze_unet"),
         ({"unet_lr": 1e-5}, "--unfreeze_unet"),
         ({"cache_latents": True, "random_crop": True}, "--random_crop"),
-        ({"alignment_conditions": "conditions.safetensors"}, "--cache_latents"),
         ({"timestep_power": 0.0}, "--timestep_power"),
         ({"validation_guidance_scales": []}, "--validation_guidance_scales"),
     ],
@@ -135,7 +134,6 @@ def test_wrong_values_name_the_flag(options, message):
         ({"image_folder": "none"}, "--image_folder none is not a folder"),
         ({"image_jsons": ["none.json"]}, "--image_jsons none.json is not a file"),
         ({"validation_images": ["none.png"]}, "--validation_images"),
-        ({"alignment_conditions": "none", "cache_latents": True}, "--alignment_conditions none is not a file"),
     ],
 )
 def test_missing_files_name_the_flag(options, message):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from metamorph.visualizer_training.schedule import log_warmup_linear_decay
+from metamorph.visualizer_training.trainer import log_warmup_linear_decay
 
 
 FACTS = json.loads((Path(__file__).parents[1] / "golden" / "projectors.json").read_text())

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
 from safetensors.torch import load_file, save_file
 from visualization_parts import RESOLUTION, OnLog, random_images, tiny_flags
 
@@ -20,7 +22,6 @@ from metamorph.runs.lock import only_run_in
 from metamorph.runs.preemption import MARKER_FILE, PREEMPTED, Interrupted, Preempted
 from metamorph.visualization import VisualizationPipeline, VisualizerArguments, train_visualizer
 from metamorph.visualization.projector import PROJECTOR_MODES
-from metamorph.visualization.token_options import load_encoder
 from metamorph.visualizer_training.build import adopt_resolution, load_diffusion_parts
 
 
@@ -167,6 +168,15 @@ def test_compiled_trains_as_uncompiled(arguments, pictures, tmp_path):
     assert weights(tmp_path / "fast", "unet").keys() == weights(tmp_path / "plain", "unet").keys()
     again = replace(arguments(output_dir=str(tmp_path / "fast"), **options), training_steps=3)
     assert train_visualizer(again, pictures).first_step == 2
+
+
+def test_a_run_records_that_its_layers_are_compiled(arguments, pictures):
+    args = arguments(torch_compile=True, torch_compile_backend="eager", training_steps=1, save_step=1)
+    train_visualizer(args, pictures)
+    recorded = json.loads((Path(args.output_dir) / "checkpoint-1" / "training_args.json").read_text())
+    assert (recorded["torch_compile"], recorded["torch_compile_backend"]) == (True, "eager")
+    # Accelerate does not compile the entire model around the layers.
+    assert AcceleratorState().dynamo_plugin.backend == DynamoBackend.NO
 
 
 def test_r46_bf16_ema_clipping_accumulation_and_final_save(arguments, pictures):
@@ -343,31 +353,6 @@ def test_projector_starts_from_a_finished_visualizer(arguments, pictures, tmp_pa
     before, after = weights(first.output_dir, "projector"), weights(args.output_dir, "projector")
     for name in before:
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
-
-
-def test_alignment_brings_the_projector_to_known_conditions(arguments, pictures, parts, tmp_path):
-    """Conditions that another projector gives can be learned from the tokens alone."""
-    teacher = train_visualizer(arguments(output_dir=str(tmp_path / "teacher"), learn_positions=True), pictures)
-    projector = VisualizationPipeline.from_pretrained(teacher.output_dir).projector
-    with torch.no_grad():
-        tokens = load_encoder(arguments()).encode_images(pictures)
-        conditions = projector(tokens)
-    file = tmp_path / "conditions.safetensors"
-    save_file({"conditions": conditions}, file)
-    options = {"learn_positions": True, "cache_latents": True, "lr": 1e-9, "training_steps": 1, "seed": 5}
-    aligned = arguments(alignment_conditions=str(file), alignment_steps=200, **options)
-    plain = arguments(output_dir=str(tmp_path / "plain"), **options)
-    errors = []
-    for args in (aligned, plain):
-        result = train_visualizer(args, pictures)
-        student = VisualizationPipeline.from_pretrained(result.output_dir).projector
-        with torch.no_grad():
-            errors.append((student(tokens) - conditions).square().mean().item())
-    assert errors[0] < 0.1 * errors[1]
-    with pytest.raises(ValueError, match=r"\[5 images, tokens, features\]"):
-        train_visualizer(replace(aligned, output_dir=str(tmp_path / "five")), pictures[:5])
-    with pytest.raises(ValueError, match="--num_query_tokens"):
-        train_visualizer(replace(aligned, output_dir=str(tmp_path / "mode"), mode="xattn"), pictures)
 
 
 def test_unet_from_scratch_ignores_the_pretrained_one(arguments, pictures, parts):

@@ -26,8 +26,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from metamorph.mini.cards import AssetCard, AssetError
-from tools.miniature.cards import write_card
+from metamorph.mini import AssetError
+from tools.miniature.cards import AssetCard, write_card
 from tools.miniature.llama_data import (
     Conversation,
     TextTask,

@@ -17,8 +17,7 @@ from typing import Any
 import diffusers
 import torch
 
-from metamorph.mini import PARTS, asset_path
-from metamorph.mini.cards import AssetCard, AssetError, library_versions
+from metamorph.mini import PARTS, AssetError, asset_path
 from metamorph.miniature.quickstart.clock import StageClock
 from metamorph.miniature.quickstart.measure import measure_world
 from metamorph.miniature.quickstart.recipe import MINI, Recipe
@@ -28,7 +27,7 @@ from metamorph.miniature.world.dataset import write_dataset
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.visualization.pipeline import VisualizationPipeline
-from tools.miniature.cards import write_card
+from tools.miniature.cards import AssetCard, library_versions, write_card
 
 
 logger = logging.getLogger(__name__)

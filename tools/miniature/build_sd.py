@@ -19,9 +19,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from metamorph.files.permissions import save_file
-from metamorph.mini.cards import AssetCard, AssetError, library_versions
+from metamorph.mini import AssetError
 from metamorph.miniature.quickstart.conditions import ENCODER_FILE, AttributeEncoder
-from tools.miniature.cards import write_card
+from tools.miniature.cards import AssetCard, library_versions, write_card
 from tools.miniature.sd_unet import (
     GUIDANCE_SCALE,
     SAMPLING_STEPS,

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, SiglipConfig, SiglipImageProcessor, SiglipModel
 
-from metamorph.mini.cards import AssetCard, AssetError
+from metamorph.mini import AssetError
 from metamorph.miniature.world.cells import GRID
 from metamorph.miniature.world.render import IMAGE_SIZE
 from metamorph.miniature.world.scenes import SHAPES, Scene, sample_scene
-from tools.miniature.cards import write_card
+from tools.miniature.cards import AssetCard, write_card
 from tools.miniature.probes import PROBE_NAMES, LinearProbes, probe_scenes, scene_pixels
 from tools.miniature.siglip_data import (
     CELL_ATTRIBUTES,

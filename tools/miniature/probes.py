@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metamorph.miniature.world.cells import ATTRIBUTES, GRID, cell_labels, cells_of
+from metamorph.miniature.world.cells import GRID, cell_labels, cells_of
 from metamorph.miniature.world.render import render_array
-from metamorph.miniature.world.scenes import Scene, sample_scene
+from metamorph.miniature.world.scenes import ATTRIBUTES, Scene, sample_scene
 
 
 PROBE_NAMES = tuple(ATTRIBUTES)

@@ -64,8 +64,7 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `metamorph COMMAND …`, by default from `sys.argv`.
 
-    Returns:
-        Exit status: 0 on success, 1 if `data check` finds problems, 2 for bad input, 130 after Ctrl-C.
+    Returns 0 on success, 1 if `data check` finds problems, 2 for bad input, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = words[:1] == ["--debug"]  # before the command only: `train` has Transformers' own --debug
@@ -113,12 +112,9 @@ def _is_from_elsewhere(error: BaseException) -> bool:
 
 def usage() -> str:
     """The text of `metamorph --help`."""
-    lines = [f"  {name:<18}{summary}" for name, summary in COMMANDS.items()]
-    return (
-        "usage: metamorph [--debug] COMMAND [flags]\n\ncommands:\n"
-        + "\n".join(lines)
-        + "\n\n`metamorph COMMAND --help` lists the flags of a command. With --debug, errors keep their traceback."
-    )
+    commands = "\n".join(f"  {name:<18}{summary}" for name, summary in COMMANDS.items())
+    end = "`metamorph COMMAND --help` lists the flags of a command. With --debug, errors keep their traceback."
+    return f"usage: metamorph [--debug] COMMAND [flags]\n\ncommands:\n{commands}\n\n{end}"
 
 
 def _warn_of_namesake() -> None:

@@ -14,7 +14,6 @@ from metamorph.flags.parser import FlagParser, output_folder
 logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
-CONNECTOR_NAMES = ("mm_projector.bin", "mm_projector.safetensors")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,20 +25,10 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--merge-adapter", metavar="FOLDER", help="adapter trained with --lora_enable True")
     what.add_argument("--from", dest="layout", choices=["original"], help="format of --model")
-    parser.add_argument(
-        "--model",
-        help="with --from: folder of a checkpoint, or an mm_projector.bin (also of LLaVA)",
-    )
-    parser.add_argument(
-        "--output-dir",
-        "--output",
-        type=output_folder,
-        required=True,
-        help="output folder, which must be empty or not exist",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="dtype of the weights (default: %(default)s)"
-    )
+    parser.add_argument("--model", help="with --from: folder of a checkpoint, or an mm_projector.bin (also of LLaVA)")
+    output_help = "output folder, which must be empty or not exist"
+    parser.add_argument("--output-dir", "--output", type=output_folder, required=True, help=output_help)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights")
     parser.add_argument("--tokenizer", help="with --from: folder or Hub id of the tokenizer (default: --model)")
     parser.add_argument("--vision-tower", help="with --from: folder or Hub id of the tower (default: as --model says)")
     return parser
@@ -49,16 +38,13 @@ def main(argv: Sequence[str]) -> None:
     """Convert, and print where the result is."""
     flags = build_parser().parse_args(argv)
     check_flags(flags)
-    output = flags.output_dir
-    if flags.merge_adapter is not None:
-        merge_adapter(flags.merge_adapter, output, flags.dtype)
-    elif is_connector(Path(flags.model)):
+    if flags.layout is not None and is_connector(Path(flags.model)):
         from metamorph.models.connector import find_connector, rewrite_connector
 
-        rewrite_connector(find_connector(Path(flags.model)), output)
+        rewrite_connector(find_connector(Path(flags.model)), flags.output_dir)
     else:
-        convert_original(flags, output)
-    print(f"written to {output}")
+        convert_model(flags)
+    print(f"written to {flags.output_dir}")
 
 
 def check_flags(flags: argparse.Namespace) -> None:
@@ -85,8 +71,29 @@ def check_flags(flags: argparse.Namespace) -> None:
         check_tower_reference(flags.vision_tower, "--vision-tower")
 
 
-def merge_adapter(folder: str, output: Path, dtype: str) -> None:
-    """Merge the adapter in `folder` into its base, and write the model."""
+def convert_model(flags: argparse.Namespace) -> None:
+    """Load a model, merged or of the original system, and write it in `--dtype` with its processor."""
+    import torch
+
+    from metamorph.files.permissions import apply_umask
+    from metamorph.models.original import load_original
+
+    dtype = getattr(torch, flags.dtype)
+    if flags.merge_adapter is not None:
+        model, processor = load_merged(flags.merge_adapter)
+    else:
+        with names_flag("--model", flags.model):
+            model, processor = load_original(
+                flags.model, tokenizer=flags.tokenizer, vision_tower=flags.vision_tower, dtype=dtype
+            )
+    model.to(dtype).save_pretrained(flags.output_dir)
+    apply_umask(*flags.output_dir.glob("*.safetensors"))
+    processor.save_pretrained(flags.output_dir)
+    logger.info("%s parameters in %s", f"{model.num_parameters():,}", flags.dtype)
+
+
+def load_merged(folder: str) -> tuple[Any, Any]:
+    """The model and processor in `folder`, with the adapter merged into its base."""
     import torch
 
     from metamorph.models.adapters import ADAPTER_FILE, is_adapter_folder
@@ -100,42 +107,11 @@ def merge_adapter(folder: str, output: Path, dtype: str) -> None:
     # Merge in float32, so that weights are rounded only once.
     with names_flag("--merge-adapter", folder):
         model = MetaMorphForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, dequantize=True)
-    save(model, MetaMorphProcessor.from_pretrained(folder), output, dtype)
-
-
-def convert_original(flags: argparse.Namespace, output: Path) -> None:
-    """Write a checkpoint of the original system as a MetaMorph model."""
-    import torch
-
-    from metamorph.models.original import load_original
-
-    with names_flag("--model", flags.model):
-        model, processor = load_original(
-            flags.model,
-            tokenizer=flags.tokenizer,
-            vision_tower=flags.vision_tower,
-            dtype=getattr(torch, flags.dtype),
-        )
-    save(model, processor, output, flags.dtype)
+    return model, MetaMorphProcessor.from_pretrained(folder)
 
 
 def is_connector(path: Path) -> bool:
     """Whether `path` is a connector file, or a folder with one and no model."""
-    from metamorph.models.original import WEIGHT_FILES
+    from metamorph.models.connector import CONNECTOR_FILES, is_full_model
 
-    if path.is_file():
-        return True
-    has_model = any((path / name).is_file() for name in WEIGHT_FILES)
-    return not has_model and any((path / name).is_file() for name in CONNECTOR_NAMES)
-
-
-def save(model: Any, processor: Any, output: Path, dtype: str) -> None:
-    """Write the model in `dtype`, and its processor."""
-    import torch
-
-    from metamorph.files.permissions import apply_umask
-
-    model.to(getattr(torch, dtype)).save_pretrained(output)
-    apply_umask(*output.glob("*.safetensors"))
-    processor.save_pretrained(output)
-    logger.info("%s parameters in %s", f"{model.num_parameters():,}", dtype)
+    return path.is_file() or (not is_full_model(path) and any((path / name).is_file() for name in CONNECTOR_FILES))

@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable, refuse_tower
 from metamorph.flags.parser import FlagParser, at_least, output_folder
@@ -58,9 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_flags(show, "data-show", "images")
     show.add_argument("--index", type=at_least(0), default=0, help="record, counted from 0 (default: %(default)s)")
     show.set_defaults(run=run_show)
-    commands.add_parser(
-        CACHE_FEATURES, help="run the frozen tower once over all images", usage=f"metamorph data {CACHE_USAGE}"
-    )
+    usage = f"metamorph data {CACHE_USAGE}"
+    commands.add_parser(CACHE_FEATURES, help="run the frozen tower once over all images", usage=usage)
     parser.epilog = "\n".join(command.format_usage() for command in commands.choices.values())
     return parser
 
@@ -110,11 +109,7 @@ def boolean(text: str) -> bool:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line. A recipe gives the defaults of the data and processor flags.
-
-    Raises:
-        ValueError: If there is no path, or a value of the recipe has the wrong type.
-    """
+    """Parse the command line. A recipe gives the defaults of the data and processor flags."""
     parser = build_parser()
     flags = parser.parse_args(argv)
     if flags.config is not None:
@@ -171,7 +166,7 @@ def run_check(flags: argparse.Namespace) -> int:
 def run_show(flags: argparse.Namespace) -> int:
     """Print one example token by token, and write its images."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     data = open_data(flags)
@@ -180,13 +175,11 @@ def run_show(flags: argparse.Namespace) -> int:
     from metamorph.data.doctor.samples import images_of, split_example, token_rows
 
     example = data[flags.index]
-    record = data.record(flags.index)
+    source, number = data.locate(flags.index)
+    record = source.record(number)
     print(f"{printable(record.where)} (id {record.id!r}), {len(example['input_ids'])} tokens")
-    table = Table(box=None, pad_edge=False)
-    for name in ("position", "id"):
-        table.add_column(name, justify="right")
-    table.add_column("token")
-    table.add_column("loss")
+    numbers = (Column(name, justify="right") for name in ("position", "id"))
+    table = Table(*numbers, "token", "loss", box=None, pad_edge=False)
     styles = {"text": "green", "visual target": "magenta", "": ""}
     for *columns, loss in token_rows(split_example(example, data.processor), data.processor):
         table.add_row(*(Text(column) for column in columns), Text(loss), style=styles[loss])
@@ -207,15 +200,8 @@ def open_data(flags: argparse.Namespace) -> "MixtureDataset":
 
     # Lengths in tokens of the stand-in do not make a record too long.
     limit = flags.model_max_length if flags.model_name_or_path is not None else None
-    return load_data(
-        flags.path,
-        load_processor(flags),
-        flags.image_folder,
-        limit,
-        seed=flags.seed,
-        check=False,
-        weighted=False,
-    )
+    processor = load_processor(flags)
+    return load_data(flags.path, processor, flags.image_folder, limit, seed=flags.seed, check=False, weighted=False)
 
 
 def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
@@ -223,10 +209,6 @@ def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
 
     Without `--vision_tower` or a finished model, images get the size of the default tower (384 pixels). That changes no
     length, because every image becomes `num_image_tokens` tokens.
-
-    Raises:
-        FileNotFoundError: If the model or the tower does not exist.
-        ValueError: If a flag contradicts a finished model, or the tower is of an unknown kind.
     """
     name = flags.model_name_or_path
     given = {field: getattr(flags, field) for field in PROCESSOR_DEFAULTS if getattr(flags, field) is not None}
@@ -258,7 +240,15 @@ def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
         return MetaMorphProcessor(_image_processor(tower), tokenizer, **{**PROCESSOR_DEFAULTS, **given})
     if tower is not None:
         check_same_tower(config.vision_config, tower, name)
-    return _as_trained(processor, name, given)
+    # As in training, only the aspect ratio may still be changed.
+    processor.image_aspect_ratio = given.pop("image_aspect_ratio", processor.image_aspect_ratio)
+    for field, asked in given.items():
+        found = getattr(processor, field)
+        if asked != found:
+            raise ValueError(
+                f"--{field} {asked} contradicts the model {name}, which was trained with {found}: leave the flag out"
+            )
+    return processor
 
 
 def _image_processor(vision_tower: str | None) -> "BaseImageProcessor":
@@ -280,22 +270,10 @@ def _image_processor(vision_tower: str | None) -> "BaseImageProcessor":
         return square_image_processor(processor, None if hasattr(processor, "max_num_patches") else config.image_size)
 
 
-def _as_trained(processor: "MetaMorphProcessor", name: str, given: dict[str, Any]) -> "MetaMorphProcessor":
-    """The processor of a finished model; as in training, only `image_aspect_ratio` may still be changed."""
-    processor.image_aspect_ratio = given.pop("image_aspect_ratio", processor.image_aspect_ratio)
-    for field, asked in given.items():
-        found = getattr(processor, field)
-        if asked != found:
-            raise ValueError(
-                f"--{field} {asked} contradicts the model {name}, which was trained with {found}: leave the flag out"
-            )
-    return processor
-
-
 def print_summary(diagnosis: "Diagnosis") -> None:
     """Print how many records are in order, and the kinds of problems with an example of each."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     print(f"{diagnosis.num_ok} of {len(diagnosis.rows)} records are in order")
@@ -304,10 +282,7 @@ def print_summary(diagnosis: "Diagnosis") -> None:
     if not diagnosis.problems:
         return
     first = {problem.kind: problem for problem in reversed(diagnosis.problems)}
-    table = Table(box=None, pad_edge=False)
-    table.add_column("problem")
-    table.add_column("n", justify="right")
-    table.add_column("for example")
+    table = Table("problem", Column("n", justify="right"), "for example", box=None, pad_edge=False)
     for kind, count in diagnosis.by_kind().items():
         problem = first[kind]
         table.add_row(kind, str(count), Text(f"{problem.source}:{problem.line}: {problem.detail}"))

@@ -19,16 +19,10 @@ def main(argv: Sequence[str]) -> None:
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     world = kinds.add_parser("world", help="questions and drawings in the miniature world, judged by its pixel checker")
-    world.add_argument(
-        "--model", default="mini", help="folder or Hub id of the model (default: mini, which ships with MetaMorph)"
-    )
-    world.add_argument("--visualizer", default="mini", help="folder or Hub id of the visualizer (default: mini)")
-    world.add_argument(
-        "--output-dir",
-        type=output_folder,
-        default=Path("evaluation"),
-        help="folder of metrics.json and grids of images (default: %(default)s)",
-    )
+    world.add_argument("--model", default="mini", help="folder or Hub id of the model; mini ships with MetaMorph")
+    world.add_argument("--visualizer", default="mini", help="folder or Hub id of the visualizer")
+    output_help = "folder of metrics.json and grids of images"
+    world.add_argument("--output-dir", type=output_folder, default=Path("evaluation"), help=output_help)
     world.add_argument(
         "--seed", type=at_least(0), help="seed of scenes, words and noise (default: that of the figures on mini's card)"
     )

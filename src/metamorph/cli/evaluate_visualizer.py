@@ -2,11 +2,12 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from metamorph.cli.shared import add_drawing_flags, check_drawing_flags, open_pipeline
+from metamorph.cli.shared import add_drawing_flags, check_drawing_flags, open_images, open_pipeline, print_table
 from metamorph.flags.parser import at_least, output_folder
 
 
@@ -18,35 +19,22 @@ if TYPE_CHECKING:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run)
     add_drawing_flags(parser)
     parser.add_argument("--images", type=Path, required=True, help="folder of images, searched recursively")
-    parser.add_argument(
-        "--max-images",
-        type=at_least(0),
-        default=1000,
-        help="number of images to use, evenly spaced in the order of their names; 0 uses all (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch-size", type=at_least(1), default=16, help="images drawn at once (default: %(default)s)"
-    )
+    most_help = "number of images to use, evenly spaced in the order of their names; 0 uses all"
+    parser.add_argument("--max-images", type=at_least(0), default=1000, help=most_help)
+    parser.add_argument("--batch-size", type=at_least(1), default=16, help="images drawn at once")
     parser.add_argument("--lpips-weights", help="TorchScript file of the VGG16 of LPIPS, to measure LPIPS")
     parser.add_argument("--inception-weights", help="TorchScript file of the Inception network of FID, to measure FID")
-    parser.add_argument(
-        "--output-dir",
-        type=output_folder,
-        default=Path("evaluation"),
-        help="folder of visualizer.json and visualizer.png (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--grid-rows", type=at_least(1), default=8, help="images in visualizer.png (default: %(default)s)"
-    )
+    output_help = "folder of visualizer.json and visualizer.png"
+    parser.add_argument("--output-dir", type=output_folder, default=Path("evaluation"), help=output_help)
+    parser.add_argument("--grid-rows", type=at_least(1), default=8, help="images in visualizer.png")
 
 
-def run(flags: argparse.Namespace) -> None:
-    """Measure, print a table and write JSON and a grid."""
+def _run(flags: argparse.Namespace) -> None:
     check_drawing_flags(flags)
-    files = list_images(flags.images, flags.max_images)
+    files = _list_images(flags.images, flags.max_images)
     from metamorph.evaluation.perceptual import ImageFeatures
     from metamorph.evaluation.visualizer import evaluate_visualizer
     from metamorph.inference.draw import SamplerSettings
@@ -68,28 +56,23 @@ def run(flags: argparse.Namespace) -> None:
             inception=inception,
             on_progress=progress.update,
         )
-    write_results(flags, files, found)
+    _write_results(flags, files, found)
 
 
+@dataclass
 class ImageFiles(Sequence["Image.Image"]):
     """Images that are read when they are accessed."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = files
+    files: Sequence[Path]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> "Image.Image":  # type: ignore[override]
-        from metamorph.data.media.stores import MediaError, load_image
-
-        try:
-            return load_image(self.files[index])
-        except MediaError as error:
-            raise ValueError(f"--images: {error}; remove or replace it") from error
+        return open_images([self.files[index]], "--images")[0]
 
 
-def list_images(folder: Path, most: int) -> list[Path]:
+def _list_images(folder: Path, most: int) -> list[Path]:
     """The images of a folder and its subfolders, evenly spaced if there are more than `most` (0: all)."""
     from metamorph.visualizer_training.images.archives import IMAGE_SUFFIXES, is_image_name
 
@@ -103,7 +86,7 @@ def list_images(folder: Path, most: int) -> list[Path]:
     return files
 
 
-def write_results(flags: argparse.Namespace, files: Sequence[Path], found: "Reconstructions") -> None:
+def _write_results(flags: argparse.Namespace, files: Sequence[Path], found: "Reconstructions") -> None:
     """Print the table, and write visualizer.json and visualizer.png."""
     from metamorph.evaluation.perceptual import FID_IMAGES, NOT_MEASURED
 
@@ -119,34 +102,19 @@ def write_results(flags: argparse.Namespace, files: Sequence[Path], found: "Reco
         }
         for index, file in enumerate(files)
     ]
-    report: dict[str, Any] = {
-        "visualizer": str(flags.visualizer),
-        "vision_tower": flags.vision_tower,
-        "images": str(flags.images),
-        "steps": flags.steps,
-        "seed": flags.seed,
-        "scales": scales,
-        "notes": notes,
-        "per_picture": per_picture,
-    }
+    asked = {name: getattr(flags, name) for name in ("visualizer", "vision_tower", "images", "steps", "seed")}
+    report = {**asked, "scales": scales, "notes": notes, "per_picture": per_picture}
     flags.output_dir.mkdir(parents=True, exist_ok=True)
-    (flags.output_dir / "visualizer.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(report, indent=2, default=str) + "\n"  # `images` is a Path
+    (flags.output_dir / "visualizer.json").write_text(text, encoding="utf-8")
     found.grid().save(flags.output_dir / "visualizer.png")
-    for line in table(scales):
-        print(line)
+    names = [name for name in ("cosine", "cosine_to_others", "lpips", "retrieval_at_1", "fid") if name in scales[0]]
+    rows = [(f"{scores['guidance_scale']:g}", *(_shown(scores[name]) for name in names)) for scores in scales]
+    print_table(("scale", *(name.replace("_", " ") for name in names)), rows)
     for name, note in notes.items():
         print(f"{name}: {note}")
     print(f"visualizer.json and visualizer.png: {flags.output_dir.resolve()}")
 
 
-def table(scales: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Lines of text, one per scale, with the columns that were measured."""
-    names = [name for name in ("cosine", "cosine_to_others", "lpips", "retrieval_at_1", "fid") if name in scales[0]]
-    yield f"{'scale':>8}" + "".join(f"{name.replace('_', ' '):>20}" for name in names)
-    for scores in scales:
-        cells = []
-        for name in names:
-            value = scores[name]
-            is_spread = isinstance(value, dict)
-            cells.append(f"{value['mean']:.4f} ± {value['std']:.4f}" if is_spread else f"{value:.4f}")
-        yield f"{scores['guidance_scale']:>8g}" + "".join(f"{cell:>20}" for cell in cells)
+def _shown(value: float | dict[str, float]) -> str:
+    return f"{value['mean']:.4f} ± {value['std']:.4f}" if isinstance(value, dict) else f"{value:.4f}"

@@ -8,14 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamorph.cli.shared import (
-    DEVICE_HELP,
-    SEED_HELP,
-    check_image_output,
-    hide_loading_bars,
-    numbered,
-    open_images,
-)
+from metamorph.cli.shared import DEVICE_HELP, check_image_output, hide_loading_bars, numbered, open_images
 from metamorph.flags.checks import check_metamorph_model, names_flag, printable
 from metamorph.flags.parser import FlagParser, at_least, finite_number, image_file, output_file
 from metamorph.mini import shipped_folder
@@ -38,11 +31,8 @@ SMALL_SIDE = 256
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = FlagParser(prog="metamorph generate", description="Answer a prompt with text and images.")
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="folder or Hub id of a trained MetaMorph model, or mini, the model that ships with MetaMorph",
-    )
+    model_help = "folder or Hub id of a trained MetaMorph model, or mini, the model that ships with MetaMorph"
+    parser.add_argument("--model", required=True, help=model_help)
     parser.add_argument(
         "--visualizer", help="folder or Hub id of the visualizer, or mini; without it, images are not drawn"
     )
@@ -53,33 +43,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--image", type=image_file, action="append", default=[], help="image of the prompt; may be repeated"
     )
     parser.add_argument("--draw", action="store_true", help="begin the answer with an image, whatever the prompt")
-    parser.add_argument(
-        "--output",
-        type=output_file,
-        help=f"file of the image; further ones get -2, -3, … (default: {DEFAULT_OUTPUT}, or the next free name)",
-    )
+    output_help = f"file of the image; further ones get -2, -3, … (default: {DEFAULT_OUTPUT}, or the next free name)"
+    parser.add_argument("--output", type=output_file, help=output_help)
     parser.add_argument("--overwrite", action="store_true", help="replace existing images")
+    limit_help = "limit on text and visual tokens (default: 256 and the tokens of one image)"
+    parser.add_argument("--max-new-tokens", type=at_least(1), help=limit_help)
+    not_negative = at_least(0, finite_number)
     parser.add_argument(
-        "--max-new-tokens",
-        type=at_least(1),
-        help="limit on text and visual tokens (default: 256 and the tokens of one image)",
+        "--temperature", type=not_negative, default=0.0, help="sampling temperature; 0 decodes greedily"
     )
-    parser.add_argument(
-        "--temperature",
-        type=at_least(0, finite_number),
-        default=0.0,
-        help="sampling temperature; 0 decodes greedily (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--guidance-scale",
-        type=at_least(0, finite_number),
-        default=3.0,
-        help="guidance scale of the visualizer; 1 disables guidance (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--steps", type=at_least(1), default=20, help="denoising steps of the visualizer (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=at_least(0), default=0, help=SEED_HELP)
+    guidance_help = "guidance scale of the visualizer; 1 disables guidance"
+    parser.add_argument("--guidance-scale", type=not_negative, default=3.0, help=guidance_help)
+    parser.add_argument("--steps", type=at_least(1), default=20, help="denoising steps of the visualizer")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="random seed")
     parser.add_argument("--device", help=DEVICE_HELP)
     return parser
 
@@ -111,17 +87,14 @@ def main(argv: Sequence[str]) -> None:
         **sampling,
     )
     output = DEFAULT_OUTPUT if flags.output is None else flags.output
-    written = []
-    for image, file in zip(reply.images, save_images(reply.images, output, overwrite=flags.overwrite), strict=True):
-        preview = save_preview(image, file, flags.prompt)
-        written.append(str(file) if preview is None else f"{file}, enlarged: {preview}")
-    names = iter(written)
+    files = save_images(reply.images, output, overwrite=flags.overwrite)
+    previews = [save_preview(image, file, flags.prompt) for image, file in zip(reply.images, files, strict=True)]
+    names = map("".join, zip(map(str, files), previews, strict=True))
     for part in reply.parts:
-        print(
-            printable(part.text)
-            if isinstance(part, TextPart)
-            else f"[image: {next(names, 'not drawn without --visualizer')}]"
-        )
+        if isinstance(part, TextPart):
+            print(printable(part.text))
+        else:
+            print(f"[image: {next(names, 'not drawn without --visualizer')}]")
     if not reply.num_images and (flags.visualizer is not None or flags.output is not None):
         logger.info("the answer has no image to draw; with --draw it begins with one")
 
@@ -146,8 +119,7 @@ def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
 def check_budget(flags: argparse.Namespace) -> None:
     """Compare `--max-new-tokens` with the tokens of an image, before the weights of the model are loaded.
 
-    Raises:
-        ValueError: With `--draw`, if the model cannot draw or an image does not fit.
+    With `--draw`, it is a `ValueError` if the model cannot draw or an image does not fit.
     """
     from metamorph.models.pretrained import load_config
 
@@ -182,16 +154,16 @@ def save_images(images: "Sequence[Image.Image]", output: Path, *, overwrite: boo
     return files
 
 
-def save_preview(image: "Image.Image", file: Path, caption: str) -> Path | None:
-    """Write an enlarged copy of a small image with a caption to `…-preview`; returns None if the image is not small."""
+def save_preview(image: "Image.Image", file: Path, caption: str) -> str:
+    """Write an enlarged copy of a small image with a caption to `…-preview`; returns what to print about it."""
     if image.width >= SMALL_SIDE:
-        return None
+        return ""
     from metamorph.visualization.grids import image_grid
 
     label = textwrap.shorten(caption, width=60, placeholder=" …")
     preview = _preview_of(file)
     image_grid([[image]], side=PREVIEW_SIDE, labels=[label]).save(preview)
-    return preview
+    return f", enlarged: {preview}"
 
 
 def _preview_of(file: Path) -> Path:

@@ -11,15 +11,9 @@ def main(argv: Sequence[str]) -> None:
     parser = FlagParser(
         prog="metamorph lr", description="Scale a learning rate with the square root of the batch size."
     )
-    parser.add_argument("--base-lr", type=float, default=6.93e-5, help="known learning rate (default: %(default)s)")
-    parser.add_argument(
-        "--base-batch", type=at_least(1), default=1536, help="global batch size of --base-lr (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch",
-        type=at_least(1),
-        required=True,
-        help="new global batch size: batch per device x gradient accumulation x GPUs x nodes",
-    )
+    parser.add_argument("--base-lr", type=float, default=6.93e-5, help="known learning rate")
+    parser.add_argument("--base-batch", type=at_least(1), default=1536, help="global batch size of --base-lr")
+    batch_help = "new global batch size: batch per device x gradient accumulation x GPUs x nodes"
+    parser.add_argument("--batch", type=at_least(1), required=True, help=batch_help)
     flags = parser.parse_args(argv)
     print(f"{scale_learning_rate(flags.base_lr, flags.base_batch, flags.batch):.3g}")

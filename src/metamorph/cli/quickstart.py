@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from metamorph.cli.shared import SEED_HELP, print_headline
+from metamorph.cli.shared import print_headline
 from metamorph.flags.parser import FlagParser, at_least, output_folder
 
 
@@ -17,10 +17,8 @@ def main(argv: Sequence[str]) -> None:
         prog="metamorph quickstart",
         description="Train a miniature of the entire system on this machine, evaluate it and write a report.",
     )
-    parser.add_argument(
-        "--output-dir", type=output_folder, default=Path("out"), help="output folder (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=at_least(0), default=0, help=SEED_HELP)
+    parser.add_argument("--output-dir", type=output_folder, default=Path("out"), help="output folder")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="random seed")
     parser.add_argument("--fast", action="store_true", help="run a few steps of each part, to see that it works")
     parser.add_argument("--assets-dir", type=Path, help="folder with other mini-siglip, mini-llama and mini-sd")
     flags = parser.parse_args(argv)

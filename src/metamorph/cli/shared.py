@@ -1,11 +1,11 @@
-"""What several commands share: images, devices, the flags that say how to draw, and the main table."""
+"""What several commands share: images, devices, tables, and the flags that say how to draw."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,24 +20,19 @@ if TYPE_CHECKING:
 
 
 OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-SEED_HELP = "random seed (default: %(default)s)"
 DEVICE_HELP = "device such as cpu or cuda (default: the accelerator, if there is one)"
 
 
-def open_images(paths: Sequence[str]) -> list[Image.Image]:
-    """Open images as training does: upright, RGB, and fully decoded.
-
-    Raises:
-        ValueError: If one cannot be read; the message names it.
-    """
+def open_images(paths: Sequence[str | Path], flag: str = "--image") -> list[Image.Image]:
+    """Open images as training does: upright, RGB, and fully decoded; a `ValueError` names one that cannot be read."""
     if not paths:
         return []
-    from metamorph.data.media.stores import MediaError, load_image
+    from metamorph.models.image_files import MediaError, load_image
 
     try:
         return [load_image(path) for path in paths]
     except MediaError as error:
-        raise ValueError(f"--image {error}") from error
+        raise ValueError(f"{flag} {error}") from error
 
 
 def check_image_output(output: Path, *, overwrite: bool) -> None:
@@ -65,19 +60,27 @@ def hide_loading_bars() -> None:
         diffusers_logging.disable_progress_bar()
 
 
-def print_headline(metrics: dict[str, Any]) -> None:
-    """Print the main table of metrics in the miniature world; colours show floors that are reached or missed."""
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], styles: Iterable[str] = ()) -> None:
+    """Print a table whose first column is left-aligned; `styles` of rich are those of the rows, such as `green`."""
     from rich.console import Console
     from rich.table import Column, Table
+    from rich.text import Text
 
+    columns = (Column(name, justify="right" if number else "left") for number, name in enumerate(header))
+    table = Table(*columns, box=None, pad_edge=False)
+    for row, style in itertools.zip_longest(rows, styles, fillvalue=""):
+        table.add_row(*map(Text, row), style=style)  # text, since names may contain rich's markup
+    Console(width=200).print(table)  # never wraps a cell
+
+
+def print_headline(metrics: dict[str, Any]) -> None:
+    """Print the main table of metrics in the miniature world; colours show floors that are reached or missed."""
     from metamorph.miniature.quickstart.report import headline
 
-    styles = {"right": "green", "wrong": "red", "soft": ""}
-    numbers = (Column(name, justify="right") for name in ("n", "result"))
-    table = Table("", *numbers, "floor", box=None, pad_edge=False)
-    for row in headline(metrics):
-        table.add_row(row["label"], str(row["n"]), row["value"], row["floor"], style=styles[row["mark"]])
-    Console().print(table)
+    rows = headline(metrics)
+    colors = {"right": "green", "wrong": "red", "soft": ""}
+    values = ((row["label"], str(row["n"]), row["value"], row["floor"]) for row in rows)
+    print_table(("", "n", "result", "floor"), values, (colors[row["mark"]] for row in rows))
 
 
 def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
@@ -89,27 +92,17 @@ def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
         "the visualizer, else the one it was trained with)",
     )
     parser.add_argument("--num-tokens", type=at_least(1), help="visual tokens per image (default: as in training)")
-    parser.add_argument(
-        "--guidance-scale",
-        type=at_least(0, finite_number),
-        nargs="+",
-        default=[1.0, 3.0],
-        help="guidance scales; each image is drawn with each (default: 1 3)",
-    )
-    parser.add_argument("--steps", type=at_least(1), default=20, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help=SEED_HELP)
+    scale, scale_help = at_least(0, finite_number), "guidance scales; each image is drawn with each"
+    parser.add_argument("--guidance-scale", type=scale, nargs="+", default=[1.0, 3.0], help=scale_help)
+    parser.add_argument("--steps", type=at_least(1), default=20, help="denoising steps")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="random seed")
     parser.add_argument("--device", help=DEVICE_HELP)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--torch-compile", action="store_true", help="compile the UNet, VAE decoder and projector")
 
 
 def check_drawing_flags(flags: argparse.Namespace) -> None:
-    """Replace `mini` by its folders, and check what needs no weights.
-
-    Raises:
-        ValueError: If diffusers is not installed.
-        FileNotFoundError: If the visualizer or the tower does not exist.
-    """
+    """Replace `mini` by its folders, and check diffusers, the visualizer and the tower without loading weights."""
     from metamorph.flags.extras import install_command
     from metamorph.mini import shipped_folder
 

@@ -18,21 +18,18 @@ DEFAULT_OUTPUT = Path("visualized.png")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draw images again, write them side by side and print how similar they are."""
+    """Reconstruct images, write them next to the originals and print how similar they are."""
     parser = FlagParser(
         prog="metamorph visualize",
-        description="Encode images with the vision tower and draw them again from their visual tokens, to see how good "
-        "the visualizer is alone.",
+        description="Encode images with the vision tower and reconstruct them from their visual tokens, to see how "
+        "good the visualizer is alone.",
     )
     parser.add_argument(
         "--image", required=True, type=image_file, nargs="+", action="extend", help="one or more image files"
     )
     add_drawing_flags(parser)
-    parser.add_argument(
-        "--output",
-        type=output_file,
-        help=f"image file with a row for each image (default: {DEFAULT_OUTPUT}, or the next free name)",
-    )
+    output_help = f"image file with a row for each image (default: {DEFAULT_OUTPUT}, or the next free name)"
+    parser.add_argument("--output", type=output_file, help=output_help)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument("--drawings-only", action="store_true", help="leave the originals out of the output")
     flags = parser.parse_args(argv)

@@ -10,5 +10,5 @@ How are images and videos read?                  `media/`
 Which samples make a batch?                      `batching/`
 What happens to a bad record?                    `bad_records.py`
 Who checks data before training?                 `doctor/`
-Where are features of a frozen tower cached?     `features/`
+Where are features of a frozen tower cached?     `features.py`
 """

@@ -23,8 +23,7 @@ class RecordLog:
     def __init__(self, num_records: int) -> None:
         # One or two bytes per record, so that a second epoch counts nothing twice.
         self._kinds = torch.zeros(num_records, dtype=torch.uint8).share_memory_()
-        self._truncated = torch.zeros(num_records, dtype=torch.bool).share_memory_()
-        self._dropped = torch.zeros(num_records, dtype=torch.int16).share_memory_()
+        self._dropped = torch.full((num_records,), -1, dtype=torch.int16).share_memory_()  # images; -1: not truncated
         # Totals, cheap enough to read at every bad record. Each process has its own counter, so there are no locks.
         self._num_bad = torch.zeros(_SLOTS, dtype=torch.int64).share_memory_()
         self._num_truncated = torch.zeros(_SLOTS, dtype=torch.int64).share_memory_()
@@ -41,10 +40,9 @@ class RecordLog:
         return is_new
 
     def merge(self, reduce_max: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Add the bad records of other ranks. Every rank must call it.
+        """Add the bad records of other ranks, by the element-wise maximum over all ranks of a uint8 `[records]` tensor.
 
-        Args:
-            reduce_max: Returns the element-wise maximum over all ranks of a uint8 `[records]` tensor.
+        Every rank must call it.
         """
         everywhere = reduce_max(self._kinds.clone())
         new = (everywhere != 0) & (self._kinds == 0)
@@ -53,9 +51,8 @@ class RecordLog:
 
     def note_truncated(self, index: int, num_dropped_images: int) -> None:
         """Note that record `index` was truncated to `model_max_length`, and lost this number of images."""
-        if not self._truncated[index]:
+        if self._dropped[index] < 0:
             self._num_truncated[_slot()] += 1
-        self._truncated[index] = True
         self._dropped[index] = num_dropped_images
 
     @property
@@ -76,7 +73,7 @@ class RecordLog:
     @property
     def num_dropped_images(self) -> int:
         """Number of images that truncation removed."""
-        return int(self._dropped.sum())
+        return int(self._dropped.clamp(min=0).sum())
 
 
 class TooManyBadRecordsError(DataError):
@@ -86,12 +83,7 @@ class TooManyBadRecordsError(DataError):
 class BadRecordLimit:
     """Stops a run with too many bad records, counted over all its sources.
 
-    Args:
-        on_bad_record: `raise`, or `skip` to leave bad records out.
-        max_bad_fraction: Largest share of bad records with `skip`.
-
-    Raises:
-        ValueError: For a value that is not allowed.
+    With `on_bad_record="skip"`, their largest share is `max_bad_fraction`.
     """
 
     unit = "records"
@@ -126,13 +118,9 @@ class BadRecordLimit:
         return dict(sum((Counter(log.bad_by_kind()) for log in self._logs), Counter()))
 
     def check(self, last: ValueError | None = None) -> None:
-        """Stop if too many records are bad.
+        """Raise a [`TooManyBadRecordsError`] if more than `max_bad_fraction` of all records are bad.
 
-        Args:
-            last: The error of the last bad record, for the message.
-
-        Raises:
-            TooManyBadRecordsError: If they are more than `max_bad_fraction` of all records.
+        The message ends with the error of the `last` one.
         """
         num_bad = self.num_bad
         if num_bad > self.max_bad_fraction * self.num_records:
@@ -144,15 +132,10 @@ class BadRecordLimit:
 
 
 def merge_ranks(counted: BadRecordLimit, merged: int, device: torch.device) -> int:
-    """Merge the counts of all ranks if any of them is new. All ranks must call it at the same point.
+    """Merge the counts of all ranks if any of them is new, and return the number of bad records of all ranks.
 
-    Args:
-        counted: The count of this rank.
-        merged: Result of the last call; at first 0, or a number that `num_bad` cannot be.
-        device: Device of the process group.
-
-    Returns:
-        `merged` if there is nothing new, else the number of bad records of all ranks.
+    All ranks must call it at the same point. `merged` is the result of the last call, which is returned if nothing is
+    new; at first 0, or a number that `num_bad` cannot be.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return merged

@@ -13,15 +13,10 @@ from torch.utils.data import Dataset
 
 from metamorph.data.bad_records import BadRecordLimit
 from metamorph.data.examples import ConversationDataset
-from metamorph.data.features.cache import FeatureCache
-from metamorph.data.media.stores import MediaStore
+from metamorph.data.features import FeatureCache
 from metamorph.data.mixture import read_specs
-from metamorph.data.records import Record
-from metamorph.data.tasks import Conversation
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 
-
-__all__ = ["ConversationDataset", "MixtureDataset", "load_data"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +37,8 @@ def load_data(
 ) -> MixtureDataset:
     """Open the data that `--data_path` names, for training, for the data check and for caching features.
 
-    The other arguments, and errors, are those of [`ConversationDataset`], applied to all sources.
-
-    Args:
-        data_path: A JSON or JSONL file, tars (`shard-{000..099}.tar`), or a mixture (YAML, see [`read_specs`]).
-        processor: Makes the sequences.
-        image_folder: For sources that do not name a folder.
-        model_max_length: Longest sequence.
-        seed: Also picks records by `weight` and `max_samples`.
-        weighted: Whether `weight` and `max_samples` count; False gives every record of every source once.
+    Arguments and errors are those of [`ConversationDataset`] for all sources. `image_folder` is for those that do not
+    name one. `seed` also picks records by `weight` and `max_samples`; with `weighted=False` each record counts once.
 
     Raises:
         DataError: If a source or the mixture is unusable.
@@ -81,11 +69,7 @@ def load_data(
 class MixtureDataset(Dataset[dict[str, Any]]):
     """Several sources as one data set: all samples of the first source, then those of the second, and so on.
 
-    Args:
-        datasets: The sources, with the same processor and length; their names differ.
-        indices: For each source, int64 `[samples]` record numbers; None takes each record once.
-        limit: Counts bad records over all sources.
-        check: Whether to check the records now.
+    `indices` are the int64 `[samples]` record numbers of each source; None takes each record once.
     """
 
     def __init__(
@@ -126,37 +110,13 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         return dataset[number]
 
     def locate(self, index: int) -> tuple[ConversationDataset, int]:
-        """The source of sample `index`, and the number of its record there."""
+        """The source of sample `index`, and the number of its record there, for the methods of the source."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no sample {index}: the sources have {len(self)}")
         source = int(np.searchsorted(self._ends, index, side="right"))
         number = int(index) - (int(self._ends[source - 1]) if source else 0)
         chosen = self.indices[source]
         return self.datasets[source], number if chosen is None else int(chosen[number])
-
-    def record(self, index: int) -> Record:
-        """See [`ConversationDataset.record`]."""
-        dataset, number = self.locate(index)
-        return dataset.record(number)
-
-    def conversation(self, index: int) -> Conversation:
-        """See [`ConversationDataset.conversation`]."""
-        dataset, number = self.locate(index)
-        return dataset.conversation(number)
-
-    def measure(self, index: int) -> tuple[int, int, int, int]:
-        """See [`ConversationDataset.measure`]."""
-        dataset, number = self.locate(index)
-        return dataset.measure(number)
-
-    def store(self, index: int) -> MediaStore:
-        """Where the media of sample `index` are."""
-        dataset, number = self.locate(index)
-        return dataset.store(number)
-
-    def source_name(self, index: int) -> str:
-        """Name of the source of sample `index`."""
-        return self.locate(index)[0].name
 
     def fingerprint(self) -> str:
         """Changes whenever the conversations may have changed, or the choice of them."""

@@ -26,8 +26,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from metamorph.data.bad_records import BadRecordLimit, RecordLog
-from metamorph.data.doctor.preflight import find_problems, summary
-from metamorph.data.features.cache import FeatureCache
+from metamorph.data.doctor.check import check_before_training
+from metamorph.data.features import FeatureCache
 from metamorph.data.fields import FieldMap
 from metamorph.data.media.stores import FolderStore, MediaStore, load_all, media_of, probe
 from metamorph.data.records import DataError, Record, RecordError, UnsupervisedRecordError, parse_record
@@ -54,16 +54,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     Args:
         source: Path or pattern for [`open_source`], or an open source.
-        processor: Makes the sequences.
         image_folder: Folder of relative media paths; by default the folder of the file. Tars contain their media.
         model_max_length: Longest sequence; longer ones are truncated by `encode_conversation`, and counted.
-        task: How records become conversations, see `metamorph.data.tasks`; `options` are those of the task.
         name: Name in logs and reports; by default that of the file, without suffix.
-        on_bad_record: `raise`, or `skip` to count, log and leave out.
         max_bad_fraction: Largest share of bad records with `skip`; above it, training stops.
-        check: Whether to [`check`][metamorph.data.examples.ConversationDataset.check] the records now.
-        features: Cached visual tokens, used instead of the images.
-        fields: Names of our fields in the records, see [`metamorph.data.fields.FieldMap`].
         folder_flag: Name of the flag for `image_folder` in error messages.
 
     Raises:
@@ -121,12 +115,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             self._skip(index, error)
             return {"id": error.record_id or error.where, "source": self.name, "skipped": error.kind}
 
-    def record(self, index: int) -> Record:
-        """Read record `index`, and check the fields that all tasks share.
+    def locate(self, index: int) -> tuple[ConversationDataset, int]:
+        """As that of a mixture, so that both can be walked over and measured."""
+        return self, index
 
-        Raises:
-            RecordError: If it is bad.
-        """
+    def record(self, index: int) -> Record:
+        """Read record `index`, and check the fields that all tasks share; a bad one raises a `RecordError`."""
         raw = self.source[index]
         with self.fields.explains_errors():
             return parse_record(self.fields.apply(raw.value, raw.where), raw.where)
@@ -146,8 +140,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def measure(self, index: int) -> tuple[int, int, int, int]:
         """Numbers of tokens, images, answer images and text targets of example `index` before truncation.
 
-        Raises:
-            RecordError: If the record is bad.
+        A bad record raises a `RecordError`.
         """
         record = self.record(index)
         messages = [turn.as_message() for turn in self._converse(index, record).turns]
@@ -158,7 +151,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def fingerprint(self) -> str:
         """Changes whenever the conversations may have changed: with the files, the task, its options, the seed."""
-        parts = [self.source.fingerprint(), self.name, self.task.name, repr(self.options), str(self.seed)]
+        parts = [self.source.index.fingerprint(), self.name, self.task.name, repr(self.options), str(self.seed)]
         parts += [repr(self.fields)] if self.fields.names else []
         if self.task.needs_video:  # how many frames there are depends on the files
             parts.append(os.path.abspath(self.image_folder))
@@ -179,20 +172,13 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         limit.add(self.log, num_records)
 
     def check(self, indices: Sequence[int] | np.ndarray | None = None) -> None:
-        """Look for broken records, records that do not fit the task, and missing files; no media are opened.
-
-        Args:
-            indices: Which records, by default all; at most `preflight.MAX_CHECKED` of them are checked.
+        """[`check_before_training`][metamorph.data.doctor.check.check_before_training], by default of all records.
 
         Raises:
-            DataError: If none of the media files exists; with `on_bad_record="raise"` also if any record is bad.
-            TooManyBadRecordsError: If more than `max_bad_fraction` of all records are bad, with `skip`.
+            TooManyBadRecordsError: With `skip`, if more than `max_bad_fraction` of all records are bad.
         """
-        problems, remark = find_problems(self, range(len(self)) if indices is None else indices)
-        if problems and self.limit.on_bad_record == "raise":
-            raise DataError(summary(self.source.path, [problems[index] for index in sorted(problems)], remark))
-        for index in sorted(problems):
-            self._skip(index, problems[index])
+        for index, error in check_before_training(self, range(len(self)) if indices is None else indices).items():
+            self._skip(index, error)
 
     @property
     def media_place(self) -> str:

@@ -48,11 +48,7 @@ def unknown_key(key: Any, known: Sequence[str]) -> str:
 class FieldMap:
     """Renames fields, joins the parts of turns to text, and makes a system field the first turn.
 
-    Args:
-        names: Maps our name of a field to its name in the records; empty leaves records as they are.
-
-    Raises:
-        ValueError: If a key is not one of `NAMES`, or a value is not a name.
+    `names` maps our name of a field to its name in the records; a `ValueError` says what is wrong with it.
     """
 
     def __init__(self, names: Mapping[str, Any] | None = None) -> None:

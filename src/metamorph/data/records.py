@@ -197,12 +197,9 @@ def parse_json(text: bytes, where: str) -> Any:
 def parse_record(value: Any, where: str) -> Record:
     """Check the fields of a record that all tasks share.
 
-    Whether turns and images match is checked once the task has built a conversation: see [`check_conversation`].
-
-    Args:
-        value: `{"id", "image": absent | path | list of paths, "video": absent | path, "conversations": absent |
-            [{"from", "value"}, ...]}` and further fields. `"image"` may also name a video.
-        where: File and line (or index) of the record.
+    They are `{"id", "image": absent | path | list of paths, "video": absent | path, "conversations": absent |
+    [{"from", "value"}, ...]}`; `"image"` may also name a video. Whether turns and images match is checked once the task
+    has built a conversation: see [`check_conversation`].
 
     Raises:
         RecordError: If one of these fields is wrong.

@@ -61,7 +61,6 @@ def refuse_unread(record: Record, cause: RecordError | None = None) -> None:
 
 
 def _fix(name: str, value: Any) -> str:
-    """How to have a field read."""
     if name in AUDIO_NAMES:
         return f"audio is not supported: leave it out on purpose with fields: {{ignore: [{name}]}} in a mixture"
     first = value[0] if isinstance(value, list) and value else value
@@ -74,13 +73,7 @@ def _fix(name: str, value: Any) -> str:
 
 
 def remarks(record: Record, turns: Sequence[Turn], paths: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Kind and detail of anything in a record that is not read, or that nothing is learned from.
-
-    Args:
-        record: The record.
-        turns: Its conversation.
-        paths: Its media that are read.
-    """
+    """Kind and detail of anything that is not read (`paths` are), or that nothing is learned from."""
     for name, value in unread_media(record, paths):
         yield "unread_field", f'"{name}": {value!r:.60} looks like media, but is not read; {_fix(name, value)}'
     for name in SYSTEM_NAMES:

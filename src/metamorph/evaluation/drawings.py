@@ -3,8 +3,6 @@
 The caller decides what makes an image right: a judge is any function from an image and a target to named verdicts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

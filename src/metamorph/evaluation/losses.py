@@ -1,7 +1,5 @@
 """Losses on validation data, for each source: exact means over its tokens, however ranks share them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,17 +19,12 @@ from metamorph.runs.preemption import ignore_signals
 from metamorph.runs.progress import Progress
 
 
-METRICS = (
-    *("text_loss", "visual_loss", "visual_cosine", "visual_cosine_baseline", "image_start_accuracy"),
-    *("num_text_tokens", "num_visual_tokens", "num_image_answers"),
-)
-"""Logged for each source, besides `loss`."""
 _NUM_SUMS = 7
 
 
 @dataclass(frozen=True)
 class SourceLoss:
-    """Results for one source, or all: sums over its tokens, and the means that are logged."""
+    """Results for one source, or all, as sums over its tokens."""
 
     sums: Tensor
     """float64 [7] on the CPU: text loss, visual loss and cosine; the numbers of supervised text tokens and of visual
@@ -39,57 +32,26 @@ class SourceLoss:
     direction_sums: Tensor
     """float64 [N, D] on the CPU, see `metamorph.models.losses.direction_sums`."""
 
-    @property
-    def num_text_tokens(self) -> int:
-        """Supervised text tokens."""
-        return round(self.sums[3].item())
+    def as_metrics(self, prefix: str = "", vision_coef: float = 1.0) -> dict[str, float]:
+        """Means and counts by name, with a prefix such as `eval_`; those that are not defined here are left out.
 
-    @property
-    def num_visual_tokens(self) -> int:
-        """Visual target tokens; 0 for a model without a visual loss."""
-        return round(self.sums[4].item())
-
-    @property
-    def num_image_answers(self) -> int:
-        """Answers with an image; 0 for a model without `<image_start>`."""
-        return round(self.sums[6].item())
-
-    @property
-    def text_loss(self) -> float:
-        """Cross-entropy per supervised text token, in nats; 0 if there are none."""
-        return _mean(self.sums[0], self.num_text_tokens) or 0.0
-
-    @property
-    def visual_loss(self) -> float | None:
-        """Visual loss per target token; None without visual targets, or for a model without a visual loss."""
-        return _mean(self.sums[1], self.num_visual_tokens)
-
-    @property
-    def visual_cosine(self) -> float | None:
-        """Mean cosine of predicted and true visual tokens; None where `visual_loss` is."""
-        return _mean(self.sums[2], self.num_visual_tokens)
-
-    @property
-    def visual_cosine_baseline(self) -> float | None:
-        """`visual_cosine` of the best constant prediction for each place in the image."""
-        return _mean(constant_cosine_sum(self.direction_sums), self.num_visual_tokens)
-
-    @property
-    def image_start_accuracy(self) -> float | None:
-        """Share of the answers with an image in which `<image_start>` is the likeliest token where the first begins.
-
-        None without such answers.
+        `loss` lacks the `aux_loss` that a mixture of experts is trained with. `text_loss` is the cross-entropy per
+        supervised text token in nats, 0 if there are none. `visual_loss` and `visual_cosine` (of predicted and true
+        visual tokens) are means over target tokens, and `visual_cosine_baseline` is the cosine of the best constant
+        prediction for each place in the image. `image_start_accuracy` is the share of the answers with an image in
+        which `<image_start>` is the likeliest token where the first begins.
         """
-        return _mean(self.sums[5], self.num_image_answers)
-
-    def loss(self, vision_coef: float) -> float:
-        """Text loss + `vision_coef` · visual loss, without the `aux_loss` that a mixture of experts is trained with."""
-        return self.text_loss + vision_coef * (self.visual_loss or 0.0)
-
-    def as_metrics(self, prefix: str, vision_coef: float) -> dict[str, float]:
-        """The values that are not None, by name with a prefix such as `eval_`."""
-        values = {"loss": self.loss(vision_coef)} | {name: getattr(self, name) for name in METRICS}
-        return {prefix + name: value for name, value in values.items() if value is not None}
+        text, visual, cosine, *counts = self.sums.tolist()
+        num_text, num_visual, num_starts, num_answers = map(round, counts)
+        values = {"text_loss": text / num_text if num_text else 0.0}
+        if num_visual:
+            values["visual_loss"], values["visual_cosine"] = visual / num_visual, cosine / num_visual
+            values["visual_cosine_baseline"] = constant_cosine_sum(self.direction_sums).item() / num_visual
+        if num_answers:
+            values["image_start_accuracy"] = num_starts / num_answers
+        values |= {"num_text_tokens": num_text, "num_visual_tokens": num_visual, "num_image_answers": num_answers}
+        loss = values["text_loss"] + vision_coef * values.get("visual_loss", 0.0)
+        return {prefix + name: value for name, value in {"loss": loss, **values}.items()}
 
 
 @torch.no_grad()
@@ -101,19 +63,11 @@ def evaluate_losses(
     batch_size: int = 8,
     num_workers: int = 0,
 ) -> dict[str, SourceLoss]:
-    """Measure the losses of each source. Every rank must call it.
+    """Measure the losses of each source, by its name. Every rank must call it.
 
-    Samples are padded, not packed, and PyTorch's global generator is not used: a run is the same with and without
-    evaluation.
-
-    Args:
-        model: Wrapped or not; its mode is restored.
-        dataset: The data; `processor` is the model's.
-        accelerator: Decides the precision, and sums over the ranks.
-        batch_size: Samples per batch and rank.
-
-    Returns:
-        Losses by the name of the source. A source without usable records has no tokens.
+    Samples are padded, not packed, in batches of `batch_size` on each rank. PyTorch's global generator is not used, and
+    the mode of the model (wrapped or not) is restored: a run is the same with and without evaluation. A source without
+    usable records has no tokens.
     """
     config = accelerator.unwrap_model(model).config
     batches = _source_batches(dataset, batch_size, accelerator.process_index, accelerator.num_processes)
@@ -166,7 +120,7 @@ def metric_names(sources: Iterable[str], *, visual_loss: bool) -> list[str]:
     every = SourceLoss(sums, torch.ones(1, 1, dtype=torch.float64))
     names = list(sources)
     prefixes = ["eval_", *(f"eval_{name}_" for name in names if len(names) > 1)]
-    return [name for each in prefixes for name in every.as_metrics(each, 1.0)]
+    return [name for each in prefixes for name in every.as_metrics(each)]
 
 
 def total_loss(losses: dict[str, SourceLoss]) -> SourceLoss:
@@ -190,10 +144,6 @@ def _source_batches(
             batches.append((source, list(samples[own : own + batch_size])))
         begin += count
     return batches
-
-
-def _mean(total: Tensor, count: int) -> float | None:
-    return total.item() / count if count else None
 
 
 def _loss_sums(outputs: Any, num_image_answers: int) -> Tensor:

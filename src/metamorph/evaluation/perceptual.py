@@ -5,8 +5,6 @@ files, for example with NVIDIA's StyleGAN3 metrics (`vgg16.pt`, `inception-2015-
 A TorchScript file is a program: use one from a source that you trust.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +36,12 @@ class ImageFeatures:
         self._device, self._options = device, options
 
     @classmethod
-    def lpips(cls, file: str | Path, device: torch.device | str = "cpu") -> ImageFeatures:
+    def lpips(cls, file: str | Path, device: torch.device | str = "cpu") -> "ImageFeatures":
         """The network whose squared distances are LPIPS."""
         return cls(file, "--lpips_weights", device, resize_images=False, return_lpips=True)
 
     @classmethod
-    def inception(cls, file: str | Path, device: torch.device | str = "cpu") -> ImageFeatures:
+    def inception(cls, file: str | Path, device: torch.device | str = "cpu") -> "ImageFeatures":
         """The network of FID."""
         return cls(file, "--inception_weights", device, return_features=True)
 
@@ -58,36 +56,10 @@ def lpips_distances(network: ImageFeatures, first: Tensor, second: Tensor) -> li
     return (network(first) - network(second)).square().sum(dim=1).tolist()
 
 
-class FeatureStatistics:
-    """Mean and covariance of features that come in batches, in float64."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._sum: Tensor | float = 0.0
-        self._products: Tensor | float = 0.0
-
-    def add(self, features: Tensor) -> None:
-        """Add a batch `[images, features]`."""
-        self.count += len(features)
-        self._sum = self._sum + features.sum(dim=0)
-        self._products = self._products + features.T @ features
-
-    @property
-    def mean(self) -> Tensor:
-        """`[features]`"""
-        return torch.as_tensor(self._sum) / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        """`[features, features]`, with Bessel's correction."""
-        products = torch.as_tensor(self._products) - self.count * torch.outer(self.mean, self.mean)
-        return products / max(self.count - 1, 1)
-
-
-def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) between two normal distributions (Heusel et al., 2017)."""
-    mean = (first.mean - second.mean).square().sum()
-    one, two = first.covariance, second.covariance
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) of two sets of features `[images, features]` (Heusel et al., 2017)."""
+    mean = (first.mean(dim=0) - second.mean(dim=0)).square().sum()
+    one, two = first.T.cov(), second.T.cov()
     # Σ₁ Σ₂ has the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, none of them negative: below 0 there are only rounding errors.
     roots = torch.linalg.eigvals(one @ two).real.clamp(min=0).sqrt().sum()
     return (mean + one.trace() + two.trace() - 2 * roots).item()

@@ -1,7 +1,5 @@
 """Visual question answering: the share of answers that are exactly right, for each type of question."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,24 +40,17 @@ class AnsweredQuestion:
         return not self.reply.num_images and _plain(self.reply.text) == _plain(self.question.answer)
 
 
-@dataclass(frozen=True)
-class QuestionResults:
-    """Answers to a set of questions."""
-
-    answered: tuple[AnsweredQuestion, ...]
-    """In the order in which the questions were asked."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """`{"n", "accuracy", "per_type": {type: accuracy}, "n_per_type": {type: number}}`, types in order."""
-        verdicts: dict[str, list[bool]] = {kind: [] for kind in sorted({item.question.kind for item in self.answered})}
-        for item in self.answered:
-            verdicts[item.question.kind].append(item.is_right)
-        return {
-            "n": len(self.answered),
-            "accuracy": fraction([item.is_right for item in self.answered]),
-            "per_type": {kind: fraction(found) for kind, found in verdicts.items()},
-            "n_per_type": {kind: len(found) for kind, found in verdicts.items()},
-        }
+def summarise_answers(answered: Sequence[AnsweredQuestion]) -> dict[str, Any]:
+    """`{"n", "accuracy", "per_type": {type: accuracy}, "n_per_type": {type: number}}`, types in order."""
+    verdicts: dict[str, list[bool]] = {kind: [] for kind in sorted({item.question.kind for item in answered})}
+    for item in answered:
+        verdicts[item.question.kind].append(item.is_right)
+    return {
+        "n": len(answered),
+        "accuracy": fraction([item.is_right for item in answered]),
+        "per_type": {kind: fraction(found) for kind, found in verdicts.items()},
+        "n_per_type": {kind: len(found) for kind, found in verdicts.items()},
+    }
 
 
 def ask(
@@ -67,11 +58,11 @@ def ask(
     processor: MetaMorphProcessor,
     questions: Sequence[Question],
     on_progress: Progress | None = None,
-) -> QuestionResults:
-    """Ask every question and compare the answers."""
+) -> list[AnsweredQuestion]:
+    """Ask every question; the answers are in the same order."""
     prompts = [question.prompt for question in questions]
     replies = reply_to(model, processor, prompts, max_new_tokens=answer_budget(processor), on_progress=on_progress)
-    return QuestionResults(tuple(map(AnsweredQuestion, questions, replies)))
+    return list(map(AnsweredQuestion, questions, replies))
 
 
 def answer_budget(processor: MetaMorphProcessor) -> int:

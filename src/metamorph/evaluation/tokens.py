@@ -4,8 +4,6 @@ Cosine alone misleads: two scenes that differ in one attribute may have tokens w
 neighbour among all candidate scenes shows which scene was meant.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

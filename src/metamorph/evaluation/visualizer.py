@@ -5,8 +5,6 @@ compared with those of the original. Tokens of any two images have a high cosine
 shows how much of it means nothing, and retrieval shows whether the drawing is nearest to its own original.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from metamorph.evaluation.perceptual import FeatureStatistics, ImageFeatures, frechet_distance, lpips_distances
+from metamorph.evaluation.perceptual import ImageFeatures, frechet_distance, lpips_distances
 from metamorph.inference.draw import Progress, SamplerSettings, draw
 from metamorph.models.image_processing import to_rgb
 from metamorph.visualization.grids import reconstruction_grid
@@ -89,19 +87,11 @@ def evaluate_visualizer(
     inception: ImageFeatures | None = None,
     on_progress: Progress | None = None,
 ) -> Reconstructions:
-    """Encode, draw, encode again and compare.
+    """Encode the central squares of images, draw them, encode the drawings and compare.
 
-    Args:
-        pipeline: A visualizer with its vision tower.
-        images: One or more images of any size; their central squares count. May load an image when it is asked for:
-            each is asked for twice. The tokens of all stay in memory (64 tokens of 1,152 features: 0.3 MB each).
-        settings: How to draw. Each image is drawn at every guidance scale, from the same noise.
-        keep: Number of images, from the first, whose drawings are kept for a grid.
-        lpips: Network of LPIPS.
-        inception: Network of FID.
-
-    Raises:
-        ValueError: If there is no image, or the pipeline has no vision tower.
+    Each image is drawn at every guidance scale, from the same noise; the drawings of the first `keep` images are kept
+    for a grid. `images` may load an image when it is asked for: each is asked for twice. The tokens of all stay in
+    memory (64 tokens of 1,152 features: 0.3 MB each). The pipeline must have a vision tower.
     """
     if pipeline.vision_tower is None:
         raise ValueError("the visualizer has no vision tower; load it with metamorph.visualization.load_visualizer")
@@ -109,7 +99,7 @@ def evaluate_visualizer(
         raise ValueError("there are no images to draw again; give at least one")
     scales = settings.guidance_scale
     scores = [ScaleScores(scale) for scale in (scales if isinstance(scales, Sequence) else [scales])]
-    features = [FeatureStatistics() for _ in (None, *scores)]  # of the originals, then at each scale
+    features: list[list[Tensor]] = [[] for _ in (None, *scores)]  # of the originals, then at each scale
     keys = torch.cat([_tokens(pipeline, chunk) for _, chunk in _chunks(images, settings.batch_size)])
     kept_originals: list[Image.Image] = []
     kept_drawn: list[Image.Image] = []
@@ -122,9 +112,9 @@ def evaluate_visualizer(
             if lpips is not None:
                 score.lpips += lpips_distances(lpips, _pixels(originals), _pixels(at_scale))
             if inception is not None:
-                features[number + 1].add(inception(_pixels(at_scale)))
+                features[number + 1].append(inception(_pixels(at_scale)))
         if inception is not None:
-            features[0].add(inception(_pixels(originals)))
+            features[0].append(inception(_pixels(originals)))
         room = max(0, keep - len(kept_originals))
         kept_originals += originals[:room]
         kept_drawn += drawn[: room * len(scores)]
@@ -132,7 +122,7 @@ def evaluate_visualizer(
             on_progress(len(chunk))
     if inception is not None and len(images) > 1:
         for score, found in zip(scores, features[1:], strict=True):
-            score.fid = frechet_distance(features[0], found)
+            score.fid = frechet_distance(torch.cat(features[0]), torch.cat(found))
     return Reconstructions(scores, kept_originals, kept_drawn)
 
 

@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 
 JSON_LIMIT = 32 * 2**20
 """Bytes; the longest known index of sharded weights has a third of it."""
+
+BUILD_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError),
+    *(StrictDataclassError, TypeError, ValueError),
+)
+"""What classes of Transformers and diffusers raise for values, or calls, that they do not support."""
 
 _PICKLE_ERRORS = (
     ArithmeticError,
@@ -58,10 +65,8 @@ def read_json_object(file: Path) -> dict[str, Any]:
 def weight_shapes(folder: Path, stem: str = "model", variant: str | None = None) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all weights in a folder, from the headers of its safetensors files.
 
-    Args:
-        folder: Holds `STEM.safetensors`, or an index and its shards.
-        stem: `model` for Transformers, `diffusion_pytorch_model` for diffusers.
-        variant: As in diffusers: `fp16` for `STEM.fp16.safetensors`.
+    They are named after `stem`: `model` for Transformers, `diffusion_pytorch_model` for diffusers. As in diffusers,
+    `variant` is `fp16` for `STEM.fp16.safetensors`. There may be an index and its shards instead of a single file.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -206,7 +211,6 @@ def shard_names(index: Path) -> list[str]:
 
 
 def _fields(value: Any) -> Iterator[tuple[str, Any]]:
-    """All fields of nested objects."""
     if isinstance(value, list):
         for each in value:
             yield from _fields(each)
@@ -217,7 +221,6 @@ def _fields(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _integers(value: Any) -> Iterator[int]:
-    """All integers in nested lists, or an integer itself."""
     if isinstance(value, list):
         for each in value:
             yield from _integers(each)

@@ -77,11 +77,7 @@ def check_choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_model_reference(name: str, flag: str, file: str = "config.json") -> None:
-    """Check that `name` is a folder with `file`, or can be a Hub id, without network access.
-
-    Raises:
-        FileNotFoundError: If the folder, or the file in it, is missing.
-    """
+    """Raise a `FileNotFoundError` unless `name` is a folder with `file` or can be a Hub id, without network access."""
     folder = Path(name)
     if os.path.isdir(name):
         if not (folder / file).is_file():
@@ -95,10 +91,9 @@ def check_model_reference(name: str, flag: str, file: str = "config.json") -> No
 
 
 def check_reachable(name: str, flag: str, file: str = "config.json") -> None:
-    """Check that `name` is a folder with `file`, or that the Hub or its cache has it. Asks the Hub at most once.
+    """Raise a `FileNotFoundError` unless `name` is a folder with `file`, or the Hub or its cache has it.
 
-    Raises:
-        FileNotFoundError: If it is neither, may not be read, or the Hub cannot be reached.
+    Asks the Hub at most once; not being able to reach it is an error, too.
     """
     check_model_reference(name, flag, file)
     if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, file), str):
@@ -112,18 +107,15 @@ def check_reachable(name: str, flag: str, file: str = "config.json") -> None:
 def check_metamorph_model(name: str, flag: str) -> None:
     """Check from its configuration that `name` is a trained MetaMorph model, before any weights are loaded.
 
-    Raises:
-        FileNotFoundError: If the model or its weights are missing, or the Hub cannot be reached.
-        ValueError: If it is another model; the message says which.
+    Raises `FileNotFoundError` as `check_reachable` does or for missing weights, `ValueError` for another model.
     """
     from metamorph.files.model_files import read_json_object  # imports PyTorch
 
     check_reachable(name, flag)
     folder = Path(name)
     with names_flag(flag, name):
-        config = read_json_object(
-            folder / "config.json" if folder.is_dir() else Path(hf_hub_download(name, "config.json"))
-        )
+        file = folder / "config.json" if folder.is_dir() else Path(hf_hub_download(name, "config.json"))
+        config = read_json_object(file)
     if config.get("model_type") != "metamorph":
         raise ValueError(
             f"{flag} {name} is {_kind_of(config)}, not a MetaMorph model: give the output of stage 2 of `metamorph "

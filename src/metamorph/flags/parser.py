@@ -17,7 +17,8 @@ NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-(inf|infinity|nan
 class FlagParser(argparse.ArgumentParser):
     """An `ArgumentParser` that takes dashes and underscores alike, no abbreviations, and finite numbers only.
 
-    Errors are raised as `ValueError` and suggest the nearest flag or choice. Subcommands get parsers of this class.
+    Help texts end with the default. Errors are raised as `ValueError` and suggest the nearest flag or choice.
+    Subcommands get parsers of this class.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -26,14 +27,16 @@ class FlagParser(argparse.ArgumentParser):
         self.register("type", float, finite_number)
         self.register("type", int, whole_number)
 
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Add a flag, with its default in the help text."""
+        action = super().add_argument(*names, **options)
+        action.help = with_default(action.help, action)
+        return action
+
     def parse_known_args(  # type: ignore[override]  # overloaded there
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """Parse as argparse does, whichever way flags are spelled.
-
-        Raises:
-            ValueError: For an unknown flag, or a value that is not allowed.
-        """
+        """Parse as argparse does, whichever way flags are spelled."""
         words = list(sys.argv[1:] if args is None else args)
         for index, word in enumerate(words):
             if word == "--" or (self._subparsers is not None and not word.startswith("-")):
@@ -63,6 +66,15 @@ class FlagParser(argparse.ArgumentParser):
         if message.startswith("argument "):  # a bad value, which the message explains
             raise ValueError(re.sub(r"^argument (\S+): ", r"\1 ", message))
         raise ValueError(f"{message} (all flags: {self.prog} --help)")
+
+
+def with_default(text: str | None, action: argparse.Action) -> str | None:
+    """A help text, followed by the default of its flag unless there is none or the text names it."""
+    default = action.default
+    if text is None or "(default: " in text or action.nargs == 0 or default in (None, "", [], argparse.SUPPRESS):
+        return text
+    shown = " ".join(map(str, default)) if isinstance(default, list) else default
+    return f"{text} (default: {shown})"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

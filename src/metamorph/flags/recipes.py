@@ -9,7 +9,7 @@ from transformers import HfArgumentParser
 
 from metamorph.files.yaml_files import read_yaml
 from metamorph.flags.checks import attribute_docs
-from metamorph.flags.parser import FlagParser, finite_number, nearest
+from metamorph.flags.parser import FlagParser, finite_number, nearest, with_default
 from metamorph.recipes import config_flag, find_recipe
 
 
@@ -28,9 +28,7 @@ class RecipeParser(FlagParser, HfArgumentParser):
             if action.const is False:
                 action.help = f"Same as --{action.dest} False."
             elif action.dest in docs:
-                action.help = docs[action.dest].replace("%", "%%")
-            if action.default not in (None, "", SUPPRESS) and action.const is not False:
-                action.help = f"{action.help or ''} (default: {action.default})"
+                action.help = with_default(docs[action.dest].replace("%", "%%"), action)
             if action.dest in number_or_auto:
                 action.type = _number_or_auto
             # Defaults come from the dataclasses, so that the parsed values are only those given.
@@ -73,10 +71,8 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """Build one instance of each dataclass from `--config recipe.yaml --flag value …`.
 
-    A dataclass that has a flag of another one as an `InitVar` gets its value.
-
-    Raises:
-        ValueError: For an unknown flag or key, or a value of the wrong type.
+    A dataclass that has a flag of another one as an `InitVar` gets its value. Unknown flags and keys, and values of the
+    wrong type, are a `ValueError`.
     """
     parser = RecipeParser(dataclass_types, prog=prog)
     recipe = config_flag(argv)

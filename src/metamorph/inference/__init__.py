@@ -5,8 +5,6 @@ How do visual tokens become pixels?       `draw.py`: `draw`
 How are model and visualizer loaded?      `session.py`: `load`, which gives one object that does both
 """
 
-from __future__ import annotations
-
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.inference.reply import Prompt, Reply, reply_to
 from metamorph.inference.session import Session, load

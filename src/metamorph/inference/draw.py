@@ -1,7 +1,5 @@
 """Draw images from visual tokens in batches; each image starts from its own noise."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,7 +32,7 @@ class SamplerSettings:
 
 
 def draw(
-    pipeline: VisualizationPipeline,
+    pipeline: "VisualizationPipeline",
     visual_tokens: Tensor,
     settings: SamplerSettings | None = None,
     on_progress: Progress | None = None,

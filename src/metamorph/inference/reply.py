@@ -1,7 +1,5 @@
 """Prompts to answers in text and visual tokens: the one place that calls `generate`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,17 +59,13 @@ def reply_to(
 ) -> list[Reply]:
     """Answer prompts in batches of similar length, greedily unless `generate_kwargs` ask for sampling.
 
+    The replies are in the order of the prompts, their images not drawn. The mode of the model is restored. A prompt
+    that asks for an image that the model cannot draw is a `ValueError`.
+
     Args:
-        model: Decodes in evaluation mode; its mode is restored.
         batch_size: Prompts per batch, padded on the left. It does not change the answers.
         max_new_tokens: By default room for one image and 256 tokens of text.
         **generate_kwargs: For `model.generate`, for example `do_sample=True, temperature=0.7`.
-
-    Returns:
-        Replies in the order of the prompts, their images not drawn.
-
-    Raises:
-        ValueError: If a prompt asks for an image that the model cannot draw.
     """
     if any(prompt.draw for prompt in prompts) and not can_draw(model):
         raise ValueError("the model was trained without use_vision_ar, or without <image_start>: it cannot draw")

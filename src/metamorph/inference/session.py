@@ -1,7 +1,5 @@
 """A model and its visualizer in one object: `metamorph.load("mini", "mini").reply("Draw a red circle").images[0]`."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,11 +33,11 @@ class Session:
 
     model: MetaMorphForConditionalGeneration
     processor: MetaMorphProcessor
-    pipeline: VisualizationPipeline | None = None
+    pipeline: "VisualizationPipeline | None" = None
     """Draws visual tokens; None leaves images undrawn."""
 
     @property
-    def visualizer(self) -> VisualizationPipeline:
+    def visualizer(self) -> "VisualizationPipeline":
         """The pipeline; a ValueError if there is none."""
         if self.pipeline is None:
             raise ValueError("there is no visualizer: give one to metamorph.load")
@@ -62,9 +60,6 @@ class Session:
             images: PIL images or files; one, or several.
             draw: Begin the answer with an image, however the model would begin it.
             **generate_kwargs: For `model.generate`, for example `max_new_tokens=500, do_sample=True`.
-
-        Raises:
-            ValueError: If markers and images differ in number, or an image cannot be read.
         """
         if isinstance(images, (Image.Image, str, Path)):
             images = [images]
@@ -99,10 +94,6 @@ def load(
         device: By default the accelerator if there is one.
         dtype: Precision of the weights of both; by default as saved.
         dashes: What errors write in front of the names of arguments; `--` where they are flags.
-
-    Raises:
-        ValueError: If a folder is not what it should be, or there is no such device.
-        FileNotFoundError: If a folder does not exist.
     """
     where = pick_device(device, flag=f"{dashes}device")
     model = shipped_folder(str(model), "model")
@@ -122,7 +113,7 @@ def load(
 
 def load_pipeline(
     visualizer: str, flag: str = "--visualizer", dtype: torch.dtype | None = None
-) -> VisualizationPipeline:
+) -> "VisualizationPipeline":
     """Load a visualizer without its progress bars, on the CPU, by default in float32; see `check_visualizer_folder`."""
     visualizer = check_visualizer_folder(visualizer, flag)
     from metamorph.visualization.pipeline import VisualizationPipeline
@@ -134,12 +125,7 @@ def load_pipeline(
 
 
 def check_visualizer_folder(visualizer: str, flag: str = "--visualizer") -> str:
-    """Check a visualizer without loading its weights; returns its folder or Hub id.
-
-    Raises:
-        FileNotFoundError: If it does not exist.
-        ValueError: If diffusers is not installed, or the folder is not a visualizer.
-    """
+    """Check a visualizer without loading its weights, and that diffusers is installed; returns its folder or Hub id."""
     check_reachable(visualizer, flag=flag, file="model_index.json")
     try:
         from metamorph.visualization.folders import check_visualizer, local_folder

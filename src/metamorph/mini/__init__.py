@@ -2,15 +2,13 @@
 
 `mini-siglip`, `mini-llama` and `mini-sd` are of the classes of SigLIP, Llama and Stable Diffusion, from which the real
 system starts. `mini` is built from them: a trained MetaMorph model and its visualizer. Each is an ordinary Hugging Face
-folder of bf16 safetensors with a model card that states its recipe, figures and hashes. `cards.py` verifies the cards;
-`tools/miniature` in a checkout builds everything from scratch.
+folder of bf16 safetensors with a model card that states its recipe, figures and hashes. `tools/miniature` in a checkout
+builds everything from scratch and verifies the cards.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-
-from metamorph.mini.cards import AssetCard, AssetError, verify_folder
 
 
 PARTS = ("mini-siglip", "mini-llama", "mini-sd")
@@ -19,16 +17,12 @@ ASSETS = (*PARTS, "mini")
 """All shipped models, in the order in which they are built."""
 
 
-__all__ = ["ASSETS", "PARTS", "AssetCard", "AssetError", "asset_path", "shipped_folder", "verify_asset"]
+class AssetError(ValueError):
+    """A shipped asset is missing, incomplete or not the one that its card describes."""
 
 
 def asset_path(name: str) -> Path:
-    """Folder of a shipped model, for `from_pretrained`.
-
-    Raises:
-        ValueError: If there is no asset of this name.
-        AssetError: If the package was installed without it.
-    """
+    """Folder of a shipped model, for `from_pretrained`; an `AssetError` if the package was installed without it."""
     if name not in ASSETS:
         raise ValueError(f"there is no asset {name!r}: choose among {', '.join(ASSETS)}")
     folder = Path(__file__).parent / name
@@ -48,13 +42,3 @@ def shipped_folder(reference: str, part: str) -> str:
         return str(asset_path(reference))
     # The tower of mini was frozen: it is mini-siglip.
     return str(asset_path("mini-siglip") if part == "tower" else asset_path(reference) / part)
-
-
-def verify_asset(name: str) -> AssetCard:
-    """The card of a shipped model, whose files must have its hashes.
-
-    Raises:
-        ValueError: If there is no asset of this name.
-        AssetError: If a file is missing or changed.
-    """
-    return verify_folder(asset_path(name))

@@ -14,7 +14,8 @@ import logging
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,12 @@ def run_study(settings: StudySettings, recipe: Recipe = FULL) -> dict[str, Any]:
     runs = _finished_runs(settings)
     done = {(run["seed"], run["budget"], run["condition"]) for run in runs}
     for seed in range(settings.seeds):
-        wanted = [(budget, condition) for budget in settings.budgets for condition in CONDITIONS]
-        if missing := [each for each in wanted if (seed, *each) not in done]:
+        if missing := [each for each in product(settings.budgets, CONDITIONS) if (seed, *each) not in done]:
             runs += _run_seed(settings, recipe, seed, missing)
     runs = [run for run in runs if run["seed"] < settings.seeds and run["budget"] in settings.budgets]
     summary = summarise_runs(runs)
-    result = {"plan": _plain(settings), "runs": runs, "summary": summary}
+    plan = {name: value for name, value in vars(settings).items() if name != "output_dir"}
+    result = {"plan": plan, "runs": runs, "summary": summary}
     (settings.output_dir / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     save_study(settings.output_dir / PLOT_FILE, summary)
     return result
@@ -98,25 +99,19 @@ def run_study(settings: StudySettings, recipe: Recipe = FULL) -> dict[str, Any]:
 def summarise_runs(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row with mean and standard error over seeds (0 for one seed) for each group, condition and budget."""
     rows = []
-    for group in GROUPS:
-        for condition in CONDITIONS:
-            for budget in sorted({run["budget"] for run in runs}):
-                found = [run[group] for run in runs if (run["condition"], run["budget"]) == (condition, budget)]
-                if not found:
-                    continue
-                shares = [figures["all"] for figures in found]
-                deviation = np.std(shares, ddof=1) if len(shares) > 1 else 0.0
-                rows.append(
-                    {
-                        "group": group,
-                        "condition": condition,
-                        "budget": budget,
-                        "n": len(found),
-                        "mean": round(float(np.mean(shares)), 4),
-                        "standard_error": round(float(deviation / math.sqrt(len(shares))), 4),
-                        "cosine": round(float(np.mean([figures["cosine"] for figures in found])), 4),
-                    }
-                )
+    for group, condition, budget in product(GROUPS, CONDITIONS, sorted({run["budget"] for run in runs})):
+        found = [run[group] for run in runs if (run["condition"], run["budget"]) == (condition, budget)]
+        if not found:
+            continue
+        shares = [figures["all"] for figures in found]
+        deviation = np.std(shares, ddof=1) if len(shares) > 1 else 0.0
+        figures = {
+            "mean": np.mean(shares),
+            "standard_error": deviation / math.sqrt(len(shares)),
+            "cosine": np.mean([figures["cosine"] for figures in found]),
+        }
+        rounded = {name: round(float(value), 4) for name, value in figures.items()}
+        rows.append({"group": group, "condition": condition, "budget": budget, "n": len(found), **rounded})
     return rows
 
 
@@ -176,13 +171,9 @@ def _run_one(settings: StudySettings, recipe: Recipe, space: Workspace, files: W
 
 
 def _finished_runs(settings: StudySettings) -> list[dict[str, Any]]:
-    """Runs of an interrupted study with the same settings, except that seeds and budgets may be added.
-
-    Raises:
-        ValueError: If the folder holds a study with other settings.
-    """
+    """Runs of an interrupted study with the same settings, except that seeds and budgets may be added."""
     file = settings.output_dir / "plan.json"
-    wanted = {name: _plain(settings)[name] for name in ("passes", "generation_per_step", "drawings")}
+    wanted = {name: getattr(settings, name) for name in ("passes", "generation_per_step", "drawings")}
     if file.is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
         if found != wanted:
@@ -192,9 +183,3 @@ def _finished_runs(settings: StudySettings) -> list[dict[str, Any]]:
     file.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
     path = settings.output_dir / RUNS_FILE
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def _plain(settings: StudySettings) -> dict[str, Any]:
-    values = asdict(settings)
-    del values["output_dir"]
-    return {**values, "budgets": list(settings.budgets)}

@@ -179,11 +179,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
     ) -> Tensor:
         """Embed text tokens, and put the projected visual tokens at the placeholders: [B, S] -> [B, S, H].
 
-        Args:
-            input_ids: [B, S] with `N` placeholders for each image.
-            visual_tokens: [I, N, D] for the placeholders in reading order, except those of generated tokens.
-            generated_visual_tokens: [B, G, D] candidates for the last G positions, used at placeholders.
-            image_positions: [placeholders] their positions in [B · S], if known: see [`BatchIndices`].
+        [I, N, D] `visual_tokens` fill placeholders in reading order, except those among the last G positions if there
+        are [B, G, D] `generated_visual_tokens`. `image_positions` are those of [`BatchIndices`], if known.
         """
         embeds = self.get_input_embeddings()(input_ids)  # (batch, seq, hidden)
         if (scale := embedding_scale(self.config.text_config)) != 1.0:
@@ -205,7 +202,15 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             # No images still pass through the connector: its parameters stay in the graph (with gradient 0), and
             # data-parallel ranks without images take part in every collective operation.
             visual_tokens = embeds.new_zeros(0, self.config.num_image_tokens, self.config.vision_feature_size)
-        return self._place(embeds, image_positions, visual_tokens)
+        wanted = visual_tokens.shape[0] * visual_tokens.shape[1]
+        if image_positions.shape[0] != wanted:
+            raise ValueError(
+                f"input_ids hold {image_positions.shape[0]} image placeholders, but {visual_tokens.shape[0]} images "
+                f"with {visual_tokens.shape[1]} visual tokens each need {wanted}; prepare both with this model's "
+                "processor"
+            )
+        projected = self._project(visual_tokens, embeds.dtype).flatten(0, 1)  # (images * N, hidden)
+        return embeds.flatten(0, 1).index_copy(0, image_positions, projected).view_as(embeds)
 
     def _tower_takes_part(self) -> bool:
         """Whether to call the tower even without images, because all data-parallel ranks must do the same.
@@ -226,16 +231,6 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         """
         tower = self.vision_tower
         return tower(torch.zeros(1, 3, tower.image_size, tower.image_size, device=device))[:0]
-
-    def _place(self, embeds: Tensor, positions: Tensor, visual_tokens: Tensor) -> Tensor:
-        wanted = visual_tokens.shape[0] * visual_tokens.shape[1]
-        if positions.shape[0] != wanted:
-            raise ValueError(
-                f"input_ids hold {positions.shape[0]} image placeholders, but {visual_tokens.shape[0]} images with "
-                f"{visual_tokens.shape[1]} visual tokens each need {wanted}; prepare both with this model's processor"
-            )
-        projected = self._project(visual_tokens, embeds.dtype).flatten(0, 1)  # (images * N, hidden)
-        return embeds.flatten(0, 1).index_copy(0, positions, projected).view_as(embeds)
 
     def _project(self, visual_tokens: Tensor, dtype: torch.dtype) -> Tensor:
         return self.mm_projector(visual_tokens.to(dtype)).to(dtype)  # (..., hidden)

@@ -37,14 +37,10 @@ class BatchIndices(TypedDict, total=False):
 def index_batch(
     input_ids: Tensor | None, labels: Tensor, visual_target_mask: Tensor | None, image_token_id: int
 ) -> BatchIndices:
-    """Search a batch for images, supervised tokens and visual targets.
+    """Search a batch [B, S] for images, supervised tokens and visual targets.
 
-    Args:
-        input_ids: [B, S]; None for text given as embeddings.
-        labels: [B, S], not shifted, `IGNORE_INDEX` where nothing is supervised.
-        visual_target_mask: [B, S] bool; None without visual targets. It must select placeholders only, and not the
-            first position of a row, which no hidden state predicts.
-        image_token_id: id of the placeholder of one visual token.
+    `input_ids` are None for text given as embeddings, and `labels` are not shifted. `visual_target_mask` must select
+    placeholders only, and not the first position of a row, which no hidden state predicts.
     """
     none = torch.zeros(0, dtype=torch.long, device=labels.device)
     images = none if input_ids is None else (input_ids == image_token_id).flatten().nonzero().squeeze(-1)

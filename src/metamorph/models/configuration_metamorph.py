@@ -73,9 +73,6 @@ class MetaMorphConfig(PreTrainedConfig):
         mm_use_im_patch_token: spell the placeholder `<im_patch>` instead of `<image>`.
         version: name of the conversation template the model is trained with.
         lm_head_bias: whether the language model's head has a bias; `from_parts` reads it from the model.
-
-    Raises:
-        ValueError: a value is not allowed; the message names the flag and the allowed values.
     """
 
     model_type = "metamorph"

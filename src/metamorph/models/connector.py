@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 
 from metamorph.files.model_files import check_finite
 from metamorph.files.permissions import save_file
-from metamorph.models.sequence.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 
-from .embeddings import NewRows
+from .embeddings import NEW_TOKENS, NewRows, new_token_ids
 from .pretrained import read_tensors
 
 
@@ -23,9 +22,13 @@ logger = logging.getLogger(__name__)
 
 CONNECTOR_FILE = "mm_projector.safetensors"
 CONNECTOR_FILES = (CONNECTOR_FILE, "mm_projector.bin")  # the second is LLaVA's and the original's
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-NEW_TOKENS = (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
-"""In the order in which they are added to a tokenizer, and of the rows in a connector file."""
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+"""Files of a full model; the last two are the original's."""
 OLD_PREFIXES = ("module.", "base_model.", "model.")  # wrappers in the keys of a .bin file
 PARTS = {
     "mm_projector": "model.mm_projector.",
@@ -49,16 +52,12 @@ MATCHING_FIELDS = (
 class Connector:
     """Content of a connector file."""
 
-    mm_projector: dict[str, Tensor]
-    """State dict of the connector."""
-    reduction: dict[str, Tensor]
-    """State dict of the token reduction; empty unless it has weights (`mlpmixer`)."""
-    vision_head: dict[str, Tensor]
-    """State dict of the vision head; empty when stage 1 did not train it."""
-    new_rows: dict[str, Tensor]
-    """Embedding row [hidden] of each new token."""
-    head_rows: dict[str, Tensor]
-    """Row [hidden] of `lm_head` of each new token; empty unless they are trained separately (adapters)."""
+    parts: dict[str, dict[str, Tensor]]
+    """State dict of each of `PARTS`. The reduction's is empty unless it has weights (`mlpmixer`), and the vision head's
+    when stage 1 did not train it."""
+    rows: dict[str, dict[str, Tensor]]
+    """`new_rows`: embedding row [hidden] of each new token. `new_head_rows`: its row of `lm_head`; none unless they are
+    trained separately (adapters)."""
     config: dict[str, object]
     """The `MATCHING_FIELDS` it was trained with; empty for .bin files."""
 
@@ -76,7 +75,7 @@ def save_connector(model: PreTrainedModel, folder: str | Path, state_dict: Mappi
         for name, value in weights.items()
         if name.startswith(prefix) and (part != "vision_head" or model.config.use_vision_ar)
     }
-    tokens = _new_tokens(model)
+    tokens = new_token_ids(model.config)
     if tokens:
         tensors["new_rows"] = _rows_of(model, model.get_input_embeddings(), weights)
     if isinstance(model.get_output_embeddings(), NewRows):
@@ -126,13 +125,12 @@ def load_connector(model: PreTrainedModel, path: str | Path) -> None:
         current = getattr(model.config, name, value)
         if current != value:
             logger.warning("the connector %s was trained with %s=%s, this run uses %s", file, name, value, current)
-    _load_part(model.model.mm_projector, connector.mm_projector, f"{file}: mm_projector")
-    _load_part(model.model.vision_tower.reduction, connector.reduction, f"{file}: reduction")
-    if connector.vision_head:
-        _load_part(model.vision_head, connector.vision_head, f"{file}: vision_head")
-    _load_rows(model, model.get_input_embeddings(), connector.new_rows, file, "the embedding")
-    if connector.head_rows and not model.config.tie_word_embeddings:
-        _load_rows(model, model.get_output_embeddings(), connector.head_rows, file, "the row of lm_head")
+    for part, tensors in connector.parts.items():
+        if tensors or part != "vision_head":
+            _load_part(model.get_submodule(PARTS[part].removesuffix(".")), tensors, f"{file}: {part}")
+    _load_rows(model, model.get_input_embeddings(), connector.rows["new_rows"], file, "the embedding")
+    if connector.rows["new_head_rows"] and not model.config.tie_word_embeddings:
+        _load_rows(model, model.get_output_embeddings(), connector.rows["new_head_rows"], file, "the row of lm_head")
 
 
 def find_connector(path: str | Path) -> Path:
@@ -177,17 +175,15 @@ def read_connector(file: Path) -> Connector:
     # A connector of type identity has no weights; files of ours have their configuration.
     if not parts["mm_projector"] and not config:
         raise ValueError(f"{file} holds no weights named mm_projector.*: it is not a connector of stage 1")
-    return Connector(**parts, new_rows=rows["new_rows"], head_rows=rows["new_head_rows"], config=config)
+    return Connector(parts, rows, config)
 
 
 def rewrite_connector(file: Path, folder: str | Path) -> Path:
     """Convert a connector file that can be read to one of ours, without its model, and return its path."""
     connector = read_connector(file)
-    tensors = {f"{part}.{name}": value for part in PARTS for name, value in getattr(connector, part).items()}
-    for name, rows in (("new_rows", connector.new_rows), ("new_head_rows", connector.head_rows)):
-        if rows:
-            tensors[name] = torch.stack(list(rows.values()))
-    return write_connector(folder, tensors, list(connector.new_rows), connector.config)
+    tensors = {f"{part}.{name}": value for part, own in connector.parts.items() for name, value in own.items()}
+    tensors |= {name: torch.stack(list(rows.values())) for name, rows in connector.rows.items() if rows}
+    return write_connector(folder, tensors, list(connector.rows["new_rows"]), connector.config)
 
 
 def is_full_model(folder: str | Path) -> bool:
@@ -206,24 +202,18 @@ def _read_metadata(metadata: Mapping[str, str], name: str, default: Any, file: P
     return value
 
 
-def _new_tokens(model: PreTrainedModel) -> dict[str, int]:
-    """The new tokens and their ids, in the order of attached rows."""
-    ids = zip(NEW_TOKENS, (model.config.image_start_token_id, model.config.image_end_token_id), strict=True)
-    return {token: number for token, number in ids if number is not None}
-
-
 def _rows_of(model: PreTrainedModel, table: nn.Module, weights: Mapping[str, Tensor]) -> Tensor:
     """[new tokens, hidden] of the embedding table or of `lm_head`."""
     prefix = next(name for name, module in model.named_modules() if module is table)
     if isinstance(table, NewRows):
         return weights[f"{prefix}.new_rows"]
-    return weights[f"{prefix}.weight"][list(_new_tokens(model).values())]
+    return weights[f"{prefix}.weight"][list(new_token_ids(model.config).values())]
 
 
 @torch.no_grad()
 def _load_rows(model: PreTrainedModel, table: Any, rows: Mapping[str, Tensor], file: Path, what: str) -> None:
     """Copy rows into the embedding table or `lm_head`, or into the rows that are attached to it."""
-    for position, (token, number) in enumerate(_new_tokens(model).items()):
+    for position, (token, number) in enumerate(new_token_ids(model.config).items()):
         if token not in rows:
             logger.warning("%s has no embedding of %s: it keeps its initial value", file, token)
             continue

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from metamorph.models.sequence.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
+
 from .text_head import FinishLogits, TextHead, TextLossOptions
+
+
+NEW_TOKENS = (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
+"""In the order in which they are added to a tokenizer, and of the rows in a connector file."""
 
 
 class NewRows(nn.Module):
@@ -105,10 +111,9 @@ class NewTokenHead(NewRows, TextHead):
 def attach_new_token_rows(model: PreTrainedModel) -> nn.Parameter | None:
     """Freeze the embedding table of a MetaMorph model, except its rows of `<image_start>` and `<image_end>`.
 
-    Returns:
-        The new parameter [2, hidden], or None when the model has no such tokens (`mm_use_im_start_end=False`).
+    Returns these rows [2, hidden], or None without such tokens (`mm_use_im_start_end=False`).
     """
-    embedding, token_ids = model.get_input_embeddings(), _new_token_ids(model.config)
+    embedding, token_ids = model.get_input_embeddings(), [*new_token_ids(model.config).values()]
     if not isinstance(embedding, NewTokenEmbedding):
         if not token_ids:
             embedding.weight.requires_grad_(False)
@@ -121,11 +126,10 @@ def attach_new_token_rows(model: PreTrainedModel) -> nn.Parameter | None:
 def attach_new_head_rows(model: PreTrainedModel) -> nn.Parameter | None:
     """Freeze `lm_head` of a MetaMorph model, except its rows of `<image_start>` and `<image_end>`.
 
-    Returns:
-        The new parameter [2, hidden]. None when the model has no such tokens, or when the head is tied to the
-        embedding table: then the rows of [`attach_new_token_rows`] serve both.
+    Returns these rows [2, hidden], or None without such tokens, and for a head that is tied to the embedding table:
+    the rows of [`attach_new_token_rows`] serve both.
     """
-    head, token_ids = model.get_output_embeddings(), _new_token_ids(model.config)
+    head, token_ids = model.get_output_embeddings(), list(new_token_ids(model.config).values())
     if not isinstance(head, NewTokenHead):
         if not token_ids or model.config.tie_word_embeddings:
             return None
@@ -142,8 +146,10 @@ def merge_new_token_rows(model: PreTrainedModel) -> None:
         model.set_input_embeddings(embedding.merge())
 
 
-def _new_token_ids(config: PreTrainedConfig) -> list[int]:
-    return [i for i in (config.image_start_token_id, config.image_end_token_id) if i is not None]
+def new_token_ids(config: PreTrainedConfig) -> dict[str, int]:
+    """The ids of `NEW_TOKENS`; none with `mm_use_im_start_end=False`."""
+    ids = zip(NEW_TOKENS, (config.image_start_token_id, config.image_end_token_id), strict=True)
+    return {token: number for token, number in ids if number is not None}
 
 
 @torch.no_grad()

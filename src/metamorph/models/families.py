@@ -5,8 +5,6 @@ built on, and some decoders need more than embeddings. A difference would show u
 the first time a family is used, a small random copy of it is composed and compared with itself.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import logging
@@ -16,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from metamorph.files.model_files import BUILD_ERRORS
 
 
 logger = logging.getLogger(__name__)
@@ -26,11 +25,6 @@ logger = logging.getLogger(__name__)
 Compose = Callable[[PreTrainedModel], PreTrainedModel]
 """Composes a MetaMorph model from a language model, whose modules it takes over."""
 
-_FAILURES = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError),
-    *(RuntimeError, StrictDataclassError, TypeError, ValueError),
-)
-"""What classes of Transformers raise when they are built or called in a way that they do not support."""
 _LAYERS, _HEADS, _INTERMEDIATE, _VOCABULARY = 2, 4, 32, 512
 _MOST_WEIGHTS = 2**26  # most weights of a copy: 256 MiB
 _DIVIDED = (
@@ -47,7 +41,7 @@ _DIVIDED = (
 """Sizes divided by the same number, which keeps the size of a head and what depends on it."""
 _SAME_FAMILY = re.compile(r"vocab_size|_token_id|dtype|_name_or_path|architectures|transformers_version|quantization")
 """Fields that may differ within a family: between the configuration a run starts from, and that of its model."""
-_VERDICTS: dict[str, Verdict] = {}  # results of this process
+_VERDICTS: dict[str, "Verdict"] = {}  # results of this process
 _TOLERANCE = 1e-3  # relative to the largest logit: equal computations differ by rounding only
 
 
@@ -124,11 +118,9 @@ def check_language_model(config: PreTrainedConfig, compose: Compose) -> Verdict:
 
 
 def compose_and_compare(language_model: PreTrainedModel, compose: Compose) -> PreTrainedModel:
-    """Compose a model, and compare its logits on text with those of the language model.
+    """Compose a model, and compare its logits on text and load-balancing losses with those of the language model.
 
-    Raises:
-        ValueError: logits or load-balancing losses differ, the composite fails (as decoders that need token ids do), or
-            a position depends on later ones.
+    It must not fail either, as decoders do that need token ids, and no position may depend on later ones.
     """
     was_training = language_model.training
     size, device = language_model.get_output_embeddings().weight.shape[0], language_model.device
@@ -144,7 +136,7 @@ def compose_and_compare(language_model: PreTrainedModel, compose: Compose) -> Pr
             ours = model(input_ids=ids, use_cache=False).logits
             _try_an_image(model, ids)
             changed = model(input_ids=torch.cat([ids[:, :-1], ids[:, :1]], dim=1), use_cache=False).logits
-        except _FAILURES as error:
+        except BUILD_ERRORS as error:
             what, *_ = [*str(error).splitlines(), ""]
             raise _refusal(language_model.config, f"the composite fails: {type(error).__name__}: {what}") from error
         _compare(language_model.config, "logits", ours, own)
@@ -191,7 +183,7 @@ def _without_gradient(model: PreTrainedModel) -> frozenset[str]:
         with torch.enable_grad():
             outputs = decoder(inputs_embeds=table(torch.arange(_LAYERS * 8)[None]), use_cache=False)
             outputs.last_hidden_state.square().sum().backward()
-    except _FAILURES as error:  # some kernels have no backward pass on a CPU
+    except BUILD_ERRORS as error:  # some kernels have no backward pass on a CPU
         logger.debug("no backward pass of %s: %s", type(decoder).__name__, error)
         return frozenset()
     weights = {name: weight.grad is not None for name, weight in decoder.named_parameters()}
@@ -232,7 +224,7 @@ def _small_copy(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
             for parameter in model.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)  # so that none is exactly 0 or 1
             model(input_ids=torch.arange(_LAYERS)[None], use_cache=False)
-        except _FAILURES as error:
+        except BUILD_ERRORS as error:
             logger.debug("no small %s with %s heads: %s", config.model_type, heads, error)
         else:
             return model

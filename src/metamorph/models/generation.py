@@ -155,7 +155,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
         return_dict_in_generate: bool | None = None,
         **kwargs: Any,
     ) -> MetaMorphGenerateOutput | Tensor:
-        """Generate text and images. Arguments of Transformers' `generate` work, or are refused by name.
+        """Generate text and images. Arguments of Transformers' `generate` work, or are refused by name
+        (beam search, assisted decoding, …).
 
         A prompt that ends in `<image_start>` makes the model begin with an image. `max_new_tokens` counts visual tokens
         like any other; an image that would not fit is not begun.
@@ -170,10 +171,6 @@ class MetaMorphGenerationMixin(GenerationMixin):
             return_dict_in_generate: False, here or in a generation configuration, returns only [batch, length]
                 `sequences`, the default of Transformers' `generate`.
             **kwargs: `max_new_tokens`, `do_sample`, `temperature`, `streamer`, `attention_mask`, …
-
-        Raises:
-            ValueError: the mode does not decode one row and one step at a time (beam search, assisted decoding, …), the
-                prompt's placeholders and images disagree, or it begins an image that does not fit.
         """
         inputs = kwargs.pop("input_ids", inputs)
         if inputs is None:

@@ -62,9 +62,8 @@ def load_image(
 ) -> Image.Image:
     """Read an image from a path, or from an open binary file that stays open, as upright RGB.
 
-    Palettes, CMYK, grey and 16-bit values are converted, transparent pixels become white, the EXIF orientation is
-    applied, and only the first frame of an animation is read. More than `max_pixels` are refused before anything is
-    unpacked, by a [`MediaError`] that calls the file `name`.
+    Transparent pixels become white, and only the first frame of an animation is read. More than `max_pixels` are
+    refused before anything is unpacked, by a [`MediaError`] that calls the file `name`.
     """
     with _opened(file, name, max_pixels) as image:
         image.load()

@@ -23,12 +23,9 @@ _SHOWN = 60  # characters of a string shown in messages
 def load_image(image: Any, *, allow_urls: bool = False, input_data_format: str | None = None) -> Image.Image:
     """Open an image, upright according to its EXIF data. Files are read as in training: RGB.
 
-    Args:
-        image: A Pillow image; a path; the bytes of a file, or the same in base64, also as a `data:` URL; an http(s)
-            address; an array or tensor `[height, width, channels]`, `[channels, height, width]` or `[height, width]`,
-            of 8-bit values or of floats from 0 to 1.
-        allow_urls: Whether addresses are fetched. An untrusted message could name one in your network.
-        input_data_format: `channels_first` or `channels_last`, for ambiguous arrays.
+    `image` is a Pillow image; a path; the bytes of a file, or the same in base64, also as a `data:` URL; an http(s)
+    address, with `allow_urls` (an untrusted message could name one in your network); an array or tensor of 8-bit values
+    or of floats from 0 to 1. `input_data_format` is `channels_first` or `channels_last`, for ambiguous arrays.
     """
     if isinstance(image, Image.Image):
         is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1

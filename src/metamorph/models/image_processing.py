@@ -135,11 +135,8 @@ def preprocess_images(
 ) -> torch.Tensor:
     """Turn images of any mode and size into pixel values of the vision tower: float32 `[images, 3, height, width]`.
 
-    Args:
-        images: At least one image.
-        image_processor: Result of [`square_image_processor`].
-        aspect_ratio: `square` stretches the image; `pad` first adds borders of the mean colour.
-        table: Result of [`pixel_table`], for callers that cache it.
+    `image_processor` is a result of [`square_image_processor`], and `table` its [`pixel_table`] if that is cached. The
+    `aspect_ratio` `square` stretches an image; `pad` first adds borders of the mean colour.
     """
     table = pixel_table(image_processor) if table is None else table
     width, height = image_processor.size["width"], image_processor.size["height"]

@@ -99,9 +99,6 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             vision_encoder: a loaded vision model, see [`load_vision_encoder`].
             tokenizer: the language model's tokenizer.
             **config_overrides: fields of [`MetaMorphConfig`], such as `num_image_tokens=64`.
-
-        Raises:
-            ValueError: the family is not supported, see [`check_language_model`].
         """
         verdict = cls.check_language_model(language_model.config)
         config = MetaMorphConfig(
@@ -227,9 +224,6 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             indices: where images and targets are, from our collators. Without it the model searches itself, and a GPU
                 waits for the result.
             **kwargs: passed to the language model. `return_dict=False` returns a tuple.
-
-        Raises:
-            ValueError: placeholders, images and target mask disagree, or arguments exclude each other.
         """
         kwargs.pop("mm_token_type_ids", None)  # follows from `input_ids`
         may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None

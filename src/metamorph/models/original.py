@@ -21,7 +21,7 @@ from metamorph.models.sequence.constants import ASPECT_RATIOS
 from metamorph.models.sequence.image_tokens import image_token_names
 
 from .configuration_metamorph import MetaMorphConfig
-from .connector import MATCHING_FIELDS
+from .connector import MATCHING_FIELDS, WEIGHT_FILES
 from .image_processing import load_image_processor
 from .modeling_metamorph import MetaMorphForConditionalGeneration
 from .pretrained import check_layers, load_tokenizer, read_tensors
@@ -33,12 +33,6 @@ logger = logging.getLogger(__name__)
 
 MODEL_TYPES = ("metamorph_llama", "llava_llama", "llama")
 TEMPLATE = "llama3_original"  # conversation template that such models were trained with
-WEIGHT_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
 SHARED_FIELDS = (*MATCHING_FIELDS, "mm_use_im_patch_token", "use_vision_ar", "vision_coef")
 """Fields of the original's configuration with the same names in ours."""
 PREFIXES = {
@@ -60,12 +54,9 @@ def load_original(
 ) -> tuple[MetaMorphForConditionalGeneration, MetaMorphProcessor]:
     """Load a checkpoint of the original system as a model and a processor of ours.
 
-    Args:
-        folder: With `config.json` and the weights, as safetensors or as `.bin` files of tensors only.
-        tokenizer: Folder or Hub id of its tokenizer; by default `folder`.
-        vision_tower: Folder or Hub id of the tower, for its configuration and image processor, and for its weights
-            if the checkpoint has none; by default what the configuration names.
-        dtype: Of the weights.
+    `folder` has `config.json` and the weights, as safetensors or as `.bin` files of tensors only, and the tokenizer
+    unless `tokenizer` names another folder or Hub id. `vision_tower`, by default what the configuration names, gives
+    the tower's configuration and image processor, and its weights if the checkpoint has none.
     """
     folder = Path(folder)
     fields = _read_config(folder)

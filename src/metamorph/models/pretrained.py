@@ -99,16 +99,9 @@ def load_checked(
 ) -> tuple[Any, dict[str, Any]]:
     """Load a model and check that its weights are complete, known, of the right shapes, and finite.
 
-    Args:
-        load: `from_pretrained` of its class.
-        name_or_path: folder or Hub id.
-        config: result of `load_config`.
-        build: builds the model for `config`; called under `torch.device("meta")`.
-        unread: regular expression for names in the checkpoint that the model need not have.
-        **kwargs: of `from_pretrained`.
-
-    Returns:
-        The model, and Transformers' loading info (`output_loading_info=True`).
+    `load` is `from_pretrained` of its class, `config` a result of `load_config`, and `build` makes a model of it under
+    `torch.device("meta")`. The checkpoint may have weights that match the regular expression `unread`. Returns the
+    model and Transformers' loading info.
     """
     if kwargs.pop("trust_remote_code", None):
         raise ValueError("trust_remote_code is not supported: code that comes with a model is never run")

@@ -1,7 +1,5 @@
 """The processor: prompts or conversations and their images to model inputs, and generated ids to text and images."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -58,11 +56,9 @@ class MetaMorphProcessor(ProcessorMixin):
             copy makes exact squares.
         tokenizer: Tokenizer of the language model. The image tokens are added to it if it lacks them.
         chat_template: Jinja template for `version="auto"`; by default the tokenizer's own.
-        num_image_tokens: Number of placeholders for each image.
-        version: Name of the conversation template, see `metamorph.models.sequence.constants.VERSIONS`.
-        mm_use_im_start_end: Whether to wrap images in `<image_start>` and `<image_end>`.
-        mm_use_im_patch_token: Whether the placeholder is `<im_patch>` instead of `<image>`.
         image_aspect_ratio: `square` (stretch) or `pad`.
+
+    The other options are those of [`MetaMorphConfig`].
     """
 
     def __init__(
@@ -102,7 +98,7 @@ class MetaMorphProcessor(ProcessorMixin):
         self._pixel_table = pixel_table(self.image_processor)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> MetaMorphProcessor:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "MetaMorphProcessor":
         """Load a processor as in Transformers, but never run, or ask on stdin to run, code that comes with it."""
         if kwargs.pop("trust_remote_code", None):
             raise ValueError("trust_remote_code is not supported: code that comes with a model is never run")
@@ -118,7 +114,7 @@ class MetaMorphProcessor(ProcessorMixin):
         image_processor: BaseImageProcessor,
         config: MetaMorphConfig,
         **overrides: Any,
-    ) -> MetaMorphProcessor:
+    ) -> "MetaMorphProcessor":
         """Make the processor that fits a model's configuration, with the size of the vision tower's images.
 
         `overrides` are arguments of the constructor that `config` does not hold, such as `image_aspect_ratio`.
@@ -292,9 +288,6 @@ class MetaMorphProcessor(ProcessorMixin):
                 image that does not fit; images after the cut are dropped.
             with_pixels: False leaves `pixel_values` out, for images that are encoded already: `images` may hold
                 anything then.
-
-        Raises:
-            ValueError: If the numbers of markers and images differ, or a role or part is unknown.
         """
         parsed = parse_messages(messages)
         if system is not None and not any(message.role == "system" for message in parsed):
@@ -344,11 +337,9 @@ class MetaMorphProcessor(ProcessorMixin):
     ) -> list[list[TextPart | ImagePart]]:
         """Decode generated sequences to texts and images, in the order in which the model wrote them.
 
-        Args:
-            sequences: `[batch, sequence]` ids; what follows the first end of turn after the prompt is ignored.
-            visual_tokens: `[images, num_image_tokens, vision_hidden]` of the generated images, row by row.
-            prompt_length: Number of leading ids of each row to leave out.
-            skip_special_tokens: Whether control tokens are left out of the text.
+        `sequences` are `[batch, sequence]` ids, of which the first `prompt_length` and what follows the first end of
+        turn after them are ignored; `visual_tokens` `[images, num_image_tokens, vision_hidden]` are those of the
+        generated images, row by row.
         """
         return interleave(
             [sequence[prompt_length:] for sequence in sequences],

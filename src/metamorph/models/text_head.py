@@ -68,14 +68,9 @@ class TextHead(nn.Linear):
         finish: FinishLogits | None = None,
         finish_weights: tuple[nn.Parameter, ...] = (),
     ) -> Tensor:
-        """Compute [..., V] logits, or with `labels` the summed cross-entropy, 0-d, float32.
+        """Compute [..., V] logits, or with `labels` [positions] the summed cross-entropy, 0-d, float32.
 
-        Args:
-            hidden_states: [..., H]; with `labels` [positions, H].
-            labels: [positions] token ids, all supervised.
-            options: how the loss is computed.
-            finish: what the model does to logits before the softmax.
-            finish_weights: parameters that `finish` uses.
+        `finish` is what the model does to logits before the softmax, and `finish_weights` are parameters that it uses.
         """
         if labels is None:
             return super().forward(hidden_states)

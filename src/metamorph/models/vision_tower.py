@@ -51,11 +51,7 @@ def load_vision_config(name_or_path: str, **hub_kwargs: object) -> PreTrainedCon
     """Load the vision configuration of a tower, or of a CLIP or SigLIP model, and check that it is supported."""
     config = load_config(resolve_vision_tower(name_or_path), **hub_kwargs)
     config = getattr(config, "vision_config", config)
-    if config.model_type not in _PREFIX_TOKENS:
-        raise ValueError(
-            f"--vision_tower {name_or_path!r} has model type {config.model_type!r}, whose token layout is unknown; "
-            f"use a model of type {', '.join(_PREFIX_TOKENS)} (or a CLIP/SigLIP model that contains one)"
-        )
+    _num_prefix_tokens(config, f"--vision_tower {name_or_path!r}")
     return config
 
 
@@ -94,17 +90,12 @@ class VisionTower(nn.Module):
     def __init__(self, config: MetaMorphConfig, encoder: PreTrainedModel | None = None):
         super().__init__()
         vision_config = config.vision_config
-        if vision_config.model_type not in _PREFIX_TOKENS:
-            raise ValueError(
-                f"vision_config has model type {vision_config.model_type!r}, whose token layout is unknown; "
-                f"use one of {', '.join(_PREFIX_TOKENS)}"
-            )
+        self.num_prefix_tokens = _num_prefix_tokens(vision_config, "vision_config")
         self.encoder = encoder or AutoModel.from_config(vision_config, trust_remote_code=False)
         _cut_encoder(self.encoder, config.mm_vision_select_layer, vision_config.num_hidden_layers)
         self.reduction = TokenReduction(config)
         self.normalize, self.apply_softmax = config.normalize_vision, config.apply_softmax
         self.image_size = config.vision_image_size
-        self.num_prefix_tokens = _PREFIX_TOKENS[vision_config.model_type](vision_config)
         self.naflex_patch = vision_config.patch_size if vision_config.model_type == "siglip2_vision_model" else None
 
     def train(self, mode: bool = True) -> "VisionTower":
@@ -161,6 +152,15 @@ class VisionTower(nn.Module):
             pixel_attention_mask=torch.ones(images, rows * columns, dtype=torch.long, device=patches.device),
             spatial_shapes=torch.tensor([[rows, columns]], device=patches.device).expand(images, 2),
         ).last_hidden_state
+
+
+def _num_prefix_tokens(config: PreTrainedConfig, source: str) -> int:
+    if config.model_type not in _PREFIX_TOKENS:
+        raise ValueError(
+            f"{source} has model type {config.model_type!r}, whose token layout is unknown; use a model of type "
+            f"{', '.join(_PREFIX_TOKENS)} (or a CLIP/SigLIP model that contains one)"
+        )
+    return _PREFIX_TOKENS[config.model_type](config)
 
 
 def is_sharded(module: nn.Module) -> bool:

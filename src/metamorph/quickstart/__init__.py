@@ -3,8 +3,9 @@
 import warnings
 
 
-warnings.warn(
-    "metamorph.quickstart has moved to metamorph.miniature, its assets to metamorph.mini",
-    DeprecationWarning,
-    stacklevel=2,
-)
+def warn_of_move(old: str, new: str) -> None:
+    """Warn the module that imports `old`."""
+    warnings.warn(f"{old} has moved to {new}", DeprecationWarning, stacklevel=3)
+
+
+warn_of_move(__name__, "metamorph.miniature, its assets to metamorph.mini")

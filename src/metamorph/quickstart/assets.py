@@ -1,14 +1,7 @@
 """Old import path of `metamorph.mini`, kept for one release."""
 
-import warnings
+from metamorph.mini import *  # noqa: F403
+from metamorph.quickstart import warn_of_move
 
-from metamorph.mini import ASSETS, PARTS, AssetCard, AssetError, asset_path, shipped_folder, verify_asset
 
-
-__all__ = ["ASSETS", "PARTS", "AssetCard", "AssetError", "asset_path", "shipped_folder", "verify_asset"]
-
-warnings.warn(
-    "metamorph.quickstart.assets has moved to metamorph.mini",
-    DeprecationWarning,
-    stacklevel=2,
-)
+warn_of_move(__name__, "metamorph.mini")

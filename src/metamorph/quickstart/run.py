@@ -1,14 +1,7 @@
 """Old import path of `metamorph.miniature.quickstart.run`, kept for one release."""
 
-import warnings
+from metamorph.miniature.quickstart.run import *  # noqa: F403
+from metamorph.quickstart import warn_of_move
 
-from metamorph.miniature.quickstart.run import run_quickstart
 
-
-__all__ = ["run_quickstart"]
-
-warnings.warn(
-    "metamorph.quickstart.run has moved to metamorph.miniature.quickstart.run",
-    DeprecationWarning,
-    stacklevel=2,
-)
+warn_of_move(__name__, "metamorph.miniature.quickstart.run")

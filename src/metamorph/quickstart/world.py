@@ -1,17 +1,12 @@
 """Old import path of `metamorph.miniature.world`, kept for one release."""
 
-import warnings
-
 from metamorph.miniature.world.changes import *  # noqa: F403
 from metamorph.miniature.world.checker import *  # noqa: F403
 from metamorph.miniature.world.dataset import *  # noqa: F403
 from metamorph.miniature.world.knowledge import *  # noqa: F403
 from metamorph.miniature.world.render import *  # noqa: F403
 from metamorph.miniature.world.scenes import *  # noqa: F403
+from metamorph.quickstart import warn_of_move
 
 
-warnings.warn(
-    "metamorph.quickstart.world has moved to metamorph.miniature.world",
-    DeprecationWarning,
-    stacklevel=2,
-)
+warn_of_move(__name__, "metamorph.miniature.world")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,7 @@ def shipped_recipes() -> dict[str, str]:
 def find_recipe(recipe: str, flag: str = "--config ") -> Path:
     """The file of that path or, if there is none, of the shipped recipe of that name, with or without `.yaml`.
 
-    Raises:
-        FileNotFoundError: If it is neither; the message begins with `flag` and names similar recipes.
+    If it is neither, raises a `FileNotFoundError` that begins with `flag` and names similar recipes.
     """
     path = Path(recipe).expanduser()
     if path.is_file():
@@ -35,20 +35,17 @@ def find_recipe(recipe: str, flag: str = "--config ") -> Path:
 
 
 def config_flag(argv: Sequence[str]) -> str | None:
-    """The last value of `--config`. Commands call this before they import PyTorch, so that a typo fails at once.
+    """The last value of `--config`, which `find_recipe` must find.
 
-    Raises:
-        FileNotFoundError: If it is neither a file nor a recipe.
-        ValueError: If the value is missing.
+    Commands call this before they import PyTorch, so that a typo fails at once.
     """
-    recipe = None
-    for position, text in enumerate(argv):
-        if text == "--config":
-            if position + 1 == len(argv):
-                raise ValueError("--config needs the path of a YAML file or the name of a recipe (`metamorph recipes`)")
-            recipe = argv[position + 1]
-        elif text.startswith("--config="):
-            recipe = text.removeprefix("--config=")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        recipe = parser.parse_known_args(argv)[0].config
+    except argparse.ArgumentError:
+        hint = "--config needs the path of a YAML file or the name of a recipe (`metamorph recipes`)"
+        raise ValueError(hint) from None
     if recipe is not None:
         find_recipe(recipe)
     return recipe

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import shutil
@@ -16,8 +15,6 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-
-logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "checkpoint.json"
 """Written last: a folder without it is incomplete."""
@@ -38,12 +35,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be written or used; the message says what to do."""
 
 
-def begin_checkpoint(output_dir: str | os.PathLike[str]) -> Path:
-    """Remove half-written checkpoints, and return the folder to write `checkpoint-STEP` in. For one process."""
+def begin_checkpoint(output_dir: str | os.PathLike[str]) -> None:
+    """Remove half-written checkpoints, and create the folder to write `checkpoint-STEP` in. For one process."""
     clean_up(output_dir)
-    partial = Path(output_dir) / PARTIAL_FOLDER
-    partial.mkdir(parents=True, exist_ok=True)
-    return partial
+    (Path(output_dir) / PARTIAL_FOLDER).mkdir(parents=True, exist_ok=True)
 
 
 def clean_up(output_dir: str | os.PathLike[str]) -> None:
@@ -133,10 +128,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 def delete_old(output_dir: str | os.PathLike[str], keep: int | None, protected: str | None = None) -> None:
     """Delete all but the newest complete checkpoints. For one process, after `commit_checkpoint`.
 
-    Args:
-        output_dir: Folder of the run.
-        keep: How many to keep, at least one; None or 0 keeps all.
-        protected: Path of a checkpoint that always stays (the best one so far), as one of the `keep`.
+    At least one stays; a `keep` of None or 0 keeps all. `protected` (the best one so far) stays as one of the `keep`.
     """
     if not keep:
         return

@@ -15,11 +15,8 @@ def deterministic_algorithms(device: torch.device, *, full: bool = False, seed: 
 
     Otherwise the order of some sums depends on which thread is faster. Results may still differ with the number of
     threads or processes, the machine, and versions. All settings are restored afterwards.
-
-    Args:
-        device: Where the run computes.
-        full: `--full_determinism`: an operation without a deterministic algorithm is an error rather than a warning.
-        seed: Seeds all generators if `full`, as Transformers' Trainer does.
+    With `full` (`--full_determinism`), an operation without a deterministic algorithm is an error rather than a
+    warning, and all generators are seeded, as Transformers' Trainer does.
     """
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     options: Any = torch.utils.deterministic  # a property of the module, which type checkers do not see

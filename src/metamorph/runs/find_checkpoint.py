@@ -46,10 +46,6 @@ def find_checkpoint(
         check: Raises a `ValueError` for an undamaged checkpoint of another kind of run.
         result_file: A file that a finished run leaves in `output_dir`; a warning says that it will be replaced.
         saves_on_each_node: Whether the command has the flag `--save_on_each_node`, which an error then recommends.
-
-    Raises:
-        FileNotFoundError: If the checkpoint asked for does not exist, or is not on storage that all machines share.
-        ValueError: If the checkpoint asked for is damaged, or as `check` does.
     """
     folder = on_first_process(lambda: _find(output_dir, str(request), check, result_file))
     if folder is not None and not Path(folder).is_dir():

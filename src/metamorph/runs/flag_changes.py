@@ -41,21 +41,10 @@ def compare_flags(
     confirmable: Collection[str] = (),
     confirmed: Collection[str] = (),
 ) -> set[str]:
-    """Compare the flags of a run with those of the checkpoint that it resumes, and log the differences.
+    """Compare the flags of a run with those of the checkpoint that it resumes; log and return the names that differ.
 
-    Args:
-        checkpoint: Its folder.
-        old: Flags of the checkpoint. A flag that it does not record is not compared.
-        new: Flags of the run.
-        fixed: Flags that must not differ.
-        confirmable: Flags that may differ if they are among the `confirmed`.
-        confirmed: Value of `--allow_changes`.
-
-    Returns:
-        Names of the flags that differ.
-
-    Raises:
-        CheckpointError: With both values of each flag that must not differ.
+    A flag that the checkpoint does not record is not compared. Those in `fixed` must not differ; those in `confirmable`
+    may if they are among the `confirmed` (`--allow_changes`). Otherwise a `CheckpointError` has both values.
     """
     changed = {
         name: f"--{name} {old[name]} there, {value} here"

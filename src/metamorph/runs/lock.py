@@ -49,10 +49,8 @@ def only_run_in(output_dir: str | os.PathLike[str]) -> Iterator[None]:
 
     The lock of a run that is gone is taken over. A run is gone if its process no longer exists (visible from the same
     machine and container), if it was an earlier start of the same Slurm job, or if it has given no sign of life for
-    `SILENCE` seconds, which this waits for.
-
-    Raises:
-        CheckpointError: On all processes, if another run uses the folder or it cannot be written to.
+    `SILENCE` seconds, which this waits for. If another run uses the folder or it cannot be written to, all processes
+    raise a `CheckpointError`.
     """
     folder = Path(output_dir)
     is_new = not folder.exists()

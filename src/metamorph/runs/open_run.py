@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+
+from transformers import TrainingArguments
 
 from metamorph.runs.checkpoint_files import clean_up
 from metamorph.runs.determinism import deterministic_algorithms
@@ -12,17 +13,9 @@ from metamorph.runs.lock import only_run_in
 from metamorph.runs.preemption import Preemption, clear_marker
 
 
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
-
 @contextmanager
 def open_run(args: TrainingArguments) -> Iterator[Preemption]:
-    """Lock the output folder, catch signals and make algorithms deterministic where they should be; undone at the end.
-
-    Raises:
-        CheckpointError: If another run uses the output folder.
-    """
+    """Lock the output folder, catch signals and make algorithms deterministic if necessary; undone at the end."""
     assert args.output_dir is not None
     deterministic = deterministic_algorithms(args.device, full=args.full_determinism, seed=args.seed)
     with Preemption(args.ddp_timeout_delta) as preemption, only_run_in(args.output_dir), deterministic:

@@ -58,10 +58,8 @@ class Preemption:
     """Context manager that catches signals and lets all processes of a run agree to stop.
 
     The handler only records the signal, so no step is interrupted. Outside of the main thread signals cannot be
-    handled, and a warning is logged. Ctrl-C is caught from `catch_interrupt` on, but not a second one.
-
-    Args:
-        timeout: How long `agreed` waits for the other processes.
+    handled, and a warning is logged. Ctrl-C is caught from `catch_interrupt` on, but not a second one. `agreed` waits
+    for the other processes until `timeout`.
     """
 
     def __init__(self, timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -136,13 +134,9 @@ class Preemption:
 
 
 def write_marker(output_dir: str | os.PathLike[str], step: int, checkpoint: str | None, reason: str | None) -> Path:
-    """Write the marker that tells scripts to restart the run; returns its path. For one process, once all have saved.
+    """Write the marker that tells scripts to restart the run, and return its path. Call it once all have saved.
 
-    Args:
-        output_dir: Folder of the run; created if missing.
-        step: Optimizer steps done.
-        checkpoint: Name of the checkpoint that the next run resumes from; None if it starts from the beginning.
-        reason: Name of the signal; None if another process received it.
+    `checkpoint` is the one to resume from, if any; `reason` the signal, if this process received it.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

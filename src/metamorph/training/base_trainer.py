@@ -59,9 +59,7 @@ class RunTrainer(Trainer):
     `record`) and which parameters share a learning rate (`optimizer_groups`). Some overridden methods of Trainer are
     private; they are the same in all versions that we support, and there is no public hook.
 
-    Args:
-        batches: Batch sampler of this process, whose order does not depend on workers or interruptions.
-        **kwargs: See `transformers.Trainer`.
+    `batches` is the batch sampler of this process; its order does not depend on workers or interruptions.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -76,10 +74,15 @@ class RunTrainer(Trainer):
     _saving = False
 
     def __init__(self, *, batches: Sampler[Any], **kwargs: Any) -> None:
-        if is_initialized() and AcceleratorState().mixed_precision != kwargs["args"].mixed_precision:
+        args = kwargs["args"]
+        if is_initialized() and AcceleratorState().mixed_precision != args.mixed_precision:
             # Set by an earlier trainer of this process; Accelerate would refuse to change it.
             AcceleratorState._reset_state()
+        # The layers are compiled already. Accelerate would compile the entire model around them.
+        compiler = args.torch_compile, args.torch_compile_backend, args.torch_compile_mode
+        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         super().__init__(**kwargs)
+        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = compiler  # as checkpoints record it
         self.plain_model = self.model  # FSDP2 and torch.compile may replace `self.model`
         self.batches = batches
         self.trackers = set_up_trackers(self.callback_handler.callbacks, str(self.args.output_dir))
@@ -126,10 +129,8 @@ class RunTrainer(Trainer):
 
         Without a `point`, Trainer derives the position in the data from the step of the checkpoint.
 
-        Raises:
-            Preempted: if a signal has stopped the run; a checkpoint and the marker were written.
-            Interrupted: if Ctrl-C has stopped it; a checkpoint was written.
-            TooManyBadRecordsError: if there are too many bad records.
+        Raises `Preempted` (after a signal) or `Interrupted` (after Ctrl-C) once a checkpoint is written, and
+        `TooManyBadRecordsError`.
         """
         for display in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
             self.remove_callback(display)
@@ -153,9 +154,6 @@ class RunTrainer(Trainer):
 
         There `transformers.Trainer` would do one step too many (seen in 5.23, when the last step is not the last of an
         epoch), and restarting a finished run would change its result.
-
-        Raises:
-            CheckpointError: if a file of the checkpoint contains more than tensors and numbers.
         """
         try:
             if resume_from_checkpoint is not None:
@@ -352,10 +350,8 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as Trainer does, but atomically: write to another folder, and rename it when it is complete.
 
-        No callback runs before it, so the counters are updated and the clock is stopped here.
-
-        Raises:
-            CheckpointError: if it cannot be written; the last good one still exists.
+        No callback runs before it, so the counters are updated and the clock is stopped here. If it cannot be written,
+        the last good one still exists.
         """
         self.monitor.settle(self.state)
         output_dir, name = self._get_output_dir(trial), f"{PREFIX}{self.state.global_step}"
@@ -369,7 +365,11 @@ class RunTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._saving = False
-            self._correct_best(Path(output_dir) / PARTIAL_FOLDER / name, Path(output_dir) / name)
+            partial, final = Path(output_dir) / PARTIAL_FOLDER / name, Path(output_dir) / name
+            if self.state.best_model_checkpoint == str(partial):  # noted by Trainer on all processes
+                self.state.best_model_checkpoint = str(final)
+                if self.args.should_save:
+                    self.state.save_to_json(str(partial / TRAINER_STATE_FILE))
             if self.args.local_process_index == 0:
                 flush(output_dir)
             self.accelerator.wait_for_everyone()
@@ -379,14 +379,7 @@ class RunTrainer(Trainer):
                 delete_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(Path(output_dir) / name))
-
-    def _correct_best(self, partial: Path, final: Path) -> None:
-        """Correct the path of the best checkpoint, which Trainer has noted on all processes, if it is this one."""
-        if self.state.best_model_checkpoint == str(partial):
-            self.state.best_model_checkpoint = str(final)
-            if self.args.should_save:
-                self.state.save_to_json(str(partial / TRAINER_STATE_FILE))
+            self._push_from_checkpoint(str(final))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push only once the checkpoint is complete; Trainer would push while it is being saved."""

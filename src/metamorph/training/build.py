@@ -16,7 +16,7 @@ from metamorph.data.batching.collation import PackedCollator, PaddedCollator
 from metamorph.data.batching.lengths import Lengths, measure
 from metamorph.data.batching.packing import BatchPlanner
 from metamorph.data.dataset import MixtureDataset, load_data
-from metamorph.data.features.cache import FeatureCache, describe_tower
+from metamorph.data.features import FeatureCache, describe_tower
 from metamorph.data.sources.index import cache_folder
 from metamorph.evaluation.losses import metric_names
 from metamorph.flags.checks import check_reachable, names_flag, refuse_tower
@@ -77,46 +77,37 @@ def resolve_model(
 ) -> ModelSpec:
     """Read configurations, tokenizer and image processor, and check that they go together.
 
-    Args:
-        args: The model flags.
-        image_aspect_ratio: See `DataArguments`. None keeps that of a model that is trained further, else `square`.
-        checkpoint: Checkpoint that the run resumes from. A chat template that contains a date keeps the checkpoint's;
-            in a new run it is the date of the first process.
-
-    Raises:
-        FileNotFoundError: if a model, tokenizer or image processor does not exist.
-        ValueError: if the parts do not go together; the message names the flag.
+    An `image_aspect_ratio` of None keeps that of a model that is trained further, else it is `square`. A chat template
+    that contains a date keeps the date of the `checkpoint` that the run resumes from; in a new run it is the date of
+    the first process. An error names the flag that is to blame.
     """
-    check_reachable(args.model_name_or_path, "--model_name_or_path")
-    with names_flag("--model_name_or_path", args.model_name_or_path):
-        text_config = load_config(args.model_name_or_path)
-        refuse_tower(text_config.to_dict(), args.model_name_or_path, "--model_name_or_path")
-        continues = text_config.model_type == MetaMorphConfig.model_type
+    name = args.model_name_or_path
+    check_reachable(name, "--model_name_or_path")
+    with names_flag("--model_name_or_path", name):
+        loaded = load_config(name)
+        refuse_tower(loaded.to_dict(), name, "--model_name_or_path")
+        continues = loaded.model_type == MetaMorphConfig.model_type
     if not continues:
         check_reachable(resolve_vision_tower(args.vision_tower), "--vision_tower")
-    with names_flag("--model_name_or_path", args.model_name_or_path):
-        tokenizer = load_tokenizer(args.model_name_or_path)
     args.require_connector(continues)
     if args.pretrain_mm_mlp_adapter is not None:
         with names_flag("--pretrain_mm_mlp_adapter", args.pretrain_mm_mlp_adapter):
             read_connector(find_connector(args.pretrain_mm_mlp_adapter))
+    with names_flag("--model_name_or_path", name):
+        tokenizer = load_tokenizer(name)
+        template = _template_of_run(loaded.version if continues else args.version, tokenizer, checkpoint)
+        MetaMorphForConditionalGeneration.check_language_model(loaded.text_config if continues else loaded)
+        if continues:
+            processor = MetaMorphProcessor.from_pretrained(name, **template)
+            processor.check_fits(loaded)
     if continues:
-        with names_flag("--model_name_or_path", args.model_name_or_path):
-            template = _template_of_run(text_config.version, tokenizer, checkpoint)
-            processor = MetaMorphProcessor.from_pretrained(args.model_name_or_path, **template)
-            processor.check_fits(text_config)
-            MetaMorphForConditionalGeneration.check_language_model(text_config.text_config)
         if image_aspect_ratio is not None:
             processor.image_aspect_ratio = image_aspect_ratio
-        return ModelSpec(_continued_config(text_config, args), processor, continues)
-    with names_flag("--model_name_or_path", args.model_name_or_path):
-        MetaMorphForConditionalGeneration.check_language_model(text_config)
+        return ModelSpec(_continued_config(loaded, args), processor, continues)
     with names_flag("--vision_tower", args.vision_tower):
         vision_config = load_vision_config(args.vision_tower)
         image_processor = load_image_processor(resolve_vision_tower(args.vision_tower))
-    config = MetaMorphConfig(text_config=text_config, vision_config=vision_config, **config_overrides(args))
-    with names_flag("--model_name_or_path", args.model_name_or_path):
-        template = _template_of_run(config.version, tokenizer, checkpoint)
+    config = MetaMorphConfig(text_config=loaded, vision_config=vision_config, **config_overrides(args))
     processor = MetaMorphProcessor.from_parts(
         tokenizer, image_processor, config, image_aspect_ratio=image_aspect_ratio or "square", **template
     )
@@ -124,12 +115,7 @@ def resolve_model(
 
 
 def open_features(args: RunArguments, spec: ModelSpec) -> FeatureCache | None:
-    """Open the feature cache, if `--feature_cache` is given.
-
-    Raises:
-        DataError: if the cache is unusable, or was made with another tower or reduction.
-        ValueError: if the tower is trained.
-    """
+    """Open the feature cache, if `--feature_cache` is given."""
     if args.data.feature_cache is None:
         return None
     if not args.model.freeze_vision:
@@ -143,21 +129,12 @@ def open_features(args: RunArguments, spec: ModelSpec) -> FeatureCache | None:
 def load_training_data(
     args: RunArguments, processor: MetaMorphProcessor, features: FeatureCache | None = None
 ) -> MixtureDataset:
-    """Open the training data and check the records.
-
-    Raises:
-        DataError: if a source is unusable, or (with `--on_bad_record raise`) a record is bad.
-    """
+    """Open the training data and check the records."""
     return _load_data(args, args.data.data_path, args.data.image_folder, processor, features=features)
 
 
 def load_validation(args: RunArguments, spec: ModelSpec) -> MixtureDataset | None:
-    """Open the validation data. A feature cache lacks their images, so it is not used.
-
-    Raises:
-        DataError: if a source is unusable.
-        ValueError: if flags contradict each other, or `metric_for_best_model` is not measured.
-    """
+    """Open the validation data. A feature cache lacks their images, so it is not used."""
     _check_validation(args)
     if args.data.eval_data_path is None:
         return None
@@ -222,17 +199,11 @@ def load_model(
 
     New parts are initialised from PyTorch's global random generator.
 
-    Args:
-        args: The model flags.
-        spec: Result of [`resolve_model`] for the same flags.
-        compute_dtype: Precision of matrix products with 4-bit weights.
+    `compute_dtype` is the precision of matrix products with 4-bit weights.
     """
-    kwargs: dict[str, Any] = {"dtype": torch.float32}
-    if args.attn_implementation is not None:
-        kwargs["attn_implementation"] = args.attn_implementation
     quantization = quantization_config(args, compute_dtype)
-    if quantization is not None:
-        kwargs["quantization_config"] = quantization
+    options = {"attn_implementation": args.attn_implementation, "quantization_config": quantization}
+    kwargs = {"dtype": torch.float32} | {name: value for name, value in options.items() if value is not None}
     with names_flag("--model_name_or_path", args.model_name_or_path):
         if spec.continues:
             model = MetaMorphForConditionalGeneration.from_pretrained(

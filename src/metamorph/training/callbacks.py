@@ -17,12 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class StopWhenPreempted(TrainerCallback):
-    """Stops a run at the first step boundary after a signal, with a checkpoint. Add it after all other callbacks.
-
-    Args:
-        preemption: Catches the signals.
-        resumed_from: The checkpoint that the run resumed from, if any.
-    """
+    """Stops a run at the first step boundary after a signal, with a checkpoint. Add it after all other callbacks."""
 
     def __init__(self, preemption: Preemption, resumed_from: str | None = None) -> None:
         self.preemption = preemption
@@ -32,13 +27,7 @@ class StopWhenPreempted(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop before the first step if the signal came while model and data were loaded.
-
-        From here on Ctrl-C also saves; before, it ends the run.
-
-        Raises:
-            Preempted: on all ranks.
-        """
+        """Stop before the first step if the signal came while model and data were loaded. From here Ctrl-C saves."""
         self.preemption.catch_interrupt()
         if self.preemption.agreed():
             self._leave(args, state)
@@ -64,12 +53,7 @@ class StopWhenPreempted(TrainerCallback):
             args.save_total_limit = None  # with 1, Trainer would now delete all but the best
 
     def leave_if_stopped(self, trainer: Trainer) -> None:
-        """Call it after `trainer.train()`, on all ranks.
-
-        Raises:
-            Preempted: if a signal has stopped the run; the marker is written.
-            Interrupted: if Ctrl-C has stopped it.
-        """
+        """Raise `Preempted` (with the marker written) or `Interrupted` after `trainer.train()`, on all ranks."""
         if self.stopped:
             self._leave(trainer.args, trainer.state)
 
@@ -102,18 +86,12 @@ class StopOnBadRecords(TrainerCallback):
         if control.should_log:
             self.check(args.device)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, *unused: Any, **kwargs: Any) -> None:
         """See `check`."""
         self.check(args.device)
 
     def check(self, device: torch.device) -> None:
-        """Stop if more than `max_bad_fraction` of all records are bad. `device` is that of the process group.
-
-        Raises:
-            TooManyBadRecordsError: on all ranks.
-        """
+        """Stop if more than `max_bad_fraction` of all records are bad. `device` is that of the process group."""
         merged = merge_ranks(self.limit, self._merged, device)
         if merged != self._merged:  # a single process checks where it meets them
             self._merged = merged

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from metamorph.data.features.cache import DTYPES, FeatureCache, describe_tower, write_features
-from metamorph.data.features.images import ImageSet
+from metamorph.data.features import DTYPES, FeatureCache, ImageSet, describe_tower, write_features
 from metamorph.data.records import DataError
 from metamorph.flags.checks import check_choice, names_flag
 from metamorph.models.vision_tower import VisionTower, load_tower_of, load_vision_encoder
@@ -22,10 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class FeatureArguments(MetaMorphTrainingArguments):
-    """The flags of training, so that its recipe can be used.
-
-    Only the seeds, the batch size, the number of workers and the device matter.
-    """
+    """The flags of training, whose recipe can be used. Only seeds, batch size, workers and device matter."""
 
     output_dir: str | None = "."
     """Ignored: nothing is trained."""
@@ -45,11 +40,7 @@ def cache_features(
     Of the model, only the tower is loaded. A cache that already holds all images does not change; the tower is then
     read on the CPU and compared.
 
-    Returns:
-        The folder (`--feature_cache`), and the number of distinct images.
-
-    Raises:
-        ValueError: if the tower or the reduction is to be trained, or no folder is given.
+    Returns the folder (`--feature_cache`) and the number of distinct images.
     """
     if data_args.feature_cache is None:
         raise ValueError("--feature_cache is required: the folder to write visual tokens to")
@@ -57,11 +48,17 @@ def cache_features(
         raise ValueError("--freeze_vision False trains the tower, so its visual tokens change and cannot be cached")
     prepared = prepare(RunArguments(model_args, data_args, feature_args), for_run=False)
     description = describe_tower(prepared.spec.config, prepared.spec.processor)
-    images = ImageSet(prepared.dataset, data_args.on_bad_record)
+    images = ImageSet(prepared.dataset)
     logger.info("%d distinct images in %d samples", images.num_images, len(prepared.dataset))
     folder = Path(data_args.feature_cache)
     tower = load_frozen_tower(model_args, prepared.spec)
-    if _is_done(folder, images, tower, description, feature_args.feature_dtype):
+    try:
+        cache = FeatureCache(folder, description)
+        cache.check_weights(tower)
+        is_done = cache.holds(images.keys, feature_args.feature_dtype)
+    except DataError:  # there is none, or one of another tower, which is replaced
+        is_done = False
+    if is_done:
         logger.info("--feature_cache %s already holds all of them: no image is encoded", folder)
         return folder, images.num_images
     count = write_features(
@@ -74,16 +71,6 @@ def cache_features(
         batch_size=feature_args.per_device_train_batch_size,
     )
     return folder, count
-
-
-def _is_done(folder: Path, images: ImageSet, tower: VisionTower, description: dict[str, Any], dtype: str) -> bool:
-    """Whether a complete cache of this tower has all images."""
-    try:
-        cache = FeatureCache(folder, description)
-        cache.check_weights(tower)
-    except DataError:  # there is none, or one of another tower, which is replaced
-        return False
-    return cache.holds(images.keys, dtype)
 
 
 def load_frozen_tower(args: ModelArguments, spec: ModelSpec) -> VisionTower:

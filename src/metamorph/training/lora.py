@@ -1,8 +1,6 @@
 """LoRA and 4-bit weights of the language model: the flags as configurations of PEFT and bitsandbytes."""
 
-import logging
 import os
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,24 +15,14 @@ from metamorph.models.adapters import (
     require_peft,
 )
 from metamorph.models.vision_tower import resolve_vision_tower
+from metamorph.training.arguments import ModelArguments, RunArguments
 
-
-if TYPE_CHECKING:
-    from metamorph.training.arguments import ModelArguments, RunArguments
-
-
-logger = logging.getLogger(__name__)
 
 LANGUAGE_MODEL_PREFIX = "model.language_model."
 
 
-def attach_lora(model: PreTrainedModel, args: "ModelArguments") -> None:
-    """Add LoRA matrices to the linear layers of the language model, in place; PEFT freezes all other weights.
-
-    Raises:
-        ModuleNotFoundError: if PEFT is not installed.
-        ValueError: if `lora_target_modules` names a layer that the language model does not have.
-    """
+def attach_lora(model: PreTrainedModel, args: ModelArguments) -> None:
+    """Add LoRA matrices to the linear layers of the language model, in place; PEFT freezes all other weights."""
     require_peft()
     from peft import LoraConfig
 
@@ -46,11 +34,6 @@ def attach_lora(model: PreTrainedModel, args: "ModelArguments") -> None:
         target_modules=target_pattern(model, args.lora_target_modules),
     )
     model.add_adapter(settings, ADAPTER_NAME)
-
-
-def is_lora(parameter_name: str) -> bool:
-    """Whether a parameter of `model.named_parameters()` belongs to a LoRA matrix."""
-    return ".lora_" in parameter_name
 
 
 def target_pattern(model: PreTrainedModel, wanted: list[str] | None) -> str:
@@ -73,25 +56,20 @@ def target_pattern(model: PreTrainedModel, wanted: list[str] | None) -> str:
 
 
 def adapter_base(
-    args: "ModelArguments", continues_metamorph: bool, quantization: BitsAndBytesConfig | None
+    args: ModelArguments, continues_metamorph: bool, quantization: BitsAndBytesConfig | None
 ) -> AdapterBase:
     """The base of the adapter, with absolute paths, so that the adapter opens from any folder."""
-    # Transformers adds private fields.
     fields = {} if quantization is None else quantization.to_diff_dict()
-    public = {name: value for name, value in fields.items() if not name.startswith("_")}
     return AdapterBase(
         language_model=_absolute(args.model_name_or_path),
         vision_tower=None if continues_metamorph else _absolute(resolve_vision_tower(args.vision_tower)),
-        quantization=None if quantization is None else public,
+        # Transformers adds private fields.
+        quantization={name: value for name, value in fields.items() if not name.startswith("_")} or None,
     )
 
 
-def quantization_config(args: "ModelArguments", compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How the language model is quantised; None without `--bits 4`.
-
-    Raises:
-        ModuleNotFoundError: if bitsandbytes is not installed.
-    """
+def quantization_config(args: ModelArguments, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How the language model is quantised; None without `--bits 4`."""
     if args.bits != 4:
         return None
     require_bitsandbytes()
@@ -104,18 +82,14 @@ def quantization_config(args: "ModelArguments", compute_dtype: torch.dtype) -> B
     )
 
 
-def check_engine(args: "RunArguments") -> None:
-    """Refuse 4-bit weights with an engine that shards weights.
-
-    Raises:
-        ValueError: with `--bits 4` and ZeRO-3 or FSDP2.
-    """
+def check_engine(args: RunArguments) -> None:
+    """Refuse 4-bit weights with an engine that shards weights."""
     shards = is_deepspeed_zero3_enabled() or args.training.fsdp or args.training.sharding == "fsdp2"
     if args.model.bits == 4 and shards:
         raise ValueError("--bits 4 does not work with sharded weights (FSDP2, ZeRO-3): use --sharding ddp or zero2")
 
 
-def store_frozen_matrices(model: PreTrainedModel, args: "RunArguments") -> None:
+def store_frozen_matrices(model: PreTrainedModel, args: RunArguments) -> None:
     """On a GPU, keep the frozen matrices of the language model in the precision of the computation.
 
     Autocast and FSDP2 round them to it in every step anyway, so this halves their memory and changes no result. Norms,

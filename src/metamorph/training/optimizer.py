@@ -32,11 +32,7 @@ MODULES = (LANGUAGE_MODEL, CONNECTOR, VISION_HEAD, VISION_TOWER)
 
 
 def scale_learning_rate(base_lr: float, base_batch: float, batch: float) -> float:
-    """Learning rate for another number of samples per optimizer step: `base_lr * sqrt(batch / base_batch)`.
-
-    Raises:
-        ValueError: for a value that is not larger than 0.
-    """
+    """Learning rate for another number of samples per optimizer step: `base_lr * sqrt(batch / base_batch)`."""
     for name, value in (("base learning rate", base_lr), ("base batch size", base_batch), ("batch size", batch)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"the {name} {value} must be a finite number larger than 0")
@@ -52,10 +48,7 @@ def samples_in_a_step(planner: BatchPlanner, gradient_accumulation_steps: int) -
 def apply_learning_rate_rule(args: MetaMorphTrainingArguments, samples: float) -> str | None:
     """Replace `--learning_rate auto` by the value of the rule for this number of samples per step, and log it.
 
-    Rates of single modules (`--mm_projector_lr`, …) do not change.
-
-    Returns:
-        The log line; None if the rate is given as a number.
+    Rates of single modules (`--mm_projector_lr`, …) do not change. Returns the log line, if the rate is `auto`.
     """
     if not isinstance(args.learning_rate, str):  # "auto", the only word that the flags allow
         return None
@@ -100,15 +93,7 @@ def optimizer_groups(
     weight_decay: float,
     no_decay: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Parameter groups for a PyTorch optimizer: by module, each with and without weight decay, without empty ones.
-
-    Args:
-        model: Its trained parameters require a gradient.
-        module_of: Module of a parameter, by its name.
-        rates: Peak learning rate of each module.
-        weight_decay: Weight decay of the parameters that are not in `no_decay`.
-        no_decay: Names of parameters without weight decay.
-    """
+    """Parameter groups for a PyTorch optimizer: by module, each with and without weight decay, without empty ones."""
     groups: dict[str, dict[str, Any]] = {
         name: {"name": name, "params": [], "lr": rate, "weight_decay": decay}
         for module, rate in rates.items()
@@ -121,12 +106,7 @@ def optimizer_groups(
 
 
 def check_optimizer(args: RunTrainingArguments) -> None:
-    """Check that the optimizer is installed and accepts its arguments.
-
-    Raises:
-        ModuleNotFoundError: if the package of the optimizer is missing.
-        ValueError: if `optim_args` are not `name=value,…`, or change nothing.
-    """
+    """Check that the optimizer is installed and accepts its arguments."""
     from transformers import Trainer  # takes seconds
     from transformers.training_args import OptimizerNames
 
@@ -145,10 +125,7 @@ def check_optimizer(args: RunTrainingArguments) -> None:
 
 
 def keep_embeddings_in_32_bits(model: nn.Module) -> None:
-    """Keep the state of embedding tables in 32 bits under bitsandbytes' optimizers, as Trainer does, and of new rows.
-
-    Call it before the first step.
-    """
+    """Keep the state of embedding tables and new rows in 32 bits under bitsandbytes' optimizers, as Trainer does."""
     from bitsandbytes.optim import GlobalOptimManager
     from torch import nn
 

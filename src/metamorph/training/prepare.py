@@ -7,7 +7,7 @@ from typing import Any
 
 from metamorph.data.batching.packing import BatchPlanner
 from metamorph.data.dataset import MixtureDataset
-from metamorph.data.features.cache import FeatureCache
+from metamorph.data.features import FeatureCache
 from metamorph.runs.find_checkpoint import ResumePoint
 from metamorph.training.arguments import RunArguments
 from metamorph.training.build import (
@@ -48,10 +48,6 @@ class Preparation:
 def prepare(args: RunArguments, *, for_run: bool = True) -> Preparation:
     """Read configurations, tokenizer and data, and find what is wrong with them before any weights are loaded.
 
-    Args:
-        args: All flags; `--learning_rate auto` becomes a number.
-        for_run: False stops after model and data, which is what a dry run and the feature cache need.
-
     Raises:
         FileNotFoundError: if a file, a model or a checkpoint is missing.
         ValueError: if flags, parts, data or the checkpoint do not go together; the message names the flag.
@@ -70,12 +66,8 @@ def prepare(args: RunArguments, *, for_run: bool = True) -> Preparation:
         prepared.features = open_features(args, prepared.spec)
     if args.data.missing_data is None:
         prepared.dataset = load_training_data(args, prepared.spec.processor, prepared.features)
-    if for_run:
-        _prepare_training(prepared, args)
-    return prepared
-
-
-def _prepare_training(prepared: Preparation, args: RunArguments) -> None:
+    if not for_run:
+        return prepared
     prepared.validation = load_validation(args, prepared.spec)
     prepared.samples = open_samples(args.training)
     prepared.planner = planner = plan_batches(args, prepared.dataset)
@@ -83,3 +75,4 @@ def _prepare_training(prepared: Preparation, args: RunArguments) -> None:
     apply_learning_rate_rule(args.training, samples_in_a_step(planner, args.training.gradient_accumulation_steps))
     prepared.flags = flags_of_run(args, prepared.spec)
     check_flags(prepared.checkpoint, prepared.flags, args.training.allow_changes)
+    return prepared

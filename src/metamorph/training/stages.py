@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from metamorph.models.embeddings import attach_new_head_rows, attach_new_token_rows
 from metamorph.training.arguments import ModelArguments, RunArguments
-from metamorph.training.lora import LANGUAGE_MODEL_PREFIX, attach_lora, is_lora
+from metamorph.training.lora import LANGUAGE_MODEL_PREFIX, attach_lora
 from metamorph.training.optimizer import CONNECTOR, LANGUAGE_MODEL, MODULES, VISION_HEAD, VISION_TOWER, module_of
 
 
@@ -57,7 +57,7 @@ def apply_stage(model: PreTrainedModel, args: ModelArguments) -> list[ModuleSumm
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():  # 4-bit weights are not
             learns = trained[module_of(name)] and verdict.uses(name.removeprefix(LANGUAGE_MODEL_PREFIX))
-            parameter.requires_grad_(learns or is_lora(name))
+            parameter.requires_grad_(learns or ".lora_" in name)
     if args.stage == 1 or args.lora_enable:
         attach_new_token_rows(model)
     if args.lora_enable:
@@ -80,11 +80,7 @@ def summarise(model: nn.Module) -> list[ModuleSummary]:
 
 
 def check_learning_rates(args: RunArguments) -> None:
-    """Refuse the learning rate of a module that is not trained, and warn about the default rate.
-
-    Raises:
-        ValueError: naming the rate and the flag that freezes its module.
-    """
+    """Refuse the learning rate of a module that is not trained, and warn about the default rate."""
     model_args, training_args = args.model, args.training
     frozen = {
         "mm_projector_lr": (model_args.freeze_mm_mlp_adapter, "--freeze_mm_mlp_adapter False"),

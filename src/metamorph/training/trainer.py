@@ -13,8 +13,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from metamorph.data.batching.packing import BatchPlanner
-from metamorph.data.batching.sampler import PackedSamples, PlannedBatches
+from metamorph.data.batching.packing import BatchPlanner, PackedSamples, PlannedBatches
 from metamorph.data.dataset import MixtureDataset
 from metamorph.files.permissions import apply_umask
 from metamorph.models.adapters import has_adapter, load_adapter_weights, save_adapter
@@ -45,12 +44,8 @@ class MetaMorphTrainer(RunTrainer):
     balances experts is computed per micro-batch and weighted by its tokens.) `micro_batch` averages within each
     micro-batch, and then over micro-batches and ranks.
 
-    Args:
-        stage: Checkpoints of stage 1 contain the connector, those of stage 2 the model, and everything to resume.
-        planner: Plans the batches of each epoch.
-        tower_on_device: Whether the frozen vision tower runs. Otherwise it stays in main memory, outside of the module
-            tree, so that nothing moves it.
-        **kwargs: See [`RunTrainer`].
+    Checkpoints of stage 1 contain the connector, those of stage 2 the model, and everything to resume. Without
+    `tower_on_device`, the vision tower stays in main memory, outside of the module tree, so that nothing moves it.
     """
 
     batches: PlannedBatches
@@ -111,21 +106,12 @@ class MetaMorphTrainer(RunTrainer):
         self._knows_position = resume_from_checkpoint is None or not self.args.ignore_data_skip
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def release_tower(self) -> None:
-        """After training, put the tower back into the module tree, with the weights that it was loaded with."""
-        if self.frozen_tower is not None:
-            self.frozen_tower.restore()
-            self.frozen_tower = None
-            if not self.is_sharded:
-                self.plain_model.model.vision_tower.to(self.args.device)
-
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
-        """Fetch the micro-batches of one optimizer step and count their supervised tokens over all ranks.
+        """The micro-batches of one optimizer step, and the number of its supervised text tokens over all ranks.
 
-        Returns:
-            The micro-batches, and the number of supervised text tokens in the step (None with `micro_batch`).
+        With `micro_batch`, that number is None.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.loss_normalization == "micro_batch" or not batches:
@@ -164,11 +150,7 @@ class MetaMorphTrainer(RunTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Measure the losses on validation data.
-
-        Returns:
-            `eval_loss`, `eval_text_loss`, `eval_visual_loss`, …, and with several sources `eval_SOURCE_text_loss`, …
-        """
+        """The losses on validation data: `eval_loss`, `eval_text_loss`, …, and of each source if there are several."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         with self.monitor.pause():
             metrics = validation_metrics(
@@ -207,15 +189,15 @@ class MetaMorphTrainer(RunTrainer):
 
     def write_weights(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
         """Write connector (stage 1) or model (stage 2), configuration and processor."""
+        if self.stage == 2:
+            # Base language models have one end token; ours also end their turns.
+            self.model.generation_config.eos_token_id = self.processing_class.end_of_turn_token_ids
         if self.stage == 1:
             save_connector(self.model, folder, state_dict)
             self.model.config.save_pretrained(folder)
         elif has_adapter(self.model):
-            self.model.generation_config.eos_token_id = self.processing_class.end_of_turn_token_ids
             save_adapter(self.model, folder, self.model.adapter_base, state_dict)
         else:
-            # Base language models have one end token; ours also end their turns.
-            self.model.generation_config.eos_token_id = self.processing_class.end_of_turn_token_ids
             self.model.save_pretrained(folder, state_dict=state_dict)
             apply_umask(*folder.glob("*.safetensors"))
             # It records the dtype of the first weight, but those in the files are float32 with any engine.
@@ -245,8 +227,11 @@ class MetaMorphTrainer(RunTrainer):
             self.create_model_card()
             self.save_model()  # with --push_to_hub it also uploads all of the above
         self.accelerator.wait_for_everyone()
-        self.release_tower()
+        if self.frozen_tower is not None:
+            self.frozen_tower.restore()
+            self.frozen_tower = None
         if not self.is_sharded:
+            self.plain_model.model.vision_tower.to(self.args.device)
             merge_new_token_rows(self.plain_model)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -11,8 +11,6 @@ How are images arranged in a grid?         `grids.py`
 Names are imported on first use, so that `import metamorph.visualization` does not need diffusers.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

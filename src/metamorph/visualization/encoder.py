@@ -1,7 +1,5 @@
 """The vision tower and what prepares images for it, as one part of a diffusers pipeline."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,18 +13,16 @@ from metamorph.models.vision_tower import MetaMorphConfig, VisionTower
 from metamorph.visualization.pixels import PixelFormat, crop_square
 
 
+TOKEN_FIELDS = ("mm_vision_select_layer", "image_token_reduction", "normalize_vision", "apply_softmax")
+"""Fields of a MetaMorph configuration that, with `num_image_tokens`, decide what the visual tokens of an image are."""
+
+
 class VisualTokenEncoder(ModelMixin, ConfigMixin):
     """Images to visual tokens `[images, N, D]`, with the crop, size and token options of the visualizer's training.
 
-    Args:
-        vision_config: Configuration of the tower, with its `model_type`.
-        mm_vision_select_layer: Hidden state of the tower that becomes visual tokens.
-        num_image_tokens: Visual tokens per image, N.
-        image_token_reduction: How the tower's patches become N tokens.
-        normalize_vision: Whether every token is divided by its L2 norm.
-        apply_softmax: Whether every token then becomes a distribution over its features.
-        image_mean: Subtracted from each channel in 0..1, which is then divided by `image_std`.
-        resample: Pillow's number of the filter for resizing.
+    The first six options are those of [`MetaMorphConfig`]; `vision_config` is a dict with its `model_type`. The others
+    describe the pixels: `image_mean` is subtracted from each channel in 0..1, which is then divided by `image_std`, and
+    `resample` is Pillow's number of the filter for resizing.
     """
 
     @register_to_config
@@ -61,18 +57,15 @@ class VisualTokenEncoder(ModelMixin, ConfigMixin):
         )
 
     @classmethod
-    def from_tower(cls, tower: VisionTower, config: MetaMorphConfig, pixel_format: PixelFormat) -> VisualTokenEncoder:
+    def from_tower(cls, tower: VisionTower, config: MetaMorphConfig, pixel_format: PixelFormat) -> "VisualTokenEncoder":
         """Wrap a loaded tower that was built with `config`."""
         vision_config = config.vision_config.to_dict()
         vision_config.pop("_name_or_path", None)  # a path of this machine
         with torch.device("meta"):  # these weights are replaced
             encoder = cls(
                 vision_config=vision_config,
-                mm_vision_select_layer=config.mm_vision_select_layer,
                 num_image_tokens=config.num_image_tokens,
-                image_token_reduction=config.image_token_reduction,
-                normalize_vision=config.normalize_vision,
-                apply_softmax=config.apply_softmax,
+                **{name: getattr(config, name) for name in TOKEN_FIELDS},
                 image_mean=pixel_format.mean,
                 image_std=pixel_format.std,
                 resample=pixel_format.resample.value,

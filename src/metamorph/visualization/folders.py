@@ -4,8 +4,6 @@ Such a folder is data: only its JSON and safetensors files are read, and only th
 checks raise a `FileNotFoundError` for a missing file, and else a `ValueError` that names the file and what is wrong.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,9 +14,9 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 
 from metamorph.files.model_files import (
+    BUILD_ERRORS,
     check_finite,
     check_implementations,
     check_layer_counts,
@@ -58,17 +56,6 @@ MAX_NEW_PARAMETERS = 5_000_000_000
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Attention layers of a VAE in the folders of early Stable Diffusion → their present names."""
-_BUILD_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
-"""What constructors of diffusers and Transformers raise for values that they do not check."""
 
 Model = TypeVar("Model", bound=ModelMixin)
 
@@ -173,7 +160,7 @@ def _build(kind: Any, config: dict[str, Any], file: Path, device: str) -> Any:
     try:
         with torch.device(device):
             return kind.from_config(config)
-    except (*_BUILD_ERRORS, ImportError) as error:  # the latter: a sampler may need SciPy
+    except (*BUILD_ERRORS, ImportError) as error:  # the latter: a sampler may need SciPy
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{file} is not the configuration of a {kind.__name__}: {reason}") from error
 

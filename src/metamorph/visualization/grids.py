@@ -1,7 +1,5 @@
 """Images in rows and columns, as one image."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -16,13 +14,10 @@ _MIN_LABEL_SIDE = 64
 def image_grid(
     rows: Sequence[Sequence[Image.Image]], *, side: int, labels: Sequence[str] = (), gap: int = 0
 ) -> Image.Image:
-    """Paste images into a grid.
+    """Paste images into a grid of cells of `side` pixels, with `gap` grey pixels between them.
 
-    Args:
-        rows: Images of each row, the same number in each.
-        side: Width and height of a cell in pixels. Smaller images are enlarged without smoothing.
-        labels: Written above the columns, unless these are narrower than 64 pixels.
-        gap: Grey pixels between cells.
+    Smaller images are enlarged without smoothing. `labels` are written above the columns, unless these are narrower
+    than 64 pixels.
     """
     if not rows or not rows[0]:
         raise ValueError("a grid needs a row with an image")

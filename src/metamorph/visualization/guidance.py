@@ -3,8 +3,6 @@
 The denoiser calls `drop` in training, the pipeline uses `GuidedBatch`. In both, zeros mean "no condition".
 """
 
-from __future__ import annotations
-
 import torch
 
 
@@ -39,12 +37,7 @@ class GuidedBatch:
         return latents.repeat_interleave(self.num_scales, dim=0)
 
     def inputs(self, noisy: torch.Tensor, is_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents and conditions for the UNet, one row for each prediction that is needed.
-
-        Args:
-            noisy: `[images · scales, channels, height, width]`.
-            is_first: Whether this is the first step, in which all scales of an image are still the same.
-        """
+        """Latents (from `noisy` `[images · scales, …]`) and conditions for the UNet, one row for each prediction."""
         if self._is_shared(is_first):
             noisy = noisy[:: self.num_scales]
             return torch.cat([noisy, noisy]), torch.cat([torch.zeros_like(self._condition), self._condition])

@@ -1,7 +1,5 @@
 """Load a finished visualizer together with the vision tower whose tokens it draws."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 
@@ -31,10 +29,6 @@ def load_visualizer(
             none, the one that the visualizer was trained with, as visualizer_arguments.json names it.
         num_tokens: Visual tokens per image; by default as in training. Has no effect with the tower of the folder or
             of a MetaMorph model, which fix their number.
-
-    Raises:
-        FileNotFoundError: If the folder or the tower cannot be loaded.
-        ValueError: If no tower is known, or it gives other tokens than the projector takes.
     """
     folder = shipped_folder(str(folder), "visualizer")
     check_reachable(folder, flag="--visualizer", file=INDEX_FILE)

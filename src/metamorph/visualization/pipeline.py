@@ -1,7 +1,5 @@
 """Visual tokens to images: projector, UNet, VAE and a noise scheduler as one diffusers pipeline."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,21 +64,17 @@ class VisualizationPipeline(DiffusionPipeline):
         vae: AutoencoderKL,
         noise_scheduler: SchedulerMixin,
         vision_tower: VisualTokenEncoder | None = None,
-    ) -> VisualizationPipeline:
+    ) -> "VisualizationPipeline":
         """Compose a pipeline that samples with DPM-Solver on the noise schedule of `noise_scheduler`."""
         scheduler = DPMSolverMultistepScheduler.from_config(noise_scheduler.config)
         return cls(projector=projector, unet=unet, vae=vae, scheduler=scheduler, vision_tower=vision_tower)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VisualizationPipeline:
-        """Check a folder or Hub id, which may hold parts of a visualizer and no code, and load it as diffusers does.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "VisualizationPipeline":
+        """Check a folder or Hub id, and load it as diffusers does.
 
-        Options are those of diffusers, without `custom_pipeline` and `trust_remote_code`.
-
-        Raises:
-            FileNotFoundError: If a file is missing.
-            ValueError: If the folder names classes that are not part of a visualizer, or its weights are missing,
-                unexpected, of other sizes than its configuration says, or not finite.
+        It may hold parts of a visualizer and no code, and exactly the weights of its configuration; anything else is a
+        `ValueError`. Options are those of diffusers, without `custom_pipeline` and `trust_remote_code`.
         """
         for name in ("custom_pipeline", "trust_remote_code"):
             if kwargs.pop(name, None):
@@ -96,12 +90,10 @@ class VisualizationPipeline(DiffusionPipeline):
                 check_finite(module.state_dict().items(), folder / name)
         return pipeline
 
-    def compile(self, **options: Any) -> VisualizationPipeline:
-        """Compile UNet, VAE decoder and projector with `torch.compile` on their first use.
+    def compile(self, **options: Any) -> "VisualizationPipeline":
+        """Compile UNet, VAE decoder and projector in place, with options of `torch.compile`; returns the pipeline.
 
-        They are compiled in place, so names of weights, saving and loading do not change. The first call, and the first
-        with another number of images, takes long. `options` are those of `torch.compile`, for example
-        `mode="max-autotune"`. Returns the pipeline itself.
+        The first call, and the first with another number of images, takes long.
         """
         for module in (self.projector, self.unet, self.vae.decoder):
             module.compile(**options)
@@ -129,19 +121,12 @@ class VisualizationPipeline(DiffusionPipeline):
             num_inference_steps: Steps of the sampler.
             generator: Source of the starting noise. With a list of one generator per image, a drawing does not depend
                 on the batch it is drawn in.
-            latents: Starting noise `[images, channels, height, width]`, instead of the generator's.
+            latents: Starting noise `[images, channels, height, width]` instead.
             output_type: `pil`, `np` (`[images, height, width, 3]` in 0..1), `pt` (`[images, 3, height, width]` in 0..1)
                 or `latent`.
             return_dict: False returns the tuple `(images,)`.
             images: Images to draw again, instead of `visual_tokens`: the pipeline's vision tower encodes their central
                 squares.
-
-        Returns:
-            `ImagePipelineOutput` whose `images` has one entry per image and guidance scale; none for no images.
-
-        Raises:
-            ValueError: If tokens do not fit the projector, or generators or latents do not fit the tokens; if there
-                are both or neither of tokens and images, or images without a vision tower.
         """
         scales = [guidance_scale] if isinstance(guidance_scale, (int, float)) else list(guidance_scale)
         if not scales:

@@ -1,7 +1,5 @@
 """From an image to the square pixels that an encoder takes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

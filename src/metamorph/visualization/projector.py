@@ -1,19 +1,10 @@
 """From visual tokens to the conditioning of a diffusion UNet: one network for training and inference.
 
 A Stable Diffusion UNet attends to a sequence of text embeddings `[images, 77, cross_attention_dim]`. The projector
-replaces them by visual tokens `[images, N, D]`. It has four forms, as in the original MetaMorph:
-
-| mode          | tokens out         | what it is                                                    |
-|---------------|--------------------|---------------------------------------------------------------|
-| `mlp`         | as many as come in | the same small MLP on every token                             |
-| `xattn`       | `num_tokens`       | learned queries attend to the projected tokens                |
-| `xattnffn`    | `num_tokens`       | the same, each layer followed by a feed-forward network       |
-| `transformer` | `num_tokens`       | an encoder over the tokens and a decoder over learned queries |
-
-Parameter names inside `network` are those of the original's weight files, so that they load unchanged.
+replaces them by visual tokens `[images, N, D]`. It has four forms, as in the original MetaMorph: an MLP,
+cross-attention with and without feed-forward networks, and a transformer. Parameter names inside `network` are those
+of the original's weight files, so that they load unchanged.
 """
-
-from __future__ import annotations
 
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """Which visual tokens a visualizer draws: its vision tower and how the tower's features become tokens."""
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import dataclass, replace
@@ -22,7 +20,7 @@ from metamorph.models.vision_tower import (
     load_vision_encoder,
     resolve_vision_tower,
 )
-from metamorph.visualization.encoder import VisualTokenEncoder
+from metamorph.visualization.encoder import TOKEN_FIELDS, VisualTokenEncoder
 from metamorph.visualization.pixels import PixelFormat
 
 
@@ -59,14 +57,8 @@ def adopt_token_options(options: Options) -> Options:
     logger.info(
         "Visual tokens as in the MetaMorph model %s: %d per image", options.vision_tower, config.num_image_tokens
     )
-    return replace(
-        options,
-        mm_vision_select_layer=config.mm_vision_select_layer,
-        num_tokens=config.num_image_tokens,
-        image_token_reduction=config.image_token_reduction,
-        normalize_vision=config.normalize_vision,
-        apply_softmax=config.apply_softmax,
-    )
+    fields = {name: getattr(config, name) for name in TOKEN_FIELDS}
+    return replace(options, num_tokens=config.num_image_tokens, **fields)
 
 
 def load_encoder(options: TokenOptions) -> VisualTokenEncoder:
@@ -84,11 +76,8 @@ def load_encoder(options: TokenOptions) -> VisualTokenEncoder:
                 )
             config = MetaMorphConfig(
                 vision_config=load_vision_config(path),
-                mm_vision_select_layer=options.mm_vision_select_layer,
                 num_image_tokens=options.num_tokens,
-                image_token_reduction=options.image_token_reduction,
-                normalize_vision=options.normalize_vision,
-                apply_softmax=options.apply_softmax,
+                **{name: getattr(options, name) for name in TOKEN_FIELDS},
             )
             tower = VisionTower(config, load_vision_encoder(path))
         processor = load_image_processor(path)

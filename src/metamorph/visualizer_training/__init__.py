@@ -4,9 +4,8 @@ Which flags are there?                     `arguments.py`
 What is it made of?                        `build.py`
 What happens in a step?                    `denoising.py`; the trainer around it `trainer.py`
 Which images, in which order?              `dataset.py`, `images/`
-What is the learning rate?                 `schedule.py`
+What is the learning rate?                 `trainer.py`: `log_warmup_linear_decay`
 What is averaged and saved?                `average.py`; the result and its card `export.py`
 How does a run resume?                     `resume.py`
 What does FSDP2 shard?                     `fsdp2.py`
-What may the projector start from?         `alignment.py`
 """

@@ -1,7 +1,5 @@
 """The flags of `metamorph train-visualizer`, checked before anything is loaded."""
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import dataclass, field, fields
@@ -14,9 +12,10 @@ from metamorph.training.arguments.sharding import FSDP2_CONFIG
 from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.visualization.projector import CONDITION_LENGTH, PROJECTOR_MODES
 from metamorph.visualization.token_options import TokenOptions
-from metamorph.visualizer_training.schedule import DEFAULT_LR_SCHEDULER, LR_SCHEDULERS
 
 
+DEFAULT_LR_SCHEDULER = "log_warmup_linear_decay"
+LR_SCHEDULERS = (DEFAULT_LR_SCHEDULER, "constant", "constant_with_warmup", "linear", "cosine")
 NAMES_IN_TRANSFORMERS = {
     "training_steps": "max_steps",
     "batch_size": "per_device_train_batch_size",
@@ -73,10 +72,6 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
 
     Flags of `transformers.TrainingArguments` that have an effect here are accepted, too. Some have a shorter name here
     (`NAMES_IN_TRANSFORMERS`), which counts if both are given.
-
-    Raises:
-        ValueError: For a value outside its domain; the message names the flag and the fix.
-        FileNotFoundError: For files and folders of data that do not exist.
     """
 
     pretrained_model_name_or_path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -112,14 +107,6 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     """Add a learned position embedding to each visual token before the projector."""
     pretrained_projector: str | None = None
     """Start from the projector in this folder: a finished visualizer, or its subfolder projector."""
-
-    alignment_conditions: str | None = None
-    """Safetensors file with the diffusion model's own `conditions` [images, tokens, features] of the images, in their
-    order: the projector is fitted to them before training. Needs cache_latents."""
-    alignment_steps: int = 1000
-    """Optimizer steps of that fit; they do not run the UNet."""
-    alignment_lr: float = 3e-3
-    """Peak learning rate of that fit."""
 
     image_folder: str | None = None
     """Folder with images (jpg, jpeg, png, webp) or tar archives of images, including its subfolders; or the root of
@@ -180,9 +167,9 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     save_vision_tower: bool = False
     """Write the vision tower, which may be large, into the result, too: `pipe(images=…)` can then encode images."""
     validation_images: list[str] = field(default_factory=list)
-    """Images that are drawn again from their own tokens at every checkpoint."""
+    """Images that are reconstructed from their visual tokens at every checkpoint."""
     validation_guidance_scales: list[float] = field(default_factory=lambda: [1.0, 3.0])
-    """Guidance scales of these drawings, one column each."""
+    """Guidance scales of these reconstructions, one column each."""
 
     def __post_init__(self) -> None:
         self.refuse_unsupported(UNSUPPORTED)
@@ -250,9 +237,9 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
 
     def _check_ranges(self) -> None:
         sizes = "num_tokens num_query_tokens hidden_dim num_layers num_heads resolution training_steps batch_size"
-        self.check_at_least(1, f"{sizes} logging_steps alignment_steps")
+        self.check_at_least(1, f"{sizes} logging_steps")
         self.check_at_least(0, "save_step noise_offset lr_warmup_steps")
-        for name in ("lr", "unet_lr", "alignment_lr", "timestep_power", "snr_gamma"):
+        for name in ("lr", "unet_lr", "timestep_power", "snr_gamma"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"--{name} {value} must be larger than 0")
@@ -272,10 +259,6 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
             raise ValueError(
                 f"--unet_lr {self.unet_lr} has no effect without --unfreeze_unet; set it or drop --unet_lr"
             )
-        if self.alignment_conditions is not None and not self.cache_latents:
-            raise ValueError("--alignment_conditions needs the tokens of all images; set --cache_latents")
-        if self.alignment_conditions is not None and self.sharding != "ddp":
-            raise ValueError(f"--alignment_conditions needs an unsharded projector; drop --sharding {self.sharding}")
         if self.cache_latents and self.random_crop:
             raise ValueError("--cache_latents keeps one crop of each image; drop it or --random_crop")
         if not self.validation_guidance_scales:
@@ -288,7 +271,6 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
             raise FileNotFoundError(f"--image_folder {self.image_folder} is not a folder")
         files = [("--image_jsons", file) for file in self.image_jsons]
         files += [("--validation_images", file) for file in self.validation_images]
-        files += [("--alignment_conditions", self.alignment_conditions)] if self.alignment_conditions else []
         for flag, file in files:
             if not Path(file).expanduser().is_file():
                 raise FileNotFoundError(f"{flag} {file} is not a file")

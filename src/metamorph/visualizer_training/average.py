@@ -1,7 +1,5 @@
 """The moving average of the weights, with which a visualizer is saved."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property

@@ -3,8 +3,6 @@
 Errors are a `ValueError` or `FileNotFoundError` that names the flag.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 from pathlib import Path

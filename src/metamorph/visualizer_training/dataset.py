@@ -1,7 +1,5 @@
 """Training samples of the visualizer: tower pixels and VAE pixels of the same crop, in a resumable order."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,7 +117,7 @@ class StreamBatches(Sampler[list[Sample]]):
     _done: int = field(default=0, init=False)
     _samples: int = field(default=0, init=False)
 
-    def resume(self, batches: int, samples: int) -> StreamBatches:
+    def resume(self, batches: int, samples: int) -> "StreamBatches":
         """Resume after `batches` batches, in which training has seen `samples` samples over all processes.
 
         These batches come first and are empty: Trainer skips the number that it has counted.

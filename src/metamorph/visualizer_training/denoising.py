@@ -1,7 +1,5 @@
 """One training step of the visualizer: encode, add noise, predict it from the visual tokens, compare."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +26,10 @@ class FrozenEncoders:
 
     @torch.no_grad()
     def __call__(self, tower_pixels: torch.Tensor, vae_pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode images.
+        """Encode images, given as the tower `[images, 3, S, S]` and the VAE `[images, 3, R, R]` take them, in float32.
 
-        Args:
-            tower_pixels: `[images, 3, S, S]`, normalised as the tower takes them.
-            vae_pixels: `[images, 3, R, R]` in −1..1.
-
-        Returns:
-            `visual_tokens [images, N, D]` and `moments [images, 2 · channels, height, width]`, the mean and logarithm
-            of the variance of the latents, both float32. Latents are sampled from them in every step.
+        Returns `visual_tokens [images, N, D]`, and `moments [images, 2 · channels, height, width]`: mean and logarithm
+        of the variance of the latents, which are sampled from them in every step.
         """
         with torch.inference_mode():
             moments = self.vae.encode(vae_pixels.to(self.vae.device, self.vae.dtype)).latent_dist.parameters
@@ -71,16 +64,11 @@ class RandomInputs:
         timestep_power: float = 1.0,
         cfg_prob: float = 0.0,
         noise_offset: float = 0.0,
-    ) -> RandomInputs:
+    ) -> "RandomInputs":
         """The random inputs of the samples at `positions` `[images]` of the training stream.
 
-        They do not depend on the batch size, accumulation, number of processes, or on interruptions.
-
-        Args:
-            latent_shape: `(channels, height, width)`.
-            num_timesteps: Timesteps T of the noise schedule.
-            timestep_power: Timesteps are T·u^power with uniform u.
-            noise_offset: Size of the noise that is constant over a channel.
+        They do not depend on the batch size, accumulation, number of processes, or on interruptions. `latent_shape` is
+        `(channels, height, width)`; other options are those of [`VisualizerArguments`].
         """
         noise, latent_noise, timesteps, keep = [], [], [], []
         for position in positions.tolist():
@@ -145,11 +133,8 @@ class Denoiser(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Mean squared error on the scheduler's own target, averaged over images, as `{"loss": []}`.
 
-        Args:
-            latents: `[images, channels, height, width]` at the UNet's scale.
-            visual_tokens: `[images, N, D]`.
-            random: Noise, timesteps and dropped conditions.
-            weights: `[images]`; 0 for an image that is left out, else 1.
+        `latents` `[images, channels, height, width]` are at the UNet's scale; `weights` `[images]` are 0 for images
+        that are left out, else 1.
         """
         scheduler, noise, timesteps = self.noise_scheduler, random.noise, random.timesteps
         noisy = scheduler.add_noise(latents, noise, timesteps)

@@ -1,7 +1,5 @@
 """Results of training: the pipeline folder with its model card, and grids of validation images."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

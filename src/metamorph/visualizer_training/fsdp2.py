@@ -4,8 +4,6 @@ Checkpoints hold unsharded tensors with every engine, so a run may resume with a
 processes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

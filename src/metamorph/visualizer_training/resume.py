@@ -3,8 +3,6 @@
 The rest is shared by all runs: `runs/find_checkpoint.py` and `training/base_trainer.py`.
 """
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 from typing import Any

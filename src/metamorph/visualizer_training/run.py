@@ -1,7 +1,5 @@
 """Trains the visualizer: arguments → parts → data → trainer → pipeline folder."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence
@@ -20,10 +18,9 @@ from metamorph.training.engines.prepare import configure_fsdp2
 from metamorph.training.optimizer import check_optimizer
 from metamorph.visualization.pixels import PixelFormat
 from metamorph.visualization.token_options import adopt_token_options, load_encoder
-from metamorph.visualizer_training.alignment import align_projector, load_conditions
 from metamorph.visualizer_training.arguments import VisualizerArguments
 from metamorph.visualizer_training.build import adopt_resolution, build_projector, check_folders, load_diffusion_parts
-from metamorph.visualizer_training.dataset import StreamBatches, TensorDataset, VisualizerDataset, collate, encode_all
+from metamorph.visualizer_training.dataset import StreamBatches, VisualizerDataset, collate, encode_all
 from metamorph.visualizer_training.denoising import Denoiser, FrozenEncoders, RandomInputs
 from metamorph.visualizer_training.fsdp2 import layers
 from metamorph.visualizer_training.images.bad_images import BadImages
@@ -50,8 +47,6 @@ def train_visualizer(
         callbacks: Callbacks of Transformers' Trainer, for example to receive what is logged.
 
     Raises:
-        ValueError: For parts, data or checkpoints that do not fit, or another run in the output folder, before training
-            starts.
         Preempted: If a signal stopped the run.
         Interrupted: If Ctrl-C stopped the run; a checkpoint was saved.
     """
@@ -81,7 +76,6 @@ def _train(
     flags = flags_of_run(args)
     checkpoint, point = find_resume_point(args, flags, data)
     validation = [load_image(Path(name).expanduser()) for name in args.validation_images]
-    conditions = None if args.alignment_conditions is None else load_conditions(args.alignment_conditions, len(source))
 
     # 2. The parts, and what is trained of them.
     dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -129,10 +123,6 @@ def _train(
         callbacks=callbacks,
     )
     trainer.flags = flags
-    if conditions is not None and point is None:
-        assert isinstance(dataset, TensorDataset)  # the flags demand cache_latents
-        tokens, lr = dataset.tensors["visual_tokens"], args.alignment_lr
-        align_projector(projector, tokens, conditions, steps=args.alignment_steps, lr=lr, seed=args.seed)
     began = time.perf_counter()
     trainer.run(checkpoint, point, bad_images, preemption)
     seconds = time.perf_counter() - began
@@ -152,7 +142,5 @@ def _prepare_engine(args: VisualizerArguments, model: Denoiser) -> None:
     if args.torch_compile:
         for layer in layers(model):
             layer.compile(backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode)
-        # Otherwise Trainer would compile the model around them once more.
-        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
     if args.fsdp:
         configure_fsdp2(args, sorted({type(layer).__name__ for layer in layers(model)}))

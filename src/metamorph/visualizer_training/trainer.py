@@ -1,8 +1,7 @@
 """The visualizer's trainer: `RunTrainer` with frozen encoders, a moving average, validation images and the result."""
 
-from __future__ import annotations
-
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -24,14 +23,13 @@ from metamorph.runs.lock import check_lock
 from metamorph.training.base_trainer import RunTrainer
 from metamorph.training.optimizer import optimizer_groups
 from metamorph.training.reporting.monitor import RunMonitor
-from metamorph.visualizer_training.arguments import VisualizerArguments
+from metamorph.visualizer_training.arguments import DEFAULT_LR_SCHEDULER, VisualizerArguments
 from metamorph.visualizer_training.average import MovingAverage, trainable_parameters
 from metamorph.visualizer_training.dataset import StreamBatches
 from metamorph.visualizer_training.denoising import Denoiser, FrozenEncoders, RandomInputs, sample_latents
 from metamorph.visualizer_training.export import draw_validation_grid, render_visualizer_card, save_pipeline
 from metamorph.visualizer_training.fsdp2 import gather, shard_like, unsharded_copy
 from metamorph.visualizer_training.resume import WEIGHTS_FILE
-from metamorph.visualizer_training.schedule import DEFAULT_LR_SCHEDULER, log_warmup_linear_decay
 
 
 logger = logging.getLogger(__name__)
@@ -122,13 +120,12 @@ class VisualizerTrainer(RunTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the mean loss over good images, also for the whole run."""
         self.state.epoch = self.samples_seen / self.data["pictures"]
+        for name, first in (("loss", self._logged), ("train_loss", 0)):
+            if name in logs and self.losses:
+                mean = torch.stack(self.losses[first:]).mean(dim=0)
+                logs[name] = _ratio(*self.accelerator.reduce(mean, "mean").tolist())
         if "loss" in logs:
-            window = torch.stack(self.losses[self._logged :]).mean(dim=0)
-            logs["loss"] = _ratio(*self.accelerator.reduce(window, "mean").tolist())
             self._logged = len(self.losses)
-        if "train_loss" in logs and self.losses:
-            mean = torch.stack(self.losses).mean(dim=0)
-            logs["train_loss"] = _ratio(*self.accelerator.reduce(mean, "mean").tolist())
         super().log(logs, start_time)
 
     # Checkpoints.
@@ -253,6 +250,19 @@ class VisualizerTrainer(RunTrainer):
                 yield model
         else:
             yield model
+
+
+def log_warmup_linear_decay(step: int, warmup_steps: int, training_steps: int) -> float:
+    """Factor of the peak learning rate at optimizer step `step`, counted from 0.
+
+    It rises as `log(1 + step) / log(1 + warmup_steps)`, then falls linearly to 0 at `training_steps`. The original
+    warms up over 4,000 of 16,000 steps, a fixed horizon.
+    """
+    if step < warmup_steps:
+        return math.log1p(step) / math.log1p(warmup_steps)
+    if training_steps <= warmup_steps:
+        return 1.0
+    return max(0.0, (training_steps - step) / (training_steps - warmup_steps))
 
 
 def _module_of(parameter_name: str) -> str:

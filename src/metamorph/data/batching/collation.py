@@ -12,9 +12,6 @@ from metamorph.models.batch_indices import index_batch
 from metamorph.models.sequence.constants import IGNORE_INDEX
 
 
-_PER_TOKEN = ("input_ids", "labels", "visual_target_mask")
-
-
 @dataclass(frozen=True)
 class PaddedCollator:
     """Pads examples of a [`ConversationDataset`] to the longest of the batch.
@@ -28,11 +25,10 @@ class PaddedCollator:
     """Id of the image placeholder. If given, the batch includes its `indices`, which a GPU then need not search for."""
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Make a batch.
+        """Make a batch of all examples but the skipped ones.
 
-        Args:
-            examples: Examples of the data set; skipped ones are left out. If none is left, the batch is one row of
-                one padding token without any target, so that all ranks still take the same number of steps.
+        If none is left, the batch is one row of one padding token without any target, so that all ranks still take the
+        same number of steps.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (int64) and `visual_target_mask` (bool) `[batch, sequence]`;
@@ -40,16 +36,9 @@ class PaddedCollator:
             images; with `image_token_id` also `indices`, see `BatchIndices`.
         """
         kept = _without_skipped(examples)
-        batch = _empty_batch(len(kept), max((len(example["input_ids"]) for example in kept), default=1), self)
-        batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
-        if not kept:
-            batch["attention_mask"][0, 0] = 1  # a row that attends to nothing would be undefined
-        for row, example in enumerate(kept):
-            count = len(example["input_ids"])
-            batch["attention_mask"][row, :count] = 1
-            for name in _PER_TOKEN:
-                batch[name][row, :count] = example[name]
-        return batch | _indices(batch, kept, self, batch["attention_mask"]) | _pixels(kept)
+        batch, is_token = _pad([[example] for example in kept], self.pad_token_id)
+        batch["attention_mask"] = is_token.long()
+        return batch | _indices(batch, kept, self.image_token_id, is_token) | _pixels(kept)
 
 
 @dataclass(frozen=True)
@@ -77,16 +66,13 @@ class PackedCollator:
             ValueError: If a sample begins with an image to draw: nothing precedes it that could predict it.
         """
         kept = [examples for row in rows if (examples := _without_skipped(row))]
-        lengths = [[len(example["input_ids"]) for example in examples] for examples in kept]
-        length = max(map(sum, lengths), default=1)
-        batch = _empty_batch(len(kept), length, self)
-        batch["position_ids"] = torch.zeros_like(batch["input_ids"])
-        for row, examples in enumerate(kept):
-            for name in _PER_TOKEN:
-                joined = torch.cat([example[name] for example in examples])
-                batch[name][row, : len(joined)] = joined
-            spans = [*lengths[row], length - sum(lengths[row])]
-            batch["position_ids"][row] = torch.cat([torch.arange(span) for span in spans])
+        batch, is_token = _pad(kept, self.pad_token_id)
+        positions = []
+        for examples in kept or [[]]:
+            spans = [len(example["input_ids"]) for example in examples]
+            spans.append(is_token.shape[1] - sum(spans))
+            positions.append(torch.cat([torch.arange(span) for span in spans]))
+        batch["position_ids"] = torch.stack(positions)
         is_start = batch["position_ids"] == 0
         # The last token of one sample must not learn to predict the first of the next.
         batch["labels"][is_start] = IGNORE_INDEX
@@ -94,17 +80,12 @@ class PackedCollator:
             raise ValueError("a sample begins with an image to draw, which nothing precedes: put text before it")
         if self.flash_attention:
             batch |= flash_attention_boundaries(batch["position_ids"])
-        tokens = torch.arange(length) < torch.tensor([max(sum(row), 1) for row in lengths or [[1]]])[:, None]
-        joined_rows = [example for examples in kept for example in examples]
-        return batch | _indices(batch, joined_rows, self, tokens) | _pixels(joined_rows)
+        joined = [example for examples in kept for example in examples]
+        return batch | _indices(batch, joined, self.image_token_id, is_token) | _pixels(joined)
 
 
 def flash_attention_boundaries(position_ids: torch.Tensor) -> dict[str, Any]:
-    """Boundaries of the samples as Transformers' `FlashAttentionKwargs`.
-
-    Args:
-        position_ids: int64 `[rows, sequence]`, 0 at the beginning of each sample and nowhere else.
-    """
+    """Boundaries of samples, whose `position_ids` (int64 `[rows, sequence]`) begin at 0, as `FlashAttentionKwargs`."""
     starts = (position_ids.flatten() == 0).nonzero().squeeze(-1)  # in the flattened batch
     boundaries = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)  # (samples + 1,)
     longest = int(boundaries.diff().max())
@@ -120,25 +101,27 @@ def _without_skipped(examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     return [example for example in examples if "skipped" not in example]
 
 
-def _empty_batch(num_rows: int, length: int, collator: PaddedCollator | PackedCollator) -> dict[str, Any]:
-    shape = (max(num_rows, 1), length)
-    return {
-        "input_ids": torch.full(shape, collator.pad_token_id, dtype=torch.long),
-        "labels": torch.full(shape, IGNORE_INDEX, dtype=torch.long),
-        "visual_target_mask": torch.zeros(shape, dtype=torch.bool),
+def _pad(rows: Sequence[Sequence[dict[str, Any]]], pad_token_id: int) -> tuple[dict[str, Any], torch.Tensor]:
+    """Rows padded to the longest, one token long if there are none; and which positions are tokens."""
+    lengths = [sum(len(example["input_ids"]) for example in row) for row in rows] or [1]
+    is_token = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (rows, sequence)
+    batch = {
+        "input_ids": torch.full(is_token.shape, pad_token_id),
+        "labels": torch.full(is_token.shape, IGNORE_INDEX),
+        "visual_target_mask": torch.zeros_like(is_token),
     }
+    for name, values in batch.items() if rows else ():
+        values[is_token] = torch.cat([example[name] for row in rows for example in row])
+    return batch, is_token
 
 
 def _indices(
-    batch: dict[str, Any],
-    examples: Sequence[dict[str, Any]],
-    collator: PaddedCollator | PackedCollator,
-    is_token: torch.Tensor,
+    batch: dict[str, Any], examples: Sequence[dict[str, Any]], image_token_id: int | None, is_token: torch.Tensor
 ) -> dict[str, Any]:
     """Positions of images, targets and tokens, which are cheap to find here, on the CPU."""
-    if collator.image_token_id is None:
+    if image_token_id is None:
         return {}
-    indices = index_batch(batch["input_ids"], batch["labels"], batch["visual_target_mask"], collator.image_token_id)
+    indices = index_batch(batch["input_ids"], batch["labels"], batch["visual_target_mask"], image_token_id)
     indices["sample_lengths"] = torch.tensor([len(example["input_ids"]) for example in examples], dtype=torch.long)
     indices["tokens"] = is_token.flatten().nonzero().squeeze(-1)
     return {"indices": indices}

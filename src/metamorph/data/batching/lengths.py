@@ -60,13 +60,10 @@ class Lengths:
 
 
 def measure(dataset: MixtureDataset, num_workers: int = 0, cache_dir: str | os.PathLike[str] | None = None) -> Lengths:
-    """Tokenize all samples and collect their sizes; no image is opened.
+    """Tokenize all samples and collect their sizes; no image is opened, and few samples need no workers.
 
-    Args:
-        dataset: The data.
-        num_workers: Processes that tokenize; few samples are measured in this process.
-        cache_dir: Folder in which the result is saved for the next run, unless measuring takes only a second. It is
-            measured again when a file, task, tokenizer, template or the number of image tokens has changed.
+    The result is saved in `cache_dir` for the next run, unless measuring takes only a second. It is measured again
+    when a file, task, tokenizer, template or the number of image tokens has changed.
     """
     path = None
     if cache_dir is not None and len(dataset) >= _WORTH_KEEPING:
@@ -94,7 +91,8 @@ class _Sizes(Dataset[torch.Tensor]):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         try:
-            sizes = self.dataset.measure(index)
+            source, number = self.dataset.locate(index)
+            sizes = source.measure(number)
         except RecordError:  # training reports it, or skips it
             sizes = (0, 0, 0, 0)
         return torch.tensor(sizes, dtype=torch.int32)
@@ -145,7 +143,6 @@ def _save(path: Path, sizes: np.ndarray) -> None:
 
 
 def _fingerprint(dataset: MixtureDataset) -> str:
-    """A digest of everything that the lengths depend on."""
     processor = dataset.processor
     tokenizer = processor.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)  # absent where a tokenizer is written in Python

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset, Sampler
 
 from metamorph.data.batching.lengths import Lengths
 
+
+if TYPE_CHECKING:
+    from metamorph.data.dataset import MixtureDataset
 
 PACKING_VERSION = 2
 """Checkpoints of packed runs with another number are refused. Raise it whenever the same lengths and the same seed give
@@ -216,6 +222,53 @@ class BatchPlanner:
         return np.ascontiguousarray(rounds.transpose(0, 2, 1))
 
 
+class PackedSamples(Dataset[list[dict[str, Any]]]):
+    """A data set indexed by rows: the index is a list of sample numbers, the item the list of their examples."""
+
+    def __init__(self, dataset: MixtureDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        """Number of samples, not of rows: a run reports it."""
+        return len(self.dataset)
+
+    def __getitem__(self, row: Sequence[int]) -> list[dict[str, Any]]:
+        return [self.dataset[index] for index in row]
+
+
+class PlannedBatches(Sampler[list[Any]]):
+    """Batch sampler that yields the batches of one data-parallel rank, epoch by epoch.
+
+    With packing a batch is a list of rows, for [`PackedSamples`]; without, a list of sample numbers.
+    """
+
+    def __init__(self, planner: BatchPlanner, rank: int) -> None:
+        if not 0 <= rank < planner.world_size:
+            raise ValueError(f"rank {rank} is none of the {planner.world_size} ranks of the batch plan")
+        self.planner = planner
+        self.rank = rank
+        self.epoch = 0
+        self._trained = (0, 0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (counted from 0) that the next iteration yields."""
+        self.epoch = epoch
+
+    def leave_out(self, epoch: int, rows: int) -> None:
+        """Skip the first `rows` rows of an epoch, which an interrupted run has trained on with another batch size."""
+        self._trained = (epoch, rows)
+
+    def __len__(self) -> int:
+        return self.planner.steps
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        epoch, trained_rows = self._trained
+        plan = self.planner.plan(self.epoch, trained_rows if epoch == self.epoch else 0)
+        for step in range(plan.steps):
+            rows = plan.batch(self.rank, step)
+            yield rows if self.planner.packing else [sample for row in rows for sample in row]
+
+
 def check_grouping(packing: bool, group_by_length: bool) -> None:
     """Refuse to group batches by length if rows are packed."""
     if packing and group_by_length:
@@ -230,13 +283,9 @@ def pack_rows(
 ) -> Rows:
     """Fill rows by best fit: each sample goes into the open row with the least space that suffices.
 
-    Args:
-        tokens: int `[samples]` lengths, none above `max_length`.
-        max_length: Tokens of a row.
-        order: int `[samples]`: the order in which samples are placed. In a random order, the samples of a row are
-            nearly as mixed as random ones. Ordered by length, which would fill rows a little better, they would have
-            one length, and often come from one task.
-        open_rows: Rows that are filled at the same time.
+    Samples are placed in `order`, int `[samples]`. In a random order, the samples of a row are nearly as mixed as
+    random ones. Ordered by length, which would fill rows a little better, they would have one length, and often come
+    from one task.
 
     Raises:
         ValueError: If a sample is longer than a row.

@@ -1,19 +1,20 @@
-"""`metamorph data check`: a dry run over all records that finds what is wrong with them before training."""
+"""Checks of the records before training: all of them by `metamorph data check`, and some when a run starts."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import time
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metamorph.data.doctor.boxes import BOX_WARNINGS
-from metamorph.data.doctor.walk import Finding, spread, walk
+from metamorph.data.doctor.walk import BOX_WARNINGS, Finding, spread, walk
 from metamorph.data.records import DataError, RecordError
 from metamorph.data.remarks import REMARKS
 from metamorph.flags.checks import printable
@@ -21,6 +22,9 @@ from metamorph.flags.checks import printable
 
 if TYPE_CHECKING:
     from metamorph.data.dataset import MixtureDataset
+    from metamorph.data.examples import ConversationDataset
+
+logger = logging.getLogger(__name__)
 
 WARNINGS = {
     "over_long": "the record is longer than --model_max_length and would be cut",
@@ -32,6 +36,12 @@ WARNINGS = {
 }
 """Problems of records that training would accept; `BAD_RECORD_KINDS` has all other kinds."""
 
+MAX_CHECKED = 20_000
+"""Most records of a source that are checked, evenly spread; `metamorph data check` checks all of them, in parallel."""
+_SHOWN = 10
+"""Problems that an error message lists; it counts the others."""
+_WRONG_FOLDER = 1000
+"""The check stops after this number of media paths if all of them are missing: the folder must be wrong."""
 _FOUND_MEDIA = ("unreadable_image", "image_too_large", "unreadable_video", "too_few_frames")
 """Kinds of records whose media files exist."""
 
@@ -91,12 +101,7 @@ class Diagnosis:
 
 
 def check_dataset(dataset: MixtureDataset, *, num_workers: int = 0, limit: int | None = None) -> Diagnosis:
-    """Build every example as training would, and collect lengths and problems.
-
-    Args:
-        dataset: The data; it must raise the errors of its records (`on_bad_record="raise"`).
-        num_workers: Processes that build examples; 0 builds them in this one.
-        limit: Check only this number of records, evenly spread; None checks all.
+    """Build every example as training would (or `limit` of them, evenly spread), and collect lengths and problems.
 
     Raises:
         DataError: If a source names media and none of their files exists.
@@ -113,7 +118,7 @@ def check_dataset(dataset: MixtureDataset, *, num_workers: int = 0, limit: int |
     problems: list[tuple[int, Problem]] = []
     box_shares = array("f")
     for place, found in enumerate(walk(dataset, chosen, "checking records", num_workers=num_workers)):
-        source = dataset.source_name(found.index)
+        source = dataset.locate(found.index)[0].name
         own = _problems(found, source)
         rows[place] = (found.index, names.setdefault(source, len(names)), *found.sizes, len(own))
         digests[place] = _digest(source, found)
@@ -184,13 +189,66 @@ def _digest(source: str, found: Finding) -> int:
 def _duplicate(dataset: MixtureDataset, index: int, first: int) -> Problem:
     where, record_id = _place(dataset, index)
     detail = f"the id is also that of {_place(dataset, first)[0]}; give each record its own id"
-    return Problem("duplicate_id", dataset.source_name(index), line_of(where, index), printable(record_id), detail)
+    source = dataset.locate(index)[0].name
+    return Problem("duplicate_id", source, line_of(where, index), printable(record_id), detail)
 
 
 def _place(dataset: MixtureDataset, index: int) -> tuple[str, str]:
     """`where` and id of a record, good or bad."""
     try:
-        record = dataset.record(index)
+        source, number = dataset.locate(index)
+        record = source.record(number)
     except RecordError as error:
         return error.where, str(error.record_id)
     return record.where, record.id
+
+
+def check_before_training(dataset: ConversationDataset, indices: Sequence[int] | np.ndarray) -> dict[int, RecordError]:
+    """Parse records, run their task and look for their media files, without opening them.
+
+    At most `MAX_CHECKED` of the `indices` are checked.
+
+    Returns:
+        The problem of each bad record, for `on_bad_record="skip"`.
+
+    Raises:
+        DataError: If none of the media files exists; with `on_bad_record="raise"` also if any record is bad.
+    """
+    if len(indices) > MAX_CHECKED:
+        text = "%s: checking %d of %d records; `metamorph data check` checks all of them"
+        logger.info(text, dataset.source.path, MAX_CHECKED, len(indices))
+    chosen = [int(indices[number]) for number in spread(len(indices), MAX_CHECKED)]
+    problems: dict[int, RecordError] = {}
+    num_warnings: Counter[str] = Counter()
+    first_warning: dict[str, RecordError] = {}
+    first_missing: RecordError | None = None
+    num_paths = num_missing = 0
+    for found in walk(dataset, chosen, f"checking {dataset.source.path}", media_place=dataset.media_place):
+        for kind, detail in found.warnings:
+            num_warnings[kind] += 1
+            first_warning.setdefault(kind, RecordError.at(found.where, kind, detail, found.record_id))
+        if found.error is not None:
+            problems[found.index] = found.error
+        if found.num_missing:
+            first_missing = first_missing or found.error
+        num_paths += len(found.paths)
+        num_missing += found.num_missing
+        if num_missing == num_paths >= _WRONG_FOLDER:
+            break
+    for kind, count in num_warnings.items():
+        logger.warning("%s: %s in %d record(s); the first: %s", dataset.source.path, kind, count, first_warning[kind])
+    if num_paths and num_missing == num_paths:
+        raise DataError(
+            f"none of the {num_paths} image(s) or video(s) that were looked for is there, so {dataset.media_place} is "
+            f"wrong. The first: {first_missing}"
+        )
+    problems = dict(sorted(problems.items()))
+    if problems and dataset.limit.on_bad_record == "raise":
+        remark = f", and {num_missing} of {num_paths} media file(s) are missing" if num_missing else ""
+        lines = "\n  ".join(str(problem) for problem in list(problems.values())[:_SHOWN])
+        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise DataError(
+            f"{dataset.source.path} has {len(problems)} bad record(s){remark}; correct them, or leave them out with "
+            f"--on_bad_record skip:\n  {lines}{more}"
+        )
+    return problems

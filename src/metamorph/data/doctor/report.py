@@ -53,19 +53,30 @@ Sample = tuple[str, dict[str, Any]]
 def write_reports(
     folder: Path, diagnosis: Diagnosis, samples: Sequence[Sample], processor: MetaMorphProcessor
 ) -> tuple[Path, Path]:
-    """Write report.json and report.html, and return their paths.
-
-    Args:
-        folder: Where to; created if needed.
-        diagnosis: What was found.
-        samples: Examples to show with their label masks.
-        processor: Made the examples.
-    """
+    """Write report.json and report.html, and return their paths; `samples` are shown with their label masks."""
     folder.mkdir(parents=True, exist_ok=True)
     report = make_report(diagnosis)
     json_path, html_path = folder / JSON_FILE, folder / HTML_FILE
     json_path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    html_path.write_text(render_page(diagnosis, report, samples, processor), encoding="utf-8")
+    usable = diagnosis.rows[diagnosis.rows["tokens"] >= 0]
+    histograms = [
+        _histogram("Tokens of a record", usable["tokens"], diagnosis.model_max_length),
+        _histogram("Tokens with text loss", usable["text_targets"]),
+        _histogram("Images of a record", usable["images"]),
+        _histogram("Answer images of a record", usable["answer_images"]),
+        _box_histogram(report["statistics"]["box_shares"]),
+    ]
+    page = render(
+        "data_check.html.jinja",
+        report=report,
+        statistics=report["statistics"],
+        meanings={**BAD_RECORD_KINDS, **WARNINGS},
+        shown_per_kind=SHOWN_PER_KIND,
+        histograms=[item for item in histograms if item],
+        samples=[_sample_card(*sample, processor) for sample in samples],
+        quantities=QUANTITIES,
+    )
+    html_path.write_text(page, encoding="utf-8")
     return json_path, html_path
 
 
@@ -77,7 +88,8 @@ def pick_samples(dataset: MixtureDataset, diagnosis: Diagnosis, count: int) -> l
     for number, name in enumerate(diagnosis.sources):
         indices = rows["index"][rows["source"] == number]
         for index in indices[spread(len(indices), share)].tolist():
-            record = dataset.record(index)
+            source, place = dataset.locate(index)
+            record = source.record(place)
             title = f"{name}:{line_of(record.where, index)}" + (f" · {record.id}" if record.id != record.where else "")
             title = title.encode("utf-8", "backslashreplace").decode()  # an id may contain half a character
             samples.append((title, dataset[index]))
@@ -86,20 +98,9 @@ def pick_samples(dataset: MixtureDataset, diagnosis: Diagnosis, count: int) -> l
 
 def make_report(diagnosis: Diagnosis) -> dict[str, Any]:
     """The content of report.json: `records` checked, `ok` ones among them, all `problems`, `by_kind`, `statistics`."""
-    return {
-        "records": len(diagnosis.rows),
-        "ok": diagnosis.num_ok,
-        "problems": [asdict(problem) for problem in diagnosis.problems],
-        "by_kind": diagnosis.by_kind(),
-        "statistics": _statistics(diagnosis),
-    }
-
-
-def _statistics(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Numbers on the records that can be trained on, in total and for each source."""
     rows = diagnosis.rows
-    usable = rows[rows["tokens"] >= 0]
-    return {
+    usable = rows[rows["tokens"] >= 0]  # the records that can be trained on
+    statistics = {
         "total_records": diagnosis.total_records,
         "usable_records": len(usable),
         "seconds": round(diagnosis.seconds, 2),
@@ -111,6 +112,13 @@ def _statistics(diagnosis: Diagnosis) -> dict[str, Any]:
         "settings": diagnosis.settings,
         "note": diagnosis.note,
         "sources": {name: _source_row(rows[rows["source"] == number]) for number, name in enumerate(diagnosis.sources)},
+    }
+    return {
+        "records": len(rows),
+        "ok": diagnosis.num_ok,
+        "problems": [asdict(problem) for problem in diagnosis.problems],
+        "by_kind": diagnosis.by_kind(),
+        "statistics": statistics,
     }
 
 
@@ -126,31 +134,6 @@ def _packing(lengths: np.ndarray, model_max_length: int | None) -> dict[str, Any
         "efficiency": round(tokens / (rows * model_max_length), 4),
         "unpacked_efficiency": round(tokens / (len(lengths) * model_max_length), 4),
     }
-
-
-def render_page(
-    diagnosis: Diagnosis, report: dict[str, Any], samples: Sequence[Sample], processor: MetaMorphProcessor
-) -> str:
-    """The page as HTML, images included."""
-    usable = diagnosis.rows[diagnosis.rows["tokens"] >= 0]
-    statistics = report["statistics"]
-    histograms = [
-        _histogram("Tokens of a record", usable["tokens"], diagnosis.model_max_length),
-        _histogram("Tokens with text loss", usable["text_targets"]),
-        _histogram("Images of a record", usable["images"]),
-        _histogram("Answer images of a record", usable["answer_images"]),
-        _box_histogram(statistics["box_shares"]),
-    ]
-    return render(
-        "data_check.html.jinja",
-        report=report,
-        statistics=statistics,
-        meanings={**BAD_RECORD_KINDS, **WARNINGS},
-        shown_per_kind=SHOWN_PER_KIND,
-        histograms=[item for item in histograms if item],
-        samples=[_sample_card(*sample, processor) for sample in samples],
-        quantities=QUANTITIES,
-    )
 
 
 def _summary(values: np.ndarray) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import BaseImageProcessor
 
@@ -77,14 +76,12 @@ def text_of(ids: Sequence[int], processor: MetaMorphProcessor) -> str:
 
 def images_of(example: dict[str, Any], image_processor: BaseImageProcessor) -> list[Image.Image]:
     """The images of an example as the vision tower sees them: square, and at its resolution."""
-    return [to_image(pixels, image_processor) for pixels in example.get("pixel_values", ())]
-
-
-def to_image(pixels: torch.Tensor, image_processor: BaseImageProcessor) -> Image.Image:
-    """Undo rescaling and normalisation of one image: float32 `[3, height, width]`."""
-    values = pixels.numpy().transpose(1, 2, 0)  # (height, width, 3)
-    if image_processor.do_normalize:
-        values = values * np.asarray(image_processor.image_std) + np.asarray(image_processor.image_mean)
-    if image_processor.do_rescale:
-        values = values / image_processor.rescale_factor
-    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+    images = []
+    for pixels in example.get("pixel_values", ()):  # float32 (3, height, width), rescaled and normalised
+        values = pixels.numpy().transpose(1, 2, 0)  # (height, width, 3)
+        if image_processor.do_normalize:
+            values = values * np.asarray(image_processor.image_std) + np.asarray(image_processor.image_mean)
+        if image_processor.do_rescale:
+            values = values / image_processor.rescale_factor
+        images.append(Image.fromarray(values.round().clip(0, 255).astype(np.uint8)))
+    return images

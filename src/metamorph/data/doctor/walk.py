@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from metamorph.data.doctor.boxes import check_boxes
-from metamorph.data.media.stores import media_of
+from metamorph.data.media.refs import Box, ImageRef
+from metamorph.data.media.stores import MediaStore, image_size, media_of
 from metamorph.data.records import Record, RecordError, Turn, UnsupervisedRecordError
 from metamorph.data.remarks import remarks
 from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from metamorph.data.dataset import MixtureDataset
     from metamorph.data.examples import ConversationDataset
 
+BOX_WARNINGS = {
+    "box_outside": "a box reaches beyond its image, and is clipped",
+    "box_format": "right and bottom of a box seem to be read as its width and height",
+}
+"""Problems of boxes that training accepts."""
+
+_BOX_ROUNDING = 1.0
+"""Pixels by which annotation tools may exceed the image."""
 _BATCH = 16
 _IMAGE_WRAPPERS = 2
 """`<image_start>` and `<image_end>`: truncation removes at most one image more than the limit requires."""
@@ -60,15 +68,10 @@ def walk(
     media_place: str | None = None,
     num_workers: int = 0,
 ) -> Iterator[Finding]:
-    """Check records one by one.
+    """Check records one by one; the data set must raise their errors.
 
-    Args:
-        dataset: The data; it must raise the errors of its records (`record` and `conversation` always do).
-        indices: Which records.
-        desc: Text of the progress bar.
-        media_place: None builds every training example, so media are decoded. Otherwise the check only looks whether
-            the media files exist, and this is where error messages say it looked.
-        num_workers: Processes that check records; 0 checks them in this one.
+    With `media_place=None` every training example is built, so media are decoded. Otherwise the check only looks
+    whether the media files exist, and `media_place` is where error messages say it looked.
     """
     loader: DataLoader[Finding] = DataLoader(
         _Findings(dataset, indices, media_place),
@@ -104,79 +107,71 @@ class _Findings(Dataset[Finding]):
 
     def __getitem__(self, place: int) -> Finding:
         index = int(self.indices[place])
+        source, number = self.dataset.locate(index)
         warnings: list[tuple[str, str]] = []
         values: dict[str, Any] = {"where": "", "record_id": None}
         try:
-            record = self.dataset.record(index)
+            record = source.record(number)
             values |= {"where": record.where, "record_id": record.id}
-            if self.media_place is None:
-                values |= self._try_out(index, record, warnings)
-            else:
-                values |= self._look_for_media(index, record, warnings, self.media_place)
+            look = self._try_out if self.media_place is None else self._look_for_media
+            values |= look(source, number, record, warnings)
         except RecordError as error:
             values |= {"error": error, "where": error.where, "record_id": error.record_id or values["record_id"]}
             if isinstance(error, UnsupervisedRecordError):  # perhaps because it was truncated
-                warnings += self._over_long(self.dataset.measure(index), None)
+                warnings += _over_long(source.model_max_length, source.measure(number), None)
         return Finding(index, warnings=tuple(warnings), **values)
 
     def _look_for_media(
-        self, index: int, record: Record, warnings: list[tuple[str, str]], media_place: str
+        self, source: ConversationDataset, number: int, record: Record, warnings: list[tuple[str, str]]
     ) -> dict[str, Any]:
         """Check that the files of a record exist. A video is not opened, so its conversation is not built."""
         if record.video is not None:
             paths, what = [record.video], "video"
         else:
-            conversation = self.dataset.conversation(index)
+            conversation = source.conversation(number)
             paths, what = list(dict.fromkeys(image.path for image in conversation.images)), "image"
             warnings += remarks(record, conversation.turns, paths)
-        store = self.dataset.store(index)
+        store = source.store(number)
         with media_of(record):
             missing = [path for path in paths if not store.exists(path)]
         error = None
         if missing:
-            detail = f"there is no {what} file {missing[0]}; is {media_place} right?"
+            detail = f"there is no {what} file {missing[0]}; is {self.media_place} right?"
             error = record.error(f"missing_{what}", detail)
         return {"paths": tuple(paths), "num_missing": len(missing), "error": error}
 
-    def _try_out(self, index: int, record: Record, warnings: list[tuple[str, str]]) -> dict[str, Any]:
+    def _try_out(
+        self, source: ConversationDataset, number: int, record: Record, warnings: list[tuple[str, str]]
+    ) -> dict[str, Any]:
         """Build the example of a record, and measure it."""
-        conversation = self.dataset.conversation(index)
+        conversation = source.conversation(number)
         paths = tuple(ref.path for ref in conversation.images)
         warnings += _faults_of_turns(conversation.turns, self.control_tokens)
         warnings += remarks(record, conversation.turns, paths)
-        example = self.dataset[index]
-        tokens, images, answer_images = lengths = self._lengths(index, example)
-        faults, shares = check_boxes(conversation.images, self.dataset.store(index))
+        example = source[number]
+        count, limit = source.processor.num_image_tokens, source.model_max_length
+        kept_tokens, kept_images = len(example["input_ids"]), len(example.get("pixel_values", ()))
+        sizes = kept_tokens, kept_images, int(example["visual_target_mask"].sum()) // count
+        if limit is not None and kept_tokens > limit - count - _IMAGE_WRAPPERS:  # it may have been truncated
+            sizes = source.measure(number)[:3]
+        faults, shares = check_boxes(conversation.images, source.store(number))
         warnings += faults
-        warnings += self._over_long(lengths, example)
+        warnings += _over_long(limit, sizes, (kept_tokens, kept_images))
         text_targets = int((example["labels"] != IGNORE_INDEX).sum())
-        sizes = (tokens, len(example["input_ids"]), text_targets, images, answer_images)
-        return {"paths": paths, "sizes": sizes, "box_shares": tuple(shares)}
+        return {"paths": paths, "sizes": (sizes[0], kept_tokens, text_targets, *sizes[1:]), "box_shares": tuple(shares)}
 
-    def _lengths(self, index: int, example: dict[str, Any]) -> tuple[int, int, int]:
-        """Tokens, images and answer images before truncation; measured only if the example may have been truncated."""
-        count = self.dataset.processor.num_image_tokens
-        tokens, limit = len(example["input_ids"]), self.dataset.model_max_length
-        if limit is not None and tokens > limit - count - _IMAGE_WRAPPERS:
-            return self.dataset.measure(index)[:3]
-        images = example.get("pixel_values")
-        answers = int(example["visual_target_mask"].sum()) // count
-        return tokens, 0 if images is None else len(images), answers
 
-    def _over_long(self, lengths: Sequence[int], example: dict[str, Any] | None) -> list[tuple[str, str]]:
-        """What training would cut off; `example` is None if nothing to learn would be left."""
-        limit = self.dataset.model_max_length
-        tokens, images = lengths[:2]
-        if limit is None or tokens <= limit:
-            return []
-        text = f"the record has {tokens} tokens, more than --model_max_length {limit}: "
-        if example is None:
-            return [("over_long", f"{text}nothing to learn is left at that length; shorten or split it")]
-        pixels = example.get("pixel_values")
-        lost = images - (0 if pixels is None else len(pixels))
-        dropped = f" and {lost} of {images} image(s)" if lost else ""
-        text += f"its last {tokens - len(example['input_ids'])} tokens{dropped} would be cut off; shorten or split it"
-        return [("over_long", text)]
+def _over_long(limit: int | None, sizes: Sequence[int], kept: tuple[int, int] | None) -> list[tuple[str, str]]:
+    """What training would cut off of `sizes` (tokens, images); `kept` is None if nothing to learn is left."""
+    tokens, images = sizes[:2]
+    if limit is None or tokens <= limit:
+        return []
+    text = f"the record has {tokens} tokens, more than --model_max_length {limit}: "
+    if kept is None:
+        return [("over_long", f"{text}nothing to learn is left at that length; shorten or split it")]
+    dropped = f" and {images - kept[1]} of {images} image(s)" if images > kept[1] else ""
+    text += f"its last {tokens - kept[0]} tokens{dropped} would be cut off; shorten or split it"
+    return [("over_long", text)]
 
 
 def _faults_of_turns(turns: Sequence[Turn], control_tokens: re.Pattern[str]) -> Iterator[tuple[str, str]]:
@@ -201,3 +196,42 @@ def _control_tokens(processor: MetaMorphProcessor) -> re.Pattern[str]:
     names |= {DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN}
     # Short ones are ordinary markup: <s> strikes out, <b> is bold.
     return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if len(name) > 4))
+
+
+def check_boxes(images: Sequence[ImageRef], store: MediaStore) -> tuple[list[tuple[str, str]], list[float]]:
+    """Compare the boxes of a conversation with the sizes of their images, from the headers of the files.
+
+    Returns:
+        Kind and detail of each problem, and the share of its image that each box covers.
+    """
+    found, shares = [], []
+    for ref in images:
+        boxes = [*([] if ref.box is None else [ref.box]), *(box for _, box in ref.boxes)]
+        if not boxes or ref.time is not None:
+            continue
+        width, height = image_size(ref.path, store)
+        for box in boxes:
+            shares.append(box.share(width, height))
+            if (fault := _fault(box, width, height)) is not None:
+                found.append((fault[0], f"{ref.path} ({width}x{height} pixels): {fault[1]}"))
+    return found, shares
+
+
+def _fault(box: Box, width: int, height: int) -> tuple[str, str] | None:
+    x, y = (width, height) if box.relative else (1, 1)
+    left, top, right, bottom = box.left * x, box.top * y, box.right * x, box.bottom * y
+    if min(left, top) >= -_BOX_ROUNDING and right <= width + _BOX_ROUNDING and bottom <= height + _BOX_ROUNDING:
+        return None
+    numbers = f"the box {box.left:g}, {box.top:g}, {box.right:g}, {box.bottom:g} (left, top, right, bottom)"
+    third, fourth = right - left, bottom - top  # as the record has them, if it gives width and height
+    if box.from_size and 0 <= left < third <= width + _BOX_ROUNDING and 0 <= top < fourth <= height + _BOX_ROUNDING:
+        return (
+            "box_format",
+            f"{numbers} reaches beyond the image, but would fit if its last two numbers were right and bottom; "
+            "set box_format: xyxy in the source's options if they are",
+        )
+    return (
+        "box_outside",
+        f"{numbers} reaches beyond the image and is clipped; correct it, or box_units, or the size of the image: boxes "
+        "are in pixels of the upright image as the file is now",
+    )

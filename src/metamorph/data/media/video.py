@@ -55,6 +55,10 @@ class VideoInfo:
     """Time of each frame in seconds; ascending, at least one, the first is 0."""
     duration: float
     """Length in seconds, including the time for which the last frame is shown."""
+    stamps: tuple[int, ...] = ()
+    """Time stamp of each frame in units of the stream's time base, ascending."""
+    keys: tuple[int, ...] = ()
+    """Time stamps of the frames at which decoding can start, ascending; the first frame is always included."""
 
     @property
     def num_frames(self) -> int:
@@ -69,16 +73,24 @@ class VideoInfo:
 def probe_video(file: VideoFile, *, name: str | None = None) -> VideoInfo:
     """Read the times of the frames of a video. Nothing is decoded, but the file is read to its end.
 
-    Args:
-        file: The video.
-        name: Its name in error messages; by default its path.
+    The result for a file on disk is cached, because its frames are read soon after. `name` is used in error messages.
 
     Raises:
         MediaError: If there is no such file, it is not a video of one of `CONTAINERS` and `CODECS`, or its frames have
             more than `MAX_IMAGE_PIXELS`.
         ModuleNotFoundError: Without PyAV.
     """
-    return _index(file, name).info
+    if isinstance(file, (str, os.PathLike)) and os.path.isfile(file):
+        status = os.stat(file)
+        return _probe_path(os.fspath(file), name, status.st_size, status.st_mtime_ns)
+    with _decoding(file, name) as (container, stream, _):
+        return _scan(container, stream)
+
+
+@lru_cache(maxsize=16)
+def _probe_path(path: str, name: str | None, size: int, mtime_ns: int) -> VideoInfo:
+    with _decoding(path, name) as (container, stream, _):
+        return _scan(container, stream)
 
 
 def read_frames(file: VideoFile, times: Sequence[float], *, name: str | None = None) -> list[Image.Image]:
@@ -90,39 +102,13 @@ def read_frames(file: VideoFile, times: Sequence[float], *, name: str | None = N
         MediaError: As [`probe_video`], or if a frame cannot be decoded.
         ModuleNotFoundError: Without PyAV.
     """
-    index = _index(file, name)
-    wanted = [index.stamps[index.info.frame_at(time)] for time in times]
+    info = probe_video(file, name=name)
+    wanted = [info.stamps[info.frame_at(time)] for time in times]
     with _decoding(file, name) as (container, stream, name):
-        decoded = {stamp: _upright(frame) for stamp, frame in _decode(container, stream, sorted({*wanted}), index)}
+        decoded = {stamp: _upright(frame) for stamp, frame in _decode(container, stream, sorted({*wanted}), info)}
     if len(decoded) < len({*wanted}):
         raise MediaError("unreadable_video", f"{name} has no frame that can be decoded; replace it")
     return [decoded[stamp] for stamp in wanted]
-
-
-@dataclass(frozen=True)
-class _Index:
-    """Where the frames of a stream are, in units of its time base."""
-
-    info: VideoInfo
-    stamps: tuple[int, ...]
-    """Time stamp of each frame, ascending."""
-    keys: tuple[int, ...]
-    """Time stamps of the frames at which decoding can start, ascending; the first frame is always included."""
-
-
-def _index(file: VideoFile, name: str | None) -> _Index:
-    """The index of a video. That of a file on disk is cached, because its frames are read soon after."""
-    if isinstance(file, (str, os.PathLike)) and os.path.isfile(file):
-        status = os.stat(file)
-        return _index_of_path(os.fspath(file), name, status.st_size, status.st_mtime_ns)
-    with _decoding(file, name) as (container, stream, _):
-        return _scan(container, stream)
-
-
-@lru_cache(maxsize=16)
-def _index_of_path(path: str, name: str | None, size: int, mtime_ns: int) -> _Index:
-    with _decoding(path, name) as (container, stream, _):
-        return _scan(container, stream)
 
 
 @contextmanager
@@ -172,7 +158,7 @@ def _decoding(file: VideoFile, name: str | None) -> Iterator[tuple[Any, Any, str
         raise MediaError("unreadable_video", f"{name} cannot be read as a video ({reason}); replace it") from error
 
 
-def _scan(container: Any, stream: Any) -> _Index:
+def _scan(container: Any, stream: Any) -> VideoInfo:
     """Read the time stamps of all packets. The number of frames in a header is often missing or wrong."""
     stamps, keys, end = set(), set(), 0
     for packet in container.demux(stream):
@@ -186,26 +172,27 @@ def _scan(container: Any, stream: Any) -> _Index:
     if not stamps:
         raise ValueError("it has no frame with a time stamp")
     first, unit = min(stamps), Fraction(stream.time_base)
-    info = VideoInfo(
+    return VideoInfo(
         times=tuple(float((stamp - first) * unit) for stamp in sorted(stamps)),
         duration=float((max(end, *stamps, first) - first) * unit),
+        stamps=tuple(sorted(stamps)),
+        keys=tuple(sorted(keys | {first})),
     )
-    return _Index(info, tuple(sorted(stamps)), tuple(sorted(keys | {first})))
 
 
-def _decode(container: Any, stream: Any, wanted: Sequence[int], index: _Index) -> Iterator[tuple[int, Any]]:
+def _decode(container: Any, stream: Any, wanted: Sequence[int], info: VideoInfo) -> Iterator[tuple[int, Any]]:
     """Each of the ascending time stamps with its frame; where there is none (a packet may have no visible frame), the
     one before it, as in a player.
     """
     frames = _stamped(container, stream)
     shown, following = None, next(frames, None)
     for stamp in wanted:
-        key = index.keys[bisect_right(index.keys, stamp) - 1]
+        key = info.keys[bisect_right(info.keys, stamp) - 1]
         if following is not None and key > following.pts:
             frames = _stamped(container, stream, seek_to=key)
             shown, following = None, next(frames, None)
             if following is None or following.pts > stamp:  # some containers cannot seek exactly
-                frames = _stamped(container, stream, seek_to=index.stamps[0])
+                frames = _stamped(container, stream, seek_to=info.stamps[0])
                 following = next(frames, None)
         while following is not None and following.pts <= stamp:
             shown, following = following, next(frames, None)

@@ -68,13 +68,9 @@ class FileStamp:
 
 
 class Index:
-    """Arrays about files, memory-mapped if they were saved, and the files themselves, read at any offset.
+    """Arrays about files, memory-mapped if they were saved (then `arrays` is their folder), and the files themselves.
 
     Copies in other processes, forked or spawned, map the same memory.
-
-    Args:
-        stamps: The files as they were when the arrays were made.
-        arrays: The arrays, or the folder that contains them.
     """
 
     def __init__(self, stamps: Sequence[FileStamp], arrays: Mapping[str, np.ndarray] | Path) -> None:
@@ -86,7 +82,6 @@ class Index:
         self._arrays = dict(arrays)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The array of that name; do not write to it."""
         return self._arrays[name]
 
     def __contains__(self, name: str) -> bool:
@@ -137,16 +132,11 @@ class Index:
 
 
 def index_files(files: Sequence[Path], kind: str, build: Callable[[], dict[str, np.ndarray]]) -> Index:
-    """Open the saved index of files, or make and save it.
+    """Open the saved index of files, or make it with `build` and save it; indexes of different kinds are apart.
 
     Several processes may ask at once, as the ranks of a run do: the first makes the index, the others wait. If the
     files have changed since it was saved (in size or time of change), or the saved index is damaged, it is made again.
-    If the cache folder is not writable, each process makes its own index.
-
-    Args:
-        files: The files.
-        kind: What the index is of; indexes of different kinds do not disturb each other.
-        build: Makes the arrays; none may be empty.
+    If the cache folder is not writable, each process makes its own index. No array may be empty.
 
     Raises:
         DataError: If a file is not a regular file, or changes meanwhile.

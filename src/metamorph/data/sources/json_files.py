@@ -37,10 +37,6 @@ class JsonlSource:
         self.path = Path(path)
         self.index = index_files([self.path], "lines", lambda: scan_lines(self.path))
 
-    def fingerprint(self) -> str:
-        """Changes when the file does."""
-        return self.index.fingerprint()
-
     def __len__(self) -> int:
         return len(self.index["offsets"]) - 1
 
@@ -83,48 +79,37 @@ def scan_lines(path: Path) -> dict[str, np.ndarray]:
         records count as the end of the first. Only if there are such lines, `lines` uint64 `[records]`: the numbers
         of the records' lines, from 1.
     """
-    starts, suspects = [], []
-    size = path.stat().st_size
-    offset, at_start = 0, True
-    buffer = bytearray(CHUNK_BYTES)
-    with path.open("rb", buffering=0) as file, _progress(path, size) as bar:
-        while count := file.readinto(buffer):
-            chunk = np.frombuffer(buffer, dtype=np.uint8, count=count)
-            begins = np.flatnonzero(chunk == ord("\n")) + 1
-            if at_start:
-                begins = np.concatenate([[_mark_length(buffer) if offset == 0 else 0], begins])
-            at_start = begins[-1:].tolist() == [count]  # the next line begins with the next chunk
-            if at_start:
-                begins = begins[:-1]
-            starts.append((begins + offset).astype(np.uint64))
-            # A line that begins with a letter is not blank; the few others are read below.
-            suspects.append(starts[-1][np.isin(chunk[begins], list(_SPACE))])
+    starts, is_record = array("Q", [0]), array("B", [False])  # of each line
+    offset = 0
+    buffer = bytearray(CHUNK_BYTES + 1)
+    with path.open("rb", buffering=0) as file, _progress(path, path.stat().st_size) as bar:
+        while count := file.readinto(memoryview(buffer)[:-1]):
+            if offset == 0:
+                starts[0] = _mark_length(buffer)
+                buffer[: starts[0]] = b" " * starts[0]
+            buffer[count] = ord(" ")  # so that there is something after the last end of line
+            chunk = np.frombuffer(buffer, dtype=np.uint8, count=count + 1)
+            begins = np.append(0, np.flatnonzero(chunk == ord("\n")) + 1)
+            ends = np.append(begins[1:], count)
+            has_text = ~np.isin(chunk[begins], list(_SPACE))
+            for place in np.flatnonzero(~has_text):  # few lines begin with white space
+                has_text[place] = bool(buffer[begins[place] : ends[place]].strip(_SPACE))
+            is_record[-1] |= has_text[0]  # the line of the previous chunk continues
+            starts.frombytes((ends[:-1] + offset).astype(np.uint64).tobytes())
+            is_record.frombytes(has_text[1:].tobytes())
             offset += count
             bar.update(count)
-    offsets = np.concatenate([*starts, [np.uint64(offset)]]).astype(np.uint64)
-    blank = _blank_lines(path, offsets, np.concatenate(suspects) if suspects else offsets[:0])
-    if not blank:
+    if starts[-1] == offset:  # nothing follows the last end of line
+        del starts[-1], is_record[-1]
+    records = np.flatnonzero(np.frombuffer(is_record, dtype=bool)).astype(np.uint64)
+    offsets = np.append(np.frombuffer(starts, dtype=np.uint64)[records], np.uint64(offset))
+    if len(records) == len(starts):
         return {"offsets": offsets}
-    kept = np.delete(np.arange(len(offsets) - 1, dtype=np.uint64), blank)
-    return {"offsets": np.append(offsets[kept], offsets[-1]), "lines": kept + np.uint64(1)}
+    return {"offsets": offsets, "lines": records + np.uint64(1)}
 
 
 def _mark_length(start: bytes | bytearray) -> int:
     return len(BYTE_ORDER_MARK) if start.startswith(BYTE_ORDER_MARK) else 0
-
-
-def _blank_lines(path: Path, offsets: np.ndarray, suspects: np.ndarray) -> list[int]:
-    """Numbers of the lines that are only white space, among those that begin at the offsets `suspects`."""
-    blank = []
-    with path.open("rb") as file:
-        for number in np.searchsorted(offsets, suspects).tolist():
-            start, end = offsets[number : number + 2].tolist()
-            file.seek(start)
-            while start < end and not file.read(min(end - start, CHUNK_BYTES)).strip(_SPACE):
-                start += CHUNK_BYTES
-            if start >= end:
-                blank.append(number)
-    return blank
 
 
 def scan_array(path: Path) -> dict[str, np.ndarray]:

@@ -14,8 +14,6 @@ from metamorph.data.sources.json_files import JsonArraySource, JsonlSource
 from metamorph.data.sources.tars import TarSource
 
 
-__all__ = ["JsonArraySource", "JsonlSource", "Source", "TarSource", "expand_pattern", "is_tar_pattern", "open_source"]
-
 ALLOWED = "a .json or .jsonl file of records, tar files (shard-{000..099}.tar), or a mixture (.yaml)"
 """What `--data_path` accepts, for error messages."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -32,14 +30,12 @@ Source = JsonlSource | TarSource
 
 
 def open_source(path: str | os.PathLike[str], flag: str = "--data_path") -> Source:
-    """Open files of records. A file that begins with `[` is a JSON array, any other JSON Lines.
+    """Open files of records: tars (one, or a pattern for [`expand_pattern`]), or a file.
 
-    Args:
-        path: A `.json` or `.jsonl` file, or tars: one, or a pattern such as `shard-{000..099}.tar` or `shard-*.tar`.
-        flag: Name of the flag in error messages.
+    A file that begins with `[` is a JSON array, any other JSON Lines.
 
     Raises:
-        DataError: If there is no such file, it has no records, or an array or a tar cannot be read.
+        DataError: If there is no such file, it has no records, or an array or a tar cannot be read; it names `flag`.
     """
     if is_tar_pattern(path):
         return TarSource(expand_pattern(path))
@@ -66,9 +62,8 @@ def is_tar_pattern(path: str | os.PathLike[str]) -> bool:
 def expand_pattern(pattern: str | os.PathLike[str]) -> list[Path]:
     """The files that a pattern names, in order.
 
-    Args:
-        pattern: May contain `{000..099}` (leading zeros are kept), `{a,b}`, `*`, `?` and `[...]`. A file whose name is
-            the pattern itself takes precedence.
+    It may contain `{000..099}` (leading zeros are kept), `{a,b}`, `*`, `?` and `[...]`. A file whose name is the
+    pattern itself takes precedence.
 
     Raises:
         DataError: If a file that the braces name is missing, nothing matches, a file is named twice, or the pattern is
@@ -83,7 +78,7 @@ def expand_pattern(pattern: str | os.PathLike[str]) -> list[Path]:
     if os.path.exists(pattern):
         return [Path(pattern)]
     paths: dict[Path, None] = {}
-    missing, num_missing = "", 0
+    missing = []
     for name in _expand_braces(pattern):
         found = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * os.path.exists(name)
         for path in map(Path, found):
@@ -91,10 +86,10 @@ def expand_pattern(pattern: str | os.PathLike[str]) -> list[Path]:
                 raise DataError(f"--data_path {pattern}: it names {path} twice; correct its braces")
             paths[path] = None
         if not found:
-            missing, num_missing = missing or name, num_missing + 1
+            missing.append(name)
     if missing:
-        more = f" and {num_missing - 1} more" if num_missing > 1 else ""
-        raise DataError(f"--data_path {pattern}: {missing}{more} does not exist; check the pattern and its numbers")
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(f"--data_path {pattern}: {missing[0]}{more} does not exist; check the pattern and its numbers")
     return list(paths)
 
 

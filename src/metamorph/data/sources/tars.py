@@ -45,22 +45,12 @@ class TarSource:
     The `.json` member of a sample is its record. `"image"` (`"video"`) are its image (video) members, unless the JSON
     has such a field; text members become fields: `key.txt` is `"caption"`, `key.edit.txt` is `"edit"`. Without a
     `.json` member, the record consists of the others alone. Its id is the key, unless the JSON has an `"id"`.
-
-    Args:
-        paths: The uncompressed tars.
-
-    Raises:
-        DataError: If one is missing, damaged or compressed.
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike[str]]) -> None:
         self.paths = tuple(Path(path) for path in paths)
         self.path = self.paths[0]
         self.index = index_files(self.paths, "tars", lambda: scan_tars(self.paths))
-
-    def fingerprint(self) -> str:
-        """Changes when one of the tars does."""
-        return self.index.fingerprint()
 
     def __len__(self) -> int:
         return len(self.index["samples"]) - 1
@@ -274,12 +264,7 @@ def _end_of_sparse_map(file: int, header: bytes, offset: int) -> int:
 
 
 def _parse_attributes(kind: bytes, content: bytes) -> dict[bytes, bytes]:
-    """Attributes of a member that its header has no room for, by the names of the pax format.
-
-    Args:
-        kind: Type of the header of the attributes.
-        content: What follows that header.
-    """
+    """Attributes that the header of a member has no room for, by their names in the pax format."""
     if kind == tarfile.GNUTYPE_LONGNAME:
         return {b"path": content.partition(b"\0")[0]}
     if kind not in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
@@ -298,7 +283,6 @@ def _parse_attributes(kind: bytes, content: bytes) -> dict[bytes, bytes]:
 
 
 def _apply(attributes: dict[bytes, bytes], member: tarfile.TarInfo) -> None:
-    """Set the attributes that preceded a member."""
     if b"path" in attributes:
         member.name = attributes[b"path"].decode("utf-8", "surrogateescape").rstrip("/")
     if b"size" in attributes:
@@ -312,8 +296,7 @@ def _apply(attributes: dict[bytes, bytes], member: tarfile.TarInfo) -> None:
 
 def _read_record(sample: TarSample, where: str) -> Any:
     """The record of a sample; fields of its JSON take precedence."""
-    texts = [name for name in sample.names if name.lower().endswith((".json", ".txt"))]
-    jsons = [name for name in texts if name.lower().endswith(".json")]
+    jsons = [name for name in sample.names if name.lower().endswith(".json")]
     if len(jsons) > 1:
         raise RecordError.at(where, "bad_field", f"the sample has {len(jsons)} JSON members; keep one", sample.key)
     value = parse_json(_read_text(sample, jsons[0], where), where) if jsons else {}
@@ -327,21 +310,17 @@ def _read_record(sample: TarSample, where: str) -> Any:
         found["image"] = images[0] if len(images) == 1 else images
     if videos and "image" not in value:
         found["video"] = videos[0]
-    for name in set(texts) - set(jsons):
-        field = split_name(name)[1].rpartition(".")[0] or "caption"
-        found[field] = _decode(_read_text(sample, name, where), name, where)
+    for name in sample.names:
+        if name.lower().endswith(".txt"):
+            field = split_name(name)[1].rpartition(".")[0] or "caption"
+            try:
+                found[field] = _read_text(sample, name, where).decode("utf-8-sig").strip()
+            except UnicodeDecodeError as error:
+                fault = f"the member {name} is not UTF-8 ({error.reason} at byte {error.start})"
+                raise RecordError.at(where, "broken_line", fault) from error
     return found | value
 
 
 def _read_text(sample: TarSample, name: str, where: str) -> bytes:
     check_length(sample.size(name), f"{where} ({name})")
     return sample.read(name)
-
-
-def _decode(text: bytes, name: str, where: str) -> str:
-    try:
-        return text.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise RecordError.at(
-            where, "broken_line", f"the member {name} is not UTF-8 ({error.reason} at byte {error.start})"
-        ) from error

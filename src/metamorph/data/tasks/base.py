@@ -57,13 +57,7 @@ class Task:
     def __call__(
         self, record: Record, rng: np.random.Generator, options: Any, video: VideoInfo | None = None
     ) -> Conversation:
-        """Make the conversation of a record, and check it; no file is opened.
-
-        Args:
-            record: The record.
-            rng: Picks wordings, templates and frames.
-            options: An `options_type`, see [`parse_options`].
-            video: Facts about the record's video, for tasks that need one.
+        """Make the conversation of a record, and check it; no file is opened. `rng` picks wordings and frames.
 
         Raises:
             RecordError: If the record does not fit the task.

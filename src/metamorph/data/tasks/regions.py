@@ -129,17 +129,7 @@ def _parse_crop(record: Record, text: str, options: VisualCotOptions) -> ImageRe
 
 
 def _parse_box(record: Record, values: Any, where: str, options: BoxOptions) -> Box:
-    """Make a box of four numbers.
-
-    Args:
-        record: The record, for errors.
-        values: Left, top, right and bottom.
-        where: The text that errors quote.
-        options: Say what the numbers mean.
-
-    Raises:
-        RecordError: If they are not four numbers that enclose an area, or obviously in the other unit.
-    """
+    """A box of four numbers that enclose an area and are not obviously in the other unit; errors quote `where`."""
     relative, has_size = options.box_units == "relative", options.box_format == "xywh"
     form = "[x, y, width, height], width and height above 0" if has_size else "[x1, y1, x2, y2], x1 < x2, y1 < y2"
     if (

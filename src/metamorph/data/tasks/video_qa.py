@@ -47,14 +47,12 @@ def _video_qa(
         turns[questions[0]] = Turn("user", f"{DEFAULT_IMAGE_TOKEN}\n{turns[questions[0]].text}")
     frames = DEFAULT_IMAGE_TOKEN * len(times)
     return Conversation(
-        turns=tuple(Turn(turn.role, _with_frames(turn.text, frames)) for turn in turns),
+        turns=tuple(
+            Turn(turn.role, "".join(part if isinstance(part, str) else frames for part in split_at_images(turn.text)))
+            for turn in turns
+        ),
         images=tuple(ImageRef(record.video or "", time=time) for time in times),
     )
-
-
-def _with_frames(text: str, frames: str) -> str:
-    """The text with `frames` instead of its marker, wrapped or not."""
-    return "".join(part if isinstance(part, str) else frames for part in split_at_images(text))
 
 
 def sample_times(video: VideoInfo, fps: float, max_frames: int) -> list[float]:

@@ -6,5 +6,5 @@ What is measured?                        `evaluate.py`; for any trained model: `
 What does the report show?               `report.py`, `figures.py`
 How long does each stage take?           `clock.py`
 Which folders does a run use?            `workspace.py`
-What is the projector aligned with?      `conditions.py`
+What does the projector start from?      `conditions.py`
 """

@@ -1,4 +1,4 @@
-"""The conditions with which mini-sd itself would draw given images, for `train-visualizer --alignment_conditions`.
+"""A projector to start from, fitted to the conditions with which mini-sd itself would draw the training images.
 
 Stable Diffusion was pretrained on texts, mini-sd on the attributes of scenes. The pixel checker reads these attributes
 from the images, which gives mini-sd's own conditions. Fitting the projector to them takes seconds; through the frozen
@@ -7,41 +7,66 @@ UNet it would take many minutes of denoising.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import set_seed
 
-from metamorph.files.permissions import save_file
-from metamorph.miniature.world.cells import ATTRIBUTES, GRID, cell_labels
+from metamorph.miniature.world.cells import GRID, cell_labels
 from metamorph.miniature.world.checker import read_image
-from metamorph.miniature.world.scenes import BACKGROUNDS, Scene
+from metamorph.miniature.world.scenes import ATTRIBUTES, BACKGROUNDS, Scene
 from metamorph.runs.progress import Progress
+from metamorph.visualization.token_options import load_encoder
+from metamorph.visualizer_training.arguments import VisualizerArguments
+from metamorph.visualizer_training.build import build_projector
 from metamorph.visualizer_training.images.sources import open_images
 
 
+logger = logging.getLogger(__name__)
+
 ENCODER_FILE = "condition_encoder.safetensors"
 CONDITION_DIM = 128
+_BATCH_SIZE = 64
+_LEARNING_RATE = 4e-3
 
 
-def write_conditions(folder: Path, mini_sd: Path, file: Path) -> None:
-    """Write `conditions [images, 16, dim]` of a folder of images without jitter, in the visualizer's order."""
-    images = open_images(image_folder=folder)
+def fit_projector(args: VisualizerArguments, steps: int) -> None:
+    """Fit the projector of a run to mini-sd's conditions of its images, and write it to `args.pretrained_projector`."""
+    source = open_images(image_folder=args.image_folder)
+    images = [source.load(index) for index in range(len(source))]
     scenes = []
-    for index in Progress(range(len(images)), "reading scenes", unit="image", delay=2):
-        scene = read_image(images.load(index)).scene
+    for file, image in zip(source.files, Progress(images, "reading scenes", unit="image", delay=2), strict=True):
+        scene = read_image(image).scene
         if scene is None:
-            raise ValueError(f"{images.files[index]} shows no scene of the miniature world: its objects cannot be read")
+            raise ValueError(f"{file} shows no scene of the miniature world: its objects cannot be read")
         scenes.append(scene)
-    encoder = AttributeEncoder()
-    encoder.load_state_dict(load_file(mini_sd / ENCODER_FILE))
+    teacher = AttributeEncoder()
+    teacher.load_state_dict(load_file(Path(args.pretrained_model_name_or_path) / ENCODER_FILE))
     with torch.no_grad():
-        conditions = encoder.encode(scenes)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"conditions": conditions.contiguous()}, file)
+        conditions = teacher.encode(scenes)  # (images, 16, dim)
+    encoder = load_encoder(args).to(args.device)
+    visual_tokens = encoder.encode_images(images, args.batch_size)  # (images, 16, features)
+    set_seed(args.seed)
+    tokens = (encoder.config.num_image_tokens, encoder.num_features)
+    projector = build_projector(replace(args, pretrained_projector=None), tokens, CONDITION_DIM).to(args.device)
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(args.seed)
+    for _ in Progress(range(steps), "aligning projector", unit="step"):
+        batch = torch.randint(len(images), (_BATCH_SIZE,), generator=generator)
+        loss = F.mse_loss(projector(visual_tokens[batch]), conditions[batch].to(args.device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    logger.info("Aligned the projector with known conditions: MSE %.4f after %d steps", loss.item(), steps)
+    projector.save_pretrained(str(args.pretrained_projector))
 
 
 class AttributeEncoder(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from metamorph.evaluation.drawings import Drawing, DrawingTask, draw_tasks, encode_images, summarise
-from metamorph.evaluation.questions import Question, QuestionResults, ask, fraction
+from metamorph.evaluation.questions import AnsweredQuestion, Question, ask, fraction, summarise_answers
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
 from metamorph.inference import Prompt, SamplerSettings, Session, draw, load
 from metamorph.miniature.quickstart.recipe import EvaluationSizes, Recipe
@@ -43,7 +43,7 @@ class Redrawing:
 class WorldEvaluation:
     """Everything that was evaluated, with the images."""
 
-    questions: QuestionResults
+    questions: list[AnsweredQuestion]
     drawings: dict[str, list[Drawing]]
     """By group of `DRAWING_GROUPS`; a target is a `Scene`."""
     tokens: dict[str, dict[str, float]]
@@ -56,15 +56,9 @@ class WorldEvaluation:
             group: {**summarise(items, VERDICTS), "tokens": self.tokens[group]}
             for group, items in self.drawings.items()
         }
-        edit, next_frame = drawn.pop("edit"), drawn.pop("next_frame")
-        return {
-            "vqa": self.questions.to_dict(),
-            "generation": drawn,
-            "edit": edit,
-            "next_frame": next_frame,
-            "visualizer": self._visualizer(),
-            "image_start": self._image_start(),
-        }
+        changes = {name: drawn.pop(name) for name in ("edit", "next_frame")}
+        found = {"vqa": summarise_answers(self.questions), "generation": drawn, **changes}
+        return {**found, "visualizer": self._visualizer(), "image_start": self._image_start()}
 
     def _visualizer(self) -> dict[str, Any]:
         by_count = {
@@ -80,7 +74,7 @@ class WorldEvaluation:
     def _image_start(self) -> dict[str, Any]:
         """Whether the model drew exactly one image if asked for one, and none otherwise."""
         asked = [item.reply.num_images == 1 for items in self.drawings.values() for item in items]
-        not_asked = [item.reply.num_images == 0 for item in self.questions.answered]
+        not_asked = [item.reply.num_images == 0 for item in self.questions]
         return {
             "asked": {"n": len(asked), "emitted": fraction(asked)},
             "not_asked": {"n": len(not_asked), "emitted": round(1 - fraction(not_asked), 4)},
@@ -159,15 +153,12 @@ def compare_tokens(session: Session, drawings: dict[str, list[Drawing]]) -> dict
     candidates = encode_images(session.model, session.processor, [render(scene) for scene in scenes])
     found = {}
     for group, items in drawings.items():
-        cosines, right = [], []
-        for item in items:
-            if not item.reply.num_images:
-                right.append(False)
-                continue
-            tokens = item.reply.visual_tokens[:1]
-            target = place[item.task.target]
-            cosines.append(mean_cosine(tokens, candidates[target : target + 1]).item())
-            right.append(nearest_candidates(tokens, candidates).item() == target)
+        cosines, right = [], [False] * len(items)
+        for index, item in enumerate(items):
+            if item.reply.num_images:
+                tokens, target = item.reply.visual_tokens[:1], place[item.task.target]
+                cosines.append(mean_cosine(tokens, candidates[target : target + 1]).item())
+                right[index] = nearest_candidates(tokens, candidates).item() == target
         cosine = round(sum(cosines) / len(cosines), 4) if cosines else 0.0
         found[group] = {"cosine": cosine, "nearest": fraction(right)}
     return found

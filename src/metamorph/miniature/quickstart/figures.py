@@ -30,7 +30,9 @@ class Cell:
     images: tuple[Image.Image | None, ...]
     """Side by side; None if the model should have drawn and did not."""
     text: str
-    """Below the images; its last line is an answer or verdict."""
+    """Below the images."""
+    verdict: str
+    """Below the text: an answer or verdict."""
     is_right: bool
     """Decides the colour of the frame and the text."""
 
@@ -39,8 +41,7 @@ def drawing_cell(drawing: Drawing, *, with_inputs: bool = False) -> Cell:
     """A drawing with its prompt and verdict, next to the images of the prompt if `with_inputs`."""
     inputs = drawing.task.prompt.images if with_inputs else ()
     prompt = drawing.task.prompt.text.replace("<image>", "").strip()
-    text = f"{prompt}\n{verdict_text(drawing.verdict)}"
-    return Cell((*inputs, drawing.image), text, drawing.is_right())
+    return Cell((*inputs, drawing.image), prompt, verdict_text(drawing.verdict), drawing.is_right())
 
 
 def verdict_text(verdict: dict[str, bool]) -> str:
@@ -58,7 +59,12 @@ def save_grid(path: Path, title: str, cells: Sequence[Cell]) -> None:
     width = max((len(cell.images) for cell in cells), default=1)
     columns = max(1, min(_COLUMNS // width, len(cells)))
     rows = max(1, -(-len(cells) // columns))
-    texts = [_wrap(cell.text, _LINE_LENGTH * width) for cell in cells]
+    texts = [
+        "\n".join(
+            textwrap.fill(line, _LINE_LENGTH * width) for line in f"{cell.text}\n{cell.verdict}".strip().splitlines()
+        )
+        for cell in cells
+    ]
     text_inches = _LINE_INCHES * max((text.count("\n") + 1 for text in texts), default=0)
     row_inches = _CELL_INCHES + text_inches + _ROW_GAP_INCHES
     height = rows * row_inches + _TITLE_INCHES
@@ -117,9 +123,7 @@ def save_study(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     for axes, (group, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
         for condition, color in (("generation only", "#9a6700"), ("joint", "#0969da")):
             points = [row for row in rows if (row["group"], row["condition"]) == (group, condition)]
-            budgets = [row["budget"] for row in points]
-            errors = [row["standard_error"] for row in points]
-            means = [row["mean"] for row in points]
+            budgets, means, errors = ([row[key] for row in points] for key in ("budget", "mean", "standard_error"))
             axes.errorbar(budgets, means, yerr=errors, color=color, marker="o", capsize=3, label=condition)
         axes.set_title(title, fontsize=10)
         axes.set_xscale("log")
@@ -165,8 +169,3 @@ def _show(axes: Axes, image: Image.Image | None, frame: str | None) -> None:
     axes.imshow(_NO_IMAGE if image is None else image, interpolation="nearest")
     for spine in axes.spines.values():
         spine.set(color=frame or "#d0d7de", linewidth=2 if frame else 1)
-
-
-def _wrap(text: str, length: int) -> str:
-    """Break long lines of a text."""
-    return "\n".join(textwrap.fill(line, length) for line in text.splitlines())

@@ -106,8 +106,6 @@ class Recipe:
             "normalize_input": True,
             "learn_positions": True,
             "cache_latents": True,
-            "alignment_steps": self.alignment_steps,
-            "alignment_lr": 4e-3,
             "training_steps": self.visualizer_steps,
             "batch_size": self.visualizer_batch_size,
             "lr": self.visualizer_lr,

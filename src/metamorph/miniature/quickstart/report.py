@@ -37,16 +37,6 @@ class Section:
 
 def write_report(space: Workspace, evaluation: WorldEvaluation, metrics: dict[str, Any]) -> None:
     """Write report.html, with the loss curves already in `space.figures`, and the PNG files next to it."""
-    sections = save_sections(space.figures, evaluation, metrics)
-    stages = [
-        {
-            "name": name,
-            "seconds": seconds,
-            "cpu": metrics["cpu_seconds"].get(name, ""),
-            "memory": metrics["peak_rss_mb_per_stage"].get(name, ""),
-        }
-        for name, seconds in metrics["seconds"].items()
-    ]
     text = render(
         "quickstart.html.jinja",
         metrics=metrics,
@@ -54,9 +44,9 @@ def write_report(space: Workspace, evaluation: WorldEvaluation, metrics: dict[st
         headline=headline(metrics),
         model=shlex.quote(str(space.model)),
         visualizer=shlex.quote(str(space.visualizer)),
-        sections=[{"title": section.title, "text": section.text, "cards": _cards(section)} for section in sections],
-        curves=_data_url(Image.open(space.figures / "losses.png")),
-        stages=stages,
+        sections=save_sections(space.figures, evaluation, metrics),
+        curves=Image.open(space.figures / "losses.png"),
+        data_url=_data_url,
         recipe=yaml.safe_dump({"recipe": metrics["recipe"], "versions": metrics["versions"]}, sort_keys=False),
     )
     (space.root / REPORT_FILE).write_text(text, encoding="utf-8")
@@ -68,29 +58,29 @@ def headline(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     num_seen = drawn["seen"]["n"] + drawn["pairs"]["n"]
     num_replies = start["asked"]["n"] + start["not_asked"]["n"]
     attributes = {"colour": "color", "shape": "shape", "size": "size", "position": "position"}
-    rows: list[tuple[str, int, float, str | None]] = [
+    rows: list[tuple[Any, ...]] = [
         ("questions answered exactly", metrics["vqa"]["n"], metrics["vqa"]["accuracy"], "vqa"),
         *(
-            (f"  about {name.replace('_', '/')}", metrics["vqa"]["n_per_type"][name], value, None)
+            (f"  about {name.replace('_', '/')}", metrics["vqa"]["n_per_type"][name], value)
             for name, value in metrics["vqa"]["per_type"].items()
         ),
         ("an image if and only if asked for one", num_replies, start["accuracy"], "image_start"),
-        ("drawings completely right: one object", drawn["seen"]["n"], drawn["seen"]["all"], None),
-        *((f"  {label}", drawn["seen"]["n"], drawn["seen"][name], None) for label, name in attributes.items()),
-        ("drawings: two objects", drawn["pairs"]["n"], drawn["pairs"]["all"], None),
+        ("drawings completely right: one object", drawn["seen"]["n"], drawn["seen"]["all"]),
+        *((f"  {label}", drawn["seen"]["n"], drawn["seen"][name]) for label, name in attributes.items()),
+        ("drawings: two objects", drawn["pairs"]["n"], drawn["pairs"]["all"]),
         ("drawings: colours, one and two objects", num_seen, seen_color(drawn), "seen_color"),
-        ("drawings: colour and shape never drawn together", drawn["held_out"]["n"], drawn["held_out"]["all"], None),
-        ("drawings: prompts that need a fact", drawn["knowledge"]["n"], drawn["knowledge"]["all"], None),
-        ("edits", metrics["edit"]["n"], metrics["edit"]["all"], None),
-        ("next frames", metrics["next_frame"]["n"], metrics["next_frame"]["all"], None),
-        ("visualizer alone, from true tokens", metrics["visualizer"]["n"], metrics["visualizer"]["all"], None),
+        ("drawings: colour and shape never drawn together", drawn["held_out"]["n"], drawn["held_out"]["all"]),
+        ("drawings: prompts that need a fact", drawn["knowledge"]["n"], drawn["knowledge"]["all"]),
+        ("edits", metrics["edit"]["n"], metrics["edit"]["all"]),
+        ("next frames", metrics["next_frame"]["n"], metrics["next_frame"]["all"]),
+        ("visualizer alone, from true tokens", metrics["visualizer"]["n"], metrics["visualizer"]["all"]),
     ]
     return [_headline_row(metrics["floors"], *row) for row in rows]
 
 
 def save_sections(folder: Path, evaluation: WorldEvaluation, metrics: dict[str, Any]) -> list[Section]:
     """Write a PNG file for each section of the report, and one of the accuracies; returns the sections in order."""
-    drawn, drawings = metrics["generation"], evaluation.drawings
+    drawn, drawings, most = metrics["generation"], evaluation.drawings, CARDS_PER_SECTION
     plain = (
         ("seen", "Drawn from words", "Training drew this colour and shape together, but not this scene."),
         ("pairs", "Drawn from words: two objects", "As above."),
@@ -98,27 +88,27 @@ def save_sections(folder: Path, evaluation: WorldEvaluation, metrics: dict[str, 
         ("knowledge", "Drawn with knowledge", "The prompt names a thing that training described in words only."),
     )
     sections = [
-        Section(name, title, f"{text} {_share(drawn[name])}", [drawing_cell(item) for item in drawings[name]])
+        Section(name, title, f"{text} {_share(drawn[name])}", [drawing_cell(item) for item in drawings[name][:most]])
         for name, title, text in plain
     ]
     for name, title, text in (
         ("edit", "Edits", "Left: the given image; right: the model's."),
         ("next_frame", "Next frames", "Two frames were given; the model drew the third."),
     ):
-        cells = [drawing_cell(item, with_inputs=True) for item in drawings[name]]
+        cells = [drawing_cell(item, with_inputs=True) for item in drawings[name][:most]]
         sections.append(Section(name, title, f"{text} {_share(metrics[name])}", cells))
     text = f"{metrics['vqa']['accuracy']:.0%} of {metrics['vqa']['n']} answers are exactly right."
-    cells = [_question_cell(item) for item in evaluation.questions.answered]
+    cells = [_question_cell(item) for item in evaluation.questions[:most]]
     sections.append(Section("vqa", "Questions and answers", text, cells))
     cells = [
-        Cell((item.original, item.image), verdict_text(item.verdict), item.verdict["all"])
-        for item in evaluation.redrawings
+        Cell((item.original, item.image), "", verdict_text(item.verdict), item.verdict["all"])
+        for item in evaluation.redrawings[:most]
     ]
     text = "Left: an image; right: the visualizer's drawing of its true visual tokens, without the language model."
     sections.append(Section("visualizer", "The visualizer alone", f"{text} {_share(metrics['visualizer'])}", cells))
     folder.mkdir(parents=True, exist_ok=True)
     for section in sections:
-        save_grid(folder / f"{section.name}.png", section.title, section.cells[:CARDS_PER_SECTION])
+        save_grid(folder / f"{section.name}.png", section.title, section.cells)
     save_accuracies(folder / "vqa_types.png", metrics["vqa"]["per_type"])
     return sections
 
@@ -130,7 +120,7 @@ def _data_url(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def _headline_row(floors: dict[str, Any], label: str, n: int, value: float, floor_name: str | None) -> dict[str, Any]:
+def _headline_row(floors: dict[str, Any], label: str, n: int, value: float, floor_name: str = "") -> dict[str, Any]:
     row = {"label": label, "n": n, "value": f"{value:.1%}", "floor": "", "mark": "soft"}
     if floor_name in floors:
         reached = floors[floor_name]["reached"]
@@ -144,16 +134,7 @@ def _question_cell(item: AnsweredQuestion) -> Cell:
     question = item.question.prompt.text.replace("<image>", "").strip()
     given = item.reply.text or "(nothing)"
     answer = given if item.is_right else f"{given}, not {item.question.answer}"
-    return Cell(item.question.prompt.images, f"{question}\n{answer}", item.is_right)
-
-
-def _cards(section: Section) -> list[dict[str, Any]]:
-    cards = []
-    for cell in section.cells[:CARDS_PER_SECTION]:
-        text, _, verdict = cell.text.rpartition("\n")
-        images = [image and _data_url(image) for image in cell.images]
-        cards.append({"images": images, "text": text, "verdict": verdict, "is_right": cell.is_right})
-    return cards
+    return Cell(item.question.prompt.images, question, answer, item.is_right)
 
 
 def _share(summary: dict[str, Any]) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 import diffusers
 import torch
 import transformers
 
-from metamorph.mini.cards import library_versions
 from metamorph.miniature.quickstart.clock import StageClock
 from metamorph.miniature.quickstart.evaluate import evaluate_world, seen_color
 from metamorph.miniature.quickstart.figures import save_curves
@@ -59,7 +59,7 @@ def run_quickstart(space: Workspace, *, fast: bool = False) -> dict[str, Any]:
         "fast": fast,
         "threads": torch.get_num_threads(),
         "recipe": asdict(recipe),
-        "versions": {**library_versions(), "diffusers": diffusers.__version__},
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "diffusers")},
     }
     space.figures.mkdir()
     save_curves(space.figures / "losses.png", stage1.log_history, stage2.log_history, visualizer.losses)

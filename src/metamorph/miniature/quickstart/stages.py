@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from metamorph.flags.recipes import parse_arguments
-from metamorph.miniature.quickstart.conditions import write_conditions
+from metamorph.miniature.quickstart.conditions import fit_projector
 from metamorph.miniature.quickstart.recipe import Recipe
 from metamorph.miniature.quickstart.workspace import Workspace
 from metamorph.miniature.world.dataset import WorldFiles
@@ -35,23 +35,19 @@ def train_model(space: Workspace, files: WorldFiles, recipe: Recipe) -> TrainRes
 
 
 def fit_visualizer(space: Workspace, files: WorldFiles, recipe: Recipe) -> VisualizerResult:
-    """The visualizer: `metamorph train-visualizer --config recipes/visualizer.yaml`.
-
-    Its projector is first aligned with mini-sd's own conditions of the images.
-    """
-    conditions = space.data / "conditions.safetensors"
-    write_conditions(files.visualizer_folder, space.assets["mini-sd"], conditions)
+    """The visualizer: `metamorph train-visualizer --config recipes/visualizer.yaml`, from an aligned projector."""
     flags = {
         "pretrained_model_name_or_path": space.assets["mini-sd"],
         "vision_tower": space.assets["mini-siglip"],
         "image_folder": files.visualizer_folder,
-        "alignment_conditions": conditions,
+        "pretrained_projector": space.data / "projector",
         "output_dir": space.visualizer,
         "seed": space.seed,
         **recipe.visualizer_flags(),
     }
     words = ["--config", _write_recipe(space, "visualizer", flags)]
     (args,) = parse_arguments((VisualizerArguments,), words, prog="metamorph train-visualizer")
+    fit_projector(args, recipe.alignment_steps)
     return train_visualizer(args, callbacks=[ShowProgress("visualizer", log_entries=False)])
 
 

@@ -25,13 +25,7 @@ MAX_THREADS = 4
 
 
 class Workspace:
-    """The folders of one run.
-
-    Args:
-        root: `--output-dir`.
-        assets: Folders of mini-siglip, mini-llama and mini-sd.
-        seed: Seed of data, weights and noise.
-    """
+    """The folders of one run in `root`; `assets` are those of mini-siglip, mini-llama and mini-sd."""
 
     def __init__(self, root: Path, assets: dict[str, Path], seed: int) -> None:
         self.root, self.assets, self.seed = root, assets, seed
@@ -54,9 +48,8 @@ class Workspace:
 def open_workspace(output_dir: Path, assets_dir: Path | None = None, seed: int = 0) -> Workspace:
     """The workspace in `output_dir`, with the assets of `assets_dir` or by default of the package.
 
-    Raises:
-        FileNotFoundError: If an asset is missing.
-        NotADirectoryError: If `output_dir` is a file, or holds something that the quickstart did not create.
+    Raises a `FileNotFoundError` for a missing asset, and a `NotADirectoryError` if `output_dir` is a file or holds
+    something that the quickstart did not create.
     """
     assets = {name: assets_dir / name if assets_dir else asset_path(name) for name in PARTS}
     if missing := [name for name, folder in assets.items() if not folder.is_dir()]:

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from metamorph.miniature.world.render import CENTERS, IMAGE_SIZE
-from metamorph.miniature.world.scenes import COLORS, POSITIONS, SHAPES, SIZES, Scene
+from metamorph.miniature.world.scenes import ATTRIBUTES, Scene
 
 
 GRID = 4
 """Visual tokens along each side of an image."""
-ATTRIBUTES = {"shape": SHAPES, "color": COLORS, "size": SIZES, "position": POSITIONS}
-"""Attributes of an object. Class 0 is "no object here"; class k is the (k-1)-th word."""
 
 
 def cells_of(position: str) -> list[int]:
@@ -30,7 +28,10 @@ def cells_of(position: str) -> list[int]:
 
 
 def cell_labels(scenes: Sequence[Scene]) -> Tensor:
-    """Classes of the object in each cell, `[scenes, 16, attributes]` int64; 0 is "no object here"."""
+    """Classes of the object in each cell, `[scenes, 16, attributes]` int64.
+
+    Class 0 is "no object here"; class k is the (k-1)-th word of the attribute.
+    """
     labels = torch.zeros(len(scenes), GRID * GRID, len(ATTRIBUTES), dtype=torch.long)
     for row, scene in enumerate(scenes):
         for item in scene.objects:

@@ -6,16 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from metamorph.miniature.world.language import COLOUR_WORDS, full_phrase, pick, reference, sentence, with_article
+from metamorph.miniature.world.language import COLOUR_WORDS, full_phrase, reference, sentence, with_article
 from metamorph.miniature.world.scenes import (
-    COLORS,
+    ATTRIBUTES,
     CORNERS,
     DEFAULT_POSITION,
-    POSITIONS,
-    SHAPES,
-    SIZES,
     Scene,
-    SceneObject,
+    pick,
     sample_object,
 )
 
@@ -44,7 +41,8 @@ def edit(scene: Scene, rng: np.random.Generator) -> tuple[str, str, Scene]:
     kind = pick(rng, kinds)
     item = pick(rng, scene.objects)
     others = tuple(other for other in scene.objects if other is not item)
-    words = {"object": _reference(scene, item, rng), "colour": pick(rng, COLOUR_WORDS)}
+    is_it = len(scene.objects) == 1 and rng.random() < 0.3
+    words = {"object": "it" if is_it else reference(scene, item, rng), "colour": pick(rng, COLOUR_WORDS)}
     if kind == "remove":
         changed = replace(scene, objects=others)
     elif kind == "add":
@@ -70,16 +68,7 @@ def next_frame(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene, Sc
     return first, second, third
 
 
-def _reference(scene: Scene, item: SceneObject, rng: np.random.Generator) -> str:
-    if len(scene.objects) == 1 and rng.random() < 0.3:
-        return "it"
-    return reference(scene, item, rng)
-
-
 def _alternatives(scene: Scene, kind: str, current: str) -> tuple[str, ...]:
-    if kind == "position":
-        taken = {item.position for item in scene.objects}
-        values = POSITIONS if len(scene.objects) == 1 else CORNERS
-        return tuple(value for value in values if value not in taken)
-    others: dict[str, tuple[str, ...]] = {"color": COLORS, "shape": SHAPES, "size": SIZES}
-    return tuple(value for value in others[kind] if value != current)
+    taken = {item.position for item in scene.objects} if kind == "position" else {current}
+    values = CORNERS if kind == "position" and len(scene.objects) == 2 else ATTRIBUTES[kind]
+    return tuple(value for value in values if value not in taken)

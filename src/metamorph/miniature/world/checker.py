@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from metamorph.miniature.world.render import BACKGROUND_RGB, CENTERS, HALF_EXTENT, IMAGE_SIZE, PALETTE, coverage
-from metamorph.miniature.world.scenes import CORNERS, DEFAULT_POSITION, SHAPES, Scene, SceneObject
+from metamorph.miniature.world.scenes import ATTRIBUTES, CORNERS, DEFAULT_POSITION, SHAPES, Scene, SceneObject
 
 
 FOREGROUND_DISTANCE = 70.0
@@ -55,12 +55,9 @@ class Reading:
         positions = [item.position for item in self.objects]
         if len(positions) not in (1, 2) or (len(positions) == 2 and DEFAULT_POSITION in positions):
             return None
-        found = []
-        for item in self.objects:
-            if item.shape is None or item.color is None or item.size is None:
-                return None
-            found.append(SceneObject(item.shape, item.color, item.size, item.position))
-        return Scene(tuple(found), self.background)
+        if any(None in vars(item).values() for item in self.objects):
+            return None
+        return Scene(tuple(SceneObject(**vars(item)) for item in self.objects), self.background)
 
 
 @dataclass(frozen=True)
@@ -81,11 +78,7 @@ class Verdict:
 
 
 def read_image(image: Image.Image | np.ndarray) -> Reading:
-    """Read an RGB image, or a `[64, 64, 3]` uint8 array.
-
-    Raises:
-        ValueError: If the image has another size.
-    """
+    """Read a 64×64 RGB image, or a `[64, 64, 3]` uint8 array."""
     if isinstance(image, Image.Image):
         image = image.convert("RGB")
     pixels = np.asarray(image, np.float32)
@@ -94,8 +87,7 @@ def read_image(image: Image.Image | np.ndarray) -> Reading:
     background, backdrop = _read_background(pixels)
     foreground = np.linalg.norm(pixels - backdrop, axis=-1) > FOREGROUND_DISTANCE
     found = []
-    middle = foreground[28:36, 28:36]
-    if middle.mean() > 0.5:
+    if foreground[28:36, 28:36].mean() > 0.5:
         # Objects in the corners end before the middle, one in the centre always fills it and reaches into the quadrant
         # of every corner: only what it leaves there can be another object.
         item, template = _read_object(pixels, foreground, backdrop, DEFAULT_POSITION)
@@ -103,8 +95,7 @@ def read_image(image: Image.Image | np.ndarray) -> Reading:
         foreground = foreground & ~_grown(template > 0)
     for corner in CORNERS:
         if foreground[_window(corner)].sum() >= MIN_AREA:
-            item, _ = _read_object(pixels, foreground, backdrop, corner)
-            found.append(item)
+            found.append(_read_object(pixels, foreground, backdrop, corner)[0])
     return Reading(tuple(found), background)
 
 
@@ -114,18 +105,13 @@ def judge(image: Image.Image | np.ndarray, scene: Scene) -> Verdict:
     Objects are matched so that the most attributes agree; a missing object has no right attribute.
     """
     found, wanted = read_image(image).objects, scene.objects
-    best = (0,) * 4  # objects with the right colour, shape, size and position
+    best = dict.fromkeys(ATTRIBUTES, 0)  # number of objects for which each attribute is right
     for order in permutations(found, len(wanted)):
         pairs = list(zip(order, wanted, strict=True))
-        agreement = (
-            sum(f.color == w.color for f, w in pairs),
-            sum(f.shape == w.shape for f, w in pairs),
-            sum(f.size == w.size for f, w in pairs),
-            sum(f.position == w.position for f, w in pairs),
-        )
-        best = max(best, agreement, key=sum)
-    color, shape, size, position = (right == len(wanted) for right in best)
-    return Verdict(color, shape, size, position, count=len(found) == len(wanted))
+        right = {name: sum(getattr(f, name) == getattr(w, name) for f, w in pairs) for name in ATTRIBUTES}
+        best = max(best, right, key=lambda counts: sum(counts.values()))
+    is_right = {name: count == len(wanted) for name, count in best.items()}
+    return Verdict(**is_right, count=len(found) == len(wanted))
 
 
 def _read_background(pixels: np.ndarray) -> tuple[str, np.ndarray]:

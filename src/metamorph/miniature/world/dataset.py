@@ -24,12 +24,11 @@ from metamorph.miniature.world.language import (
     QUESTION_TYPES,
     caption,
     drawing_prompt,
-    pick,
     questions,
     sentence,
 )
 from metamorph.miniature.world.render import render
-from metamorph.miniature.world.scenes import HELD_OUT, Scene, is_reserved, sample_scene
+from metamorph.miniature.world.scenes import HELD_OUT, Scene, is_reserved, pick, sample_scene
 from metamorph.runs.progress import Progress
 
 
@@ -143,18 +142,17 @@ class _Writer:
         scene = self._sample(rng)
         request = sentence(pick(rng, CAPTION_REQUESTS), rng)
         image = self._save(scene, rng)
-        return {"task": "caption", "image": image, **_turns((f"<image>\n{request}", caption(scene, rng)))}
+        return _record("caption", (f"<image>\n{request}", caption(scene, rng)), image=image)
 
     def vqa(self, rng: np.random.Generator) -> dict:
         scene = self._sample(rng)
         (first, answer), *others = self._some_questions(scene, rng)
-        image = self._save(scene, rng)
-        return {"task": "vqa", "image": image, **_turns((f"<image>\n{first}", answer), *others)}
+        return _record("vqa", (f"<image>\n{first}", answer), *others, image=self._save(scene, rng))
 
     def text_vqa(self, rng: np.random.Generator) -> dict:
         scene = self._sample(rng)
         (first, answer), *others = self._some_questions(scene, rng)
-        return {"task": "text_vqa", **_turns((f"{caption(scene, rng)}\n{first}", answer), *others)}
+        return _record("text_vqa", (f"{caption(scene, rng)}\n{first}", answer), *others)
 
     def vqa_test(self, rng: np.random.Generator) -> dict:
         wanted = pick(rng, QUESTION_TYPES)
@@ -164,14 +162,8 @@ class _Writer:
             if wanted in found:
                 break
         question, answer = found[wanted]
-        image = self._save(scene, rng)
-        return {
-            "task": "vqa",
-            "type": wanted,
-            "answer": answer,
-            "image": image,
-            **_turns((f"<image>\n{question}", answer)),
-        }
+        turn = (f"<image>\n{question}", answer)
+        return _record("vqa", turn, type=wanted, answer=answer, image=self._save(scene, rng))
 
     def drawing(self, rng: np.random.Generator, *, reserved: bool = False) -> dict:
         background = "grey" if rng.random() < 0.25 else "white"
@@ -194,13 +186,9 @@ class _Writer:
             kind, instruction, changed = edit(scene, rng)
             if kind == wanted and not changed.has_held_out and is_reserved(changed) == reserved:
                 break
-        return {
-            "task": "image_edit",
-            "type": kind,
-            "scene": changed.to_dict(),
-            "image": [self._save(scene, rng), self._save(changed)],
-            **_turns((f"<image>\n{instruction}", "<image>")),
-        }
+        images = [self._save(scene, rng), self._save(changed)]
+        turn = (f"<image>\n{instruction}", "<image>")
+        return _record("image_edit", turn, type=kind, scene=changed.to_dict(), image=images)
 
     def next_frame(self, rng: np.random.Generator, *, reserved: bool = False) -> dict:
         while True:
@@ -209,12 +197,9 @@ class _Writer:
             if is_reserved(frames[2]) if reserved else not any(map(is_reserved, frames)):
                 break
         prompt = sentence(pick(rng, NEXT_FRAME_PROMPTS), rng)
-        return {
-            "task": "next_frame",
-            "scene": frames[2].to_dict(),
-            "image": [self._save(frames[0], rng), self._save(frames[1], rng), self._save(frames[2])],
-            **_turns((f"<image>\n<image>\n{prompt}", "<image>")),
-        }
+        images = [self._save(frames[0], rng), self._save(frames[1], rng), self._save(frames[2])]
+        turn = (f"<image>\n<image>\n{prompt}", "<image>")
+        return _record("next_frame", turn, scene=frames[2].to_dict(), image=images)
 
     def knowledge(self, rng: np.random.Generator, *, drawn: bool = True) -> dict:
         while True:
@@ -226,8 +211,8 @@ class _Writer:
 
     def visualizer_test(self, rng: np.random.Generator) -> dict:
         scene = sample_scene(rng, reserved=True)
-        turns = _turns(("<image>", caption(scene, rng)))
-        return {"task": "visualizer", "scene": scene.to_dict(), "image": self._save(scene), **turns}
+        turn = ("<image>", caption(scene, rng))
+        return _record("visualizer", turn, scene=scene.to_dict(), image=self._save(scene))
 
     def _sample(self, rng: np.random.Generator, *, reserved: bool = False, **wanted: Any) -> Scene:
         share: dict[str, Any] = {} if reserved else {"pair_fraction": self.sizes.pair_fraction}
@@ -245,20 +230,19 @@ class _Writer:
         return [found[i][1:] for i in rng.permutation(len(found))[: self.sizes.questions_per_image]]
 
     def _drawing(self, task: str, prompt: str, scene: Scene, **extra: str) -> dict:
-        image = self._save(scene)
-        return {"task": task, **extra, "scene": scene.to_dict(), "image": image, **_turns((prompt, "<image>"))}
+        return _record(task, (prompt, "<image>"), **extra, scene=scene.to_dict(), image=self._save(scene))
 
 
-def _turns(*pairs: tuple[str, str]) -> dict[str, list[dict[str, str]]]:
-    turns = [
-        {"from": speaker, "value": text} for human, gpt in pairs for speaker, text in (("human", human), ("gpt", gpt))
+def _record(task: str, *turns: tuple[str, str], **fields: Any) -> dict:
+    speakers = [
+        {"from": speaker, "value": text} for pair in turns for speaker, text in zip(("human", "gpt"), pair, strict=True)
     ]
-    return {"conversations": turns}
+    return {"task": task, **fields, "conversations": speakers}
 
 
 def _facts(rng: np.random.Generator) -> dict:
     found = fact_questions(pick(rng, THINGS), rng)
-    return {"task": "facts", **_turns(*(found[i] for i in rng.permutation(len(found))))}
+    return _record("facts", *(found[i] for i in rng.permutation(len(found))))
 
 
 def _write_visualizer_folder(folder: Path, seed: int, count: int) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metamorph.miniature.world.language import COLOUR_WORDS, object_phrase, pick, sentence, with_article
+from metamorph.miniature.world.language import COLOUR_WORDS, object_phrase, sentence, with_article
 from metamorph.miniature.world.scenes import (
     COLORS,
     DEFAULT_BACKGROUND,
@@ -20,6 +20,7 @@ from metamorph.miniature.world.scenes import (
     SHAPES,
     Scene,
     SceneObject,
+    pick,
 )
 
 

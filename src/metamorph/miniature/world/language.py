@@ -5,9 +5,6 @@ Most sentences begin with a capital; answers are lower case without a full stop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
-
 import numpy as np
 
 from metamorph.miniature.world.scenes import (
@@ -19,10 +16,9 @@ from metamorph.miniature.world.scenes import (
     SIZES,
     Scene,
     SceneObject,
+    pick,
 )
 
-
-T = TypeVar("T")
 
 QUESTION_TYPES = ("color", "shape", "size", "position", "count", "yes_no")
 COLOUR_WORDS = ("colour", "colour", "color")
@@ -45,11 +41,6 @@ DRAWING_PROMPTS = ("generate an image of {scene}", "draw {scene}", "show me a pi
 
 _CAPITAL_SHARE = 0.7
 _STOP_SHARE = 0.3
-
-
-def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
-    """One of `choices`, uniformly."""
-    return choices[int(rng.integers(len(choices)))]
 
 
 def sentence(template: str, rng: np.random.Generator, **words: str) -> str:
@@ -77,7 +68,7 @@ def object_phrase(
 
 def full_phrase(item: SceneObject) -> str:
     """An object with all its attributes."""
-    return object_phrase(size=item.size, color=item.color, shape=item.shape, position=item.position)
+    return object_phrase(**vars(item))
 
 
 def scene_phrase(scene: Scene, rng: np.random.Generator) -> str:
@@ -87,8 +78,7 @@ def scene_phrase(scene: Scene, rng: np.random.Generator) -> str:
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """A complete description: every attribute of every object, and the background."""
-    template = pick(rng, CAPTIONS)
-    return template.format(scene=scene_phrase(scene, rng), background=scene.background)
+    return pick(rng, CAPTIONS).format(scene=scene_phrase(scene, rng), background=scene.background)
 
 
 def drawing_prompt(scene: Scene, rng: np.random.Generator) -> str:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import TypeVar
 
 import numpy as np
 
+
+T = TypeVar("T")
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = ("red", "green", "blue", "yellow", "orange", "purple", "black")
 SIZES = ("small", "large")
 POSITIONS = ("center", "top left", "top right", "bottom left", "bottom right")
 BACKGROUNDS = ("white", "grey")
+
+ATTRIBUTES = {"shape": SHAPES, "color": COLORS, "size": SIZES, "position": POSITIONS}
+"""The words of each attribute of an object, in the order of `SceneObject`'s fields."""
 
 CORNERS = POSITIONS[1:]
 """Scenes of two objects use the corners only: an object in the centre would cover part of the other."""
@@ -24,17 +30,8 @@ DEFAULT_POSITION = "center"
 DEFAULT_BACKGROUND = "white"
 """What a prompt means if it does not say: "a red circle" is large, in the centre, on white."""
 
-HELD_OUT: frozenset[tuple[str, str]] = frozenset(
-    {
-        ("red", "cross"),
-        ("green", "circle"),
-        ("blue", "triangle"),
-        ("yellow", "square"),
-        ("orange", "triangle"),
-        ("purple", "square"),
-        ("black", "circle"),
-    }
-)
+_HELD_OUT_SHAPES = ("cross", "circle", "triangle", "square", "triangle", "square", "circle")
+HELD_OUT = frozenset(zip(COLORS, _HELD_OUT_SHAPES, strict=True))
 """(colour, shape) pairs, one per colour, that never appear in an *answer* image of training data.
 
 They do appear in input images, captions and questions: the model may see a red cross, but never learns to draw one.
@@ -42,11 +39,6 @@ They do appear in input images, captions and questions: the model may see a red 
 
 RESERVED_FRACTION = 5
 """One scene in this many is reserved for evaluation and is in no training image; see `is_reserved`."""
-
-
-def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
 
 
 @dataclass(frozen=True)
@@ -59,10 +51,8 @@ class SceneObject:
     position: str
 
     def __post_init__(self) -> None:
-        _check("shape", self.shape, SHAPES)
-        _check("color", self.color, COLORS)
-        _check("size", self.size, SIZES)
-        _check("position", self.position, POSITIONS)
+        for name, words in ATTRIBUTES.items():
+            _check(name, getattr(self, name), words)
 
 
 @dataclass(frozen=True)
@@ -95,6 +85,11 @@ class Scene:
         return cls(tuple(SceneObject(**item) for item in values["objects"]), values["background"])
 
 
+def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
+
+
 def is_reserved(scene: Scene) -> bool:
     """Whether this combination of objects, on any background, is reserved for evaluation.
 
@@ -106,18 +101,18 @@ def is_reserved(scene: Scene) -> bool:
 
 def single_scenes() -> Iterator[Scene]:
     """All 560 scenes of one object, in a fixed order."""
-    for shape, color, size, position, background in product(SHAPES, COLORS, SIZES, POSITIONS, BACKGROUNDS):
-        yield Scene((SceneObject(shape, color, size, position),), background)
+    for *attributes, background in product(*ATTRIBUTES.values(), BACKGROUNDS):
+        yield Scene((SceneObject(*attributes),), background)
+
+
+def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
+    """One of `choices`, uniformly."""
+    return choices[int(rng.integers(len(choices)))]
 
 
 def sample_object(rng: np.random.Generator, positions: tuple[str, ...] = POSITIONS) -> SceneObject:
     """Sample an object, every attribute uniformly."""
-    return SceneObject(
-        shape=SHAPES[rng.integers(len(SHAPES))],
-        color=COLORS[rng.integers(len(COLORS))],
-        size=SIZES[rng.integers(len(SIZES))],
-        position=positions[rng.integers(len(positions))],
-    )
+    return SceneObject(pick(rng, SHAPES), pick(rng, COLORS), pick(rng, SIZES), pick(rng, positions))
 
 
 def sample_scene(
@@ -129,24 +124,17 @@ def sample_scene(
     allow_held_out: bool = True,
     reserved: bool | None = False,
 ) -> Scene:
-    """Sample a scene by rejection.
+    """Sample a scene by rejection; by default one for training, with two objects in a share of `pair_fraction`.
 
-    Args:
-        rng: Source of randomness.
-        num_objects: 1 or 2; by default 2 with probability `pair_fraction`.
-        pair_fraction: Share of scenes with two objects.
-        background: By default uniform.
-        allow_held_out: Whether held-out (colour, shape) pairs may appear; False for answer images.
-        reserved: False for training scenes, True for evaluation scenes, None for any.
+    `allow_held_out` is False for answer images, which show no held-out (colour, shape) pair. `reserved` is True for
+    evaluation scenes, None for any.
     """
     count = num_objects if num_objects is not None else (2 if rng.random() < pair_fraction else 1)
     while True:
         if count == 1:
             objects: tuple[SceneObject, ...] = (sample_object(rng),)
         else:
-            first, second = (CORNERS[i] for i in rng.permutation(len(CORNERS))[:2])
-            objects = (sample_object(rng, (first,)), sample_object(rng, (second,)))
-        chosen = background if background is not None else BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-        scene = Scene(objects, chosen)
+            objects = tuple(sample_object(rng, (CORNERS[i],)) for i in rng.permutation(len(CORNERS))[:2])
+        scene = Scene(objects, pick(rng, BACKGROUNDS) if background is None else background)
         if (allow_held_out or not scene.has_held_out) and reserved in (None, is_reserved(scene)):
             return scene

@@ -4,8 +4,6 @@ Transformers' sandbox keeps a template from files and Python objects, but not fr
 double. Here every step of a loop, every call and every new value is charged to the budget of the rendering.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextvars import ContextVar
@@ -55,7 +53,7 @@ def _compile(source: str) -> Template:
 
 
 @lru_cache(maxsize=1)
-def _environment() -> _BoundedEnvironment:
+def _environment() -> "_BoundedEnvironment":
     return _BoundedEnvironment(_compile_jinja_template("").environment)
 
 

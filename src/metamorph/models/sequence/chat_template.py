@@ -1,7 +1,5 @@
 """A Jinja chat template, divided into text that is learned and text that is only read."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -111,7 +109,7 @@ class ChatTemplate:
         own = {"messages", "tools", "documents", "add_generation_prompt"}
         self._variables = variables_of(self.source) - own
 
-    def __deepcopy__(self, memo: dict) -> ChatTemplate:
+    def __deepcopy__(self, memo: dict) -> "ChatTemplate":
         """Not copied: it never changes, and a copy of its tokenizer would be large."""
         return self
 
@@ -127,11 +125,9 @@ class ChatTemplate:
         The text for `messages[:-1]` with a generation prompt is a prefix of that for `messages` if the last one is the
         assistant's.
 
-        Args:
-            messages: `{"role": one of ROLES, "content": text}`. Names of control tokens in the contents must be hidden.
-            add_generation_prompt: Whether to end with what precedes an answer of the assistant.
-            variables: Further variables of the template, such as `enable_thinking`. One that it does not read must be
-                None or false. With variables nothing is supervised: training has none.
+        Names of control tokens in the contents must be hidden. With `add_generation_prompt` the text ends with what
+        precedes an answer. `variables` are further ones of the template, such as `enable_thinking`; one that it does
+        not read must be None or false. With variables nothing is supervised: training has none.
         """
         variables = {name: value for name, value in (variables or {}).items() if value is not None}
         known = {name: value for name, value in variables.items() if name in self._variables}

@@ -44,9 +44,8 @@ class ConversationEncoder:
     def encode(self, messages: Sequence[Message], limit: int | None = None, **options: Any) -> SequenceBuilder:
         """Ids, labels and visual-target mask of a conversation, cut to `limit` tokens.
 
-        Options are `add_generation_prompt`: whether to end with the header of the assistant's next answer;
-        `continue_final_message`: whether to end with the content of the last message, the beginning of an answer; and
-        `variables` of the template, by name, with which nothing is supervised.
+        Options are `add_generation_prompt` and `continue_final_message` (end with the header of an answer, or with the
+        beginning of one), and `variables` of the template, by name, with which nothing is supervised.
         """
         builder = SequenceBuilder(self._tokens, self._num_image_tokens, limit)
         before = ""

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, takewhile
+from itertools import accumulate, groupby, takewhile
 from typing import Any
 
 import numpy as np
@@ -113,45 +113,27 @@ class SequenceBuilder:
         pairs = zip(self.labels, self.targets, strict=True)
         return [int(is_target or label != IGNORE_INDEX) for label, is_target in pairs]
 
-    def add_text(self, ids: list[int], supervised: bool) -> None:
-        """Append text, as much of it as fits."""
-        if self.truncated:
-            return
-        if self.limit is not None and len(self.ids) + len(ids) > self.limit:
-            ids = ids[: self.limit - len(self.ids)]
-            self.truncated = True
-        self._append(ids, ids if supervised else [IGNORE_INDEX] * len(ids), [False] * len(ids))
-
-    def add_image(self, is_answer: bool) -> None:
-        """Append an entire image, or cut the conversation before it."""
-        start, end = ([] if token is None else [token] for token in (self.tokens.image_start, self.tokens.image_end))
-        count = self.num_image_tokens
-        ids = [*start, *[self.tokens.image] * count, *end]
-        if self.truncated or (self.limit is not None and len(self.ids) + len(ids) > self.limit):
-            self.truncated = True
-            return
-        labels = [*start, *[IGNORE_INDEX] * count, *end] if is_answer else [IGNORE_INDEX] * len(ids)
-        self._append(ids, labels, [is_answer and token == self.tokens.image for token in ids])
-        self.num_images += 1
+    def add(self, ids: list[int], supervised: bool) -> None:
+        """Append text as far as it fits, and an entire image for each placeholder, or cut the sequence before it."""
+        placeholder = self.tokens.image
+        wrapped = [self.tokens.image_start, *[placeholder] * self.num_image_tokens, self.tokens.image_end]
+        image = [token for token in wrapped if token is not None]
+        for is_image, run in groupby(ids, lambda token: token == placeholder):
+            for piece in [image] * len(list(run)) if is_image else [list(run)]:
+                if self.truncated:
+                    return
+                if self.limit is not None and len(self.ids) + len(piece) > self.limit:
+                    self.truncated = True
+                    piece = [] if is_image else piece[: self.limit - len(self.ids)]
+                self.ids += piece
+                self.labels += [token if supervised and token != placeholder else IGNORE_INDEX for token in piece]
+                self.targets += [supervised and token == placeholder for token in piece]
+                self.num_images += is_image and not self.truncated
 
     def remove(self, count: int) -> None:
         """Remove the last ids, which must be text."""
         for values in (self.ids, self.labels, self.targets):
             del values[len(values) - count :]
-
-    def add(self, ids: list[int], supervised: bool) -> None:
-        """Append ids, and an entire image for each placeholder among them."""
-        start = 0
-        for place in [place for place, token in enumerate(ids) if token == self.tokens.image]:
-            self.add_text(ids[start:place], supervised)
-            self.add_image(supervised)
-            start = place + 1
-        self.add_text(ids[start:], supervised)
-
-    def _append(self, ids: list[int], labels: list[int], targets: list[bool]) -> None:
-        self.ids += ids
-        self.labels += labels
-        self.targets += targets
 
 
 def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:

@@ -57,22 +57,19 @@ class DataArguments(RemembersGiven):
             raise ValueError("--data_path is required: the records to train on")
         self.missing_data: str | None = None
         try:
-            self._check_files()
+            if not self.data_path:
+                raise FileNotFoundError("--data_path is not given")
+            read_specs(self.data_path)
+            for name in ("image_folder", "eval_image_folder"):
+                folder = getattr(self, name)
+                if folder is not None and not Path(folder).is_dir():
+                    raise FileNotFoundError(f"--{name} {folder} does not exist or is not a folder")
+            if self.eval_data_path is not None:
+                with names_flag("--eval_data_path", self.eval_data_path):
+                    read_specs(self.eval_data_path)
         except (FileNotFoundError, DataError) as error:
             # A DataError may wrap the missing file of a mixture's source.
             is_missing = isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError)
             if not (dry_run and is_missing):
                 raise
             self.missing_data = str(error)
-
-    def _check_files(self) -> None:
-        if not self.data_path:
-            raise FileNotFoundError("--data_path is not given")
-        read_specs(self.data_path)
-        for name in ("image_folder", "eval_image_folder"):
-            folder = getattr(self, name)
-            if folder is not None and not Path(folder).is_dir():
-                raise FileNotFoundError(f"--{name} {folder} does not exist or is not a folder")
-        if self.eval_data_path is not None:
-            with names_flag("--eval_data_path", self.eval_data_path):
-                read_specs(self.eval_data_path)

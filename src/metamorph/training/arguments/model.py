@@ -26,7 +26,7 @@ class ModelArguments(RemembersGiven):
     """Conversation template: llama3, llama3_original, chatml, plain, or auto, which uses the tokenizer's template."""
     vision_tower: str = "siglip/CLIP-ViT-SO400M-14-384"
     """SigLIP, SigLIP 2, CLIP or DINOv2 vision model: a folder or Hub id, or mini-siglip, which ships with the package.
-    The default is SigLIP-SO400M/14 at 384 px."""
+    The default is an alias of google/siglip-so400m-patch14-384."""
     mm_vision_select_layer: int = -1
     """Hidden state of the tower that becomes visual tokens; -1 is that of the last layer, before the final norm."""
     freeze_vision: bool = True
@@ -82,13 +82,17 @@ class ModelArguments(RemembersGiven):
     model_license: str | None = None
     """Licence for the model card of the result; the card says unknown without it."""
     attn_implementation: str | None = None
-    """Attention of the language model, such as sdpa or flash_attention_2; by default Transformers chooses."""
+    """Attention of the language model, such as sdpa. By default flash_attention_2 on a GPU where it is installed and
+    the run computes in half precision, otherwise Transformers' choice."""
 
     dry_run: InitVar[bool] = False  # a flag of DryRunArguments
 
     def __post_init__(self, dry_run: bool) -> None:
         self._is_dry_run = dry_run
-        self._check_choices()
+        try:
+            check_options(self)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
         self._check_stage()
         self._check_lora()
         self.model_name_or_path = shipped_folder(os.path.expanduser(self.model_name_or_path), "model")
@@ -149,12 +153,6 @@ class ModelArguments(RemembersGiven):
                 f"--model_name_or_path {self.model_name_or_path} has no model weights. If it is the output of stage 1, "
                 "pass it as --pretrain_mm_mlp_adapter, and the language model as --model_name_or_path"
             )
-
-    def _check_choices(self) -> None:
-        try:
-            check_options(self)
-        except ValueError as error:
-            raise ValueError(f"--{error}") from error
 
     def _check_stage(self) -> None:
         if self.tune_mm_mlp_adapter and not self.freeze_vision:

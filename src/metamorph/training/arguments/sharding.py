@@ -62,11 +62,7 @@ def deepspeed_config(sharding: str) -> dict[str, Any]:
 
 
 def check_deepspeed(config: dict[str, Any]) -> None:
-    """Refuse an optimizer or a scheduler in a DeepSpeed configuration, which would replace those of the flags.
-
-    Raises:
-        ValueError: naming the section.
-    """
+    """Refuse an optimizer or a scheduler in a DeepSpeed configuration, which would replace those of the flags."""
     replaced = {"optimizer": "--optim, --learning_rate, --weight_decay", "scheduler": "--lr_scheduler_type"}
     for section, flags in replaced.items():
         if section in config:
@@ -86,7 +82,9 @@ def apply_sharding(args: TrainingArguments, sharding: str) -> None:
         ValueError: for an unknown engine, one that needs GPUs where there are none, or with `--fsdp`/`--deepspeed`.
     """
     check_choice("--sharding", sharding, SHARDINGS)
-    if sharding == "auto" and not args.fsdp and _launched_with_fsdp2():
+    # Configured by `accelerate launch`.
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and os.environ.get("FSDP_VERSION") == "2"
+    if sharding == "auto" and not args.fsdp and launched:
         sharding = "fsdp2"
     if sharding == "auto":
         return
@@ -106,11 +104,7 @@ def apply_sharding(args: TrainingArguments, sharding: str) -> None:
 
 
 def check_has_gpus(args: TrainingArguments) -> None:
-    """Refuse FSDP2 on a CPU.
-
-    Raises:
-        ValueError: if there is no GPU.
-    """
+    """Refuse FSDP2 on a CPU."""
     if args.use_cpu or not torch.accelerator.is_available():
         raise ValueError(
             "--sharding fsdp2 needs GPUs: on a CPU Accelerate would silently train without sharding; use --sharding ddp"
@@ -121,8 +115,3 @@ def use_fsdp2(args: TrainingArguments) -> None:
     """Set the flags of Transformers for FSDP2, with checkpoints that any number of processes can read."""
     args.fsdp = True
     args.fsdp_config = dict(FSDP2_CONFIG)
-
-
-def _launched_with_fsdp2() -> bool:
-    """Whether `accelerate launch` configured FSDP2."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and os.environ.get("FSDP_VERSION") == "2"

@@ -93,40 +93,18 @@ class RunTrainingArguments(RemembersGiven, TrainingArguments):
             self._n_gpu = 1  # nn.DataParallel would split pixel_values as if every sample had one image
 
     def refuse_unsupported(self, flags: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
-        """Refuse flags of Transformers that have no effect here.
-
-        Args:
-            flags: Name -> accepted values, the default first, and why no other value is accepted.
-
-        Raises:
-            ValueError: naming the flag.
-        """
+        """Refuse flags of Transformers that have no effect here."""
         for name, (accepted, reason) in flags.items():
             value = getattr(self, name, accepted[0])  # older versions of Transformers lack some of them
             if value not in accepted:
                 raise ValueError(f"--{name} {value} is not supported: {reason}")
 
-    def check_at_least(self, least: float, names: str) -> None:
-        """Refuse values below `least`, or that are not finite, of the flags in `names` (separated by spaces).
-
-        Raises:
-            ValueError: naming the flag.
-        """
+    def check_at_least(self, least: float, names: str, *, above: bool = False) -> None:
+        """Refuse values below `least` (or equal, with `above`) or not finite of the flags in `names`, "NAME NAME …"."""
         for name in names.split():
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= least):
-                raise ValueError(f"--{name} {value} must be {least} or more")
-
-    def check_above_0(self, names: str) -> None:
-        """Refuse values of 0 or less, or that are not finite, of the flags in `names` (separated by spaces).
-
-        Raises:
-            ValueError: naming the flag.
-        """
-        for name in names.split():
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"--{name} {value} must be larger than 0")
+            if value is not None and not (math.isfinite(value) and (value > least or (value == least and not above))):
+                raise ValueError(f"--{name} {value} must be {f'larger than {least}' if above else f'{least} or more'}")
 
     def _check_shared_ranges(self) -> None:
         self.check_at_least(1, "gradient_accumulation_steps per_device_train_batch_size per_device_eval_batch_size")
@@ -161,11 +139,7 @@ class RunTrainingArguments(RemembersGiven, TrainingArguments):
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Refuse a tracker in `--report_to` that is unknown or not installed.
-
-    Raises:
-        ValueError: naming the tracker, and how to install it.
-    """
+    """Refuse a tracker in `--report_to` that is unknown or not installed."""
     names = [name for name in names if name not in ("none", "all")]
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:

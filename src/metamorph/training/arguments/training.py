@@ -141,10 +141,15 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
             raise ValueError("--fp16 True and --bf16 True exclude each other: add --bf16 False")
         self._check_learning_rates()
         self._check_ranges()
-        self._check_warmup()
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
-        self._check_combinations()
+        if self.do_eval and self.eval_strategy == "no" and not self.eval_on_start:
+            raise ValueError("--do_eval True has no effect with --eval_strategy no: add --eval_strategy steps or epoch")
+        if self.metric_for_best_model is not None and self.eval_strategy == "no":
+            raise ValueError(
+                f"--metric_for_best_model {self.metric_for_best_model} is never measured with --eval_strategy no: add "
+                "--eval_strategy steps or epoch, and --eval_data_path"
+            )
         if self.label_names is None:
             self.label_names = ["labels"]
         with self._without_engine():
@@ -201,10 +206,8 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
                 "a run would do"
             )
         if self.max_steps == -1:
-            self.check_above_0("num_train_epochs")
-        self.check_above_0("base_learning_rate base_batch_size neftune_noise_alpha peak_tflops")
-
-    def _check_warmup(self) -> None:
+            self.check_at_least(0, "num_train_epochs", above=True)
+        self.check_at_least(0, "base_learning_rate base_batch_size neftune_noise_alpha peak_tflops", above=True)
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"--warmup_ratio {self.warmup_ratio} must lie in [0, 1)")
         if self.warmup_steps and self.lr_scheduler_type in NO_WARMUP:
@@ -214,16 +217,6 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
             )
         if not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # Transformers 5 reads a value below 1 as a ratio
-
-    def _check_combinations(self) -> None:
-        """Refuse flags that do nothing without another one."""
-        if self.do_eval and self.eval_strategy == "no" and not self.eval_on_start:
-            raise ValueError("--do_eval True has no effect with --eval_strategy no: add --eval_strategy steps or epoch")
-        if self.metric_for_best_model is not None and self.eval_strategy == "no":
-            raise ValueError(
-                f"--metric_for_best_model {self.metric_for_best_model} is never measured with --eval_strategy no: add "
-                "--eval_strategy steps or epoch, and --eval_data_path"
-            )
 
     def _check_schedule(self) -> None:
         """Build the schedule once, to find wrong `lr_scheduler_kwargs` before the weights are loaded."""

@@ -19,7 +19,6 @@ import json
 import logging
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +59,23 @@ _START_EPOCH_AGAIN = (
 
 
 def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, adapter: bool = False) -> str | None:
-    """The checkpoint to resume from, see [`metamorph.runs.find_checkpoint.find_checkpoint`].
+    """The checkpoint to resume from, see [`metamorph.runs.find_checkpoint.find_checkpoint`]."""
 
-    Raises:
-        ValueError: also if the checkpoint is of the other stage, or only one of the two has a LoRA adapter.
-    """
-    check = partial(_check_kind, stage=stage, adapter=adapter)
+    def check(folder: str) -> None:
+        found_adapter = is_adapter_folder(folder)
+        found = 2 if found_adapter or is_full_model(folder) else 1
+        if found != stage:
+            raise ValueError(
+                f"{folder} is a checkpoint of stage {found}, but this run is stage {stage}: give each stage its own "
+                "--output_dir, or start from the beginning with --resume_from_checkpoint False"
+            )
+        if found_adapter != adapter:
+            raise ValueError(
+                f"{folder} is a checkpoint with --lora_enable {found_adapter}, but this run has --lora_enable "
+                f"{adapter}: give each its own --output_dir, or start from the beginning with "
+                "--resume_from_checkpoint False"
+            )
+
     return find_in_folder(output_dir, request, check, ARGUMENTS_FILE, saves_on_each_node=True)
 
 
@@ -77,11 +87,8 @@ def plan_resume(
     If an optimizer step has another number of rows than before, steps are recounted as if the entire run had had the
     new number: the learning rate schedule keeps its place relative to the data, and no row is skipped or repeated.
 
-    Returns:
-        None without a checkpoint, and with `ignore_data_skip`, which starts an epoch again.
-
-    Raises:
-        CheckpointError: if the data differ, or the batches in a way that does not allow resuming.
+    Returns None without a checkpoint, and with `ignore_data_skip`, which starts an epoch again. Raises a
+    `CheckpointError` if the data differ, or the batches in a way that does not allow resuming.
     """
     if checkpoint is None or args.ignore_data_skip:
         return None
@@ -131,7 +138,8 @@ def describe_data(dataset: MixtureDataset, planner: BatchPlanner) -> dict[str, A
     records = hashlib.sha256()
     for index in np.unique(np.linspace(0, len(dataset) - 1, _COMPARED_RECORDS).astype(np.int64)).tolist():
         try:
-            records.update(json.dumps(dataset.record(index).fields, default=str).encode())
+            source, number = dataset.locate(index)
+            records.update(json.dumps(source.record(number).fields, default=str).encode())
         except RecordError as error:
             records.update(error.kind.encode())
     planned = planner.rows(0)
@@ -193,18 +201,3 @@ def _check_data(checkpoint: str, old: dict[str, Any], new: dict[str, Any]) -> No
                 f"{checkpoint} was trained on other data: {name} {old.get(name)} there, {new[name]} here. Restore "
                 f"{flag}, or {_START_EPOCH_AGAIN}"
             )
-
-
-def _check_kind(folder: str, stage: int, adapter: bool) -> None:
-    found_adapter = is_adapter_folder(folder)
-    found = 2 if found_adapter or is_full_model(folder) else 1
-    if found != stage:
-        raise ValueError(
-            f"{folder} is a checkpoint of stage {found}, but this run is stage {stage}: give each stage its own "
-            "--output_dir, or start from the beginning with --resume_from_checkpoint False"
-        )
-    if found_adapter != adapter:
-        raise ValueError(
-            f"{folder} is a checkpoint with --lora_enable {found_adapter}, but this run has --lora_enable {adapter}: "
-            "give each its own --output_dir, or start from the beginning with --resume_from_checkpoint False"
-        )

@@ -74,23 +74,16 @@ def flags_of_run(args: RunArguments, spec: ModelSpec) -> dict[str, Any]:
 
 
 def check_flags(checkpoint: str | None, flags: dict[str, Any], allowed: list[str] | None) -> None:
-    """Compare the flags of a run with those of its checkpoint; `allowed` are the values of `allow_changes`.
-
-    Raises:
-        CheckpointError: naming each flag that must not differ, with both values.
-    """
+    """Compare the flags of a run with those of its checkpoint; `allowed` are the values of `allow_changes`."""
     if checkpoint is None:
         return
     old = _flags_of(Path(checkpoint), flags)
-    fixed = [name for name in flags if name in FIXED or _is_fixed(name, old, flags)]
+    fixed = set(FIXED)
+    if {known.get("lr_scheduler_type") for known in (old, flags)} & set(_STATEFUL_SCHEDULES):
+        fixed |= {*_RATES, "lr_scheduler_type", "lr_scheduler_kwargs"}
     changed = compare_flags(checkpoint, old, flags, fixed, CHANGEABLE, allowed or ())
     if {"max_steps", "num_train_epochs"} & changed:
         logger.warning("the learning rate schedule now ends with this run: %s", flags["lr_scheduler_type"])
-
-
-def _is_fixed(name: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
-    schedules = {flags.get("lr_scheduler_type") for flags in (old, new)} & set(_STATEFUL_SCHEDULES)
-    return bool(schedules) and name in (*_RATES, "lr_scheduler_type", "lr_scheduler_kwargs")
 
 
 def _flags_of(checkpoint: Path, flags: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Loads the weights of a checkpoint into a model."""
 
 import copy
-import logging
 from pathlib import Path
 
 import torch
@@ -9,8 +8,6 @@ from transformers import PreTrainedModel
 
 from metamorph.training.engines.weights import TOWER
 
-
-logger = logging.getLogger(__name__)
 
 ARGUMENTS_FILE = "training_args.json"
 TRAINER_STATE_FILE = "trainer_state.json"
@@ -22,9 +19,6 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
 
     `from_pretrained` reads the files, since the names in them are not always those of `model.state_dict()`:
     Transformers renames, splits and joins the weights of some models (DINOv2, mixtures of experts) when it saves.
-
-    Raises:
-        ValueError: if weights are missing, unknown, of another shape, or not finite.
     """
     # `model.dtype` is that of the first weight, which may be a frozen tower in bfloat16.
     loaded = type(model).from_pretrained(folder, config=copy.deepcopy(model.config), dtype=torch.float32)

@@ -7,8 +7,8 @@ the masked half of causal attention, recomputation, logits without supervision. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from metamorph.training.metrics import count_targets
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of one unit of work, forward and backward."""
+    """FLOPs of one unit of work."""
 
     forward: float
     backward: float = 0.0
@@ -38,8 +38,7 @@ class Cost:
         return Cost(self.forward * count, self.backward * count)
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Units of work of a step. The fields add up over micro-batches and ranks."""
 
     tokens: float
@@ -56,9 +55,8 @@ class Work:
     """Positions that pass through the vision head."""
 
 
-@dataclass(frozen=True)
-class ModelFlops:
-    """FLOPs of each unit of work of a model, for what its stage trains. See [`model_flops`]."""
+class ModelFlops(NamedTuple):
+    """FLOPs of each unit of [`Work`], in its order, for what the stage trains. See [`model_flops`]."""
 
     token: Cost
     """Linear layers of the decoder."""
@@ -73,23 +71,12 @@ class ModelFlops:
     visual_target: Cost
     """Vision head."""
 
-    def parts(self, work: Work) -> dict[str, Cost]:
-        """FLOPs of each part of the model for an amount of work."""
-        return {
-            "decoder": self.token * work.tokens,
-            "attention": self.pair * work.pairs,
-            "vision_tower": self.image * work.images,
-            "mm_projector": self.visual_token * work.visual_tokens,
-            "lm_head": self.text_target * work.text_targets,
-            "vision_head": self.visual_target * work.visual_targets,
-        }
-
     def total(self, work: Work) -> float:
         """FLOPs of forward and backward for an amount of work.
 
         Divided by seconds, number of devices and the peak FLOP/s of one, this is the model FLOPs utilisation (MFU).
         """
-        return sum(cost.total for cost in self.parts(work).values())
+        return sum(cost.total * count for cost, count in zip(self, work, strict=True))
 
 
 def model_flops(model: PreTrainedModel) -> ModelFlops:
@@ -131,8 +118,7 @@ def count_work(batch: dict[str, Any], num_image_tokens: int) -> Tensor:
     Without `sample_lengths` in its `indices`, a padded batch is counted by its `attention_mask`, and a packed one by
     its `position_ids`, which count the padding at the end of a row as another sample.
 
-    Returns:
-        int64 [6], the fields of [`Work`] in their order: sum them, then `Work(*total.tolist())`.
+    The result is int64 `[6]`, the fields of [`Work`] in their order: sum them, then `Work(*total.tolist())`.
     """
     lengths = batch.get("indices", {}).get("sample_lengths")
     if lengths is None and "attention_mask" in batch:
@@ -147,9 +133,7 @@ def count_work(batch: dict[str, Any], num_image_tokens: int) -> Tensor:
     encoded = images * num_image_tokens if features is None else features.shape[0] * features.shape[1]
     text, visual = count_targets(batch).unbind()
     known = [torch.full_like(tokens, number) for number in (images, encoded)]
-    work = torch.stack([tokens, pairs, *known, text, visual])
-    assert len(work) == len(fields(Work))
-    return work
+    return torch.stack([tokens, pairs, *known, text, visual])
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -91,7 +91,8 @@ class DryRun:
     @property
     def global_batch(self) -> int:
         """Rows per optimizer step (without packing a row is a sample)."""
-        return _rows_per_step(self.args.training, self.num_gpus * self.num_nodes)
+        args = self.args.training
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.num_gpus * self.num_nodes
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -112,24 +113,14 @@ class DryRun:
 
 
 def preview(args: RunArguments, dry_run: DryRunArguments) -> DryRun:
-    """Compute what a run with these flags would do.
-
-    Args:
-        args: All flags; `--learning_rate auto` becomes a number if it can be known.
-        dry_run: GPUs to plan for.
-
-    Raises:
-        FileNotFoundError: if a configuration or a tokenizer is missing.
-        ValueError: if the parts do not go together; the message names the flag.
-    """
+    """Compute what a run with these flags would do."""
     check_learning_rates(args)
     prepared = prepare(args, for_run=False)
     model = build_outline(args.model, prepared.spec)
     summary = apply_stage(model, args.model)
     # Those of this launch, if none are given.
-    num_gpus = dry_run.num_gpus or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    launched = int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    num_nodes = dry_run.num_nodes or max(launched, 1)
+    world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    num_gpus, num_nodes = dry_run.num_gpus or local, dry_run.num_nodes or max(world // local, 1)
     processes = num_gpus * num_nodes
     data = None if args.data.missing_data is not None else _measure(args, prepared.dataset)
     batch = _micro_batch(args, data)
@@ -140,9 +131,9 @@ def preview(args: RunArguments, dry_run: DryRunArguments) -> DryRun:
         compute=args.compute_dtype.itemsize,
     )
     memory = {
-        engine: estimate_memory(
+        name: estimate_memory(
             model,
-            engine,
+            name,
             batch,
             num_processes=processes,
             bf16=args.compute_dtype != torch.float32,
@@ -152,8 +143,13 @@ def preview(args: RunArguments, dry_run: DryRunArguments) -> DryRun:
             matrix_bytes=matrix_bytes,
             tower_on_gpu=args.encodes_images,
         )
-        for engine in (("single",) if processes == 1 else ENGINES[1:])
+        for name in (("single",) if processes == 1 else ENGINES[1:])
     }
+    engine = _given_engine(args.training)
+    if processes == 1:
+        engine = "single"
+    elif engine == "auto":  # shards only what does not fit on one GPU
+        engine = "ddp" if memory["ddp"].state <= GPU_SHARE * dry_run.gpu_memory * GIB else "fsdp2"
     return DryRun(
         args=args,
         num_gpus=num_gpus,
@@ -162,7 +158,7 @@ def preview(args: RunArguments, dry_run: DryRunArguments) -> DryRun:
         summary=summary,
         data=data,
         batch=batch,
-        engine=_choose_engine(_given_engine(args.training), memory, dry_run.gpu_memory),
+        engine=engine,
         memory=memory,
         learning_rate=_learning_rate(args.training, data, processes),
         matrix_bytes=matrix_bytes,
@@ -194,17 +190,14 @@ def build_outline(args: ModelArguments, spec: ModelSpec) -> MetaMorphForConditio
         )
 
 
-def _rows_per_step(args: MetaMorphTrainingArguments, processes: int) -> int:
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-
-
 def _measure(args: RunArguments, dataset: MixtureDataset) -> DataPreview:
     """Tokenize some samples, evenly spaced."""
     indices = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), MEASURED_SAMPLES)).astype(int))
     sizes = []
     for index in indices.tolist():
         try:
-            sizes.append(dataset.measure(index))
+            source, number = dataset.locate(index)
+            sizes.append(source.measure(number))
         except RecordError:  # training reports it, as `--on_bad_record` says
             continue
     if not sizes:
@@ -264,18 +257,9 @@ def _given_engine(args: MetaMorphTrainingArguments) -> str:
     return f"zero{zero['stage']}" + "_offload" * offload
 
 
-def _choose_engine(given: str, memory: dict[str, MemoryEstimate], gpu_memory: float) -> str:
-    """`auto` shards only what does not fit on one GPU."""
-    if "single" in memory:
-        return "single"
-    if given != "auto":
-        return given
-    return "ddp" if memory["ddp"].state <= GPU_SHARE * gpu_memory * GIB else "fsdp2"
-
-
 def _learning_rate(args: MetaMorphTrainingArguments, data: DataPreview | None, processes: int) -> str:
     """Apply the rule if the samples per step are known, and describe the result."""
-    rows = _rows_per_step(args, processes)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     if args.learning_rate != AUTO_LEARNING_RATE:
         return f"{args.learning_rate:.3g}, {'as given' if args.is_given('learning_rate') else 'the default'}"
     if data is None and args.packing:

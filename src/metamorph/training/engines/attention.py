@@ -43,9 +43,6 @@ def check_keeps_samples_apart(model: MetaMorphForConditionalGeneration) -> None:
     Attention keeps them apart, but layers that carry a state along the row (state-space models, linear attention) do
     not, and nothing would show it but a worse model. This does not depend on the attention implementation of the other
     layers, so the test runs without flash attention, which needs a GPU and sample boundaries.
-
-    Raises:
-        ValueError: if samples of one row leak into each other.
     """
     decoder: Any = model.get_decoder()
     table: torch.Tensor = model.get_input_embeddings().weight

@@ -32,13 +32,9 @@ activations."""
 
 
 def prepare_model(model: PreTrainedModel, args: RunArguments) -> str:
-    """Set up engine, attention and memory options of a model after `apply_stage`, before the trainer is made.
+    """Set up engine, attention and memory options of a model after `apply_stage`; returns the name of the engine.
 
-    Returns:
-        Name of the engine, see [`prepare_engine`].
-
-    Raises:
-        ValueError: if `--packing` would mix samples, or FSDP2 cannot shard the model.
+    Call it before the trainer is made.
     """
     engine = prepare_engine(args.training, model)
     store_frozen_matrices(model, args)
@@ -54,8 +50,7 @@ def prepare_engine(args: MetaMorphTrainingArguments, model: PreTrainedModel) -> 
 
     `auto` is FSDP2 if there are several GPUs and one cannot hold weights, gradients and optimizer, else DDP.
 
-    Returns:
-        `single`, a value of `--sharding`, or `deepspeed` if it is configured by Transformers' own flag.
+    The result is `single`, a value of `--sharding`, or `deepspeed` if Transformers' own flag configures it.
     """
     if args.deepspeed_plugin is not None:
         return args.sharding if args.sharding != "auto" else "deepspeed"
@@ -103,11 +98,7 @@ def configure_fsdp2(args: RunTrainingArguments, layers: Iterable[str]) -> None:
 
 
 def layer_classes(model: PreTrainedModel) -> list[str]:
-    """Names of the classes whose modules are sharded one by one: layers of the decoder and of a trained tower.
-
-    Raises:
-        ValueError: if the language model does not say which of its modules are layers.
-    """
+    """Names of the classes whose modules are sharded one by one: layers of the decoder and of a trained tower."""
     parts = [model.get_decoder()]
     if model.model.vision_tower.is_trained:
         parts.append(model.model.vision_tower.encoder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -16,30 +15,20 @@ from metamorph.models.text_head import TextLossOptions
 from metamorph.training.arguments import MetaMorphTrainingArguments
 
 
-logger = logging.getLogger(__name__)
-
-
 def prepare_speed(model: PreTrainedModel, args: MetaMorphTrainingArguments) -> None:
-    """Apply `--text_loss`, `--recompute` and `--torch_compile` after `apply_stage`; weights and names do not change.
-
-    `torch_compile` is switched off in `args`: the layers are compiled here, and Trainer would compile the entire model
-    around them once more.
-    """
+    """Apply `--text_loss`, `--recompute` and `--torch_compile` after `apply_stage`; weights and names do not change."""
     model.text_loss_options = TextLossOptions(args.text_loss)
     if args.recompute != "none":
         recompute_layers(model, selective=args.recompute == "selective")
     if args.torch_compile:
         compile_layers(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
 
 
 def recompute_layers(model: PreTrainedModel, *, selective: bool) -> None:
     """Keep less of each layer for the backward pass, and recompute the rest. A frozen tower keeps nothing anyway.
 
-    Args:
-        model: A MetaMorph model after `apply_stage`.
-        selective: Keep the results of matrix products and attention, which take the time, and recompute what lies
-            between them (norms, activations, rotations), which takes the memory. False keeps only the layer inputs.
+    `selective` keeps the results of matrix products and attention, which take the time, and recomputes what lies
+    between them (norms, activations, rotations), which takes the memory. Otherwise only layer inputs are kept.
     """
     kwargs: dict[str, Any] = {"use_reentrant": False}
     if selective:

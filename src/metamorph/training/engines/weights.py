@@ -20,12 +20,8 @@ class FrozenTower:
     tower because its batch has no image.) If the token reduction is trained, only the encoder is removed. Saved are the
     weights as they were loaded, not rounded to bfloat16.
 
-    Args:
-        model: A MetaMorph model after `apply_stage`; changed in place.
-        dtype: Precision of the tower; None keeps it.
-        device: Device of the tower.
-        outside: Whether to remove it from the module tree.
-        keep: Whether this process keeps the original weights in main memory, because it saves.
+    The model, which is one after `apply_stage`, is changed in place. A `dtype` of None keeps the tower's; `outside`
+    removes it from the module tree; a process that saves must `keep` the original weights in main memory.
     """
 
     def __init__(

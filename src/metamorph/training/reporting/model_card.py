@@ -72,14 +72,11 @@ def _use(counts: Mapping[str, Any]) -> str:
 
 
 def _recipe(facts: CardFacts) -> dict[str, Any]:
-    values = {
-        name: value for name, value in dataclasses.asdict(facts.model_args).items() if name not in MODEL_FLAGS_LEFT_OUT
-    }
-    values["use_vision_ar"] = facts.model_args.resolved_use_vision_ar
-    if not facts.model_args.lora_enable:
-        values = {name: value for name, value in values.items() if not name.startswith("lora_")}
-    if facts.model_args.bits != 4:
-        values = {name: value for name, value in values.items() if name not in ("double_quant", "quant_type")}
+    args = facts.model_args
+    values = dataclasses.asdict(args) | {"use_vision_ar": args.resolved_use_vision_ar}
+    left_out = [*MODEL_FLAGS_LEFT_OUT, *(["double_quant", "quant_type"] if args.bits != 4 else [])]
+    left_out += [name for name in values if name.startswith("lora_") and not args.lora_enable]
+    values = {name: value for name, value in values.items() if name not in left_out}
     return values | {name: getattr(facts.training_args, name) for name in TRAINING_FLAGS}
 
 

@@ -7,7 +7,6 @@ not count as training.
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 import time
@@ -24,18 +23,12 @@ from transformers import IntervalStrategy, TrainerCallback, TrainerControl, Trai
 from metamorph.models.losses import sum_dtype
 
 
-logger = logging.getLogger(__name__)
-
-
 class RunMonitor(TrainerCallback):
     """Measures a run between log entries.
 
     The trainer fetches batches within `wait`, counts them with `count`, gets the values of a log entry from `drain`,
-    and wraps in `pause` what is not training. A subclass may count more than samples.
-
-    Args:
-        accelerator: Gathers over the ranks.
-        module_of: Part of the model that a parameter belongs to, by its name.
+    and wraps in `pause` what is not training. A subclass may count more than samples. `module_of` maps the name of a
+    parameter to the part of the model that it belongs to.
     """
 
     def __init__(self, accelerator: Accelerator, module_of: Callable[[str], str]) -> None:
@@ -104,9 +97,7 @@ class RunMonitor(TrainerCallback):
     def drain(self, state: TrainerState, grad_norm: float | None) -> dict[str, float]:
         """The values of a log entry, over all ranks; see `docs/observability.md`. Every rank must call it.
 
-        Args:
-            state: Its counters are updated.
-            grad_norm: Norm of all gradients of the last step before clipping, as Trainer logs it.
+        The counters of `state` are updated. `grad_norm` is that of the last step before clipping, as Trainer logs it.
         """
         logs = self._module_norms(grad_norm)
         self.settle(state)

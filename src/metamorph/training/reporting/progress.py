@@ -24,10 +24,7 @@ VALIDATION = {
 class ShowProgress(TrainerCallback):
     """A bar on a terminal, lines elsewhere; see `Progress`. All other values are in `trainer_state.json` and trackers.
 
-    Args:
-        title: What is trained.
-        log_entries: Whether to print a line for each log entry.
-        shown: Values of a log entry to show next to the bar -> their labels.
+    With `log_entries`, each log entry is a line; `shown` maps values of it to their labels next to the bar.
     """
 
     def __init__(self, title: str, *, log_entries: bool = True, shown: dict[str, str] | None = None) -> None:

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from metamorph.data.media.stores import MediaError, load_image
 from metamorph.files.permissions import save_file
 from metamorph.inference.draw import draw
 from metamorph.inference.reply import Prompt, Reply, can_draw, reply_to
 from metamorph.inference.session import load_pipeline, pick_device, place_images
+from metamorph.models.image_files import MediaError, load_image
 from metamorph.models.processing_metamorph import TextPart
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 from metamorph.training.arguments import MetaMorphTrainingArguments
@@ -49,10 +49,6 @@ def read_prompts(path: str) -> list[SamplePrompt]:
     """Read `--sample_prompts`: JSON Lines of `{"prompt": …, "images": […], "draw": …}`, or text with a prompt per line.
 
     Image paths are relative to the folder of the file. Missing `<image>` markers are put before the text.
-
-    Raises:
-        FileNotFoundError: if the file or an image is missing.
-        ValueError: if an entry is not valid, or an image cannot be read; the message names the line.
     """
     file = Path(path)
     if not file.is_file():
@@ -112,8 +108,7 @@ def write_samples(
 ) -> dict[str, Image.Image]:
     """Write `samples.jsonl`, the visual tokens of all images (`pictures.safetensors`) and, with `pipeline`, PNG files.
 
-    Returns:
-        The drawn images by name (`001-1` is the first of the first answer).
+    Returns the drawn images by name (`001-1` is the first of the first answer).
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokens: dict[str, Tensor] = {}
@@ -133,7 +128,11 @@ def write_samples(
     if tokens:
         save_file({name: token.contiguous() for name, token in tokens.items()}, folder / "pictures.safetensors")
         if pipeline is not None:
-            images = dict(zip(tokens, _draw(pipeline, torch.stack(list(tokens.values()))), strict=True))
+            pipeline.to(pick_device())
+            try:
+                images = dict(zip(tokens, draw(pipeline, torch.stack(list(tokens.values()))), strict=True))
+            finally:
+                pipeline.to("cpu")  # its memory is needed for training
     for name, image in images.items():
         image.save(folder / f"{name}.png")
     return images
@@ -146,22 +145,8 @@ def _text(reply: Reply) -> str:
     return "".join(parts).strip()
 
 
-def _draw(pipeline: VisualizationPipeline, visual_tokens: Tensor) -> list[Image.Image]:
-    """Draw on the accelerator, and free its memory for training."""
-    pipeline.to(pick_device())
-    try:
-        return draw(pipeline, visual_tokens)
-    finally:
-        pipeline.to("cpu")
-
-
 def open_samples(args: MetaMorphTrainingArguments) -> SampleWriter | None:
-    """The callback that `--sample_steps` asks for, with prompts and visualizer; None without the flag.
-
-    Raises:
-        FileNotFoundError: if the file of the prompts, or an image of one, is missing.
-        ValueError: if a prompt is not valid, or the visualizer cannot be opened.
-    """
+    """The callback that `--sample_steps` asks for, with prompts and visualizer; None without the flag."""
     if args.sample_steps is None or args.sample_prompts is None:  # they are given together
         return None
     prompts, pipeline = read_prompts(args.sample_prompts), None
@@ -176,11 +161,6 @@ class SampleWriter(TrainerCallback):
     Answers are greedy: the same weights give the same answers, and no random numbers are used. Sharded parameters need
     all ranks in every forward pass, so all ranks generate the same answers; otherwise the main process does, and the
     others wait.
-
-    Args:
-        prompts: The prompts; `draw` has no effect on a model that cannot draw.
-        every: Interval in optimizer steps.
-        pipeline: Draws visual tokens; without it only the tokens are written.
     """
 
     trainer: MetaMorphTrainer

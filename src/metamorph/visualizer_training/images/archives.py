@@ -1,7 +1,5 @@
 """Images in tar archives, read in place: random access makes order and resume exact to the image."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import logging

@@ -1,7 +1,5 @@
 """Count images that cannot be read. Each is logged once; too many of them stop the run."""
 
-from __future__ import annotations
-
 import logging
 
 from metamorph.data.bad_records import BadRecordLimit, RecordLog

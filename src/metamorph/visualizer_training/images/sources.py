@@ -1,7 +1,5 @@
 """Where the training images of the visualizer are: in memory, in files and in tar archives; read by their number."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os
@@ -12,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from metamorph.data.media.images import resolve_image_path
+from metamorph.data.media.stores import resolve_image_path
 from metamorph.data.sources.open import open_source
 from metamorph.models.image_files import MediaError, load_image
 from metamorph.models.image_processing import to_rgb
@@ -60,10 +58,6 @@ def open_images(image_jsons: Sequence[str | Path] = (), image_folder: str | Path
             in `.tar` is an archive. Relative paths may not leave the folder that they start from.
         image_folder: Root of relative paths, by default the folder of the JSON file. Without `image_jsons`, the folder
             whose images and archives are used, including its subfolders.
-
-    Raises:
-        ValueError: If there are none, or, naming file and record, a list is not of that form.
-        FileNotFoundError: If a listed file does not exist.
     """
     if image_jsons:
         paths, flag = list(_listed(image_jsons, image_folder)), f"--image_jsons {' '.join(map(str, image_jsons))} lists"

@@ -8,26 +8,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from metamorph.data.media.refs import ImageRef
-from metamorph.data.media.stores import MediaError, MediaStore
-from metamorph.data.records import DataError
+from metamorph.data.media.stores import MediaStore, load_all, media_of
+from metamorph.data.records import DataError, RecordError
+from metamorph.data.sources.index import Index
 from metamorph.data.sources.tars import TarSample
 from metamorph.files.model_files import file_shapes, read_json_object
 from metamorph.files.permissions import save_file
+from metamorph.models.image_files import MediaError
 from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.runs.progress import Progress
 
 
+if TYPE_CHECKING:
+    from metamorph.data.dataset import MixtureDataset
+
+logger = logging.getLogger(__name__)
+
+Keyed = list[tuple[tuple[int, int], Tensor]]
 MANIFEST = "feature_cache.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """Dtypes in which tokens can be saved."""
@@ -49,10 +60,6 @@ _TRAINED_REDUCTION = "mlpmixer"
 
 def describe_tower(config: Any, processor: MetaMorphProcessor) -> dict[str, Any]:
     """Everything that visual tokens depend on, except for the image and the weights of the tower.
-
-    Args:
-        config: Configuration of the model (`MetaMorphConfig`).
-        processor: Makes the pixel values.
 
     Raises:
         ValueError: If the token reduction is trained, so that its tokens change with every step.
@@ -86,44 +93,32 @@ def hash_weights(tower: nn.Module) -> str:
 class FeatureCache:
     """Reads the visual tokens of images, on demand; workers of a data loader share the page cache of the system.
 
-    Args:
-        folder: As written by [`write_features`].
-        tower: Result of [`describe_tower`] for the model that will be trained.
-
     Raises:
-        DataError: If the folder is not a complete cache, or was made with another tower or reduction.
+        DataError: If the folder is not a complete cache, or was made with another tower or reduction than `tower`, the
+            result of [`describe_tower`] for the model that will be trained.
     """
 
     def __init__(self, folder: str | os.PathLike[str], tower: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         self.manifest = _read_manifest(self.folder)
         self._refuse_other_tower(tower)
-        self._keys, self._rows = _read_index(self.folder, self.manifest)
+        self._index = _read_index(self.folder, self.manifest)
         self._shards: dict[int, Any] = {}
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._index["rows"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies in spawned workers open the files themselves."""
-        return {**self.__dict__, "_keys": None, "_rows": None, "_shards": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._keys = np.load(self.folder / _KEYS_FILE, mmap_mode="r", allow_pickle=False)
-        self._rows = np.load(self.folder / _ROWS_FILE, mmap_mode="r", allow_pickle=False)
+        return {**self.__dict__, "_shards": {}}
 
     def holds(self, keys: Iterable[tuple[int, int]], dtype: str) -> bool:
         """Whether the cache has the visual tokens of all images with these keys ([`image_key`]), in this dtype."""
-        own = set(zip(self._keys[0].tolist(), self._keys[1].tolist(), strict=True))
+        own = set(zip(*self._index["keys"].tolist(), strict=True))
         return self.manifest.get("dtype") == dtype and own.issuperset(keys)
 
     def check_weights(self, tower: nn.Module) -> None:
-        """Check that the tokens come from this tower.
-
-        Raises:
-            DataError: If its weights differ.
-        """
+        """Raise a `DataError` if the tokens were not made by a tower with these weights."""
         found = hash_weights(tower)
         if found != self.manifest[_WEIGHTS]:
             raise DataError(
@@ -147,10 +142,11 @@ class FeatureCache:
 
     def _find(self, ref: ImageRef, store: MediaStore) -> int:
         high, low = image_key(ref, store)
-        place = int(np.searchsorted(self._keys[0], np.uint64(high)))
-        while place < len(self._rows) and self._keys[0, place] == high:
-            if self._keys[1, place] == low:
-                return int(self._rows[place])
+        keys = self._index["keys"]
+        place = int(np.searchsorted(keys[0], np.uint64(high)))
+        while place < len(self) and keys[0, place] == high:
+            if keys[1, place] == low:
+                return int(self._index["rows"][place])
             place += 1
         raise MediaError(
             "missing_features",
@@ -175,6 +171,72 @@ class FeatureCache:
             )
 
 
+class ImageSet(Dataset[Keyed]):
+    """The records with an image that no earlier record has, as keys and pixel values.
+
+    An item is a list of key and float32 `[3, height, width]` for each new image of one record. The data set's
+    `on_bad_record` decides whether a bad record, or a missing file, is an error or logged and left out.
+    """
+
+    def __init__(self, dataset: MixtureDataset) -> None:
+        self.dataset = dataset
+        self.num_bad = 0
+        self.keys: set[tuple[int, int]] = set()
+        self._new: list[tuple[int, list[int]]] = []  # index of a record, and which of its images are new
+        for index in Progress(range(len(dataset)), "finding images", unit="record", delay=2):
+            try:
+                keys = self._keys(index)
+            except RecordError as error:
+                self._skip(error)
+                self.num_bad += 1
+                continue
+            new = {key: number for number, key in reversed([*enumerate(keys)]) if key not in self.keys}
+            self.keys |= new.keys()
+            if new:
+                self._new.append((index, sorted(new.values())))
+
+    @property
+    def num_images(self) -> int:
+        """Number of different images."""
+        return len(self.keys)
+
+    def __len__(self) -> int:
+        return len(self._new)
+
+    def __getitem__(self, place: int) -> Keyed:
+        index, numbers = self._new[place]
+        try:
+            source, record = self.dataset.locate(index)
+            store, images = source.store(record), source.conversation(record).images
+            refs = [images[number] for number in numbers]
+            with media_of(source.record(record)):
+                loaded = load_all(refs, store)
+            pixels = self.dataset.processor(images=loaded)["pixel_values"]
+            return [(image_key(ref, store), values) for ref, values in zip(refs, pixels, strict=True)]
+        except RecordError as error:
+            self._skip(error)
+            return []
+
+    def images(self, num_workers: int = 0) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """Key and pixel values of every image, read by this number of worker processes."""
+        loader = DataLoader(self, batch_size=None, num_workers=num_workers)
+        with Progress(desc="encoding images", total=self.num_images, unit="image", delay=2) as bar:
+            for items in loader:
+                yield from items
+                bar.update(len(items))
+
+    def _keys(self, index: int) -> list[tuple[int, int]]:
+        source, record = self.dataset.locate(index)
+        refs = source.conversation(record).images
+        with media_of(source.record(record)):
+            return [image_key(ref, source.store(record)) for ref in refs]
+
+    def _skip(self, error: RecordError) -> None:
+        if self.dataset.limit.on_bad_record == "raise":
+            raise error
+        logger.warning("Leaving out a bad record (%s): %s", error.kind, error)
+
+
 def write_features(
     folder: Path,
     images: Iterable[tuple[tuple[int, int], Tensor]],
@@ -186,20 +248,13 @@ def write_features(
     batch_size: int = 16,
     images_per_shard: int = 8192,
 ) -> int:
-    """Encode images, write their visual tokens, and return the number of images.
+    """Encode images, write their visual tokens, and return the number of images; an existing cache is replaced.
 
     Args:
-        folder: Where to; an existing cache is replaced.
         images: Key and pixel values (float32 `[3, height, width]`) of each image; each key once.
         encode: The vision tower, on `device`: `[images, 3, height, width]` to `[images, N, D]`.
         tower: Result of [`describe_tower`].
-        device: Device of the tower.
-        dtype: A key of `DTYPES`.
-        batch_size: Images per forward pass of the tower.
-        images_per_shard: Images in one file.
-
-    Raises:
-        ValueError: For an unknown `dtype`.
+        dtype: A key of `DTYPES`; a `ValueError` says if it is not.
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
@@ -286,23 +341,25 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_index(folder: Path, manifest: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and rows of all images, after a check that they match the headers of the token files."""
+def _read_index(folder: Path, manifest: Mapping[str, Any]) -> Index:
+    """Keys and rows of all images, which must match the headers of the token files."""
     count, size = manifest["images"], manifest["images_per_shard"]
     try:
-        keys = np.load(folder / _KEYS_FILE, mmap_mode="r", allow_pickle=False)
-        rows = np.load(folder / _ROWS_FILE, mmap_mode="r", allow_pickle=False)
+        for name in (_KEYS_FILE, _ROWS_FILE):
+            (folder / name).stat()  # an error names the file that is missing
+        index = Index((), folder)
+        keys, rows = index["keys"], index["rows"]
         shards = [file_shapes(folder / _shard_name(number)) for number in range(-(-count // size))]
     except (OSError, ValueError) as error:
         raise DataError(f"--feature_cache {folder} is damaged ({error}); make it again") from error
     shapes = [shard.get(_TENSOR, ()) for shard in shards]
     lengths = [shape[0] if len(shape) == 3 else -1 for shape in shapes]
     if (
-        (keys.shape, keys.dtype) != ((2, count), np.uint64)
-        or (rows.shape, rows.dtype) != ((count,), np.int64)
+        (keys.shape, keys.dtype) != ((2, count), np.dtype(np.uint64))
+        or (rows.shape, rows.dtype) != ((count,), np.dtype(np.int64))
         or (count and not 0 <= rows.min() <= rows.max() < count)
         or lengths != [min(size, count - start) for start in range(0, count, size)]
         or len({shape[1:] for shape in shapes}) > 1
     ):
         raise DataError(f"--feature_cache {folder} is damaged: its files do not belong together; make it again")
-    return keys, rows
+    return index
