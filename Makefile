@@ -11,6 +11,12 @@ WORKERS    ?= 2
 FUZZ_SECONDS ?= 120
 FUZZ_SEED    ?= 0
 
+# Options of benchmarks/gpu.py, for example GPU="--minutes 8", and what it needs next to PyTorch, in the pinned versions.
+GPU        ?=
+GPU_NAMES  := accelerate av diffusers huggingface_hub importlib_metadata jinja2 markupsafe numpy packaging peft pillow \
+	pluggy iniconfig psutil pytest pytest-timeout pyyaml regex rich safetensors tokenizers tqdm transformers typer
+GPU_PACKAGES = $(foreach name,$(GPU_NAMES),$(shell grep -i '^$(name)==' constraints.txt || echo $(name)))
+
 BIN         := $(VENV)/bin
 USER_STAMP  := $(VENV)/.installed-quickstart
 DEV_STAMP   := $(VENV)/.installed-dev
@@ -19,13 +25,15 @@ CONSTRAINTS  = $(shell $(BIN)/python -c 'import sys; print("-c constraints.txt" 
 TEST_ENV    := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 SHELL_FILES := .ci/run $(wildcard scripts/*.sh visualization/*.sh tests/parts/*.sh)
 
-.PHONY: help quickstart test test-fast test-slurm fuzz lint format types imports docs check clean
+.PHONY: help quickstart test test-fast test-slurm fuzz gpu gpu-wheels lint format types imports docs check clean
 
 help:
 	@echo "make quickstart   install, then train the miniature end to end (report in out/)"
 	@echo "make test         install, then run all tests (test-fast: without the slow ones)"
 	@echo "make test-slurm   run the cluster tests on two virtual nodes of its own Slurm (as root)"
 	@echo "make fuzz         test random and damaged input for FUZZ_SECONDS=120, with FUZZ_SEED=0"
+	@echo "make gpu          GPU tests and benchmarks into benchmarks/RESULTS.md, with the PyTorch of PYTHON=python3"
+	@echo "make gpu-wheels   download what make gpu installs, for a machine without a network"
 	@echo "make check        check lint, types, import contracts and the documentation"
 	@echo "make format       format the code with ruff"
 	@echo "make clean        remove the virtual environment and everything built"
@@ -46,6 +54,17 @@ test-slurm: $(DEV_STAMP)
 fuzz: $(DEV_STAMP)
 	$(TEST_ENV) METAMORPH_FUZZ_SECONDS=$(FUZZ_SECONDS) METAMORPH_FUZZ_SEED=$(FUZZ_SEED) \
 		$(BIN)/python -m pytest -n $(WORKERS) -m fuzz tests/test_fuzz.py $(PYTEST)
+
+# Installs next to the GPU build of PyTorch that PYTHON has, without changing it; with .wheels/, without a network.
+gpu:
+	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target out/gpu-site \
+		$(if $(wildcard .wheels/*.whl),--no-index .wheels/*.whl,$(GPU_PACKAGES))
+	PYTHONPATH=$(CURDIR)/out/gpu-site $(PYTHON) benchmarks/gpu.py $(GPU)
+
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		$(addprefix --platform manylinux,_2_28_x86_64 _2_27_x86_64 _2_24_x86_64 _2_17_x86_64 2014_x86_64 1_x86_64) \
+		--dest .wheels $(GPU_PACKAGES)
 
 check: lint types imports docs
 

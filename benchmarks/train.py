@@ -1,11 +1,10 @@
 """Time and memory of a training step, compared with a straightforward implementation of the same step.
 
     OMP_NUM_THREADS=1 python benchmarks/train.py --output benchmarks/results/train.json
-    python benchmarks/train.py --gpu --output benchmarks/results/train_gpu.json
 
 On a CPU (one thread, float32): one optimizer step of stage 2 on the same weights and the same samples, by the
 reference in `straightforward_step` and by the package, each in a separate process to measure its peak memory.
-Losses must agree. With `--gpu` see `benchmarks/train_gpu.py`.
+Losses must agree.
 """
 
 from __future__ import annotations
@@ -67,15 +66,9 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=3, help="steps of which the fastest counts (default: %(default)s)"
     )
-    parser.add_argument("--gpu", action="store_true", help="measure MFU on a GPU instead")
     flags = parser.parse_args()
-    if flags.gpu:
-        from train_gpu import measure_gpu
-
-        rows = measure_gpu()
-    else:
-        torch.set_num_threads(1)
-        rows = [measured for name in SHAPES for measured in measure_shape(name, flags.repeats)]
+    torch.set_num_threads(1)
+    rows = [measured for name in SHAPES for measured in measure_shape(name, flags.repeats)]
     report = {"machine": machine(), "rows": rows}
     flags.output.parent.mkdir(parents=True, exist_ok=True)
     flags.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """Model FLOPs utilisation (MFU) of stage 2 on one GPU: random weights of real sizes, packed rows of 4,096 tokens.
 
-Run by `python benchmarks/train.py --gpu`. The language models have the sizes of Llama-3.2-1B and 3B, the tower those of
+Run by `make gpu`, see `gpu.py`. The language models have the sizes of Llama-3.2-1B and 3B, the tower those of
 SigLIP-SO400M/14 at 384 pixels. A step is forward, backward and a fused AdamW update on float32 weights with bfloat16
 computation, as the trainer does it on one GPU. MFU is `ModelFlops.total` / (seconds · peak); the peak is the data
 sheet's for dense bfloat16. The busiest kernels of one step are named, by the profiler.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from metamorph.training.engines.speed import compile_layers, recompute_layers
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """FLOP/s of dense bfloat16, by a part of the device's name."""
 START, END, IMAGE = 128_256, 128_257, 128_258
-NUM_IMAGE_TOKENS, ROW = 64, 4096
+NUM_IMAGE_TOKENS = 64
 WARMUP, STEPS = 5, 10
 KINDS = {
     "matrix products": ("gemm", "cutlass", "xmma", "nvjet"),
@@ -53,8 +54,27 @@ class Case:
     """As `--recompute`."""
     compiled: bool
     """As `--torch_compile`."""
+    small: bool = False
+    """Tiny sizes, to try the program on a CPU."""
+
+    @property
+    def row(self) -> int:
+        """Tokens of a row."""
+        return 256 if self.small else 4096
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOWER = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8}
+SMALL_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES = {
     "Llama-3.2-1B": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32},
     "Llama-3.2-3B": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24},
@@ -69,57 +89,30 @@ CASES = (
 )
 
 
-def measure_gpu() -> list[dict[str, Any]]:
-    """All cases, one after the other.
-
-    Raises:
-        SystemExit: if there is no GPU, or its peak is not known.
-    """
-    if not torch.cuda.is_available():
-        sys.exit("--gpu needs a CUDA device, and there is none")
-    name = torch.cuda.get_device_name()
-    peak = next((value for part, value in PEAKS.items() if part in name), None)
-    if peak is None:
-        sys.exit(f"the peak of {name} is not known: add it to PEAKS in {__file__}")
-    rows = []
-    for case in CASES:
-        try:
-            rows.append(measure_case(case, peak))
-        except torch.OutOfMemoryError:
-            rows.append({**describe(case), "GPU": name, "result": "out of memory"})
-        torch.cuda.empty_cache()
-    return [{column: row.get(column, "") for column in max(rows, key=len)} for row in rows]
-
-
 def describe(case: Case) -> dict[str, Any]:
     """The columns that say what was run."""
     return {"model": case.size, "rows": case.rows, "recompute": case.recompute, "compiled": case.compiled}
 
 
-def measure_case(case: Case, peak: float) -> dict[str, Any]:
-    """MFU, tokens a second, peak memory and what the time is spent on."""
-    model = build_model(case)
-    batch = make_batch(case.rows, "flash" in str(model.get_decoder().config._attn_implementation))
+def measure_case(case: Case) -> dict[str, Any]:
+    """MFU, tokens a second, peak memory and what the time is spent on.
+
+    Raises:
+        SystemExit: if the peak of the GPU is not known.
+    """
+    model, peak = build_model(case), device_peak()
+    batch = make_batch(case, "flash" in str(model.get_decoder().config._attn_implementation))
     flops = model_flops(model).total(Work(*count_work(batch, NUM_IMAGE_TOKENS).tolist()))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(WARMUP):
-        train_step(model, batch, optimizer)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        train_step(model, batch, optimizer)
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - start) / STEPS
+    seconds = time_calls(lambda number: train_step(model, batch, optimizer))
     return {
         **describe(case),
-        "GPU": torch.cuda.get_device_name(),
         "attention": model.get_decoder().config._attn_implementation,
         "ms": 1e3 * seconds,
-        "tokens/s": case.rows * ROW / seconds,
+        "tokens/s": case.rows * case.row / seconds,
         "MFU %": 100 * flops / seconds / peak,
-        "peak GB": torch.cuda.max_memory_allocated() / 1e9,
+        "peak GB": peak_gigabytes(),
         "time": kinds_of_kernels(model, batch, optimizer),
     }
 
@@ -133,25 +126,18 @@ def build_model(case: Case) -> MetaMorphForConditionalGeneration:
             "intermediate_size": 8192,
             "num_key_value_heads": 8,
             "tie_word_embeddings": True,
-            "max_position_embeddings": ROW,
+            "max_position_embeddings": case.row,
             **SIZES[case.size],
+            **(SMALL if case.small else {}),
         },
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-            "image_size": 384,
-            "patch_size": 14,
-        },
+        vision_config=TOWER | (SMALL_TOWER if case.small else {}),
         num_image_tokens=NUM_IMAGE_TOKENS,
         image_token_id=IMAGE,
         image_start_token_id=START,
         image_end_token_id=END,
     )
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         model = MetaMorphForConditionalGeneration(config).train()
     model.model.vision_tower.requires_grad_(False).bfloat16()
     if is_flash_attn_2_available():
@@ -163,15 +149,16 @@ def build_model(case: Case) -> MetaMorphForConditionalGeneration:
     return model
 
 
-def make_batch(num_rows: int, flash_attention: bool) -> dict[str, Any]:
-    """Full rows of samples of 512 tokens, with an image each; every second one is drawn."""
+def make_batch(case: Case, flash_attention: bool) -> dict[str, Any]:
+    """Full rows of eight samples, with an image each; every second one is generated."""
     generator = torch.Generator().manual_seed(0)
     image = [START, *[IMAGE] * NUM_IMAGE_TOKENS, END]
-    samples = []
-    for index in range(num_rows * ROW // 512):
-        words = torch.randint(0, START, (512 - len(image),), generator=generator).tolist()
-        ids = torch.tensor([*words[:64], *image, *words[64:]])
-        is_answer = torch.arange(512) >= (64 if index % 2 else 64 + len(image))
+    samples, per_row = [], 8 if not case.small else 2
+    length = case.row // per_row
+    for index in range(case.rows * per_row):
+        words = torch.randint(0, START, (length - len(image),), generator=generator).tolist()
+        ids = torch.tensor([*words[:32], *image, *words[32:]])
+        is_answer = torch.arange(length) >= (32 if index % 2 else 32 + len(image))
         sample = {
             "input_ids": ids,
             "labels": ids.masked_fill(~is_answer | (ids == IMAGE), -100),
@@ -179,23 +166,62 @@ def make_batch(num_rows: int, flash_attention: bool) -> dict[str, Any]:
             "pixel_values": torch.randn(1, 3, 384, 384, generator=generator),
         }
         samples.append(sample)
-    per_row = ROW // 512
     rows = [samples[start : start + per_row] for start in range(0, len(samples), per_row)]
-    return to_gpu(PackedCollator(0, flash_attention, IMAGE)(rows))
+    return to_device(PackedCollator(0, flash_attention, IMAGE)(rows))
 
 
-def to_gpu(value: Any) -> Any:
+def to_device(value: Any) -> Any:
     """A batch with its tensors on the GPU."""
     if isinstance(value, dict):
-        return {name: to_gpu(item) for name, item in value.items()}
-    return value.cuda() if isinstance(value, torch.Tensor) else value
+        return {name: to_device(item) for name, item in value.items()}
+    return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+
+
+def device_peak() -> float:
+    """FLOP/s of dense bfloat16; 1 TFLOP/s stands for a CPU, whose figures mean nothing.
+
+    Raises:
+        SystemExit: if the peak of the GPU is not known.
+    """
+    if DEVICE == "cpu":
+        return 1e12
+    name = torch.cuda.get_device_name()
+    peak = next((value for part, value in PEAKS.items() if part in name), None)
+    if peak is None:
+        sys.exit(f"the peak of {name} is not known: add it to PEAKS in {__file__}")
+    return peak
+
+
+def synchronize() -> None:
+    """Wait for the GPU."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_gigabytes() -> float:
+    """Largest memory on the GPU since `time_calls` began to measure."""
+    return torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else 0.0
+
+
+def time_calls(call: Callable[[int], Any], steps: int = STEPS) -> float:
+    """Seconds of a call, the mean over `steps`, after some that do not count."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for number in range(WARMUP):
+        call(number)
+    synchronize()
+    start = time.perf_counter()
+    for number in range(steps):
+        call(number)
+    synchronize()
+    return (time.perf_counter() - start) / steps
 
 
 def train_step(
     model: MetaMorphForConditionalGeneration, batch: dict[str, Any], optimizer: torch.optim.Optimizer
 ) -> None:
     """Forward, backward, update; nothing is read back."""
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         loss = model(**batch).loss
     assert loss is not None
     loss.backward()
@@ -207,11 +233,11 @@ def kinds_of_kernels(
     model: MetaMorphForConditionalGeneration, batch: dict[str, Any], optimizer: torch.optim.Optimizer
 ) -> str:
     """Share of the GPU's time in one step by kind of kernel, and the share in which it waits."""
-    torch.cuda.synchronize()
+    synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
         start = time.perf_counter()
         train_step(model, batch, optimizer)
-        torch.cuda.synchronize()
+        synchronize()
         total = 1e6 * (time.perf_counter() - start)
     shares: dict[str, float] = defaultdict(float)
     for event in trace.events():

@@ -1,14 +1,12 @@
 """How fast the visualizer trains and draws, compared with straightforward implementations.
 
     OMP_NUM_THREADS=1 python benchmarks/visualizer.py --output benchmarks/results/visualizer.json
-    python benchmarks/visualizer.py --gpu --output benchmarks/results/visualizer_gpu.json
 
 Training: optimizer steps of projector and UNet, by `reference_steps` (float32, an optimizer for each of the two, tower
 and VAE in every step, no clipping, no moving average) and by `metamorph train-visualizer` in several settings, which
 clips and averages. Both read the same images from memory, crop and resize them. Drawing: the same images from the
 same noise, one call for each image and guidance scale, or together. Times are CPU times of one thread, so that other
-programs count little; all variants take turns, and the fastest of several times counts. With `--gpu` see
-`benchmarks/visualizer_gpu.py`.
+programs count little; all variants take turns, and the fastest of several times counts.
 """
 
 from __future__ import annotations
@@ -74,22 +72,14 @@ def main() -> None:
         "--output", type=Path, default=Path("benchmarks/results/visualizer.json"), help="JSON file to write"
     )
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps to time, twice (default: %(default)s)")
-    parser.add_argument(
-        "--gpu", action="store_true", help="measure at the sizes of Stable Diffusion 1.5 on a GPU instead"
-    )
     flags = parser.parse_args()
-    if flags.gpu:
-        from visualizer_gpu import measure_gpu
-
-        tables = measure_gpu()
-    else:
-        torch.set_num_threads(1)
-        with tempfile.TemporaryDirectory() as folder:
-            shapes = [miniature(), small(Path(folder))]
-            tables = {
-                "training": [row for shape in shapes for row in measure_training(shape, flags.steps, Path(folder))],
-                "drawing": [row for shape in shapes for row in measure_drawing(shape)],
-            }
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        shapes = [miniature(), small(Path(folder))]
+        tables = {
+            "training": [row for shape in shapes for row in measure_training(shape, flags.steps, Path(folder))],
+            "drawing": [row for shape in shapes for row in measure_drawing(shape)],
+        }
     report = {"machine": {**machine(), "diffusers": version("diffusers")}, **tables}
     flags.output.parent.mkdir(parents=True, exist_ok=True)
     flags.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -42,7 +42,7 @@ def test_r34_scripts_of_the_guide_exist_are_strict_and_hold_no_keys(script: str)
 @pytest.mark.parametrize("script", SLURM)
 def test_r28_slurm_scripts_are_signalled_requeued_and_keep_their_output(script: str) -> None:
     options = set(re.findall(r"^#SBATCH (\S+)$", (ROOT / script).read_text(encoding="utf-8"), re.MULTILINE))
-    assert {"--ntasks-per-node=1", "--signal=B:USR1@120", "--requeue", "--open-mode=append"} <= options
+    assert {"--ntasks-per-node=1", "--signal=B:USR1@600", "--requeue", "--open-mode=append"} <= options
 
 
 @pytest.mark.parametrize("script", [*ONE_NODE, *SLURM])

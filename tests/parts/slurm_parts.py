@@ -71,7 +71,7 @@ class Job:
         return self.field("JobState")
 
     def reach_time_limit(self) -> None:
-        """Do what Slurm does shortly before the time limit, as `#SBATCH --signal=B:USR1@120` asks it to."""
+        """Do what Slurm does shortly before the time limit, as `#SBATCH --signal=B:USR1@600` asks it to."""
         run("scancel", "--batch", "--signal=USR1", self.number)
 
     def give_way(self) -> None:

@@ -1,4 +1,4 @@
-"""One process of `test_engines_processes.py` and `test_fsdp2.py`: trains the runs in a JSON file, one after another, and writes what it saw."""
+"""One process of `test_engines_processes.py` and `test_fsdp2.py`: trains the runs in a JSON file one after another."""
 
 import json
 import os
@@ -31,7 +31,6 @@ class Recording(MetaMorphTrainer):
         SEEN["tower_partitioned"] = any(is_partitioned(weight) for weight in tower.parameters())
         SEEN["layers"] = all(isinstance(layer, FSDPModule) for layer in self.plain_model.get_decoder().layers)
         return batches, count
-
 
     def training_step(self, *args: Any) -> torch.Tensor:
         """As the trainer does; notes the bytes of gradients that stay unsharded after a micro-batch."""

@@ -14,13 +14,20 @@ import torch
 from safetensors.torch import load_file
 from training_parts import make_language_model, make_records, make_vision_tower
 
-from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-
 
 TESTS = Path(__file__).parent.parent
 PATHS = ("tied", "data.jsonl", "images", "prompts.jsonl")
-SHARED = {"per_device_train_batch_size": 1, "save_only_model": False}
+SHARED = {"per_device_train_batch_size": 1}
 STAGE_2 = SHARED | {"stage": 2, "from_scratch_connector": True}
+EVALUATION = {
+    "eval_data_path": "data.jsonl",
+    "eval_image_folder": "images",
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "load_best_model_at_end": True,
+    "sample_prompts": "prompts.jsonl",
+    "sample_steps": 2,
+}
 CASES: dict[str, dict[str, Any]] = {
     "stage_1": SHARED | {"stage": 1},
     "stage_2": STAGE_2,
@@ -30,11 +37,12 @@ CASES: dict[str, dict[str, Any]] = {
     "tower": STAGE_2 | {"freeze_vision": False, "image_token_reduction": "mlpmixer"},
     "tied": STAGE_2 | {"model_name_or_path": "tied"},
     "recompute": STAGE_2 | {"recompute": "full", "text_loss": "chunked"},
-    # Six steps of two micro-batches; step 4 is the checkpoint from which another run resumes.
+    "sgd": STAGE_2 | {"optim": "sgd"},
+    "rmsprop": STAGE_2 | {"optim": "rmsprop", "learning_rate": 1e-4},
+    # Six steps of two micro-batches; another run resumes from the checkpoint of step 4.
     "accumulated": STAGE_2
     | {"gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-    | {"eval_data_path": "data.jsonl", "eval_image_folder": "images", "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
-    | {"sample_prompts": "prompts.jsonl", "sample_steps": 2},
+    | EVALUATION,
 }
 
 
@@ -91,9 +99,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def check_same(folder: Path, case: str, *, abs_loss: float, abs_weight: float) -> None:
     """What both engines have logged and saved is equal up to rounding."""
     for rank in range(2):
-        ddp, fsdp2 = (
-            json.loads((folder / f"{engine}-{case}-{rank}.json").read_text()) for engine in ("ddp", "fsdp2")
-        )
+        ddp, fsdp2 = (json.loads((folder / f"{engine}-{case}-{rank}.json").read_text()) for engine in ("ddp", "fsdp2"))
         assert fsdp2["layers"], "decoder layers are not sharded one by one"
         assert fsdp2["partitioned"] > 0
         assert ddp["partitioned"] == 0
@@ -107,7 +113,7 @@ def check_same(folder: Path, case: str, *, abs_loss: float, abs_weight: float) -
     assert set(found) == set(expected)
     for name, weight in expected.items():
         assert found[name].dtype == weight.dtype, name
-        if case == "bf16":  # Adam's first steps follow the signs of gradients, which rounding decides where they are small
+        if case == "bf16":  # Adam's first steps follow the signs of gradients; rounding decides those of small ones
             assert (found[name] - weight).norm() <= 0.05 * weight.norm(), name
             continue
         # Attention does not depend on the bias of its keys: its gradient is rounding, of which Adam makes large steps.
@@ -120,3 +126,13 @@ def check_same(folder: Path, case: str, *, abs_loss: float, abs_weight: float) -
 def test_fsdp2_trains_as_ddp(two: Path, case: str) -> None:
     tolerance = 1e-2 if case == "bf16" else 1e-4
     check_same(two, case, abs_loss=tolerance, abs_weight=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_fsdp2_trains_as_ddp_on_gpus(parts: Path, tmp_path: Path) -> None:
+    folder = train_on_two(parts, tmp_path, on_gpus=True)
+    for case in CASES:
+        check_same(folder, case, abs_loss=1e-2, abs_weight=1e-2)

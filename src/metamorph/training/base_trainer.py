@@ -214,7 +214,8 @@ class RunTrainer(Trainer):
             num_processes=1,
             process_index=0,
             put_on_device=self.accelerator.device_placement,
-            non_blocking=self.accelerator.non_blocking,
+            # From pinned memory, copies to the GPU overlap with the computation.
+            non_blocking=self.accelerator.non_blocking or self.args.dataloader_pin_memory,
         )
 
     def get_batch_samples(
@@ -246,7 +247,7 @@ class RunTrainer(Trainer):
     def _get_learning_rate(self) -> float:
         """Called by Trainer once per step, before the scheduler advances: also notes the rates of all modules."""
         groups = [group for group in self.create_optimizer().param_groups if "no_decay" not in group["name"]]
-        self._rates = {f"lr_{group['name']}": group["lr"] for group in groups}
+        self._rates = {f"lr_{group['name']}": float(group["lr"]) for group in groups}  # torchao has a tensor
         return super()._get_learning_rate()
 
     # Optimizer and schedule.

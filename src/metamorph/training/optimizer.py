@@ -31,6 +31,10 @@ VISION_TOWER = "vision_tower"
 MODULES = (LANGUAGE_MODEL, CONNECTOR, VISION_HEAD, VISION_TOWER)
 
 
+SHARDABLE = ("adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "sgd", "rmsprop")
+"""Optimizers that work on FSDP2's DTensors. Tried and failed: Adafactor, Adagrad and those of bitsandbytes."""
+
+
 def scale_learning_rate(base_lr: float, base_batch: float, batch: float) -> float:
     """Learning rate for another number of samples per optimizer step: `base_lr * sqrt(batch / base_batch)`."""
     for name, value in (("base learning rate", base_lr), ("base batch size", base_batch), ("batch size", batch)):
@@ -106,11 +110,16 @@ def optimizer_groups(
 
 
 def check_optimizer(args: RunTrainingArguments) -> None:
-    """Check that the optimizer is installed and accepts its arguments."""
+    """Check that the optimizer is installed, accepts its arguments and works with the engine."""
     from transformers import Trainer  # takes seconds
     from transformers.training_args import OptimizerNames
 
     name = OptimizerNames(args.optim).value
+    if args.fsdp and name not in SHARDABLE:
+        raise ValueError(
+            f"--optim {name} does not work with FSDP2, whose weights are DTensors: use one of {', '.join(SHARDABLE)}, "
+            "or --sharding zero2"
+        )
     plain = copy.copy(args)
     plain.optim_args = None
     try:

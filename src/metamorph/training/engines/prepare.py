@@ -22,6 +22,7 @@ from metamorph.training.costs.memory import MicroBatch, estimate_memory
 from metamorph.training.engines.attention import check_keeps_samples_apart, choose_attention
 from metamorph.training.engines.speed import prepare_speed
 from metamorph.training.lora import store_frozen_matrices
+from metamorph.training.optimizer import check_optimizer
 
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def prepare_engine(args: MetaMorphTrainingArguments, model: PreTrainedModel) -> 
                 capacity / 2**30,
             )
             use_fsdp2(args)
+            check_optimizer(args)
             args.fsdp_plugin_args = {}
     if args.fsdp:
         configure_fsdp2(args, layer_classes(model))
