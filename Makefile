@@ -13,7 +13,7 @@ FUZZ_SEED    ?= 0
 
 # Options of benchmarks/gpu.py, for example GPU="--minutes 8", and what it needs next to PyTorch, in the pinned versions.
 GPU        ?=
-GPU_NAMES  := accelerate av diffusers huggingface_hub importlib_metadata jinja2 markupsafe numpy packaging peft pillow \
+GPU_NAMES  := accelerate diffusers huggingface_hub importlib_metadata jinja2 markupsafe packaging peft pillow \
 	pluggy iniconfig psutil pytest pytest-timeout pyyaml regex rich safetensors tokenizers tqdm transformers typer
 GPU_PACKAGES = $(foreach name,$(GPU_NAMES),$(shell grep -i '^$(name)==' constraints.txt || echo $(name)))
 
