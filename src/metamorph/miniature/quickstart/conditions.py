@@ -66,7 +66,9 @@ def fit_projector(args: VisualizerArguments, steps: int) -> None:
         optimizer.step()
         schedule.step()
     logger.info("Aligned the projector with known conditions: MSE %.4f after %d steps", loss.item(), steps)
-    projector.save_pretrained(str(args.pretrained_projector))
+    folder = Path(str(args.pretrained_projector))
+    projector.save_pretrained(folder)
+    apply_umask(*folder.glob("*.safetensors"))
 
 
 class AttributeEncoder(nn.Module):
