@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import set_seed
 
+from metamorph.files.permissions import apply_umask
 from metamorph.miniature.world.cells import GRID, cell_labels
 from metamorph.miniature.world.checker import read_image
 from metamorph.miniature.world.scenes import ATTRIBUTES, BACKGROUNDS, Scene
