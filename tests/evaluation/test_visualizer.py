@@ -1,4 +1,4 @@
-"""A visualizer alone: images encoded, drawn again and compared, in the library and in commands."""
+"""A visualizer alone: images reconstructed and compared, in the library and in commands."""
 
 from __future__ import annotations
 
@@ -155,8 +155,8 @@ def test_evaluate_visualizer_command(folder, tmp_path, capsys):
     assert "fid: not measured: needs --inception_weights" in text
     report = json.loads((tmp_path / "out" / "visualizer.json").read_text())
     assert [scale["guidance_scale"] for scale in report["scales"]] == [1.0, 2.5]
-    assert [item["file"] for item in report["per_picture"]] == ["0.png", "1.png", "2.png", "3.png"]
-    mean = sum(item["cosine"]["2.5"] for item in report["per_picture"]) / 4
+    assert [item["file"] for item in report["per_image"]] == ["0.png", "1.png", "2.png", "3.png"]
+    mean = sum(item["cosine"]["2.5"] for item in report["per_image"]) / 4
     assert report["scales"][1]["cosine"]["mean"] == pytest.approx(mean, abs=1e-4)
     grid = Image.open(tmp_path / "out" / "visualizer.png")
     assert grid.width == 3 * 130 - 2

@@ -31,7 +31,7 @@ DRAWING_GROUPS = ("seen", "pairs", "held_out", "knowledge", "edit", "next_frame"
 
 @dataclass(frozen=True)
 class Redrawing:
-    """An image drawn again from its true tokens."""
+    """An image reconstructed from its true tokens."""
 
     scene: Scene
     original: Image.Image

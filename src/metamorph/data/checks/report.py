@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from metamorph.data.batching.packing import pack_rows
-from metamorph.data.doctor.check import WARNINGS, Diagnosis, line_of
-from metamorph.data.doctor.samples import images_of, split_example, text_of
-from metamorph.data.doctor.walk import spread
+from metamorph.data.checks.check import WARNINGS, Diagnosis, line_of
+from metamorph.data.checks.samples import images_of, split_example, text_of
+from metamorph.data.checks.walk import spread
 from metamorph.data.records import BAD_RECORD_KINDS
 from metamorph.files.templates import render
 from metamorph.models.processing_metamorph import MetaMorphProcessor
