@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from metamorph.data.bad_records import BadRecordLimit, RecordLog
+from metamorph.data.bad_records import BadRecordLimit, RecordCounts
 from metamorph.data.checks.check import check_before_training
 from metamorph.data.features import FeatureCache
 from metamorph.data.fields import FieldMap
@@ -95,7 +95,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.features = features
         self.fields = FieldMap(fields)
         self.folder_flag = folder_flag
-        self.log = RecordLog(len(self.source))
+        self.counts = RecordCounts(len(self.source))
         self._folder = FolderStore(self.image_folder)
         if not self.image_folder.is_dir():
             raise DataError(f"{folder_flag} {self.image_folder} is not a folder")
@@ -161,15 +161,15 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Counts so far, over all workers: `{"records", "bad", "truncated", "dropped_images"}`."""
         return {
             "records": len(self),
-            "bad": self.log.bad_by_kind(),
-            "truncated": self.log.num_truncated,
-            "dropped_images": self.log.num_dropped_images,
+            "bad": self.counts.bad_by_kind(),
+            "truncated": self.counts.num_truncated,
+            "dropped_images": self.counts.num_dropped_images,
         }
 
     def set_limit(self, limit: BadRecordLimit, num_records: int) -> None:
         """Count the bad records of the `num_records` that are used with `limit`, which other sources share."""
         self.limit = limit
-        limit.add(self.log, num_records)
+        limit.add(self.counts, num_records)
 
     def check(self, indices: Sequence[int] | np.ndarray | None = None) -> None:
         """[`check_before_training`][metamorph.data.checks.check.check_before_training], by default of all records.
@@ -239,17 +239,17 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def _note_truncated(self, index: int, record: Record, encoded: EncodedConversation) -> None:
         logger.log(
-            logging.DEBUG if self.log.num_truncated else logging.WARNING,
+            logging.DEBUG if self.counts.num_truncated else logging.WARNING,
             "%s (id %r) was truncated to --model_max_length %s; %d image(s) dropped. Further ones are only counted.",
             record.where,
             record.id,
             self.model_max_length,
             encoded.num_dropped_images,
         )
-        self.log.note_truncated(index, encoded.num_dropped_images)
+        self.counts.note_truncated(index, encoded.num_dropped_images)
 
     def _skip(self, index: int, error: RecordError) -> None:
         """Count and log a bad record (in later epochs at level DEBUG), and stop if there are too many."""
-        is_new = self.log.note_bad(index, error.kind)
+        is_new = self.counts.note_bad(index, error.kind)
         logger.log(logging.WARNING if is_new else logging.DEBUG, "Skipping a bad record (%s): %s", error.kind, error)
         self.limit.check(last=error)

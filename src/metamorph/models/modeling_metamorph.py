@@ -113,7 +113,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         config.image_start_token_id, config.image_end_token_id = tokens.image_start, tokens.image_end
         new_ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens.new]
         add_token_rows(language_model, len(tokenizer), new_ids)
-        compose = partial(cls._join, config, vision_encoder)
+        compose = partial(cls._compose, config, vision_encoder)
         if support.is_known or language_model.device.type == "meta":
             return compose(language_model)
         return compose_and_compare(language_model, compose)
@@ -133,10 +133,10 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         config = MetaMorphConfig(
             text_config=language_model.config, vision_config=vision, num_image_tokens=1, image_token_id=placeholder
         )
-        return cls._join(config, SiglipVisionModel(vision), language_model)
+        return cls._compose(config, SiglipVisionModel(vision), language_model)
 
     @classmethod
-    def _join(
+    def _compose(
         cls, config: MetaMorphConfig, vision_encoder: PreTrainedModel, language_model: PreTrainedModel
     ) -> "MetaMorphForConditionalGeneration":
         """Compose two parts; `config` has the ids of the image tokens, and the tables have their rows."""
@@ -146,10 +146,10 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         with torch.device("meta"):  # all parts are replaced below
             model = cls(config)
         dtype, device = language_model.dtype, language_model.device
-        kind = type(model.get_decoder())  # what `AutoModel` builds when the finished model is loaded
-        decoder = next((part for part in language_model.modules() if type(part) is kind), None)
+        decoder_class = type(model.get_decoder())  # what `AutoModel` builds when the finished model is loaded
+        decoder = next((part for part in language_model.modules() if type(part) is decoder_class), None)
         if decoder is None:
-            raise ValueError(f"{type(language_model).__name__} has no part of the type {kind.__name__}")
+            raise ValueError(f"{type(language_model).__name__} has no part of the type {decoder_class.__name__}")
         model.model.language_model = decoder
         model.model.vision_tower = VisionTower(config, vision_encoder).to(device, vision_encoder.dtype)
         model.model.mm_projector = build_mm_projector(config).to(device, dtype)

@@ -102,7 +102,7 @@ def save_sections(folder: Path, evaluation: WorldEvaluation, metrics: dict[str, 
     sections.append(Section("vqa", "Questions and answers", text, cells))
     cells = [
         Cell((item.original, item.image), "", verdict_text(item.verdict), item.verdict["all"])
-        for item in evaluation.redrawings[:most]
+        for item in evaluation.reconstructions[:most]
     ]
     text = "Left: an image; right: the visualizer's drawing of its true visual tokens, without the language model."
     sections.append(Section("visualizer", "The visualizer alone", f"{text} {_share(metrics['visualizer'])}", cells))
