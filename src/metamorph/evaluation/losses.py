@@ -55,10 +55,9 @@ class SourceLoss(NamedTuple):
         """
         values = {"text_loss": self.text_loss_sum / self.num_text_tokens if self.num_text_tokens else 0.0}
         if self.num_visual_tokens:
-            baseline = constant_cosine_sum(self.direction_sums).item()
             values["visual_loss"] = self.visual_loss_sum / self.num_visual_tokens
             values["visual_cosine"] = self.visual_cosine_sum / self.num_visual_tokens
-            values["visual_cosine_baseline"] = baseline / self.num_visual_tokens
+            values["visual_cosine_baseline"] = constant_cosine_sum(self.direction_sums).item() / self.num_visual_tokens
         if self.num_image_answers:
             values["image_start_accuracy"] = self.num_image_starts / self.num_image_answers
         for name in ("num_text_tokens", "num_visual_tokens", "num_image_answers"):

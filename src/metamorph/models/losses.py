@@ -35,12 +35,11 @@ class LossSum:
 
 
 class LossNormalizers(NamedTuple):
-    """Divisors of the summed losses; None is the batch's own count."""
+    """Divisors of the summed losses, with `aux` for the load-balancing loss; None is the batch's own count."""
 
     text: Tensor | float | None = None
     visual: Tensor | float | None = None
     aux: Tensor | float | None = None
-    """Of the load-balancing loss, summed over tokens."""
 
 
 def text_loss(logits: Tensor, labels: Tensor) -> LossSum:

@@ -357,9 +357,8 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         mean = router_loss(self.get_decoder(), logits)
         if mean is None or result.loss is None:
             return
-        count = torch.full((), logits[0].shape[0], device=mean.device)
-        aux = LossSum(mean * count, count)
-        result.aux_loss, result.num_tokens, result.aux_loss_sum = average(aux, normalizer), count, aux.sum.detach()
+        aux = LossSum.of(mean * logits[0].shape[0], logits[0])
+        result.aux_loss, result.num_tokens, result.aux_loss_sum = average(aux, normalizer), aux.count, aux.sum.detach()
         result.loss = result.loss + router_loss_coefficient(self.config.text_config) * result.aux_loss
 
     def _normalize_visual_tokens(self, predictions: Tensor) -> Tensor:

@@ -227,9 +227,8 @@ class VisualizerTrainer(RunTrainer):
         with self._finished_model() as model:
             if self.is_world_process_zero():
                 folder = Path(str(self.args.output_dir))
-                card = render_visualizer_card(
-                    self.args, self.data["num_images"], self.accelerator.num_processes, logged
-                )
+                num_images = self.data["num_images"]
+                card = render_visualizer_card(self.args, num_images, self.accelerator.num_processes, logged)
                 check_lock(folder)
                 with explains_write_errors(folder, "the visualizer"):
                     save_pipeline(folder, model, self.encoders.vae, self.args, card)
