@@ -120,7 +120,7 @@ def evaluate_losses(
         model.train(was_training)
     totals = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").cpu()
     return {
-        source: SourceLoss(*total[:num_sums].tolist(), direction_sums=total[num_sums:].double().view(shape))
+        source: SourceLoss(*total[:num_sums].tolist(), total[num_sums:].double().view(shape))
         for source, total in zip(sums, totals, strict=True)
     }
 
@@ -138,7 +138,7 @@ def metric_names(sources: Iterable[str], *, visual_loss: bool) -> list[str]:
 
 def total_loss(losses: dict[str, SourceLoss]) -> SourceLoss:
     """Join the sources of `evaluate_losses`, each token counting once."""
-    return SourceLoss(*map(sum, zip(*losses.values(), strict=True)))
+    return SourceLoss._make(map(sum, zip(*losses.values(), strict=True)))
 
 
 def _source_batches(
