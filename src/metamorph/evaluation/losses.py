@@ -120,7 +120,7 @@ def evaluate_losses(
         model.train(was_training)
     totals = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").cpu()
     return {
-        source: SourceLoss(*total[:num_sums].tolist(), total[num_sums:].double().view(shape))
+        source: SourceLoss._make([*total[:num_sums].tolist(), total[num_sums:].double().view(shape)])
         for source, total in zip(sums, totals, strict=True)
     }
 
