@@ -46,7 +46,7 @@ REFUSED = {
     "gemma4_text": (PER_LAYER, "the composite fails: RuntimeError"),
     "gemma3n_text": ({**PER_LAYER, "laurel_rank": 4, "activation_sparsity_pattern": [0.0, 0.0]}, "logits differ by"),
     "bert": ({}, "differ by"),
-    "t5": ({}, "no decoder-only language model"),
+    "t5": ({}, "not a decoder-only language model"),
 }
 MOE = {
     "mixtral": {"num_local_experts": 4},
