@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable, refuse_tower
+from metamorph.flags.checks import check_model_reference, check_reachable, errors_name_flag, printable, refuse_tower
 from metamorph.flags.parser import FlagParser, at_least, output_folder
 
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
+    from metamorph.data.checks.check import Diagnosis
     from metamorph.data.dataset import MixtureDataset
-    from metamorph.data.doctor.check import Diagnosis
     from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 MINIATURE_NOTE = (
@@ -143,8 +143,8 @@ def run_check(flags: argparse.Namespace) -> int:
     """Check all records, print a summary and write the report; the exit status is 1 if there are problems."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are parallel already
     data = open_data(flags)
-    from metamorph.data.doctor.check import check_dataset
-    from metamorph.data.doctor.report import pick_samples, write_reports
+    from metamorph.data.checks.check import check_dataset
+    from metamorph.data.checks.report import pick_samples, write_reports
 
     diagnosis = check_dataset(data, num_workers=flags.workers, limit=flags.limit)
     diagnosis.settings = {
@@ -172,7 +172,7 @@ def run_show(flags: argparse.Namespace) -> int:
     data = open_data(flags)
     if flags.index >= len(data):
         raise ValueError(f"--index {flags.index} does not exist: {flags.path} has the records 0 to {len(data) - 1}")
-    from metamorph.data.doctor.samples import images_of, split_example, token_rows
+    from metamorph.data.checks.samples import images_of, split_example, token_rows
 
     example = data[flags.index]
     source, number = data.locate(flags.index)
@@ -228,7 +228,7 @@ def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
 
     if name is None:
         name = str(asset_path("mini-llama"))
-    with names_flag("--model_name_or_path", name):
+    with errors_name_flag("--model_name_or_path", name):
         config = load_config(name)
         refuse_tower(config.to_dict(), name, "--model_name_or_path")
         if config.model_type == MetaMorphConfig.model_type:
@@ -263,7 +263,7 @@ def _image_processor(vision_tower: str | None) -> "BaseImageProcessor":
     if vision_tower is None or vision_tower in VISION_TOWER_ALIASES:
         return SiglipImageProcessorPil(size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     check_reachable(vision_tower, flag="--vision_tower")
-    with names_flag("--vision_tower", vision_tower):
+    with errors_name_flag("--vision_tower", vision_tower):
         config = load_vision_config(vision_tower)
         processor = load_image_processor(vision_tower)
         # A NaFlex tower of SigLIP 2 has no size: its processor has one.

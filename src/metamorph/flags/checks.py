@@ -113,7 +113,7 @@ def check_metamorph_model(name: str, flag: str) -> None:
 
     check_reachable(name, flag)
     folder = Path(name)
-    with names_flag(flag, name):
+    with errors_name_flag(flag, name):
         file = folder / "config.json" if folder.is_dir() else Path(hf_hub_download(name, "config.json"))
         config = read_json_object(file)
     if config.get("model_type") != "metamorph":
@@ -141,7 +141,7 @@ def check_output_folder(folder: str, flag: str) -> None:
 
 
 @contextmanager
-def names_flag(flag: str, value: str) -> Iterator[None]:
+def errors_name_flag(flag: str, value: str) -> Iterator[None]:
     """Turn the errors of Transformers and diffusers for a missing or unknown model into ones that name the flag."""
     try:
         yield

@@ -19,7 +19,7 @@ from metamorph.data.dataset import MixtureDataset, load_data
 from metamorph.data.features import FeatureCache, describe_tower
 from metamorph.data.sources.index import cache_folder
 from metamorph.evaluation.losses import metric_names
-from metamorph.flags.checks import check_reachable, names_flag, refuse_tower
+from metamorph.flags.checks import check_reachable, errors_name_flag, refuse_tower
 from metamorph.models.adapters import forget_quantisation
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.connector import find_connector, load_connector, read_connector
@@ -68,7 +68,7 @@ class ModelSpec:
 
     config: MetaMorphConfig
     processor: MetaMorphProcessor
-    continues: bool
+    is_metamorph: bool
     """Whether a MetaMorph model is trained further."""
 
 
@@ -83,35 +83,35 @@ def resolve_model(
     """
     name = args.model_name_or_path
     check_reachable(name, "--model_name_or_path")
-    with names_flag("--model_name_or_path", name):
+    with errors_name_flag("--model_name_or_path", name):
         loaded = load_config(name)
         refuse_tower(loaded.to_dict(), name, "--model_name_or_path")
-        continues = loaded.model_type == MetaMorphConfig.model_type
-    if not continues:
+        is_metamorph = loaded.model_type == MetaMorphConfig.model_type
+    if not is_metamorph:
         check_reachable(resolve_vision_tower(args.vision_tower), "--vision_tower")
-    args.require_connector(continues)
+    args.require_connector(is_metamorph)
     if args.pretrain_mm_mlp_adapter is not None:
-        with names_flag("--pretrain_mm_mlp_adapter", args.pretrain_mm_mlp_adapter):
+        with errors_name_flag("--pretrain_mm_mlp_adapter", args.pretrain_mm_mlp_adapter):
             read_connector(find_connector(args.pretrain_mm_mlp_adapter))
-    with names_flag("--model_name_or_path", name):
+    with errors_name_flag("--model_name_or_path", name):
         tokenizer = load_tokenizer(name)
-        template = _template_of_run(loaded.version if continues else args.version, tokenizer, checkpoint)
-        MetaMorphForConditionalGeneration.check_language_model(loaded.text_config if continues else loaded)
-        if continues:
+        template = _template_of_run(loaded.version if is_metamorph else args.version, tokenizer, checkpoint)
+        MetaMorphForConditionalGeneration.check_language_model(loaded.text_config if is_metamorph else loaded)
+        if is_metamorph:
             processor = MetaMorphProcessor.from_pretrained(name, **template)
             processor.check_fits(loaded)
-    if continues:
+    if is_metamorph:
         if image_aspect_ratio is not None:
             processor.image_aspect_ratio = image_aspect_ratio
-        return ModelSpec(_continued_config(loaded, args), processor, continues)
-    with names_flag("--vision_tower", args.vision_tower):
+        return ModelSpec(_continued_config(loaded, args), processor, is_metamorph)
+    with errors_name_flag("--vision_tower", args.vision_tower):
         vision_config = load_vision_config(args.vision_tower)
         image_processor = load_image_processor(resolve_vision_tower(args.vision_tower))
     config = MetaMorphConfig(text_config=loaded, vision_config=vision_config, **config_overrides(args))
     processor = MetaMorphProcessor.from_parts(
         tokenizer, image_processor, config, image_aspect_ratio=image_aspect_ratio or "square", **template
     )
-    return ModelSpec(config, processor, continues)
+    return ModelSpec(config, processor, is_metamorph)
 
 
 def open_features(args: RunArguments, spec: ModelSpec) -> FeatureCache | None:
@@ -204,8 +204,8 @@ def load_model(
     quantization = quantization_config(args, compute_dtype)
     options = {"attn_implementation": args.attn_implementation, "quantization_config": quantization}
     kwargs = {"dtype": torch.float32} | {name: value for name, value in options.items() if value is not None}
-    with names_flag("--model_name_or_path", args.model_name_or_path):
-        if spec.continues:
+    with errors_name_flag("--model_name_or_path", args.model_name_or_path):
+        if spec.is_metamorph:
             model = MetaMorphForConditionalGeneration.from_pretrained(
                 args.model_name_or_path, config=spec.config, **kwargs
             )
@@ -213,8 +213,8 @@ def load_model(
             language_model = load_language_model(args.model_name_or_path, **kwargs)
             # Unlike the processor's, this tokenizer lacks the image tokens: from_parts initialises the rows it adds.
             tokenizer = load_tokenizer(args.model_name_or_path)
-    if not spec.continues:
-        with names_flag("--vision_tower", args.vision_tower):
+    if not spec.is_metamorph:
+        with errors_name_flag("--vision_tower", args.vision_tower):
             vision_encoder = load_vision_encoder(args.vision_tower)
         model = MetaMorphForConditionalGeneration.from_parts(
             language_model, vision_encoder, tokenizer, **config_overrides(args)
@@ -222,7 +222,7 @@ def load_model(
     if quantization is not None:
         forget_quantisation(model)
     if args.lora_enable:
-        model.adapter_base = adapter_base(args, spec.continues, quantization)
+        model.adapter_base = adapter_base(args, spec.is_metamorph, quantization)
     if args.pretrain_mm_mlp_adapter is not None:
         load_connector(model, args.pretrain_mm_mlp_adapter)
     return model

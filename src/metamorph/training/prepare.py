@@ -20,7 +20,7 @@ from metamorph.training.build import (
 )
 from metamorph.training.checkpoints.resume import find_checkpoint, plan_resume
 from metamorph.training.checkpoints.resume_flags import check_flags, flags_of_run
-from metamorph.training.engines.prepare import full_weights
+from metamorph.training.engines.prepare import gathered_weights
 from metamorph.training.lora import check_engine
 from metamorph.training.optimizer import apply_learning_rate_rule, check_optimizer, samples_in_a_step
 from metamorph.training.reporting.samples import SampleWriter, open_samples
@@ -60,7 +60,7 @@ def prepare(args: RunArguments, *, for_run: bool = True) -> Preparation:
         checkpoint = find_checkpoint(
             args.training.output_dir, args.training.resume_from_checkpoint, args.model.stage, args.model.lora_enable
         )
-    with full_weights(args.training):
+    with gathered_weights(args.training):
         prepared = Preparation(resolve_model(args.model, args.image_aspect_ratio, checkpoint), checkpoint=checkpoint)
     if for_run:
         prepared.features = open_features(args, prepared.spec)

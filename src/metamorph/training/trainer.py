@@ -19,6 +19,7 @@ from metamorph.files.permissions import apply_umask
 from metamorph.models.adapters import has_adapter, load_adapter_weights, save_adapter
 from metamorph.models.connector import load_connector, save_connector
 from metamorph.models.embeddings import merge_new_token_rows
+from metamorph.models.losses import LossNormalizers
 from metamorph.models.outputs import MetaMorphOutput
 from metamorph.runs.checkpoint_files import explains_write_errors
 from metamorph.runs.find_checkpoint import ResumePoint
@@ -28,7 +29,7 @@ from metamorph.training.base_trainer import RunTrainer
 from metamorph.training.checkpoints.resume import Position, describe_data
 from metamorph.training.checkpoints.weights import load_weights
 from metamorph.training.costs.flops import model_flops
-from metamorph.training.engines.prepare import full_weights
+from metamorph.training.engines.prepare import gathered_weights
 from metamorph.training.engines.weights import FrozenTower
 from metamorph.training.metrics import LossWindow, count_targets, count_tokens, validation_metrics
 from metamorph.training.optimizer import learning_rates, module_of, optimizer_groups
@@ -68,7 +69,7 @@ class MetaMorphTrainer(RunTrainer):
         self.model_accepts_loss_kwargs = True
         if "use_cache" in vars(self.model.config):
             del self.model.config.use_cache  # set by Trainer; it would be saved and slow down generation
-        self._normalizers: tuple[Tensor, Tensor, Tensor] | None = None
+        self._normalizers: LossNormalizers | None = None
         self._window = LossWindow()
 
     def create_monitor(self) -> ThroughputMonitor:
@@ -88,7 +89,7 @@ class MetaMorphTrainer(RunTrainer):
         """See [`RunTrainer`]; leaves out the rows that have been trained on."""
         super().resume_from(point)
         if point is not None:
-            self.batches.leave_out(point.epoch, point.trained_rows)
+            self.batches.skip_rows(point.epoch, point.trained_rows)
 
     def prepare_model(self) -> None:
         """Put the frozen vision tower in its place."""
@@ -120,8 +121,7 @@ class MetaMorphTrainer(RunTrainer):
         counts = sum(torch.cat([count_targets(batch), count_tokens(batch)[None]]).to(device) for batch in batches)
         counts = self.accelerator.reduce(counts, reduction="sum")
         # Data parallelism averages gradients over the ranks: dividing by count / ranks turns the average into a sum.
-        text, visual, tokens = (counts.clamp(min=1) / self.accelerator.num_processes).unbind()
-        self._normalizers = (text, visual, tokens)
+        self._normalizers = LossNormalizers(*(counts.clamp(min=1) / self.accelerator.num_processes).unbind())
         return batches, counts[0]
 
     def compute_loss(
@@ -135,7 +135,7 @@ class MetaMorphTrainer(RunTrainer):
         normalizers = self._normalizers if model.training else None
         outputs = model(**inputs, loss_normalizers=normalizers)
         if model.training:
-            self._window.add(outputs, normalizers)
+            self._window.add(outputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -213,7 +213,7 @@ class MetaMorphTrainer(RunTrainer):
         elif has_adapter(self.model):
             load_adapter_weights(self.model, folder)
         else:
-            with full_weights(self.args):
+            with gathered_weights(self.args):
                 load_weights(self.model, folder)
 
     def save_result(self, args: RunArguments) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from metamorph.data.mixture import read_specs
 from metamorph.data.records import ON_BAD_RECORD, DataError
-from metamorph.flags.checks import RemembersGiven, check_choice, names_flag
+from metamorph.flags.checks import RemembersGiven, check_choice, errors_name_flag
 from metamorph.models.sequence.constants import ASPECT_RATIOS
 
 
@@ -65,7 +65,7 @@ class DataArguments(RemembersGiven):
                 if folder is not None and not Path(folder).is_dir():
                     raise FileNotFoundError(f"--{name} {folder} does not exist or is not a folder")
             if self.eval_data_path is not None:
-                with names_flag("--eval_data_path", self.eval_data_path):
+                with errors_name_flag("--eval_data_path", self.eval_data_path):
                     read_specs(self.eval_data_path)
         except (FileNotFoundError, DataError) as error:
             # A DataError may wrap the missing file of a mixture's source.

@@ -177,7 +177,7 @@ def build_outline(args: ModelArguments, spec: ModelSpec) -> MetaMorphForConditio
     Its parameters can be counted and frozen by `apply_stage`, but it cannot run.
     """
     with torch.device("meta"):
-        if spec.continues:
+        if spec.is_metamorph:
             return MetaMorphForConditionalGeneration(spec.config).float()
         language_model = AutoModelForCausalLM.from_config(
             spec.config.text_config, dtype=torch.float32, trust_remote_code=False
