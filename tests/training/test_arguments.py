@@ -120,6 +120,10 @@ def test_help_states_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     assert "a square number for the interpolations. (default: 64)" in text
     assert "(default: 0.999)" in text  # Transformers' own adam_beta2
+    assert "--recompute {none,full,selective}" in text
+    assert "Not supported: the text loss is the plain cross-entropy." in text
+    titles = ("model:", "training:", "dry run:", "transformers.TrainingArguments:", "not supported here:")
+    assert list(titles) == sorted(titles, key=text.index)
 
 
 def test_recipe_may_hold_the_required_flags(paths: dict[str, str], tmp_path: Path) -> None:

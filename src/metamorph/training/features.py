@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from metamorph.data.features import DTYPES, FeatureCache, ImageSet, describe_tower, write_features
@@ -24,7 +24,7 @@ class FeatureArguments(MetaMorphTrainingArguments):
 
     output_dir: str | None = "."
     """Ignored: nothing is trained."""
-    feature_dtype: str = "bfloat16"
+    feature_dtype: str = field(default="bfloat16", metadata={"choices": tuple(DTYPES)})
     """Dtype of the visual tokens: bfloat16, or float32, which takes twice the space."""
 
     def __post_init__(self, dry_run: bool) -> None:

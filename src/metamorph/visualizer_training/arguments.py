@@ -74,6 +74,8 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     (`NAMES_IN_TRANSFORMERS`), which counts if both are given.
     """
 
+    unsupported = UNSUPPORTED
+
     pretrained_model_name_or_path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Stable Diffusion model, a folder or Hub id with the subfolders unet, vae and scheduler."""
     revision: str | None = None
@@ -172,7 +174,7 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     """Guidance scales of these reconstructions, one column each."""
 
     def __post_init__(self) -> None:
-        self.refuse_unsupported(UNSUPPORTED)
+        self.refuse_unsupported()
         self._read_names_of_transformers()
         self.vision_tower = shipped_folder(self.vision_tower, "model")
         self.pretrained_model_name_or_path = shipped_folder(self.pretrained_model_name_or_path, "visualizer")

@@ -1,7 +1,7 @@
 """The flags of `metamorph train` that choose the training and validation data."""
 
 import os
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
 from metamorph.data.mixture import read_specs
@@ -14,6 +14,8 @@ from metamorph.models.sequence.constants import ASPECT_RATIOS
 class DataArguments(RemembersGiven):
     """Training and validation data. In a dry run the training data may be missing."""
 
+    help_title = "data"
+
     data_path: str = ""
     """Records: a JSON array, JSON Lines, WebDataset tar archives (`shard-{000..099}.tar`), or a mixture of sources
     (YAML)."""
@@ -22,10 +24,10 @@ class DataArguments(RemembersGiven):
     contain their media, and sources of a mixture may set their own folder."""
     model_max_length: int = 4096
     """Maximum sequence length in tokens, including visual tokens."""
-    image_aspect_ratio: str = "square"
+    image_aspect_ratio: str = field(default="square", metadata={"choices": ASPECT_RATIOS})
     """`square` resizes images to a square, `pad` keeps their proportions by adding a border. When a MetaMorph model is
     trained further, the default is that model's setting."""
-    on_bad_record: str = "raise"
+    on_bad_record: str = field(default="raise", metadata={"choices": ON_BAD_RECORD})
     """What to do with a record that cannot be used: `raise`, or `skip` (count it, log it and leave it out)."""
     max_bad_fraction: float = 0.01
     """Maximum fraction of skipped records, between 0 and 1. The run stops above it."""
