@@ -24,12 +24,11 @@ class RecipeParser(FlagParser, HfArgumentParser):
         super().__init__(dataclass_types, usage="%(prog)s [--config RECIPE] [--flag value …]", **kwargs)
         help_text = "YAML file of flags, or a recipe listed by `metamorph recipes`; other flags override it"
         self.add_argument("--config", metavar="RECIPE", help=help_text)
-        # `float | str` is a number or `auto`, which HfArgumentParser takes for a number only.
-        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
-        number_or_auto = {name for name, hint in hints.items() if hint == float | str}
         docs = {kind: attribute_docs(kind) for kind in self.dataclass_types}
+        # `float | str` is a number or `auto`, which HfArgumentParser takes for a number only.
+        number_or_auto = {name for kind in docs for name, hint in get_type_hints(kind).items() if hint == float | str}
         titles = {"help": "options", "config": "options"}
-        titles |= {name: kind.help_title for kind in docs for name in docs[kind]}
+        titles |= {name: kind.__name__ for kind in docs for name in docs[kind]}
         self._titles = titles | {name: _INHERITED for name in self.actions if name not in titles}
         texts = {name: text for kind in docs for name, text in docs[kind].items()}
         for name, (accepted, reason) in (item for kind in docs for item in kind.unsupported.items()):

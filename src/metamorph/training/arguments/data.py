@@ -6,15 +6,13 @@ from pathlib import Path
 
 from metamorph.data.mixture import read_specs
 from metamorph.data.records import ON_BAD_RECORD, DataError
-from metamorph.flags.checks import RemembersGiven, check_choice, names_flag
+from metamorph.flags.checks import RemembersGiven, names_flag
 from metamorph.models.sequence.constants import ASPECT_RATIOS
 
 
 @dataclass
 class DataArguments(RemembersGiven):
     """Training and validation data. In a dry run the training data may be missing."""
-
-    help_title = "data"
 
     data_path: str = ""
     """Records: a JSON array, JSON Lines, WebDataset tar archives (`shard-{000..099}.tar`), or a mixture of sources
@@ -46,8 +44,7 @@ class DataArguments(RemembersGiven):
     dry_run: InitVar[bool] = False  # a flag of DryRunArguments
 
     def __post_init__(self, dry_run: bool) -> None:
-        check_choice("--image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
-        check_choice("--on_bad_record", self.on_bad_record, ON_BAD_RECORD)
+        self.check_values()
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"--max_bad_fraction {self.max_bad_fraction} must lie between 0 and 1")
         if self.model_max_length < 2:

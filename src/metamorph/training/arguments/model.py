@@ -5,14 +5,11 @@ from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
 from metamorph.files.model_files import read_json_object
-from metamorph.flags.checks import RemembersGiven, check_choice, check_model_reference
+from metamorph.flags.checks import RemembersGiven, check_model_reference
 from metamorph.mini import shipped_folder
 from metamorph.models.adapters import is_adapter_folder
 from metamorph.models.configuration_metamorph import TOKEN_REDUCTIONS, VISION_HEAD_TYPES, check_options
 from metamorph.models.sequence.constants import VERSIONS
-
-
-QUANT_TYPES = ("nf4", "fp4")
 
 
 @dataclass
@@ -22,8 +19,6 @@ class ModelArguments(RemembersGiven):
     When a MetaMorph model is trained further, flags that are not given keep that model's values. None selects the
     default of the stage. A dry run needs neither weights nor a connector.
     """
-
-    help_title = "model"
 
     model_name_or_path: str
     """Base language model, or a MetaMorph model to train further: a local folder or a Hub id; mini-llama and mini ship
@@ -79,11 +74,11 @@ class ModelArguments(RemembersGiven):
     """Dropout probability of LoRA's inputs, in [0, 1)."""
     lora_target_modules: list[str] | None = None
     """Names of the linear layers that get LoRA, such as q_proj v_proj; by default all of the language model."""
-    bits: int = 16
+    bits: int = field(default=16, metadata={"choices": (4, 16)})
     """4 loads the frozen language model in 4 bits with bitsandbytes (in stage 1, or with `lora_enable`: QLoRA)."""
     double_quant: bool = True
     """Quantise the scales of 4-bit weights, too."""
-    quant_type: str = field(default="nf4", metadata={"choices": QUANT_TYPES})
+    quant_type: str = field(default="nf4", metadata={"choices": ("nf4", "fp4")})
     """Data type of 4-bit weights: nf4 or fp4."""
     model_license: str | None = None
     """Licence for the model card of the result; the card says unknown without it."""
@@ -95,6 +90,7 @@ class ModelArguments(RemembersGiven):
 
     def __post_init__(self, dry_run: bool) -> None:
         self._is_dry_run = dry_run
+        self.check_values()
         try:
             check_options(self)
         except ValueError as error:
@@ -172,8 +168,6 @@ class ModelArguments(RemembersGiven):
             )
 
     def _check_lora(self) -> None:
-        check_choice("--bits", str(self.bits), ("4", "16"))
-        check_choice("--quant_type", self.quant_type, QUANT_TYPES)
         if self.lora_r < 1 or self.lora_alpha < 1:
             raise ValueError(f"--lora_r {self.lora_r} and --lora_alpha {self.lora_alpha} must be at least 1")
         if not 0 <= self.lora_dropout < 1:

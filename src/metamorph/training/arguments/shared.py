@@ -35,8 +35,6 @@ class RunTrainingArguments(RemembersGiven, TrainingArguments):
     Without a GPU the run falls back to the CPU.
     """
 
-    help_title = "training"
-
     output_dir: str | None = None
     """Folder for checkpoints and the trained model. Required."""
     sharding: str = field(default="auto", metadata={"choices": SHARDINGS})
@@ -95,13 +93,6 @@ class RunTrainingArguments(RemembersGiven, TrainingArguments):
         if self.n_gpu > 1:
             logger.warning("using 1 of %d GPUs: start with torchrun to use them all", self.n_gpu)
             self._n_gpu = 1  # nn.DataParallel would split pixel_values as if every sample had one image
-
-    def refuse_unsupported(self) -> None:
-        """Refuse flags of Transformers that have no effect here."""
-        for name, (accepted, reason) in self.unsupported.items():
-            value = getattr(self, name, accepted[0])  # older versions of Transformers lack some of them
-            if value not in accepted:
-                raise ValueError(f"--{name} {value} is not supported: {reason}")
 
     def check_at_least(self, least: float, names: str, *, above: bool = False) -> None:
         """Refuse values below `least` (or equal, with `above`) or not finite of the flags in `names`, "NAME NAME …"."""

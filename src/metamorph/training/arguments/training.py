@@ -129,17 +129,13 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
         self._is_dry_run = dry_run
         if dry_run and self.output_dir is None:
             self.output_dir: Any = NOT_GIVEN
-        self.refuse_unsupported()
+        self.check_values()
         self._check_samples()
         for name in self.allow_changes or ():
             check_choice("--allow_changes", name, CHANGEABLE)
-        check_choice("--loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)
-        check_choice("--recompute", self.recompute, RECOMPUTE)
-        check_choice("--lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         check_text_loss(self.text_loss, half_precision=self.bf16 or self.fp16)
         if self.group_by_length:
             self.train_sampling_strategy = "group_by_length"
-        check_choice("--train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES)
         check_grouping(self.packing, self.train_sampling_strategy == "group_by_length")
         if self.bf16 and self.fp16:
             raise ValueError("--fp16 True and --bf16 True exclude each other: add --bf16 False")

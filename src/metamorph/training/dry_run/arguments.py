@@ -11,8 +11,6 @@ from metamorph.flags.checks import RemembersGiven
 class DryRunArguments(RemembersGiven):
     """Whether to describe the run instead of training, and the GPUs to plan for."""
 
-    help_title = "dry run"
-
     dry_run: bool = False
     """Print the resolved configuration, what is trained, batch size, learning rate and the memory each GPU needs, and
     stop. No weights are read; the data, `output_dir` and stage 1's connector may be missing."""
