@@ -187,7 +187,7 @@ def test_unknown_flag_suggests_the_nearest(paths: dict[str, str]) -> None:
         ({"data_path": "/no/such.jsonl"}, "--data_path /no/such.jsonl"),
         ({"image_folder": "/no/images"}, "--image_folder /no/images"),
         ({"num_image_tokens": 60}, r"--num_image_tokens=60 .* 49 and 64"),
-        ({"image_token_reduction": "pooling"}, "--image_token_reduction='pooling'.*concat_interpolation"),
+        ({"image_token_reduction": "pooling"}, "--image_token_reduction 'pooling'.*concat_interpolation"),
         ({"mm_projector_type": "mlp"}, "mm_projector_type"),
         ({"vision_head_type": "conv"}, "vision_head_type"),
         ({"vision_coef": -1}, "vision_coef"),
