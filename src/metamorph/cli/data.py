@@ -47,14 +47,16 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    check = commands.add_parser("check", help="dry-run all records and report what is wrong with them")
+    check_help = "dry-run all records and report what is wrong with them"
+    check = commands.add_parser("check", help=check_help, description=f"{check_help}.".capitalize())
     add_data_flags(check, "data-check", "report")
     check.add_argument(
         "--workers", type=at_least(0), default=min(os.cpu_count() or 1, 8), help="processes (default: %(default)s)"
     )
     check.add_argument("--limit", type=at_least(1), help="check at most this many records, evenly spread")
     check.set_defaults(run=run_check)
-    show = commands.add_parser("show", help="print one training example and write its images")
+    show_help = "print one training sample and write its images"
+    show = commands.add_parser("show", help=show_help, description=f"{show_help}.".capitalize())
     add_data_flags(show, "data-show", "images")
     show.add_argument("--index", type=at_least(0), default=0, help="record, counted from 0 (default: %(default)s)")
     show.set_defaults(run=run_show)
@@ -70,9 +72,9 @@ def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, output: str
     parser.add_argument(
         "--config", metavar="RECIPE", help="training recipe: its values are the defaults of the flags below"
     )
-    parser.add_argument("--image-folder", help="folder of relative image paths (default: the file's own)")
+    parser.add_argument("--image_folder", help="folder of relative image paths (default: the file's own)")
     parser.add_argument(
-        "--output-dir",
+        "--output_dir",
         type=output_folder,
         default=Path(output_dir),
         help=f"folder of the {output} (default: %(default)s)",
@@ -84,7 +86,6 @@ def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, output: str
     )
     parser.add_argument(
         "--vision_tower",
-        "--vision-tower",
         help="the vision tower, whose image processor prepares the images (default: that of a finished model, else 384 "
         "pixels a side, as SigLIP-SO400M has)",
     )
@@ -92,8 +93,8 @@ def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, output: str
         ("model_max_length", at_least(2), 4096, "longest sequence; not checked without a model"),
         ("version", str, None, "conversation template"),
         ("num_image_tokens", at_least(1), None, "visual tokens per image"),
-        ("mm_use_im_start_end", boolean, None, "whether images are wrapped in <image_start> and <image_end>"),
-        ("mm_use_im_patch_token", boolean, None, "whether the placeholder is <im_patch>"),
+        ("mm_use_im_start_end", boolean, None, "wrap images in <image_start> and <image_end>"),
+        ("mm_use_im_patch_token", boolean, None, "use the placeholder <im_patch>"),
         ("image_aspect_ratio", str, None, "square or pad"),
         ("seed", at_least(0), 42, "seed of the random choices of tasks"),
     ):
@@ -195,7 +196,7 @@ def run_show(flags: argparse.Namespace) -> int:
 def open_data(flags: argparse.Namespace) -> "MixtureDataset":
     """Open the data with the processor that training would use."""
     if flags.image_folder is not None and not Path(flags.image_folder).is_dir():
-        raise FileNotFoundError(f"--image-folder {flags.image_folder} does not exist or is not a folder")
+        raise FileNotFoundError(f"--image_folder {flags.image_folder} does not exist or is not a folder")
     from metamorph.data.dataset import load_data
 
     # Lengths in tokens of the stand-in do not make a record too long.

@@ -1,6 +1,5 @@
 """From the flags to processor, data and model: configurations first, weights only when everything else is right."""
 
-import difflib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from metamorph.data.features import FeatureCache, describe_tower
 from metamorph.data.sources.index import cache_folder
 from metamorph.evaluation.losses import metric_names
 from metamorph.flags.checks import check_reachable, errors_name_flag, refuse_tower
+from metamorph.flags.parser import nearest
 from metamorph.models.adapters import forget_quantisation
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.connector import find_connector, load_connector, read_connector
@@ -38,7 +38,7 @@ from metamorph.runs.checkpoint_files import on_first_process
 from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments, RunArguments
 from metamorph.training.engines.attention import uses_flash_attention
 from metamorph.training.lora import adapter_base, quantization_config
-from metamorph.training.optimizer import samples_in_a_step
+from metamorph.training.optimizer import samples_per_step
 
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ def plan_batches(args: RunArguments, dataset: MixtureDataset) -> BatchPlanner:
             100 * planner.efficiency,
             planner.steps,
             len(dataset) / planner.num_rows,
-            samples_in_a_step(planner, training.gradient_accumulation_steps),
+            samples_per_step(planner, training.gradient_accumulation_steps),
         )
     return planner
 
@@ -321,8 +321,8 @@ def _check_best_metric(args: MetaMorphTrainingArguments, validation: MixtureData
     name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
     known = metric_names(validation.sources, visual_loss=visual_loss)
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        near = nearest(name, known)
+        hint = f"did you mean {near!r}? " if near else ""
         raise ValueError(
             f"--metric_for_best_model {args.metric_for_best_model} is not measured: {hint}Use one of {', '.join(known)}"
         )

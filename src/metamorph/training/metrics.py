@@ -39,7 +39,7 @@ class LossWindow:
             directions = outputs.visual_direction_sums.to(dtype=sum_dtype(window.device))
             self._direction_sums = directions if self._direction_sums is None else self._direction_sums + directions
 
-    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+    def pop_metrics(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over all tokens of all ranks since the last call. Every rank must call it.
 
         `visual_cosine_baseline` is the cosine of the best constant prediction for each position in the image, over all

@@ -1,6 +1,5 @@
 """Trainer of the model: the two losses of VPiT, normalised over the entire optimizer step."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
@@ -26,7 +25,7 @@ from metamorph.runs.find_checkpoint import ResumePoint
 from metamorph.runs.lock import check_lock
 from metamorph.training.arguments import RunArguments
 from metamorph.training.base_trainer import RunTrainer
-from metamorph.training.checkpoints.resume import Position, describe_data
+from metamorph.training.checkpoints.resume import Position, describe_data, steps_per_epoch
 from metamorph.training.checkpoints.weights import load_weights
 from metamorph.training.costs.flops import model_flops
 from metamorph.training.engines.prepare import gathered_weights
@@ -79,19 +78,19 @@ class MetaMorphTrainer(RunTrainer):
         peak = find_peak_tflops(self.args.peak_tflops, half_precision=half, device=self.args.device)
         return ThroughputMonitor(self.accelerator, model_flops(self.model), config.num_image_tokens, peak)
 
-    def samples(self) -> Dataset[Any]:
+    def training_dataset(self) -> Dataset[Any]:
         """The samples, or with packing rows of samples."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
         return PackedSamples(self.train_dataset) if self.batches.planner.packing else self.train_dataset
 
-    def resume_from(self, point: ResumePoint | None) -> None:
+    def set_resume_point(self, point: ResumePoint | None) -> None:
         """See [`RunTrainer`]; leaves out the rows that have been trained on."""
-        super().resume_from(point)
+        super().set_resume_point(point)
         if point is not None:
             self.batches.skip_rows(point.epoch, point.trained_rows)
 
-    def prepare_model(self) -> None:
+    def before_training(self) -> None:
         """Put the frozen vision tower in its place."""
         if self.frozen_tower is None:
             self.frozen_tower = FrozenTower(
@@ -141,7 +140,7 @@ class MetaMorphTrainer(RunTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See [`RunTrainer`]; adds the text and visual losses to a training log entry."""
         if "loss" in logs:
-            logs.update(self._window.drain(self.accelerator))
+            logs.update(self._window.pop_metrics(self.accelerator))
         super().log(logs, start_time)
 
     def evaluate(
@@ -164,12 +163,12 @@ class MetaMorphTrainer(RunTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """For each module one group with and one without weight decay."""
         no_decay = dict(model.named_parameters()).keys() - set(self.get_decay_parameter_names(model))
         return optimizer_groups(model, module_of, learning_rates(self.args), self.args.weight_decay, no_decay)
 
-    def record(self) -> dict[str, Any]:
+    def checkpoint_metadata(self) -> dict[str, Any]:
         """Stage, position in the data, and description of the data."""
         position = Position.at(self.state.global_step, self.batches.planner, self.args.gradient_accumulation_steps)
         return {
@@ -253,5 +252,5 @@ class _EpochOfPlan(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        steps = math.ceil(len(self.batches) / args.gradient_accumulation_steps)
+        steps = steps_per_epoch(self.batches.planner, args.gradient_accumulation_steps)
         self.batches.set_epoch(state.global_step // steps)

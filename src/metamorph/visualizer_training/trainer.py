@@ -78,7 +78,7 @@ class VisualizerTrainer(RunTrainer):
         """A monitor that counts samples."""
         return RunMonitor(self.accelerator, _module_of)
 
-    def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The projector, and the UNet if it is trained."""
         rates = {"projector": self.args.lr, "unet": self.args.unet_lr or self.args.lr}
         return optimizer_groups(model, _module_of, rates, self.args.weight_decay)
@@ -135,13 +135,13 @@ class VisualizerTrainer(RunTrainer):
         """Samples, over all processes, that the steps so far have consumed."""
         return self.batches.samples_after(self.state.global_step * self.args.gradient_accumulation_steps)
 
-    def resume_from(self, point: ResumePoint | None) -> None:
+    def set_resume_point(self, point: ResumePoint | None) -> None:
         """See [`RunTrainer`]; `trained_rows` are samples."""
-        super().resume_from(point)
+        super().set_resume_point(point)
         if point is not None:
             self.batches.resume(point.step * self.args.gradient_accumulation_steps, point.trained_rows)
 
-    def record(self) -> dict[str, Any]:
+    def checkpoint_metadata(self) -> dict[str, Any]:
         """The place in the data, and what identifies the data."""
         return {"samples": self.samples_seen, "data": self.data}
 
