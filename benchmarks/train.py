@@ -28,7 +28,7 @@ from data import machine, resident_megabytes
 from metamorph.data.batching.collation import PackedCollator, PaddedCollator
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.models.vision_tower import finish_visual_tokens
+from metamorph.models.vision_tower import normalize_visual_tokens
 from metamorph.training.costs.flops import Work, count_work, model_flops
 
 
@@ -164,7 +164,7 @@ def straightforward_step(model: MetaMorphForConditionalGeneration, batch: dict[s
     """
     config, parts = model.config, model.model
     patches = parts.vision_tower.encoder(batch["pixel_values"]).last_hidden_state
-    visual_tokens = finish_visual_tokens(
+    visual_tokens = normalize_visual_tokens(
         parts.vision_tower.reduction(patches), normalize=config.normalize_vision, apply_softmax=config.apply_softmax
     )
     is_image = batch["input_ids"] == config.image_token_id

@@ -96,7 +96,7 @@ BAD = [
         "--output file/x.png cannot be written to: file is a",
     ),
     ("evaluate world --output_dir file", "--output-dir file cannot be written to: file is a file; give a folder"),
-    ("data show data.jsonl --output-dir file/new", "--output-dir file/new cannot be written to: file is a file"),
+    ("data show data.jsonl --output-dir file/new", "--output_dir file/new cannot be written to: file is a file"),
     ("convert --merge-adapter llm --output file", "--output-dir file cannot be written to: file is a file"),
     ("quickstart --output-dir file", "--output-dir file cannot be written to: file is a file"),
     ("study joint-vs-generation-only --output-dir file", "--output-dir file cannot be written to: file is a file"),

@@ -65,7 +65,7 @@ def _kinds(report: dict) -> list[str]:
 def test_unusable_data_give_2(check, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = {
         "does not exist": (tmp_path / "nothing.jsonl", None),
-        "--image-folder": (parts / "data.jsonl", tmp_path / "nowhere"),
+        "--image_folder": (parts / "data.jsonl", tmp_path / "nowhere"),
         "is wrong": (parts / "data.jsonl", tmp_path),
         "has no records": (write_records(tmp_path / "empty.jsonl", []), None),
     }

@@ -9,7 +9,7 @@ from processing_parts import GOLDEN, build_processor, golden_image, llava, write
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from metamorph.data.bad_records import RecordLog, TooManyBadRecordsError
+from metamorph.data.bad_records import RecordCounts, TooManyBadRecordsError
 from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.dataset import ConversationDataset
 from metamorph.data.records import DataError, RecordError, UnsupervisedRecordError
@@ -146,7 +146,7 @@ def test_r11_skipped_records_are_logged_with_id_and_counted_over_workers(build, 
     text = dataset[0]["input_ids"].tolist()
     assert [batch["input_ids"].tolist() for batch in loader] == [[text], [text]]
     assert dataset.statistics()["bad"] == {"unsupervised": 2}
-    assert dataset.log.num_bad == 2  # the first was met here and in a worker
+    assert dataset.counts.num_bad == 2  # the first was met here and in a worker
 
 
 def test_a_batch_of_skipped_records_has_nothing_to_learn(build, collate):
@@ -203,7 +203,7 @@ def test_files_that_vanish_later_are_errors_of_their_record(build, tmp_path):
 
 
 def test_totals_of_the_log_are_read_without_a_look_at_every_record():
-    log = RecordLog(100_000)
+    log = RecordCounts(100_000)
     for index in (7, 7, 99_999):
         log.note_bad(index, "missing_image")
         log.note_truncated(index, 1)

@@ -14,8 +14,8 @@ from processing_parts import build_processor, llava, write_jsonl
 
 from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.batching.lengths import measure
+from metamorph.data.checks.check import check_dataset
 from metamorph.data.dataset import load_data
-from metamorph.data.doctor.check import check_dataset
 from metamorph.data.features import ImageSet
 from metamorph.data.fields import NAMES, FieldMap
 from metamorph.data.mixture import SourceSpec
@@ -201,7 +201,7 @@ def test_errors_name_the_field_of_the_records(fields, record, kind, message, fol
     [
         ({"role": "bot", "content": "Hi"}, {}, "unknown_speaker", "\"from\" is 'role' in the records"),
         ({"role": "user", "content": None}, {}, "bad_turn", "\"value\" is 'content' in the records"),
-        ({"role": "user", "content": [{"type": "input_audio"}]}, {}, "bad_turn", "turn 1 has a part that is none of"),
+        ({"role": "user", "content": [{"type": "input_audio"}]}, {}, "bad_turn", "a part that is not one of"),
         ("Hi", {}, "bad_turn", "turn 1 must be a JSON object"),
         ({"role": "user", "content": [{"type": "image", "path": "a.png"}]}, {"image": "b.png"}, "bad_turn", "keep one"),
         ({"role": "system", "content": "Hi"}, {"system": "Be brief."}, "bad_turn", "keep one of them"),

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from metamorph.data.media.stores import FolderStore, MediaError, load_all, load_image, resolve_image_path
+from metamorph.data.media.stores import FolderStore, load_all, resolve_image_path
 from metamorph.data.records import IMAGE_SUFFIXES
 from metamorph.data.tasks import Box, ImageRef
-from metamorph.models.image_files import FORMATS, read_size
+from metamorph.models.image_files import FORMATS, MediaError, load_image, read_size
 from metamorph.models.image_processing import preprocess_images
 
 

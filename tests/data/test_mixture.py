@@ -195,7 +195,7 @@ def test_ranks_take_over_what_others_have_met(folder, processor):
     for dataset in ranks:
         assert dataset.limit.num_bad == 2
         dataset.limit.check()
-    kinds = [dataset.datasets[0].log._kinds.clone() for dataset in ranks]
+    kinds = [dataset.datasets[0].counts._kinds.clone() for dataset in ranks]
     for dataset in ranks:
         for _ in range(2):
             dataset.limit.merge(lambda own: torch.maximum(own, torch.maximum(*kinds)))

@@ -200,7 +200,7 @@ def test_the_sampler_yields_rows_or_samples_of_its_rank() -> None:
     examples = PackedSamples([{"id": str(index)} for index in range(50)])
     assert len(examples) == 50
     assert examples[[4, 2]] == [{"id": "4"}, {"id": "2"}]
-    with pytest.raises(ValueError, match="rank 1 is none of the 1 ranks"):
+    with pytest.raises(ValueError, match="rank 1 is not one of the 1 ranks"):
         PlannedBatches(packed.planner, rank=1)
 
 

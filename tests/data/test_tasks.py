@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from processing_parts import build_processor, llava
 
+from metamorph.data.checks.check import WARNINGS
 from metamorph.data.dataset import load_data
-from metamorph.data.doctor.check import WARNINGS
 from metamorph.data.media.video import VideoInfo
 from metamorph.data.records import BAD_RECORD_KINDS, RecordError, parse_record
 from metamorph.data.tasks import TASKS, Box, ImageRef, get_task, parse_options

@@ -11,10 +11,11 @@ from PIL import Image
 from video_parts import av, colour, index_of, write_video
 
 from metamorph.data.media import video
-from metamorph.data.media.stores import FolderStore, MediaError, load_all, load_image, probe
+from metamorph.data.media.stores import FolderStore, load_all, probe
 from metamorph.data.media.video import probe_video, read_frames
 from metamorph.data.tasks import Box, ImageRef
 from metamorph.flags.extras import install_command
+from metamorph.models.image_files import MediaError, load_image
 
 
 TENTHS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]

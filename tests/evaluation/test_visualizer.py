@@ -1,4 +1,4 @@
-"""A visualizer alone: images encoded, drawn again and compared, in the library and in commands."""
+"""A visualizer alone: images reconstructed and compared, in the library and in commands."""
 
 from __future__ import annotations
 
@@ -47,28 +47,28 @@ def arguments(root: Path, name: str, **options) -> VisualizerArguments:
     return VisualizerArguments(**(defaults | options))
 
 
-def world_pictures(count: int) -> list[Image.Image]:
+def world_images(count: int) -> list[Image.Image]:
     scenes = list(single_scenes())
     return [render(scenes[index * len(scenes) // count]) for index in range(count)]
 
 
-def write_pictures(folder: Path, pictures: list[Image.Image]) -> Path:
+def write_images(folder: Path, images: list[Image.Image]) -> Path:
     folder.mkdir()
-    for index, picture in enumerate(pictures):
-        picture.save(folder / f"{index}.png")
+    for index, image in enumerate(images):
+        image.save(folder / f"{index}.png")
     return folder
 
 
 def test_vision_tower_is_saved_with_the_pipeline_and_encodes_as_in_training(folder, tmp_path):
-    pictures = random_images(3, size=(50, 32))
+    images = random_images(3, size=(50, 32))
     encoder = load_encoder(arguments(folder, "with_tower"))
     with torch.no_grad():
-        expected = encoder(torch.stack([encoder.pixel_format.pixels(crop_square(picture)) for picture in pictures]))
+        expected = encoder(torch.stack([encoder.pixel_format.pixels(crop_square(image)) for image in images]))
     pipeline = VisualizationPipeline.from_pretrained(folder / "with_tower")
-    assert torch.equal(pipeline.vision_tower.encode_images(pictures, batch_size=2), expected)
+    assert torch.equal(pipeline.vision_tower.encode_images(images, batch_size=2), expected)
     pipeline.save_pretrained(tmp_path)
     again = VisualizationPipeline.from_pretrained(tmp_path)
-    assert torch.equal(again.vision_tower.encode_images(pictures), expected)
+    assert torch.equal(again.vision_tower.encode_images(images), expected)
     assert str(folder) not in (folder / "with_tower" / "vision_tower" / "config.json").read_text()
 
 
@@ -76,13 +76,13 @@ def test_images_can_be_given_instead_of_tokens(folder):
     pipeline = load_visualizer(folder / "plain")
     assert pipeline.vision_tower is not None  # found through visualizer_arguments.json
     pipeline.set_progress_bar_config(disable=True)
-    pictures = random_images(2)
-    tokens = load_encoder(arguments(folder, "plain")).encode_images(pictures)
+    images = random_images(2)
+    tokens = load_encoder(arguments(folder, "plain")).encode_images(images)
     options = {"num_inference_steps": 2, "output_type": "pt"}
-    drawn = pipeline(images=pictures, generator=[torch.Generator().manual_seed(i) for i in (1, 2)], **options).images
+    drawn = pipeline(images=images, generator=[torch.Generator().manual_seed(i) for i in (1, 2)], **options).images
     expected = pipeline(tokens, generator=[torch.Generator().manual_seed(i) for i in (1, 2)], **options).images
     assert torch.equal(drawn, expected)
-    one = pipeline(images=pictures[0], generator=torch.Generator().manual_seed(1), **options).images
+    one = pipeline(images=images[0], generator=torch.Generator().manual_seed(1), **options).images
     torch.testing.assert_close(one[0], expected[0], rtol=0, atol=1e-4)
 
 
@@ -98,9 +98,9 @@ def test_tower_that_does_not_fit_is_refused(folder, tmp_path):
 
 def test_mini_draws_what_it_saw_and_finds_it_again(mini):
     """The shipped visualizer: its drawings are nearest to their own originals, and close to them."""
-    pictures = world_pictures(10)
+    images = world_images(10)
     settings = SamplerSettings((1.0, 3.0), num_inference_steps=10, batch_size=4)
-    found = evaluate_visualizer(mini, pictures, settings, keep=3)
+    found = evaluate_visualizer(mini, images, settings, keep=3)
     for score in found.scales:
         assert all(score.is_nearest)
         assert min(score.cosine) > 0.95
@@ -111,9 +111,9 @@ def test_mini_draws_what_it_saw_and_finds_it_again(mini):
 
 
 def test_scores_do_not_depend_on_batches(mini):
-    pictures = world_pictures(5)
+    images = world_images(5)
     runs = [
-        evaluate_visualizer(mini, pictures, SamplerSettings(2.0, num_inference_steps=3, batch_size=size))
+        evaluate_visualizer(mini, images, SamplerSettings(2.0, num_inference_steps=3, batch_size=size))
         for size in (2, 5)
     ]
     first, second = (run.scales[0] for run in runs)
@@ -123,13 +123,13 @@ def test_scores_do_not_depend_on_batches(mini):
 
 def test_swapped_drawings_are_not_found(mini):
     """A visualizer whose projector ignores the tokens draws the same image for all: at most one is found."""
-    pictures = world_pictures(6)
+    images = world_images(6)
     blind = VisualizationPipeline.from_pretrained(shipped_folder("mini", "visualizer"))
     blind.register_modules(vision_tower=mini.vision_tower)
     blind.set_progress_bar_config(disable=True)
     for parameter in blind.projector.parameters():
         torch.nn.init.zeros_(parameter)
-    scores = evaluate_visualizer(blind, pictures, SamplerSettings(1.0, 3)).scales[0].to_dict()
+    scores = evaluate_visualizer(blind, images, SamplerSettings(1.0, 3)).scales[0].to_dict()
     assert scores["retrieval_at_1"] <= 0.5
     assert scores["cosine"]["mean"] < 0.9
 
@@ -145,8 +145,8 @@ def test_one_image_has_no_others():
 
 
 def test_evaluate_visualizer_command(folder, tmp_path, capsys):
-    pictures = write_pictures(tmp_path / "pictures", random_images(5))
-    words = ["evaluate", "visualizer", "--visualizer", str(folder / "with_tower"), "--images", str(pictures)]
+    images = write_images(tmp_path / "images", random_images(5))
+    words = ["evaluate", "visualizer", "--visualizer", str(folder / "with_tower"), "--images", str(images)]
     words += ["--guidance_scale", "1", "2.5", "--steps", "2", "--output_dir", str(tmp_path / "out")]
     assert main([*words, "--max_images", "4", "--batch_size", "3", "--grid_rows", "2"]) == 0
     text = capsys.readouterr().out
@@ -155,17 +155,17 @@ def test_evaluate_visualizer_command(folder, tmp_path, capsys):
     assert "fid: not measured: needs --inception_weights" in text
     report = json.loads((tmp_path / "out" / "visualizer.json").read_text())
     assert [scale["guidance_scale"] for scale in report["scales"]] == [1.0, 2.5]
-    assert [item["file"] for item in report["per_picture"]] == ["0.png", "1.png", "2.png", "3.png"]
-    mean = sum(item["cosine"]["2.5"] for item in report["per_picture"]) / 4
+    assert [item["file"] for item in report["per_image"]] == ["0.png", "1.png", "2.png", "3.png"]
+    mean = sum(item["cosine"]["2.5"] for item in report["per_image"]) / 4
     assert report["scales"][1]["cosine"]["mean"] == pytest.approx(mean, abs=1e-4)
     grid = Image.open(tmp_path / "out" / "visualizer.png")
     assert grid.width == 3 * 130 - 2
 
 
 def test_evaluate_visualizer_with_networks_of_lpips_and_fid(folder, tmp_path, capsys):
-    pictures = write_pictures(tmp_path / "pictures", random_images(3))
+    images = write_images(tmp_path / "images", random_images(3))
     lpips, inception = save_networks(tmp_path)
-    words = ["evaluate", "visualizer", "--visualizer", str(folder / "plain"), "--images", str(pictures)]
+    words = ["evaluate", "visualizer", "--visualizer", str(folder / "plain"), "--images", str(images)]
     words += ["--guidance-scale", "1", "--steps", "1", "--output-dir", str(tmp_path / "out")]
     assert main([*words, "--lpips_weights", str(lpips), "--inception_weights", str(inception)]) == 0
     report = json.loads((tmp_path / "out" / "visualizer.json").read_text())
@@ -176,8 +176,8 @@ def test_evaluate_visualizer_with_networks_of_lpips_and_fid(folder, tmp_path, ca
 
 
 def test_visualize_command_writes_originals_and_drawings(tmp_path, capsys):
-    for index, picture in enumerate(world_pictures(2)):
-        picture.save(tmp_path / f"{index}.png")
+    for index, image in enumerate(world_images(2)):
+        image.save(tmp_path / f"{index}.png")
     words = ["visualize", "--visualizer", "mini", "--image", str(tmp_path / "0.png"), str(tmp_path / "1.png")]
     words += ["--guidance_scale", "2", "--steps", "8", "--output", str(tmp_path / "out" / "grid.png")]
     assert main(words) == 0
@@ -209,10 +209,10 @@ def test_bad_input_is_one_line(words, message, tmp_path, capsys):
     assert error.startswith("metamorph visualize: error:")
 
 
-def test_folder_without_pictures_is_refused(tmp_path, capsys):
+def test_folder_without_images_is_refused(tmp_path, capsys):
     words = ["evaluate", "visualizer", "--visualizer", "mini", "--images", str(tmp_path)]
     assert main(words) == 2
     assert "holds no image ending in" in capsys.readouterr().err
-    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "bad.png").write_text("no image")
     assert main([*words, "--output_dir", str(tmp_path / "out")]) == 2
     assert "bad.png" in capsys.readouterr().err

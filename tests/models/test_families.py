@@ -46,7 +46,7 @@ REFUSED = {
     "gemma4_text": (PER_LAYER, "the composite fails: RuntimeError"),
     "gemma3n_text": ({**PER_LAYER, "laurel_rank": 4, "activation_sparsity_pattern": [0.0, 0.0]}, "logits differ by"),
     "bert": ({}, "differ by"),
-    "t5": ({}, "no decoder-only language model"),
+    "t5": ({}, "not a decoder-only language model"),
 }
 MOE = {
     "mixtral": {"num_local_experts": 4},
@@ -99,7 +99,7 @@ def test_a_family_is_refused_before_weights_are_read(tmp_path: Path) -> None:
 
 def test_the_weights_tell_where_no_small_copy_can_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "_MOST_WEIGHTS", 0)
-    monkeypatch.setattr(families, "_VERDICTS", {})
+    monkeypatch.setattr(families, "_SUPPORT", {})
     tokenizer, tower = chatml_tokenizer(), SiglipVisionModel(tiny_config().vision_config)
     for family, fields in (("granite", SCALED["granite"]), ("gemma3n_text", REFUSED["gemma3n_text"][0])):
         config = family_config(family, vocab_size=len(tokenizer) + 3, initializer_range=0.21, **fields)
@@ -130,7 +130,7 @@ def test_the_copy_is_small_and_random_generators_stay_as_they_are() -> None:
     copy = families._small_copy(LlamaForCausalLM, config)
     assert sum(parameter.numel() for parameter in copy.parameters()) < 10e6
     state = torch.get_rng_state()
-    assert MetaMorphForConditionalGeneration.check_language_model(config) == families.Verdict(is_known=True)
+    assert MetaMorphForConditionalGeneration.check_language_model(config) == families.FamilySupport(is_known=True)
     assert torch.equal(state, torch.get_rng_state())
     assert config.num_hidden_layers == 32
 

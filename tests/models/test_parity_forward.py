@@ -13,7 +13,7 @@ from golden_parts import (
 )
 
 from metamorph.models.embeddings import attach_new_token_rows
-from metamorph.models.vision_tower import concat_blocks, finish_visual_tokens, interpolate_tokens
+from metamorph.models.vision_tower import concat_blocks, interpolate_tokens, normalize_visual_tokens
 
 
 pytestmark = pytest.mark.parity
@@ -63,14 +63,14 @@ def test_reductions(name, source, count, concat):
     tokens = concat_blocks(tokens) if concat else tokens
     assert_close(tokens, reference[name])
     if f"{name}_normalized" in reference:
-        normalized = finish_visual_tokens(tokens, normalize=True, apply_softmax=False)
+        normalized = normalize_visual_tokens(tokens, normalize=True, apply_softmax=False)
         assert_close(normalized, reference[f"{name}_normalized"])
 
 
 def test_reduction_of_bfloat16_features():
     reference = tensors("reduction")
     tokens = interpolate_tokens(reference["x729"].bfloat16(), 64)
-    normalized = finish_visual_tokens(tokens, normalize=True, apply_softmax=False)
+    normalized = normalize_visual_tokens(tokens, normalize=True, apply_softmax=False)
     expected = reference["interpolation_729_to_64_normalized_bf16_input"]
     assert normalized.dtype == expected.dtype == torch.bfloat16
     # The original normalises in bfloat16, ours in float32: equal up to one rounding step of bfloat16.

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from processing_parts import build_processor, chat, golden_image, tokenizer_with
 
-from metamorph.models.image_inputs import load_image
+from metamorph.models.image_inputs import to_pil_image
 from metamorph.models.sequence.conversations import ImagePart, TextPart
 
 
@@ -78,7 +78,7 @@ def test_files_are_opened_upright(processor, tmp_path, key):
     upright.rotate(90, expand=True).save(path, exif=exif)
     expected = processor(images=upright)["pixel_values"]
     assert torch.equal(processor(images=Image.open(path))["pixel_values"], expected)
-    assert load_image(upright) is upright  # nothing is copied on the way of training
+    assert to_pil_image(upright) is upright  # nothing is copied on the way of training
     for form in (path, str(path)):
         messages = [{"role": "user", "content": [{"type": "image", key: form}]}]
         assert torch.equal(processor.apply_chat_template(messages, tokenize=True)["pixel_values"], expected)
@@ -88,8 +88,8 @@ def test_a_batch_may_be_an_array_and_grey_is_an_image(processor):
     images = np.stack([np.asarray(image.convert("RGB").resize((20, 20))) for image in IMAGES])
     assert processor(images=images)["pixel_values"].shape[0] == len(IMAGES)
     assert processor(images=torch.from_numpy(images))["pixel_values"].shape[0] == len(IMAGES)
-    assert load_image(np.full((5, 7), 9, np.uint8)).getpixel((0, 0)) == 9
-    assert load_image(np.zeros((3, 9, 3), np.uint8), input_data_format="channels_last").size == (9, 3)
+    assert to_pil_image(np.full((5, 7), 9, np.uint8)).getpixel((0, 0)) == 9
+    assert to_pil_image(np.zeros((3, 9, 3), np.uint8), input_data_format="channels_last").size == (9, 3)
 
 
 @pytest.mark.parametrize(

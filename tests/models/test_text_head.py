@@ -119,7 +119,7 @@ def test_auto_takes_parts_only_where_they_help():
     hidden = torch.zeros(10, HIDDEN)
     assert choose_kernel(head, hidden, few) == "full"
     assert choose_kernel(head, hidden, many) == ("fused" if has_fused() else "chunked")
-    assert choose_kernel(head, hidden, many, finish=lambda logits, hidden: logits) == "chunked"
+    assert choose_kernel(head, hidden, many, transform=lambda logits, hidden: logits) == "chunked"
     assert choose_kernel(head, hidden.bfloat16(), many) == "chunked"  # the fused one would round the loss
     with torch.autocast("cpu", torch.bfloat16):
         assert choose_kernel(head, hidden, many) == "chunked"

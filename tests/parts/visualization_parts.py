@@ -132,22 +132,22 @@ def write_archive(path: Path, members: dict[str, Image.Image | bytes]) -> Path:
     return path
 
 
-def write_damaged_archives(folder: Path, pictures: list[Image.Image]) -> list[Path]:
+def write_damaged_archives(folder: Path, images: list[Image.Image]) -> list[Path]:
     """Write four tars: with a corrupt JPEG as its second member, cut off within its last image, empty, and complete.
 
     Args:
         folder: Where; created if missing.
-        pictures: At least 6. The first two are in the first tar, the third and (cut off) the fourth in the second, the
+        images: At least 6. The first two are in the first tar, the third and (cut off) the fourth in the second, the
             others in the last.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    members = [("a.png", pictures[0]), ("broken.jpg", b"\xff\xd8 no picture"), ("b.png", pictures[1])]
+    members = [("a.png", images[0]), ("broken.jpg", b"\xff\xd8 no image"), ("b.png", images[1])]
     corrupt = write_archive(folder / "0-corrupt.tar", dict(members))
-    cut = write_archive(folder / "1-cut.tar", {"c.png": pictures[2], "d.png": pictures[3]})
+    cut = write_archive(folder / "1-cut.tar", {"c.png": images[2], "d.png": images[3]})
     with tarfile.open(cut) as tar:
         end = tar.getmembers()[1].offset_data + 8
     with cut.open("r+b") as file:
         file.truncate(end)
     empty = write_archive(folder / "2-empty.tar", {})
-    whole = write_archive(folder / "3-whole.tar", {f"{i}.png": picture for i, picture in enumerate(pictures[4:])})
+    whole = write_archive(folder / "3-whole.tar", {f"{i}.png": image for i, image in enumerate(images[4:])})
     return [corrupt, cut, empty, whole]

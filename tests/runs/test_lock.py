@@ -30,9 +30,9 @@ with only_run_in(sys.argv[1]):
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Signs of life follow each other quickly, and their lack is noticed soon."""
-    monkeypatch.setattr(run_lock, "BEAT", 0.05)
-    monkeypatch.setattr(run_lock, "SILENCE", 1.0)
-    monkeypatch.setattr(run_lock, "POLL", 0.05)
+    monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(run_lock, "STALE_AFTER_SECONDS", 1.0)
+    monkeypatch.setattr(run_lock, "POLL_SECONDS", 0.05)
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -116,7 +116,7 @@ def test_a_silent_run_elsewhere_is_taken_over(
     with only_run_in(left):
         assert json.loads((left / LOCK_FILE).read_text())["host"] != "elsewhere"
     assert "may be used by another run: host elsewhere" in caplog.text
-    assert "sign of life" in caplog.text
+    assert "heartbeat" in caplog.text
 
 
 @pytest.mark.usefixtures("soon")
@@ -129,12 +129,12 @@ def test_a_run_that_has_long_been_silent_is_not_waited_for(left: Path, caplog: p
 
 
 @pytest.mark.usefixtures("soon")
-def test_a_sign_of_life_from_elsewhere_is_respected(tmp_path: Path) -> None:
+def test_a_heartbeat_from_elsewhere_is_respected(tmp_path: Path) -> None:
     with only_run_in(tmp_path):
         lock = json.loads((tmp_path / LOCK_FILE).read_text())
         stop = threading.Event()
         other = change(tmp_path, machine="another", host="elsewhere", id="other")
-        beats = threading.Thread(target=run_lock._give_signs_of_life, args=(tmp_path / LOCK_FILE, other, stop))
+        beats = threading.Thread(target=run_lock._heartbeat, args=(tmp_path / LOCK_FILE, other, stop))
         beats.start()
         try:
             with pytest.raises(CheckpointError, match="host elsewhere"), only_run_in(tmp_path):
@@ -175,7 +175,7 @@ def test_a_damaged_lock_is_taken_over_once_it_is_old(damage: str | dict[str, Any
 def test_only_one_of_several_runs_takes_a_lock_over(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them is late: between its look at the lock that is left and its take-over, another has begun and works."""
     change(left, started="12")
-    lives, late = run_lock._lives, []
+    lives, late = run_lock._is_held, []
 
     def look(path: Path) -> bool:
         answer = lives(path)
@@ -184,7 +184,7 @@ def test_only_one_of_several_runs_takes_a_lock_over(left: Path, monkeypatch: pyt
             late[0].__enter__()
         return answer
 
-    monkeypatch.setattr(run_lock, "_lives", look)
+    monkeypatch.setattr(run_lock, "_is_held", look)
     with pytest.raises(CheckpointError, match=f"used by another run: host .* process {os.getpid()}"), only_run_in(left):
         pass
     check_lock(left)

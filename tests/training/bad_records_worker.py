@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from metamorph.data.bad_records import BadRecordLimit, RecordLog, TooManyBadRecordsError
+from metamorph.data.bad_records import BadRecordLimit, RecordCounts, TooManyBadRecordsError
 from metamorph.training.callbacks import StopOnBadRecords
 
 
@@ -17,7 +17,7 @@ NUM_RECORDS = 20
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    limit, log = BadRecordLimit("skip", max_bad_fraction=0.2), RecordLog(NUM_RECORDS)
+    limit, log = BadRecordLimit("skip", max_bad_fraction=0.2), RecordCounts(NUM_RECORDS)
     limit.add(log, NUM_RECORDS)
     callback = StopOnBadRecords(limit)
     counts = []

@@ -120,6 +120,16 @@ def test_help_states_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     assert "a square number for the interpolations. (default: 64)" in text
     assert "(default: 0.999)" in text  # Transformers' own adam_beta2
+    assert "--recompute {none,full,selective}" in text
+    assert "Not supported: training keeps no keys and values." in text
+    titles = (
+        "ModelArguments:",
+        "MetaMorphTrainingArguments:",
+        "DryRunArguments:",
+        "transformers.TrainingArguments:",
+        "not supported here:",
+    )
+    assert list(titles) == sorted(titles, key=text.index)
 
 
 def test_recipe_may_hold_the_required_flags(paths: dict[str, str], tmp_path: Path) -> None:
@@ -177,7 +187,7 @@ def test_unknown_flag_suggests_the_nearest(paths: dict[str, str]) -> None:
         ({"data_path": "/no/such.jsonl"}, "--data_path /no/such.jsonl"),
         ({"image_folder": "/no/images"}, "--image_folder /no/images"),
         ({"num_image_tokens": 60}, r"--num_image_tokens=60 .* 49 and 64"),
-        ({"image_token_reduction": "pooling"}, "--image_token_reduction='pooling'.*concat_interpolation"),
+        ({"image_token_reduction": "pooling"}, "--image_token_reduction 'pooling'.*concat_interpolation"),
         ({"mm_projector_type": "mlp"}, "mm_projector_type"),
         ({"vision_head_type": "conv"}, "vision_head_type"),
         ({"vision_coef": -1}, "vision_coef"),

@@ -18,9 +18,10 @@ from transformers import SiglipVisionModel, TrainerCallback
 from metamorph import cli
 from metamorph.data.dataset import load_data
 from metamorph.data.features import FeatureCache, ImageSet, describe_tower, image_key, write_features
-from metamorph.data.media.stores import FolderStore, MediaError
+from metamorph.data.media.stores import FolderStore
 from metamorph.data.records import DataError, RecordError
 from metamorph.data.tasks import ImageRef
+from metamorph.models.image_files import MediaError
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.vision_tower import load_tower_of
 from metamorph.training.arguments import DataArguments, ModelArguments, RunArguments

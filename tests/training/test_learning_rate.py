@@ -15,7 +15,7 @@ from metamorph.training.optimizer import (
     LANGUAGE_MODEL,
     apply_learning_rate_rule,
     learning_rates,
-    samples_in_a_step,
+    samples_per_step,
     scale_learning_rate,
 )
 
@@ -59,8 +59,8 @@ def test_rule_refuses_what_is_not_above_zero(values: tuple[float, float, float])
 
 
 def test_samples_are_counted_not_rows() -> None:
-    assert samples_in_a_step(planner(packing=False), 5) == 2 * 3 * 5
-    assert samples_in_a_step(planner(packing=True), 5) == 2 * 3 * 5 * 4
+    assert samples_per_step(planner(packing=False), 5) == 2 * 3 * 5
+    assert samples_per_step(planner(packing=True), 5) == 2 * 3 * 5 * 4
 
 
 def test_auto_applies_the_rule_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

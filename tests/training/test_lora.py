@@ -27,7 +27,7 @@ from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneratio
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.training.arguments import ModelArguments
 from metamorph.training.build import load_model, resolve_model
-from metamorph.training.checkpoints.resume import find_checkpoint
+from metamorph.training.checkpoints.resume import find_stage_checkpoint
 from metamorph.training.lora import attach_lora
 from metamorph.training.run import TrainResult, run_training
 from metamorph.training.stages import apply_stage
@@ -216,9 +216,9 @@ def test_resumed_equals_uninterrupted(parts: Path, lora: TrainResult, tmp_path: 
 
 
 def test_an_adapter_does_not_resume_other_runs(lora: TrainResult) -> None:
-    assert find_checkpoint(lora.output_dir, None, 2, adapter=True) == f"{lora.output_dir}/checkpoint-5"
+    assert find_stage_checkpoint(lora.output_dir, None, 2, adapter=True) == f"{lora.output_dir}/checkpoint-5"
     with pytest.raises(ValueError, match="a checkpoint with --lora_enable True, but this run has --lora_enable False"):
-        find_checkpoint(lora.output_dir, None, 2)
+        find_stage_checkpoint(lora.output_dir, None, 2)
 
 
 @pytest.mark.parametrize("base", ["tied", "finished"])

@@ -295,7 +295,7 @@ def test_samples_are_written(observed: TrainResult) -> None:
     ]
     assert answers[2]["answer"].startswith("[image 1]")
     assert other_permissions(Path(observed.output_dir)) == {}
-    assert answers[2]["pictures"][0] == "003-1"
+    assert answers[2]["answer_images"][0] == "003-1"
     with Image.open(folder / "step-2" / "003-1.png") as image:
         assert image.mode == "RGB"
 

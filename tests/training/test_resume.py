@@ -17,7 +17,7 @@ from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.models.sequence import template_date
 from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError
 from metamorph.training.build import resolve_model
-from metamorph.training.checkpoints.resume import find_checkpoint
+from metamorph.training.checkpoints.resume import find_stage_checkpoint
 from metamorph.training.run import TrainResult, run_training
 
 
@@ -64,7 +64,7 @@ def test_r25_the_same_command_again_resumes(parts: Path, uninterrupted: TrainRes
     shutil.copytree(uninterrupted.output_dir, tmp_path, dirs_exist_ok=True)
     for weights in (*tmp_path.glob("checkpoint-5/model*"), *tmp_path.glob(f"checkpoint-5/{CONNECTOR_FILE}")):
         weights.unlink()
-    assert find_checkpoint(str(tmp_path), None, stage) == str(tmp_path / "checkpoint-4")
+    assert find_stage_checkpoint(str(tmp_path), None, stage) == str(tmp_path / "checkpoint-4")
     resumed = run_training(*arguments(parts, tmp_path, stage=stage, **flags_of(stage)))
     assert_same_end(resumed, uninterrupted, first_step=4)
 
@@ -151,16 +151,16 @@ def test_r25_checkpoints_hold_the_optimizer(uninterrupted: TrainResult) -> None:
 def test_what_a_run_resumes_from(uninterrupted: TrainResult, tmp_path: Path) -> None:
     folder, stage = uninterrupted.output_dir, uninterrupted.stage
     newest = f"{folder}/checkpoint-{STEPS}"
-    assert find_checkpoint(folder, None, stage) == newest
-    assert find_checkpoint(folder, "True", stage) == newest
-    assert find_checkpoint(folder, "False", stage) is None
-    assert find_checkpoint(str(tmp_path), None, stage) is None
+    assert find_stage_checkpoint(folder, None, stage) == newest
+    assert find_stage_checkpoint(folder, "True", stage) == newest
+    assert find_stage_checkpoint(folder, "False", stage) is None
+    assert find_stage_checkpoint(str(tmp_path), None, stage) is None
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in --output_dir"):
-        find_checkpoint(str(tmp_path), "True", stage)
+        find_stage_checkpoint(str(tmp_path), "True", stage)
     with pytest.raises(FileNotFoundError, match="--resume_from_checkpoint /nowhere is not a complete checkpoint"):
-        find_checkpoint(folder, "/nowhere", stage)
+        find_stage_checkpoint(folder, "/nowhere", stage)
     with pytest.raises(ValueError, match="give each stage its own --output_dir"):
-        find_checkpoint(folder, None, 3 - stage)
+        find_stage_checkpoint(folder, None, 3 - stage)
 
 
 class Groups(TrainerCallback):

@@ -14,7 +14,7 @@ from training_parts import arguments, logged, make_records, training_lines
 from transformers import TrainerCallback
 
 from metamorph.data.batching.packing import PACKING_VERSION
-from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError, damage
+from metamorph.runs.checkpoint_files import MANIFEST_FILE, CheckpointError, find_damage
 from metamorph.runs.preemption import MARKER_FILE, Preempted
 from metamorph.training.run import run_training
 
@@ -61,7 +61,7 @@ def cut(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, li
 def test_after_the_signal_only_the_checkpoint_and_the_marker_are_there(cut: tuple[Path, list[list[int]]]) -> None:
     folder, seen = cut
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", MARKER_FILE]
-    assert damage(folder / "checkpoint-2") is None
+    assert find_damage(folder / "checkpoint-2") is None
     assert len(seen) == 2
 
 

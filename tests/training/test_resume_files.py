@@ -26,13 +26,13 @@ from metamorph.runs.checkpoint_files import (
     PARTIAL_FOLDER,
     CheckpointError,
     checkpoints,
-    damage,
     delete_old,
+    find_damage,
     read_manifest,
 )
 from metamorph.runs.preemption import Preempted
 from metamorph.training.arguments import MetaMorphTrainingArguments
-from metamorph.training.checkpoints.resume import find_checkpoint
+from metamorph.training.checkpoints.resume import find_stage_checkpoint
 from metamorph.training.run import TrainResult, run_training
 
 
@@ -133,10 +133,10 @@ def test_damaged_checkpoints_are_passed_over(
 ) -> None:
     spoil(run_folder / "checkpoint-6" / file)
     with caplog.at_level(logging.WARNING):
-        assert find_checkpoint(str(run_folder), None, 1) == str(run_folder / "checkpoint-4")
+        assert find_stage_checkpoint(str(run_folder), None, 1) == str(run_folder / "checkpoint-4")
     assert f"skipping the checkpoint {run_folder / 'checkpoint-6'}: " in caplog.text
     with pytest.raises(ValueError, match=message):
-        find_checkpoint(str(run_folder), str(run_folder / "checkpoint-6"), 1)
+        find_stage_checkpoint(str(run_folder), str(run_folder / "checkpoint-6"), 1)
 
 
 class Planted:
@@ -166,13 +166,13 @@ def test_code_in_a_checkpoint_never_runs(
 def test_no_checkpoint_is_usable(run_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     for folder in run_folder.glob("checkpoint-*"):
         (folder / MANIFEST_FILE).unlink()
-    assert find_checkpoint(str(run_folder), None, 1) is None
+    assert find_stage_checkpoint(str(run_folder), None, 1) is None
     assert "starting from the beginning" in caplog.text
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
-        find_checkpoint(str(run_folder), "True", 1)
+        find_stage_checkpoint(str(run_folder), "True", 1)
     for folder in run_folder.glob("checkpoint-*"):
         shutil.rmtree(folder)
-    assert find_checkpoint(str(run_folder), None, 1) is None
+    assert find_stage_checkpoint(str(run_folder), None, 1) is None
     assert "holds a result and no checkpoint: it is trained again and replaced" in caplog.text
 
 
@@ -185,9 +185,9 @@ def test_large_files_are_checked_at_their_ends(run_folder: Path, monkeypatch: py
     file = folder / "optimizer.pt"
     manifest["files"] = {"optimizer.pt": checkpoint_files.file_stamp(file)}
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
-    assert damage(folder) is None
+    assert find_damage(folder) is None
     zero_the_end(file)
-    assert damage(folder) is not None
+    assert find_damage(folder) is not None
 
 
 def test_newest_is_what_was_written_last(parts: Path, run_folder: Path, tmp_path: Path) -> None:
@@ -196,8 +196,8 @@ def test_newest_is_what_was_written_last(parts: Path, run_folder: Path, tmp_path
     old = str(run_folder / "checkpoint-2")
     run_training(*arguments(parts, run_folder, **flags, resume_from_checkpoint=old))
     assert [path.name for path in checkpoints(run_folder)] == ["checkpoint-2", "checkpoint-6", "checkpoint-4"]
-    assert find_checkpoint(str(run_folder), None, 1) == str(run_folder / "checkpoint-4")
-    assert [damage(path) for path in checkpoints(run_folder)] == [None, None, None]
+    assert find_stage_checkpoint(str(run_folder), None, 1) == str(run_folder / "checkpoint-4")
+    assert [find_damage(path) for path in checkpoints(run_folder)] == [None, None, None]
 
 
 def test_the_limit_keeps_what_is_good(run_folder: Path) -> None:
@@ -262,7 +262,7 @@ def test_the_best_checkpoint_stays_and_becomes_the_result(parts: Path, tmp_path:
     result = run_training(*arguments(parts, tmp_path, **best_flags(parts), save_total_limit=1))
     measured = {line["step"]: line["eval_loss"] for line in result.log_history if "eval_loss" in line}
     best = tmp_path / f"checkpoint-{max(measured, key=measured.__getitem__)}"
-    assert damage(best) is None
+    assert find_damage(best) is None
     assert f'"best_model_checkpoint": "{best}"' in (tmp_path / "trainer_state.json").read_text()
     assert best.name != "checkpoint-3"
     logged = {name for line in result.log_history for name in line}

@@ -19,34 +19,34 @@ from metamorph.visualizer_training.images.sources import open_images
 @pytest.fixture
 def three_archives(tmp_path):
     """Archives of 3, 1 and 2 images, among other members."""
-    pictures = random_images(6)
-    first = {"0.png": pictures[0], "0.txt": b"text", "sub/1.webp": pictures[1], "2.png": pictures[2]}
+    images = random_images(6)
+    first = {"0.png": images[0], "0.txt": b"text", "sub/1.webp": images[1], "2.png": images[2]}
     write_archive(tmp_path / "a.tar", first)
-    write_archive(tmp_path / "b.tar", {"0.cls": b"7", "0.png": pictures[3], ".hidden.png": b"no"})
-    write_archive(tmp_path / "c.tar", {"0.PNG": pictures[4], "1.png": pictures[5]})
+    write_archive(tmp_path / "b.tar", {"0.cls": b"7", "0.png": images[3], ".hidden.png": b"no"})
+    write_archive(tmp_path / "c.tar", {"0.PNG": images[4], "1.png": images[5]})
     (tmp_path / "archives.json").write_text(json.dumps(["a.tar", "b.tar", "c.tar"]))
-    return tmp_path, pictures
+    return tmp_path, images
 
 
 def test_images_of_archives_in_their_order(three_archives):
-    folder, pictures = three_archives
+    folder, images = three_archives
     source = open_images([folder / "archives.json"])
     names = [source.archives.name(index).removeprefix(f"{folder}/") for index in range(len(source))]
     assert names == ["a.tar:0.png", "a.tar:sub/1.webp", "a.tar:2.png", "b.tar:0.png", "c.tar:0.PNG", "c.tar:1.png"]
     for index in (0, 2, 3, 4, 5):  # all but the lossy one
-        assert np.array_equal(np.array(source.load(index)), np.array(pictures[index]))
+        assert np.array_equal(np.array(source.load(index)), np.array(images[index]))
     again = copy.deepcopy(source)  # as a worker of a data loader gets it
-    assert np.array_equal(np.array(again.load(5)), np.array(pictures[5]))
+    assert np.array_equal(np.array(again.load(5)), np.array(images[5]))
 
 
 def test_folders_may_hold_archives_and_files(three_archives):
-    folder, pictures = three_archives
+    folder, images = three_archives
     (folder / "loose").mkdir()
-    pictures[0].save(folder / "loose" / "z.png")
+    images[0].save(folder / "loose" / "z.png")
     source = open_images(image_folder=folder)
     assert (len(source), source.files, len(source.archives.archives)) == (7, [folder / "loose" / "z.png"], 3)
     for index, expected in ((0, 0), (1, 0), (3, 2), (6, 5)):  # the loose file, then a.tar to c.tar
-        assert np.array_equal(np.array(source.load(index)), np.array(pictures[expected]))
+        assert np.array_equal(np.array(source.load(index)), np.array(images[expected]))
     assert open_images(image_folder=folder / "loose").archives is None
 
 
@@ -120,11 +120,11 @@ def test_missing_archives_are_named(tmp_path):
 
 
 def test_digest_follows_the_images_and_not_the_place(three_archives, tmp_path):
-    folder, pictures = three_archives
+    folder, images = three_archives
     digest = open_images([folder / "archives.json"]).digest()
     (tmp_path / "moved").mkdir()
     for name in ("a.tar", "b.tar", "c.tar", "archives.json"):
         (tmp_path / "moved" / name).write_bytes((folder / name).read_bytes())
     assert open_images([tmp_path / "moved" / "archives.json"]).digest() == digest
-    write_archive(folder / "b.tar", {"1.png": pictures[3]})
+    write_archive(folder / "b.tar", {"1.png": images[3]})
     assert open_images([folder / "archives.json"]).digest() != digest

@@ -25,9 +25,9 @@ WORKER = str(Path(__file__).with_name("visualizer_worker.py"))
 def flags(tmp_path_factory) -> dict:
     """Six images in three archives; six steps of two images are two epochs."""
     folder = tmp_path_factory.mktemp("visualizer")
-    pictures = random_images(6)
+    images = random_images(6)
     for name, first, last in (("a", 0, 3), ("b", 3, 4), ("c", 4, 6)):
-        write_archive(folder / f"{name}.tar", {f"{index}.png": pictures[index] for index in range(first, last)})
+        write_archive(folder / f"{name}.tar", {f"{index}.png": images[index] for index in range(first, last)})
     (folder / "archives.json").write_text('["a.tar", "b.tar", "c.tar"]')
     options = {"training_steps": 6, "lr": 1e-3, "unfreeze_unet": True, "save_step": 2}
     return tiny_flags(folder) | options | {"image_jsons": [str(folder / "archives.json")]}
@@ -84,8 +84,8 @@ def test_r42_killed_while_saving_it_resumes_from_the_checkpoint_before(flags, on
 
 def test_fsdp2_trains_as_one_process_does_and_exchanges_checkpoints_with_it(flags, one, tmp_path):
     folder, expected = one
-    options = {"sharding": "fsdp2", "batch_size": 1, "validation_images": [str(tmp_path / "picture.png")]}
-    random_images(1)[0].save(tmp_path / "picture.png")
+    options = {"sharding": "fsdp2", "batch_size": 1, "validation_images": [str(tmp_path / "image.png")]}
+    random_images(1)[0].save(tmp_path / "image.png")
     two = tmp_path / "two"
     resume = {"resume_from_checkpoint": str(folder / "checkpoint-4"), "save_step": 1}
     assert start(two, flags | options | resume, processes=2).returncode == 0

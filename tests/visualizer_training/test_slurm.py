@@ -17,14 +17,14 @@ FLAGS = ("--resolution", str(RESOLUTION), "--hidden_dim", "16", "--save_step", "
 WEIGHTS = ("projector/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors")
 
 
-def test_visualizer_is_preempted_requeued_and_goes_on_at_the_next_picture(tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    for index, picture in enumerate(random_images(8, size=(3000, 2400))):  # large: a signal meets a running job
-        picture.save(tmp_path / "pictures" / f"{index}.png")
+def test_visualizer_is_preempted_requeued_and_goes_on_at_the_next_image(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(random_images(8, size=(3000, 2400))):  # large: a signal meets a running job
+        image.save(tmp_path / "images" / f"{index}.png")
     variables = {
         "DIFFUSION_MODEL": write_tiny_diffusion(tmp_path / "diffusion"),
         "VISION_TOWER": write_tiny_tower(tmp_path / "tower"),
-        "IMAGE_FOLDER": tmp_path / "pictures",
+        "IMAGE_FOLDER": tmp_path / "images",
         "OUTPUT_DIR": tmp_path / "two",
         "NUM_TOKENS": 4,
         "BATCH_SIZE": 2,

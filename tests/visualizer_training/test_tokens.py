@@ -76,7 +76,7 @@ def test_r45_condition_is_as_long_in_training_as_in_drawing(options, expected, p
     )
     tokens = torch.randn(2, args.num_tokens, FEATURES, generator=torch.Generator().manual_seed(1))
     drawn = draw(pipeline, tokens)
-    assert set(seen) == {(4, expected, CROSS_ATTENTION_DIM)}  # two pictures, with and without condition
+    assert set(seen) == {(4, expected, CROSS_ATTENTION_DIM)}  # two images, with and without condition
     pipeline.save_pretrained(tmp_path / "again")
     assert torch.equal(drawn, draw(load(tmp_path / "again"), tokens))
 

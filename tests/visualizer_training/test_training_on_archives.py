@@ -33,13 +33,13 @@ def losses(flags: dict, output_dir: Path, **options) -> list[float]:
 
 
 def test_archives_train_as_files_do(flags, tmp_path):
-    pictures = random_images(5)
+    images = random_images(5)
     (tmp_path / "files").mkdir()
-    for index, picture in enumerate(pictures):
-        picture.save(tmp_path / "files" / f"{index}.png")
+    for index, image in enumerate(images):
+        image.save(tmp_path / "files" / f"{index}.png")
     (tmp_path / "shards").mkdir()
-    write_archive(tmp_path / "shards" / "a.tar", {f"{i}.png": pictures[i] for i in range(3)})
-    write_archive(tmp_path / "shards" / "b.tar", {f"{i}.png": pictures[i] for i in (3, 4)})
+    write_archive(tmp_path / "shards" / "a.tar", {f"{i}.png": images[i] for i in range(3)})
+    write_archive(tmp_path / "shards" / "b.tar", {f"{i}.png": images[i] for i in (3, 4)})
     expected = losses(flags, tmp_path / "one", image_folder=str(tmp_path / "files"))
     (tmp_path / "list.json").write_text(json.dumps(["shards/a.tar", "shards/b.tar"]))
     options = {"image_jsons": [str(tmp_path / "list.json")], "dataloader_num_workers": 2}
@@ -48,7 +48,7 @@ def test_archives_train_as_files_do(flags, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"random_crop": True}, {"cache_latents": True}])
 def test_r42_resume_on_archives_equals_uninterrupted(options, flags, tmp_path):
-    write_archive(tmp_path / "a.tar", {f"{i}.png": picture for i, picture in enumerate(random_images(5))})
+    write_archive(tmp_path / "a.tar", {f"{i}.png": image for i, image in enumerate(random_images(5))})
     options |= {"image_folder": str(tmp_path), "save_step": 4}
     whole = losses(flags, tmp_path / "whole", **options)
     rest = {"resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint-4")}
@@ -94,13 +94,13 @@ def test_damaged_archives_are_reported_and_left_out_within_the_cap(flags, tmp_pa
 @pytest.mark.parametrize("options", [{}, {"cache_latents": True}, {"gradient_accumulation_steps": 2, "batch_size": 1}])
 def test_a_bad_image_changes_no_other_sample(options, flags, tmp_path):
     """The loss of two images is the mean of those with either of them bad, each at its place in the order."""
-    pictures = random_images(2)
+    images = random_images(2)
     flags = flags | {"training_steps": 1, "on_bad_image": "skip", "max_bad_fraction": 0.5} | options
     found = {}
     for name, bad in (("first", 0), ("second", 1), ("none", None)):
         folder = tmp_path / name
         folder.mkdir()
-        write_archive(folder / "a.tar", {f"{i}.png": b"no" if i == bad else pictures[i] for i in range(2)})
+        write_archive(folder / "a.tar", {f"{i}.png": b"no" if i == bad else images[i] for i in range(2)})
         (found[name],) = losses(flags, tmp_path / f"{name}-out", image_folder=str(folder))
     assert found["none"] == pytest.approx((found["first"] + found["second"]) / 2, abs=1e-5)
     assert found["first"] != pytest.approx(found["second"], abs=1e-3)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from metamorph.cli.shared import check_tower_reference
-from metamorph.flags.checks import check_reachable, names_flag
+from metamorph.flags.checks import check_reachable, errors_name_flag
 from metamorph.flags.parser import FlagParser, output_folder
 
 
@@ -82,7 +82,7 @@ def convert_model(flags: argparse.Namespace) -> None:
     if flags.merge_adapter is not None:
         model, processor = load_merged(flags.merge_adapter)
     else:
-        with names_flag("--model", flags.model):
+        with errors_name_flag("--model", flags.model):
             model, processor = load_original(
                 flags.model, tokenizer=flags.tokenizer, vision_tower=flags.vision_tower, dtype=dtype
             )
@@ -105,7 +105,7 @@ def load_merged(folder: str) -> tuple[Any, Any]:
             f"--merge-adapter {folder} has no {ADAPTER_FILE}: give the folder of a run with --lora_enable True"
         )
     # Merge in float32, so that weights are rounded only once.
-    with names_flag("--merge-adapter", folder):
+    with errors_name_flag("--merge-adapter", folder):
         model = MetaMorphForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, dequantize=True)
     return model, MetaMorphProcessor.from_pretrained(folder)
 

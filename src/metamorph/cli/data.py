@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metamorph.flags.checks import check_model_reference, check_reachable, names_flag, printable, refuse_tower
+from metamorph.flags.checks import check_model_reference, check_reachable, errors_name_flag, printable, refuse_tower
 from metamorph.flags.parser import FlagParser, at_least, output_folder
 
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
+    from metamorph.data.checks.check import Diagnosis
     from metamorph.data.dataset import MixtureDataset
-    from metamorph.data.doctor.check import Diagnosis
     from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 MINIATURE_NOTE = (
@@ -47,14 +47,16 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    check = commands.add_parser("check", help="dry-run all records and report what is wrong with them")
+    check_help = "dry-run all records and report what is wrong with them"
+    check = commands.add_parser("check", help=check_help, description=f"{check_help}.".capitalize())
     add_data_flags(check, "data-check", "report")
     check.add_argument(
         "--workers", type=at_least(0), default=min(os.cpu_count() or 1, 8), help="processes (default: %(default)s)"
     )
     check.add_argument("--limit", type=at_least(1), help="check at most this many records, evenly spread")
     check.set_defaults(run=run_check)
-    show = commands.add_parser("show", help="print one training example and write its images")
+    show_help = "print one training sample and write its images"
+    show = commands.add_parser("show", help=show_help, description=f"{show_help}.".capitalize())
     add_data_flags(show, "data-show", "images")
     show.add_argument("--index", type=at_least(0), default=0, help="record, counted from 0 (default: %(default)s)")
     show.set_defaults(run=run_show)
@@ -70,9 +72,9 @@ def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, output: str
     parser.add_argument(
         "--config", metavar="RECIPE", help="training recipe: its values are the defaults of the flags below"
     )
-    parser.add_argument("--image-folder", help="folder of relative image paths (default: the file's own)")
+    parser.add_argument("--image_folder", help="folder of relative image paths (default: the file's own)")
     parser.add_argument(
-        "--output-dir",
+        "--output_dir",
         type=output_folder,
         default=Path(output_dir),
         help=f"folder of the {output} (default: %(default)s)",
@@ -84,7 +86,6 @@ def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, output: str
     )
     parser.add_argument(
         "--vision_tower",
-        "--vision-tower",
         help="the vision tower, whose image processor prepares the images (default: that of a finished model, else 384 "
         "pixels a side, as SigLIP-SO400M has)",
     )
@@ -92,8 +93,8 @@ def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, output: str
         ("model_max_length", at_least(2), 4096, "longest sequence; not checked without a model"),
         ("version", str, None, "conversation template"),
         ("num_image_tokens", at_least(1), None, "visual tokens per image"),
-        ("mm_use_im_start_end", boolean, None, "whether images are wrapped in <image_start> and <image_end>"),
-        ("mm_use_im_patch_token", boolean, None, "whether the placeholder is <im_patch>"),
+        ("mm_use_im_start_end", boolean, None, "wrap images in <image_start> and <image_end>"),
+        ("mm_use_im_patch_token", boolean, None, "use the placeholder <im_patch>"),
         ("image_aspect_ratio", str, None, "square or pad"),
         ("seed", at_least(0), 42, "seed of the random choices of tasks"),
     ):
@@ -143,8 +144,8 @@ def run_check(flags: argparse.Namespace) -> int:
     """Check all records, print a summary and write the report; the exit status is 1 if there are problems."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are parallel already
     data = open_data(flags)
-    from metamorph.data.doctor.check import check_dataset
-    from metamorph.data.doctor.report import pick_samples, write_reports
+    from metamorph.data.checks.check import check_dataset
+    from metamorph.data.checks.report import pick_samples, write_reports
 
     diagnosis = check_dataset(data, num_workers=flags.workers, limit=flags.limit)
     diagnosis.settings = {
@@ -172,7 +173,7 @@ def run_show(flags: argparse.Namespace) -> int:
     data = open_data(flags)
     if flags.index >= len(data):
         raise ValueError(f"--index {flags.index} does not exist: {flags.path} has the records 0 to {len(data) - 1}")
-    from metamorph.data.doctor.samples import images_of, split_example, token_rows
+    from metamorph.data.checks.samples import images_of, split_example, token_rows
 
     example = data[flags.index]
     source, number = data.locate(flags.index)
@@ -195,7 +196,7 @@ def run_show(flags: argparse.Namespace) -> int:
 def open_data(flags: argparse.Namespace) -> "MixtureDataset":
     """Open the data with the processor that training would use."""
     if flags.image_folder is not None and not Path(flags.image_folder).is_dir():
-        raise FileNotFoundError(f"--image-folder {flags.image_folder} does not exist or is not a folder")
+        raise FileNotFoundError(f"--image_folder {flags.image_folder} does not exist or is not a folder")
     from metamorph.data.dataset import load_data
 
     # Lengths in tokens of the stand-in do not make a record too long.
@@ -228,7 +229,7 @@ def load_processor(flags: argparse.Namespace) -> "MetaMorphProcessor":
 
     if name is None:
         name = str(asset_path("mini-llama"))
-    with names_flag("--model_name_or_path", name):
+    with errors_name_flag("--model_name_or_path", name):
         config = load_config(name)
         refuse_tower(config.to_dict(), name, "--model_name_or_path")
         if config.model_type == MetaMorphConfig.model_type:
@@ -263,7 +264,7 @@ def _image_processor(vision_tower: str | None) -> "BaseImageProcessor":
     if vision_tower is None or vision_tower in VISION_TOWER_ALIASES:
         return SiglipImageProcessorPil(size={"height": 384, "width": 384}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     check_reachable(vision_tower, flag="--vision_tower")
-    with names_flag("--vision_tower", vision_tower):
+    with errors_name_flag("--vision_tower", vision_tower):
         config = load_vision_config(vision_tower)
         processor = load_image_processor(vision_tower)
         # A NaFlex tower of SigLIP 2 has no size: its processor has one.

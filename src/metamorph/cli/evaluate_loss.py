@@ -4,7 +4,7 @@ import argparse
 import json
 
 from metamorph.cli.shared import print_table
-from metamorph.flags.checks import check_metamorph_model, names_flag
+from metamorph.flags.checks import check_metamorph_model, errors_name_flag
 from metamorph.flags.parser import at_least, output_file
 
 
@@ -38,11 +38,11 @@ def _run(flags: argparse.Namespace) -> None:
     from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
     from metamorph.models.processing_metamorph import MetaMorphProcessor
 
-    with names_flag("--model", folder):
+    with errors_name_flag("--model", folder):
         processor = MetaMorphProcessor.from_pretrained(folder)
     data = load_data(flags.data_path, processor, flags.image_folder, flags.model_max_length)
     accelerator = Accelerator(cpu=flags.cpu, mixed_precision="bf16" if flags.bf16 else "no")
-    with names_flag("--model", folder):
+    with errors_name_flag("--model", folder):
         model = MetaMorphForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         model = model.to(accelerator.device)
     losses = evaluate_losses(model, data, accelerator, batch_size=flags.batch_size, num_workers=flags.workers)

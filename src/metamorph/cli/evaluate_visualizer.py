@@ -94,7 +94,7 @@ def _write_results(flags: argparse.Namespace, files: Sequence[Path], found: "Rec
     notes = {name: f"not measured: {reason}" for name, reason in NOT_MEASURED.items() if name not in scales[0]}
     if "fid" in scales[0] and len(files) < FID_IMAGES:
         notes["fid"] = f"of {len(files)} images: FID of fewer than {FID_IMAGES} is much too large"
-    per_picture = [
+    per_image = [
         {
             "file": str(file.relative_to(flags.images.expanduser())),
             "cosine": {f"{score.guidance_scale:g}": round(score.cosine[index], 5) for score in found.scales},
@@ -103,7 +103,7 @@ def _write_results(flags: argparse.Namespace, files: Sequence[Path], found: "Rec
         for index, file in enumerate(files)
     ]
     asked = {name: getattr(flags, name) for name in ("visualizer", "vision_tower", "images", "steps", "seed")}
-    report = {**asked, "scales": scales, "notes": notes, "per_picture": per_picture}
+    report = {**asked, "scales": scales, "notes": notes, "per_image": per_image}
     flags.output_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2, default=str) + "\n"  # `images` is a Path
     (flags.output_dir / "visualizer.json").write_text(text, encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metamorph.cli.shared import DEVICE_HELP, check_image_output, hide_loading_bars, numbered, open_images
-from metamorph.flags.checks import check_metamorph_model, names_flag, printable
+from metamorph.flags.checks import check_metamorph_model, errors_name_flag, printable
 from metamorph.flags.parser import FlagParser, at_least, finite_number, image_file, output_file
 from metamorph.mini import shipped_folder
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
@@ -69,13 +69,14 @@ def main(argv: Sequence[str]) -> None:
     images = check_inputs(flags)
     import torch
 
-    from metamorph.inference import SamplerSettings, load
+    from metamorph.inference import SamplerSettings
+    from metamorph.inference.session import open_session
     from metamorph.models.sequence.conversations import TextPart
 
     hide_loading_bars()
     if flags.draw or flags.max_new_tokens is not None:
         check_budget(flags)
-    session = load(flags.model, flags.visualizer, flags.device, dashes="--")
+    session = open_session(flags.model, flags.visualizer, flags.device, flag_prefix="--")
     torch.manual_seed(flags.seed)
     sampling = {"do_sample": True, "temperature": flags.temperature} if flags.temperature else {}
     reply = session.reply(
@@ -124,7 +125,7 @@ def check_budget(flags: argparse.Namespace) -> None:
     from metamorph.models.pretrained import load_config
 
     check_metamorph_model(flags.model, flag="--model")
-    with names_flag("--model", flags.model):
+    with errors_name_flag("--model", flags.model):
         config: Any = load_config(flags.model)
     can_draw = config.use_vision_ar and config.image_start_token_id is not None
     if flags.draw and not can_draw:

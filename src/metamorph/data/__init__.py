@@ -9,6 +9,6 @@ How are files of records read?                   `sources/`
 How are images and videos read?                  `media/`
 Which samples make a batch?                      `batching/`
 What happens to a bad record?                    `bad_records.py`
-Who checks data before training?                 `doctor/`
+Who checks data before training?                 `checks/`
 Where are features of a frozen tower cached?     `features.py`
 """

@@ -17,8 +17,8 @@ _SLOTS = 257
 """One counter for the main process, and one for each of 256 workers of a data loader."""
 
 
-class RecordLog:
-    """Notes on the records of one data set, in memory that the workers of a data loader share."""
+class RecordCounts:
+    """Bad and truncated records of one data set, in memory that the workers of a data loader share."""
 
     def __init__(self, num_records: int) -> None:
         # One or two bytes per record, so that a second epoch counts nothing twice.
@@ -96,26 +96,26 @@ class BadRecordLimit:
         self.on_bad_record = on_bad_record
         self.max_bad_fraction = max_bad_fraction
         self.num_records = 0
-        self._logs: list[RecordLog] = []
+        self._all_counts: list[RecordCounts] = []
 
-    def add(self, log: RecordLog, num_records: int) -> None:
-        """Count also the bad records of `log`, out of `num_records` that are used."""
-        self._logs.append(log)
+    def add(self, counts: RecordCounts, num_records: int) -> None:
+        """Count also the bad records of `counts`, out of `num_records` that are used."""
+        self._all_counts.append(counts)
         self.num_records += num_records
 
     @property
     def num_bad(self) -> int:
         """Number of bad records so far: of this process and its workers, and of other ranks until the last `merge`."""
-        return sum(log.num_bad for log in self._logs)
+        return sum(counts.num_bad for counts in self._all_counts)
 
     def merge(self, reduce_max: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Add the bad records of other ranks, see [`RecordLog.merge`]. Every rank must call it."""
-        for log in self._logs:
-            log.merge(reduce_max)
+        """Add the bad records of other ranks, see [`RecordCounts.merge`]. Every rank must call it."""
+        for counts in self._all_counts:
+            counts.merge(reduce_max)
 
     def bad_by_kind(self) -> dict[str, int]:
         """Number of bad records so far, for each kind that occurred."""
-        return dict(sum((Counter(log.bad_by_kind()) for log in self._logs), Counter()))
+        return dict(sum((Counter(counts.bad_by_kind()) for counts in self._all_counts), Counter()))
 
     def check(self, last: ValueError | None = None) -> None:
         """Raise a [`TooManyBadRecordsError`] if more than `max_bad_fraction` of all records are bad.

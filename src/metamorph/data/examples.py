@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from metamorph.data.bad_records import BadRecordLimit, RecordLog
-from metamorph.data.doctor.check import check_before_training
+from metamorph.data.bad_records import BadRecordLimit, RecordCounts
+from metamorph.data.checks.check import check_before_training
 from metamorph.data.features import FeatureCache
 from metamorph.data.fields import FieldMap
-from metamorph.data.media.stores import FolderStore, MediaStore, load_all, media_of, probe
+from metamorph.data.media.stores import FolderStore, MediaStore, load_all, probe, record_errors
 from metamorph.data.records import DataError, Record, RecordError, UnsupervisedRecordError, parse_record
 from metamorph.data.sources.open import Source, TarSource, open_source
 from metamorph.data.tasks import Conversation, get_task, parse_options
@@ -95,7 +95,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.features = features
         self.fields = FieldMap(fields)
         self.folder_flag = folder_flag
-        self.log = RecordLog(len(self.source))
+        self.counts = RecordCounts(len(self.source))
         self._folder = FolderStore(self.image_folder)
         if not self.image_folder.is_dir():
             raise DataError(f"{folder_flag} {self.image_folder} is not a folder")
@@ -126,12 +126,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             return parse_record(self.fields.apply(raw.value, raw.where), raw.where)
 
     def conversation(self, index: int) -> Conversation:
-        """The conversation that the task makes of record `index`, without opening images or decoding a video.
+        """The conversation that the task builds from record `index`, without opening images or decoding a video.
 
         Raises:
             RecordError: If the record is bad, or does not fit the task.
         """
-        return self._converse(index, self.record(index))
+        return self._make_conversation(index, self.record(index))
 
     def store(self, index: int) -> MediaStore:
         """Where the media of record `index` are."""
@@ -143,7 +143,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         A bad record raises a `RecordError`.
         """
         record = self.record(index)
-        messages = [turn.as_message() for turn in self._converse(index, record).turns]
+        messages = [turn.as_message() for turn in self._make_conversation(index, record).turns]
         try:
             return self.processor.measure_conversation(messages)
         except ValueError as error:
@@ -161,18 +161,18 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Counts so far, over all workers: `{"records", "bad", "truncated", "dropped_images"}`."""
         return {
             "records": len(self),
-            "bad": self.log.bad_by_kind(),
-            "truncated": self.log.num_truncated,
-            "dropped_images": self.log.num_dropped_images,
+            "bad": self.counts.bad_by_kind(),
+            "truncated": self.counts.num_truncated,
+            "dropped_images": self.counts.num_dropped_images,
         }
 
     def set_limit(self, limit: BadRecordLimit, num_records: int) -> None:
         """Count the bad records of the `num_records` that are used with `limit`, which other sources share."""
         self.limit = limit
-        limit.add(self.log, num_records)
+        limit.add(self.counts, num_records)
 
     def check(self, indices: Sequence[int] | np.ndarray | None = None) -> None:
-        """[`check_before_training`][metamorph.data.doctor.check.check_before_training], by default of all records.
+        """[`check_before_training`][metamorph.data.checks.check.check_before_training], by default of all records.
 
         Raises:
             TooManyBadRecordsError: With `skip`, if more than `max_bad_fraction` of all records are bad.
@@ -186,10 +186,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         in_tar = isinstance(self.source, TarSource)
         return "the sample in the tar" if in_tar else f"{self.folder_flag} {self.image_folder}"
 
-    def _converse(self, index: int, record: Record) -> Conversation:
+    def _make_conversation(self, index: int, record: Record) -> Conversation:
         video = None
         if self.task.needs_video and record.video is not None:  # the task refuses records without one
-            with media_of(record):
+            with record_errors(record):
                 video = probe(record.video, self.store(index))
         own_id = str(index) if record.id == record.where else record.id
         words = [zlib.crc32(text.encode(errors="surrogatepass")) for text in (self.name, own_id)]
@@ -198,10 +198,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def _build(self, index: int) -> dict[str, Any]:
         record = self.record(index)
-        conversation = self._converse(index, record)
+        conversation = self._make_conversation(index, record)
         images: Sequence[Any] = conversation.images
         if self.features is None:
-            with media_of(record):
+            with record_errors(record):
                 images = load_all(conversation.images, self.store(index))
         try:
             encoded = self.processor.encode_conversation(
@@ -231,7 +231,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             example["pixel_values"] = encoded.pixel_values
         if self.features is not None:
             kept = conversation.images[: len(images) - encoded.num_dropped_images]
-            with media_of(record):
+            with record_errors(record):
                 tokens = self.features.read(kept, self.store(index))
             if tokens is not None:
                 example["visual_tokens"] = tokens
@@ -239,17 +239,17 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def _note_truncated(self, index: int, record: Record, encoded: EncodedConversation) -> None:
         logger.log(
-            logging.DEBUG if self.log.num_truncated else logging.WARNING,
+            logging.DEBUG if self.counts.num_truncated else logging.WARNING,
             "%s (id %r) was truncated to --model_max_length %s; %d image(s) dropped. Further ones are only counted.",
             record.where,
             record.id,
             self.model_max_length,
             encoded.num_dropped_images,
         )
-        self.log.note_truncated(index, encoded.num_dropped_images)
+        self.counts.note_truncated(index, encoded.num_dropped_images)
 
     def _skip(self, index: int, error: RecordError) -> None:
         """Count and log a bad record (in later epochs at level DEBUG), and stop if there are too many."""
-        is_new = self.log.note_bad(index, error.kind)
+        is_new = self.counts.note_bad(index, error.kind)
         logger.log(logging.WARNING if is_new else logging.DEBUG, "Skipping a bad record (%s): %s", error.kind, error)
         self.limit.check(last=error)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from metamorph.data.media.refs import ImageRef
-from metamorph.data.media.stores import MediaStore, load_all, media_of
+from metamorph.data.media.stores import MediaStore, load_all, record_errors
 from metamorph.data.records import DataError, RecordError
 from metamorph.data.sources.index import Index
 from metamorph.data.sources.tars import TarSample
@@ -209,7 +209,7 @@ class ImageSet(Dataset[Keyed]):
             source, record = self.dataset.locate(index)
             store, images = source.store(record), source.conversation(record).images
             refs = [images[number] for number in numbers]
-            with media_of(source.record(record)):
+            with record_errors(source.record(record)):
                 loaded = load_all(refs, store)
             pixels = self.dataset.processor(images=loaded)["pixel_values"]
             return [(image_key(ref, store), values) for ref, values in zip(refs, pixels, strict=True)]
@@ -228,7 +228,7 @@ class ImageSet(Dataset[Keyed]):
     def _keys(self, index: int) -> list[tuple[int, int]]:
         source, record = self.dataset.locate(index)
         refs = source.conversation(record).images
-        with media_of(source.record(record)):
+        with record_errors(source.record(record)):
             return [image_key(ref, source.store(record)) for ref in refs]
 
     def _skip(self, error: RecordError) -> None:

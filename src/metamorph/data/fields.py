@@ -150,7 +150,7 @@ def _joined(parts: list[Any], number: int, media: dict[str, list[Any]]) -> str:
                 media[_MARKERS[kind]].append(path)
         else:
             known = ", ".join((*_TEXT_PARTS, *_MARKERS))
-            raise ValueError(f"turn {number} has a part that is none of {known}: {part!r:.80}; convert or remove it")
+            raise ValueError(f"turn {number} has a part that is not one of {known}: {part!r:.80}; convert or remove it")
     return "".join(texts)
 
 

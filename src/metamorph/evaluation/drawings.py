@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from metamorph.evaluation.questions import answer_budget, fraction
-from metamorph.inference.draw import Progress, SamplerSettings, draw
+from metamorph.inference.draw import ProgressCallback, SamplerSettings, draw
 from metamorph.inference.reply import Prompt, Reply, reply_to
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -55,7 +55,7 @@ def draw_tasks(
     tasks: Sequence[DrawingTask],
     judge: Judge,
     settings: SamplerSettings,
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> list[Drawing]:
     """Ask for every image, draw it and judge it.
 

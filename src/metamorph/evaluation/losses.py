@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -15,20 +14,33 @@ from metamorph.data.batching.collation import PaddedCollator
 from metamorph.data.dataset import MixtureDataset
 from metamorph.models.batch_indices import first_image_starts
 from metamorph.models.losses import constant_cosine_sum, sum_dtype
+from metamorph.models.outputs import stack_fields
 from metamorph.runs.preemption import ignore_signals
 from metamorph.runs.progress import Progress
 
 
-_NUM_SUMS = 7
+VISUAL_METRICS = ("visual_loss", "visual_cosine", "visual_cosine_baseline")
+METRICS = (
+    *("loss", "text_loss", *VISUAL_METRICS, "image_start_accuracy"),
+    *("num_text_tokens", "num_visual_tokens", "num_image_answers"),
+)
+"""Names in the results of [`SourceLoss.as_metrics`], if all are defined."""
 
 
-@dataclass(frozen=True)
-class SourceLoss:
+class SourceLoss(NamedTuple):
     """Results for one source, or all, as sums over its tokens."""
 
-    sums: Tensor
-    """float64 [7] on the CPU: text loss, visual loss and cosine; the numbers of supervised text tokens and of visual
-    target tokens; of answers with an image, those that the model begins, and all."""
+    text_loss_sum: float
+    visual_loss_sum: float
+    visual_cosine_sum: float
+    num_text_tokens: float
+    """Supervised text tokens."""
+    num_visual_tokens: float
+    """Visual target tokens."""
+    num_image_starts: float
+    """Answers with an image that the model begins."""
+    num_image_answers: float
+    """All answers with an image."""
     direction_sums: Tensor
     """float64 [N, D] on the CPU, see `metamorph.models.losses.direction_sums`."""
 
@@ -41,15 +53,15 @@ class SourceLoss:
         prediction for each place in the image. `image_start_accuracy` is the share of the answers with an image in
         which `<image_start>` is the likeliest token where the first begins.
         """
-        text, visual, cosine, *counts = self.sums.tolist()
-        num_text, num_visual, num_starts, num_answers = map(round, counts)
-        values = {"text_loss": text / num_text if num_text else 0.0}
-        if num_visual:
-            values["visual_loss"], values["visual_cosine"] = visual / num_visual, cosine / num_visual
-            values["visual_cosine_baseline"] = constant_cosine_sum(self.direction_sums).item() / num_visual
-        if num_answers:
-            values["image_start_accuracy"] = num_starts / num_answers
-        values |= {"num_text_tokens": num_text, "num_visual_tokens": num_visual, "num_image_answers": num_answers}
+        values = {"text_loss": self.text_loss_sum / self.num_text_tokens if self.num_text_tokens else 0.0}
+        if self.num_visual_tokens:
+            values["visual_loss"] = self.visual_loss_sum / self.num_visual_tokens
+            values["visual_cosine"] = self.visual_cosine_sum / self.num_visual_tokens
+            values["visual_cosine_baseline"] = constant_cosine_sum(self.direction_sums).item() / self.num_visual_tokens
+        if self.num_image_answers:
+            values["image_start_accuracy"] = self.num_image_starts / self.num_image_answers
+        for name in ("num_text_tokens", "num_visual_tokens", "num_image_answers"):
+            values[name] = round(getattr(self, name))
         loss = values["text_loss"] + vision_coef * values.get("visual_loss", 0.0)
         return {prefix + name: value for name, value in {"loss": loss, **values}.items()}
 
@@ -81,9 +93,10 @@ def evaluate_losses(
     )
     dtype = sum_dtype(accelerator.device)
     shape = (config.num_image_tokens, config.vision_feature_size)
-    # One row for each source: the seven sums, then the direction sums.
+    # One row for each source, in the order of `SourceLoss`: 0-d sums, then the flattened direction sums.
+    num_sums = len(SourceLoss._fields) - 1
     sums = {
-        source: torch.zeros(_NUM_SUMS + math.prod(shape), dtype=dtype, device=accelerator.device)
+        source: torch.zeros(num_sums + math.prod(shape), dtype=dtype, device=accelerator.device)
         for source in dataset.sources
     }
     was_training = model.training
@@ -98,14 +111,16 @@ def evaluate_losses(
             batch = send_to_device(batch, accelerator.device)
             with accelerator.autocast():
                 outputs = model(**batch)
-            sums[source][:_NUM_SUMS] += _loss_sums(outputs, len(batch["indices"].get("image_starts", ())))
+            row = sums[source]
+            row[: num_sums - 1] += stack_fields(outputs, SourceLoss._fields[: num_sums - 1])
+            row[num_sums - 1] += len(batch["indices"].get("image_starts", ()))
             if outputs.visual_direction_sums is not None:
-                sums[source][_NUM_SUMS:] += outputs.visual_direction_sums.flatten()
+                row[num_sums:] += outputs.visual_direction_sums.flatten()
     finally:
         model.train(was_training)
     totals = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").cpu()
     return {
-        source: SourceLoss(total[:_NUM_SUMS].double(), total[_NUM_SUMS:].double().view(shape))
+        source: SourceLoss._make([*total[:num_sums].tolist(), total[num_sums:].double().view(shape)])
         for source, total in zip(sums, totals, strict=True)
     }
 
@@ -115,20 +130,15 @@ def metric_names(sources: Iterable[str], *, visual_loss: bool) -> list[str]:
 
     A single source has no names of its own. `visual_loss` is False for a model without one.
     """
-    sums = torch.ones(_NUM_SUMS, dtype=torch.float64)  # only the names count
-    sums[4] = float(visual_loss)
-    every = SourceLoss(sums, torch.ones(1, 1, dtype=torch.float64))
+    metrics = [name for name in METRICS if visual_loss or name not in VISUAL_METRICS]
     names = list(sources)
     prefixes = ["eval_", *(f"eval_{name}_" for name in names if len(names) > 1)]
-    return [name for each in prefixes for name in every.as_metrics(each)]
+    return [prefix + name for prefix in prefixes for name in metrics]
 
 
 def total_loss(losses: dict[str, SourceLoss]) -> SourceLoss:
     """Join the sources of `evaluate_losses`, each token counting once."""
-    return SourceLoss(
-        torch.stack([loss.sums for loss in losses.values()]).sum(dim=0),
-        torch.stack([loss.direction_sums for loss in losses.values()]).sum(dim=0),
-    )
+    return SourceLoss._make(map(sum, zip(*losses.values(), strict=True)))
 
 
 def _source_batches(
@@ -144,16 +154,3 @@ def _source_batches(
             batches.append((source, list(samples[own : own + batch_size])))
         begin += count
     return batches
-
-
-def _loss_sums(outputs: Any, num_image_answers: int) -> Tensor:
-    """[7], see [`SourceLoss`]."""
-    text, num_text = outputs.text_loss, outputs.num_text_tokens
-    zero = torch.zeros_like(text)
-    visual, num_visual, cosine, num_starts = (
-        zero if value is None else value
-        for value in (outputs.visual_loss, outputs.num_visual_tokens, outputs.visual_cosine, outputs.num_image_starts)
-    )
-    answers = torch.full_like(zero, num_image_answers)  # filled on the device: a copy would make the host wait
-    values = (text * num_text, visual * num_visual, cosine * num_visual, num_text, num_visual, num_starts, answers)
-    return torch.stack([value.to(text.device, sum_dtype(text.device)) for value in values])

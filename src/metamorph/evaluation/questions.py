@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from metamorph.inference.draw import Progress
+from metamorph.inference.draw import ProgressCallback
 from metamorph.inference.reply import Prompt, Reply, reply_to
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -57,7 +57,7 @@ def ask(
     model: MetaMorphForConditionalGeneration,
     processor: MetaMorphProcessor,
     questions: Sequence[Question],
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> list[AnsweredQuestion]:
     """Ask every question; the answers are in the same order."""
     prompts = [question.prompt for question in questions]

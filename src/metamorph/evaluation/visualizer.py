@@ -1,4 +1,4 @@
-"""How good a visualizer is alone: images are encoded, drawn again and compared with the originals.
+"""How good a visualizer is alone: images are reconstructed from their visual tokens and compared with the originals.
 
 The comparison is made in the space in which the model draws: the vision tower encodes the drawing, and its tokens are
 compared with those of the original. Tokens of any two images have a high cosine, so the cosine to *other* originals
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from metamorph.evaluation.perceptual import ImageFeatures, frechet_distance, lpips_distances
-from metamorph.inference.draw import Progress, SamplerSettings, draw
+from metamorph.inference.draw import ProgressCallback, SamplerSettings, draw
 from metamorph.models.image_processing import to_rgb
 from metamorph.visualization.grids import reconstruction_grid
 from metamorph.visualization.pipeline import VisualizationPipeline
@@ -85,7 +85,7 @@ def evaluate_visualizer(
     keep: int = 8,
     lpips: ImageFeatures | None = None,
     inception: ImageFeatures | None = None,
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> Reconstructions:
     """Encode the central squares of images, draw them, encode the drawings and compare.
 
@@ -96,7 +96,7 @@ def evaluate_visualizer(
     if pipeline.vision_tower is None:
         raise ValueError("the visualizer has no vision tower; load it with metamorph.visualization.load_visualizer")
     if not len(images):
-        raise ValueError("there are no images to draw again; give at least one")
+        raise ValueError("there are no images to reconstruct; give at least one")
     scales = settings.guidance_scale
     scores = [ScaleScores(scale) for scale in (scales if isinstance(scales, Sequence) else [scales])]
     features: list[list[Tensor]] = [[] for _ in (None, *scores)]  # of the originals, then at each scale

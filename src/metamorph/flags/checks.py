@@ -5,12 +5,12 @@ import inspect
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -37,6 +37,8 @@ _CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u206
 class RemembersGiven:
     """Base of a dataclass of flags that remembers which of them were given, even with their default value."""
 
+    # Flags that are refused: name -> accepted values, the default first, and why no other value is accepted.
+    unsupported: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
     _given: frozenset[str]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the class says it
@@ -48,6 +50,16 @@ class RemembersGiven:
     def is_given(self, name: str) -> bool:
         """Whether the field `name` was given when the object was built."""
         return name in self._given
+
+    def check_values(self) -> None:
+        """Refuse values that are not supported, or not among the `choices` in the metadata of their field."""
+        for name, (accepted, reason) in self.unsupported.items():
+            value = getattr(self, name, accepted[0])  # older versions of Transformers lack some of them
+            if value not in accepted:
+                raise ValueError(f"--{name} {value} is not supported: {reason}")
+        for field in fields(self):  # type: ignore[arg-type]
+            if "choices" in field.metadata and (value := getattr(self, field.name)) is not None:
+                check_choice(f"--{field.name}", value, tuple(field.metadata["choices"]))
 
 
 def attribute_docs(kind: type) -> dict[str, str]:
@@ -113,7 +125,7 @@ def check_metamorph_model(name: str, flag: str) -> None:
 
     check_reachable(name, flag)
     folder = Path(name)
-    with names_flag(flag, name):
+    with errors_name_flag(flag, name):
         file = folder / "config.json" if folder.is_dir() else Path(hf_hub_download(name, "config.json"))
         config = read_json_object(file)
     if config.get("model_type") != "metamorph":
@@ -141,7 +153,7 @@ def check_output_folder(folder: str, flag: str) -> None:
 
 
 @contextmanager
-def names_flag(flag: str, value: str) -> Iterator[None]:
+def errors_name_flag(flag: str, value: str) -> Iterator[None]:
     """Turn the errors of Transformers and diffusers for a missing or unknown model into ones that name the flag."""
     try:
         yield

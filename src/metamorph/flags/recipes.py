@@ -3,6 +3,7 @@
 from argparse import SUPPRESS, Action, ArgumentError, ArgumentTypeError
 from collections.abc import Iterable, Sequence
 from inspect import signature
+from itertools import groupby
 from typing import Any, get_type_hints
 
 from transformers import HfArgumentParser
@@ -13,26 +14,51 @@ from metamorph.flags.parser import FlagParser, finite_number, nearest, with_defa
 from metamorph.recipes import config_flag, find_recipe
 
 
+_INHERITED, _REFUSED = "flags of transformers.TrainingArguments", "flags that are not supported here"
+
+
 class RecipeParser(FlagParser, HfArgumentParser):
     """Parser of flags that are fields of dataclasses, with defaults from a YAML recipe."""
 
     def __init__(self, dataclass_types: Iterable[type], **kwargs: Any) -> None:
-        super().__init__(dataclass_types, **kwargs)
+        super().__init__(dataclass_types, usage="%(prog)s [--config RECIPE] [--flag value …]", **kwargs)
         help_text = "YAML file of flags, or a recipe listed by `metamorph recipes`; other flags override it"
         self.add_argument("--config", metavar="RECIPE", help=help_text)
+        docs = {kind: attribute_docs(kind) for kind in self.dataclass_types}
         # `float | str` is a number or `auto`, which HfArgumentParser takes for a number only.
-        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
-        number_or_auto = {name for name, hint in hints.items() if hint == float | str}
-        docs = {name: text for kind in self.dataclass_types for name, text in attribute_docs(kind).items()}
+        number_or_auto = {name for kind in docs for name, hint in get_type_hints(kind).items() if hint == float | str}
+        titles = {"help": "options", "config": "options"}
+        titles |= {name: kind.__name__ for kind in docs for name in docs[kind]}
+        self._titles = titles | {name: _INHERITED for name in self.actions if name not in titles}
+        texts = {name: text for kind in docs for name, text in docs[kind].items()}
+        for name, (accepted, reason) in (item for kind in docs for item in kind.unsupported.items()):
+            if not any(accepted[1:]):  # else some values have an effect
+                texts[name] = f"Not supported: {reason}."
+                self._titles.pop(name, None)
+                self._titles[name] = _REFUSED  # the last section
         for action in self._actions:
+            # Help and errors show the spelling with underscores; both are accepted.
+            action.option_strings = [flag for flag in action.option_strings if "-" not in flag[2:]]
             if action.const is False:
                 action.help = f"Same as --{action.dest} False."
-            elif action.dest in docs:
-                action.help = with_default(docs[action.dest].replace("%", "%%"), action)
+            elif action.dest in texts:
+                action.help = with_default(texts[action.dest].replace("%", "%%"), action)
             if action.dest in number_or_auto:
                 action.type = _number_or_auto
             # Defaults come from the dataclasses, so that the parsed values are only those given.
             action.default = SUPPRESS
+
+    def format_help(self) -> str:
+        """Our flags first, by dataclass, in the order of their definition; refused ones last."""
+        order = list(self._titles)
+        actions = sorted(self._actions, key=lambda action: order.index(action.dest))
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, (), ())
+        for title, section in groupby(actions, lambda action: self._titles[action.dest]):
+            formatter.start_section(title)
+            formatter.add_arguments(section)
+            formatter.end_section()
+        return formatter.format_help()
 
     @property
     def actions(self) -> dict[str, Action]:

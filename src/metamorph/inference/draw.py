@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # needs diffusers, which is an extra
     from metamorph.visualization.pipeline import VisualizationPipeline
 
 
-Progress = Callable[[int], object]
+ProgressCallback = Callable[[int], object]
 """Called with the number of items that have just been finished."""
 
 
@@ -35,7 +35,7 @@ def draw(
     pipeline: "VisualizationPipeline",
     visual_tokens: Tensor,
     settings: SamplerSettings | None = None,
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> list[Image.Image]:
     """Draw RGB images of `visual_tokens` `[images, N, D]` (or `[N, D]`): image 1 at each guidance scale, image 2, …
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metamorph.inference.draw import Progress
+from metamorph.inference.draw import ProgressCallback
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import ImagePart, MetaMorphProcessor, TextPart
 
@@ -54,7 +54,7 @@ def reply_to(
     *,
     batch_size: int = 64,
     max_new_tokens: int | None = None,
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
     **generate_kwargs: Any,
 ) -> list[Reply]:
     """Answer prompts in batches of similar length, greedily unless `generate_kwargs` ask for sampling.

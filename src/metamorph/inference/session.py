@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from metamorph.flags.checks import check_metamorph_model, check_reachable, names_flag
+from metamorph.flags.checks import check_metamorph_model, check_reachable, errors_name_flag
 from metamorph.flags.extras import install_command
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.inference.reply import Prompt, Reply, reply_to
@@ -83,8 +83,6 @@ def load(
     visualizer: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    *,
-    dashes: str = "",
 ) -> Session:
     """Load a trained model and, to draw its images, a visualizer.
 
@@ -93,21 +91,32 @@ def load(
         visualizer: Folder or Hub id of its visualizer, or `mini`. Without one, images stay visual tokens.
         device: By default the accelerator if there is one.
         dtype: Precision of the weights of both; by default as saved.
-        dashes: What errors write in front of the names of arguments; `--` where they are flags.
     """
-    where = pick_device(device, flag=f"{dashes}device")
+    return open_session(model, visualizer, device, dtype)
+
+
+def open_session(
+    model: str | Path,
+    visualizer: str | Path | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None = None,
+    flag_prefix: str = "",
+) -> Session:
+    """See [`load`]. Errors name arguments after `flag_prefix`, which is `--` in commands."""
+    where = pick_device(device, flag=f"{flag_prefix}device")
     model = shipped_folder(str(model), "model")
-    check_metamorph_model(model, flag=f"{dashes}model")
+    check_metamorph_model(model, flag=f"{flag_prefix}model")
     if visualizer is not None:  # before the weights of the model, which take longer
-        visualizer = check_visualizer_folder(shipped_folder(str(visualizer), "visualizer"), flag=f"{dashes}visualizer")
+        visualizer = shipped_folder(str(visualizer), "visualizer")
+        check_visualizer_folder(visualizer, f"{flag_prefix}visualizer")
     options = {} if dtype is None else {"dtype": dtype}
-    with names_flag(f"{dashes}model", model):
+    with errors_name_flag(f"{flag_prefix}model", model):
         processor = MetaMorphProcessor.from_pretrained(model)
         network = MetaMorphForConditionalGeneration.from_pretrained(model, **options)
         processor.check_fits(network.config)
     pipeline = None
     if visualizer is not None:
-        pipeline = load_pipeline(visualizer, flag=f"{dashes}visualizer", dtype=dtype).to(where)
+        pipeline = load_pipeline(visualizer, flag=f"{flag_prefix}visualizer", dtype=dtype).to(where)
     return Session(network.to(where).eval(), processor, pipeline)
 
 
@@ -118,7 +127,7 @@ def load_pipeline(
     visualizer = check_visualizer_folder(visualizer, flag)
     from metamorph.visualization.pipeline import VisualizationPipeline
 
-    with names_flag(flag, visualizer):
+    with errors_name_flag(flag, visualizer):
         pipeline = VisualizationPipeline.from_pretrained(visualizer, torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -131,7 +140,7 @@ def check_visualizer_folder(visualizer: str, flag: str = "--visualizer") -> str:
         from metamorph.visualization.folders import check_visualizer, local_folder
     except ModuleNotFoundError as error:
         raise ValueError(f"{flag} {visualizer} needs {error.name}: {install_command('visualization')}") from error
-    with names_flag(flag, visualizer):
+    with errors_name_flag(flag, visualizer):
         check_visualizer(local_folder(visualizer))
     return visualizer
 

@@ -295,7 +295,7 @@ def read_adapter_base(folder: str | Path) -> AdapterBase:
     if missing := {"language_model", "vision_tower"} - fields.keys():
         raise ValueError(f"{file} is damaged: it has no {min(missing)}; copy the adapter folder again")
     if unknown := (fields.get("quantization") or {}).keys() - QUANTIZATION_FIELDS:
-        raise ValueError(f"{file}: quantization has a field {min(unknown)}, which is no setting of 4-bit weights")
+        raise ValueError(f"{file}: quantization has a field {min(unknown)}, which is not a setting of 4-bit weights")
     return AdapterBase(**fields)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from metamorph.models.sequence.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 
-from .text_head import FinishLogits, TextHead, TextLossOptions
+from .text_head import LogitsTransform, TextHead, TextLossOptions
 
 
 NEW_TOKENS = (DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN)
@@ -94,18 +94,18 @@ class NewTokenHead(NewRows, TextHead):
         hidden_states: Tensor,
         labels: Tensor | None = None,
         options: TextLossOptions | None = None,
-        finish: FinishLogits | None = None,
-        finish_weights: tuple[nn.Parameter, ...] = (),
+        transform: LogitsTransform | None = None,
+        transform_weights: tuple[nn.Parameter, ...] = (),
     ) -> Tensor:
         """See [`TextHead.forward`]."""
 
         def replace(logits: Tensor, hidden: Tensor) -> Tensor:
             logits = self.replace_logits(logits, hidden, self.bias)
-            return logits if finish is None or labels is None else finish(logits, hidden)
+            return logits if transform is None or labels is None else transform(logits, hidden)
 
         if labels is None:
             return replace(super().forward(hidden_states), hidden_states)
-        return super().forward(hidden_states, labels, options, replace, (self.new_rows, *finish_weights))
+        return super().forward(hidden_states, labels, options, replace, (self.new_rows, *transform_weights))
 
 
 def attach_new_token_rows(model: PreTrainedModel) -> nn.Parameter | None:

@@ -41,21 +41,21 @@ _DIVIDED = (
 """Sizes divided by the same number, which keeps the size of a head and what depends on it."""
 _SAME_FAMILY = re.compile(r"vocab_size|_token_id|dtype|_name_or_path|architectures|transformers_version|quantization")
 """Fields that may differ within a family: between the configuration a run starts from, and that of its model."""
-_VERDICTS: dict[str, "Verdict"] = {}  # results of this process
+_SUPPORT: dict[str, "FamilySupport"] = {}  # results of this process
 _TOLERANCE = 1e-3  # relative to the largest logit: equal computations differ by rounding only
 
 
 def embedding_scale(config: PreTrainedConfig) -> float:
-    """Factor by which a decoder scales embeddings that it looks up itself, but not those it is given."""
+    """Factor that a decoder applies to embeddings it looks up itself, but not to `inputs_embeds`."""
     return config.embedding_multiplier if config.model_type == "falcon_h1" else 1.0
 
 
-def finishes_logits(config: PreTrainedConfig) -> bool:
-    """Whether [`finish_logits`] changes anything."""
+def modifies_logits(config: PreTrainedConfig) -> bool:
+    """Whether [`scale_and_cap_logits`] changes anything."""
     return _logit_scale(config) != 1.0 or getattr(config, "final_logit_softcapping", None) is not None
 
 
-def finish_logits(config: PreTrainedConfig, logits: Tensor) -> Tensor:
+def scale_and_cap_logits(config: PreTrainedConfig, logits: Tensor) -> Tensor:
     """Scale (Cohere, Granite, …) and cap (Gemma) the [..., V] logits of `lm_head` as the family does."""
     scale, cap = _logit_scale(config), getattr(config, "final_logit_softcapping", None)
     if scale != 1.0:
@@ -80,7 +80,7 @@ def router_loss(decoder: PreTrainedModel, router_logits: tuple[Tensor, ...]) -> 
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FamilySupport:
     """What a small copy of a language model has shown."""
 
     is_known: bool
@@ -93,7 +93,7 @@ class Verdict:
         return _any_layer(name) not in self.unused
 
 
-def check_language_model(config: PreTrainedConfig, compose: Compose) -> Verdict:
+def check_language_model(config: PreTrainedConfig, compose: Compose) -> FamilySupport:
     """Compare a small random copy of a language model with a composite made of it, see [`compose_and_compare`].
 
     No weights are needed. Two layers, few heads and a small vocabulary take about a second, whatever the size of the
@@ -103,18 +103,18 @@ def check_language_model(config: PreTrainedConfig, compose: Compose) -> Verdict:
     if mapped is not None and mapped.config_class is config.sub_configs.get("text_config"):
         config = config.get_text_config()  # as `AutoModelForCausalLM.from_pretrained` does
     if mapped is None or config.get_text_config() is not config:
-        raise _refusal(config, "it is no decoder-only language model, but a model of several parts or of another kind")
+        raise _refusal(config, "it is not a decoder-only language model, but one of several parts or of another kind")
     fields = {name: value for name, value in config.to_dict().items() if not _SAME_FAMILY.search(name)}
     key = json.dumps(fields, sort_keys=True, default=str)
-    if key not in _VERDICTS:
+    if key not in _SUPPORT:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(0)  # `torch.manual_seed` would seed GPUs too
             language_model = _small_copy(mapped, config)
             if language_model is None:
-                _VERDICTS[key] = Verdict(is_known=False)
+                _SUPPORT[key] = FamilySupport(is_known=False)
             else:
-                _VERDICTS[key] = Verdict(True, _without_gradient(compose_and_compare(language_model, compose)))
-    return _VERDICTS[key]
+                _SUPPORT[key] = FamilySupport(True, _without_gradient(compose_and_compare(language_model, compose)))
+    return _SUPPORT[key]
 
 
 def compose_and_compare(language_model: PreTrainedModel, compose: Compose) -> PreTrainedModel:

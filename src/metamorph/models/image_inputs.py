@@ -20,7 +20,7 @@ _TIMEOUT = 30  # seconds to wait for a URL
 _SHOWN = 60  # characters of a string shown in messages
 
 
-def load_image(image: Any, *, allow_urls: bool = False, input_data_format: str | None = None) -> Image.Image:
+def to_pil_image(image: Any, *, allow_urls: bool = False, input_data_format: str | None = None) -> Image.Image:
     """Open an image, upright according to its EXIF data. Files are read as in training: RGB.
 
     `image` is a Pillow image; a path; the bytes of a file, or the same in base64, also as a `data:` URL; an http(s)

@@ -7,6 +7,7 @@ positions stay in step with the others.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,14 @@ class LossSum:
         """Count the positions that `total` sums over: the first dimension of `positions`."""
         # Filled on the device: copying a number there would make the host wait.
         return cls(total, torch.full((), positions.shape[0], device=positions.device))
+
+
+class LossNormalizers(NamedTuple):
+    """Divisors of the summed losses, with `aux` for the load-balancing loss; None is the batch's own count."""
+
+    text: Tensor | float | None = None
+    visual: Tensor | float | None = None
+    aux: Tensor | float | None = None
 
 
 def text_loss(logits: Tensor, labels: Tensor) -> LossSum:

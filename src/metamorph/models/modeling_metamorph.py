@@ -31,20 +31,20 @@ from .batch_indices import BatchIndices, index_batch
 from .configuration_metamorph import MetaMorphConfig
 from .embeddings import NewTokenEmbedding, add_token_rows
 from .families import (
-    Verdict,
+    FamilySupport,
     check_language_model,
     compose_and_compare,
-    finish_logits,
-    finishes_logits,
+    modifies_logits,
     router_loss,
     router_loss_coefficient,
+    scale_and_cap_logits,
 )
 from .generation import MetaMorphGenerationMixin
-from .losses import LossSum, average, cosine_sum, direction_sums, text_loss, visual_loss
+from .losses import LossNormalizers, LossSum, average, cosine_sum, direction_sums, text_loss, visual_loss
 from .outputs import MetaMorphOutput
 from .projectors import build_mm_projector, build_vision_head
 from .text_head import TextHead, TextLossOptions
-from .vision_tower import VisionTower, finish_visual_tokens
+from .vision_tower import VisionTower, normalize_visual_tokens
 
 
 class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGenerationMixin):
@@ -100,7 +100,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             tokenizer: the language model's tokenizer.
             **config_overrides: fields of [`MetaMorphConfig`], such as `num_image_tokens=64`.
         """
-        verdict = cls.check_language_model(language_model.config)
+        support = cls.check_language_model(language_model.config)
         config = MetaMorphConfig(
             text_config=language_model.config, vision_config=vision_encoder.config, **config_overrides
         )
@@ -113,18 +113,18 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         config.image_start_token_id, config.image_end_token_id = tokens.image_start, tokens.image_end
         new_ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens.new]
         add_token_rows(language_model, len(tokenizer), new_ids)
-        compose = partial(cls._join, config, vision_encoder)
-        if verdict.is_known or language_model.device.type == "meta":
+        compose = partial(cls._compose, config, vision_encoder)
+        if support.is_known or language_model.device.type == "meta":
             return compose(language_model)
         return compose_and_compare(language_model, compose)
 
     @classmethod
-    def check_language_model(cls, config: PreTrainedConfig) -> Verdict:
+    def check_language_model(cls, config: PreTrainedConfig) -> FamilySupport:
         """Check, without weights, that a composite computes what the family does; a `ValueError` says what differs."""
-        return check_language_model(config, cls._compose_for_a_check)
+        return check_language_model(config, cls._compose_probe)
 
     @classmethod
-    def _compose_for_a_check(cls, language_model: PreTrainedModel) -> "MetaMorphForConditionalGeneration":
+    def _compose_probe(cls, language_model: PreTrainedModel) -> "MetaMorphForConditionalGeneration":
         """A composite with a minimal tower; the last token is the placeholder."""
         vision = SiglipVisionConfig(
             hidden_size=2, intermediate_size=2, num_hidden_layers=1, num_attention_heads=1, image_size=2, patch_size=2
@@ -133,10 +133,10 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         config = MetaMorphConfig(
             text_config=language_model.config, vision_config=vision, num_image_tokens=1, image_token_id=placeholder
         )
-        return cls._join(config, SiglipVisionModel(vision), language_model)
+        return cls._compose(config, SiglipVisionModel(vision), language_model)
 
     @classmethod
-    def _join(
+    def _compose(
         cls, config: MetaMorphConfig, vision_encoder: PreTrainedModel, language_model: PreTrainedModel
     ) -> "MetaMorphForConditionalGeneration":
         """Compose two parts; `config` has the ids of the image tokens, and the tables have their rows."""
@@ -146,10 +146,10 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         with torch.device("meta"):  # all parts are replaced below
             model = cls(config)
         dtype, device = language_model.dtype, language_model.device
-        kind = type(model.get_decoder())  # what `AutoModel` builds when the finished model is loaded
-        decoder = next((part for part in language_model.modules() if type(part) is kind), None)
+        decoder_class = type(model.get_decoder())  # what `AutoModel` builds when the finished model is loaded
+        decoder = next((part for part in language_model.modules() if type(part) is decoder_class), None)
         if decoder is None:
-            raise ValueError(f"{type(language_model).__name__} has no part of the type {kind.__name__}")
+            raise ValueError(f"{type(language_model).__name__} has no part of the type {decoder_class.__name__}")
         model.model.language_model = decoder
         model.model.vision_tower = VisionTower(config, vision_encoder).to(device, vision_encoder.dtype)
         model.model.mm_projector = build_mm_projector(config).to(device, dtype)
@@ -187,7 +187,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
-        loss_normalizers: tuple[Tensor | float, ...] | None = None,
+        loss_normalizers: LossNormalizers | None = None,
         num_items_in_batch: Tensor | int | None = None,
         generated_visual_tokens: Tensor | None = None,
         predict_visual_token: bool = False,
@@ -211,9 +211,8 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
                 cache would let packed samples see each other; otherwise to the config's.
             logits_to_keep: compute logits for this many last positions (0: all). None means all without `labels`, and
                 no logits with them.
-            loss_normalizers: divisors of the summed text loss, the summed visual loss, and optionally the auxiliary
-                loss summed over tokens, instead of this batch's own counts. `MetaMorphTrainer` passes the counts of the
-                optimizer step.
+            loss_normalizers: a [`LossNormalizers`], or a tuple of its first values, instead of this batch's own counts.
+                `MetaMorphTrainer` passes the counts of the optimizer step.
             num_items_in_batch: supervised text tokens of the optimizer step, passed by plain `transformers.Trainer`.
                 The summed text loss is divided by it. The number of visual targets of the step is not known, so the
                 mean visual loss of this batch is weighted by the batch's share of these tokens. Ignored with
@@ -256,27 +255,27 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         if labels is not None and indices is not None:
             if loss_normalizers is None and num_items_in_batch is not None:
                 texts, targets = (max(indices[name].shape[0], 1) for name in ("text", "visual"))
-                loss_normalizers = (num_items_in_batch, num_items_in_batch * targets / texts)
-            normalizers = (*(loss_normalizers or ()), None, None, None)
+                loss_normalizers = LossNormalizers(num_items_in_batch, num_items_in_batch * targets / texts)
+            normalizers = LossNormalizers(*(loss_normalizers or ()))
             self._add_losses(result, hidden.flatten(0, 1), indices, outputs.visual_tokens, normalizers)
             if balances:
-                self._add_router_loss(result, outputs.router_logits, indices, attention_mask, normalizers[2])
+                self._add_router_loss(result, outputs.router_logits, indices, attention_mask, normalizers.aux)
         if labels is None or logits_to_keep is not None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             result.logits = self.compute_logits(hidden if keep is None else hidden[:, keep])
         if predict_visual_token:
-            result.visual_prediction = self._finish_visual_tokens(self.vision_head(hidden[:, -1:]))
+            result.visual_prediction = self._normalize_visual_tokens(self.vision_head(hidden[:, -1:]))
         return MetaMorphOutput(**result)  # in the order of the fields, for `return_dict=False`
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., V], with the logit scaling and capping of the family (Gemma, Cohere, Granite)."""
-        return self._finish_logits(self.lm_head(hidden_states), hidden_states)
+        return self._transform_logits(self.lm_head(hidden_states), hidden_states)
 
-    def _finish_logits(self, logits: Tensor, hidden_states: Tensor) -> Tensor:
-        """Apply to the logits of `lm_head` what stage 1 and the family of the language model need."""
+    def _transform_logits(self, logits: Tensor, hidden_states: Tensor) -> Tensor:
+        """Compute the logits from those of `lm_head`: replace the new tokens' of stage 1, then scale and cap."""
         if (embedding := self._tied_new_rows) is not None:
             logits = embedding.replace_logits(logits, hidden_states, getattr(self.lm_head, "bias", None))
-        return finish_logits(self.config.text_config, logits)
+        return scale_and_cap_logits(self.config.text_config, logits)
 
     @property
     def _tied_new_rows(self) -> NewTokenEmbedding | None:
@@ -289,9 +288,10 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         if not isinstance(self.lm_head, TextHead):  # an adapter or a quantised layer
             return text_loss(self.compute_logits(hidden), labels)
         embedding = self._tied_new_rows
-        finishes = embedding is not None or finishes_logits(self.config.text_config)
-        finish, used = self._finish_logits if finishes else None, () if embedding is None else (embedding.new_rows,)
-        return LossSum.of(self.lm_head(hidden, labels, self.text_loss_options, finish, used), labels)
+        modifies = embedding is not None or modifies_logits(self.config.text_config)
+        transform = self._transform_logits if modifies else None
+        weights = () if embedding is None else (embedding.new_rows,)
+        return LossSum.of(self.lm_head(hidden, labels, self.text_loss_options, transform, weights), labels)
 
     def _add_losses(
         self,
@@ -299,11 +299,12 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         hidden: Tensor,
         indices: BatchIndices,
         visual_tokens: Tensor | None,
-        normalizers: tuple[Tensor | float | None, ...],
+        normalizers: LossNormalizers,
     ) -> None:
         """Add the losses of `hidden` [B · S, H] and what is logged about them."""
         text = self._text_loss(hidden.index_select(0, indices["text"]), indices["text_labels"])
-        result.text_loss, result.num_text_tokens = average(text, normalizers[0]), text.count
+        result.text_loss, result.num_text_tokens = average(text, normalizers.text), text.count
+        result.text_loss_sum = text.sum.detach()
         result.loss = result.text_loss
         start = self.config.image_start_token_id
         if "image_starts" in indices and start is not None:
@@ -318,9 +319,10 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         visual = visual_loss(
             predictions, targets, normalize=self.config.normalize_vision, apply_softmax=self.config.apply_softmax
         )
-        result.visual_loss, result.num_visual_tokens = average(visual, normalizers[1]), visual.count
-        cosines = cosine_sum(self._finish_visual_tokens(predictions), targets)
-        result.visual_cosine = cosines / visual.count.clamp(min=1)
+        result.visual_loss, result.num_visual_tokens = average(visual, normalizers.visual), visual.count
+        result.visual_loss_sum = visual.sum.detach()
+        result.visual_cosine_sum = cosine_sum(self._normalize_visual_tokens(predictions), targets)
+        result.visual_cosine = result.visual_cosine_sum / visual.count.clamp(min=1)
         places = indices["visual_targets"] % self.config.num_image_tokens  # position of each target in its image
         result.visual_direction_sums = direction_sums(targets, places, self.config.num_image_tokens)
         result.loss = result.text_loss + self.config.vision_coef * result.visual_loss
@@ -355,12 +357,12 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         mean = router_loss(self.get_decoder(), logits)
         if mean is None or result.loss is None:
             return
-        count = torch.full((), logits[0].shape[0], device=mean.device)
-        result.aux_loss, result.num_tokens = average(LossSum(mean * count, count), normalizer), count
+        aux = LossSum.of(mean * logits[0].shape[0], logits[0])
+        result.aux_loss, result.num_tokens, result.aux_loss_sum = average(aux, normalizer), aux.count, aux.sum.detach()
         result.loss = result.loss + router_loss_coefficient(self.config.text_config) * result.aux_loss
 
-    def _finish_visual_tokens(self, predictions: Tensor) -> Tensor:
-        return finish_visual_tokens(
+    def _normalize_visual_tokens(self, predictions: Tensor) -> Tensor:
+        return normalize_visual_tokens(
             predictions, normalize=self.config.normalize_vision, apply_softmax=self.config.apply_softmax
         )
 

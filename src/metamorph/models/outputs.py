@@ -4,12 +4,16 @@ Shape legend: B batch, S sequence, V vocabulary, I images in the batch, N visual
 visual token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
+
+from .losses import sum_dtype
 
 
 @dataclass
@@ -55,3 +59,17 @@ class MetaMorphOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    text_loss_sum: Tensor | None = None
+    """The losses and the cosine of this batch before they are divided, without gradient."""
+    visual_loss_sum: Tensor | None = None
+    visual_cosine_sum: Tensor | None = None
+    aux_loss_sum: Tensor | None = None
+
+
+def stack_fields(outputs: MetaMorphOutput, names: Sequence[str]) -> Tensor:
+    """0-d fields of an output in one tensor on the device, 0 where None, in the dtype of sums over many batches."""
+    if outputs.text_loss_sum is None:
+        raise ValueError("the model returned no losses: the batch has no labels")
+    zero = torch.zeros_like(outputs.text_loss_sum, dtype=sum_dtype(outputs.text_loss_sum.device))
+    values = (getattr(outputs, name) for name in names)
+    return torch.stack([zero if value is None else value.to(zero) for value in values])

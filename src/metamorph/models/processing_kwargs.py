@@ -3,11 +3,12 @@
 # No `from __future__ import annotations` here: Transformers reads the groups off the annotations.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from transformers import ProcessorMixin
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs
+
+from metamorph.flags.parser import nearest
 
 
 class MetaMorphImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -75,8 +76,8 @@ class ProcessorOptions:
         """Merge flat and grouped keyword arguments; refuse those that do not exist or have no effect."""
         known = {name: value for name, value in arguments.items() if is_processor_argument(name)}
         if unknown := [name for name, value in arguments.items() if value is not None and name not in known]:
-            near = get_close_matches(unknown[0], {*_GROUPS, *_OTHERS, *_ACTING}, n=1)
-            hint = f"; is {near[0]} meant?" if near else ""
+            near = nearest(unknown[0], {*_GROUPS, *_OTHERS, *_ACTING})
+            hint = f"; is {near} meant?" if near else ""
             raise TypeError(f"{type(processor).__name__} takes no argument {unknown[0]!r}{hint}")
         merged = processor._merge_kwargs(MetaMorphProcessingKwargs, **known)
         text, images = merged["text_kwargs"], merged["images_kwargs"]

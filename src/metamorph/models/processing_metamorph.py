@@ -11,7 +11,7 @@ from transformers.processing_utils import MultiModalData, Unpack
 
 from metamorph.files.model_files import read_json_object
 from metamorph.models.configuration_metamorph import MAX_IMAGE_TOKENS, MetaMorphConfig
-from metamorph.models.image_inputs import load_image
+from metamorph.models.image_inputs import to_pil_image
 from metamorph.models.image_processing import pixel_table, preprocess_images, square_image_processor
 from metamorph.models.pretrained import find_file
 from metamorph.models.processing_kwargs import MetaMorphProcessingKwargs, ProcessorOptions, is_processor_argument
@@ -166,7 +166,7 @@ class MetaMorphProcessor(ProcessorMixin):
 
         Args:
             images: All images in reading order, or a list of images for each prompt. An image is what
-                [`metamorph.models.image_inputs.load_image`] takes, or an [`ImagePart`] of an earlier answer.
+                [`metamorph.models.image_inputs.to_pil_image`] takes, or an [`ImagePart`] of an earlier answer.
             text: One prompt or several, with an `<image>` marker for each image.
             **kwargs: As for Transformers' processors, flat or in `text_kwargs` and `images_kwargs`: `padding`,
                 `padding_side` (by default the tokenizer's, which the processor sets to `left`), `pad_to_multiple_of`,
@@ -402,7 +402,7 @@ class MetaMorphProcessor(ProcessorMixin):
         """Pixels of images, and visual tokens of those that the model generated."""
         generated = [index for index, image in enumerate(images) if isinstance(image, ImagePart)]
         loaded = [
-            load_image(image, allow_urls=options.allow_urls, input_data_format=options.input_data_format)
+            to_pil_image(image, allow_urls=options.allow_urls, input_data_format=options.input_data_format)
             for image in images
             if not isinstance(image, ImagePart)
         ]

@@ -25,7 +25,7 @@ TEXT_LOSSES = ("auto", "full", "chunked", "fused", "liger")
 MAX_LOGITS = 2**25
 """Most logits at a time with `auto`: 134 MB in float32, 261 positions of Llama-3's vocabulary."""
 
-FinishLogits = Callable[[Tensor, Tensor], Tensor]
+LogitsTransform = Callable[[Tensor, Tensor], Tensor]
 """(logits [positions, V], hidden states [positions, H]) -> final logits, for models that scale or cap them."""
 
 
@@ -65,17 +65,17 @@ class TextHead(nn.Linear):
         hidden_states: Tensor,
         labels: Tensor | None = None,
         options: TextLossOptions | None = None,
-        finish: FinishLogits | None = None,
-        finish_weights: tuple[nn.Parameter, ...] = (),
+        transform: LogitsTransform | None = None,
+        transform_weights: tuple[nn.Parameter, ...] = (),
     ) -> Tensor:
         """Compute [..., V] logits, or with `labels` [positions] the summed cross-entropy, 0-d, float32.
 
-        `finish` is what the model does to logits before the softmax, and `finish_weights` are parameters that it uses.
+        `transform` changes the logits before the softmax, and `transform_weights` are parameters that it uses.
         """
         if labels is None:
             return super().forward(hidden_states)
         options = options or TextLossOptions()
-        kernel = choose_kernel(self, hidden_states, options, finish)
+        kernel = choose_kernel(self, hidden_states, options, transform)
         if kernel == "fused":
             return _fused_loss(self, hidden_states, labels, options.chunk_size(self.out_features))
         if kernel == "liger":
@@ -83,24 +83,24 @@ class TextHead(nn.Linear):
 
         def loss(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             logits = F.linear(hidden, weight, bias)
-            return text_loss(logits if finish is None else finish(logits, hidden), labels).sum
+            return text_loss(logits if transform is None else transform(logits, hidden), labels).sum
 
         if kernel == "full":
             return loss(hidden_states, labels, self.weight, self.bias)
         size = options.chunk_size(self.out_features)
-        return _ChunkedLoss.apply(loss, size, labels, hidden_states, self.weight, self.bias, *finish_weights)
+        return _ChunkedLoss.apply(loss, size, labels, hidden_states, self.weight, self.bias, *transform_weights)
 
 
 def choose_kernel(
-    head: TextHead, hidden_states: Tensor, options: TextLossOptions, finish: FinishLogits | None = None
+    head: TextHead, hidden_states: Tensor, options: TextLossOptions, transform: LogitsTransform | None = None
 ) -> str:
-    """Resolve `options.kernel` for [positions, H] hidden states; only `full` and `chunked` can apply `finish`."""
+    """Resolve `options.kernel` for [positions, H] hidden states; only `full` and `chunked` can apply `transform`."""
     positions = hidden_states.shape[0]
     if positions == 0:
         return "full"
     if options.kernel in ("full", "chunked"):
         return options.kernel
-    if finish is not None:
+    if transform is not None:
         return "chunked"
     if options.kernel != "auto":
         return options.kernel
@@ -152,9 +152,9 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_states: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        *finish_weights: nn.Parameter,
+        *transform_weights: nn.Parameter,
     ) -> Tensor:
-        ctx.loss, ctx.size, ctx.finish_weights = loss, size, finish_weights
+        ctx.loss, ctx.size, ctx.transform_weights = loss, size, transform_weights
         ctx.autocast = torch.is_autocast_enabled(hidden_states.device.type)
         ctx.dtype = _compute_dtype(hidden_states)
         # The original weights: copies in the dtype of the computation would stay in memory until the backward pass.
@@ -169,7 +169,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         labels, hidden_states, weight, bias = ctx.saved_tensors
-        originals = (hidden_states, weight, bias, *ctx.finish_weights)
+        originals = (hidden_states, weight, bias, *ctx.transform_weights)
         wanted = [index for index, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
         weight, bias = (
             None if value is None else value.detach().to(ctx.dtype).requires_grad_(needed)
@@ -181,7 +181,7 @@ class _ChunkedLoss(torch.autograd.Function):
             part = part.detach().requires_grad_(0 in wanted)
             with torch.enable_grad(), torch.autocast(part.device.type, ctx.dtype, ctx.autocast, cache_enabled=False):
                 loss = ctx.loss(part, part_labels, weight, bias)
-            values = (part, weight, bias, *ctx.finish_weights)
+            values = (part, weight, bias, *ctx.transform_weights)
             gradients = torch.autograd.grad(loss, [values[index] for index in wanted], gradient)
             for index, value in zip(wanted, gradients, strict=True):
                 if index == 0:

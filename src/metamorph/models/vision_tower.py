@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
-from metamorph.flags.checks import names_flag
+from metamorph.flags.checks import errors_name_flag
 
 from .configuration_metamorph import CONCAT_BLOCK, MetaMorphConfig
 from .losses import SOFTMAX_TEMPERATURE
@@ -57,7 +57,7 @@ def load_vision_config(name_or_path: str, **hub_kwargs: object) -> PreTrainedCon
 
 def check_same_tower(found: PreTrainedConfig, vision_tower: str, model: str) -> None:
     """Check that `--vision_tower` has the architecture of `found`, the tower in a finished model."""
-    with names_flag("--vision_tower", vision_tower):
+    with errors_name_flag("--vision_tower", vision_tower):
         asked = load_vision_config(vision_tower)
     for name in TOWER_FIELDS:
         ours, theirs = getattr(asked, name, None), getattr(found, name, None)
@@ -137,7 +137,8 @@ class VisionTower(nn.Module):
         if patches.is_inference():
             patches = patches.clone()  # autograd cannot save inference tensors for the backward pass
         patches = patches[:, self.num_prefix_tokens :]
-        return finish_visual_tokens(self.reduction(patches), normalize=self.normalize, apply_softmax=self.apply_softmax)
+        tokens = self.reduction(patches)
+        return normalize_visual_tokens(tokens, normalize=self.normalize, apply_softmax=self.apply_softmax)
 
     def _encode(self, pixel_values: Tensor) -> Tensor:
         """[images, 3, H, W] -> [images, prefix + patches, hidden] of the selected layer."""
@@ -168,18 +169,18 @@ def is_sharded(module: nn.Module) -> bool:
     return any(hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") for weight in module.parameters())
 
 
-def finish_visual_tokens(tokens: Tensor, *, normalize: bool, apply_softmax: bool) -> Tensor:
+def normalize_visual_tokens(tokens: Tensor, *, normalize: bool, apply_softmax: bool) -> Tensor:
     """Bring [..., D] features, of the tower or of the vision head, into the scale of visual tokens, in float32.
 
     `normalize` divides each by its L2 norm (`normalize_vision`); `apply_softmax` then turns each into a distribution
     over features, softmax(x / τ) with τ = 0.07.
     """
-    finished = tokens.float()
+    values = tokens.float()
     if normalize:
-        finished = F.normalize(finished, dim=-1)
+        values = F.normalize(values, dim=-1)
     if apply_softmax:
-        finished = torch.softmax(finished / SOFTMAX_TEMPERATURE, dim=-1)
-    return finished.to(tokens.dtype)
+        values = torch.softmax(values / SOFTMAX_TEMPERATURE, dim=-1)
+    return values.to(tokens.dtype)
 
 
 class _ModelWithoutLanguage(PreTrainedModel):

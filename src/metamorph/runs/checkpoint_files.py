@@ -50,8 +50,8 @@ def clean_up(output_dir: str | os.PathLike[str]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def commit_checkpoint(output_dir: str | os.PathLike[str], name: str, record: dict[str, Any]) -> Path:
-    """Write the manifest of a checkpoint, the files and `record`, and move it into place; returns its new path.
+def commit_checkpoint(output_dir: str | os.PathLike[str], name: str, metadata: dict[str, Any]) -> Path:
+    """Write the manifest of a checkpoint, the files and `metadata`, and move it into place; returns its new path.
 
     For one process, once all have written their files and `flush` has been called on each machine.
     """
@@ -61,7 +61,7 @@ def commit_checkpoint(output_dir: str | os.PathLike[str], name: str, record: dic
     files = {
         path.relative_to(source).as_posix(): file_stamp(path) for path in sorted(source.rglob("*")) if path.is_file()
     }
-    manifest = {"version": 1, "serial": serial, **record, "files": files}
+    manifest = {"version": 1, "serial": serial, **metadata, "files": files}
     (source / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     sync(source / MANIFEST_FILE)
     sync(source)
@@ -94,7 +94,7 @@ def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     return sorted(manifests, key=order)
 
 
-def damage(folder: str | os.PathLike[str]) -> str | None:
+def find_damage(folder: str | os.PathLike[str]) -> str | None:
     """What is wrong with a checkpoint; None if it is undamaged."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -178,7 +178,7 @@ def explains_write_errors(output_dir: str | os.PathLike[str], what: str) -> Iter
         if not _is_write_error(error):
             raise
         clean_up(output_dir)
-        good = [path for path in reversed(checkpoints(output_dir)) if damage(path) is None]
+        good = [path for path in reversed(checkpoints(output_dir)) if find_damage(path) is None]
         last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
         free = shutil.disk_usage(output_dir).free / 2**30 if Path(output_dir).is_dir() else 0.0
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

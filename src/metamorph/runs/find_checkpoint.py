@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from metamorph.runs.checkpoint_files import checkpoints, damage, on_first_process
+from metamorph.runs.checkpoint_files import checkpoints, find_damage, on_first_process
 
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,7 @@ def find_checkpoint(
         raise FileNotFoundError(
             f"{folder} is visible to the first process but not to process {dist.get_rank()} on this machine: put "
             "--output_dir on storage that all machines share"
-            + ", or write to each with --save_on_each_node True"
-            * saves_on_each_node
+            + (", or write to each with --save_on_each_node True" if saves_on_each_node else "")
         )
     return folder
 
@@ -66,7 +65,7 @@ def _find(output_dir: str, request: str, check: Callable[[str], None], result_fi
         return None
     if request.lower() not in ("none", "latest", "true"):
         folder = Path(request).expanduser()
-        problem = damage(folder)
+        problem = find_damage(folder)
         if problem is not None:
             kind = ValueError if folder.is_dir() else FileNotFoundError
             raise kind(
@@ -76,7 +75,7 @@ def _find(output_dir: str, request: str, check: Callable[[str], None], result_fi
         check(str(folder))
         return str(folder)
     for folder in reversed(folders):
-        problem = damage(folder)
+        problem = find_damage(folder)
         if problem is None:
             logger.info("resuming from %s (--resume_from_checkpoint False starts from the beginning)", folder)
             check(str(folder))

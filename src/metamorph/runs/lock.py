@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = "_run.json"
 """In the output folder while a run uses it. Uploads to the Hub skip names that begin with `_`."""
-BEAT = 15.0
-"""Seconds between two signs of life, which are new modification times of the file."""
-SILENCE = 180.0
-"""Seconds without a sign of life after which a run on another machine is considered gone. Some libraries block all
+HEARTBEAT_SECONDS = 15.0
+"""Seconds between two heartbeats, each of which updates the modification time of the file."""
+STALE_AFTER_SECONDS = 180.0
+"""Seconds without a heartbeat after which a run on another machine is considered gone. Some libraries block all
 threads while they write a checkpoint of many gigabytes."""
-POLL = 1.0
-"""Seconds between two looks for a sign of life."""
+POLL_SECONDS = 1.0
+"""Seconds between two checks for a heartbeat."""
 
 Lock = dict[str, str | None]
 """Content of the file."""
@@ -48,9 +48,9 @@ def only_run_in(output_dir: str | os.PathLike[str]) -> Iterator[None]:
     """Keep other runs out of the output folder, which is created if missing. For all processes; the first locks.
 
     The lock of a run that is gone is taken over. A run is gone if its process no longer exists (visible from the same
-    machine and container), if it was an earlier start of the same Slurm job, or if it has given no sign of life for
-    `SILENCE` seconds, which this waits for. If another run uses the folder or it cannot be written to, all processes
-    raise a `CheckpointError`.
+    machine and container), if it was an earlier start of the same Slurm job, or if its last heartbeat is older than
+    `STALE_AFTER_SECONDS`, which this waits for. If another run uses the folder or it cannot be written to, all
+    processes raise a `CheckpointError`.
     """
     folder = Path(output_dir)
     is_new = not folder.exists()
@@ -60,13 +60,13 @@ def only_run_in(output_dir: str | os.PathLike[str]) -> Iterator[None]:
         return
     _held[(folder / LOCK_FILE).resolve()] = lock
     stop = threading.Event()
-    beats = threading.Thread(target=_give_signs_of_life, args=(folder / LOCK_FILE, lock, stop), daemon=True)
-    beats.start()
+    heartbeat = threading.Thread(target=_heartbeat, args=(folder / LOCK_FILE, lock, stop), daemon=True)
+    heartbeat.start()
     try:
         yield
     finally:
         stop.set()
-        beats.join()
+        heartbeat.join()
         del _held[(folder / LOCK_FILE).resolve()]
         if _read(folder / LOCK_FILE) == lock:
             (folder / LOCK_FILE).unlink(missing_ok=True)
@@ -104,7 +104,7 @@ def _acquire(path: Path) -> Lock:
             return lock
         except FileExistsError:
             previous = _read(path)
-        is_gone = not _lives(path)
+        is_gone = not _is_held(path)
         if not path.exists():  # it has ended meanwhile
             return _acquire(path)
         if is_gone and _take_over(path, previous, lock):
@@ -121,35 +121,35 @@ def _acquire(path: Path) -> Lock:
     )
 
 
-def _lives(path: Path) -> bool:
-    """Whether the run that holds the lock still exists; may wait for a sign of life."""
+def _is_held(path: Path) -> bool:
+    """Whether the run that holds the lock still exists; may wait for a heartbeat."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem) as probe:
             now = os.stat(probe.name).st_mtime  # by the clock of the file system, like that of the lock
         last, began, waits = path.stat().st_mtime, time.monotonic(), False
         while True:
-            answer = _is_alive(_read(path))
+            answer = _owner_is_alive(_read(path))
             if answer is not None:
                 return answer
             if path.stat().st_mtime != last:
                 return True
-            rest = SILENCE - max(now - last, 0) - (time.monotonic() - began)
+            rest = STALE_AFTER_SECONDS - max(now - last, 0) - (time.monotonic() - began)
             if rest <= 0:
                 return False
             if not waits:
                 waits = True
                 logger.warning(
-                    "--output_dir %s may be used by another run: %s. Waiting up to %d seconds for a sign of life",
+                    "--output_dir %s may be used by another run: %s. Waiting up to %d seconds for a heartbeat",
                     path.parent,
                     _describe(_read(path)),
                     rest,
                 )
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
     except FileNotFoundError:  # it has just ended
         return False
 
 
-def _is_alive(lock: Lock | None) -> bool | None:
+def _owner_is_alive(lock: Lock | None) -> bool | None:
     """Whether a run exists; None if this process cannot tell."""
     if lock is None:
         return None
@@ -209,7 +209,7 @@ def _take_over(path: Path, previous: Lock | None, lock: Lock) -> bool:
         with claim.open("x", encoding="utf-8") as file:
             json.dump(lock, file)
     except FileExistsError:
-        if not _lives(claim):
+        if not _is_held(claim):
             claim.unlink(missing_ok=True)  # of a run that stopped in the middle of this; the next attempt succeeds
         return False
     try:
@@ -221,8 +221,8 @@ def _take_over(path: Path, previous: Lock | None, lock: Lock) -> bool:
         claim.unlink(missing_ok=True)
 
 
-def _give_signs_of_life(path: Path, lock: Lock, stop: threading.Event) -> None:
-    while not stop.wait(BEAT):
+def _heartbeat(path: Path, lock: Lock, stop: threading.Event) -> None:
+    while not stop.wait(HEARTBEAT_SECONDS):
         found = _read(path)
         if found is not None and found != lock:
             logger.error(

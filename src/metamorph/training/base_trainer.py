@@ -55,9 +55,9 @@ _GIVEN_BY_FLAGS = ("initial_lr", "weight_decay", "betas", "eps")
 class RunTrainer(Trainer):
     """Base of the trainers of the model and of the visualizer.
 
-    A subclass defines what to train on (`batches`, `samples`), what to save (`write_weights`, `read_weights`,
-    `record`) and which parameters share a learning rate (`optimizer_groups`). Some overridden methods of Trainer are
-    private; they are the same in all versions that we support, and there is no public hook.
+    A subclass defines what to train on (`batches`, `training_dataset`), what to save (`write_weights`, `read_weights`,
+    `checkpoint_metadata`) and which parameters share a learning rate (`parameter_groups`). Some overridden methods of
+    Trainer are private; they are the same in all versions that we support, and there is no public hook.
 
     `batches` is the batch sampler of this process; its order does not depend on workers or interruptions.
     """
@@ -96,16 +96,16 @@ class RunTrainer(Trainer):
         """The callback that measures the run."""
         raise NotImplementedError
 
-    def samples(self) -> Dataset[Any]:
+    def training_dataset(self) -> Dataset[Any]:
         """The dataset that `batches` index."""
         assert isinstance(self.train_dataset, Dataset)
         return self.train_dataset
 
-    def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups with `params`, `lr`, `weight_decay` and a `name`, which the log uses."""
         raise NotImplementedError
 
-    def record(self) -> dict[str, Any]:
+    def checkpoint_metadata(self) -> dict[str, Any]:
         """What resuming needs besides the step and the flags, as JSON values."""
         raise NotImplementedError
 
@@ -117,7 +117,7 @@ class RunTrainer(Trainer):
         """Load what `write_weights` has written into the model, before an engine shards it."""
         raise NotImplementedError
 
-    def prepare_model(self) -> None:
+    def before_training(self) -> None:
         """Change the model for training; not called where there is nothing left to train."""
 
     # Running.
@@ -138,14 +138,14 @@ class RunTrainer(Trainer):
             self.add_callback(ShowProgress(self.title))
         self.add_callback(StopOnBadRecords(limit))
         self.monitor.skipped_records = lambda: limit.num_bad
-        self.resume_from(point)
+        self.set_resume_point(point)
         stop = StopWhenPreempted(preemption, checkpoint)
         self.add_callback(stop)
         result = self.train(resume_from_checkpoint=checkpoint)
         stop.leave_if_stopped(self)
         return result
 
-    def resume_from(self, point: ResumePoint | None) -> None:
+    def set_resume_point(self, point: ResumePoint | None) -> None:
         """Set where in the data `train` resumes. Every process must call it."""
         self.resume_point = point
 
@@ -166,7 +166,7 @@ class RunTrainer(Trainer):
                     self._load_from_checkpoint(resume_from_checkpoint if best is None else best)
                     self.state = state
                     return TrainOutput(state.global_step, math.nan, {})
-            self.prepare_model()
+            self.before_training()
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except pickle.UnpicklingError as error:  # all of its files are read with weights_only=True
             raise CheckpointError(
@@ -194,7 +194,7 @@ class RunTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Data loader of this process's batches."""
         loader = DataLoader(
-            self.samples(),
+            self.training_dataset(),
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
@@ -233,9 +233,9 @@ class RunTrainer(Trainer):
         """Add learning rates and the measurements of the monitor to a training log entry."""
         if "loss" in logs:
             logs.update(self._rates)
-            logs.update(self.monitor.drain(self.state, logs.get("grad_norm")))
+            logs.update(self.monitor.pop_metrics(self.state, logs.get("grad_norm")))
         if "train_runtime" in logs:  # the last entry of a run; Trainer would count rows as samples
-            self.monitor.settle(self.state)
+            self.monitor.sync(self.state)
             logs["total_flos"] = self.state.total_flos
             logs["train_samples_per_second"] = round(self.monitor.total_samples / logs["train_runtime"], 3)
         super().log(logs, start_time)
@@ -253,11 +253,11 @@ class RunTrainer(Trainer):
     # Optimizer and schedule.
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer with the groups of `optimizer_groups`."""
+        """Create the optimizer with the groups of `parameter_groups`."""
         if self.optimizer is None:
             model = self.model if model is None else model
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(self.optimizer_groups(model), **kwargs)
+            self.optimizer = optimizer_class(self.parameter_groups(model), **kwargs)
             if kwargs.get("optim_bits") == 8:
                 keep_embeddings_in_32_bits(model)
         return self.optimizer
@@ -354,7 +354,7 @@ class RunTrainer(Trainer):
         No callback runs before it, so the counters are updated and the clock is stopped here. If it cannot be written,
         the last good one still exists.
         """
-        self.monitor.settle(self.state)
+        self.monitor.sync(self.state)
         output_dir, name = self._get_output_dir(trial), f"{PREFIX}{self.state.global_step}"
         with self.monitor.pause(), explains_write_errors(output_dir, name):
             if self.args.should_save:
@@ -375,8 +375,8 @@ class RunTrainer(Trainer):
                 flush(output_dir)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                record = {"step": self.state.global_step, **self.record(), "flags": self.flags}
-                commit_checkpoint(output_dir, name, record)
+                metadata = {"step": self.state.global_step, **self.checkpoint_metadata(), "flags": self.flags}
+                commit_checkpoint(output_dir, name, metadata)
                 delete_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:

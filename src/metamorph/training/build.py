@@ -1,6 +1,5 @@
 """From the flags to processor, data and model: configurations first, weights only when everything else is right."""
 
-import difflib
 import json
 import logging
 import os
@@ -19,7 +18,8 @@ from metamorph.data.dataset import MixtureDataset, load_data
 from metamorph.data.features import FeatureCache, describe_tower
 from metamorph.data.sources.index import cache_folder
 from metamorph.evaluation.losses import metric_names
-from metamorph.flags.checks import check_reachable, names_flag, refuse_tower
+from metamorph.flags.checks import check_reachable, errors_name_flag, refuse_tower
+from metamorph.flags.parser import nearest
 from metamorph.models.adapters import forget_quantisation
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.connector import find_connector, load_connector, read_connector
@@ -38,7 +38,7 @@ from metamorph.runs.checkpoint_files import on_first_process
 from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments, RunArguments
 from metamorph.training.engines.attention import uses_flash_attention
 from metamorph.training.lora import adapter_base, quantization_config
-from metamorph.training.optimizer import samples_in_a_step
+from metamorph.training.optimizer import samples_per_step
 
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class ModelSpec:
 
     config: MetaMorphConfig
     processor: MetaMorphProcessor
-    continues: bool
+    is_metamorph: bool
     """Whether a MetaMorph model is trained further."""
 
 
@@ -83,35 +83,35 @@ def resolve_model(
     """
     name = args.model_name_or_path
     check_reachable(name, "--model_name_or_path")
-    with names_flag("--model_name_or_path", name):
+    with errors_name_flag("--model_name_or_path", name):
         loaded = load_config(name)
         refuse_tower(loaded.to_dict(), name, "--model_name_or_path")
-        continues = loaded.model_type == MetaMorphConfig.model_type
-    if not continues:
+        is_metamorph = loaded.model_type == MetaMorphConfig.model_type
+    if not is_metamorph:
         check_reachable(resolve_vision_tower(args.vision_tower), "--vision_tower")
-    args.require_connector(continues)
+    args.require_connector(is_metamorph)
     if args.pretrain_mm_mlp_adapter is not None:
-        with names_flag("--pretrain_mm_mlp_adapter", args.pretrain_mm_mlp_adapter):
+        with errors_name_flag("--pretrain_mm_mlp_adapter", args.pretrain_mm_mlp_adapter):
             read_connector(find_connector(args.pretrain_mm_mlp_adapter))
-    with names_flag("--model_name_or_path", name):
+    with errors_name_flag("--model_name_or_path", name):
         tokenizer = load_tokenizer(name)
-        template = _template_of_run(loaded.version if continues else args.version, tokenizer, checkpoint)
-        MetaMorphForConditionalGeneration.check_language_model(loaded.text_config if continues else loaded)
-        if continues:
+        template = _template_of_run(loaded.version if is_metamorph else args.version, tokenizer, checkpoint)
+        MetaMorphForConditionalGeneration.check_language_model(loaded.text_config if is_metamorph else loaded)
+        if is_metamorph:
             processor = MetaMorphProcessor.from_pretrained(name, **template)
             processor.check_fits(loaded)
-    if continues:
+    if is_metamorph:
         if image_aspect_ratio is not None:
             processor.image_aspect_ratio = image_aspect_ratio
-        return ModelSpec(_continued_config(loaded, args), processor, continues)
-    with names_flag("--vision_tower", args.vision_tower):
+        return ModelSpec(_continued_config(loaded, args), processor, is_metamorph)
+    with errors_name_flag("--vision_tower", args.vision_tower):
         vision_config = load_vision_config(args.vision_tower)
         image_processor = load_image_processor(resolve_vision_tower(args.vision_tower))
     config = MetaMorphConfig(text_config=loaded, vision_config=vision_config, **config_overrides(args))
     processor = MetaMorphProcessor.from_parts(
         tokenizer, image_processor, config, image_aspect_ratio=image_aspect_ratio or "square", **template
     )
-    return ModelSpec(config, processor, continues)
+    return ModelSpec(config, processor, is_metamorph)
 
 
 def open_features(args: RunArguments, spec: ModelSpec) -> FeatureCache | None:
@@ -177,7 +177,7 @@ def plan_batches(args: RunArguments, dataset: MixtureDataset) -> BatchPlanner:
             100 * planner.efficiency,
             planner.steps,
             len(dataset) / planner.num_rows,
-            samples_in_a_step(planner, training.gradient_accumulation_steps),
+            samples_per_step(planner, training.gradient_accumulation_steps),
         )
     return planner
 
@@ -204,8 +204,8 @@ def load_model(
     quantization = quantization_config(args, compute_dtype)
     options = {"attn_implementation": args.attn_implementation, "quantization_config": quantization}
     kwargs = {"dtype": torch.float32} | {name: value for name, value in options.items() if value is not None}
-    with names_flag("--model_name_or_path", args.model_name_or_path):
-        if spec.continues:
+    with errors_name_flag("--model_name_or_path", args.model_name_or_path):
+        if spec.is_metamorph:
             model = MetaMorphForConditionalGeneration.from_pretrained(
                 args.model_name_or_path, config=spec.config, **kwargs
             )
@@ -213,8 +213,8 @@ def load_model(
             language_model = load_language_model(args.model_name_or_path, **kwargs)
             # Unlike the processor's, this tokenizer lacks the image tokens: from_parts initialises the rows it adds.
             tokenizer = load_tokenizer(args.model_name_or_path)
-    if not spec.continues:
-        with names_flag("--vision_tower", args.vision_tower):
+    if not spec.is_metamorph:
+        with errors_name_flag("--vision_tower", args.vision_tower):
             vision_encoder = load_vision_encoder(args.vision_tower)
         model = MetaMorphForConditionalGeneration.from_parts(
             language_model, vision_encoder, tokenizer, **config_overrides(args)
@@ -222,7 +222,7 @@ def load_model(
     if quantization is not None:
         forget_quantisation(model)
     if args.lora_enable:
-        model.adapter_base = adapter_base(args, spec.continues, quantization)
+        model.adapter_base = adapter_base(args, spec.is_metamorph, quantization)
     if args.pretrain_mm_mlp_adapter is not None:
         load_connector(model, args.pretrain_mm_mlp_adapter)
     return model
@@ -321,8 +321,8 @@ def _check_best_metric(args: MetaMorphTrainingArguments, validation: MixtureData
     name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
     known = metric_names(validation.sources, visual_loss=visual_loss)
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        near = nearest(name, known)
+        hint = f"did you mean {near!r}? " if near else ""
         raise ValueError(
             f"--metric_for_best_model {args.metric_for_best_model} is not measured: {hint}Use one of {', '.join(known)}"
         )

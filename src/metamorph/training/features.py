@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from metamorph.data.features import DTYPES, FeatureCache, ImageSet, describe_tower, write_features
 from metamorph.data.records import DataError
-from metamorph.flags.checks import check_choice, names_flag
+from metamorph.flags.checks import errors_name_flag
 from metamorph.models.vision_tower import VisionTower, load_tower_of, load_vision_encoder
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments, RunArguments
 from metamorph.training.build import ModelSpec
@@ -24,12 +24,8 @@ class FeatureArguments(MetaMorphTrainingArguments):
 
     output_dir: str | None = "."
     """Ignored: nothing is trained."""
-    feature_dtype: str = "bfloat16"
+    feature_dtype: str = field(default="bfloat16", metadata={"choices": tuple(DTYPES)})
     """Dtype of the visual tokens: bfloat16, or float32, which takes twice the space."""
-
-    def __post_init__(self, dry_run: bool) -> None:
-        check_choice("--feature_dtype", self.feature_dtype, tuple(DTYPES))
-        super().__post_init__(dry_run)
 
 
 def cache_features(
@@ -75,8 +71,8 @@ def cache_features(
 
 def load_frozen_tower(args: ModelArguments, spec: ModelSpec) -> VisionTower:
     """Load the tower as `load_model` does, in float32, without the language model."""
-    if spec.continues:
-        with names_flag("--model_name_or_path", args.model_name_or_path):
+    if spec.is_metamorph:
+        with errors_name_flag("--model_name_or_path", args.model_name_or_path):
             return load_tower_of(args.model_name_or_path).eval()
-    with names_flag("--vision_tower", args.vision_tower):
+    with errors_name_flag("--vision_tower", args.vision_tower):
         return VisionTower(spec.config, load_vision_encoder(args.vision_tower)).eval()

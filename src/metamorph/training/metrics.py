@@ -11,8 +11,15 @@ from transformers import TrainingArguments
 from metamorph.data.dataset import MixtureDataset
 from metamorph.evaluation.losses import evaluate_losses, total_loss
 from metamorph.models.losses import constant_cosine_sum, sum_dtype
-from metamorph.models.outputs import MetaMorphOutput
+from metamorph.models.outputs import MetaMorphOutput, stack_fields
 from metamorph.models.sequence.constants import IGNORE_INDEX
+
+
+_FIELDS = (
+    *("text_loss_sum", "visual_loss_sum", "visual_cosine_sum", "aux_loss_sum"),
+    *("num_text_tokens", "num_visual_tokens", "num_tokens"),
+)
+"""What is summed over the outputs of the model."""
 
 
 class LossWindow:
@@ -24,31 +31,15 @@ class LossWindow:
         self._direction_sums: Tensor | None = None
         self._targets_seen = 0.0
 
-    def add(self, outputs: MetaMorphOutput, normalizers: tuple[Tensor, Tensor, Tensor] | None) -> None:
-        """Add one micro-batch. `normalizers` are what the model divided its losses by; None means its own counts."""
-        if outputs.text_loss is None or outputs.num_text_tokens is None:
-            raise ValueError("the model returned no losses: the batch has no labels")
-        text, num_text = outputs.text_loss.detach(), outputs.num_text_tokens
-        visual, num_visual, cosine, aux, num_tokens = (
-            torch.zeros_like(text) if value is None else value.detach()
-            for value in (
-                outputs.visual_loss,
-                outputs.num_visual_tokens,
-                outputs.visual_cosine,
-                outputs.aux_loss,
-                outputs.num_tokens,
-            )
-        )
-        by_text, by_visual, by_token = normalizers or (num_text.clamp(min=1), num_visual.clamp(min=1), num_tokens)
-        sums = (text * by_text, visual * by_visual, cosine * num_visual, aux * by_token)
-        values = (*sums, num_text, num_visual, num_tokens)
-        window = torch.stack([value.to(dtype=sum_dtype(text.device)) for value in values])
+    def add(self, outputs: MetaMorphOutput) -> None:
+        """Add one micro-batch."""
+        window = stack_fields(outputs, _FIELDS)
         self._sums = window if self._sums is None else self._sums + window
         if outputs.visual_direction_sums is not None:
             directions = outputs.visual_direction_sums.to(dtype=sum_dtype(window.device))
             self._direction_sums = directions if self._direction_sums is None else self._direction_sums + directions
 
-    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+    def pop_metrics(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over all tokens of all ranks since the last call. Every rank must call it.
 
         `visual_cosine_baseline` is the cosine of the best constant prediction for each position in the image, over all

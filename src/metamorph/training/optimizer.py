@@ -43,7 +43,7 @@ def scale_learning_rate(base_lr: float, base_batch: float, batch: float) -> floa
     return base_lr * math.sqrt(batch / base_batch)
 
 
-def samples_in_a_step(planner: BatchPlanner, gradient_accumulation_steps: int) -> float:
+def samples_per_step(planner: BatchPlanner, gradient_accumulation_steps: int) -> float:
     """Samples per optimizer step, averaged over an epoch: rows of all processes × samples per row."""
     rows = planner.rows_per_batch * planner.world_size * gradient_accumulation_steps
     return rows * len(planner.lengths) / max(planner.num_rows, 1)
@@ -92,7 +92,7 @@ def learning_rates(args: MetaMorphTrainingArguments) -> dict[str, float]:
 
 def optimizer_groups(
     model: nn.Module,
-    module_of: Callable[[str], str],
+    group_of: Callable[[str], str],
     rates: Mapping[str, float],
     weight_decay: float,
     no_decay: Collection[str] = (),
@@ -105,7 +105,8 @@ def optimizer_groups(
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[module_of(name) + "_no_decay" * (name in no_decay)]["params"].append(parameter)
+            group = group_of(name)
+            groups[f"{group}_no_decay" if name in no_decay else group]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 
 

@@ -18,11 +18,11 @@ from metamorph.training.build import (
     plan_batches,
     resolve_model,
 )
-from metamorph.training.checkpoints.resume import find_checkpoint, plan_resume
+from metamorph.training.checkpoints.resume import find_stage_checkpoint, plan_resume
 from metamorph.training.checkpoints.resume_flags import check_flags, flags_of_run
-from metamorph.training.engines.prepare import full_weights
+from metamorph.training.engines.prepare import gathered_weights
 from metamorph.training.lora import check_engine
-from metamorph.training.optimizer import apply_learning_rate_rule, check_optimizer, samples_in_a_step
+from metamorph.training.optimizer import apply_learning_rate_rule, check_optimizer, samples_per_step
 from metamorph.training.reporting.samples import SampleWriter, open_samples
 from metamorph.training.stages import check_learning_rates
 
@@ -57,10 +57,10 @@ def prepare(args: RunArguments, *, for_run: bool = True) -> Preparation:
         check_engine(args)
         check_learning_rates(args)
         check_optimizer(args.training)
-        checkpoint = find_checkpoint(
+        checkpoint = find_stage_checkpoint(
             args.training.output_dir, args.training.resume_from_checkpoint, args.model.stage, args.model.lora_enable
         )
-    with full_weights(args.training):
+    with gathered_weights(args.training):
         prepared = Preparation(resolve_model(args.model, args.image_aspect_ratio, checkpoint), checkpoint=checkpoint)
     if for_run:
         prepared.features = open_features(args, prepared.spec)
@@ -72,7 +72,7 @@ def prepare(args: RunArguments, *, for_run: bool = True) -> Preparation:
     prepared.samples = open_samples(args.training)
     prepared.planner = planner = plan_batches(args, prepared.dataset)
     prepared.resume_point = plan_resume(prepared.checkpoint, prepared.dataset, planner, args.training)
-    apply_learning_rate_rule(args.training, samples_in_a_step(planner, args.training.gradient_accumulation_steps))
+    apply_learning_rate_rule(args.training, samples_per_step(planner, args.training.gradient_accumulation_steps))
     prepared.flags = flags_of_run(args, prepared.spec)
     check_flags(prepared.checkpoint, prepared.flags, args.training.allow_changes)
     return prepared

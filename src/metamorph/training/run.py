@@ -11,7 +11,7 @@ from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.runs.open_run import open_run
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments, RunArguments
 from metamorph.training.build import build_collator, load_model
-from metamorph.training.engines.prepare import full_weights, prepare_model
+from metamorph.training.engines.prepare import gathered_weights, prepare_model
 from metamorph.training.optimizer import format_summary
 from metamorph.training.prepare import Preparation, prepare
 from metamorph.training.reporting.model_card import CardFacts
@@ -104,7 +104,7 @@ def run_training(
 def _build_trainer(args: RunArguments, prepared: Preparation, callbacks: list[Any] | None) -> MetaMorphTrainer:
     """Load the model, freeze what the stage does not train, and make the trainer."""
     set_seed(args.training.seed)  # for the initial weights of connector and vision head
-    with full_weights(args.training):
+    with gathered_weights(args.training):
         model = load_model(args.model, prepared.spec, args.compute_dtype)
     if prepared.features is not None:
         prepared.features.check_weights(model.model.vision_tower)

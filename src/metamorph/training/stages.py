@@ -53,10 +53,10 @@ def apply_stage(model: PreTrainedModel, args: ModelArguments) -> list[ModuleSumm
     }
     if args.lora_enable:
         attach_lora(model, args)
-    verdict = model.check_language_model(model.config.text_config)
+    support = model.check_language_model(model.config.text_config)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():  # 4-bit weights are not
-            learns = trained[module_of(name)] and verdict.uses(name.removeprefix(LANGUAGE_MODEL_PREFIX))
+            learns = trained[module_of(name)] and support.uses(name.removeprefix(LANGUAGE_MODEL_PREFIX))
             parameter.requires_grad_(learns or ".lora_" in name)
     if args.stage == 1 or args.lora_enable:
         attach_new_token_rows(model)

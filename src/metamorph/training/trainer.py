@@ -1,6 +1,5 @@
 """Trainer of the model: the two losses of VPiT, normalised over the entire optimizer step."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
@@ -19,16 +18,17 @@ from metamorph.files.permissions import apply_umask
 from metamorph.models.adapters import has_adapter, load_adapter_weights, save_adapter
 from metamorph.models.connector import load_connector, save_connector
 from metamorph.models.embeddings import merge_new_token_rows
+from metamorph.models.losses import LossNormalizers
 from metamorph.models.outputs import MetaMorphOutput
 from metamorph.runs.checkpoint_files import explains_write_errors
 from metamorph.runs.find_checkpoint import ResumePoint
 from metamorph.runs.lock import check_lock
 from metamorph.training.arguments import RunArguments
 from metamorph.training.base_trainer import RunTrainer
-from metamorph.training.checkpoints.resume import Position, describe_data
+from metamorph.training.checkpoints.resume import Position, describe_data, steps_per_epoch
 from metamorph.training.checkpoints.weights import load_weights
 from metamorph.training.costs.flops import model_flops
-from metamorph.training.engines.prepare import full_weights
+from metamorph.training.engines.prepare import gathered_weights
 from metamorph.training.engines.weights import FrozenTower
 from metamorph.training.metrics import LossWindow, count_targets, count_tokens, validation_metrics
 from metamorph.training.optimizer import learning_rates, module_of, optimizer_groups
@@ -68,7 +68,7 @@ class MetaMorphTrainer(RunTrainer):
         self.model_accepts_loss_kwargs = True
         if "use_cache" in vars(self.model.config):
             del self.model.config.use_cache  # set by Trainer; it would be saved and slow down generation
-        self._normalizers: tuple[Tensor, Tensor, Tensor] | None = None
+        self._normalizers: LossNormalizers | None = None
         self._window = LossWindow()
 
     def create_monitor(self) -> ThroughputMonitor:
@@ -78,19 +78,19 @@ class MetaMorphTrainer(RunTrainer):
         peak = find_peak_tflops(self.args.peak_tflops, half_precision=half, device=self.args.device)
         return ThroughputMonitor(self.accelerator, model_flops(self.model), config.num_image_tokens, peak)
 
-    def samples(self) -> Dataset[Any]:
+    def training_dataset(self) -> Dataset[Any]:
         """The samples, or with packing rows of samples."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
         return PackedSamples(self.train_dataset) if self.batches.planner.packing else self.train_dataset
 
-    def resume_from(self, point: ResumePoint | None) -> None:
+    def set_resume_point(self, point: ResumePoint | None) -> None:
         """See [`RunTrainer`]; leaves out the rows that have been trained on."""
-        super().resume_from(point)
+        super().set_resume_point(point)
         if point is not None:
-            self.batches.leave_out(point.epoch, point.trained_rows)
+            self.batches.skip_rows(point.epoch, point.trained_rows)
 
-    def prepare_model(self) -> None:
+    def before_training(self) -> None:
         """Put the frozen vision tower in its place."""
         if self.frozen_tower is None:
             self.frozen_tower = FrozenTower(
@@ -120,8 +120,7 @@ class MetaMorphTrainer(RunTrainer):
         counts = sum(torch.cat([count_targets(batch), count_tokens(batch)[None]]).to(device) for batch in batches)
         counts = self.accelerator.reduce(counts, reduction="sum")
         # Data parallelism averages gradients over the ranks: dividing by count / ranks turns the average into a sum.
-        text, visual, tokens = (counts.clamp(min=1) / self.accelerator.num_processes).unbind()
-        self._normalizers = (text, visual, tokens)
+        self._normalizers = LossNormalizers(*(counts.clamp(min=1) / self.accelerator.num_processes).unbind())
         return batches, counts[0]
 
     def compute_loss(
@@ -135,13 +134,13 @@ class MetaMorphTrainer(RunTrainer):
         normalizers = self._normalizers if model.training else None
         outputs = model(**inputs, loss_normalizers=normalizers)
         if model.training:
-            self._window.add(outputs, normalizers)
+            self._window.add(outputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See [`RunTrainer`]; adds the text and visual losses to a training log entry."""
         if "loss" in logs:
-            logs.update(self._window.drain(self.accelerator))
+            logs.update(self._window.pop_metrics(self.accelerator))
         super().log(logs, start_time)
 
     def evaluate(
@@ -164,12 +163,12 @@ class MetaMorphTrainer(RunTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """For each module one group with and one without weight decay."""
         no_decay = dict(model.named_parameters()).keys() - set(self.get_decay_parameter_names(model))
         return optimizer_groups(model, module_of, learning_rates(self.args), self.args.weight_decay, no_decay)
 
-    def record(self) -> dict[str, Any]:
+    def checkpoint_metadata(self) -> dict[str, Any]:
         """Stage, position in the data, and description of the data."""
         position = Position.at(self.state.global_step, self.batches.planner, self.args.gradient_accumulation_steps)
         return {
@@ -213,7 +212,7 @@ class MetaMorphTrainer(RunTrainer):
         elif has_adapter(self.model):
             load_adapter_weights(self.model, folder)
         else:
-            with full_weights(self.args):
+            with gathered_weights(self.args):
                 load_weights(self.model, folder)
 
     def save_result(self, args: RunArguments) -> None:
@@ -253,5 +252,5 @@ class _EpochOfPlan(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        steps = math.ceil(len(self.batches) / args.gradient_accumulation_steps)
+        steps = steps_per_epoch(self.batches.planner, args.gradient_accumulation_steps)
         self.batches.set_epoch(state.global_step // steps)

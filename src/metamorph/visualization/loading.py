@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from metamorph.files.model_files import read_json_object
-from metamorph.flags.checks import check_reachable, names_flag
+from metamorph.flags.checks import check_reachable, errors_name_flag
 from metamorph.mini import shipped_folder
 from metamorph.models.vision_tower import resolve_vision_tower
 from metamorph.visualization.encoder import VisualTokenEncoder
@@ -32,7 +32,7 @@ def load_visualizer(
     """
     folder = shipped_folder(str(folder), "visualizer")
     check_reachable(folder, flag="--visualizer", file=INDEX_FILE)
-    with names_flag("--visualizer", str(folder)):
+    with errors_name_flag("--visualizer", str(folder)):
         folder = local_folder(folder)
         pipeline = VisualizationPipeline.from_pretrained(folder, torch_dtype=dtype)
     if vision_tower is not None or pipeline.vision_tower is None:
@@ -66,7 +66,7 @@ def _load_tower(folder: str | Path, vision_tower: str | None, num_tokens: int | 
         )
     name = str(options["vision_tower"])
     check_reachable(resolve_vision_tower(name), "--vision_tower")
-    with names_flag("--vision_tower", name):
+    with errors_name_flag("--vision_tower", name):
         return load_encoder(adopt_token_options(TokenOptions(**options)))  # type: ignore[arg-type]
 
 

@@ -125,7 +125,7 @@ class VisualizationPipeline(DiffusionPipeline):
             output_type: `pil`, `np` (`[images, height, width, 3]` in 0..1), `pt` (`[images, 3, height, width]` in 0..1)
                 or `latent`.
             return_dict: False returns the tuple `(images,)`.
-            images: Images to draw again, instead of `visual_tokens`: the pipeline's vision tower encodes their central
+            images: Images to reconstruct, instead of `visual_tokens`: the pipeline's vision tower encodes their central
                 squares.
         """
         scales = [guidance_scale] if isinstance(guidance_scale, (int, float)) else list(guidance_scale)

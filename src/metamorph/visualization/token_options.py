@@ -9,7 +9,7 @@ from typing import TypeVar
 from PIL import Image
 
 from metamorph.files.model_files import read_json_object
-from metamorph.flags.checks import names_flag
+from metamorph.flags.checks import errors_name_flag
 from metamorph.models.image_processing import load_image_processor
 from metamorph.models.vision_tower import (
     MetaMorphConfig,
@@ -64,7 +64,7 @@ def adopt_token_options(options: Options) -> Options:
 def load_encoder(options: TokenOptions) -> VisualTokenEncoder:
     """Load the vision tower in float32, with the layer, reduction and normalisation of the MetaMorph model."""
     path = os.path.expanduser(resolve_vision_tower(options.vision_tower))
-    with names_flag("--vision_tower", options.vision_tower):
+    with errors_name_flag("--vision_tower", options.vision_tower):
         if _is_metamorph(path):
             config = load_config(path, MetaMorphConfig)
             tower = load_tower_of(path)

@@ -74,6 +74,8 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     (`NAMES_IN_TRANSFORMERS`), which counts if both are given.
     """
 
+    unsupported = UNSUPPORTED
+
     pretrained_model_name_or_path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Stable Diffusion model, a folder or Hub id with the subfolders unet, vae and scheduler."""
     revision: str | None = None
@@ -84,14 +86,14 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     """Train the UNet too; otherwise only the projector is trained."""
     unet_from_scratch: bool = False
     """Start from a randomly initialised UNet of the same configuration; needs unfreeze_unet."""
-    sharding: str = "ddp"
+    sharding: str = field(default="ddp", metadata={"choices": ("ddp", "fsdp2")})
     """What several processes share: ddp keeps the full model on each, fsdp2 shards weights, gradients and optimizer."""
     torch_compile: bool = False
     """Compile the projector and the blocks of the UNet: the first steps take minutes, later ones are faster."""
     gradient_checkpointing: bool = False
     """Recompute the UNet's activations in the backward pass: less memory, more time."""
 
-    mode: str = "mlp"
+    mode: str = field(default="mlp", metadata={"choices": PROJECTOR_MODES})
     """Form of the projector: mlp, xattn, xattnffn or transformer."""
     num_query_tokens: int = CONDITION_LENGTH
     """Condition tokens that xattn, xattnffn and transformer return; mlp returns one for each visual token."""
@@ -113,7 +115,7 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     paths in image_jsons."""
     image_jsons: list[str] = field(default_factory=list)
     """JSON or JSONL lists of images or tar archives: paths, or records with a key image, jpg, jpeg, png or webp."""
-    on_bad_image: str = "raise"
+    on_bad_image: str = field(default="raise", metadata={"choices": ON_BAD_RECORD})
     """What to do with an image that cannot be read, or a damaged archive: raise, or skip (count, log and leave out)."""
     max_bad_fraction: float = 0.01
     """Largest share of skipped images, between 0 and 1; above it the run stops."""
@@ -133,7 +135,7 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     """Peak learning rate."""
     unet_lr: float | None = None
     """Peak learning rate of the UNet; by default lr."""
-    lr_scheduler: str = DEFAULT_LR_SCHEDULER
+    lr_scheduler: str = field(default=DEFAULT_LR_SCHEDULER, metadata={"choices": LR_SCHEDULERS})
     """Schedule: log_warmup_linear_decay, constant, constant_with_warmup, linear or cosine."""
     lr_warmup_steps: int | None = None
     """Optimizer steps of warm-up; by default a quarter of training_steps."""
@@ -143,7 +145,7 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     """Optimizer, by its name in Transformers."""
     ema_decay: float = 0.9999
     """Decay of the moving average of the weights, which is saved instead of them; 0 switches it off."""
-    mixed_precision: str = "no"
+    mixed_precision: str = field(default="no", metadata={"choices": ("no", "bf16")})
     """Compute in bf16 or, with no, in float32."""
     cfg_prob: float = 0.1
     """Share of samples whose condition is replaced by zeros, for classifier-free guidance."""
@@ -172,13 +174,13 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     """Guidance scales of these reconstructions, one column each."""
 
     def __post_init__(self) -> None:
-        self.refuse_unsupported(UNSUPPORTED)
         self._read_names_of_transformers()
+        self.check_values()
         self.vision_tower = shipped_folder(self.vision_tower, "model")
         self.pretrained_model_name_or_path = shipped_folder(self.pretrained_model_name_or_path, "visualizer")
         if self.pretrained_projector is not None:
             self.pretrained_projector = shipped_folder(self.pretrained_projector, "visualizer")
-        self._check_choices()
+        self._check_engine()
         self._check_ranges()
         self._check_combinations()
         self._check_paths()
@@ -222,12 +224,7 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
                 raise ValueError("--fsdp and --fsdp_config are not supported: --sharding fsdp2 sets them")
             self.fsdp = self.fsdp_config = None  # derived again, also for a changed copy
 
-    def _check_choices(self) -> None:
-        check_choice("--mode", self.mode, PROJECTOR_MODES)
-        check_choice("--lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
-        check_choice("--mixed_precision", self.mixed_precision, ("no", "bf16"))
-        check_choice("--on_bad_image", self.on_bad_image, ON_BAD_RECORD)
-        check_choice("--sharding", self.sharding, ("ddp", "fsdp2"))
+    def _check_engine(self) -> None:
         for variable in _ENGINES[self.sharding == "fsdp2" :]:
             if os.environ.get(variable, "false").lower() == "true":
                 raise ValueError(

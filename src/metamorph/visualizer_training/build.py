@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-from metamorph.flags.checks import check_reachable, names_flag
+from metamorph.flags.checks import check_reachable, errors_name_flag
 from metamorph.models.vision_tower import resolve_vision_tower
 from metamorph.visualization.folders import build_model, check_scheduler, load_model, local_folder, read_model_config
 from metamorph.visualization.pipeline import vae_scale_factor
@@ -50,7 +50,7 @@ def load_diffusion_parts(
     args: VisualizerArguments, vae_dtype: torch.dtype = torch.float32
 ) -> tuple[UNet2DConditionModel, AutoencoderKL, DDPMScheduler]:
     """Load UNet (in float32), VAE and noise schedule from `pretrained_model_name_or_path`."""
-    with names_flag("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+    with errors_name_flag("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         folder = _diffusion_folder(args)
         check_scheduler(DDPMScheduler, folder / "scheduler")
         scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
@@ -86,12 +86,12 @@ def load_vae(args: VisualizerArguments, dtype: torch.dtype) -> AutoencoderKL:
 def adopt_resolution(args: VisualizerArguments) -> VisualizerArguments:
     """Return the flags with a resolution that the diffusion model can draw, by default its own; reads no weights."""
     name = args.pretrained_model_name_or_path
-    with names_flag("--pretrained_model_name_or_path", name):
+    with errors_name_flag("--pretrained_model_name_or_path", name):
         folder = _diffusion_folder(args)
         unet = read_model_config(UNet2DConditionModel, folder / "unet")
         vae = read_model_config(AutoencoderKL, folder / "vae")
         blocks = [_blocks(config, folder / part / "config.json") for part, config in (("unet", unet), ("vae", vae))]
-    factor = 2 ** (blocks[1] - 1)
+    factor = vae_scale_factor(vae)
     sample_size = unet.get("sample_size")
     native = sample_size * factor if isinstance(sample_size, int) else None
     resolution = native if args.resolution is None else args.resolution
@@ -131,7 +131,7 @@ def build_projector(
     folder = folder / "projector" if (folder / "projector").is_dir() else folder
     if not (folder / "config.json").is_file():
         raise ValueError(f"--pretrained_projector {args.pretrained_projector} holds no projector (config.json)")
-    with names_flag("--pretrained_projector", args.pretrained_projector):
+    with errors_name_flag("--pretrained_projector", args.pretrained_projector):
         projector = load_model(VisualizationProjector, folder)
     sizes = (projector.config.input_dim, projector.config.output_dim)
     if sizes != (feature_size, cross_attention_dim):

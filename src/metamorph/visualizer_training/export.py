@@ -61,7 +61,7 @@ def render_visualizer_card(
     """Render the model card; `num_images` includes bad ones, and `logged` is the last log entry, or empty."""
     return render_card(
         "visualizer_card.md.jinja",
-        Path(args.output_dir).expanduser().resolve().name,
+        Path(str(args.output_dir)).expanduser().resolve().name,
         parts={"diffusion model": args.pretrained_model_name_or_path, "vision tower": args.vision_tower},
         recipe={name: getattr(args, name) for name in _CARD_FLAGS} | {"num_processes": num_processes},
         libraries=("torch", "diffusers", "transformers", "accelerate"),

@@ -29,7 +29,7 @@ FIXED = (
     "optim_args",
 )
 """Flags that decide what is learned, and that the sizes of the weights do not show."""
-_DATA = {"pictures": "--image_folder, --image_jsons", "digest": "--image_folder, --image_jsons", "seed": "--seed"}
+_DATA = {"num_images": "--image_folder, --image_jsons", "digest": "--image_folder, --image_jsons", "seed": "--seed"}
 """What describes the data, and the flags that decide it."""
 
 
@@ -46,8 +46,8 @@ def find_resume_point(
     """Find the checkpoint that a run resumes, and its place in the data, before any weights are loaded.
 
     Steps keep their number, whatever the size of a batch; the next sample is the one after those of the checkpoint.
-    `data` is what decides the order of images: `pictures` (their number), `digest` and `seed`. A checkpoint of another
-    kind of run, or of other data or flags, is a `CheckpointError`.
+    `data` is what decides the order of images: `num_images`, `digest` and `seed`. A checkpoint of another kind
+    of run, or of other data or flags, is a `CheckpointError`.
     """
     folder = find_checkpoint(str(args.output_dir), args.resume_from_checkpoint, _check_kind, ARGUMENTS_FILE)
     if folder is None:
@@ -55,11 +55,13 @@ def find_resume_point(
     manifest = read_manifest(folder)
     assert manifest is not None  # find_checkpoint returns undamaged ones only
     compare_flags(folder, manifest["flags"], flags, FIXED)
+    recorded = manifest["data"]
+    recorded.setdefault("num_images", recorded.get("pictures"))  # its name in earlier versions
     for name, given in _DATA.items():
-        if manifest["data"].get(name) != data[name]:
+        if recorded.get(name) != data[name]:
             raise CheckpointError(
-                f"{folder} was trained on other data ({name} {manifest['data'].get(name)}, now {data[name]}): give it "
-                f"the {given} that it had. To train on other data, start a new run in another --output_dir with the "
+                f"{folder} was trained on other data ({name} {recorded.get(name)}, now {data[name]}): give it the "
+                f"{given} that it had. To train on other data, start a new run in another --output_dir with the "
                 "projector and the UNet of a finished one"
             )
     if (Path(folder) / AVERAGE_FILE).is_file() != bool(args.ema_decay):

@@ -72,7 +72,7 @@ def _train(
         if args.process_index == 0:
             source.archives.report()
         bad_images.add_lost(source.archives)
-    data = {"pictures": len(source), "digest": source.digest(), "seed": args.seed}
+    data = {"num_images": len(source), "digest": source.digest(), "seed": args.seed}
     flags = flags_of_run(args)
     checkpoint, point = find_resume_point(args, flags, data)
     validation = [load_image(Path(name).expanduser()) for name in args.validation_images]

@@ -54,7 +54,7 @@ class VisualizerResult:
 class VisualizerTrainer(RunTrainer):
     """Trains a [`Denoiser`] on images, or on their encodings.
 
-    At every checkpoint it draws the `validation` images again and records `data`, which decides the order of images.
+    At every checkpoint it reconstructs the `validation` images and records `data`, which decides the order of images.
     """
 
     title = "visualizer"
@@ -78,7 +78,7 @@ class VisualizerTrainer(RunTrainer):
         """A monitor that counts samples."""
         return RunMonitor(self.accelerator, _module_of)
 
-    def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The projector, and the UNet if it is trained."""
         rates = {"projector": self.args.lr, "unet": self.args.unet_lr or self.args.lr}
         return optimizer_groups(model, _module_of, rates, self.args.weight_decay)
@@ -119,7 +119,7 @@ class VisualizerTrainer(RunTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the mean loss over good images, also for the whole run."""
-        self.state.epoch = self.samples_seen / self.data["pictures"]
+        self.state.epoch = self.samples_seen / self.data["num_images"]
         for name, first in (("loss", self._logged), ("train_loss", 0)):
             if name in logs and self.losses:
                 mean = torch.stack(self.losses[first:]).mean(dim=0)
@@ -135,13 +135,13 @@ class VisualizerTrainer(RunTrainer):
         """Samples, over all processes, that the steps so far have consumed."""
         return self.batches.samples_after(self.state.global_step * self.args.gradient_accumulation_steps)
 
-    def resume_from(self, point: ResumePoint | None) -> None:
+    def set_resume_point(self, point: ResumePoint | None) -> None:
         """See [`RunTrainer`]; `trained_rows` are samples."""
-        super().resume_from(point)
+        super().set_resume_point(point)
         if point is not None:
             self.batches.resume(point.step * self.args.gradient_accumulation_steps, point.trained_rows)
 
-    def record(self) -> dict[str, Any]:
+    def checkpoint_metadata(self) -> dict[str, Any]:
         """The place in the data, and what identifies the data."""
         return {"samples": self.samples_seen, "data": self.data}
 
@@ -204,7 +204,7 @@ class VisualizerTrainer(RunTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """See [`RunTrainer`]; then draw the validation images, unless a signal leaves little time."""
-        self.state.epoch = self.samples_seen / self.data["pictures"]
+        self.state.epoch = self.samples_seen / self.data["num_images"]
         super()._save_checkpoint(model, trial)
         is_preempted = self.control.should_training_stop and self.state.global_step < self.state.max_steps
         if self.validation and not is_preempted:
@@ -227,7 +227,8 @@ class VisualizerTrainer(RunTrainer):
         with self._finished_model() as model:
             if self.is_world_process_zero():
                 folder = Path(str(self.args.output_dir))
-                card = render_visualizer_card(self.args, self.data["pictures"], self.accelerator.num_processes, logged)
+                num_images = self.data["num_images"]
+                card = render_visualizer_card(self.args, num_images, self.accelerator.num_processes, logged)
                 check_lock(folder)
                 with explains_write_errors(folder, "the visualizer"):
                     save_pipeline(folder, model, self.encoders.vae, self.args, card)

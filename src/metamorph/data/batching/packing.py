@@ -244,7 +244,7 @@ class PlannedBatches(Sampler[list[Any]]):
 
     def __init__(self, planner: BatchPlanner, rank: int) -> None:
         if not 0 <= rank < planner.world_size:
-            raise ValueError(f"rank {rank} is none of the {planner.world_size} ranks of the batch plan")
+            raise ValueError(f"rank {rank} is not one of the {planner.world_size} ranks of the batch plan")
         self.planner = planner
         self.rank = rank
         self.epoch = 0
@@ -254,7 +254,7 @@ class PlannedBatches(Sampler[list[Any]]):
         """Choose the epoch (counted from 0) that the next iteration yields."""
         self.epoch = epoch
 
-    def leave_out(self, epoch: int, rows: int) -> None:
+    def skip_rows(self, epoch: int, rows: int) -> None:
         """Skip the first `rows` rows of an epoch, which an interrupted run has trained on with another batch size."""
         self._trained = (epoch, rows)
 

@@ -118,7 +118,7 @@ def probe(path: str, store: MediaStore) -> VideoInfo:
 
 
 @contextmanager
-def media_of(record: Record) -> Iterator[None]:
+def record_errors(record: Record) -> Iterator[None]:
     """Turn an error of an image or a video into one of the record that names it."""
     try:
         yield

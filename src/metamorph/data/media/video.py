@@ -1,6 +1,6 @@
 """Videos through PyAV: the times of all frames, and the frames at given times.
 
-All times are seconds from the first frame. A frame is shown until the time of the next one, so also a video with a
+All times are seconds from the first frame. A frame is shown until the time of the next one, so even a video with a
 variable frame rate, or with less than one frame per second, has a frame at every time.
 """
 
@@ -35,7 +35,7 @@ CODECS = (
 )
 """Supported codecs, by the names of FFmpeg's decoders."""
 _ROUNDING = 1e-6
-"""Seconds by which a time may precede a frame and still mean it."""
+"""Tolerance in seconds when matching a time to a frame that comes after it."""
 _HD_LINES = 720
 """Videos without a colour space use BT.709 from this number of lines on, and BT.601 below."""
 _UNSPECIFIED = 2
@@ -154,7 +154,7 @@ def _decoding(file: VideoFile, name: str | None) -> Iterator[tuple[Any, Any, str
         reason: Any = error
         if isinstance(error, av.ArgumentError):  # FFmpeg gives no reason for what the options forbid
             known = ", ".join(CONTAINERS)
-            reason = f"its container is none of {known}, or a frame has more than {MAX_IMAGE_PIXELS} pixels"
+            reason = f"its container is not one of {known}, or a frame has more than {MAX_IMAGE_PIXELS} pixels"
         raise MediaError("unreadable_video", f"{name} cannot be read as a video ({reason}); replace it") from error
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import set_seed
 
+from metamorph.files.permissions import apply_umask
 from metamorph.miniature.world.cells import GRID, cell_labels
 from metamorph.miniature.world.checker import read_image
 from metamorph.miniature.world.scenes import ATTRIBUTES, BACKGROUNDS, Scene
@@ -66,7 +67,9 @@ def fit_projector(args: VisualizerArguments, steps: int) -> None:
         optimizer.step()
         schedule.step()
     logger.info("Aligned the projector with known conditions: MSE %.4f after %d steps", loss.item(), steps)
-    projector.save_pretrained(str(args.pretrained_projector))
+    folder = Path(str(args.pretrained_projector))
+    projector.save_pretrained(folder)
+    apply_umask(*folder.glob("*.safetensors"))
 
 
 class AttributeEncoder(nn.Module):

@@ -30,8 +30,8 @@ DRAWING_GROUPS = ("seen", "pairs", "held_out", "knowledge", "edit", "next_frame"
 
 
 @dataclass(frozen=True)
-class Redrawing:
-    """An image drawn again from its true tokens."""
+class Reconstruction:
+    """An image reconstructed from its true tokens."""
 
     scene: Scene
     original: Image.Image
@@ -48,7 +48,7 @@ class WorldEvaluation:
     """By group of `DRAWING_GROUPS`; a target is a `Scene`."""
     tokens: dict[str, dict[str, float]]
     """By group: `cosine` to the true tokens, and `nearest`, the share whose nearest scene is the right one."""
-    redrawings: list[Redrawing]
+    reconstructions: list[Reconstruction]
 
     def metrics(self) -> dict[str, Any]:
         """The measured part of metrics.json."""
@@ -62,12 +62,12 @@ class WorldEvaluation:
 
     def _visualizer(self) -> dict[str, Any]:
         by_count = {
-            name: [item.verdict["all"] for item in self.redrawings if len(item.scene.objects) == count]
+            name: [item.verdict["all"] for item in self.reconstructions if len(item.scene.objects) == count]
             for name, count in (("singles", 1), ("pairs", 2))
         }
         return {
-            "n": len(self.redrawings),
-            **{name: fraction([item.verdict[name] for item in self.redrawings]) for name in VERDICTS},
+            "n": len(self.reconstructions),
+            **{name: fraction([item.verdict[name] for item in self.reconstructions]) for name in VERDICTS},
             **{name: {"n": len(rights), "all": fraction(rights)} for name, rights in by_count.items()},
         }
 
@@ -108,7 +108,7 @@ def evaluate_world(
         answers = ask(session.model, session.processor, questions, on_progress=bar.update)
     drawings = draw_groups(session, drawing_tasks(files, sizes), settings)
     tokens = compare_tokens(session, drawings)
-    return WorldEvaluation(answers, drawings, tokens, _redraw(session, files, sizes.visualizer, settings))
+    return WorldEvaluation(answers, drawings, tokens, _reconstruct(session, files, sizes.visualizer, settings))
 
 
 def draw_groups(
@@ -170,7 +170,7 @@ def seen_color(generation: dict[str, dict[str, float]]) -> float:
     return sum(group["n"] * group["color"] for group in groups) / max(sum(group["n"] for group in groups), 1)
 
 
-def _redraw(session: Session, files: WorldFiles, count: int, settings: SamplerSettings) -> list[Redrawing]:
+def _reconstruct(session: Session, files: WorldFiles, count: int, settings: SamplerSettings) -> list[Reconstruction]:
     records = _records(files.evaluation["visualizer"], count)
     scenes = [Scene.from_dict(record["scene"]) for record in records]
     originals = [_open(files.image_folder / record["image"]) for record in records]
@@ -178,7 +178,7 @@ def _redraw(session: Session, files: WorldFiles, count: int, settings: SamplerSe
     with Progress(desc="visualizer", total=count, unit="image") as bar:
         images = draw(session.visualizer, tokens, settings, bar.update)
     return [
-        Redrawing(scene, original, image, judge_scene(image, scene))
+        Reconstruction(scene, original, image, judge_scene(image, scene))
         for scene, original, image in zip(scenes, originals, images, strict=True)
     ]
 

@@ -30,7 +30,7 @@ class EvaluationSizes:
     next_frame: int = 24
     """Moving objects."""
     visualizer: int = 64
-    """Images drawn again from their true tokens."""
+    """Images reconstructed from their true tokens."""
 
     @property
     def largest(self) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ import yaml
 from PIL import Image
 
 from metamorph.evaluation.questions import AnsweredQuestion
-from metamorph.files.templates import render
+from metamorph.files.templates import data_url, render
 from metamorph.miniature.quickstart.evaluate import WorldEvaluation, seen_color
 from metamorph.miniature.quickstart.figures import Cell, drawing_cell, save_accuracies, save_grid, verdict_text
 from metamorph.miniature.quickstart.workspace import REPORT_FILE, Workspace
@@ -46,7 +44,7 @@ def write_report(space: Workspace, evaluation: WorldEvaluation, metrics: dict[st
         visualizer=shlex.quote(str(space.visualizer)),
         sections=save_sections(space.figures, evaluation, metrics),
         curves=Image.open(space.figures / "losses.png"),
-        data_url=_data_url,
+        data_url=data_url,
         recipe=yaml.safe_dump({"recipe": metrics["recipe"], "versions": metrics["versions"]}, sort_keys=False),
     )
     (space.root / REPORT_FILE).write_text(text, encoding="utf-8")
@@ -102,7 +100,7 @@ def save_sections(folder: Path, evaluation: WorldEvaluation, metrics: dict[str, 
     sections.append(Section("vqa", "Questions and answers", text, cells))
     cells = [
         Cell((item.original, item.image), "", verdict_text(item.verdict), item.verdict["all"])
-        for item in evaluation.redrawings[:most]
+        for item in evaluation.reconstructions[:most]
     ]
     text = "Left: an image; right: the visualizer's drawing of its true visual tokens, without the language model."
     sections.append(Section("visualizer", "The visualizer alone", f"{text} {_share(metrics['visualizer'])}", cells))
@@ -111,13 +109,6 @@ def save_sections(folder: Path, evaluation: WorldEvaluation, metrics: dict[str, 
         save_grid(folder / f"{section.name}.png", section.title, section.cells)
     save_accuracies(folder / "vqa_types.png", metrics["vqa"]["per_type"])
     return sections
-
-
-def _data_url(image: Image.Image) -> str:
-    """An image as a PNG data URL."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def _headline_row(floors: dict[str, Any], label: str, n: int, value: float, floor_name: str = "") -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Training images show scenes that are not reserved (`is_reserved`). Evaluation asks about and for reserved scenes, with
 one exception: a knowledge prompt of evaluation names a thing that no training record draws, but its image (one large
 object in the centre, on white) may occur in training. Input images have jitter. Answer images have none, because no
-prompt could tell it; in training files they show no held-out (colour, shape) pair.
+prompt could specify it; in training files they show no held-out (colour, shape) pair.
 """
 
 from __future__ import annotations

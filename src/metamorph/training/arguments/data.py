@@ -1,12 +1,12 @@
 """The flags of `metamorph train` that choose the training and validation data."""
 
 import os
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
 from metamorph.data.mixture import read_specs
 from metamorph.data.records import ON_BAD_RECORD, DataError
-from metamorph.flags.checks import RemembersGiven, check_choice, names_flag
+from metamorph.flags.checks import RemembersGiven, errors_name_flag
 from metamorph.models.sequence.constants import ASPECT_RATIOS
 
 
@@ -22,10 +22,10 @@ class DataArguments(RemembersGiven):
     contain their media, and sources of a mixture may set their own folder."""
     model_max_length: int = 4096
     """Maximum sequence length in tokens, including visual tokens."""
-    image_aspect_ratio: str = "square"
+    image_aspect_ratio: str = field(default="square", metadata={"choices": ASPECT_RATIOS})
     """`square` resizes images to a square, `pad` keeps their proportions by adding a border. When a MetaMorph model is
     trained further, the default is that model's setting."""
-    on_bad_record: str = "raise"
+    on_bad_record: str = field(default="raise", metadata={"choices": ON_BAD_RECORD})
     """What to do with a record that cannot be used: `raise`, or `skip` (count it, log it and leave it out)."""
     max_bad_fraction: float = 0.01
     """Maximum fraction of skipped records, between 0 and 1. The run stops above it."""
@@ -44,8 +44,7 @@ class DataArguments(RemembersGiven):
     dry_run: InitVar[bool] = False  # a flag of DryRunArguments
 
     def __post_init__(self, dry_run: bool) -> None:
-        check_choice("--image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
-        check_choice("--on_bad_record", self.on_bad_record, ON_BAD_RECORD)
+        self.check_values()
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"--max_bad_fraction {self.max_bad_fraction} must lie between 0 and 1")
         if self.model_max_length < 2:
@@ -65,7 +64,7 @@ class DataArguments(RemembersGiven):
                 if folder is not None and not Path(folder).is_dir():
                     raise FileNotFoundError(f"--{name} {folder} does not exist or is not a folder")
             if self.eval_data_path is not None:
-                with names_flag("--eval_data_path", self.eval_data_path):
+                with errors_name_flag("--eval_data_path", self.eval_data_path):
                     read_specs(self.eval_data_path)
         except (FileNotFoundError, DataError) as error:
             # A DataError may wrap the missing file of a mixture's source.

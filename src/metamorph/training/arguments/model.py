@@ -1,14 +1,15 @@
 """The flags of `metamorph train` that define the network and which parts of it are trained."""
 
 import os
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
 from metamorph.files.model_files import read_json_object
-from metamorph.flags.checks import RemembersGiven, check_choice, check_model_reference
+from metamorph.flags.checks import RemembersGiven, check_model_reference
 from metamorph.mini import shipped_folder
 from metamorph.models.adapters import is_adapter_folder
-from metamorph.models.configuration_metamorph import check_options
+from metamorph.models.configuration_metamorph import TOKEN_REDUCTIONS, VISION_HEAD_TYPES, check_options
+from metamorph.models.sequence.constants import VERSIONS
 
 
 @dataclass
@@ -22,7 +23,7 @@ class ModelArguments(RemembersGiven):
     model_name_or_path: str
     """Base language model, or a MetaMorph model to train further: a local folder or a Hub id; mini-llama and mini ship
     with the package."""
-    version: str = "llama3"
+    version: str = field(default="llama3", metadata={"choices": VERSIONS})
     """Conversation template: llama3, llama3_original, chatml, plain, or auto, which uses the tokenizer's template."""
     vision_tower: str = "siglip/CLIP-ViT-SO400M-14-384"
     """SigLIP, SigLIP 2, CLIP or DINOv2 vision model: a folder or Hub id, or mini-siglip, which ships with the package.
@@ -30,17 +31,17 @@ class ModelArguments(RemembersGiven):
     mm_vision_select_layer: int = -1
     """Hidden state of the tower that becomes visual tokens; -1 is that of the last layer, before the final norm."""
     freeze_vision: bool = True
-    """Whether the vision tower stays bit-identical."""
+    """Freeze the vision tower."""
     normalize_vision: bool = True
-    """Whether visual tokens and their predictions are normalised to length 1."""
-    image_token_reduction: str = "interpolation"
+    """Normalise visual tokens and their predictions to length 1."""
+    image_token_reduction: str = field(default="interpolation", metadata={"choices": TOKEN_REDUCTIONS})
     """How patches are reduced to `num_image_tokens` tokens: interpolation, concat_interpolation, mlpmixer or none."""
     num_image_tokens: int = 64
     """Visual tokens per image; a square number for the interpolations."""
     mm_use_im_start_end: bool = True
-    """Whether every image is enclosed by the tokens `<image_start>` and `<image_end>`."""
+    """Enclose every image in the tokens `<image_start>` and `<image_end>`."""
     mm_use_im_patch_token: bool = False
-    """Whether the placeholder token is `<im_patch>`."""
+    """Use the placeholder token `<im_patch>` instead of `<image>`."""
     mm_projector_type: str = "mlp2x_gelu"
     """Connector from visual tokens to the language model: linear, mlp{N}x_gelu, mlpsoftmax or identity."""
     tune_mm_mlp_adapter: bool = False
@@ -50,21 +51,21 @@ class ModelArguments(RemembersGiven):
     from_scratch_connector: bool = False
     """Must be set to run stage 2 on a plain language model without a trained connector."""
     freeze_backbone: bool = False
-    """Whether the language model, its embeddings and `lm_head` stay bit-identical in stage 2."""
+    """Freeze the language model, its embeddings and `lm_head` in stage 2."""
     freeze_mm_mlp_adapter: bool = False
-    """Whether the connector stays bit-identical in stage 2."""
+    """Freeze the connector in stage 2."""
     use_vision_ar: bool | None = None
-    """Whether to train with the visual loss; by default in stage 2 only."""
-    vision_head_type: str = "mlp"
+    """Train with the visual loss; by default in stage 2 only."""
+    vision_head_type: str = field(default="mlp", metadata={"choices": VISION_HEAD_TYPES})
     """Head from the language model to visual tokens: linear, mlp or mlp2x_gelu."""
     vision_coef: float | None = None
     """Weight of the visual loss; defaults to 1.0."""
     apply_softmax: bool = False
-    """Whether visual tokens are distributions over features, softmax(x / 0.07). The connector reads them as such, and
-    the vision head is trained to predict them, with cross-entropy."""
+    """Turn visual tokens into distributions over features, softmax(x / 0.07). The connector reads them as such, and the
+    vision head is trained to predict them, with cross-entropy."""
     lora_enable: bool = False
-    """Whether stage 2 trains low-rank matrices (LoRA) next to the linear layers of the language model instead of the
-    layers themselves. Connector, vision head and the rows of the new tokens are trained in full and saved with them."""
+    """Train low-rank matrices (LoRA) next to the linear layers of the language model instead of the layers themselves,
+    in stage 2. Connector, vision head and the rows of the new tokens are trained in full and saved with them."""
     lora_r: int = 64
     """Rank of the LoRA matrices."""
     lora_alpha: int = 16
@@ -73,11 +74,11 @@ class ModelArguments(RemembersGiven):
     """Dropout probability of LoRA's inputs, in [0, 1)."""
     lora_target_modules: list[str] | None = None
     """Names of the linear layers that get LoRA, such as q_proj v_proj; by default all of the language model."""
-    bits: int = 16
+    bits: int = field(default=16, metadata={"choices": (4, 16)})
     """4 loads the frozen language model in 4 bits with bitsandbytes (in stage 1, or with `lora_enable`: QLoRA)."""
     double_quant: bool = True
-    """Whether the scales of 4-bit weights are quantised, too."""
-    quant_type: str = "nf4"
+    """Quantise the scales of 4-bit weights, too."""
+    quant_type: str = field(default="nf4", metadata={"choices": ("nf4", "fp4")})
     """Data type of 4-bit weights: nf4 or fp4."""
     model_license: str | None = None
     """Licence for the model card of the result; the card says unknown without it."""
@@ -89,6 +90,7 @@ class ModelArguments(RemembersGiven):
 
     def __post_init__(self, dry_run: bool) -> None:
         self._is_dry_run = dry_run
+        self.check_values()
         try:
             check_options(self)
         except ValueError as error:
@@ -166,8 +168,6 @@ class ModelArguments(RemembersGiven):
             )
 
     def _check_lora(self) -> None:
-        check_choice("--bits", str(self.bits), ("4", "16"))
-        check_choice("--quant_type", self.quant_type, ("nf4", "fp4"))
         if self.lora_r < 1 or self.lora_alpha < 1:
             raise ValueError(f"--lora_r {self.lora_r} and --lora_alpha {self.lora_alpha} must be at least 1")
         if not 0 <= self.lora_dropout < 1:

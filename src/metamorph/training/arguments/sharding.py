@@ -10,7 +10,6 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_available
 
-from metamorph.flags.checks import check_choice
 from metamorph.flags.extras import install_command
 
 
@@ -79,9 +78,8 @@ def apply_sharding(args: TrainingArguments, sharding: str) -> None:
 
     Raises:
         ModuleNotFoundError: if DeepSpeed is asked for and not installed.
-        ValueError: for an unknown engine, one that needs GPUs where there are none, or with `--fsdp`/`--deepspeed`.
+        ValueError: for an engine that needs GPUs where there are none, or with `--fsdp`/`--deepspeed`.
     """
-    check_choice("--sharding", sharding, SHARDINGS)
     # Configured by `accelerate launch`.
     launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and os.environ.get("FSDP_VERSION") == "2"
     if sharding == "auto" and not args.fsdp and launched:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
@@ -15,7 +14,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 
 from metamorph.flags.checks import RemembersGiven, check_output_folder
 from metamorph.flags.extras import install_command
-from metamorph.training.arguments.sharding import apply_sharding, check_deepspeed
+from metamorph.training.arguments.sharding import SHARDINGS, apply_sharding, check_deepspeed
 
 
 logger = logging.getLogger(__name__)
@@ -36,21 +35,24 @@ class RunTrainingArguments(RemembersGiven, TrainingArguments):
     Without a GPU the run falls back to the CPU.
     """
 
-    sharding: str = "auto"
+    output_dir: str | None = None
+    """Folder for checkpoints and the trained model. Required."""
+    sharding: str = field(default="auto", metadata={"choices": SHARDINGS})
     """How the training state is divided among GPUs: ddp (not at all), fsdp2, zero2, zero3 (DeepSpeed), zero2_offload,
     zero3_offload (into main memory), or auto: fsdp2 if it does not fit on one GPU, else ddp."""
     logging_steps: float = 10
     """Log every this many optimizer steps."""
     logging_nan_inf_filter: bool = False
-    """Off, because the filter reads the loss back from the device at every step and hides what should be seen."""
+    """Leave NaN and infinite losses out of the log. Off by default: the filter reads the loss back from the device at
+    every step and hides what should be seen."""
     remove_unused_columns: bool = False
-    """Off, because the dataset returns exactly what the collator needs."""
+    """Drop columns that the model does not take. Off: the dataset returns exactly what the collator needs."""
     prediction_loss_only: bool = True
     """Evaluation returns losses only."""
     disable_tqdm: bool | None = None
     """Log lines instead of a progress bar; by default when there is no terminal."""
     ddp_find_unused_parameters: bool | None = False
-    """Off, because every batch reaches every trained weight."""
+    """Search for weights without a gradient at every step. Off by default: every batch reaches every trained weight."""
     save_total_limit: int | None = 2
     """Number of checkpoints to keep: the newest, and the best with `load_best_model_at_end`. 0 keeps all."""
     resume_from_checkpoint: str | None = None
@@ -91,13 +93,6 @@ class RunTrainingArguments(RemembersGiven, TrainingArguments):
         if self.n_gpu > 1:
             logger.warning("using 1 of %d GPUs: start with torchrun to use them all", self.n_gpu)
             self._n_gpu = 1  # nn.DataParallel would split pixel_values as if every sample had one image
-
-    def refuse_unsupported(self, flags: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
-        """Refuse flags of Transformers that have no effect here."""
-        for name, (accepted, reason) in flags.items():
-            value = getattr(self, name, accepted[0])  # older versions of Transformers lack some of them
-            if value not in accepted:
-                raise ValueError(f"--{name} {value} is not supported: {reason}")
 
     def check_at_least(self, least: float, names: str, *, above: bool = False) -> None:
         """Refuse values below `least` (or equal, with `above`) or not finite of the flags in `names`, "NAME NAME …"."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers import SchedulerType, get_scheduler
 from metamorph.data.batching.packing import check_grouping
 from metamorph.flags.checks import check_choice, check_model_reference
 from metamorph.mini import shipped_folder
-from metamorph.models.text_head import check_text_loss
+from metamorph.models.text_head import TEXT_LOSSES, check_text_loss
 from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.training.arguments.unsupported import UNSUPPORTED
 
@@ -21,6 +21,7 @@ from metamorph.training.arguments.unsupported import UNSUPPORTED
 LOSS_NORMALIZATIONS = ("global", "micro_batch")
 RECOMPUTE = ("none", "full", "selective")
 AUTO_LEARNING_RATE = "auto"
+SCHEDULES = tuple(kind.value for kind in SchedulerType)
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 CHANGEABLE = (
     "image_aspect_ratio",
@@ -51,6 +52,8 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
     run falls back to the CPU. A dry run needs neither the GPUs nor the engine that it plans for.
     """
 
+    unsupported = UNSUPPORTED
+
     learning_rate: float | str = 5e-5
     """Peak learning rate; the default is that of Transformers, and a run that uses it logs a warning. `auto` is
     `base_learning_rate` × √(samples per step / `base_batch_size`), the rule of the training guide."""
@@ -60,7 +63,7 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
     """For `learning_rate="auto"`: samples per optimizer step that `base_learning_rate` was tuned for."""
     weight_decay: float = 0.0
     """Weight decay of AdamW, except for norms and biases."""
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: str = field(default="cosine", metadata={"choices": SCHEDULES})
     """Learning rate schedule."""
     warmup_ratio: float = 0.03
     """Fraction of the optimizer steps used for warm-up, in [0, 1). Ignored when `warmup_steps` is given."""
@@ -72,16 +75,16 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
     """Compute in bfloat16, with float32 weights."""
     fp16: bool = False
     """Compute in float16, with float32 weights; needs `bf16=False`."""
-    loss_normalization: str = "global"
+    loss_normalization: str = field(default="global", metadata={"choices": LOSS_NORMALIZATIONS})
     """`global` divides each loss by its tokens in all micro-batches and ranks of the optimizer step; `micro_batch`
     averages every micro-batch separately, as the original system did."""
     packing: bool = True
-    """Whether several samples share a row of `model_max_length` tokens, without attending to each other. Batches are
-    then counted in rows: see `per_device_train_batch_size`. False pads every sample to the longest of its batch."""
+    """Put several samples into a row of `model_max_length` tokens, without attending to each other. Batches are then
+    counted in rows: see `per_device_train_batch_size`. False pads every sample to the longest of its batch."""
     per_device_train_batch_size: int = 8
     """Rows per process and micro-batch. With `packing` a row holds as many samples as fit into `model_max_length`
     tokens, otherwise one sample."""
-    train_sampling_strategy: str = "random"
+    train_sampling_strategy: str = field(default="random", metadata={"choices": SAMPLING_STRATEGIES})
     """Order of the samples: random, sequential, or (only with `packing=False`) group_by_length, which puts samples of
     similar length into one step."""
     group_by_length: bool = False
@@ -97,13 +100,14 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
     hub_strategy: str = "end"
     """When `push_to_hub` uploads: end, when the result is complete; every_save, checkpoint and all_checkpoints as in
     Transformers, which then uploads the parts of a checkpoint that it knows."""
-    text_loss: str = "auto"
+    text_loss: str = field(default="auto", metadata={"choices": TEXT_LOSSES})
     """Implementation of the text loss; the result is the same. `full` computes the logits of all supervised tokens at
     once; `chunked` some at a time, and again for the backward pass; `fused` uses PyTorch 2.13's operator, in float32
     only; `liger` uses liger-kernel, on a GPU. `auto` picks one: `full` where there are few logits."""
-    recompute: str = "none"
-    """What the backward pass recomputes instead of keeping: `none`; `full`, all but the input of each layer; or
-    `selective`, everything between matrix products and attention. Saves memory, costs time."""
+    recompute: str = field(default="none", metadata={"choices": RECOMPUTE})
+    """What the backward pass recomputes instead of keeping: `none`; `full`, all but the input of each layer, as
+    `gradient_checkpointing` does; or `selective`, everything between matrix products and attention. Saves memory, costs
+    time."""
     allow_changes: list[str] | None = None
     """Flags that may differ from the checkpoint that the run resumes from, such as `vision_coef lr_scheduler_type`;
     otherwise such a change is an error."""
@@ -125,17 +129,13 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
         self._is_dry_run = dry_run
         if dry_run and self.output_dir is None:
             self.output_dir: Any = NOT_GIVEN
-        self.refuse_unsupported(UNSUPPORTED)
+        self.check_values()
         self._check_samples()
         for name in self.allow_changes or ():
             check_choice("--allow_changes", name, CHANGEABLE)
-        check_choice("--loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)
-        check_choice("--recompute", self.recompute, RECOMPUTE)
-        check_choice("--lr_scheduler_type", self.lr_scheduler_type, tuple(kind.value for kind in SchedulerType))
         check_text_loss(self.text_loss, half_precision=self.bf16 or self.fp16)
         if self.group_by_length:
             self.train_sampling_strategy = "group_by_length"
-        check_choice("--train_sampling_strategy", self.train_sampling_strategy, SAMPLING_STRATEGIES)
         check_grouping(self.packing, self.train_sampling_strategy == "group_by_length")
         if self.bf16 and self.fp16:
             raise ValueError("--fp16 True and --bf16 True exclude each other: add --bf16 False")

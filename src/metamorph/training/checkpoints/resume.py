@@ -1,15 +1,15 @@
 """How a run resumes: the checkpoint it finds, and the sample at which it continues.
 
-1. `MetaMorphTrainer.record` puts into every checkpoint its `Position`, a description of the data (`describe_data`) and
-   the flags of the run.
-2. `find_checkpoint` picks the newest complete checkpoint of the output folder, or the one that is asked for. The search
-   is in `metamorph.runs.find_checkpoint`, which both trainers use.
+1. `MetaMorphTrainer.checkpoint_metadata` puts into every checkpoint its `Position` and a description of the data
+   (`describe_data`); `RunTrainer` adds the flags of the run.
+2. `find_stage_checkpoint` picks the newest complete checkpoint of the output folder, or the one that is asked for. The
+   search is in `metamorph.runs.find_checkpoint`, which both trainers use.
 3. `plan_resume` checks that the data are those of the checkpoint and computes the `ResumePoint`. A `Position` counts
    rows in the order of the epoch, which does not depend on the number of processes or the batch size, so a run may
    resume with other batches.
 4. `resume_flags.check_flags` compares the flags.
-5. `MetaMorphTrainer.resume_from` leaves out the rows of the epoch that have been trained on, and Trainer starts at the
-   step of the `ResumePoint`.
+5. `MetaMorphTrainer.set_resume_point` leaves out the rows of the epoch that have been trained on, and Trainer starts at
+   the step of the `ResumePoint`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from metamorph.data.records import RecordError
 from metamorph.models.adapters import is_adapter_folder
 from metamorph.models.connector import is_full_model
 from metamorph.runs.checkpoint_files import CheckpointError, read_manifest
-from metamorph.runs.find_checkpoint import ResumePoint
-from metamorph.runs.find_checkpoint import find_checkpoint as find_in_folder
+from metamorph.runs.find_checkpoint import ResumePoint, find_checkpoint
 from metamorph.training.arguments import MetaMorphTrainingArguments
 from metamorph.training.checkpoints.weights import ARGUMENTS_FILE
 
@@ -58,8 +57,8 @@ _START_EPOCH_AGAIN = (
 )
 
 
-def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, adapter: bool = False) -> str | None:
-    """The checkpoint to resume from, see [`metamorph.runs.find_checkpoint.find_checkpoint`]."""
+def find_stage_checkpoint(output_dir: str, request: str | bool | None, stage: int, adapter: bool = False) -> str | None:
+    """The checkpoint to resume from: `metamorph.runs.find_checkpoint` with the checks of a stage."""
 
     def check(folder: str) -> None:
         found_adapter = is_adapter_folder(folder)
@@ -76,7 +75,7 @@ def find_checkpoint(output_dir: str, request: str | bool | None, stage: int, ada
                 "--resume_from_checkpoint False"
             )
 
-    return find_in_folder(output_dir, request, check, ARGUMENTS_FILE, saves_on_each_node=True)
+    return find_checkpoint(output_dir, request, check, ARGUMENTS_FILE, saves_on_each_node=True)
 
 
 def plan_resume(

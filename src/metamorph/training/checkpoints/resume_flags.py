@@ -68,7 +68,7 @@ def flags_of_run(args: RunArguments, spec: ModelSpec) -> dict[str, Any]:
     flags["image_aspect_ratio"] = spec.processor.image_aspect_ratio
     flags["model_max_length"] = args.data.model_max_length  # with packing, also part of the description of the data
     flags["model_name_or_path"] = describe_model(args.model.model_name_or_path)
-    if not spec.continues:
+    if not spec.is_metamorph:
         flags["vision_tower"] = describe_model(args.model.vision_tower)
     return flags
 

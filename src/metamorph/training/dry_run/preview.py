@@ -17,11 +17,10 @@ from metamorph.data.batching.lengths import Lengths
 from metamorph.data.batching.packing import BatchPlanner
 from metamorph.data.dataset import MixtureDataset
 from metamorph.data.records import RecordError
-from metamorph.flags.checks import check_choice
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.pretrained import load_tokenizer
 from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments, RunArguments
-from metamorph.training.arguments.sharding import SHARDINGS, check_deepspeed
+from metamorph.training.arguments.sharding import check_deepspeed
 from metamorph.training.arguments.training import AUTO_LEARNING_RATE
 from metamorph.training.build import ModelSpec, config_overrides
 from metamorph.training.costs.memory import (
@@ -177,7 +176,7 @@ def build_outline(args: ModelArguments, spec: ModelSpec) -> MetaMorphForConditio
     Its parameters can be counted and frozen by `apply_stage`, but it cannot run.
     """
     with torch.device("meta"):
-        if spec.continues:
+        if spec.is_metamorph:
             return MetaMorphForConditionalGeneration(spec.config).float()
         language_model = AutoModelForCausalLM.from_config(
             spec.config.text_config, dtype=torch.float32, trust_remote_code=False
@@ -240,7 +239,6 @@ def _micro_batch(args: RunArguments, data: DataPreview | None) -> MicroBatch:
 def _given_engine(args: MetaMorphTrainingArguments) -> str:
     """The engine that the flags name; a dry run has not set it up."""
     if not args.deepspeed:
-        check_choice("--sharding", args.sharding, SHARDINGS)
         return "fsdp2" if args.fsdp else args.sharding
     config: dict[str, Any] | str = args.deepspeed
     if not isinstance(config, dict):

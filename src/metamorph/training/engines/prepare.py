@@ -115,7 +115,7 @@ def layer_classes(model: PreTrainedModel) -> list[str]:
 
 
 @contextmanager
-def full_weights(args: MetaMorphTrainingArguments) -> Iterator[None]:
+def gathered_weights(args: MetaMorphTrainingArguments) -> Iterator[None]:
     """Load full weights inside this context also under ZeRO-3, which partitions them afterwards.
 
     Transformers would partition each weight when it is loaded, but the model is composed of parts: adding rows to

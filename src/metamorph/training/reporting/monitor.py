@@ -26,9 +26,9 @@ from metamorph.models.losses import sum_dtype
 class RunMonitor(TrainerCallback):
     """Measures a run between log entries.
 
-    The trainer fetches batches within `wait`, counts them with `count`, gets the values of a log entry from `drain`,
-    and wraps in `pause` what is not training. A subclass may count more than samples. `module_of` maps the name of a
-    parameter to the part of the model that it belongs to.
+    The trainer fetches batches within `wait`, counts them with `count`, gets the values of a log entry from
+    `pop_metrics`, and wraps in `pause` what is not training. A subclass may count more than samples. `module_of` maps
+    the name of a parameter to the part of the model that it belongs to.
     """
 
     def __init__(self, accelerator: Accelerator, module_of: Callable[[str], str]) -> None:
@@ -40,7 +40,7 @@ class RunMonitor(TrainerCallback):
         self._norms: dict[str, Tensor] = {}
         self._steps = 0
         self._started: float | None = None
-        # Counted by this rank since the last `settle`.
+        # Counted by this rank since the last `sync`.
         self._work: Tensor | None = None
         self._samples = 0
         self._waited = self._paused = 0.0
@@ -94,13 +94,13 @@ class RunMonitor(TrainerCallback):
             if self._started is not None:  # otherwise the clock has not started
                 self._paused += time.perf_counter() - began
 
-    def drain(self, state: TrainerState, grad_norm: float | None) -> dict[str, float]:
+    def pop_metrics(self, state: TrainerState, grad_norm: float | None) -> dict[str, float]:
         """The values of a log entry, over all ranks; see `docs/observability.md`. Every rank must call it.
 
         The counters of `state` are updated. `grad_norm` is that of the last step before clipping, as Trainer logs it.
         """
         logs = self._module_norms(grad_norm)
-        self.settle(state)
+        self.sync(state)
         sums, times, steps = self._sums, self._times, self._steps
         self._sums, self._times, self._steps = 0.0, 0.0, 0
         if not (isinstance(sums, Tensor) and isinstance(times, Tensor)):  # nothing was trained since the last call
@@ -145,7 +145,7 @@ class RunMonitor(TrainerCallback):
         scale = grad_norm / total if grad_norm is not None and math.isfinite(grad_norm) and total > 0 else 1.0
         return {name: value * scale for name, value in zip(names, values, strict=True)}
 
-    def settle(self, state: TrainerState) -> None:
+    def sync(self, state: TrainerState) -> None:
         """Sum what each rank has counted, into the window and the counters of `state`. Every rank must call it."""
         if self._work is None or self._started is None:
             return

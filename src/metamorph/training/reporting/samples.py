@@ -106,7 +106,7 @@ def write_samples(
     folder: Path,
     pipeline: VisualizationPipeline | None = None,
 ) -> dict[str, Image.Image]:
-    """Write `samples.jsonl`, the visual tokens of all images (`pictures.safetensors`) and, with `pipeline`, PNG files.
+    """Write `samples.jsonl`, the visual tokens of all images (`images.safetensors`) and, with `pipeline`, PNG files.
 
     Returns the drawn images by name (`001-1` is the first of the first answer).
     """
@@ -122,11 +122,11 @@ def write_samples(
                 "images": prompt.paths,
                 "draw": prompt.draw,
                 "answer": _text(reply),
-                "pictures": list(own),
+                "answer_images": list(own),
             }
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     if tokens:
-        save_file({name: token.contiguous() for name, token in tokens.items()}, folder / "pictures.safetensors")
+        save_file({name: token.contiguous() for name, token in tokens.items()}, folder / "images.safetensors")
         if pipeline is not None:
             pipeline.to(pick_device())
             try:

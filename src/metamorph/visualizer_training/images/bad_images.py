@@ -2,7 +2,7 @@
 
 import logging
 
-from metamorph.data.bad_records import BadRecordLimit, RecordLog
+from metamorph.data.bad_records import BadRecordLimit, RecordCounts
 from metamorph.models.image_files import MediaError
 from metamorph.visualizer_training.images.archives import TarImages
 
@@ -22,8 +22,8 @@ class BadImages(BadRecordLimit):
         super().__init__(on_bad_image, max_bad_fraction)
         self.num_lost = 0
         """Images lost with damaged archives."""
-        self._log = RecordLog(num_images)
-        self.add(self._log, num_images)
+        self._image_counts = RecordCounts(num_images)
+        self.add(self._image_counts, num_images)
 
     @property
     def num_bad(self) -> int:
@@ -50,6 +50,6 @@ class BadImages(BadRecordLimit):
         """Count image `index`, which cannot be read; an error if there are too many, or they are not to be skipped."""
         if self.on_bad_record == "raise":
             raise ValueError(f"{error}. Or leave such images out: --on_bad_image skip") from error
-        if self._log.note_bad(index, error.kind):
+        if self._image_counts.note_bad(index, error.kind):
             logger.warning("left out: %s", error)
             self.check(error)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from metamorph.data.media.refs import Box, ImageRef
-from metamorph.data.media.stores import MediaStore, image_size, media_of
+from metamorph.data.media.stores import MediaStore, image_size, record_errors
 from metamorph.data.records import Record, RecordError, Turn, UnsupervisedRecordError
 from metamorph.data.remarks import remarks
 from metamorph.models.processing_metamorph import MetaMorphProcessor
@@ -132,7 +132,7 @@ class _Findings(Dataset[Finding]):
             paths, what = list(dict.fromkeys(image.path for image in conversation.images)), "image"
             warnings += remarks(record, conversation.turns, paths)
         store = source.store(number)
-        with media_of(record):
+        with record_errors(record):
             missing = [path for path in paths if not store.exists(path)]
         error = None
         if missing:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metamorph.data.doctor.walk import BOX_WARNINGS, Finding, spread, walk
+from metamorph.data.checks.walk import BOX_WARNINGS, Finding, spread, walk
 from metamorph.data.records import DataError, RecordError
 from metamorph.data.remarks import REMARKS
 from metamorph.flags.checks import printable

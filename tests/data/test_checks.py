@@ -1,4 +1,4 @@
-"""The doctor finds every fault of a deliberately broken set, and none in a clean one."""
+"""The checks find every fault of a deliberately broken set, and none in a clean one."""
 
 import json
 import re
@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from processing_parts import build_processor, llava, write_jsonl
 
+from metamorph.data.checks.check import WARNINGS, check_dataset
+from metamorph.data.checks.report import make_report, pick_samples, write_reports
+from metamorph.data.checks.samples import images_of, split_example, text_of, token_rows
 from metamorph.data.dataset import load_data
-from metamorph.data.doctor.check import WARNINGS, check_dataset
-from metamorph.data.doctor.report import make_report, pick_samples, write_reports
-from metamorph.data.doctor.samples import images_of, split_example, text_of, token_rows
 from metamorph.data.records import BAD_RECORD_KINDS, DataError
 
 

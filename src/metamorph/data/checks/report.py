@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from metamorph.data.batching.packing import pack_rows
-from metamorph.data.doctor.check import WARNINGS, Diagnosis, line_of
-from metamorph.data.doctor.samples import images_of, split_example, text_of
-from metamorph.data.doctor.walk import spread
+from metamorph.data.checks.check import WARNINGS, Diagnosis, line_of
+from metamorph.data.checks.samples import images_of, split_example, text_of
+from metamorph.data.checks.walk import spread
 from metamorph.data.records import BAD_RECORD_KINDS
-from metamorph.files.templates import render
+from metamorph.files.templates import data_url, render
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 
@@ -198,7 +195,8 @@ def _histogram(title: str, values: np.ndarray, limit: int | None = None) -> dict
         return None
     typical = int(np.quantile(values, 0.99, method="higher"))
     largest = int(values.max()) if values.max() <= 1.5 * max(typical, 1) else typical
-    width = _bin_width(largest)
+    # The smallest width of 1, 2, 5, 10, 20, 50, … that needs at most `_BINS` bars.
+    width = next(width for scale in range(12) for step in (1, 2, 5) if largest // (width := step * 10**scale) < _BINS)
     counts = np.bincount(np.minimum(values, largest + width) // width)
     end = (largest // width + 1) * width
     bars = []
@@ -216,28 +214,17 @@ def _histogram(title: str, values: np.ndarray, limit: int | None = None) -> dict
     }
 
 
-def _bin_width(largest: int) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50, … that needs at most `_BINS` bars."""
-    return next(width for scale in range(12) for step in (1, 2, 5) if largest // (width := step * 10**scale) < _BINS)
-
-
 def _sample_card(title: str, example: dict[str, Any], processor: MetaMorphProcessor) -> dict[str, Any]:
-    images = [_data_url(image) for image in images_of(example, processor.image_processor)]
+    images = images_of(example, processor.image_processor)
+    for image in images:
+        image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     pieces = [
         {
             "kind": piece.kind,
-            "image": None if piece.image is None else images[piece.image],
+            "image": None if piece.image is None else data_url(images[piece.image], "JPEG"),
             "text": text_of(piece.ids, processor),
             "tokens": len(piece.ids),
         }
         for piece in split_example(example, processor)
     ]
     return {"title": title, "pieces": pieces, "tokens": len(example["input_ids"])}
-
-
-def _data_url(image: Image.Image) -> str:
-    """A smaller copy of an image, as a URL that contains its JPEG."""
-    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
