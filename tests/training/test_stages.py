@@ -1,6 +1,7 @@
 """What each stage trains, and at which learning rate."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, SiglipVis
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments
-from metamorph.training.optimizer import format_summary, learning_rates, module_of, optimizer_groups
+from metamorph.training.lora import store_frozen_matrices
+from metamorph.training.optimizer import check_optimizer, format_summary, learning_rates, module_of, optimizer_groups
 from metamorph.training.stages import apply_stage
 
 
@@ -89,6 +91,36 @@ def test_nothing_to_train_is_an_error(model_args) -> None:
     model = build(use_vision_ar=False)
     with pytest.raises(ValueError, match=r"nothing is left to train.*--freeze_backbone"):
         apply_stage(model, model_args(freeze_backbone=True, freeze_mm_mlp_adapter=True, use_vision_ar=False))
+
+
+@pytest.mark.parametrize(("stage", "halved"), [(1, True), (2, False)])
+def test_frozen_matrices_on_a_gpu_are_halved_and_compute_the_same(stage: int, halved: bool, model_args) -> None:
+    """In stage 2 the result contains a frozen backbone, so it is not rounded."""
+    flags = {"tune_mm_mlp_adapter": True} if stage == 1 else {"freeze_backbone": True}
+    model, args = build(use_vision_ar=stage == 2).train(), model_args(**flags)
+    apply_stage(model, args)
+    training = SimpleNamespace(use_cpu=False, deepspeed=None)
+    frozen = [layer.mlp.down_proj.weight for layer in model.get_decoder().layers]
+    ids = torch.arange(1, 30)[None]
+    losses = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(input_ids=ids, labels=ids).loss)
+        store_frozen_matrices(model, SimpleNamespace(model=args, training=training, compute_dtype=torch.bfloat16))
+    assert losses[0] == losses[1]
+    assert {weight.dtype for weight in frozen} == {torch.bfloat16 if halved else torch.float32}
+    assert model.get_decoder().norm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adagrad", "adamw_bnb_8bit"])
+def test_optimizers_that_fail_on_shards_are_refused(name: str, tmp_path: Path) -> None:
+    args = MetaMorphTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, optim=name, learning_rate=1e-3
+    )
+    check_optimizer(args)
+    args.fsdp = True
+    with pytest.raises(ValueError, match=rf"--optim {name} does not work with FSDP2.*use one of adamw_torch, "):
+        check_optimizer(args)
 
 
 def test_token_mixer_is_trained_with_the_connector(model_args) -> None:

@@ -46,7 +46,9 @@ def start(folder: Path, flags: dict, *words: str, processes: int = 1) -> subproc
     (folder / "flags.json").write_text(json.dumps(flags | {"output_dir": str(folder)}))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), WORKER, str(folder / "flags.json"), *words]
-    return subprocess.run(command, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    paths = [str(Path(__file__).parent.parent / "parts"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run(command, timeout=600, env=environment, check=False)
 
 
 def seen(folder: Path) -> list[str]:
