@@ -90,7 +90,7 @@ def test_flags_are_applied_once(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"text_loss": "fast"}, "--text_loss fast is unknown: use one of auto, full, chunked, fused, liger"),
+        ({"text_loss": "fast"}, "--text_loss 'fast' is unknown: use one of auto, full, chunked, fused, liger"),
         ({"text_loss": "fused"}, "--text_loss fused (is for float32|needs PyTorch 2.13)"),
         ({"recompute": "some"}, "--recompute"),
     ],
