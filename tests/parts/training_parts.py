@@ -1,6 +1,9 @@
 """Tiny pretrained parts on disk, and LLaVA data with images, for tests that train through the real commands."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +134,20 @@ def arguments(
         built.append(kind(**{name: values.pop(name) for name in names}))
     assert not values, f"unknown flags {list(values)}"
     return tuple(built)
+
+
+def run_engines(parts: Path, folder: Path, runs: dict[str, dict[str, Any]]) -> None:
+    """Train with the flags of each run on two processes, one run after another: see `engine_worker.py`."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    worker = Path(__file__).parent.parent / "training" / "engine_worker.py"
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    subprocess.run(
+        [sys.executable, *launcher, str(worker), str(parts), str(folder)],
+        check=True,
+        timeout=900,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+    )
 
 
 def training_lines(result: Any) -> list[dict[str, float]]:

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_parts import arguments, logged, make_language_model, make_records, make_vision_tower
+from training_parts import arguments, logged, make_language_model, make_records, make_vision_tower, run_engines
 
 from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
@@ -24,7 +21,6 @@ from metamorph.training.optimizer import VISION_TOWER, module_of
 from metamorph.training.run import run_training
 
 
-TESTS = Path(__file__).parent.parent
 STAGE_2 = {"stage": 2, "from_scratch_connector": True, "max_steps": 10, "save_strategy": "steps", "save_steps": 6}
 STAGE_1 = {"stage": 1, "max_steps": 4}
 TOWER = STAGE_2 | {
@@ -69,20 +65,7 @@ def two(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     mixer = STAGE_2 | {"max_steps": 2, "save_steps": 2, "image_token_reduction": "mlpmixer", "sharding": "zero2"}
     runs["mixer"] = mixer | {"per_device_train_batch_size": 1}
     runs["mixer-finished"] = runs["mixer"] | {"resume_from_checkpoint": str(folder / "mixer" / "checkpoint-2")}
-    (folder / "runs.json").write_text(json.dumps(runs))
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *(str(Path(__file__).with_name("engine_worker.py")), str(parts), str(folder)),
-        ],
-        check=True,
-        timeout=600,
-        env=os.environ
-        | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(TESTS / "parts"), os.environ.get("PYTHONPATH", "")]),
-        },
-    )
+    run_engines(parts, folder, runs)
     return folder
 
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_parts import make_language_model, make_records, make_vision_tower
+from training_parts import make_language_model, make_records, make_vision_tower, run_engines
 
 
-TESTS = Path(__file__).parent.parent
 PATHS = ("tied", "data.jsonl", "images", "prompts.jsonl")
 SHARED = {"per_device_train_batch_size": 1}
 STAGE_2 = SHARED | {"stage": 2, "from_scratch_connector": True}
@@ -68,20 +64,7 @@ def train_on_two(parts: Path, folder: Path, *, on_gpus: bool = False) -> Path:
             runs[f"{engine}-{case}"] = flags | own
         checkpoint = folder / f"{engine}-accumulated" / "checkpoint-4"
         runs[f"{engine}-resumed"] = runs[f"{engine}-accumulated"] | {"resume_from_checkpoint": str(checkpoint)}
-    (folder / "runs.json").write_text(json.dumps(runs))
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *(str(Path(__file__).with_name("engine_worker.py")), str(parts), str(folder)),
-        ],
-        check=True,
-        timeout=900,
-        env=os.environ
-        | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(TESTS / "parts"), os.environ.get("PYTHONPATH", "")]),
-        },
-    )
+    run_engines(parts, folder, runs)
     return folder
 
 

@@ -1,4 +1,7 @@
-"""The processor: prompts or conversations and their images to model inputs, and generated ids to text and images."""
+"""The processor: prompts or conversations and their images to model inputs, and generated ids to text and images.
+
+One class, as processors of Transformers are, so the file has more than 400 lines.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
