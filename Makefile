@@ -13,8 +13,9 @@ FUZZ_SEED    ?= 0
 
 # Options of benchmarks/gpu.py, for example GPU="--minutes 8", and what it needs next to PyTorch, in the pinned versions.
 GPU        ?=
-GPU_NAMES  := accelerate diffusers huggingface_hub importlib_metadata jinja2 markupsafe packaging peft pillow \
-	pluggy iniconfig psutil pytest pytest-timeout pyyaml regex rich safetensors tokenizers tqdm transformers typer
+GPU_NAMES  := accelerate anyio diffusers h11 httpcore2 httpx2 huggingface_hub idna iniconfig jinja2 markupsafe packaging \
+	peft pillow pluggy psutil pygments pytest pytest-timeout pyyaml regex rich safetensors tokenizers tqdm transformers \
+	truststore
 GPU_PACKAGES = $(foreach name,$(GPU_NAMES),$(shell grep -i '^$(name)==' constraints.txt || echo $(name)))
 
 BIN         := $(VENV)/bin
@@ -33,7 +34,7 @@ help:
 	@echo "make test-slurm   run the cluster tests on two virtual nodes of its own Slurm (as root)"
 	@echo "make fuzz         test random and damaged input for FUZZ_SECONDS=120, with FUZZ_SEED=0"
 	@echo "make gpu          GPU tests and benchmarks into benchmarks/RESULTS.md, with the PyTorch of PYTHON=python3"
-	@echo "make gpu-wheels   download what make gpu installs, for a machine without a network"
+	@echo "make gpu-wheels   download what make gpu installs, for x86-64 and Python 3.12 without a network"
 	@echo "make check        check lint, types, import contracts and the documentation"
 	@echo "make format       format the code with ruff"
 	@echo "make clean        remove the virtual environment and everything built"
@@ -59,9 +60,10 @@ fuzz: $(DEV_STAMP)
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target out/gpu-site \
 		$(if $(wildcard .wheels/*.whl),--no-index .wheels/*.whl,$(GPU_PACKAGES))
-	PYTHONPATH=$(CURDIR)/out/gpu-site $(PYTHON) benchmarks/gpu.py $(GPU)
+	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/out/gpu-site $(PYTHON) benchmarks/gpu.py $(GPU)
 
 gpu-wheels:
+	rm -rf .wheels
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 		$(addprefix --platform manylinux,_2_28_x86_64 _2_27_x86_64 _2_24_x86_64 _2_17_x86_64 2014_x86_64 1_x86_64) \
 		--dest .wheels $(GPU_PACKAGES)

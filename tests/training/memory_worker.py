@@ -49,8 +49,11 @@ def main(folder: Path, accumulation: int) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], fused=True)
     ids = torch.randint(0, model.config.text_config.vocab_size // 2, (1, LENGTH))
+    sync_each_batch = (args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch", False)
     for _ in range(2):  # the optimizer's state is there from the second on
-        for _ in range(accumulation):
+        for number in range(accumulation):
+            if engine == "fsdp2":
+                model.set_requires_gradient_sync(sync_each_batch or number == accumulation - 1)
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

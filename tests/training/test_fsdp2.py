@@ -88,6 +88,8 @@ def check_same(folder: Path, case: str, *, abs_loss: float, abs_weight: float) -
         assert ddp["partitioned"] == 0
         assert fsdp2["unsharded"] == 0, "gradients of all weights are kept between micro-batches"
         assert fsdp2["steps"] == ddp["steps"]
+        assert len(fsdp2["steps"]) == 2 or case != "resumed", "it has not resumed at step 4 of 6"
+        assert fsdp2["eval_losses"] or "eval_data_path" not in CASES.get(case, {})
         assert fsdp2["losses"] == pytest.approx(ddp["losses"], abs=abs_loss)
         assert fsdp2["norms"] == pytest.approx(ddp["norms"], rel=100 * abs_loss)
         assert fsdp2["eval_losses"] == pytest.approx(ddp["eval_losses"], abs=abs_loss)
@@ -117,5 +119,5 @@ def test_fsdp2_trains_as_ddp(two: Path, case: str) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_fsdp2_trains_as_ddp_on_gpus(parts: Path, tmp_path: Path) -> None:
     folder = train_on_two(parts, tmp_path, on_gpus=True)
-    for case in CASES:
+    for case in [*CASES, "resumed"]:
         check_same(folder, case, abs_loss=1e-2, abs_weight=1e-2)

@@ -118,8 +118,8 @@ def check_optimizer(args: RunTrainingArguments) -> None:
     name = OptimizerNames(args.optim).value
     if args.fsdp and name not in SHARDABLE:
         raise ValueError(
-            f"--optim {name} does not work with FSDP2, whose weights are DTensors: use one of {', '.join(SHARDABLE)}, "
-            "or --sharding zero2"
+            f"--optim {name} is not known to work with FSDP2, whose weights are DTensors: use one of "
+            f"{', '.join(SHARDABLE)}, or --sharding zero2"
         )
     plain = copy.copy(args)
     plain.optim_args = None
