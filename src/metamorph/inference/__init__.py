@@ -1,13 +1,18 @@
 """Using a trained model: answer prompts, and draw the images of the answers.
 
-How does a prompt become an answer?       `reply.py`: `reply_to`
+How are model and visualizer loaded?      `session.py`: `load`, which gives one object that answers and draws
+How does a prompt become an answer?       `reply.py`: `reply_to`; rows of a batch are independent of each other
+How is a token of text chosen?            `sampling.py`
+How is an answer streamed and ended?      `streaming.py`
 How do visual tokens become pixels?       `draw.py`: `draw`
-How are model and visualizer loaded?      `session.py`: `load`, which gives one object that does both
+How does a conversation continue?         `chat.py`; `prefix_cache.py` keeps what was computed
 """
 
+from metamorph.inference.chat import Chat
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.inference.reply import Prompt, Reply, reply_to
+from metamorph.inference.sampling import Sampling
 from metamorph.inference.session import Session, load
 
 
-__all__ = ["Prompt", "Reply", "SamplerSettings", "Session", "draw", "load", "reply_to"]
+__all__ = ["Chat", "Prompt", "Reply", "SamplerSettings", "Sampling", "Session", "draw", "load", "reply_to"]

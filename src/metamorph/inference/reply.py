@@ -1,7 +1,11 @@
 """Prompts to answers in text and visual tokens: the one place that calls `generate`."""
 
-from collections.abc import Iterable, Sequence
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from metamorph.inference.draw import ProgressCallback
+from metamorph.inference.prefix_cache import PrefixCache
+from metamorph.inference.sampling import RowSampler, Sampling
+from metamorph.inference.streaming import AnswerCriteria, AnswerDecoder, FinishReason, Part
+from metamorph.models.generation import GeneratedVisualTokens
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import ImagePart, MetaMorphProcessor, TextPart
 
@@ -19,12 +27,28 @@ TEXT_BUDGET = 256
 
 @dataclass(frozen=True)
 class Prompt:
-    """A user's turn: text with an `<image>` marker for each image."""
+    """What the model answers, and how."""
 
-    text: str
-    images: tuple[Image.Image, ...] = ()
+    text: str | Sequence[Mapping[str, Any]]
+    """A user's turn, with an `<image>` marker for each image, or a conversation: messages as in `apply_chat_template`,
+    the last one the user's."""
+    images: tuple[Any, ...] = ()
+    """Images of the markers."""
     draw: bool = False
     """Whether the answer begins with an image, however the model would begin it."""
+    allow_images: bool = True
+    """False makes the answer text only."""
+    sampling: Sampling | None = None
+    """How text is chosen; None is greedy, unless `reply_to` has arguments for `generate`."""
+    max_new_tokens: int | None = None
+    """Limit of this answer; None is that of the call."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer."""
+
+    @property
+    def messages(self) -> Sequence[Mapping[str, Any]]:
+        """The conversation."""
+        return [{"role": "user", "content": self.text}] if isinstance(self.text, str) else self.text
 
 
 @dataclass(frozen=True)
@@ -35,15 +59,24 @@ class Reply:
     """Its words, without control tokens and images."""
     visual_tokens: Tensor = field(repr=False)
     """`[images, N, D]` float32 on the CPU: its images in order; often none or one."""
-    parts: tuple[TextPart | ImagePart, ...] = field(default=(), repr=False)
+    parts: tuple[Part, ...] = field(default=(), repr=False)
     """Texts and images in the order in which the model wrote them."""
-    images: list[Image.Image] = field(default_factory=list)
-    """The drawn images; empty if there are none, or no visualizer to draw them."""
+    finish_reason: FinishReason = "stop"
+    """`stop`: the model or a stop string ended the answer; `length`: a limit did; `cancelled`."""
+    num_prompt_tokens: int = 0
+    """Tokens of the conversation, visual ones included."""
+    num_tokens: int = 0
+    """Tokens of the answer, visual ones included."""
 
     @property
     def num_images(self) -> int:
         """Number of images that the model emitted, drawn or not."""
         return self.visual_tokens.shape[0]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The drawn images; empty if there are none, or no visualizer to draw them."""
+        return [image for part in self.parts if isinstance(part, ImagePart) for image in part.images]
 
 
 @torch.no_grad()
@@ -55,9 +88,12 @@ def reply_to(
     batch_size: int = 64,
     max_new_tokens: int | None = None,
     on_progress: ProgressCallback | None = None,
+    on_part: Callable[[int, Part], Part | None] | None = None,
+    cancelled: Sequence[threading.Event] | None = None,
+    cache: PrefixCache | None = None,
     **generate_kwargs: Any,
 ) -> list[Reply]:
-    """Answer prompts in batches of similar length, greedily unless `generate_kwargs` ask for sampling.
+    """Answer prompts in batches of similar length, greedily unless prompts or `generate_kwargs` ask for sampling.
 
     The replies are in the order of the prompts, their images not drawn. The mode of the model is restored. A prompt
     that asks for an image that the model cannot draw is a `ValueError`.
@@ -65,19 +101,34 @@ def reply_to(
     Args:
         batch_size: Prompts per batch, padded on the left. It does not change the answers.
         max_new_tokens: By default room for one image and 256 tokens of text.
+        on_part: Called while the answers are generated with the number of the prompt and each piece of text or
+            finished image; the part that it returns, if any, takes its place in the reply.
+        cancelled: An event for each prompt that ends its answer once it is set.
+        cache: Keeps keys and values for the next prompt of the conversation; for one prompt, whose images are visual
+            tokens.
         **generate_kwargs: For `model.generate`, for example `do_sample=True, temperature=0.7`.
     """
     if any(prompt.draw for prompt in prompts) and not can_draw(model):
         raise ValueError("the model was trained without use_vision_ar, or without <image_start>: it cannot draw")
-    budget = max_new_tokens if max_new_tokens is not None else processor.num_image_tokens + 2 + TEXT_BUDGET
-    options = {"max_new_tokens": budget, "do_sample": False, **generate_kwargs}
+    budget = max_new_tokens if max_new_tokens is not None else default_budget(processor)
+    decoders = [
+        AnswerDecoder(
+            processor,
+            limit=budget if prompt.max_new_tokens is None else prompt.max_new_tokens,
+            stop=prompt.stop,
+            cancelled=threading.Event() if cancelled is None else cancelled[index],
+            on_part=partial(on_part, index) if on_part is not None else None,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    options = {"do_sample": False, **generate_kwargs}
     was_training = model.training
     model.eval()
     replies: dict[int, Reply] = {}
     try:
         for batch in _batches(prompts, batch_size):
-            answers = _reply_to_batch(model, processor, [prompts[index] for index in batch], options)
-            replies.update(zip(batch, answers, strict=True))
+            rows = [prompts[index] for index in batch], [decoders[index] for index in batch]
+            replies.update(zip(batch, _reply_to_batch(model, processor, *rows, cache, options), strict=True))
             if on_progress is not None:
                 on_progress(len(batch))
     finally:
@@ -90,9 +141,19 @@ def can_draw(model: MetaMorphForConditionalGeneration) -> bool:
     return model.config.use_vision_ar and model.config.image_start_token_id is not None
 
 
+def default_budget(processor: MetaMorphProcessor) -> int:
+    """New tokens by default: one image and some text."""
+    return processor.num_image_tokens + 2 + TEXT_BUDGET
+
+
 def _batches(prompts: Sequence[Prompt], batch_size: int) -> Iterable[list[int]]:
     """Numbers of prompts that share a batch: little padding, and all or none of them begin with an image."""
-    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index].images), len(prompts[index].text)))
+
+    def size(index: int) -> tuple[int, int]:
+        texts = (message.get("content") or "" for message in prompts[index].messages)
+        return len(prompts[index].images), sum(map(len, texts))
+
+    order = sorted(range(len(prompts)), key=size)
     for draw in (False, True):
         same = [index for index in order if prompts[index].draw == draw]
         for start in range(0, len(same), batch_size):
@@ -103,30 +164,55 @@ def _reply_to_batch(
     model: MetaMorphForConditionalGeneration,
     processor: MetaMorphProcessor,
     prompts: Sequence[Prompt],
+    decoders: Sequence[AnswerDecoder],
+    cache: PrefixCache | None,
     options: dict[str, Any],
 ) -> list[Reply]:
     encoded: Any = processor.apply_chat_template(
-        [[{"role": "user", "content": prompt.text}] for prompt in prompts],
+        [prompt.messages for prompt in prompts],
         images=[image for prompt in prompts for image in prompt.images],
         add_generation_prompt=True,
         tokenize=True,
     )
     inputs = dict(encoded.to(model.device))
-    prompt_length = inputs["input_ids"].shape[1]
     if prompts[0].draw:
         # The prompt ends where an image begins, so the first token generated is a visual one.
         for name, value in (("input_ids", model.config.image_start_token_id), ("attention_mask", 1)):
             inputs[name] = torch.nn.functional.pad(inputs[name], (0, 1), value=value)
+    state = GeneratedVisualTokens(
+        torch.tensor([prompt.allow_images for prompt in prompts], device=model.device),
+        torch.tensor([decoder.limit for decoder in decoders], device=model.device),
+    )
+    if any(prompt.sampling is not None for prompt in prompts):
+        rows = [prompt.sampling or Sampling() for prompt in prompts]
+        options = {**options, "logits_processor": [RowSampler(rows, model.device)]}
+    if cache is not None:
+        options = {**options, "past_key_values": cache.take(inputs["input_ids"], inputs.get("visual_tokens"))}
     output: Any = model.generate(
         **inputs,
         eos_token_id=processor.end_of_turn_token_ids,
         pad_token_id=processor.pad_token_id,
+        max_new_tokens=max(decoder.limit for decoder in decoders),
+        generated_state=state,
+        stopping_criteria=[AnswerCriteria(decoders, state)],
         **options,
     )
-    visual_tokens = output.visual_tokens.float().cpu()
-    rows = processor.decode_interleaved(output.sequences, visual_tokens, prompt_length=prompt_length)
-    per_row = visual_tokens.split(output.num_images.tolist())
-    return [
-        Reply("".join(part.text for part in row if isinstance(part, TextPart)).strip(), tokens, tuple(row))
-        for row, tokens in zip(rows, per_row, strict=True)
-    ]
+    if cache is not None:
+        cache.keep(output)
+    lengths = inputs["attention_mask"].sum(dim=1).tolist()
+    return [_reply(model, decoder, length) for decoder, length in zip(decoders, lengths, strict=True)]
+
+
+def _reply(model: MetaMorphForConditionalGeneration, decoder: AnswerDecoder, prompt_length: int) -> Reply:
+    if decoder.finish_reason is None:  # a stopping criterion of the caller, such as a time limit
+        decoder.finish("length")
+    images = [part.visual_tokens for part in decoder.parts if isinstance(part, ImagePart)]
+    empty = torch.empty(0, decoder.processor.num_image_tokens, model.config.vision_feature_size)
+    return Reply(
+        "".join(part.text for part in decoder.parts if isinstance(part, TextPart)).strip(),
+        torch.stack(images) if images else empty,
+        tuple(decoder.parts),
+        decoder.finish_reason or "length",
+        prompt_length,
+        decoder.num_tokens,
+    )

@@ -1,7 +1,10 @@
 """A model and its visualizer in one object: `metamorph.load("mini", "mini").reply("Draw a red circle").images[0]`."""
 
+import dataclasses
+import itertools
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,18 +16,23 @@ from metamorph.flags.checks import check_metamorph_model, check_reachable, error
 from metamorph.flags.extras import install_command
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.inference.reply import Prompt, Reply, reply_to
+from metamorph.inference.streaming import OnPart, Part, stream_parts
 from metamorph.mini import shipped_folder
 from metamorph.models.image_files import load_image
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.models.processing_metamorph import MetaMorphProcessor
+from metamorph.models.processing_metamorph import ImagePart, MetaMorphProcessor
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 
-if TYPE_CHECKING:  # needs diffusers, which is an extra
-    from metamorph.visualization.pipeline import VisualizationPipeline
+if TYPE_CHECKING:
+    from metamorph.inference.chat import Chat
+    from metamorph.visualization.pipeline import VisualizationPipeline  # needs diffusers, which is an extra
 
 
 logger = logging.getLogger(__name__)
+
+Images = Image.Image | str | Path | Sequence[Image.Image | str | Path]
+"""PIL images or files; one, or several."""
 
 
 @dataclass
@@ -45,37 +53,71 @@ class Session:
 
     def reply(
         self,
-        prompt: str,
-        images: Image.Image | str | Path | Sequence[Image.Image | str | Path] = (),
+        prompt: str | Sequence[Mapping[str, Any]],
+        images: Images = (),
         *,
         draw: bool = False,
         settings: SamplerSettings | None = None,
-        **generate_kwargs: Any,
+        **options: Any,
     ) -> Reply:
         """Answer one prompt, and draw the images of the answer.
 
         Args:
             prompt: The user's turn, with an `<image>` marker where each image belongs. Without markers the images
-                come first.
+                come first. Or a conversation: messages as in `apply_chat_template`.
             images: PIL images or files; one, or several.
             draw: Begin the answer with an image, however the model would begin it.
-            **generate_kwargs: For `model.generate`, for example `max_new_tokens=500, do_sample=True`.
+            settings: How the visualizer draws. The first image has its seed, the second the next one.
+            **options: Fields of [`Prompt`], such as `sampling=Sampling(temperature=0.7, seed=1)`, or arguments for
+                `model.generate`, for example `max_new_tokens=500`.
         """
-        if isinstance(images, (Image.Image, str, Path)):
-            images = [images]
-        text = place_images(prompt, len(images))
-        opened = tuple(load_image(image) if isinstance(image, (str, Path)) else image for image in images)
-        (reply,) = reply_to(self.model, self.processor, [Prompt(text, opened, draw)], **generate_kwargs)
-        return self.draw(reply, settings)
+        opened = open_images(images)
+        text = place_images(prompt, len(opened)) if isinstance(prompt, str) else prompt
+        return self.answer(Prompt(text, opened, draw), settings, **options)
 
-    def draw(self, reply: Reply, settings: SamplerSettings | None = None) -> Reply:
-        """The reply with its images drawn, if there is a visualizer."""
-        if not reply.num_images:
-            return reply
-        if self.pipeline is None:
+    def stream(self, *args: Any, **options: Any) -> Generator[Part, None, Reply]:
+        """Yield the pieces of the answer while it is generated: text, and each image once it is drawn.
+
+        The arguments are those of `reply`. Closing the generator ends the answer. It returns the reply.
+        """
+        return stream_parts(
+            lambda on_part, cancelled: self.reply(*args, on_part=on_part, cancelled=cancelled, **options)
+        )
+
+    def chat(self, system: str | None = None) -> "Chat":
+        """Start a conversation of several turns; see [`Chat`]."""
+        from metamorph.inference.chat import Chat
+
+        return Chat(self, system)
+
+    def answer(
+        self,
+        prompt: Prompt,
+        settings: SamplerSettings | None = None,
+        *,
+        on_part: OnPart | None = None,
+        cancelled: threading.Event | None = None,
+        **options: Any,
+    ) -> Reply:
+        """See `reply`. `on_part` gets each piece of the answer, images drawn; setting `cancelled` ends the answer."""
+        fields = {field.name for field in dataclasses.fields(Prompt)}
+        prompt = replace(prompt, **{name: options.pop(name) for name in fields & options.keys()})
+        settings = settings or SamplerSettings()
+        drawn = itertools.count(settings.seed)
+
+        def take(_: int, part: Part) -> Part:
+            if isinstance(part, ImagePart) and self.pipeline is not None:
+                images = draw(self.pipeline, part.visual_tokens, replace(settings, seed=next(drawn)))
+                part = replace(part, images=tuple(images))
+            if on_part is not None:
+                on_part(part)
+            return part
+
+        events = None if cancelled is None else [cancelled]
+        (reply,) = reply_to(self.model, self.processor, [prompt], on_part=take, cancelled=events, **options)
+        if reply.num_images and self.pipeline is None:
             logger.warning("the reply holds %d image(s), not drawn: load a visualizer, too", reply.num_images)
-            return reply
-        return replace(reply, images=draw(self.pipeline, reply.visual_tokens, settings))
+        return reply
 
 
 def load(
@@ -143,6 +185,13 @@ def check_visualizer_folder(visualizer: str, flag: str = "--visualizer") -> str:
     with errors_name_flag(flag, visualizer):
         check_visualizer(local_folder(visualizer))
     return visualizer
+
+
+def open_images(images: Images) -> tuple[Image.Image, ...]:
+    """The images, read if they are files."""
+    if isinstance(images, (Image.Image, str, Path)):
+        images = [images]
+    return tuple(load_image(image) if isinstance(image, (str, Path)) else image for image in images)
 
 
 def place_images(prompt: str, num_images: int) -> str:

@@ -65,16 +65,17 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
     """Forces `<image_start>` → exactly N placeholders → `<image_end>`, and nothing else inside images.
 
     Outside an image, placeholders and `<image_end>` are impossible, and so is `<image_start>` unless `allow_images`, or
-    when the image would not fit into `max_length`, the tokens of prompt and answer together.
+    when the image would not fit into `max_length`, the tokens of prompt and answer together. Both may be [batch].
     """
 
-    def __init__(self, config: MetaMorphConfig, max_length: int, allow_images: bool = True):
+    def __init__(self, config: MetaMorphConfig, max_length: int | Tensor, allow_images: bool | Tensor = True):
         self.placeholder, self.num_image_tokens = config.image_token_id, config.num_image_tokens
         start, end = config.image_start_token_id, config.image_end_token_id
         self.can_draw = start is not None and end is not None and config.use_vision_ar
         self.start, self.end = (-1 if token is None else token for token in (start, end))
-        self.max_length = max_length
-        self.allow_images = allow_images
+        self.max_length = torch.as_tensor(max_length)
+        # [batch] or a scalar: the longest row that may begin an image, with its start and end
+        self.last_start = torch.where(torch.as_tensor(allow_images), self.max_length - self.num_image_tokens - 2, -1)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Mask [batch, vocabulary] scores, given all [batch, length] ids so far."""
@@ -85,19 +86,20 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
         begun = self._tokens_since_start(input_ids)  # [batch], -1 outside an image
         forced = torch.where(begun < self.num_image_tokens, self.placeholder, self.end)
         inside = (begun >= 0).unsqueeze(-1)
-        fits = input_ids.shape[1] + self.num_image_tokens + 2 <= self.max_length  # with start and end
-        forbidden = [self.placeholder, self.end] + ([] if fits and self.allow_images else [self.start])
-        scores[:, forbidden] = -torch.inf
+        scores[:, [self.placeholder, self.end]] = -torch.inf
+        self.last_start = self.last_start.to(scores.device)
+        scores[:, self.start].masked_fill_(self.last_start < input_ids.shape[1], -torch.inf)
         only_forced = torch.full_like(scores, -torch.inf).scatter_(1, forced.unsqueeze(-1), 0.0)
         return torch.where(inside, only_forced, scores)
 
     def check_prompt(self, input_ids: Tensor) -> None:
         """Raise a `ValueError` if a prompt [batch, length] begins an image that does not fit."""
-        needed = input_ids.shape[1] + self.num_image_tokens + 1
-        if self.can_draw and needed > self.max_length and input_ids[:, -1].eq(self.start).any():
+        left = (self.max_length.to(input_ids.device) - input_ids.shape[1]).clamp(min=0).expand(input_ids.shape[0])
+        begins = input_ids[:, -1].eq(self.start)
+        if self.can_draw and (begins & (left < self.num_image_tokens + 1)).any():
             raise ValueError(
                 f"the prompt begins an image, which needs {self.num_image_tokens + 1} more tokens, but the answer may "
-                f"have {max(self.max_length - input_ids.shape[1], 0)}: give a larger max_new_tokens"
+                f"have {left[begins].min()}: give a larger max_new_tokens"
             )
 
     def _tokens_since_start(self, input_ids: Tensor) -> Tensor:
@@ -111,9 +113,12 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
 
 @dataclass
 class GeneratedVisualTokens:
-    """What `generate` carries from step to step: the vision head's predictions, and whether images are allowed."""
+    """What `generate` carries from step to step: the vision head's predictions, and which rows may write images."""
 
-    allow_images: bool = True
+    allow_images: bool | Tensor = True
+    """Also [batch]."""
+    max_new_tokens: Tensor | None = None
+    """[batch] limits of the rows: an image that would not fit is not begun. Whoever gives them ends the rows."""
     steps: list[Tensor] = field(default_factory=list)  # (batch, 1, features) each, for the token that is chosen next
 
     def last(self, count: int) -> Tensor:
@@ -153,6 +158,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         visual_tokens_index: Tensor | None = None,
         allow_images: bool = True,
         return_dict_in_generate: bool | None = None,
+        generated_state: GeneratedVisualTokens | None = None,
         **kwargs: Any,
     ) -> MetaMorphGenerateOutput | Tensor:
         """Generate text and images. Arguments of Transformers' `generate` work, or are refused by name
@@ -170,6 +176,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
             allow_images: False makes the answer text only.
             return_dict_in_generate: False, here or in a generation configuration, returns only [batch, length]
                 `sequences`, the default of Transformers' `generate`.
+            generated_state: an object to collect the visual tokens in, instead of `allow_images`: for streamers and
+                stopping criteria that read them while they are generated, and for limits of single rows.
             **kwargs: `max_new_tokens`, `do_sample`, `temperature`, `streamer`, `attention_mask`, …
         """
         inputs = kwargs.pop("input_ids", inputs)
@@ -180,7 +188,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 raise ValueError(_refusal(name))
         self._prepare_generation_config(generation_config, **kwargs)  # refuses before the images are encoded
         visual_tokens = self.model.encode_images(pixel_values, visual_tokens, visual_tokens_index)
-        state = GeneratedVisualTokens(allow_images)
+        state = generated_state or GeneratedVisualTokens(allow_images)
         output = super().generate(
             inputs, generation_config, visual_tokens=visual_tokens, generated_state=state, **kwargs
         )
@@ -218,15 +226,20 @@ class MetaMorphGenerationMixin(GenerationMixin):
         model_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> LogitsProcessorList:
-        """Add the grammar after the caller's processors; the final length is known here."""
+        """Add the grammar after the caller's processors, before one that chooses a token; the final length is known here."""
         state = (model_kwargs or {}).get("generated_state")
         if state is not None:
             # A forced end of sequence takes the last place.
-            length = generation_config.max_length - (generation_config.forced_eos_token_id is not None)
+            length: Any = generation_config.max_length - (generation_config.forced_eos_token_id is not None)
+            if state.max_new_tokens is not None and encoder_input_ids is not None:
+                length = (encoder_input_ids.shape[1] + state.max_new_tokens).clamp(max=length)
             grammar = ImageGrammarLogitsProcessor(self.config, length, allow_images=state.allow_images)
             if encoder_input_ids is not None:
                 grammar.check_prompt(encoder_input_ids)
-            logits_processor = LogitsProcessorList([*(logits_processor or []), grammar])
+            given = list(logits_processor or [])
+            given.sort(key=lambda processor: getattr(processor, "is_last", False))  # what chooses a token is last
+            first = sum(not getattr(processor, "is_last", False) for processor in given)
+            logits_processor = LogitsProcessorList([*given[:first], grammar, *given[first:]])
         return super()._get_logits_processor(
             generation_config,
             *args,

@@ -1,0 +1,92 @@
+"""A conversation of several turns, whose images stay visual tokens and whose keys and values stay in the cache."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from PIL import Image
+
+from metamorph.inference.prefix_cache import PrefixCache
+from metamorph.inference.reply import Prompt, Reply
+from metamorph.inference.session import Images, Session, open_images, place_images
+from metamorph.inference.streaming import OnPart, Part, stream_parts
+from metamorph.models.processing_metamorph import ImagePart, TextPart
+from metamorph.models.sequence.conversations import split_at_images
+
+
+class Chat:
+    """A conversation with a [`Session`]: its earlier turns and their images are context of the later ones.
+
+    A turn computes only its own tokens. Images are encoded once, and generated ones are never drawn to be read again.
+
+    Attributes:
+        messages: The conversation so far, as `apply_chat_template` takes it.
+    """
+
+    def __init__(self, session: Session, system: str | None = None) -> None:
+        self.session = session
+        self.system = system
+        self.messages: list[dict[str, Any]] = []
+        self._cache = PrefixCache(session.model)
+        self._cancelled = threading.Event()
+        self.reset()
+
+    def reply(self, prompt: str, images: Images = (), **options: Any) -> Reply:
+        """Answer the next turn. The arguments are those of [`Session.reply`]; an answer that fails leaves no turn."""
+        return self._reply(self._turn(prompt, images), **options)
+
+    def stream(self, prompt: str, images: Images = (), **options: Any) -> Generator[Part, None, Reply]:
+        """Yield the pieces of the answer to the next turn, as [`Session.stream`]. `stop` or closing ends the answer."""
+        turn = self._turn(prompt, images)
+        return stream_parts(
+            lambda on_part, cancelled: self._reply(turn, on_part=on_part, cancelled=cancelled, **options)
+        )
+
+    def stop(self) -> None:
+        """End the answer that is being generated, from another thread; what it has so far is kept."""
+        self._cancelled.set()
+
+    def undo(self) -> dict[str, Any]:
+        """Remove the last turn and its answer; returns the turn's message. Without a turn it is a `ValueError`."""
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise ValueError("the conversation has no answer yet")
+        *self.messages, turn, _ = self.messages
+        return turn
+
+    def retry(self, **options: Any) -> Reply:
+        """Replace the last answer by another one, for example with other `sampling`."""
+        return self._reply(self.undo(), **options)
+
+    def reset(self) -> None:
+        """Start again, with the system message only."""
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def _reply(
+        self,
+        turn: dict[str, Any],
+        on_part: OnPart | None = None,
+        cancelled: threading.Event | None = None,
+        **options: Any,
+    ) -> Reply:
+        self._cancelled = cancelled or threading.Event()
+        prompt = Prompt([*self.messages, turn])
+        reply = self.session.answer(prompt, on_part=on_part, cancelled=self._cancelled, cache=self._cache, **options)
+        self.messages += [turn, {"role": "assistant", "content": list(reply.parts)}]
+        return reply
+
+    def _turn(self, prompt: str, images: Images) -> dict[str, Any]:
+        """The user's message, its images encoded."""
+        opened = open_images(images)
+        encoded = iter(self._encode(opened) if opened else ())
+        pieces = split_at_images(place_images(prompt, len(opened)))
+        return {"role": "user", "content": [TextPart(p) if isinstance(p, str) else next(encoded) for p in pieces]}
+
+    @torch.no_grad()
+    def _encode(self, images: tuple[Image.Image, ...]) -> list[ImagePart]:
+        model = self.session.model
+        pixel_values = self.session.processor(images=list(images))["pixel_values"]
+        tokens = model.get_visual_tokens(pixel_values.to(model.device, model.dtype))
+        return [ImagePart(each.float().cpu()) for each in tokens]
