@@ -36,23 +36,24 @@ def draw(
     visual_tokens: Tensor,
     settings: SamplerSettings | None = None,
     on_progress: ProgressCallback | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[Image.Image]:
     """Draw RGB images of `visual_tokens` `[images, N, D]` (or `[N, D]`): image 1 at each guidance scale, image 2, …
 
-    An image does not depend on the batch it is drawn in.
+    An image does not depend on the batch it is drawn in. `seeds` replace those of `settings`.
     """
     settings = settings or SamplerSettings()
     visual_tokens = visual_tokens[None] if visual_tokens.dim() == 2 else visual_tokens
+    seeds = range(settings.seed, settings.seed + len(visual_tokens)) if seeds is None else seeds
     images: list[Image.Image] = []
     for start in range(0, len(visual_tokens), settings.batch_size):
         chunk = visual_tokens[start : start + settings.batch_size]
-        first = settings.seed + start
         drawn: Any = pipeline(
             chunk,
             guidance_scale=settings.guidance_scale,
             num_inference_steps=settings.num_inference_steps,
             # On the CPU, so that every device starts from the same noise.
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(first, first + len(chunk))],
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + len(chunk)]],
         )
         images += drawn.images
         if on_progress is not None:
