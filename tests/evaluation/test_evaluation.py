@@ -10,7 +10,8 @@ from metamorph.evaluation.drawings import Drawing, DrawingTask, summarise
 from metamorph.evaluation.questions import AnsweredQuestion, Question, fraction, summarise_answers
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
 from metamorph.inference.draw import SamplerSettings, draw
-from metamorph.inference.reply import Prompt, Reply
+from metamorph.inference.prompt import Prompt
+from metamorph.inference.reply import Reply
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector
 

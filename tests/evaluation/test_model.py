@@ -10,7 +10,8 @@ from metamorph.evaluation.drawings import DrawingTask, draw_tasks, encode_images
 from metamorph.evaluation.questions import Question, ask, summarise_answers
 from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
 from metamorph.inference.draw import SamplerSettings
-from metamorph.inference.reply import Prompt, reply_to
+from metamorph.inference.prompt import Prompt
+from metamorph.inference.reply import reply_to
 from metamorph.training.run import run_training
 from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.projector import VisualizationProjector

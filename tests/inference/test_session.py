@@ -9,7 +9,7 @@ from PIL import Image
 
 import metamorph
 from metamorph.inference import Prompt, SamplerSettings, draw, reply_to
-from metamorph.inference.session import place_images
+from metamorph.inference.prompt import place_images
 from metamorph.models.sequence.conversations import ImagePart, TextPart
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from metamorph.evaluation.questions import answer_budget, fraction
 from metamorph.inference.draw import ProgressCallback, SamplerSettings, draw
-from metamorph.inference.reply import Prompt, Reply, reply_to
+from metamorph.inference.prompt import Prompt
+from metamorph.inference.reply import Reply, reply_to
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.visualization.pipeline import VisualizationPipeline

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from metamorph.inference.draw import ProgressCallback
-from metamorph.inference.reply import Prompt, Reply, reply_to
+from metamorph.inference.prompt import Prompt
+from metamorph.inference.reply import Reply, reply_to
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 

@@ -1,6 +1,7 @@
 """Using a trained model: answer prompts, and draw the images of the answers.
 
 How are model and visualizer loaded?      `session.py`: `load`, which gives one object that answers and draws
+What can the model be asked?              `prompt.py`
 How does a prompt become an answer?       `reply.py`: `reply_to`; rows of a batch are independent of each other
 How is a token of text chosen?            `sampling.py`
 How is an answer streamed and ended?      `streaming.py`
@@ -10,7 +11,8 @@ How does a conversation continue?         `chat.py`; `prefix_cache.py` keeps wha
 
 from metamorph.inference.chat import Chat
 from metamorph.inference.draw import SamplerSettings, draw
-from metamorph.inference.reply import Prompt, Reply, reply_to
+from metamorph.inference.prompt import Prompt
+from metamorph.inference.reply import Reply, reply_to
 from metamorph.inference.sampling import Sampling
 from metamorph.inference.session import Session, load
 

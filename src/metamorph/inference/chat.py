@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
 from metamorph.inference.prefix_cache import PrefixCache
-from metamorph.inference.reply import Prompt, Reply
-from metamorph.inference.session import Images, Session, open_images, place_images
+from metamorph.inference.prompt import Images, Prompt, open_images, place_images
+from metamorph.inference.reply import Reply
 from metamorph.inference.streaming import OnPart, Part, stream_parts
 from metamorph.models.processing_metamorph import ImagePart, TextPart
 from metamorph.models.sequence.conversations import split_at_images
+
+
+if TYPE_CHECKING:
+    from metamorph.inference.session import Session
 
 
 class Chat:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from metamorph.inference.draw import ProgressCallback
 from metamorph.inference.prefix_cache import PrefixCache
+from metamorph.inference.prompt import Prompt
 from metamorph.inference.sampling import RowSampler, Sampling
 from metamorph.inference.streaming import AnswerCriteria, AnswerDecoder, FinishReason, Part
 from metamorph.models.generation import GeneratedVisualTokens
@@ -23,32 +24,6 @@ from metamorph.models.processing_metamorph import ImagePart, MetaMorphProcessor,
 
 TEXT_BUDGET = 256
 """New tokens for text, besides those of one image."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What the model answers, and how."""
-
-    text: str | Sequence[Mapping[str, Any]]
-    """A user's turn, with an `<image>` marker for each image, or a conversation: messages as in `apply_chat_template`,
-    the last one the user's."""
-    images: tuple[Any, ...] = ()
-    """Images of the markers."""
-    draw: bool = False
-    """Whether the answer begins with an image, however the model would begin it."""
-    allow_images: bool = True
-    """False makes the answer text only."""
-    sampling: Sampling | None = None
-    """How text is chosen; None is greedy, unless `reply_to` has arguments for `generate`."""
-    max_new_tokens: int | None = None
-    """Limit of this answer; None is that of the call."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer."""
-
-    @property
-    def messages(self) -> Sequence[Mapping[str, Any]]:
-        """The conversation."""
-        return [{"role": "user", "content": self.text}] if isinstance(self.text, str) else self.text
 
 
 @dataclass(frozen=True)

@@ -10,29 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 
 from metamorph.flags.checks import check_metamorph_model, check_reachable, errors_name_flag
 from metamorph.flags.extras import install_command
+from metamorph.inference.chat import Chat
 from metamorph.inference.draw import SamplerSettings, draw
-from metamorph.inference.reply import Prompt, Reply, reply_to
+from metamorph.inference.prompt import Images, Prompt, open_images, place_images
+from metamorph.inference.reply import Reply, reply_to
 from metamorph.inference.streaming import OnPart, Part, stream_parts
 from metamorph.mini import shipped_folder
-from metamorph.models.image_files import load_image
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import ImagePart, MetaMorphProcessor
-from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 
 if TYPE_CHECKING:
-    from metamorph.inference.chat import Chat
     from metamorph.visualization.pipeline import VisualizationPipeline  # needs diffusers, which is an extra
 
 
 logger = logging.getLogger(__name__)
-
-Images = Image.Image | str | Path | Sequence[Image.Image | str | Path]
-"""PIL images or files; one, or several."""
 
 
 @dataclass
@@ -84,10 +79,8 @@ class Session:
             lambda on_part, cancelled: self.reply(*args, on_part=on_part, cancelled=cancelled, **options)
         )
 
-    def chat(self, system: str | None = None) -> "Chat":
+    def chat(self, system: str | None = None) -> Chat:
         """Start a conversation of several turns; see [`Chat`]."""
-        from metamorph.inference.chat import Chat
-
         return Chat(self, system)
 
     def answer(
@@ -185,23 +178,6 @@ def check_visualizer_folder(visualizer: str, flag: str = "--visualizer") -> str:
     with errors_name_flag(flag, visualizer):
         check_visualizer(local_folder(visualizer))
     return visualizer
-
-
-def open_images(images: Images) -> tuple[Image.Image, ...]:
-    """The images, read if they are files."""
-    if isinstance(images, (Image.Image, str, Path)):
-        images = [images]
-    return tuple(load_image(image) if isinstance(image, (str, Path)) else image for image in images)
-
-
-def place_images(prompt: str, num_images: int) -> str:
-    """The prompt with an `<image>` marker for each image: in front, unless it has the right number of them."""
-    markers = prompt.count(DEFAULT_IMAGE_TOKEN)
-    if markers == 0:
-        return f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + prompt
-    if markers != num_images:
-        raise ValueError(f"the prompt has {markers} {DEFAULT_IMAGE_TOKEN}, but there are {num_images} image(s)")
-    return prompt
 
 
 def pick_device(device: str | torch.device | None = None, flag: str = "device") -> torch.device:

@@ -7,13 +7,15 @@ import threading
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from metamorph.inference.draw import SamplerSettings, draw
-from metamorph.inference.reply import Prompt, Reply, reply_to
+from metamorph.inference.prompt import Prompt
+from metamorph.inference.reply import Reply, reply_to
 from metamorph.inference.session import Session
 from metamorph.inference.streaming import Part
 from metamorph.models.processing_metamorph import ImagePart
@@ -66,7 +68,7 @@ class Engine:
 
     def num_prompt_tokens(self, prompt: Prompt) -> int:
         """Length of a prompt; a `ValueError` if it is not valid."""
-        encoded = self.session.processor.apply_chat_template(
+        encoded: Any = self.session.processor.apply_chat_template(
             prompt.messages, images=list(prompt.images), add_generation_prompt=True, tokenize=True
         )
         return encoded["input_ids"].shape[1] + prompt.draw

@@ -40,7 +40,7 @@ class Cell:
 def drawing_cell(drawing: Drawing, *, with_inputs: bool = False) -> Cell:
     """A drawing with its prompt and verdict, next to the images of the prompt if `with_inputs`."""
     inputs = drawing.task.prompt.images if with_inputs else ()
-    prompt = drawing.task.prompt.text.replace("<image>", "").strip()
+    prompt = str(drawing.task.prompt.text).replace("<image>", "").strip()
     return Cell((*inputs, drawing.image), prompt, verdict_text(drawing.verdict), drawing.is_right())
 
 

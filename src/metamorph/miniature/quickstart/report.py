@@ -122,7 +122,7 @@ def _headline_row(floors: dict[str, Any], label: str, n: int, value: float, floo
 
 def _question_cell(item: AnsweredQuestion) -> Cell:
     """A question about an image, its answer and, if that is wrong, the right one."""
-    question = item.question.prompt.text.replace("<image>", "").strip()
+    question = str(item.question.prompt.text).replace("<image>", "").strip()
     given = item.reply.text or "(nothing)"
     answer = given if item.is_right else f"{given}, not {item.question.answer}"
     return Cell(item.question.prompt.images, question, answer, item.is_right)

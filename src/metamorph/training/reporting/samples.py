@@ -17,7 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from metamorph.files.permissions import save_file
 from metamorph.inference.draw import draw
-from metamorph.inference.reply import Prompt, Reply, can_draw, reply_to
+from metamorph.inference.prompt import Prompt
+from metamorph.inference.reply import Reply, can_draw, reply_to
 from metamorph.inference.session import load_pipeline, pick_device, place_images
 from metamorph.models.image_files import MediaError, load_image
 from metamorph.models.processing_metamorph import TextPart
