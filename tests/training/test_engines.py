@@ -59,6 +59,8 @@ def test_accelerate_configurations_name_files_that_exist() -> None:
     [
         ({"sharding": "fsdp"}, "--sharding 'fsdp' is unknown: use one of auto, ddp, fsdp2"),
         ({"sharding": "fsdp2"}, "--sharding fsdp2 needs GPUs"),
+        ({"dp_replicate": 0}, "--dp_replicate 0 must be 1 or more"),
+        ({"dp_replicate": 2, "sharding": "ddp"}, "--dp_replicate 2 has no effect without FSDP2: add --sharding fsdp2"),
         (
             {"sharding": "zero2", "deepspeed": deepspeed_config("zero3")},
             "--sharding zero2 and --deepspeed .* both name an engine",

@@ -170,7 +170,7 @@ def estimate_memory(
         model: A MetaMorph model after `apply_stage`, possibly on the meta device.
         engine: One of `ENGINES`.
         batch: Micro-batch of one process.
-        num_processes: GPUs of the run.
+        num_processes: GPUs of the run; with `--dp_replicate` those of one group.
         bf16: Whether the computation is in bfloat16 (or float16); otherwise it is in float32.
         recompute: One of `RECOMPUTE`.
         all_logits: Whether the logits of all supervised positions exist at once (`--text_loss full`).
@@ -322,7 +322,7 @@ def _state(
     # DeepSpeed keeps the model in the precision of the computation, plus shards of float32 master weights.
     masters, moments = share * _FLOAT32 * trained, share * optimizer_bytes * trained
     whole = compute * (trained + sizes.frozen)
-    gradients = share * compute * trained
+    gradients = share * _FLOAT32 * trained  # accumulated in float32
     host = 0.0
     live_weights = compute * min(max(live, _MAX_LIVE), trained + sizes.frozen)
     copies: float = whole if engine.startswith("zero2") else live_weights + share * whole
@@ -331,7 +331,7 @@ def _state(
         host = masters + moments + share * _FLOAT32 * trained
         masters = moments = gradients = 0.0
         if engine.startswith("zero3"):
-            host, copies = host + share * whole, live_weights
+            host, copies = host + share * (whole + _FLOAT32 * trained), live_weights  # accumulates there, too
     zero = {"weights": masters, "compute_copies": copies, "gradients": gradients + buckets, "optimizer": moments}
     return {name: int(value) for name, value in zero.items()}, int(host)
 

@@ -20,7 +20,7 @@ from metamorph.data.records import RecordError
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.pretrained import load_tokenizer
 from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments, RunArguments
-from metamorph.training.arguments.sharding import check_deepspeed
+from metamorph.training.arguments.sharding import check_deepspeed, shard_group
 from metamorph.training.arguments.training import AUTO_LEARNING_RATE
 from metamorph.training.build import ModelSpec, config_overrides
 from metamorph.training.costs.memory import (
@@ -121,6 +121,8 @@ def preview(args: RunArguments, dry_run: DryRunArguments) -> DryRun:
     world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     num_gpus, num_nodes = dry_run.num_gpus or local, dry_run.num_nodes or max(world // local, 1)
     processes = num_gpus * num_nodes
+    engine = _given_engine(args.training)
+    shards = shard_group(engine, processes, args.training.dp_replicate)
     data = None if args.data.missing_data is not None else _measure(args, prepared.dataset)
     batch = _micro_batch(args, data)
     matrix_bytes = matrix_bytes_of(
@@ -134,7 +136,7 @@ def preview(args: RunArguments, dry_run: DryRunArguments) -> DryRun:
             model,
             name,
             batch,
-            num_processes=processes,
+            num_processes=shards if name == "fsdp2" else processes,
             bf16=args.compute_dtype != torch.float32,
             recompute=recomputed(args.training),
             all_logits=args.training.text_loss == "full",
@@ -144,7 +146,6 @@ def preview(args: RunArguments, dry_run: DryRunArguments) -> DryRun:
         )
         for name in (("single",) if processes == 1 else ENGINES[1:])
     }
-    engine = _given_engine(args.training)
     if processes == 1:
         engine = "single"
     elif engine == "auto":  # shards only what does not fit on one GPU

@@ -69,6 +69,9 @@ def prepare_engine(args: MetaMorphTrainingArguments, model: PreTrainedModel) -> 
             args.fsdp_plugin_args = {}
     if args.fsdp:
         configure_fsdp2(args, layer_classes(model))
+        if args.dp_replicate > 1:
+            shards = args.world_size // args.dp_replicate
+            logger.info("--dp_replicate: %d groups of %d processes, each with all weights", args.dp_replicate, shards)
         return "fsdp2"
     return "single" if args.world_size == 1 else "ddp"
 
