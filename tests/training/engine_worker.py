@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from fsdp2_parts import shard_on_cpu
+from packing_parts import NUMBER
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from training_parts import arguments, logged
@@ -29,6 +30,10 @@ class Recording(MetaMorphTrainer):
         SEEN["outside"] = "vision_tower" not in dict(self.plain_model.model.named_children())
         SEEN["partitioned"] = sum(is_partitioned(weight) for weight in self.plain_model.parameters())
         SEEN["tower_partitioned"] = any(is_partitioned(weight) for weight in tower.parameters())
+        texts = [self.processing_class.tokenizer.decode(row) for batch in batches for row in batch["input_ids"]]
+        SEEN["samples"] += [int(number) for text in texts for number in NUMBER.findall(text)]
+        weights = list(self.plain_model.parameters())
+        SEEN["meshes"] = [list(weight.device_mesh.shape) for weight in weights if isinstance(weight, DTensor)]
         SEEN["layers"] = all(isinstance(layer, FSDPModule) for layer in self.plain_model.get_decoder().layers)
         return batches, count
 
@@ -70,7 +75,9 @@ def main(parts: Path, output_dir: Path) -> None:
         if flags["sharding"] == "fsdp2" and flags["use_cpu"]:
             shard_on_cpu()
         SEEN.clear()
-        SEEN["steps"] = []
+        SEEN["steps"], SEEN["samples"] = [], []
+        if "8bit" in flags.get("optim", ""):  # torchao would compile a step for each shape, which takes minutes
+            torch._dynamo.config.disable = True
         torch.manual_seed(0)
         result = run.run_training(*arguments(parts, output_dir / name, **flags))
         SEEN["losses"] = logged(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,21 @@ CASES: dict[str, dict[str, Any]] = {
     "recompute": STAGE_2 | {"recompute": "full", "text_loss": "chunked"},
     "sgd": STAGE_2 | {"optim": "sgd"},
     "rmsprop": STAGE_2 | {"optim": "rmsprop", "learning_rate": 1e-4},
+    # The optimizer of torchao; the embedding table is large enough for states in 8 bits.
+    "adam_8bit": STAGE_2 | {"optim": "adamw_torch_8bit", "save_strategy": "steps", "save_steps": 2},
     # Six steps of two micro-batches; another run resumes from the checkpoint of step 4.
     "accumulated": STAGE_2
     | {"gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     | EVALUATION,
+}
+RESUMED = {"resumed": ("accumulated", 4), "adam_8bit_resumed": ("adam_8bit", 2)}
+"""Name of a run -> the case and step of the checkpoint that it resumes from, two steps before the end."""
+TORCHAO = importlib.util.find_spec("torchao") is not None
+HYBRID: dict[str, Any] = STAGE_2 | {
+    "gradient_accumulation_steps": 2,
+    "max_steps": 4,  # two epochs of 12 samples
+    "save_strategy": "steps",
+    "save_steps": 2,
 }
 
 
@@ -59,11 +71,15 @@ def train_on_two(parts: Path, folder: Path, *, on_gpus: bool = False) -> Path:
     runs = {}
     for engine in ("ddp", "fsdp2"):  # Accelerate keeps FSDP2 once it is told to use it
         for case, flags in CASES.items():
+            if "8bit" in case and not TORCHAO:
+                continue
             own = {"sharding": engine, "use_cpu": not on_gpus}
             own |= {name: str(parts / value) for name, value in flags.items() if value in PATHS}
             runs[f"{engine}-{case}"] = flags | own
-        checkpoint = folder / f"{engine}-accumulated" / "checkpoint-4"
-        runs[f"{engine}-resumed"] = runs[f"{engine}-accumulated"] | {"resume_from_checkpoint": str(checkpoint)}
+        for resumed, (case, step) in RESUMED.items():
+            if f"{engine}-{case}" in runs:
+                checkpoint = folder / f"{engine}-{case}" / f"checkpoint-{step}"
+                runs[f"{engine}-{resumed}"] = runs[f"{engine}-{case}"] | {"resume_from_checkpoint": str(checkpoint)}
     run_engines(parts, folder, runs)
     return folder
 
@@ -79,16 +95,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}:{name}": weight for file in files for name, weight in load_file(file).items()}
 
 
-def check_same(folder: Path, case: str, *, abs_loss: float, abs_weight: float) -> None:
+def check_same(folder: Path, case: str, *, abs_loss: float, abs_weight: float, processes: int = 2) -> None:
     """What both engines have logged and saved is equal up to rounding."""
-    for rank in range(2):
+    for rank in range(processes):
         ddp, fsdp2 = (json.loads((folder / f"{engine}-{case}-{rank}.json").read_text()) for engine in ("ddp", "fsdp2"))
         assert fsdp2["layers"], "decoder layers are not sharded one by one"
         assert fsdp2["partitioned"] > 0
         assert ddp["partitioned"] == 0
         assert fsdp2["unsharded"] == 0, "gradients of all weights are kept between micro-batches"
-        assert fsdp2["steps"] == ddp["steps"]
-        assert len(fsdp2["steps"]) == 2 or case != "resumed", "it has not resumed at step 4 of 6"
+        assert fsdp2["samples"] == ddp["samples"]
+        assert len(fsdp2["steps"]) == 2 or "resumed" not in case, "it has not resumed two steps before the end"
         assert fsdp2["eval_losses"] or "eval_data_path" not in CASES.get(case, {})
         assert fsdp2["losses"] == pytest.approx(ddp["losses"], abs=abs_loss)
         assert fsdp2["norms"] == pytest.approx(ddp["norms"], rel=100 * abs_loss)
@@ -107,10 +123,36 @@ def check_same(folder: Path, case: str, *, abs_loss: float, abs_weight: float) -
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*CASES, "resumed"])
+@pytest.mark.parametrize("case", [*CASES, *RESUMED])
 def test_fsdp2_trains_as_ddp(two: Path, case: str) -> None:
+    if "8bit" in case and not TORCHAO:
+        pytest.skip("torchao is not installed")
     tolerance = 1e-2 if case == "bf16" else 1e-4
     check_same(two, case, abs_loss=tolerance, abs_weight=tolerance)
+
+
+@pytest.fixture(scope="module")
+def four(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DDP, and FSDP2 within two groups of two processes; a run of each, and one that resumes its checkpoint."""
+    folder = tmp_path_factory.mktemp("four")
+    runs = {}
+    for engine, flags in {"ddp": {"sharding": "ddp"}, "fsdp2": {"sharding": "fsdp2", "dp_replicate": 2}}.items():
+        checkpoint = folder / f"{engine}-hybrid" / "checkpoint-2"
+        runs[f"{engine}-hybrid"] = HYBRID | flags | {"use_cpu": True}
+        runs[f"{engine}-hybrid_resumed"] = runs[f"{engine}-hybrid"] | {"resume_from_checkpoint": str(checkpoint)}
+    run_engines(parts, folder, runs, processes=4)
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["hybrid", "hybrid_resumed"])
+def test_hybrid_sharding_trains_as_ddp_on_different_samples(four: Path, case: str) -> None:
+    check_same(four, case, abs_loss=1e-4, abs_weight=1e-4, processes=4)
+    seen = [json.loads((four / f"fsdp2-{case}-{rank}.json").read_text()) for rank in range(4)]
+    assert all(mesh == [2, 2] for rank in seen for mesh in rank["meshes"])
+    samples = sorted(number for rank in seen for number in rank["samples"])
+    assert samples == sorted([*range(12)] * (2 if case == "hybrid" else 1))  # each once in an epoch
 
 
 @pytest.mark.gpu
@@ -119,5 +161,6 @@ def test_fsdp2_trains_as_ddp(two: Path, case: str) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_fsdp2_trains_as_ddp_on_gpus(parts: Path, tmp_path: Path) -> None:
     folder = train_on_two(parts, tmp_path, on_gpus=True)
-    for case in [*CASES, "resumed"]:
-        check_same(folder, case, abs_loss=1e-2, abs_weight=1e-2)
+    for case in [*CASES, *RESUMED]:
+        if "8bit" not in case or TORCHAO:
+            check_same(folder, case, abs_loss=1e-2, abs_weight=1e-2)

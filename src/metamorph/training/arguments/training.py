@@ -14,8 +14,8 @@ from metamorph.data.batching.packing import check_grouping
 from metamorph.flags.checks import check_choice, check_model_reference
 from metamorph.mini import shipped_folder
 from metamorph.models.text_head import TEXT_LOSSES, check_text_loss
-from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.training.arguments.sharding import replicate_shards
+from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.training.arguments.unsupported import UNSUPPORTED
 
 

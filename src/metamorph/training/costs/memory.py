@@ -329,9 +329,9 @@ def _state(
     buckets = compute * min(_BUCKETS, trained)
     if engine.endswith("offload"):
         host = masters + moments + share * _FLOAT32 * trained
-        masters = moments = gradients = 0.0
+        masters = moments = 0.0  # ZeRO-2 accumulates gradients on the GPU
         if engine.startswith("zero3"):
-            host, copies = host + share * (whole + _FLOAT32 * trained), live_weights  # accumulates there, too
+            host, copies, gradients = host + share * whole + gradients, live_weights, 0.0
     zero = {"weights": masters, "compute_copies": copies, "gradients": gradients + buckets, "optimizer": moments}
     return {name: int(value) for name, value in zero.items()}, int(host)
 
