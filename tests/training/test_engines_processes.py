@@ -31,6 +31,15 @@ TOWER = STAGE_2 | {
     "gradient_accumulation_steps": 2,
 }
 """Everything is trained, the tower too, so ranks without images must take part in its gradients."""
+ACCUMULATED = STAGE_2 | {
+    "bf16": True,
+    "optim": "sgd",  # the step is the gradient
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "constant",
+    "max_steps": 1,
+    "save_strategy": "no",
+}
+"""One step in bfloat16 on eight samples."""
 CASES = {"stage_2": STAGE_2, "stage_1": STAGE_1, "tower": TOWER}
 ENGINES = ("ddp", "zero2", "zero3")  # DDP first: Accelerate stays with DeepSpeed once it was asked for
 
@@ -65,6 +74,10 @@ def two(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     mixer = STAGE_2 | {"max_steps": 2, "save_steps": 2, "image_token_reduction": "mlpmixer", "sharding": "zero2"}
     runs["mixer"] = mixer | {"per_device_train_batch_size": 1}
     runs["mixer-finished"] = runs["mixer"] | {"resume_from_checkpoint": str(folder / "mixer" / "checkpoint-2")}
+    for engine in ENGINES:
+        for name, rows, accumulation in (("at_once", 4, 1), ("accumulated", 1, 4)):
+            own = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+            runs[f"{engine}-{name}"] = ACCUMULATED | own | {"sharding": engine}
     run_engines(parts, folder, runs)
     return folder
 
@@ -124,6 +137,18 @@ def test_zero3_partitions_everything_but_the_frozen_tower(two: Path) -> None:
     assert not frozen["tower_partitioned"]
     assert trained["tower_partitioned"]
     assert not trained["outside"]
+
+
+def accumulation_error(folder: Path, engine: str) -> float:
+    """Distance between the weights after one step with accumulation and without."""
+    paths = [folder / f"{engine}-{name}" / "model.safetensors" for name in ("accumulated", "at_once")]
+    accumulated, at_once = (load_file(path) for path in paths)
+    return sum(float((accumulated[name] - weight).square().sum()) for name, weight in at_once.items()) ** 0.5
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_zero_accumulates_in_float32_as_ddp_does(two: Path, engine: str) -> None:
+    assert 0 < accumulation_error(two, engine) < 1.5 * accumulation_error(two, "ddp")
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
