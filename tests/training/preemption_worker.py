@@ -40,11 +40,11 @@ def run_case(parts: Path, folder: Path, flags: dict[str, Any]) -> dict[str, Any]
 
 
 def restartable(parts: Path, name: str) -> None:
-    """A run that gets the signal `name` on one process in its fourth step, unless torchrun has restarted it."""
+    """A run that gets the signal `name` on one process in its third step, unless torchrun has restarted it."""
     start, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
     (parts / f"{name}-start-{start}-{rank}").touch()
     flags = FLAGS | CASES["stage1"] | {"save_strategy": "steps", "save_steps": 2}
-    callbacks = [SignalIn(4, signal.Signals[name])] if start == "0" else []
+    callbacks = [SignalIn(3, signal.Signals[name])] if start == "0" else []
     with recorded() as steps:
         result = run_training(*arguments(parts, parts / name, **flags), callbacks=callbacks)
     (parts / f"{name}-{rank}.json").write_text(json.dumps({"steps": steps, "losses": logged(result)}))
