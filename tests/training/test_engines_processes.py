@@ -143,7 +143,7 @@ def test_zero3_partitions_everything_but_the_frozen_tower(two: Path) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_are_accumulated_in_float32(two: Path, engine: str) -> None:
-    """Four times a quarter of the gradient of one sample is that gradient, but 3/4 of it is not a number of bfloat16."""
+    """Four quarters of the gradient of one sample are that gradient, but three quarters of it are no bfloat16."""
     one, four = (load_file(two / f"{engine}-accumulated_{count}" / "model.safetensors") for count in (1, 4))
     for name, weight in one.items():
         assert torch.allclose(four[name], weight, rtol=0, atol=1e-6), name
