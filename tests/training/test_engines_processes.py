@@ -56,7 +56,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_language_model(folder / "llm")
     make_vision_tower(folder / "tower")
     records = make_records(folder).read_text().splitlines()
-    (folder / "same.jsonl").write_text(f"{records[2]}\n" * 8)  # asks with an image and answers with one
+    (folder / "same.jsonl").write_text(f"{records[2]}\n" * 16)  # asks with an image and answers with one
     return folder
 
 
@@ -76,7 +76,7 @@ def two(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs["mixer"] = mixer | {"per_device_train_batch_size": 1}
     runs["mixer-finished"] = runs["mixer"] | {"resume_from_checkpoint": str(folder / "mixer" / "checkpoint-2")}
     for engine in ENGINES:
-        for accumulation in (1, 4):
+        for accumulation in (1, 8):
             own = {"sharding": engine, "data_path": str(parts / "same.jsonl")}
             own |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
             runs[f"{engine}-accumulated_{accumulation}"] = ACCUMULATED | own
@@ -143,10 +143,10 @@ def test_zero3_partitions_everything_but_the_frozen_tower(two: Path) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_are_accumulated_in_float32(two: Path, engine: str) -> None:
-    """Four quarters of the gradient of one sample are that gradient, but three quarters of it are no bfloat16."""
-    one, four = (load_file(two / f"{engine}-accumulated_{count}" / "model.safetensors") for count in (1, 4))
+    """Eight times an eighth of the gradient of one sample is that gradient; sums in bfloat16 differ by 0.4 %."""
+    one, eight = (load_file(two / f"{engine}-accumulated_{count}" / "model.safetensors") for count in (1, 8))
     for name, weight in one.items():
-        assert torch.allclose(four[name], weight, rtol=0, atol=1e-6), name
+        assert torch.allclose(eight[name], weight, rtol=0, atol=1e-6), name
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
