@@ -67,6 +67,8 @@ trap '[[ -z "${torchrun}" ]] || kill -INT "${torchrun}"' INT
 if ((NODE_RANK == 0)); then
     rm -f "${marker}" # of an earlier run
 fi
+# Without this, restarted processes meet in a store that has the addresses of the failed ones, and hang (PyTorch 2.13).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 export PYTHONUNBUFFERED=1 # log lines appear when they are written
 # torchrun must ignore both signals: by default it would kill its processes 30 seconds after SIGTERM.
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGINT,SIGHUP,SIGQUIT}"

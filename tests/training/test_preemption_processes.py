@@ -76,7 +76,8 @@ def test_r25_a_preempted_run_resumes_as_if_nothing_had_happened(folder: Path, ca
 @pytest.mark.parametrize(("name", "starts"), [("SIGKILL", 2), ("SIGUSR1", 1)])
 def test_torchrun_restarts_a_run_that_crashed_but_not_a_preempted_one(folder: Path, name: str, starts: int) -> None:
     command = [*LAUNCH, "--max-restarts", "1", WORKER, str(folder), name]
-    done = subprocess.run(command, env=environment(), timeout=TIMEOUT, capture_output=True, text=True)
+    env = environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as launch.sh does
+    done = subprocess.run(command, env=env, timeout=TIMEOUT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     assert len(list(folder.glob(f"{name}-start-*-0"))) == starts
     assert (folder / name / MARKER_FILE).exists() == (name == "SIGUSR1")
