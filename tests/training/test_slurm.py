@@ -94,7 +94,7 @@ def test_r28_stage_1_at_its_time_limit_and_stage_2_preempted_resume_at_the_next_
 def find_process(output_dir: Path, rank: int) -> psutil.Process:
     """The training process of a rank; its data workers have the same environment."""
     for process in psutil.process_iter():
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             environment, parent = process.environ(), process.parent()
             mine = environment.get("OUTPUT_DIR") == str(output_dir) and environment.get("RANK") == str(rank)
             if mine and parent is not None and "RANK" not in parent.environ():
