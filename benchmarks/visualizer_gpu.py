@@ -1,6 +1,6 @@
 """The visualizer at the sizes of Stable Diffusion 1.5 on one GPU: random weights, bfloat16, compiled or not.
 
-Run by `make gpu`, see `gpu.py`. A training step is what the trainer does on one GPU: SigLIP-SO400M (384
+`make gpu` runs it, see `gpu.py`. A training step is what the trainer does on one GPU: SigLIP-SO400M (384
 pixels, 64 tokens) and the VAE frozen in bfloat16, projector and UNet in float32 under autocast, clipping, an AdamW
 update and the moving average, at 512 pixels; compiled means as `--torch_compile` compiles. MFU is the UNet's: FLOPs of
 its forward, counted by PyTorch's FlopCounterMode, × 3 for forward and backward, / (seconds · peak); the encoders' work
