@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     found = run_parts(commands, file, 60 * flags.minutes)
     text = section({name: found[name] for name in commands if name in found})
     print(text)
-    if not flags.small:
+    if found and not flags.small:
         before, _, rest = RESULTS.read_text(encoding="utf-8").partition(BEGIN)
         RESULTS.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     if missing := [name for name in commands if name not in found or found[name]["status"] != "ok"]:
@@ -102,9 +102,9 @@ def measure(name: str, *, small: bool) -> dict[str, Any]:
 
 
 def run_parts(commands: dict[str, list[str]], file: Path, seconds: float) -> dict[str, dict[str, Any]]:
-    """Run the parts that `file` lacks, for at most `seconds`, and keep each in it; returns those with this environment.
+    """Run the parts that `file` lacks, for at most `seconds`, and keep each in it.
 
-    Those that were ended before, or have failed, are not `ok`.
+    Returns the parts of this environment by name. The status of one that failed or took too long is not `ok`.
     """
     here, end = environment(), time.monotonic() + seconds
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -150,13 +150,14 @@ def run(command: list[str], seconds: float) -> dict[str, Any]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
     try:
         output, errors = process.communicate(timeout=seconds)
         status = "ok" if process.returncode == 0 else f"failed with exit code {process.returncode}"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started: they hold memory of the GPU
+        started = psutil.Process(process.pid).children(recursive=True)  # they hold memory of the GPU, too
+        for each in (process, *started):
+            each.kill()
         output, errors = process.communicate()
         status = f"stopped after {seconds:.0f} s"
     if status != "ok":
@@ -178,24 +179,25 @@ def section(found: dict[str, dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "transformers", "diffusers", "code"))
     lines = [f"{first['device']}, {versions}, by `make gpu`."]
     for kind in KINDS:
-        rows = [row(part) for name, part in found.items() if name.startswith(kind)]
+        rows = [cells(part) for name, part in found.items() if name.startswith(kind)]
         columns = list(dict.fromkeys(column for row in rows for column in row))
         if rows:
             lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        for cells in ([row.get(column, "") for column in columns] for row in rows):
-            values = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in cells)
+        for row in rows:
+            values = [row.get(column, "") for column in columns]
+            values = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
             lines.append("| " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
 
 
-def row(part: dict[str, Any]) -> dict[str, Any]:
+def cells(part: dict[str, Any]) -> dict[str, Any]:
     """The cells of a part, by column."""
     is_ok, result = part["status"] == "ok", part["result"]
     if is_ok and result.startswith("{"):
-        cells = json.loads(result)
+        measured = json.loads(result)
     else:
-        cells = {"result": result if is_ok else f"{part['status']}: {result}"}
-    return {"command": f"`{part['command']}`", "date": part["date"], **cells}
+        measured = {"result": result if is_ok else f"{part['status']}: {result}"}
+    return {"command": f"`{part['command']}`", "date": part["date"], **measured}
 
 
 if __name__ == "__main__":
