@@ -1,6 +1,6 @@
 """The visualizer at the sizes of Stable Diffusion 1.5 on one GPU: random weights, bfloat16, compiled or not.
 
-Run by `make gpu`, see `gpu.py`. A training step is what the trainer does on one GPU: SigLIP-SO400M (384
+`make gpu` runs it, see `gpu.py`. A training step is what the trainer does on one GPU: SigLIP-SO400M (384
 pixels, 64 tokens) and the VAE frozen in bfloat16, projector and UNet in float32 under autocast, clipping, an AdamW
 update and the moving average, at 512 pixels; compiled means as `--torch_compile` compiles. MFU is the UNet's: FLOPs of
 its forward, counted by PyTorch's FlopCounterMode, × 3 for forward and backward, / (seconds · peak); the encoders' work
@@ -35,7 +35,15 @@ VAE = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "sample_size": 512,
 }
-SMALL_UNET = {"block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 32, "norm_num_groups": 8}
+SMALL_UNET = {
+    "sample_size": 8,
+    "block_out_channels": (32, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 32,
+    "norm_num_groups": 8,
+}
 SMALL_VAE = {"block_out_channels": (16, 16, 16, 16), "norm_num_groups": 8}
 TRAINING = ((16, False), (16, True), (32, True))
 """Images per step, and whether the projector and the blocks of the UNet are compiled."""
