@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,16 @@ def is_partitioned(weight: torch.Tensor) -> bool:
     return hasattr(weight, "ds_id") or isinstance(weight, DTensor)
 
 
+def without_weights(parts: Path, flags: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Flags that name copies of the models in `flags` that lack their weights."""
+    copies = {}
+    for flag, default in (("model_name_or_path", parts / "llm"), ("vision_tower", parts / "tower")):
+        copy = folder / flag
+        shutil.copytree(flags.get(flag, default), copy, ignore=shutil.ignore_patterns("*.safetensors"))
+        copies[flag] = str(copy)
+    return copies
+
+
 def main(parts: Path, output_dir: Path) -> None:
     """Train every run of `runs.json`."""
     run.MetaMorphTrainer = Recording  # type: ignore[misc]
@@ -69,6 +80,8 @@ def main(parts: Path, output_dir: Path) -> None:
     for name, flags in runs.items():
         if flags["sharding"] == "fsdp2" and flags["use_cpu"]:
             shard_on_cpu()
+        if flags["sharding"] == "fsdp2" and os.environ["RANK"] != "0" and "resume_from_checkpoint" not in flags:
+            flags |= without_weights(parts, flags, output_dir / f"{name}-without-weights")
         SEEN.clear()
         SEEN["steps"] = []
         torch.manual_seed(0)

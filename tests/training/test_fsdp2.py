@@ -55,7 +55,10 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_on_two(parts: Path, folder: Path, *, on_gpus: bool = False) -> Path:
-    """Run every case with DDP and with FSDP2 in `folder`: `ENGINE-CASE-RANK.json` and `ENGINE-CASE/`."""
+    """Run every case with DDP and with FSDP2 in `folder`: `ENGINE-CASE-RANK.json` and `ENGINE-CASE/`.
+
+    With FSDP2, the second process has no access to weights: it gets them from the first.
+    """
     runs = {}
     for engine in ("ddp", "fsdp2"):  # Accelerate keeps FSDP2 once it is told to use it
         for case, flags in CASES.items():
@@ -63,6 +66,8 @@ def train_on_two(parts: Path, folder: Path, *, on_gpus: bool = False) -> Path:
             own |= {name: str(parts / value) for name, value in flags.items() if value in PATHS}
             runs[f"{engine}-{case}"] = flags | own
         checkpoint = folder / f"{engine}-accumulated" / "checkpoint-4"
+        own = {"sharding": engine, "use_cpu": not on_gpus, "model_name_or_path": str(folder / "ddp-tied")}
+        runs[f"{engine}-continued"] = SHARED | {"stage": 2} | own
         runs[f"{engine}-resumed"] = runs[f"{engine}-accumulated"] | {"resume_from_checkpoint": str(checkpoint)}
     run_engines(parts, folder, runs)
     return folder
@@ -107,7 +112,7 @@ def check_same(folder: Path, case: str, *, abs_loss: float, abs_weight: float) -
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*CASES, "resumed"])
+@pytest.mark.parametrize("case", [*CASES, "continued", "resumed"])
 def test_fsdp2_trains_as_ddp(two: Path, case: str) -> None:
     tolerance = 1e-2 if case == "bf16" else 1e-4
     check_same(two, case, abs_loss=tolerance, abs_weight=tolerance)
@@ -119,5 +124,5 @@ def test_fsdp2_trains_as_ddp(two: Path, case: str) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_fsdp2_trains_as_ddp_on_gpus(parts: Path, tmp_path: Path) -> None:
     folder = train_on_two(parts, tmp_path, on_gpus=True)
-    for case in [*CASES, "resumed"]:
+    for case in [*CASES, "continued", "resumed"]:
         check_same(folder, case, abs_loss=1e-2, abs_weight=1e-2)

@@ -207,6 +207,8 @@ class MetaMorphTrainer(RunTrainer):
 
     def read_weights(self, folder: str) -> None:
         """Load what `write_weights` has written."""
+        if self.model.get_decoder().device.type == "meta":
+            return  # the first process has the weights, see `load_for_engine`
         if self.stage == 1:
             load_connector(self.model, folder)
         elif has_adapter(self.model):

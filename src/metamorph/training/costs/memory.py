@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from metamorph.flags.checks import check_choice
 from metamorph.models.text_head import MAX_LOGITS
+from metamorph.training.arguments import MetaMorphTrainingArguments, RunArguments
 from metamorph.training.arguments.training import RECOMPUTE
 from metamorph.training.optimizer import VISION_TOWER, module_of
 
@@ -217,6 +218,24 @@ def estimate_memory(
     )
 
 
+def estimate_run(
+    args: RunArguments, model: PreTrainedModel, engine: str, batch: MicroBatch, num_processes: int
+) -> MemoryEstimate:
+    """[`estimate_memory`] of a run with these flags."""
+    return estimate_memory(
+        model,
+        engine,
+        batch,
+        num_processes=num_processes,
+        bf16=args.compute_dtype.itemsize < _FLOAT32,
+        recompute=recomputed(args.training),
+        all_logits=args.training.text_loss == "full",
+        optimizer_bytes=optimizer_bytes_of(args.training.optim),
+        matrix_bytes=matrix_bytes_of(args),
+        tower_on_gpu=args.encodes_images,
+    )
+
+
 def optimizer_bytes_of(optim: str) -> int:
     """Bytes of state per trained parameter of an optimizer of `--optim`; AdamW has 8."""
     name = str(optim).lower()
@@ -227,15 +246,21 @@ def optimizer_bytes_of(optim: str) -> int:
     return 4 if "lion" in name or "rmsprop" in name else 8
 
 
-def matrix_bytes_of(bits: int, *, rounded: bool, double_quant: bool = True, compute: int = _HALF) -> float:
+def matrix_bytes_of(args: RunArguments) -> float:
     """Bytes of each frozen weight in the linear layers of the decoder on a GPU.
 
-    If `rounded` (in stage 1 and with LoRA), they are in the precision of the computation (`compute` bytes). With `bits`
-    4 they are in 4 bits and a scale for 64 weights, which `double_quant` quantises, too.
+    In stage 1 and with LoRA, they are in the precision of the computation, see `store_frozen_matrices`. With `--bits 4`
+    they are in 4 bits and a scale for 64 weights, which `--double_quant` quantises, too.
     """
-    if bits == 4:
-        return 0.5 + (1 / 64 + 4 / (64 * 256) if double_quant else 4 / 64)
-    return compute if rounded else _FLOAT32
+    if args.model.bits == 4:
+        return 0.5 + (1 / 64 + 4 / (64 * 256) if args.model.double_quant else 4 / 64)
+    return args.compute_dtype.itemsize if args.model.stage == 1 or args.model.lora_enable else _FLOAT32
+
+
+def recomputed(args: MetaMorphTrainingArguments) -> str:
+    """The value of `--recompute`, taking Transformers' own flag into account."""
+    theirs = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)  # from 5.23 on
+    return "full" if theirs and args.recompute == "none" else args.recompute
 
 
 def decoder_activations(
