@@ -20,8 +20,8 @@ from metamorph.training.stages import apply_stage
 def load_for_engine(args: RunArguments, spec: ModelSpec) -> tuple[MetaMorphForConditionalGeneration, str]:
     """Decide on the engine, load the model as it needs it, and return both. Every process must call it.
 
-    With FSDP2 only the first process reads weights. In the others, all but the vision tower is on the meta device until
-    Accelerate prepares the model.
+    With FSDP2 only the first process reads weights. In the others, only the vision tower has any until Accelerate
+    prepares the model; the rest is on the meta device.
     """
     training, outline = args.training, None
     if training.fsdp or (training.world_size > 1 and training.deepspeed_plugin is None):

@@ -133,7 +133,7 @@ def _encode(
     chunks: list[dict[str, torch.Tensor]] = []
     for batch in Progress(loader, "encoding images", unit="batch"):
         results = encoders(batch["tower_pixels"], batch["vae_pixels"]) | {"weight": batch["weight"]}
-        chunks.append({name: value.cpu() for name, value in results.items()})
+        chunks.append({name: value.cpu().contiguous() for name, value in results.items()})
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]} if chunks else {}
 
 

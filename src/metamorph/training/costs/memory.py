@@ -199,19 +199,20 @@ def estimate_memory(
     # Only autocast keeps the residual stream in float32; sharding engines cast the inputs of the model.
     residual = _FLOAT32 if engine in ("single", "ddp") else compute
     logits = (batch.supervised or batch.tokens) * model.config.text_config.vocab_size
+    logits = (logits if all_logits else min(logits, MAX_LOGITS)) * (LOGIT_BYTES - (0 if bf16 else _HALF))
     moments: float = optimizer_bytes
     if optimizer_bytes == _EIGHT_BITS and sizes.trained:  # except for embeddings, see the trainer
         tables = {id(part.weight): part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
         embeddings = sum(table.numel() for table in tables.values() if table.requires_grad)
         moments += (2 * _FLOAT32 - _EIGHT_BITS) * embeddings / sizes.trained
-    state, host = _state(sizes, engine, num_processes, compute, moments, recompute)
+    state, host = _state(sizes, engine, num_processes, compute, moments, recompute, logits)
     return MemoryEstimate(
         **state,
         activations=int(
             decoder_activations(model.config.text_config, batch, compute, residual, recompute, sizes.layers)
             + _trained_tower_activations(model, batch.images, compute)
         ),
-        logits=(logits if all_logits else min(logits, MAX_LOGITS)) * (LOGIT_BYTES - (0 if bf16 else _HALF)),
+        logits=logits,
         frozen_tower=sizes.tower * compute + (_frozen_tower_work(model, batch.images, compute) if sizes.tower else 0),
         runtime=RUNTIME_BYTES if on_gpu else 0,
         host=host,
@@ -318,7 +319,7 @@ def decoder_activations(
 
 
 def _state(
-    sizes: ModelSizes, engine: str, processes: int, compute: int, optimizer_bytes: float, recompute: str
+    sizes: ModelSizes, engine: str, processes: int, compute: int, optimizer_bytes: float, recompute: str, logits: int
 ) -> tuple[dict[str, int], int]:
     """Weights, copies, gradients and optimizer of one process, and its main memory for offloading."""
     trained, share = sizes.trained, 1 / processes
@@ -336,7 +337,8 @@ def _state(
     live = 2 * sizes.layer + sizes.root
     gathered = compute * live
     if engine == "fsdp2":
-        partial = compute * (sizes.layer + sizes.root) if trained > live else 0
+        # Gradients to average; the first are those of `lm_head`, when the logits are gone.
+        partial = max(compute * (sizes.layer + sizes.root) - logits, 0) if trained > live else 0
         sharded = {
             "weights": share * (_FLOAT32 * trained + sizes.frozen_bytes),
             "compute_copies": gathered,
