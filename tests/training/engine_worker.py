@@ -59,11 +59,13 @@ def is_partitioned(weight: torch.Tensor) -> bool:
 
 
 def without_weights(parts: Path, flags: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Flags that name copies of the models in `flags` that lack their weights."""
+    """Flags that name copies of the models in `flags` whose files of weights are empty."""
     copies = {}
     for flag, default in (("model_name_or_path", parts / "llm"), ("vision_tower", parts / "tower")):
         copy = folder / flag
-        shutil.copytree(flags.get(flag, default), copy, ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(flags.get(flag, default), copy)
+        for file in copy.glob("*.safetensors"):
+            os.truncate(file, 0)
         copies[flag] = str(copy)
     return copies
 

@@ -65,10 +65,11 @@ def train_on_two(parts: Path, folder: Path, *, on_gpus: bool = False) -> Path:
             own = {"sharding": engine, "use_cpu": not on_gpus}
             own |= {name: str(parts / value) for name, value in flags.items() if value in PATHS}
             runs[f"{engine}-{case}"] = flags | own
-        checkpoint = folder / f"{engine}-accumulated" / "checkpoint-4"
         own = {"sharding": engine, "use_cpu": not on_gpus, "model_name_or_path": str(folder / "ddp-tied")}
         runs[f"{engine}-continued"] = SHARED | {"stage": 2} | own
-        runs[f"{engine}-resumed"] = runs[f"{engine}-accumulated"] | {"resume_from_checkpoint": str(checkpoint)}
+        for name, checkpoint in (("resumed", "checkpoint-4"), ("finished", "checkpoint-6")):
+            resume = {"resume_from_checkpoint": str(folder / f"{engine}-accumulated" / checkpoint)}
+            runs[f"{engine}-{name}"] = runs[f"{engine}-accumulated"] | resume
     run_engines(parts, folder, runs)
     return folder
 
@@ -116,6 +117,14 @@ def check_same(folder: Path, case: str, *, abs_loss: float, abs_weight: float) -
 def test_fsdp2_trains_as_ddp(two: Path, case: str) -> None:
     tolerance = 1e-2 if case == "bf16" else 1e-4
     check_same(two, case, abs_loss=tolerance, abs_weight=tolerance)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_finished_run_writes_its_result_again(two: Path) -> None:
+    found, expected = weights(two / "fsdp2-finished"), weights(two / "fsdp2-accumulated")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 @pytest.mark.gpu
