@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -63,6 +64,18 @@ def is_partitioned(weight: torch.Tensor) -> bool:
     return hasattr(weight, "ds_id") or isinstance(weight, DTensor)
 
 
+def without_weights(parts: Path, flags: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Flags that name copies of the models in `flags` whose files of weights are empty."""
+    copies = {}
+    for flag, default in (("model_name_or_path", parts / "llm"), ("vision_tower", parts / "tower")):
+        copy = folder / flag
+        shutil.copytree(flags.get(flag, default), copy)
+        for file in copy.glob("*.safetensors"):
+            os.truncate(file, 0)
+        copies[flag] = str(copy)
+    return copies
+
+
 def main(parts: Path, output_dir: Path) -> None:
     """Train every run of `runs.json`."""
     run.MetaMorphTrainer = Recording  # type: ignore[misc]
@@ -75,6 +88,8 @@ def main(parts: Path, output_dir: Path) -> None:
     for name, flags in runs.items():
         if flags["sharding"] == "fsdp2" and flags["use_cpu"]:
             shard_on_cpu()
+        if flags["sharding"] == "fsdp2" and os.environ["RANK"] != "0" and "resume_from_checkpoint" not in flags:
+            flags |= without_weights(parts, flags, output_dir / f"{name}-without-weights")
         SEEN.clear()
         SEEN["steps"], SEEN["samples"] = [], []
         if "8bit" in flags.get("optim", ""):  # torchao would generate code for the step of each shape: minutes

@@ -46,8 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
     | {"gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     | EVALUATION,
 }
-RESUMED = {"resumed": ("accumulated", 4), "adam_8bit_resumed": ("adam_8bit", 2)}
-"""Name of a run -> the case and step of the checkpoint that it resumes from, two steps before the end."""
+RESUMED = {"resumed": ("accumulated", 4), "finished": ("accumulated", 6), "adam_8bit_resumed": ("adam_8bit", 2)}
+"""Name of a run -> the case and step of the checkpoint that it resumes from."""
 TORCHAO = importlib.util.find_spec("torchao") is not None
 HYBRID: dict[str, Any] = STAGE_2 | {
     "gradient_accumulation_steps": 2,
@@ -70,7 +70,10 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_on_two(parts: Path, folder: Path, cases: Iterable[str], *, on_gpus: bool = False) -> Path:
-    """Run the cases with DDP and with FSDP2 in `folder`: `ENGINE-CASE-RANK.json` and `ENGINE-CASE/`."""
+    """Run the cases with DDP and with FSDP2 in `folder`: `ENGINE-CASE-RANK.json` and `ENGINE-CASE/`.
+
+    With FSDP2, the second process has no access to weights: it gets them from the first.
+    """
     runs = {}
     for engine in ("ddp", "fsdp2"):  # Accelerate keeps FSDP2 once it is told to use it
         for case in cases:
@@ -84,6 +87,9 @@ def train_on_two(parts: Path, folder: Path, cases: Iterable[str], *, on_gpus: bo
             if f"{engine}-{case}" in runs:
                 checkpoint = folder / f"{engine}-{case}" / f"checkpoint-{step}"
                 runs[f"{engine}-{resumed}"] = runs[f"{engine}-{case}"] | {"resume_from_checkpoint": str(checkpoint)}
+        if "tied" in cases:
+            own = {"sharding": engine, "use_cpu": not on_gpus, "model_name_or_path": str(folder / "ddp-tied")}
+            runs[f"{engine}-continued"] = SHARED | {"stage": 2} | own
     run_engines(parts, folder, runs)
     return folder
 
@@ -127,7 +133,7 @@ def check_same(folder: Path, case: str, *, abs_loss: float, abs_weight: float, p
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*CASES, *RESUMED])
+@pytest.mark.parametrize("case", [*CASES, "continued", *(name for name in RESUMED if name != "finished")])
 def test_fsdp2_trains_as_ddp(two: Path, case: str) -> None:
     if "8bit" in case and not TORCHAO:
         pytest.skip("torchao is not installed")
@@ -157,6 +163,14 @@ def test_hybrid_sharding_trains_as_ddp_on_different_samples(four: Path, case: st
     assert all(mesh == [2, 2] for rank in seen for mesh in rank["meshes"])
     samples = sorted(number for rank in seen for number in rank["samples"])
     assert samples == sorted([*range(12)] * (2 if case == "hybrid" else 1))  # each once in an epoch
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_finished_run_writes_its_result_again(two: Path) -> None:
+    found, expected = weights(two / "fsdp2-finished"), weights(two / "fsdp2-accumulated")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ from metamorph.training.costs.memory import (
     model_sizes,
     optimizer_bytes_of,
 )
-from metamorph.training.dry_run.preview import build_outline
+from metamorph.training.load import build_outline
 from metamorph.training.stages import apply_stage, summarise
 
 

@@ -28,7 +28,7 @@ from metamorph.training.base_trainer import RunTrainer
 from metamorph.training.checkpoints.resume import Position, describe_data, steps_per_epoch
 from metamorph.training.checkpoints.weights import load_weights
 from metamorph.training.costs.flops import model_flops
-from metamorph.training.engines.prepare import gathered_weights
+from metamorph.training.engines.prepare import gathered_weights, reads_on_first_process
 from metamorph.training.engines.weights import FrozenTower
 from metamorph.training.metrics import LossWindow, count_targets, count_tokens, validation_metrics
 from metamorph.training.optimizer import learning_rates, module_of, optimizer_groups
@@ -205,8 +205,15 @@ class MetaMorphTrainer(RunTrainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
+    @property
+    def _waits_for_weights(self) -> bool:
+        """Whether this process gets weights from the first one, once the model is sharded: see `load_for_engine`."""
+        return self.args.process_index > 0 and reads_on_first_process(self.args)
+
     def read_weights(self, folder: str) -> None:
         """Load what `write_weights` has written."""
+        if self._waits_for_weights:
+            return
         if self.stage == 1:
             load_connector(self.model, folder)
         elif has_adapter(self.model):
@@ -229,7 +236,7 @@ class MetaMorphTrainer(RunTrainer):
         if self.frozen_tower is not None:
             self.frozen_tower.restore()
             self.frozen_tower = None
-        if not self.is_sharded:
+        if not self.is_sharded and not self._waits_for_weights:
             self.plain_model.model.vision_tower.to(self.args.device)
             merge_new_token_rows(self.plain_model)
 

@@ -125,7 +125,8 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     random_crop: bool = False
     """Cut the square at a random place instead of from the centre."""
     cache_latents: bool = False
-    """Encode every image once, before training, and keep tokens and latents in memory."""
+    """Encode every image once, before training, and keep tokens and latents in memory; several processes share them, by
+    files in output_dir while they train."""
 
     training_steps: int = 16_000
     """Optimizer steps, and the horizon of the learning-rate schedule."""
