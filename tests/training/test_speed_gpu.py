@@ -25,7 +25,7 @@ def to_gpu(value):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_r06_our_code_never_waits_for_the_gpu(packed):
-    """PyTorch warns at every line that waits; one of Transformers, which looks at the mask, is not ours."""
+    """PyTorch warns at every line that waits; one of Transformers, which looks at padded rows, is not ours."""
     model = build_tiny_model().train().cuda()
     batch = to_gpu(collate(model.config, packed, model.config.image_token_id))
     normalizers = (torch.tensor(11.0, device="cuda"), torch.tensor(4.0, device="cuda"))
@@ -38,7 +38,7 @@ def test_r06_our_code_never_waits_for_the_gpu(packed):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [str(warning.filename) for warning in caught if "synchroniz" in str(warning.message)]
-    assert not [place for place in waits if "metamorph" in place]
+    assert not [place for place in waits if packed or "metamorph" in place]
 
 
 @pytest.mark.parametrize(
