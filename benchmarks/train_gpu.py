@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers.utils import is_flash_attn_2_available
 
 from metamorph.data.batching.collation import PackedCollator
 from metamorph.models.configuration_metamorph import MetaMorphConfig
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.costs.flops import Work, count_work, model_flops
-from metamorph.training.engines.attention import best_gpu_attention
 from metamorph.training.engines.speed import compile_layers, recompute_layers
 
 
@@ -140,9 +140,10 @@ def build_model(case: Case) -> MetaMorphForConditionalGeneration:
     with torch.device(DEVICE):
         model = MetaMorphForConditionalGeneration(config).train()
     model.model.vision_tower.requires_grad_(False).bfloat16()
-    chosen = best_gpu_attention(model.get_decoder(), packing=True, recompute=case.recompute)
-    if chosen is not None and torch.cuda.is_available():
-        model.set_attn_implementation({"text_config": chosen})
+    if is_flash_attn_2_available():
+        model.set_attn_implementation({"text_config": "flash_attention_2"})
+    elif torch.cuda.is_available() and case.recompute != "selective":
+        model.packed_kernel = "flex_attention"
     if case.recompute != "none":
         recompute_layers(model, selective=case.recompute == "selective")
     if case.compiled:

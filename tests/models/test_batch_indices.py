@@ -36,7 +36,7 @@ def test_r06_forward_and_backward_never_ask_the_device():
     Transformers' own look at positions or mask is not seen here: it is left out where tensors are fake.
     """
     model = build_tiny_model().train()
-    model.masks_samples = False  # a mask of another class than fake tensors
+    model.packed_kernel = None  # a mask of another class than fake tensors
     for packed in (False, True):
         for image_token_id, asks in ((model.config.image_token_id, False), (None, True)):
             batch = collate(model.config, packed, image_token_id)

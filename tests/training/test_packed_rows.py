@@ -11,7 +11,7 @@ from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_p
 
 from metamorph.data.batching.collation import PackedCollator, PaddedCollator, flash_attention_boundaries
 from metamorph.models.packed_attention import SampleMask, mask_of_samples
-from metamorph.training.engines.attention import best_gpu_attention, check_keeps_samples_apart, uses_flash_attention
+from metamorph.training.engines.attention import check_keeps_samples_apart, flex_attention_fits, uses_flash_attention
 
 
 KINDS = "tvgmvtgm"
@@ -234,24 +234,28 @@ def test_padding_on_the_right_needs_no_mask(text_config: dict) -> None:
 
 
 @pytest.mark.slow
-def test_flex_attention_equals_sdpa() -> None:
-    """Compiled for the CPU, where it has no backward pass."""
+@pytest.mark.parametrize("autocast", [False, True])
+def test_flex_attention_equals_sdpa(autocast: bool) -> None:
+    """By its kernel for the CPU, where it has no backward pass."""
     model = build_tiny_model()
     batch = packed(samples_of(model.config), image_token_id=model.config.image_token_id)
     losses = []
-    with torch.no_grad():
-        for attention in ("sdpa", "flex_attention"):
-            model.set_attn_implementation({"text_config": attention})
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for implementation, model.packed_kernel in (
+            ("sdpa", "sdpa"),
+            ("sdpa", "flex_attention"),
+            ("flex_attention", "sdpa"),
+        ):
+            model.set_attn_implementation({"text_config": implementation})
             losses.append(model(**batch).loss)
-    torch.testing.assert_close(*losses)
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], rtol=1e-2 if autocast else 1e-6, atol=0)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="flex attention is chosen from PyTorch 2.13 on")
-def test_the_attention_of_a_gpu_without_flash_attention() -> None:
+def test_where_flex_attention_fits() -> None:
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     decoder = build_tiny_model(text_config=sizes).get_decoder()
-    assert best_gpu_attention(decoder, packing=True, recompute="full") == "flex_attention"
-    assert best_gpu_attention(decoder, packing=False, recompute="full") is None
-    assert best_gpu_attention(decoder, packing=True, recompute="selective") is None
+    assert flex_attention_fits(decoder)
     decoder.config.attention_dropout = 0.1
-    assert best_gpu_attention(decoder, packing=True, recompute="full") is None
+    assert not flex_attention_fits(decoder)
+    assert not flex_attention_fits(build_tiny_model(text_config={**sizes, "head_dim": 8}).get_decoder())

@@ -42,7 +42,7 @@ from .families import (
 from .generation import MetaMorphGenerationMixin
 from .losses import LossNormalizers, LossSum, average, cosine_sum, direction_sums, text_loss, visual_loss
 from .outputs import MetaMorphOutput
-from .packed_attention import mask_of_samples
+from .packed_attention import PackedKernel, mask_of_samples
 from .projectors import build_mm_projector, build_vision_head
 from .text_head import TextHead, TextLossOptions
 from .vision_tower import VisionTower, normalize_visual_tokens
@@ -57,8 +57,8 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
 
     text_loss_options = TextLossOptions()
     """How the text loss is computed. Not part of the configuration: the result is the same."""
-    masks_samples = True
-    """Whether packed rows get the masks of `packed_attention.py` rather than those of Transformers."""
+    packed_kernel: PackedKernel | None = "sdpa"
+    """What computes packed rows; None leaves their masks to Transformers. Not part of the configuration either."""
     accepts_loss_kwargs = True
     """Tells `transformers.Trainer` that `forward` takes `num_items_in_batch`."""
 
@@ -233,8 +233,9 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             use_cache = False
         if indices is None and labels is not None:
             indices = index_batch(input_ids, labels, visual_target_mask, self.config.image_token_id)
-        if attention_mask is None and indices is not None and "spans" in indices and self.masks_samples:
-            attention_mask = mask_of_samples(self.get_decoder(), indices["spans"], indices["images"].device)
+        if attention_mask is None and indices is not None and "spans" in indices and self.packed_kernel is not None:
+            device = indices["images"].device
+            attention_mask = mask_of_samples(self.get_decoder(), indices["spans"], device, self.packed_kernel)
         balances = labels is not None and self._balances_experts
         if balances:
             kwargs["output_router_logits"] = True

@@ -7,19 +7,23 @@ attention skip what lies outside of a sample, and need no look at values on a GP
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 
+PackedKernel = Literal["sdpa", "flex_attention"]
+"""What computes packed rows where the language model uses SDPA: its causal kernel for each sample, or one of blocks."""
+
+
 def mask_of_samples(
-    decoder: PreTrainedModel, spans: list[list[int]], device: torch.device
+    decoder: PreTrainedModel, spans: list[list[int]], device: torch.device, kernel: PackedKernel = "sdpa"
 ) -> Tensor | BlockMask | None:
     """The causal mask for packed rows, or None where Transformers should make it.
 
@@ -30,29 +34,28 @@ def mask_of_samples(
         return None
     attention = decoder.config._attn_implementation
     if attention == "sdpa":
-        return SampleMask.of(spans, device)
-    if attention == "flex_attention":
-        rows, length = len(spans), sum(spans[0])
-        return create_block_mask(_visible(spans, device), rows, None, length, length, device=device, _compile=True)
-    return None
+        return SampleMask.of(spans, device, _block_mask(spans, device) if kernel == "flex_attention" else None)
+    return _block_mask(spans, device) if attention == "flex_attention" else None
 
 
 class SampleMask(Tensor):
-    """A bool mask [B, 1, S, S], with which `scaled_dot_product_attention` computes each sample by its causal kernel.
+    """A bool mask [B, 1, S, S], with which `scaled_dot_product_attention` computes each sample by its causal kernel, or
+    with `blocks` all by flex attention.
 
     Like `torch.nn.attention.bias.CausalBias`, it is a description: any other function gets the dense mask.
     """
 
     spans: list[list[int]]
+    blocks: BlockMask | None
     _dense: Tensor | None
 
     @classmethod
-    def of(cls, spans: list[list[int]], device: torch.device) -> SampleMask:
+    def of(cls, spans: list[list[int]], device: torch.device, blocks: BlockMask | None = None) -> SampleMask:
         """The mask of rows with samples of these lengths."""
         length = sum(spans[0])
         shape = torch.ones((), dtype=torch.bool, device=device).expand(len(spans), 1, length, length)
         mask = shape.as_subclass(cls)
-        mask.spans, mask._dense = spans, None
+        mask.spans, mask.blocks, mask._dense = spans, blocks, None
         return mask
 
     def dense(self) -> Tensor:
@@ -64,9 +67,12 @@ class SampleMask(Tensor):
             self._dense = visible(batch, 0, positions[:, None], positions)
         return self._dense
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, **kwargs: Any) -> Tensor:
         """Attention [B, heads, S, features] within each sample."""
-        attend = partial(F.scaled_dot_product_attention, is_causal=True, **kwargs)
+        if self.blocks is not None:
+            query, key, value = (_autocast(part) for part in (query, key, value))
+            return _compiled_flex_attention()(query, key, value, block_mask=self.blocks, scale=scale)
+        attend = partial(F.scaled_dot_product_attention, is_causal=True, scale=scale, **kwargs)
         rows = zip(*(part.split(1) for part in (query, key, value)), self.spans, strict=True)
         return torch.cat([_attend_row(attend, row, spans) for *row, spans in rows])
 
@@ -90,6 +96,22 @@ _OF_SHAPE = ("__get__", "dim", "size", "is_floating_point")
 def _attend_row(attend: Any, row: list[Tensor], spans: list[int]) -> Tensor:
     samples = zip(*(part.split(spans, dim=2) for part in row), strict=True)
     return torch.cat([attend(*sample) for sample in samples], dim=2)
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
+def _autocast(values: Tensor) -> Tensor:
+    """As autocast does for SDPA; it leaves out flex attention before PyTorch 2.13."""
+    device = values.device.type
+    return values.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else values
+
+
+def _block_mask(spans: list[list[int]], device: torch.device) -> BlockMask:
+    rows, length = len(spans), sum(spans[0])
+    return create_block_mask(_visible(spans, device), rows, None, length, length, device=device, _compile=True)
 
 
 def _visible(spans: list[list[int]], device: torch.device) -> Callable[..., Tensor]:

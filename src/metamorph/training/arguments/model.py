@@ -83,8 +83,8 @@ class ModelArguments(RemembersGiven):
     model_license: str | None = None
     """Licence for the model card of the result; the card says unknown without it."""
     attn_implementation: str | None = None
-    """Attention of the language model, such as sdpa. By default, on a GPU in half precision: flash_attention_2 where it
-    is installed, else flex_attention for packed rows; otherwise Transformers' choice."""
+    """Attention of the language model, such as sdpa. By default flash_attention_2 on a GPU where it is installed and
+    the run computes in half precision, otherwise Transformers' choice, with flex attention for packed rows on a GPU."""
 
     dry_run: InitVar[bool] = False  # a flag of DryRunArguments
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
-from transformers.utils.import_utils import is_torch_greater_or_equal
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.training.arguments import RunArguments
@@ -22,33 +21,26 @@ _SAMPLE = 4
 
 def choose_attention(model: PreTrainedModel, args: RunArguments) -> None:
     """Set the attention of the language model, unless `--attn_implementation` is given, and log which it is."""
-    decoder, training, chosen = model.get_decoder(), args.training, None
-    if (
-        args.model.attn_implementation is None
-        and training.device.type == "cuda"
-        and args.compute_dtype != torch.float32
-    ):
-        chosen = best_gpu_attention(decoder, packing=training.packing, recompute=training.recompute)
-    if chosen is not None:
-        model.set_attn_implementation({"text_config": chosen})
-    logger.info("attention: %s (--attn_implementation sets it)", decoder.config._attn_implementation)
+    decoder, training = model.get_decoder(), args.training
+    is_half_on_gpu = training.device.type == "cuda" and args.compute_dtype != torch.float32
+    if args.model.attn_implementation is None and is_half_on_gpu:
+        if is_flash_attn_2_available() and decoder._supports_flash_attn:
+            model.set_attn_implementation({"text_config": "flash_attention_2"})
+        elif training.recompute != "selective" and flex_attention_fits(decoder):
+            model.packed_kernel = "flex_attention"
+    name = decoder.config._attn_implementation
+    packed = f", packed rows by {model.packed_kernel}" if training.packing and name == "sdpa" else ""
+    logger.info("attention: %s%s (--attn_implementation sets another)", name, packed)
 
 
-def best_gpu_attention(decoder: PreTrainedModel, *, packing: bool, recompute: str) -> str | None:
-    """The fastest attention of a decoder on a GPU in half precision; None for Transformers' choice.
+def flex_attention_fits(decoder: PreTrainedModel) -> bool:
+    """Whether flex attention can compute packed rows of a decoder on a GPU; it takes no dropout, nor small heads.
 
-    Flash attention where it is installed, else flex attention for packed rows: it skips the blocks of other samples. It
-    takes no dropout, needs 16 features per head, and accepts what autocast mixes from PyTorch 2.13 on. Selective
-    recomputation cannot keep its results.
+    It computes all samples at once, and skips the blocks between them.
     """
-    if is_flash_attn_2_available() and decoder._supports_flash_attn:
-        return "flash_attention_2"
     config = decoder.config
     features = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    fits = features >= 16 and not getattr(config, "attention_dropout", 0) and recompute != "selective"
-    if packing and fits and decoder._supports_flex_attn and is_torch_greater_or_equal("2.13"):
-        return "flex_attention"
-    return None
+    return features >= 16 and not getattr(config, "attention_dropout", 0)
 
 
 def uses_flash_attention(model: MetaMorphForConditionalGeneration) -> bool:
