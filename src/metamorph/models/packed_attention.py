@@ -71,7 +71,7 @@ class SampleMask(Tensor):
         """Attention [B, heads, S, features] within each sample."""
         if self.blocks is not None:
             query, key, value = (_autocast(part) for part in (query, key, value))
-            return _compiled_flex_attention()(query, key, value, block_mask=self.blocks, scale=scale)
+            return _compiled(flex_attention)(query, key, value, block_mask=self.blocks, scale=scale)
         attend = partial(F.scaled_dot_product_attention, is_causal=True, scale=scale, **kwargs)
         rows = zip(*(part.split(1) for part in (query, key, value)), self.spans, strict=True)
         return torch.cat([_attend_row(attend, row, spans) for *row, spans in rows])
@@ -98,9 +98,7 @@ def _attend_row(attend: Any, row: list[Tensor], spans: list[int]) -> Tensor:
     return torch.cat([attend(*sample) for sample in samples], dim=2)
 
 
-@cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention)
+_compiled = cache(torch.compile)
 
 
 def _autocast(values: Tensor) -> Tensor:
@@ -111,7 +109,7 @@ def _autocast(values: Tensor) -> Tensor:
 
 def _block_mask(spans: list[list[int]], device: torch.device) -> BlockMask:
     rows, length = len(spans), sum(spans[0])
-    return create_block_mask(_visible(spans, device), rows, None, length, length, device=device, _compile=True)
+    return _compiled(create_block_mask)(_visible(spans, device), rows, None, length, length, device=device)
 
 
 def _visible(spans: list[list[int]], device: torch.device) -> Callable[..., Tensor]:
