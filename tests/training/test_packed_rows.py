@@ -233,23 +233,21 @@ def test_padding_on_the_right_needs_no_mask(text_config: dict) -> None:
         torch.testing.assert_close(results[1][name], value, atol=1e-6, rtol=1e-5, msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_flex_attention_equals_sdpa(autocast: bool) -> None:
-    """By its kernel for the CPU, where it has no backward pass."""
+    """By its reference implementation: there is no backward pass on a CPU, and compiling takes a minute."""
     model = build_tiny_model()
     batch = packed(samples_of(model.config), image_token_id=model.config.image_token_id)
     losses = []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        for implementation, model.packed_kernel in (
-            ("sdpa", "sdpa"),
-            ("sdpa", "flex_attention"),
-            ("flex_attention", "sdpa"),
-        ):
-            model.set_attn_implementation({"text_config": implementation})
-            losses.append(model(**batch).loss)
+        for attention, kernel in (("sdpa", "sdpa"), ("sdpa", "flex_attention"), ("flex_attention", "sdpa")):
+            model.set_attn_implementation({"text_config": attention})
+            model.packed_kernel = kernel
+            with torch.compiler.set_stance("force_eager"):
+                losses.append(model(**batch).loss)
     for loss in losses[1:]:
-        torch.testing.assert_close(loss, losses[0], rtol=1e-2 if autocast else 1e-6, atol=0)
+        torch.testing.assert_close(loss, losses[0], rtol=1e-3 if autocast else 1e-6, atol=0)
 
 
 def test_where_flex_attention_fits() -> None:

@@ -71,3 +71,19 @@ def test_compiled_layers_give_the_same():
     compile_layers(compiled)
     batch = to_gpu(build_batch(plain.config))
     torch.testing.assert_close(compiled(**batch).loss, plain(**batch).loss, rtol=1e-4, atol=1e-5)
+
+
+def test_flex_attention_of_packed_rows_gives_the_same():
+    results = []
+    for kernel in ("sdpa", "flex_attention"):
+        model = (
+            build_tiny_model(text_config={"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16}).train().cuda()
+        )
+        model.packed_kernel = kernel
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**to_gpu(collate(model.config, True, model.config.image_token_id))).loss
+        loss.backward()
+        results.append((loss.detach(), model.get_input_embeddings().weight.grad))
+    (loss, gradient), (found, found_gradient) = results
+    torch.testing.assert_close(found, loss, rtol=1e-2, atol=0)
+    assert torch.nn.functional.cosine_similarity(found_gradient.flatten(), gradient.flatten(), dim=0) > 0.99
