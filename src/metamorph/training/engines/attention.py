@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.models.packed_attention import mask_of_samples
 from metamorph.training.arguments import RunArguments
 
 
@@ -67,10 +68,13 @@ def check_keeps_samples_apart(model: MetaMorphForConditionalGeneration) -> None:
     if uses_flash_attention(model):
         decoder.config._attn_implementation = "sdpa" if decoder._supports_sdpa else "eager"
     decoder.eval()
+    mask = mask_of_samples(decoder, [[_SAMPLE, _SAMPLE]], decoder.device)
     try:
         with torch.no_grad():
             ours, theirs = (
-                decoder(inputs_embeds=row, position_ids=positions, use_cache=False).last_hidden_state[:, _SAMPLE:]
+                decoder(
+                    inputs_embeds=row, position_ids=positions, attention_mask=mask, use_cache=False
+                ).last_hidden_state[:, _SAMPLE:]
                 for row in rows
             )
     finally:
