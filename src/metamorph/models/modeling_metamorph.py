@@ -233,15 +233,16 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             use_cache = False
         if indices is None and labels is not None:
             indices = index_batch(input_ids, labels, visual_target_mask, self.config.image_token_id)
-        if attention_mask is None and indices is not None and "spans" in indices and self.packed_kernel is not None:
+        mask: Any = attention_mask
+        if mask is None and indices is not None and "spans" in indices and self.packed_kernel is not None:
             device = indices["images"].device
-            attention_mask = mask_of_samples(self.get_decoder(), indices["spans"], device, self.packed_kernel)
+            mask = mask_of_samples(self.get_decoder(), indices["spans"], device, self.packed_kernel)
         balances = labels is not None and self._balances_experts
         if balances:
             kwargs["output_router_logits"] = True
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             position_ids=position_ids,
             pixel_values=pixel_values,
             visual_tokens=visual_tokens,

@@ -30,7 +30,8 @@ def mask_of_samples(
     `spans` are the lengths of the samples of each row, padding included. Transformers makes the mask for attention
     implementations that need none or a dense one, for sliding windows, and for layers that are not attention.
     """
-    if not _attends_to_entire_samples(decoder):
+    # Transformers takes another path for a single query, which needs no mask.
+    if not _attends_to_entire_samples(decoder) or sum(spans[0]) == 1:
         return None
     attention = decoder.config._attn_implementation
     if attention == "sdpa":
