@@ -141,6 +141,8 @@ def build_model(case: Case) -> MetaMorphForConditionalGeneration:
     model.model.vision_tower.requires_grad_(False).bfloat16()
     if is_flash_attn_2_available():
         model.set_attn_implementation({"text_config": "flash_attention_2"})
+    elif torch.cuda.is_available() and case.recompute != "selective":
+        model.packed_kernel = "flex_attention"
     if case.recompute != "none":
         recompute_layers(model, selective=case.recompute == "selective")
     if case.compiled:

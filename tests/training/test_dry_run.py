@@ -104,7 +104,7 @@ def test_stage_2_of_the_8b_recipe(large: Path, capsys: pytest.CaptureFixture[str
 def test_the_memory_table_of_the_documentation(stage: int, large: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = (DOCS / "multi_gpu.md").read_text(encoding="utf-8")
     engines = re.findall(r"`(\w+)`", re.search(r"^\| Stage, `--recompute` .*$", page, re.MULTILINE)[0])
-    numbers = re.search(rf"^\| {stage}, `full` \| (.*) \|$", page, re.MULTILINE)[1].split(" | ")
+    numbers = re.search(rf"^\| {stage}, `none` \| (.*) \|$", page, re.MULTILINE)[1].split(" | ")
     report = dry_run(
         capsys,
         config=f"llama3.1-8b-stage{stage}",

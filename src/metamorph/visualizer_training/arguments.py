@@ -142,7 +142,7 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     """Optimizer steps of warm-up; by default a quarter of training_steps."""
     weight_decay: float = 1e-2
     """Weight decay of AdamW."""
-    optim: str = "adamw_torch"
+    optim: str = "adamw_torch_fused"
     """Optimizer, by its name in Transformers."""
     ema_decay: float = 0.9999
     """Decay of the moving average of the weights, which is saved instead of them; 0 switches it off."""

@@ -134,7 +134,7 @@ def _train(
 
 
 def _prepare_engine(args: VisualizerArguments, model: Denoiser) -> None:
-    """Compile and shard layer by layer."""
+    """Compile and shard layer by layer; an unsharded UNet on a GPU gets the layout for its convolutions."""
     counts = [sum(value.numel() for value in model.parameters() if value.requires_grad or frozen) for frozen in (0, 1)]
     logger.info("Training %.2f of %.2f million parameters", *(count / 1e6 for count in counts))
     if args.torch_compile:
@@ -142,3 +142,5 @@ def _prepare_engine(args: VisualizerArguments, model: Denoiser) -> None:
             layer.compile(backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode)
     if args.fsdp:
         configure_fsdp2(args, sorted({type(layer).__name__ for layer in layers(model)}))
+    elif args.device.type == "cuda":  # FSDP2 shards contiguous parameters only; on a CPU this trains no faster
+        model.unet.to(memory_format=torch.channels_last)

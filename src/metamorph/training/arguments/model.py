@@ -84,7 +84,7 @@ class ModelArguments(RemembersGiven):
     """Licence for the model card of the result; the card says unknown without it."""
     attn_implementation: str | None = None
     """Attention of the language model, such as sdpa. By default flash_attention_2 on a GPU where it is installed and
-    the run computes in half precision, otherwise Transformers' choice."""
+    the run computes in half precision, otherwise Transformers' choice, with flex attention for packed rows on a GPU."""
 
     dry_run: InitVar[bool] = False  # a flag of DryRunArguments
 
