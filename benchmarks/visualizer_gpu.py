@@ -80,12 +80,13 @@ def build(small: bool) -> tuple[Denoiser, FrozenEncoders]:
 def training_case(batch: int, compiled: bool, *, small: bool = False) -> dict[str, Any]:
     """Images a second and MFU of the training step."""
     (model, encoders), side = build(small), 64 if small else 512
+    model.unet.to(memory_format=torch.channels_last)
     if compiled:
         for layer in layers(model):
             layer.compile()
     weights = list(model.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=1e-5)
-    average = EMAModel(weights, decay=0.9999)
+    optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)
+    average = EMAModel(weights, decay=0.9999, foreach=True)
     pixels = {
         "tower_pixels": torch.randn(batch, 3, 384, 384, device=DEVICE),
         "vae_pixels": torch.randn(batch, 3, side, side, device=DEVICE),
