@@ -57,25 +57,25 @@ def gather_weights(*args: Any, **kwargs: Any) -> Any:
 ORIGINAL = saving.gather_weights
 
 
-def finish_after_third_step(self: Any, *args: Any) -> None:
+def finish_after_third_step(self: Any, *args: Any, **kwargs: Any) -> None:
     """End the first checkpoint only when training has gone on."""
     if "checkpoint-2" in str(self.path) and not THIRD_STEP.wait(60):
         raise TimeoutError("training waits for the checkpoint")
-    FINISH(self, *args)
+    FINISH(self, *args, **kwargs)
 
 
-def die(self: Any, *args: Any) -> None:
+def die(self: Any, *args: Any, **kwargs: Any) -> None:
     """End the process when all have written their parts of the second checkpoint."""
     if "checkpoint-4" in str(self.path):
         os.kill(os.getpid(), signal.SIGKILL)
-    FINISH(self, *args)
+    FINISH(self, *args, **kwargs)
 
 
-def fail(self: Any, *args: Any) -> Any:
+def fail(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Run out of space on one process, in the last checkpoint: at the end, all processes wait for it."""
     if "checkpoint-6" in str(self.path) and RANK == 1:
         raise OSError(28, "No space left on device")
-    return WRITE(self, *args)
+    return WRITE(self, *args, **kwargs)
 
 
 def train(parts: Path, folder: Path, case: str, **kwargs: Any) -> Any:

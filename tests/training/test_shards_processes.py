@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     words = [sys.executable, *LAUNCH, str(Path(__file__).with_name("shards_worker.py")), str(folder), str(folder)]
     killed = subprocess.run([*words, "kill"], env=environment, timeout=240, capture_output=True, text=True)
-    assert "Signal 9 (SIGKILL)" in killed.stderr, killed.stderr[-3000:]
+    assert "(SIGKILL)" in killed.stderr, killed.stderr[-3000:]
     assert [path.name for path in (folder / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
     shards = folder / "killed" / PARTIAL_FOLDER / "checkpoint-4" / "shards"
     assert sorted(path.name for path in shards.iterdir()) == ["__0_0.distcp", "__1_0.distcp"]
