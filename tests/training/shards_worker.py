@@ -44,6 +44,12 @@ class Noting(MetaMorphTrainer):
         return loss
 
 
+class SignalAt(SignalIn):
+    """Sends the signal when the step begins: these have one micro-batch."""
+
+    on_step_begin = SignalIn.on_substep_end
+
+
 SEEN: dict[str, Any] = {}
 GATHERED: list[bool] = []
 
@@ -99,7 +105,7 @@ def main(parts: Path, folder: Path, kills: bool) -> None:
     saving.gather_weights = gather_weights
     for case in STAGES:
         try:
-            train(parts, folder / f"preempted-{case}", case, callbacks=[SignalIn(3, signal.SIGUSR1)])
+            train(parts, folder / f"preempted-{case}", case, callbacks=[SignalAt(3, signal.SIGUSR1)])
         except Preempted as error:
             SEEN[f"{case}-preempted"] = error.step
         SEEN[f"{case}-gathered"] = len(GATHERED)
