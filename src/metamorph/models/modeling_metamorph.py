@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from metamorph.models.sequence.image_tokens import add_image_tokens
+from metamorph.runs.checkpoint_files import check_is_plain
 
 from .adapters import find_adapter_folder, load_adapter_folder
 from .backbone import MetaMorphModel, MetaMorphPreTrainedModel
@@ -78,6 +79,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         For adapter folders also takes `dequantize`, see [`load_adapter_folder`], and `base`, an `AdapterBase` to use
         instead of the one that the folder names, if that has moved.
         """
+        check_is_plain(pretrained_model_name_or_path)
         folder = find_adapter_folder(pretrained_model_name_or_path, kwargs)
         if folder is not None:
             return load_adapter_folder(cls, folder, **kwargs)

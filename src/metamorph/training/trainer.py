@@ -44,8 +44,9 @@ class MetaMorphTrainer(RunTrainer):
     balances experts is computed per micro-batch and weighted by its tokens.) `micro_batch` averages within each
     micro-batch, and then over micro-batches and ranks.
 
-    Checkpoints of stage 1 contain the connector, those of stage 2 the model, and everything to resume. Without
-    `tower_on_device`, the vision tower stays in main memory, outside of the module tree, so that nothing moves it.
+    Checkpoints of stage 1 contain the connector, those of stage 2 the model, and everything to resume; those of a
+    sharded model contain shards. Without `tower_on_device`, the vision tower stays in main memory, outside of the
+    module tree, so that nothing moves it.
     """
 
     batches: PlannedBatches
@@ -187,11 +188,13 @@ class MetaMorphTrainer(RunTrainer):
         return state if self.frozen_tower is None else state | self.frozen_tower.state_dict()
 
     def write_weights(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
-        """Write connector (stage 1) or model (stage 2), configuration and processor."""
+        """Write connector (stage 1) or model (stage 2), configuration and processor; see [`SavingTrainer`]."""
         if self.stage == 2:
             # Base language models have one end token; ours also end their turns.
             self.model.generation_config.eos_token_id = self.processing_class.end_of_turn_token_ids
-        if self.stage == 1:
+        if state_dict is None:
+            self.model.config.save_pretrained(folder)
+        elif self.stage == 1:
             save_connector(self.model, folder, state_dict)
             self.model.config.save_pretrained(folder)
         elif has_adapter(self.model):

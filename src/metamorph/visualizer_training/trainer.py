@@ -141,6 +141,8 @@ class VisualizerTrainer(RunTrainer):
         if point is not None:
             self.batches.resume(point.step * self.args.gradient_accumulation_steps, point.trained_rows)
 
+    saves_shards = False  # checkpoints are unsharded with every engine: the network is small
+
     def checkpoint_metadata(self) -> dict[str, Any]:
         """The place in the data, and what identifies the data."""
         return {"samples": self.samples_seen, "data": self.data}
