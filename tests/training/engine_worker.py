@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +91,6 @@ def main(parts: Path, output_dir: Path) -> None:
             flags |= without_weights(parts, flags, output_dir / f"{name}-without-weights")
         SEEN.clear()
         SEEN["steps"], SEEN["samples"] = [], []
-        if "8bit" in flags.get("optim", ""):  # torchao would generate code for the step of each shape: minutes
-            torch.compile = partial(torch.compile, backend="eager")
         torch.manual_seed(0)
         result = run.run_training(*arguments(parts, output_dir / name, **flags))
         SEEN["losses"] = logged(result)

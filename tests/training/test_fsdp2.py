@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,15 +39,13 @@ CASES: dict[str, dict[str, Any]] = {
     "sgd": STAGE_2 | {"optim": "sgd"},
     "rmsprop": STAGE_2 | {"optim": "rmsprop", "learning_rate": 1e-4},
     # The optimizer of torchao; the embedding table is large enough for states in 8 bits.
-    "adam_8bit": STAGE_2 | {"optim": "adamw_torch_8bit", "save_strategy": "steps", "save_steps": 2},
     # Six steps of two micro-batches; another run resumes from the checkpoint of step 4.
     "accumulated": STAGE_2
     | {"gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     | EVALUATION,
 }
-RESUMED = {"resumed": ("accumulated", 4), "finished": ("accumulated", 6), "adam_8bit_resumed": ("adam_8bit", 2)}
+RESUMED = {"resumed": ("accumulated", 4), "finished": ("accumulated", 6)}
 """Name of a run -> the case and step of the checkpoint that it resumes from."""
-TORCHAO = importlib.util.find_spec("torchao") is not None
 HYBRID: dict[str, Any] = STAGE_2 | {
     "gradient_accumulation_steps": 2,
     "max_steps": 4,  # two epochs of 12 samples
@@ -78,8 +75,6 @@ def train_on_two(parts: Path, folder: Path, cases: Iterable[str], *, on_gpus: bo
     for engine in ("ddp", "fsdp2"):  # Accelerate keeps FSDP2 once it is told to use it
         for case in cases:
             flags = CASES[case]
-            if "8bit" in case and not TORCHAO:
-                continue
             own = {"sharding": engine, "use_cpu": not on_gpus}
             own |= {name: str(parts / value) for name, value in flags.items() if value in PATHS}
             runs[f"{engine}-{case}"] = flags | own
@@ -135,8 +130,6 @@ def check_same(folder: Path, case: str, *, abs_loss: float, abs_weight: float, p
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*CASES, "continued", *(name for name in RESUMED if name != "finished")])
 def test_fsdp2_trains_as_ddp(two: Path, case: str) -> None:
-    if "8bit" in case and not TORCHAO:
-        pytest.skip("torchao is not installed")
     tolerance = 1e-2 if case == "bf16" else 1e-4
     check_same(two, case, abs_loss=tolerance, abs_weight=tolerance)
 

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from metamorph.cli.convert import load_merged
 from metamorph.models.connector import find_connector
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.runs.checkpoint_files import PARTIAL_FOLDER
+from metamorph.training.checkpoints.shards import ShardWriter, load_optimizer_of_shards, training_state
 from metamorph.training.run import run_training
 
 
@@ -74,6 +77,23 @@ def test_a_failed_write_of_one_process_ends_all(folder: Path, seen: dict[str, An
     assert "No space left on device" in seen["error"]
     assert f"the last good checkpoint is {folder / 'full' / 'checkpoint-4'}" in seen["error"]
     assert not (folder / "full" / PARTIAL_FOLDER).exists()
+
+
+def test_states_of_the_optimizers_own_type_are_saved_and_loaded(tmp_path: Path, monkeypatch: Any) -> None:
+    """PyTorch cannot copy torchao's 8-bit states for a background write."""
+    torchao = pytest.importorskip("torchao.optim")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # torchao's step: no C compiler
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(128, 64) for _ in range(2)]
+    optimizers = [torchao.AdamW8bit(model.parameters()) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        model(torch.randn(4, 128)).sum().backward()
+        optimizer.step()
+    ShardWriter(timedelta(minutes=1)).start(training_state(models[0], optimizers[0]), tmp_path / "shards")
+    load_optimizer_of_shards(models[1], optimizers[1], tmp_path)
+    saved, loaded = (optimizer.state[model.weight] for model, optimizer in zip(models, optimizers, strict=True))
+    assert torch.equal(loaded["exp_avg"].dequantize(), saved["exp_avg"].dequantize())
+    assert torch.equal(loaded["exp_avg_sq"].dequantize(), saved["exp_avg_sq"].dequantize())
 
 
 @pytest.mark.parametrize("case", ["stage_1", "stage_2"])

@@ -34,7 +34,7 @@ class NewRows(nn.Module):
     def _replace_rows(self, plain: nn.Embedding | nn.Linear, token_ids: list[int]) -> None:
         self.weight = plain.weight.requires_grad_(False)
         self.new_rows = nn.Parameter(plain.weight.detach()[token_ids].clone())  # (new tokens, hidden)
-        # An outline's weights come later, but nobody sends it the buffers.
+        # Weights of an outline come later, but no engine sends its buffers.
         device = "cpu" if plain.weight.is_meta else plain.weight.device
         self.register_buffer("token_ids", torch.tensor(token_ids, device=device), persistent=False)
         # The table itself is a parameter of this module only. An engine that shards it could not free it otherwise.

@@ -1,7 +1,7 @@
 """Attention within the samples of packed rows, by boundaries that the host knows instead of a mask over all positions.
 
 Transformers passes 4-D masks through as they are. The masks made here take no memory for pairs of positions, let
-attention skip what lies outside of a sample, and need no look at values on a GPU, for which the host would wait.
+attention skip what lies outside of a sample, and never read values from a GPU, for which the host would wait.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class SampleMask(Tensor):
     def of(cls, spans: list[list[int]], device: torch.device, blocks: BlockMask | None = None) -> SampleMask:
         """The mask of rows with samples of these lengths."""
         length = sum(spans[0])
-        shape = torch.ones((), dtype=torch.bool, device=device).expand(len(spans), 1, length, length)
-        mask = shape.as_subclass(cls)
+        ones = torch.ones((), dtype=torch.bool, device=device).expand(len(spans), 1, length, length)
+        mask = ones.as_subclass(cls)
         mask.spans, mask.blocks, mask._dense = spans, blocks, None
         return mask
 
@@ -85,12 +85,13 @@ class SampleMask(Tensor):
             options = {name: kwargs[name] for name in kwargs if name not in ("attn_mask", "is_causal")}
             return kwargs["attn_mask"].attend(*args, **options)
         with torch._C.DisableTorchFunctionSubclass():
-            if getattr(func, "__name__", "") not in _OF_SHAPE:
+            if func not in _OF_SHAPE:
                 args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs))
             return func(*args, **kwargs)
 
 
-_OF_SHAPE = ("__get__", "dim", "size", "is_floating_point")
+_PROPERTIES = (Tensor.shape, Tensor.dtype, Tensor.device, Tensor.ndim, Tensor.requires_grad)
+_OF_SHAPE = {Tensor.dim, Tensor.size, Tensor.is_floating_point, *(each.__get__ for each in _PROPERTIES)}  # type: ignore[attr-defined]
 """What reads shape, device and type only."""
 
 

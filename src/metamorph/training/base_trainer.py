@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -185,9 +186,7 @@ class RunTrainer(SavingTrainer):
             device=self.accelerator.device,
             num_processes=1,
             process_index=0,
-            put_on_device=self.accelerator.device_placement,
-            # From pinned memory, copies to the GPU overlap with the computation.
-            non_blocking=self.accelerator.non_blocking or self.args.dataloader_pin_memory,
+            put_on_device=False,  # see get_batch_samples
         )
 
     def get_batch_samples(
@@ -197,6 +196,9 @@ class RunTrainer(SavingTrainer):
         self.finish_checkpoint(wait=False)
         with self.monitor.wait():
             batches = list(islice(epoch_iterator, num_batches))
+        # From pinned memory, copies to the GPU overlap with the computation; they are not data-waiting time.
+        non_blocking = self.accelerator.non_blocking or self.args.dataloader_pin_memory
+        batches = [send_to_device(batch, self.accelerator.device, non_blocking=non_blocking) for batch in batches]
         self.monitor.count(batches)
         return batches, None
 

@@ -51,7 +51,6 @@ class StopWhenPreempted(TrainerCallback):
         if self.stopped:
             control.should_save = control.should_evaluate = False
             args.save_total_limit = None  # with 1, Trainer would now delete all but the best
-            args.load_best_model_at_end = False  # nothing is done with it, and time is short
 
     def leave_if_stopped(self, trainer: Trainer) -> None:
         """Raise `Preempted` (with the marker written) or `Interrupted` after `trainer.train()`, on all ranks."""

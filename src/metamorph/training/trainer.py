@@ -213,10 +213,12 @@ class MetaMorphTrainer(RunTrainer):
         """Whether this process gets weights from the first one, once the model is sharded: see `load_for_engine`."""
         return self.args.process_index > 0 and reads_on_first_process(self.args)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_sharded or not self._waits_for_weights:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def read_weights(self, folder: str) -> None:
         """Load what `write_weights` has written."""
-        if self._waits_for_weights:
-            return
         if self.stage == 1:
             load_connector(self.model, folder)
         elif has_adapter(self.model):

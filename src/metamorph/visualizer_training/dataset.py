@@ -98,7 +98,7 @@ def encoded(dataset: VisualizerDataset, encoders: FrozenEncoders, args: Visualiz
     """Encode every image once; all processes must enter. A single one keeps the tensors in memory.
 
     Several encode one share each and write it to the output folder. They map all shares into memory, which those of one
-    machine have in common, until they leave.
+    machine share until they end.
     """
     rank, processes = args.process_index, args.world_size
     ends = [len(dataset) * number // processes for number in range(1, processes + 1)]

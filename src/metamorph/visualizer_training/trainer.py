@@ -58,6 +58,7 @@ class VisualizerTrainer(RunTrainer):
     """
 
     title = "visualizer"
+    saves_shards = False  # checkpoints are plain with every engine: the network is small
     args: VisualizerArguments
     batches: StreamBatches
 
@@ -140,8 +141,6 @@ class VisualizerTrainer(RunTrainer):
         super().set_resume_point(point)
         if point is not None:
             self.batches.resume(point.step * self.args.gradient_accumulation_steps, point.trained_rows)
-
-    saves_shards = False  # checkpoints are unsharded with every engine: the network is small
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         """The place in the data, and what identifies the data."""

@@ -114,6 +114,8 @@ def check_has_gpus(args: TrainingArguments) -> None:
 
 def use_fsdp2(args: TrainingArguments) -> None:
     """Set the flags of Transformers for FSDP2, with checkpoints that any number of processes can read."""
+    if args.save_only_model:
+        raise ValueError("--save_only_model True does not work with FSDP2, whose checkpoints hold shards: leave it out")
     args.fsdp = True
     args.fsdp_config = dict(FSDP2_CONFIG)
 

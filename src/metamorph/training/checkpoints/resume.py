@@ -116,6 +116,11 @@ def plan_resume(
             f"{checkpoint} was written {'with' if is_deepspeed(checkpoint) else 'without'} DeepSpeed, whose optimizer "
             "states are its own: resume it with the --sharding that it had"
         )
+    if args.fsdp and not manifest.get("in_shards"):
+        raise CheckpointError(
+            f"{checkpoint} was not written with FSDP2, with which this run trains: resume it with the --sharding that "
+            "it had"
+        )
     if old.rows_per_step == new.rows_per_step:
         return ResumePoint(manifest["step"], old.epoch, old.rows, rescales_steps=False)
     step = old.epoch * steps_per_epoch(planner, args.gradient_accumulation_steps) + old.rows // new.rows_per_step

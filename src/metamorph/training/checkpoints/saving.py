@@ -17,7 +17,6 @@ from transformers.trainer import SCHEDULER_NAME
 from metamorph.runs.checkpoint_files import (
     PARTIAL_FOLDER,
     PREFIX,
-    CheckpointError,
     begin_checkpoint,
     commit_checkpoint,
     delete_old,
@@ -134,11 +133,6 @@ class SavingTrainer(Trainer):
             deepspeed_load_checkpoint(self.model_wrapped, folder, load_module_strict=False)
         elif has_shards(folder) or is_deepspeed(folder):
             load_weights_of_shards(self.plain_model, folder)
-        elif self.is_sharded:
-            raise CheckpointError(
-                f"{folder} was not written with FSDP2, with which this run trains: resume it with the --sharding that "
-                "it had"
-            )
         else:
             self.read_weights(folder)
 

@@ -21,6 +21,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,8 @@ class ShardWriter:
     """Writes the state of a sharded model, one checkpoint at a time. Every process must call its methods.
 
     Training waits until the state is copied to main memory (pinned with CUDA, and kept for the next checkpoint); a
-    thread writes it. Without gloo, by which the threads of the processes talk to each other, training waits for all.
+    thread writes it. Without gloo, by which the threads of the processes talk to each other, and for states that cannot
+    be copied, such as torchao's 8-bit ones, training waits for all.
     """
 
     def __init__(self, timeout: timedelta) -> None:
@@ -45,8 +48,8 @@ class ShardWriter:
 
     def start(self, state: dict[str, Any], folder: Path) -> None:
         """Copy `state`, and begin to write it to `folder`. The checkpoint before must be finished."""
-        if not dist.is_gloo_available():
-            logger.info("training waits while a checkpoint is written: this PyTorch has no gloo")
+        if not (dist.is_gloo_available() and _can_be_copied(state)):
+            logger.info("training waits while a checkpoint is written: no gloo, or a state of the optimizer's own type")
             with _own_errors():
                 dcp.save(state, checkpoint_id=folder)
             return
@@ -92,15 +95,16 @@ def is_deepspeed(folder: str | Path) -> bool:
 def load_weights_of_shards(model: nn.Module, folder: str | Path) -> None:
     """Load the trained weights of a checkpoint of FSDP2 or DeepSpeed; FSDP2's also into a model that is sharded."""
     if has_shards(folder):
+        # In place. Before an engine has sharded the model, only the first process may have weights to load.
+        state, alone = {"model": _trained_weights(model)}, not isinstance(model, FSDPModule)
         with _own_errors():
-            dcp.load({"model": _trained_weights(model)}, checkpoint_id=Path(folder) / SHARDS_FOLDER)  # in place
+            dcp.load(state, checkpoint_id=Path(folder) / SHARDS_FOLDER, no_dist=alone)
         return
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), exclude_frozen_parameters=True)
-    trained = _trained_weights(model)
-    for name, weight in weights.items():
-        trained[name].copy_(weight)
+    for name, weight in _trained_weights(model).items():  # the file also has buffers, and both names of tied weights
+        weight.copy_(weights[name])
 
 
 def load_optimizer_of_shards(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Path) -> None:
@@ -111,8 +115,16 @@ def load_optimizer_of_shards(model: nn.Module, optimizer: torch.optim.Optimizer,
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 
+def _can_be_copied(state: dict[str, Any]) -> bool:
+    values = [value for states in state["optimizer"]["state"].values() for value in states.values()]
+    local = [value.to_local() if isinstance(value, DTensor) else value for value in values]
+    return all(type(value) is torch.Tensor for value in local if isinstance(value, torch.Tensor))
+
+
 def _trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    # FSDP2 leaves some modules unsharded after a forward pass without a backward one; `state_dict` shards them again.
+    state = model.state_dict()
+    return {name: state[name].detach() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 @contextmanager

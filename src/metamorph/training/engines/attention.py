@@ -41,7 +41,8 @@ def flex_attention_fits(decoder: PreTrainedModel) -> bool:
     """
     config = decoder.config
     features = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return features >= 16 and not getattr(config, "attention_dropout", 0)
+    dropout = getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)
+    return decoder._supports_flex_attn and features >= 16 and not dropout
 
 
 def uses_flash_attention(model: MetaMorphForConditionalGeneration) -> bool:
