@@ -88,7 +88,7 @@ def main(parts: Path, output_dir: Path) -> None:
         if flags["sharding"] == "fsdp2" and flags["use_cpu"]:
             shard_on_cpu()
         if flags["sharding"] == "fsdp2" and os.environ["RANK"] != "0" and "resume_from_checkpoint" not in flags:
-            flags |= without_weights(parts, flags, output_dir / f"{name}-without-weights")
+            flags |= without_weights(parts, flags, output_dir / f"{name}-without-weights-{os.environ['RANK']}")
         SEEN.clear()
         SEEN["steps"], SEEN["samples"] = [], []
         torch.manual_seed(0)

@@ -38,7 +38,6 @@ CASES: dict[str, dict[str, Any]] = {
     "recompute": STAGE_2 | {"recompute": "full", "text_loss": "chunked"},
     "sgd": STAGE_2 | {"optim": "sgd"},
     "rmsprop": STAGE_2 | {"optim": "rmsprop", "learning_rate": 1e-4},
-    # The optimizer of torchao; the embedding table is large enough for states in 8 bits.
     # Six steps of two micro-batches; another run resumes from the checkpoint of step 4.
     "accumulated": STAGE_2
     | {"gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
