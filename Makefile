@@ -11,12 +11,15 @@ WORKERS    ?= 2
 FUZZ_SECONDS ?= 120
 FUZZ_SEED    ?= 0
 
-# Options of benchmarks/gpu.py, for example GPU="--minutes 8", and what it needs next to PyTorch, in the pinned versions.
+# Options of benchmarks/gpu.py, for example GPU="--minutes 8"; what it needs next to PyTorch, in the pinned versions; and
+# what of that `make gpu-wheels` takes to a machine without a network, which has the rest (with the repository 62 MiB).
 GPU        ?=
-GPU_NAMES  := accelerate anyio diffusers h11 httpcore2 httpx2 huggingface_hub idna iniconfig jinja2 markupsafe packaging \
-	peft pillow pluggy psutil pygments pytest pytest-timeout pyyaml regex rich safetensors tokenizers tqdm transformers \
-	truststore
-GPU_PACKAGES = $(foreach name,$(GPU_NAMES),$(shell grep -i '^$(name)==' constraints.txt || echo $(name)))
+GPU_NAMES  := accelerate anyio bitsandbytes certifi charset-normalizer diffusers h11 httpcore2 httpx2 huggingface_hub idna \
+	iniconfig liger_kernel markdown-it-py mdurl numpy packaging peft pillow pluggy psutil pygments pytest pytest-timeout \
+	pyyaml regex requests rich safetensors tokenizers tqdm transformers truststore urllib3
+GPU_WHEELS ?= accelerate bitsandbytes diffusers liger_kernel peft transformers
+GPU_CUDA   ?= 130
+pinned      = $(foreach name,$(1),$(shell grep -i '^$(name)==' constraints.txt || echo $(name)))
 
 BIN         := $(VENV)/bin
 USER_STAMP  := $(VENV)/.installed-quickstart
@@ -59,14 +62,16 @@ fuzz: $(DEV_STAMP)
 # Installs next to the GPU build of PyTorch that PYTHON has, without changing it; with .wheels/, without a network.
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target out/gpu-site \
-		$(if $(wildcard .wheels/*.whl),--no-index .wheels/*.whl,$(GPU_PACKAGES))
+		$(if $(wildcard .wheels/*.whl),--no-index .wheels/*.whl,$(call pinned,$(GPU_NAMES)))
 	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/out/gpu-site $(PYTHON) benchmarks/gpu.py $(GPU)
 
+# The wheel of bitsandbytes has a library for each version of CUDA, ROCm and XPU (43 MB together): that of GPU_CUDA is kept.
 gpu-wheels:
 	rm -rf .wheels
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 		$(addprefix --platform manylinux,_2_28_x86_64 _2_27_x86_64 _2_24_x86_64 _2_17_x86_64 2014_x86_64 1_x86_64) \
-		--dest .wheels $(GPU_PACKAGES)
+		--dest .wheels $(call pinned,$(GPU_WHEELS))
+	zip --quiet --delete .wheels/bitsandbytes-*.whl '*_cuda*.so' '*_rocm*.so' '*_xpu*.so' -x '*_cuda$(GPU_CUDA).so'
 
 check: lint types imports docs
 

@@ -37,6 +37,7 @@ from metamorph.data.dataset import load_data
 from metamorph.data.sources.json_files import scan_array, scan_lines
 from metamorph.data.sources.open import open_source
 from metamorph.mini import asset_path
+from metamorph.models.packed_attention import mask_of_samples
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 
 
@@ -232,7 +233,7 @@ def resident_megabytes() -> float:
 
 
 def attention() -> list[dict[str, Any]]:
-    """What the mask of packed rows costs with SDPA: a small decoder on 32 samples of 64 and 4 of 1024 tokens."""
+    """What packed rows cost with SDPA: a small decoder on 32 samples of 64 and 4 of 1024 tokens."""
     config = LlamaConfig(
         vocab_size=512, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4
     )
@@ -241,12 +242,14 @@ def attention() -> list[dict[str, Any]]:
     for count, length in ((32, 64), (4, 1024)):
         ids = torch.randint(0, 512, (count, length))
         positions = torch.arange(length).repeat(1, count)
+        mask = mask_of_samples(decoder, [[length] * count], ids.device)
 
         def padded(ids: torch.Tensor = ids) -> None:
             decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0].sum().backward()
 
-        def packed(ids: torch.Tensor = ids, positions: torch.Tensor = positions) -> None:
-            decoder(input_ids=ids.view(1, -1), position_ids=positions, use_cache=False)[0].sum().backward()
+        def packed(ids: torch.Tensor = ids, positions: torch.Tensor = positions, mask: Any = mask) -> None:
+            row = {"input_ids": ids.view(1, -1), "position_ids": positions, "attention_mask": mask}
+            decoder(**row, use_cache=False)[0].sum().backward()
 
         what = f"{count} samples of {length} tokens: one packed row / padded batch, step time with SDPA"
         rows.append(row(what, best(packed) / best(padded), "×"))

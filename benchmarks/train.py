@@ -243,6 +243,8 @@ def collate(model: MetaMorphForConditionalGeneration, examples: list[dict[str, A
         batch = PackedCollator(0, image_token_id=IMAGE)([examples])
         assert batch["input_ids"].numel() == total
         return batch
+    if variant == "reference":
+        return PaddedCollator(0)(examples)
     batch = PaddedCollator(0, IMAGE)(examples)
     if variant == "padded, feature cache":
         with torch.no_grad():

@@ -1,9 +1,9 @@
 """Model FLOPs utilisation (MFU) of stage 2 on one GPU: random weights of real sizes, packed rows of 4,096 tokens.
 
-Run by `make gpu`, see `gpu.py`. The language models have the sizes of Llama-3.2-1B and 3B, the tower those of
-SigLIP-SO400M/14 at 384 pixels. A step is forward, backward and a fused AdamW update on float32 weights with bfloat16
-computation, as the trainer does it on one GPU. MFU is `ModelFlops.total` / (seconds · peak); the peak is the data
-sheet's for dense bfloat16. The busiest kernels of one step are named, by the profiler.
+`make gpu` runs it, see `gpu.py`. The language models have the sizes of Llama-3.2-1B and 3B, the tower those of
+SigLIP-SO400M/14 at 384 pixels. A step is forward, backward and a fused AdamW update of float32 weights, computed in
+bfloat16, as the trainer does on one GPU. MFU is `ModelFlops.total` / (seconds · peak), where the peak is the data
+sheet's for dense bfloat16. The profiler tells how the time of one step divides among kinds of kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from metamorph.training.engines.speed import compile_layers, recompute_layers
 
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""FLOP/s of dense bfloat16, by a part of the device's name."""
+"""FLOP/s of dense bfloat16, by a substring of the device's name."""
 START, END, IMAGE = 128_256, 128_257, 128_258
 NUM_IMAGE_TOKENS = 64
 WARMUP, STEPS = (5, 10) if torch.cuda.is_available() else (1, 2)
@@ -39,7 +39,7 @@ KINDS = {
     "losses and softmax": ("softmax", "nll", "cross_entropy"),
     "norms": ("norm",),
 }
-"""What a kernel is for, by a part of its name; the first that fits counts."""
+"""What a kernel is for, by a substring of its name; the first match counts."""
 
 
 @dataclass(frozen=True)
@@ -95,20 +95,20 @@ def describe(case: Case) -> dict[str, Any]:
 
 
 def measure_case(case: Case) -> dict[str, Any]:
-    """MFU, tokens a second, peak memory and what the time is spent on.
+    """The row of a case: MFU, tokens per second, peak memory and what the time is spent on.
 
     Raises:
         SystemExit: if the peak of the GPU is not known.
     """
     model, peak = build_model(case), device_peak()
-    batch = make_batch(case, "flash" in str(model.get_decoder().config._attn_implementation))
+    attention = str(model.get_decoder().config._attn_implementation)
+    batch = make_batch(case, "flash" in attention)
     flops = model_flops(model).total(Work(*count_work(batch, NUM_IMAGE_TOKENS).tolist()))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)
     seconds = time_calls(lambda number: train_step(model, batch, optimizer))
-    return {
-        **describe(case),
-        "attention": model.get_decoder().config._attn_implementation,
+    return describe(case) | {
+        "attention": attention if attention != "sdpa" else model.packed_kernel,
         "ms": 1e3 * seconds,
         "tokens/s": case.rows * case.row / seconds,
         "MFU %": 100 * flops / seconds / peak,
@@ -142,6 +142,8 @@ def build_model(case: Case) -> MetaMorphForConditionalGeneration:
     model.model.vision_tower.requires_grad_(False).bfloat16()
     if is_flash_attn_2_available():
         model.set_attn_implementation({"text_config": "flash_attention_2"})
+    elif torch.cuda.is_available() and case.recompute != "selective":
+        model.packed_kernel = "flex_attention"
     if case.recompute != "none":
         recompute_layers(model, selective=case.recompute == "selective")
     if case.compiled:
@@ -150,7 +152,7 @@ def build_model(case: Case) -> MetaMorphForConditionalGeneration:
 
 
 def make_batch(case: Case, flash_attention: bool) -> dict[str, Any]:
-    """Full rows of eight samples, with an image each; every second one is generated."""
+    """Full rows of eight samples (two if small) with one image each: in every second sample, the answer's."""
     generator = torch.Generator().manual_seed(0)
     image = [START, *[IMAGE] * NUM_IMAGE_TOKENS, END]
     samples, per_row = [], 8 if not case.small else 2
@@ -178,7 +180,7 @@ def to_device(value: Any) -> Any:
 
 
 def device_peak() -> float:
-    """FLOP/s of dense bfloat16; 1 TFLOP/s stands for a CPU, whose figures mean nothing.
+    """FLOP/s of dense bfloat16; 1e12 on a CPU, where MFU means nothing.
 
     Raises:
         SystemExit: if the peak of the GPU is not known.
@@ -193,18 +195,18 @@ def device_peak() -> float:
 
 
 def synchronize() -> None:
-    """Wait for the GPU."""
+    """Wait until the GPU is done."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
 def peak_gigabytes() -> float:
-    """Largest memory on the GPU since `time_calls` began to measure."""
+    """Most memory allocated on the GPU since `time_calls` began."""
     return torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else 0.0
 
 
 def time_calls(call: Callable[[int], Any], steps: int = STEPS) -> float:
-    """Seconds of a call, the mean over `steps`, after some that do not count."""
+    """Mean seconds of a call over `steps`, after `WARMUP` calls that do not count. `call` gets its number."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for number in range(WARMUP):
@@ -232,7 +234,7 @@ def train_step(
 def kinds_of_kernels(
     model: MetaMorphForConditionalGeneration, batch: dict[str, Any], optimizer: torch.optim.Optimizer
 ) -> str:
-    """Share of the GPU's time in one step by kind of kernel, and the share in which it waits."""
+    """Shares of one step's time by kind of kernel, and the share in which the GPU waits."""
     synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
         start = time.perf_counter()
@@ -241,7 +243,8 @@ def kinds_of_kernels(
         total = 1e6 * (time.perf_counter() - start)
     shares: dict[str, float] = defaultdict(float)
     for event in trace.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        # Annotations, such as that of an optimizer's step, span kernels that are counted by themselves.
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             kernel = event.name.lower()
             kind = next((kind for kind, parts in KINDS.items() if any(part in kernel for part in parts)), "other")
             shares[kind] += event.device_time_total

@@ -1,6 +1,6 @@
 """The visualizer at the sizes of Stable Diffusion 1.5 on one GPU: random weights, bfloat16, compiled or not.
 
-Run by `make gpu`, see `gpu.py`. A training step is what the trainer does on one GPU: SigLIP-SO400M (384
+`make gpu` runs it, see `gpu.py`. A training step is what the trainer does on one GPU: SigLIP-SO400M (384
 pixels, 64 tokens) and the VAE frozen in bfloat16, projector and UNet in float32 under autocast, clipping, an AdamW
 update and the moving average, at 512 pixels; compiled means as `--torch_compile` compiles. MFU is the UNet's: FLOPs of
 its forward, counted by PyTorch's FlopCounterMode, × 3 for forward and backward, / (seconds · peak); the encoders' work
@@ -35,7 +35,15 @@ VAE = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "sample_size": 512,
 }
-SMALL_UNET = {"block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 32, "norm_num_groups": 8}
+SMALL_UNET = {
+    "sample_size": 8,
+    "block_out_channels": (32, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 32,
+    "norm_num_groups": 8,
+}
 SMALL_VAE = {"block_out_channels": (16, 16, 16, 16), "norm_num_groups": 8}
 TRAINING = ((16, False), (16, True), (32, True))
 """Images per step, and whether the projector and the blocks of the UNet are compiled."""
@@ -72,12 +80,13 @@ def build(small: bool) -> tuple[Denoiser, FrozenEncoders]:
 def training_case(batch: int, compiled: bool, *, small: bool = False) -> dict[str, Any]:
     """Images a second and MFU of the training step."""
     (model, encoders), side = build(small), 64 if small else 512
+    model.unet.to(memory_format=torch.channels_last)
     if compiled:
         for layer in layers(model):
             layer.compile()
     weights = list(model.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=1e-5)
-    average = EMAModel(weights, decay=0.9999)
+    optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)
+    average = EMAModel(weights, decay=0.9999, foreach=True)
     pixels = {
         "tower_pixels": torch.randn(batch, 3, 384, 384, device=DEVICE),
         "vae_pixels": torch.randn(batch, 3, side, side, device=DEVICE),

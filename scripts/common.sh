@@ -110,6 +110,7 @@ run_job() {
     export MASTER_ADDR="${MASTER_ADDR:-${first_node}}"
     export MASTER_PORT="${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 10000))}" # different for jobs that share a node
     export RDZV_ID="${SLURM_JOB_ID}-${SLURM_RESTART_COUNT:-0}"
+    export MAX_RESTARTS="${MAX_RESTARTS:-3}" # see launch.sh
     echo "job ${SLURM_JOB_ID}, start ${SLURM_RESTART_COUNT:-0}, on ${SLURM_JOB_NODELIST}, $(date -u +%FT%TZ)"
 
     step=""

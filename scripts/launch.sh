@@ -5,7 +5,9 @@
 # NODE_RANK, as `run_job` in common.sh does.
 #
 # SIGUSR1 and SIGTERM are forwarded to the processes, which save a checkpoint after the current step and stop.
-# Exit status: 75 if they stopped for that reason, otherwise that of torchrun.
+# If one of them fails, torchrun restarts all of them, at most MAX_RESTARTS times, and they resume from the newest
+# checkpoint.
+# Exit status: 75 if they stopped because of a signal, otherwise that of torchrun.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/common.sh
@@ -16,9 +18,10 @@ PYTHON="${PYTHON:-python}"                                # that metamorph is in
 NPROC_PER_NODE="${NPROC_PER_NODE:-$(count_processes)}"
 NNODES="${NNODES:-1}"
 NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-0}}"
+MAX_RESTARTS="${MAX_RESTARTS:-0}"
 
 PREEMPTED=75                                              # EX_TEMPFAIL: try again later
-marker="${OUTPUT_DIR}/preempted.json"                     # torchrun exits with 1 whatever its processes exit with
+marker="${OUTPUT_DIR}/preempted.json"                     # torchrun does not pass on how its processes exit
 resend_seconds=5
 
 if ((NNODES == 1)); then
@@ -64,13 +67,16 @@ trap '[[ -z "${torchrun}" ]] || kill -INT "${torchrun}"' INT
 if ((NODE_RANK == 0)); then
     rm -f "${marker}" # of an earlier run
 fi
+# Without this, restarted processes meet in a store that has the addresses of the failed ones, and hang (PyTorch 2.13).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 export PYTHONUNBUFFERED=1 # log lines appear when they are written
 # torchrun must ignore both signals: by default it would kill its processes 30 seconds after SIGTERM.
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGINT,SIGHUP,SIGQUIT}"
 set -m # a separate process group, in which Bash does not ignore Ctrl-C
 (
     trap '' USR1 TERM
-    exec "${PYTHON}" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "${NPROC_PER_NODE}" -m metamorph "$@"
+    exec "${PYTHON}" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "${NPROC_PER_NODE}" \
+        --max-restarts "${MAX_RESTARTS}" -m metamorph "$@"
 ) &
 torchrun=$!
 set +m
@@ -83,8 +89,8 @@ wait_through_signals "${torchrun}" || status=$?
 if [[ -n "${relay}" ]]; then
     { kill -KILL "${relay}" && wait "${relay}"; } 2> /dev/null || true # without Bash's message that it was killed
 fi
-if ((status != 0)) && [[ -e "${marker}" ]]; then
+if [[ -e "${marker}" ]]; then
     status=${PREEMPTED}
-    echo "$(basename "$0"): the run has saved and can be resumed; torchrun reports this as a failure above" >&2
+    echo "$(basename "$0"): the run has saved and can be resumed; torchrun may report this as a failure above" >&2
 fi
 exit "${status}"

@@ -5,6 +5,7 @@ import torch
 from batch_parts import collate
 from model_parts import build_batch, build_tiny_model
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metamorph.data.batching.collation import PaddedCollator
 from metamorph.models.batch_indices import first_image_starts, index_batch
@@ -23,10 +24,10 @@ def test_batches_with_indices_give_the_same(packed):
         results.append((output, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
     (one, one_gradients), (other, other_gradients) = results
     for name in ("loss", "text_loss", "visual_loss", "visual_cosine", "num_text_tokens", "num_visual_tokens"):
-        assert torch.equal(one[name], other[name]), name
+        torch.testing.assert_close(one[name], other[name], msg=name)
     assert (one.num_text_tokens, one.num_visual_tokens) == (11, 4)
     for name, gradient in one_gradients.items():
-        assert torch.equal(gradient, other_gradients[name]), name
+        torch.testing.assert_close(gradient, other_gradients[name], msg=name)
 
 
 def test_r06_forward_and_backward_never_ask_the_device():
@@ -35,12 +36,16 @@ def test_r06_forward_and_backward_never_ask_the_device():
     Transformers' own look at positions or mask is not seen here: it is left out where tensors are fake.
     """
     model = build_tiny_model().train()
+    model.packed_kernel = None  # a mask of another class than fake tensors
     for packed in (False, True):
         for image_token_id, asks in ((model.config.image_token_id, False), (None, True)):
             batch = collate(model.config, packed, image_token_id)
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 normalizers = (mode.from_tensor(torch.tensor(11.0)), mode.from_tensor(torch.tensor(4.0)))
-                batch["indices"] = {name: mode.from_tensor(value) for name, value in batch.get("indices", {}).items()}
+                batch["indices"] = {
+                    name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+                    for name, value in batch.get("indices", {}).items()
+                }
                 batch = {name: value if name == "indices" else mode.from_tensor(value) for name, value in batch.items()}
                 batch["indices"] = batch["indices"] or None
                 if asks:
@@ -48,6 +53,27 @@ def test_r06_forward_and_backward_never_ask_the_device():
                         model(**batch, loss_normalizers=normalizers)
                 else:
                     model(**batch, loss_normalizers=normalizers).loss.backward()
+
+
+class ValuesRead(TorchDispatchMode):
+    """Counts the reads of a tensor's value by Python, for each of which the host would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_r06_transformers_does_not_look_at_packed_rows():
+    model = build_tiny_model().train()
+    image = model.config.image_token_id
+    # For padded rows it looks at positions once, to see that they are not packed.
+    for packed, reads in ((True, 0), (False, 1)):
+        batch = collate(model.config, packed, image)
+        with ValuesRead() as values:
+            model(**batch, loss_normalizers=(torch.tensor(11.0), torch.tensor(4.0))).loss.backward()
+        assert values.count == reads
 
 
 def test_first_image_starts_are_one_for_each_answer_with_an_image():

@@ -136,12 +136,12 @@ def arguments(
     return tuple(built)
 
 
-def run_engines(parts: Path, folder: Path, runs: dict[str, dict[str, Any]]) -> None:
-    """Train with the flags of each run on two processes, one run after another: see `engine_worker.py`."""
+def run_engines(parts: Path, folder: Path, runs: dict[str, dict[str, Any]], processes: int = 2) -> None:
+    """Train with the flags of each run on several processes, one run after another: see `engine_worker.py`."""
     (folder / "runs.json").write_text(json.dumps(runs))
     worker = Path(__file__).parent.parent / "training" / "engine_worker.py"
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
     subprocess.run(
         [sys.executable, *launcher, str(worker), str(parts), str(folder)],
         check=True,

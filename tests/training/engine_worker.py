@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from fsdp2_parts import shard_on_cpu
+from packing_parts import NUMBER
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from training_parts import arguments, logged
@@ -29,6 +31,10 @@ class Recording(MetaMorphTrainer):
         SEEN["outside"] = "vision_tower" not in dict(self.plain_model.model.named_children())
         SEEN["partitioned"] = sum(is_partitioned(weight) for weight in self.plain_model.parameters())
         SEEN["tower_partitioned"] = any(is_partitioned(weight) for weight in tower.parameters())
+        texts = [self.processing_class.tokenizer.decode(row) for batch in batches for row in batch["input_ids"]]
+        SEEN["samples"] += [int(number) for text in texts for number in NUMBER.findall(text)]
+        weights = list(self.plain_model.parameters())
+        SEEN["meshes"] = [list(weight.device_mesh.shape) for weight in weights if isinstance(weight, DTensor)]
         SEEN["layers"] = all(isinstance(layer, FSDPModule) for layer in self.plain_model.get_decoder().layers)
         return batches, count
 
@@ -57,6 +63,18 @@ def is_partitioned(weight: torch.Tensor) -> bool:
     return hasattr(weight, "ds_id") or isinstance(weight, DTensor)
 
 
+def without_weights(parts: Path, flags: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Flags that name copies of the models in `flags` whose files of weights are empty."""
+    copies = {}
+    for flag, default in (("model_name_or_path", parts / "llm"), ("vision_tower", parts / "tower")):
+        copy = folder / flag
+        shutil.copytree(flags.get(flag, default), copy)
+        for file in copy.glob("*.safetensors"):
+            os.truncate(file, 0)
+        copies[flag] = str(copy)
+    return copies
+
+
 def main(parts: Path, output_dir: Path) -> None:
     """Train every run of `runs.json`."""
     run.MetaMorphTrainer = Recording  # type: ignore[misc]
@@ -69,8 +87,10 @@ def main(parts: Path, output_dir: Path) -> None:
     for name, flags in runs.items():
         if flags["sharding"] == "fsdp2" and flags["use_cpu"]:
             shard_on_cpu()
+        if flags["sharding"] == "fsdp2" and os.environ["RANK"] != "0" and "resume_from_checkpoint" not in flags:
+            flags |= without_weights(parts, flags, output_dir / f"{name}-without-weights-{os.environ['RANK']}")
         SEEN.clear()
-        SEEN["steps"] = []
+        SEEN["steps"], SEEN["samples"] = [], []
         torch.manual_seed(0)
         result = run.run_training(*arguments(parts, output_dir / name, **flags))
         SEEN["losses"] = logged(result)

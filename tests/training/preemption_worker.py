@@ -39,6 +39,17 @@ def run_case(parts: Path, folder: Path, flags: dict[str, Any]) -> dict[str, Any]
     return {**seen, "resumed_losses": logged(resumed), "difference": difference}
 
 
+def restartable(parts: Path, name: str) -> None:
+    """A run that gets the signal `name` on one process in its third step, unless torchrun has restarted it."""
+    start, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+    (parts / f"{name}-start-{start}-{rank}").touch()
+    flags = FLAGS | CASES["stage1"] | {"save_strategy": "steps", "save_steps": 2}
+    callbacks = [SignalIn(3, signal.Signals[name])] if start == "0" else []
+    with recorded() as steps:
+        result = run_training(*arguments(parts, parts / name, **flags), callbacks=callbacks)
+    (parts / f"{name}-{rank}.json").write_text(json.dumps({"steps": steps, "losses": logged(result)}))
+
+
 def main(parts: Path) -> None:
     """Run all cases and write `rank-N.json`."""
     seen = {name: run_case(parts, parts / name, flags) for name, flags in CASES.items()}
@@ -53,4 +64,7 @@ def main(parts: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) > 2:
+        restartable(Path(sys.argv[1]), sys.argv[2])
+    else:
+        main(Path(sys.argv[1]))

@@ -92,6 +92,11 @@ def test_stage_2_of_the_8b_recipe(large: Path, capsys: pytest.CaptureFixture[str
     four_nodes = dry_run(capsys, **flags, num_gpus=8, num_nodes=4)
     assert "× 8 GPUs × 4 nodes" in four_nodes
     assert gib(four_nodes, "optimizer") == pytest.approx(gib(report, "optimizer") / 4, abs=0.1)
+    hybrid = flags | {"num_nodes": 4, "sharding": "fsdp2"}
+    assert gib(dry_run(capsys, **hybrid, num_gpus=8, dp_replicate=4), "total") == gib(report, "total")
+    words = [word for name, value in hybrid.items() for word in (f"--{name}", str(value))]
+    assert cli.main(["train", "--dry-run", *words, "--num_gpus", "1", "--dp_replicate", "4"]) == 2
+    assert "--dp_replicate 4 does not divide 4 processes into groups of equal size" in capsys.readouterr().err
     assert "does not fit" in dry_run(capsys, **flags, num_gpus=1)
 
 
@@ -99,7 +104,7 @@ def test_stage_2_of_the_8b_recipe(large: Path, capsys: pytest.CaptureFixture[str
 def test_the_memory_table_of_the_documentation(stage: int, large: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = (DOCS / "multi_gpu.md").read_text(encoding="utf-8")
     engines = re.findall(r"`(\w+)`", re.search(r"^\| Stage, `--recompute` .*$", page, re.MULTILINE)[0])
-    numbers = re.search(rf"^\| {stage}, `full` \| (.*) \|$", page, re.MULTILINE)[1].split(" | ")
+    numbers = re.search(rf"^\| {stage}, `none` \| (.*) \|$", page, re.MULTILINE)[1].split(" | ")
     report = dry_run(
         capsys,
         config=f"llama3.1-8b-stage{stage}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +13,26 @@ import torch
 import yaml
 from model_parts import build_batch, build_tiny_model
 from torch import Tensor
+from training_parts import arguments, make_language_model, make_records, make_vision_tower
 
 from metamorph.flags.extras import install_command
 from metamorph.models.embeddings import attach_new_token_rows
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.training.arguments import MetaMorphTrainingArguments, sharding
+from metamorph.training.arguments import MetaMorphTrainingArguments, RunArguments, sharding
 from metamorph.training.arguments.sharding import SHARDINGS, deepspeed_config
-from metamorph.training.engines.prepare import layer_classes, prepare_engine
+from metamorph.training.build import resolve_model
+from metamorph.training.costs.memory import MicroBatch, estimate_memory
+from metamorph.training.engines.prepare import (
+    GPU_SHARE,
+    configure_fsdp2,
+    consists_of_parameters,
+    layer_classes,
+    prepare_engine,
+    reads_on_first_process,
+)
 from metamorph.training.engines.weights import FrozenTower
+from metamorph.training.load import build_outline
+from metamorph.training.stages import apply_stage
 
 
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
@@ -59,6 +72,8 @@ def test_accelerate_configurations_name_files_that_exist() -> None:
     [
         ({"sharding": "fsdp"}, "--sharding 'fsdp' is unknown: use one of auto, ddp, fsdp2"),
         ({"sharding": "fsdp2"}, "--sharding fsdp2 needs GPUs"),
+        ({"dp_replicate": 0}, "--dp_replicate 0 must be 1 or more"),
+        ({"dp_replicate": 2, "sharding": "ddp"}, "--dp_replicate 2 has no effect without FSDP2: add --sharding fsdp2"),
         (
             {"sharding": "zero2", "deepspeed": deepspeed_config("zero3")},
             "--sharding zero2 and --deepspeed .* both name an engine",
@@ -86,8 +101,44 @@ def test_missing_deepspeed_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
         training_arguments(tmp_path, sharding="zero3")
 
 
-def test_auto_is_one_process_here(tmp_path: Path, tiny_model: MetaMorphForConditionalGeneration) -> None:
-    assert prepare_engine(training_arguments(tmp_path), tiny_model) == "single"
+def outline_of_run(folder: Path, **flags: object) -> tuple[RunArguments, MetaMorphForConditionalGeneration]:
+    make_language_model(folder / "llm")
+    make_vision_tower(folder / "tower")
+    make_records(folder)
+    args = RunArguments(*arguments(folder, folder / "out", **flags))
+    model = build_outline(args.model, resolve_model(args.model))
+    apply_stage(model, args.model)
+    return args, model
+
+
+def test_auto_counts_frozen_matrices_as_they_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the dry run does: in 2 bytes in stage 1."""
+    args, model = outline_of_run(tmp_path, stage=1, bf16=True)
+    assert prepare_engine(args, None) == "single"
+    stored, unrounded = (
+        estimate_memory(model, "ddp", MicroBatch(1, 1, 0), num_processes=2, matrix_bytes=size).state for size in (2, 4)
+    )
+    gpu = SimpleNamespace(total_memory=(stored + unrounded) / 2 / GPU_SHARE)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(MetaMorphTrainingArguments, "device", torch.device("cuda"))
+    monkeypatch.setattr(MetaMorphTrainingArguments, "world_size", 2)
+    assert prepare_engine(args, model) == "ddp"
+    gpu.total_memory = 0.99 * stored / GPU_SHARE
+    assert prepare_engine(args, model) == "fsdp2"
+    assert reads_on_first_process(args.training)
+    args.training.fsdp_config["cpu_ram_efficient_loading"] = False
+    configure_fsdp2(args.training, ["LlamaDecoderLayer"], read_once=True)
+    assert not reads_on_first_process(args.training)
+
+
+def test_weights_that_are_buffers_cannot_be_sent(tmp_path: Path) -> None:
+    """A trained DINOv2 has one; a frozen tower is not sharded."""
+    _, model = outline_of_run(tmp_path, stage=1)
+    assert consists_of_parameters(model)
+    model.model.vision_tower.encoder.register_buffer("mask_token", torch.zeros(1))
+    assert consists_of_parameters(model)
+    model.model.vision_tower.requires_grad_(True)
+    assert not consists_of_parameters(model)
 
 
 def test_layers_are_sharded_one_by_one(tiny_model: MetaMorphForConditionalGeneration) -> None:

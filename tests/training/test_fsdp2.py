@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from training_parts import make_language_model, make_records, make_vision_tower, run_engines
 
 
+ON_GPUS = ("bf16", "lora", "tower", "accumulated")
+"""Cases on two GPUs: all of them would take longer than a part of `make gpu` may."""
 PATHS = ("tied", "data.jsonl", "images", "prompts.jsonl")
 SHARED = {"per_device_train_batch_size": 1}
 STAGE_2 = SHARED | {"stage": 2, "from_scratch_connector": True}
@@ -40,6 +43,14 @@ CASES: dict[str, dict[str, Any]] = {
     | {"gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     | EVALUATION,
 }
+RESUMED = {"resumed": ("accumulated", 4), "finished": ("accumulated", 6)}
+"""Name of a run -> the case and step of the checkpoint that it resumes from."""
+HYBRID: dict[str, Any] = STAGE_2 | {
+    "gradient_accumulation_steps": 2,
+    "max_steps": 4,  # two epochs of 12 samples
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,23 +65,32 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_on_two(parts: Path, folder: Path, *, on_gpus: bool = False) -> Path:
-    """Run every case with DDP and with FSDP2 in `folder`: `ENGINE-CASE-RANK.json` and `ENGINE-CASE/`."""
+def train_on_two(parts: Path, folder: Path, cases: Iterable[str], *, on_gpus: bool = False) -> Path:
+    """Run the cases with DDP and with FSDP2 in `folder`: `ENGINE-CASE-RANK.json` and `ENGINE-CASE/`.
+
+    With FSDP2, the second process has no access to weights: it gets them from the first.
+    """
     runs = {}
     for engine in ("ddp", "fsdp2"):  # Accelerate keeps FSDP2 once it is told to use it
-        for case, flags in CASES.items():
+        for case in cases:
+            flags = CASES[case]
             own = {"sharding": engine, "use_cpu": not on_gpus}
             own |= {name: str(parts / value) for name, value in flags.items() if value in PATHS}
             runs[f"{engine}-{case}"] = flags | own
-        checkpoint = folder / f"{engine}-accumulated" / "checkpoint-4"
-        runs[f"{engine}-resumed"] = runs[f"{engine}-accumulated"] | {"resume_from_checkpoint": str(checkpoint)}
+        for resumed, (case, step) in RESUMED.items():
+            if f"{engine}-{case}" in runs:
+                checkpoint = folder / f"{engine}-{case}" / f"checkpoint-{step}"
+                runs[f"{engine}-{resumed}"] = runs[f"{engine}-{case}"] | {"resume_from_checkpoint": str(checkpoint)}
+        if "tied" in cases:
+            own = {"sharding": engine, "use_cpu": not on_gpus, "model_name_or_path": str(folder / "ddp-tied")}
+            runs[f"{engine}-continued"] = SHARED | {"stage": 2} | own
     run_engines(parts, folder, runs)
     return folder
 
 
 @pytest.fixture(scope="module")
 def two(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_on_two(parts, tmp_path_factory.mktemp("two"))
+    return train_on_two(parts, tmp_path_factory.mktemp("two"), CASES)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -79,16 +99,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}:{name}": weight for file in files for name, weight in load_file(file).items()}
 
 
-def check_same(folder: Path, case: str, *, abs_loss: float, abs_weight: float) -> None:
+def check_same(folder: Path, case: str, *, abs_loss: float, abs_weight: float, processes: int = 2) -> None:
     """What both engines have logged and saved is equal up to rounding."""
-    for rank in range(2):
+    for rank in range(processes):
         ddp, fsdp2 = (json.loads((folder / f"{engine}-{case}-{rank}.json").read_text()) for engine in ("ddp", "fsdp2"))
         assert fsdp2["layers"], "decoder layers are not sharded one by one"
         assert fsdp2["partitioned"] > 0
         assert ddp["partitioned"] == 0
         assert fsdp2["unsharded"] == 0, "gradients of all weights are kept between micro-batches"
-        assert fsdp2["steps"] == ddp["steps"]
-        assert len(fsdp2["steps"]) == 2 or case != "resumed", "it has not resumed at step 4 of 6"
+        assert fsdp2["samples"] == ddp["samples"]
+        assert len(fsdp2["steps"]) == 2 or "resumed" not in case, "it has not resumed two steps before the end"
         assert fsdp2["eval_losses"] or "eval_data_path" not in CASES.get(case, {})
         assert fsdp2["losses"] == pytest.approx(ddp["losses"], abs=abs_loss)
         assert fsdp2["norms"] == pytest.approx(ddp["norms"], rel=100 * abs_loss)
@@ -107,10 +127,42 @@ def check_same(folder: Path, case: str, *, abs_loss: float, abs_weight: float) -
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*CASES, "resumed"])
+@pytest.mark.parametrize("case", [*CASES, "continued", *(name for name in RESUMED if name != "finished")])
 def test_fsdp2_trains_as_ddp(two: Path, case: str) -> None:
     tolerance = 1e-2 if case == "bf16" else 1e-4
     check_same(two, case, abs_loss=tolerance, abs_weight=tolerance)
+
+
+@pytest.fixture(scope="module")
+def four(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DDP, and FSDP2 within two groups of two processes; a run of each, and one that resumes its checkpoint."""
+    folder = tmp_path_factory.mktemp("four")
+    runs = {}
+    for engine, flags in {"ddp": {"sharding": "ddp"}, "fsdp2": {"sharding": "fsdp2", "dp_replicate": 2}}.items():
+        checkpoint = folder / f"{engine}-hybrid" / "checkpoint-2"
+        runs[f"{engine}-hybrid"] = HYBRID | flags | {"use_cpu": True}
+        runs[f"{engine}-hybrid_resumed"] = runs[f"{engine}-hybrid"] | {"resume_from_checkpoint": str(checkpoint)}
+    run_engines(parts, folder, runs, processes=4)
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["hybrid", "hybrid_resumed"])
+def test_hybrid_sharding_trains_as_ddp_on_different_samples(four: Path, case: str) -> None:
+    check_same(four, case, abs_loss=1e-4, abs_weight=1e-4, processes=4)
+    seen = [json.loads((four / f"fsdp2-{case}-{rank}.json").read_text()) for rank in range(4)]
+    assert all(mesh == [2, 2] for rank in seen for mesh in rank["meshes"])
+    samples = sorted(number for rank in seen for number in rank["samples"])
+    assert samples == sorted([*range(12)] * (2 if case == "hybrid" else 1))  # each once in an epoch
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_finished_run_writes_its_result_again(two: Path) -> None:
+    found, expected = weights(two / "fsdp2-finished"), weights(two / "fsdp2-accumulated")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 @pytest.mark.gpu
@@ -118,6 +170,6 @@ def test_fsdp2_trains_as_ddp(two: Path, case: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_fsdp2_trains_as_ddp_on_gpus(parts: Path, tmp_path: Path) -> None:
-    folder = train_on_two(parts, tmp_path, on_gpus=True)
-    for case in [*CASES, "resumed"]:
+    folder = train_on_two(parts, tmp_path, ON_GPUS, on_gpus=True)
+    for case in [*ON_GPUS, "resumed"]:
         check_same(folder, case, abs_loss=1e-2, abs_weight=1e-2)

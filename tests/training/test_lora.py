@@ -12,6 +12,7 @@ from file_parts import other_permissions
 from safetensors.torch import load_file, save_file
 from training_parts import arguments, logged, make_language_model, make_records, make_vision_tower, training_lines
 from transformers import AutoModelForCausalLM
+from transformers.utils import is_bitsandbytes_available
 
 from metamorph.cli import main
 from metamorph.models.adapters import (
@@ -415,7 +416,10 @@ def test_an_adapter_names_no_kernel_of_the_hub(adapter_folder: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize(
+    "bits",
+    [16, pytest.param(4, marks=pytest.mark.skipif(not is_bitsandbytes_available(), reason="needs bitsandbytes"))],
+)
 def test_on_a_gpu_the_base_is_small_and_the_adapter_exact(bits: int, wide_parts: Path, tmp_path: Path) -> None:
     """Frozen matrices are in bfloat16 or 4 bits; what is trained, and the norms, in float32."""
     flags = {"use_cpu": False, "bf16": True, "bits": bits, "lora_dropout": 0.0}

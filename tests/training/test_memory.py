@@ -22,7 +22,7 @@ from metamorph.training.costs.memory import (
     model_sizes,
     optimizer_bytes_of,
 )
-from metamorph.training.dry_run.preview import build_outline
+from metamorph.training.load import build_outline
 from metamorph.training.stages import apply_stage, summarise
 
 
@@ -179,8 +179,11 @@ def test_sharding_divides_the_state(parts: Path) -> None:
     assert of["fsdp2"].weights == of["zero2"].weights == of["zero3"].weights == trained
     for name in ("fsdp2", "zero2", "zero3"):
         assert of[name].optimizer == of["ddp"].optimizer // 4
+    buckets = 2 * trained
+    assert of["zero2"].gradients == of["zero2_offload"].gradients == of["zero3"].gradients == trained + buckets
+    assert of["zero3_offload"].gradients == buckets
     assert of["zero2"].compute_copies == 2 * trained
-    assert of["zero3_offload"].host == 4 * trained + 2 * trained // 4 > of["zero2_offload"].host == 4 * trained
+    assert of["zero3_offload"].host == 5 * trained + 2 * trained // 4 > of["zero2_offload"].host == 4 * trained
     assert of["zero2_offload"].state < of["zero2"].state < of["ddp"].state
     assert of["fsdp2"].total == sum(v for k, v in vars(of["fsdp2"]).items() if k != "host")
 

@@ -26,7 +26,7 @@ SIZES = {
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (2, 1), (2, 2)])
 def test_estimate_is_near_what_a_run_takes(tmp_path: Path, processes: int, accumulation: int) -> None:
-    """With FSDP2, accumulation must not add the gradients of all weights on each process: +36 %."""
+    """With FSDP2, accumulation must not add the gradients of all weights on each process, but of its shard: +18 %."""
     make_language_model(tmp_path / "llm", **SIZES)
     make_vision_tower(tmp_path / "tower")
     (tmp_path / "images").mkdir()
@@ -41,6 +41,7 @@ def test_estimate_is_near_what_a_run_takes(tmp_path: Path, processes: int, accum
         env=os.environ
         | {
             "OMP_NUM_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": "262144",  # else glibc keeps much of what PyTorch has freed
             "PYTHONPATH": os.pathsep.join([str(here), str(here.parent / "parts"), os.environ.get("PYTHONPATH", "")]),
         },
         capture_output=True,
@@ -50,4 +51,4 @@ def test_estimate_is_near_what_a_run_takes(tmp_path: Path, processes: int, accum
     )
     assert run.returncode == 0, run.stderr[-3000:]
     numbers = json.loads((tmp_path / "numbers.json").read_text())
-    assert numbers["estimated"] == pytest.approx(numbers["measured"], rel=0.25), numbers
+    assert numbers["estimated"] == pytest.approx(numbers["measured"], rel=0.1), numbers

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from batch_parts import collate
 from model_parts import build_batch, build_tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from metamorph.data.batching.collation import PackedCollator, PaddedCollator, flash_attention_boundaries
-from metamorph.training.engines.attention import check_keeps_samples_apart, uses_flash_attention
+from metamorph.models.packed_attention import SampleMask, mask_of_samples
+from metamorph.training.engines.attention import check_keeps_samples_apart, flex_attention_fits, uses_flash_attention
 
 
 KINDS = "tvgmvtgm"
@@ -26,8 +30,8 @@ def samples_of(config, kinds: str = KINDS) -> list[dict]:
     return samples
 
 
-def packed(samples: list[dict], rows=ROWS) -> dict:
-    return PackedCollator(0)([[samples[index] for index in row] for row in rows])
+def packed(samples: list[dict], rows=ROWS, image_token_id: int | None = None) -> dict:
+    return PackedCollator(0, image_token_id=image_token_id)([[samples[index] for index in row] for row in rows])
 
 
 def only_targets_of(batch: dict, sample: int, rows=ROWS) -> dict:
@@ -58,13 +62,20 @@ def test_packed_equals_unpacked_for_each_sample(attention: str) -> None:
             torch.testing.assert_close(ours.visual_loss, alone.visual_loss, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("indices", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_equals_padded_in_losses_and_gradients(attention: str) -> None:
+def test_packed_equals_padded_in_losses_and_gradients(attention: str, indices: bool) -> None:
+    """With indices, SDPA computes each sample by itself."""
     gradients = []
-    for collate in (packed, PaddedCollator(0)):
+    for is_packed in (True, False):
         model = build_tiny_model()
         model.set_attn_implementation(attention)
-        output = model(**collate(samples_of(model.config)))
+        samples, image = samples_of(model.config), model.config.image_token_id
+        if is_packed:
+            batch = packed(samples, image_token_id=image if indices else None)
+        else:
+            batch = PaddedCollator(0)(samples)
+        output = model(**batch)
         output.loss.backward()
         named = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
         gradients.append(named | {"text": output.text_loss.detach(), "visual": output.visual_loss.detach()})
@@ -131,9 +142,11 @@ MAMBA = {
 HYBRID = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "block_ff_dim": 64}
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "smollm3"])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "smollm3", "granite", "olmoe"]
+)
 def test_families_keep_samples_apart(family: str) -> None:
-    """Sliding windows and layers without positions among them."""
+    """Sliding windows, which keep Transformers' mask, and layers without positions among them."""
     config = AutoConfig.for_model(
         family,
         vocab_size=64,
@@ -149,10 +162,14 @@ def test_families_keep_samples_apart(family: str) -> None:
     decoder = AutoModelForCausalLM.from_config(config).eval()
     ids = [torch.randint(3, 60, (length,)) for length in (7, 5, 9)]
     positions = torch.cat([torch.arange(len(sample)) for sample in ids])
+    mask = mask_of_samples(decoder.base_model, [[len(sample) for sample in ids]], positions.device)
+    assert isinstance(mask, SampleMask) == (family in ("qwen2", "qwen3", "phi3", "smollm3", "granite", "olmoe"))
     with torch.no_grad():
-        joined = decoder(input_ids=torch.cat(ids)[None], position_ids=positions[None], use_cache=False).logits[0]
-        alone = [decoder(input_ids=sample[None], use_cache=False).logits[0] for sample in ids]
-    torch.testing.assert_close(joined, torch.cat(alone), atol=1e-5, rtol=1e-4)
+        alone = torch.cat([decoder(input_ids=sample[None], use_cache=False).logits[0] for sample in ids])
+        for given in (None, mask):
+            inputs = {"input_ids": torch.cat(ids)[None], "position_ids": positions[None], "attention_mask": given}
+            joined = decoder(**inputs, use_cache=False).logits[0]
+            torch.testing.assert_close(joined, alone, atol=1e-5, rtol=1e-4)
 
 
 def test_boundaries_for_flash_attention_are_those_of_transformers() -> None:
@@ -166,3 +183,77 @@ def test_boundaries_for_flash_attention_are_those_of_transformers() -> None:
     assert not uses_flash_attention(model)
     flash = PackedCollator(0, flash_attention=True)([samples_of(model.config)])
     assert torch.equal(flash["cu_seq_lens_q"][:-1], (flash["position_ids"][0] == 0).nonzero().flatten())
+
+
+class SeenLengths(TorchDispatchMode):
+    """Lengths of the queries in each call of an attention kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "scaled_dot_product" in str(func) and "backward" not in str(func):
+            self.lengths.append(args[0].shape[2])
+        return func(*args, **(kwargs or {}))
+
+
+def test_sdpa_computes_no_attention_between_samples() -> None:
+    """And the mask is that of Transformers for whatever else reads it."""
+    model = build_tiny_model().train()
+    batch = packed(samples_of(model.config), image_token_id=model.config.image_token_id)
+    with SeenLengths() as seen:
+        model(**batch).loss.backward()
+    spans = [span for row in batch["indices"]["spans"] for span in row]
+    layers = model.config.text_config.num_hidden_layers
+    assert seen.lengths[-layers * len(spans) :] == spans * layers
+
+    mask = SampleMask.of([[3, 2, 4], [9]], torch.device("cpu"))
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in mask.spans])
+    decoder, embeds = model.get_decoder(), torch.zeros(2, 9, 8)
+    theirs = create_causal_mask(decoder.config, embeds, None, None, position_ids=positions)
+    assert torch.equal(mask & True, theirs)
+    assert mask.shape == theirs.shape
+
+
+@pytest.mark.parametrize("text_config", [{}, {"model_type": "mistral", "sliding_window": 4}, HYBRID])
+def test_padding_on_the_right_needs_no_mask(text_config: dict) -> None:
+    """The collator leaves the mask out where `indices` say what is padding."""
+    results = []
+    for image_token_id in (None, 61):
+        model = build_tiny_model(text_config=text_config).train()
+        assert model.config.image_token_id == 61
+        batch = collate(model.config, False, image_token_id)
+        assert ("attention_mask" in batch) == (image_token_id is None)
+        output = model(**batch)
+        output.loss.backward()
+        named = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        results.append(named | {"loss": output.loss.detach()})
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_flex_attention_equals_sdpa(autocast: bool) -> None:
+    """By its reference implementation: there is no backward pass on a CPU, and compiling takes a minute."""
+    model = build_tiny_model()
+    batch = packed(samples_of(model.config), image_token_id=model.config.image_token_id)
+    losses = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for attention, kernel in (("sdpa", "sdpa"), ("sdpa", "flex_attention"), ("flex_attention", "sdpa")):
+            model.set_attn_implementation({"text_config": attention})
+            model.packed_kernel = kernel
+            with torch.compiler.set_stance("force_eager"):
+                losses.append(model(**batch).loss)
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], rtol=1e-3 if autocast else 1e-6, atol=0)
+
+
+def test_where_flex_attention_fits() -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    decoder = build_tiny_model(text_config=sizes).get_decoder()
+    assert flex_attention_fits(decoder)
+    decoder.config.attention_dropout = 0.1
+    assert not flex_attention_fits(decoder)
+    assert not flex_attention_fits(build_tiny_model(text_config={**sizes, "head_dim": 8}).get_decoder())

@@ -14,10 +14,13 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from packing_parts import recorded
 from preemption_parts import CASES, FLAGS
+from safetensors.torch import load_file
 from training_parts import arguments, logged, make_language_model, make_records, make_vision_tower
 
+from metamorph.models.connector import CONNECTOR_FILE
 from metamorph.runs.checkpoint_files import CheckpointError
 from metamorph.runs.preemption import MARKER_FILE, PREEMPTED
 from metamorph.training.run import run_training
@@ -28,6 +31,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 NUM_SAMPLES = 13
 TIMEOUT = 240
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+WORKER = str(Path(__file__).with_name("preemption_worker.py"))
 
 
 def environment() -> dict[str, str]:
@@ -43,9 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_language_model(folder / "llm")
     make_vision_tower(folder / "tower")
     make_records(folder, NUM_SAMPLES)
-    worker = Path(__file__).with_name("preemption_worker.py")
     done = subprocess.run(
-        [*LAUNCH, str(worker), str(folder)], env=environment(), timeout=TIMEOUT, capture_output=True, text=True
+        [*LAUNCH, WORKER, str(folder)], env=environment(), timeout=TIMEOUT, capture_output=True, text=True
     )
     assert (folder / "rank-1.json").is_file(), done.stderr[-5000:]
     assert done.returncode == 1  # torchrun's, whatever the status of its workers; that is why there is a marker
@@ -68,6 +71,26 @@ def test_r25_a_preempted_run_resumes_as_if_nothing_had_happened(folder: Path, ca
         assert seen["rest"] == seen["uninterrupted"][3:]
         assert seen["resumed_losses"] == pytest.approx(seen["losses"], abs=1e-5)
         assert seen["difference"] < 1e-6
+
+
+@pytest.mark.parametrize(("name", "starts"), [("SIGKILL", 2), ("SIGUSR1", 1)])
+def test_torchrun_restarts_a_run_that_crashed_but_not_a_preempted_one(folder: Path, name: str, starts: int) -> None:
+    command = [*LAUNCH, "--max-restarts", "1", WORKER, str(folder), name]
+    env = environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as launch.sh does
+    done = subprocess.run(command, env=env, timeout=TIMEOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert len(list(folder.glob(f"{name}-start-*-0"))) == starts
+    assert (folder / name / MARKER_FILE).exists() == (name == "SIGUSR1")
+    if name == "SIGUSR1":
+        assert (folder / name / "checkpoint-3").is_dir()
+        return
+    for rank in range(2):
+        expected = json.loads((folder / f"rank-{rank}.json").read_text())["stage1"]
+        seen = json.loads((folder / f"{name}-{rank}.json").read_text())
+        assert seen["steps"] == expected["uninterrupted"][2:]  # from the checkpoint of the second step
+        assert seen["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    weights, plain = (load_file(path / CONNECTOR_FILE) for path in (folder / name, folder / "stage1" / "uninterrupted"))
+    assert all(torch.allclose(weights[key], value, rtol=0, atol=1e-6) for key, value in plain.items())
 
 
 def test_one_process_resumes_two_with_the_remaining_samples(folder: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ import os, signal, sys
 from pathlib import Path
 from training_parts import arguments, logged
 from metamorph.training import run
-from metamorph.training import base_trainer as checkpointing
+from metamorph.training.checkpoints import saving as checkpointing
 from metamorph.training.trainer import MetaMorphTrainer
 
 class Dying(MetaMorphTrainer):

@@ -1,13 +1,15 @@
-"""Both stages through the Slurm scripts on two nodes, each interrupted once: the losses are those of one piece."""
+"""Both stages through the Slurm scripts on two nodes, interrupted or crashed: the losses are those of one piece."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from slurm_parts import Job, losses, needs_slurm, submit
@@ -87,6 +89,31 @@ def test_r28_stage_1_at_its_time_limit_and_stage_2_preempted_resume_at_the_next_
     stopped = interrupt_and_finish(job, job.give_way, folder / "stage2")
     plain = train_in_one_piece(folder, 2, "--pretrain_mm_mlp_adapter", str(folder / "stage1"))
     check_continuity(stopped, losses(folder / "stage2"), plain)
+
+
+def find_process(output_dir: Path, rank: int) -> psutil.Process:
+    """The training process of a rank; its data workers have the same environment."""
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            environment, parent = process.environ(), process.parent()
+            mine = environment.get("OUTPUT_DIR") == str(output_dir) and environment.get("RANK") == str(rank)
+            if mine and parent is not None and "RANK" not in parent.environ():
+                return process
+    raise AssertionError(f"no process of rank {rank} trains into {output_dir}")
+
+
+def test_a_process_that_crashes_is_restarted_within_its_job_and_resumes(folder: Path) -> None:
+    output = folder / "crashed"
+    flags = (*FLAGS, "--save_strategy", "steps", "--save_steps", "2")
+    job = submit("scripts/slurm_pretrain.sh", folder, variables(folder, 1) | {"OUTPUT_DIR": output}, *flags)
+    job.wait_for("a checkpoint", lambda: (output / "checkpoint-2").is_dir())
+    find_process(output, rank=1).kill()
+    assert job.wait_for_end() == "COMPLETED", job.story()
+    assert job.field("Restarts") == "0"
+    assert f"resuming from {output}/checkpoint-" in job.text()
+    assert [step for step, _ in losses(output)] == list(range(1, STEPS + 1))
+    plain = [loss for _, loss in train_in_one_piece(folder, 1)]
+    assert [loss for _, loss in losses(output)] == pytest.approx(plain, abs=2e-5)
 
 
 def test_failed_and_cancelled_jobs_stay_out_of_the_queue(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, tiny_vae
 
 from metamorph.visualization.projector import VisualizationProjector, pad_condition
+from metamorph.visualizer_training.average import MovingAverage
 from metamorph.visualizer_training.denoising import Denoiser, RandomInputs, sample_latents
 
 
@@ -131,3 +133,30 @@ def test_latents_have_the_scale_of_the_vaes_own_sampling():
         noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         expected = distribution.sample(generator) * vae.config.scaling_factor
     torch.testing.assert_close(sample_latents(vae, distribution.parameters, noise), expected)
+
+
+def test_the_layout_of_convolutions_changes_nothing(model):
+    latents, tokens, random = torch.randn(2, *LATENT_SHAPE), torch.randn(2, 4, 12), random_at(0, 1)
+    other = deepcopy(model)
+    other.unet.to(memory_format=torch.channels_last)
+    losses = [part(latents, tokens, random)["loss"] for part in (model, other)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    gradients = {name: value.grad for name, value in other.named_parameters()}
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(gradients[name], value.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_the_moving_average_of_all_weights_at_once():
+    model = nn.Linear(3, 2)
+    average = MovingAverage(model, decay=0.2)
+    average.on_train_begin()
+    expected = [value.detach().clone() for value in model.parameters()]
+    for decay in (0, 2 / 11, 0.2):  # it rises to that of the run
+        with torch.no_grad():
+            for value in model.parameters():
+                value.add_(torch.randn_like(value))
+        average.on_optimizer_step()
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, model.parameters(), strict=True)]
+        torch.testing.assert_close(list(average.gather(keep=True).values()), expected)

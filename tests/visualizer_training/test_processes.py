@@ -15,6 +15,7 @@ from visualization_parts import random_images, tiny_flags, write_archive
 
 from metamorph.runs.checkpoint_files import checkpoints
 from metamorph.visualization import VisualizerArguments, train_visualizer
+from metamorph.visualizer_training.dataset import LATENTS_FOLDER
 
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -54,6 +55,14 @@ def start(folder: Path, flags: dict, *words: str, processes: int = 1) -> subproc
 def seen(folder: Path) -> list[str]:
     """Numbers of the images that processes have read."""
     return [line for file in folder.glob("images-*.txt") for line in file.read_text().splitlines()]
+
+
+def test_two_processes_encode_each_image_once_between_them(flags, one, tmp_path):
+    options = {"batch_size": 1, "cache_latents": True, "save_step": 0}
+    assert start(tmp_path, flags | options, processes=2).returncode == 0
+    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(one[1], abs=1e-4)
+    assert [sorted(file.read_text().split()) for file in sorted(tmp_path.glob("images-*.txt"))] == [[*"012"], [*"345"]]
+    assert not (tmp_path / LATENTS_FOLDER).exists()
 
 
 def test_r40_two_processes_see_three_archives_once_and_one_process_resumes(flags, one, tmp_path):

@@ -99,7 +99,9 @@ def load_merged(folder: str) -> tuple[Any, Any]:
     from metamorph.models.adapters import ADAPTER_FILE, is_adapter_folder
     from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
     from metamorph.models.processing_metamorph import MetaMorphProcessor
+    from metamorph.runs.checkpoint_files import check_is_plain
 
+    check_is_plain(folder)
     if not is_adapter_folder(folder):
         raise ValueError(
             f"--merge-adapter {folder} has no {ADAPTER_FILE}: give the folder of a run with --lora_enable True"

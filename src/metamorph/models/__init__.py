@@ -14,6 +14,7 @@ Which forms of images are accepted?           `image_inputs.py`; how they become
 How is an image file read?                    `image_files.py`
 How are the rows of new tokens trained?       `embeddings.py`
 What does a forward pass return?              `outputs.py`; indices of images and targets: `batch_indices.py`
+How are packed samples kept apart?            `packed_attention.py`
 How are adapters saved and loaded?            `adapters.py`
 How are original checkpoints converted?       `original.py`
 """

@@ -32,6 +32,8 @@ class BatchIndices(TypedDict, total=False):
     """[samples] number of tokens of each sample; only from the collators."""
     tokens: Tensor
     """[tokens] positions that are not padding, at least one; only from the collators."""
+    spans: list[list[int]]
+    """Lengths of the samples of each packed row, and of its padding, on the host; only from the collator."""
 
 
 def index_batch(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from metamorph.files.model_files import check_finite
 from metamorph.files.permissions import save_file
+from metamorph.runs.checkpoint_files import check_is_plain
 
 from .embeddings import NEW_TOKENS, NewRows, new_token_ids
 from .pretrained import read_tensors
@@ -139,6 +140,7 @@ def find_connector(path: str | Path) -> Path:
     for file in (path, *(path / name for name in CONNECTOR_FILES)):
         if file.is_file():
             return file
+    check_is_plain(path)
     if is_full_model(path):
         raise ValueError(
             f"{path} is a finished model, not a connector of stage 1: pass it as --model_name_or_path instead of "

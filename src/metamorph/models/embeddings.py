@@ -34,7 +34,9 @@ class NewRows(nn.Module):
     def _replace_rows(self, plain: nn.Embedding | nn.Linear, token_ids: list[int]) -> None:
         self.weight = plain.weight.requires_grad_(False)
         self.new_rows = nn.Parameter(plain.weight.detach()[token_ids].clone())  # (new tokens, hidden)
-        self.register_buffer("token_ids", torch.tensor(token_ids, device=plain.weight.device), persistent=False)
+        # Weights of an outline come later, but no engine sends its buffers.
+        device = "cpu" if plain.weight.is_meta else plain.weight.device
+        self.register_buffer("token_ids", torch.tensor(token_ids, device=device), persistent=False)
         # The table itself is a parameter of this module only. An engine that shards it could not free it otherwise.
         plain.weight = nn.Parameter(torch.empty_like(plain.weight, device="meta"), requires_grad=False)
         self._plain = (plain,)  # in a tuple, so it is not a submodule

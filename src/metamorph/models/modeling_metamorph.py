@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from metamorph.models.sequence.image_tokens import add_image_tokens
+from metamorph.runs.checkpoint_files import check_is_plain
 
 from .adapters import find_adapter_folder, load_adapter_folder
 from .backbone import MetaMorphModel, MetaMorphPreTrainedModel
@@ -42,6 +43,7 @@ from .families import (
 from .generation import MetaMorphGenerationMixin
 from .losses import LossNormalizers, LossSum, average, cosine_sum, direction_sums, text_loss, visual_loss
 from .outputs import MetaMorphOutput
+from .packed_attention import PackedKernel, mask_of_samples
 from .projectors import build_mm_projector, build_vision_head
 from .text_head import TextHead, TextLossOptions
 from .vision_tower import VisionTower, normalize_visual_tokens
@@ -56,6 +58,8 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
 
     text_loss_options = TextLossOptions()
     """How the text loss is computed. Not part of the configuration: the result is the same."""
+    packed_kernel: PackedKernel | None = "sdpa"
+    """What computes packed rows; None leaves their masks to Transformers. Not part of the configuration either."""
     accepts_loss_kwargs = True
     """Tells `transformers.Trainer` that `forward` takes `num_items_in_batch`."""
 
@@ -75,6 +79,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         For adapter folders also takes `dequantize`, see [`load_adapter_folder`], and `base`, an `AdapterBase` to use
         instead of the one that the folder names, if that has moved.
         """
+        check_is_plain(pretrained_model_name_or_path)
         folder = find_adapter_folder(pretrained_model_name_or_path, kwargs)
         if folder is not None:
             return load_adapter_folder(cls, folder, **kwargs)
@@ -198,7 +203,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
 
         Args:
             input_ids: [B, S] with `N` placeholders for each image.
-            attention_mask: [B, S], 0 where padded. None in packed rows.
+            attention_mask: [B, S], 0 where padded. None in packed rows, and with `indices` of our collators.
             position_ids: [B, S]. In packed rows they restart at each sample: without an attention mask and a cache,
                 Transformers keeps the samples apart (`metamorph.data.batching.collation.PackedCollator`).
             pixel_values: [I, 3, height, width] the images of the batch in reading order. None in a text-only batch.
@@ -230,12 +235,16 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             use_cache = False
         if indices is None and labels is not None:
             indices = index_batch(input_ids, labels, visual_target_mask, self.config.image_token_id)
+        mask: Any = attention_mask
+        if mask is None and indices is not None and "spans" in indices and self.packed_kernel is not None:
+            device = indices["images"].device
+            mask = mask_of_samples(self.get_decoder(), indices["spans"], device, self.packed_kernel)
         balances = labels is not None and self._balances_experts
         if balances:
             kwargs["output_router_logits"] = True
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             position_ids=position_ids,
             pixel_values=pixel_values,
             visual_tokens=visual_tokens,

@@ -64,7 +64,8 @@ def commit_checkpoint(output_dir: str | os.PathLike[str], name: str, metadata: d
     manifest = {"version": 1, "serial": serial, **metadata, "files": files}
     (source / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     sync(source / MANIFEST_FILE)
-    sync(source)
+    for folder in (*(path for path in source.rglob("*") if path.is_dir()), source):
+        sync(folder)
     if final.exists():  # of an earlier run that this one does not resume
         (partial / "replaced").mkdir(exist_ok=True)
         final.rename(partial / "replaced" / name)
@@ -123,6 +124,17 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
     usable = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
     return manifest if usable and isinstance(manifest.get("serial"), int) else None
+
+
+def check_is_plain(folder: str | os.PathLike[str]) -> None:
+    """Refuse a checkpoint whose weights are divided among processes where a model, adapter or connector is needed."""
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.get("in_shards"):
+        raise ValueError(
+            f"{folder} is a checkpoint of a sharded run and holds shards of the trained weights. For a plain folder, "
+            f"add to the command of that run --resume_from_checkpoint {folder} --max_steps {manifest['step']} "
+            "--load_best_model_at_end False --output_dir FOLDER; it trains no further"
+        )
 
 
 def delete_old(output_dir: str | os.PathLike[str], keep: int | None, protected: str | None = None) -> None:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 PREEMPTED = 75
 """Exit status of a run that has saved and should be restarted: EX_TEMPFAIL of sysexits.h. torchrun replaces the status
-of its workers by 1, so scripts look for `MARKER_FILE`."""
+of its workers by 1 (or 0: see `Preempted`), so scripts look for `MARKER_FILE`."""
 MARKER_FILE = "preempted.json"
 """File in the output folder of such a run; the next run removes it at its start."""
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGTERM") if hasattr(signal, name))
@@ -36,10 +36,14 @@ LEAVING = "\nCtrl-C: saving a checkpoint, then stopping. Press Ctrl-C again to q
 
 
 class Preempted(SystemExit):
-    """The run has saved after optimizer step `step` and stops; uncaught, with the exit status `PREEMPTED`."""
+    """The run has saved after optimizer step `step` and stops; uncaught, with the exit status `PREEMPTED`.
+
+    Under `torchrun --max-restarts`, which restarts what fails, the status is 0.
+    """
 
     def __init__(self, step: int) -> None:
-        super().__init__(PREEMPTED)
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))  # torchrun tells its workers
+        super().__init__(0 if restarts else PREEMPTED)
         self.step = step
 
 

@@ -3,6 +3,7 @@
 Which flags are there?                          `arguments/`
 What is checked before weights are loaded?      `prepare.py`
 How do flags become model and data?             `build.py`; LoRA and 4 bits: `lora.py`
+Which process reads the weights?                `load.py`
 What is frozen in which stage?                  `stages.py`
 Learning rates, schedule, parameter groups?     `optimizer.py`
 How is a step normalised?                       `trainer.py`; what is logged of it: `metrics.py`

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import pickle
@@ -15,31 +14,21 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState
+from transformers import PrinterCallback, TrainerControl, TrainerState
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput, seed_worker
 
 from metamorph.data.bad_records import BadRecordLimit
-from metamorph.runs.checkpoint_files import (
-    PARTIAL_FOLDER,
-    PREFIX,
-    CheckpointError,
-    begin_checkpoint,
-    commit_checkpoint,
-    delete_old,
-    explains_write_errors,
-    flush,
-)
+from metamorph.runs.checkpoint_files import CheckpointError
 from metamorph.runs.find_checkpoint import ResumePoint
-from metamorph.runs.lock import check_lock
 from metamorph.runs.preemption import Preemption, ignore_signals
 from metamorph.training.callbacks import StopOnBadRecords, StopWhenPreempted
-from metamorph.training.checkpoints.weights import ARGUMENTS_FILE, TRAINER_STATE_FILE
-from metamorph.training.engines.weights import gather_weights
+from metamorph.training.checkpoints.saving import SavingTrainer
+from metamorph.training.checkpoints.weights import TRAINER_STATE_FILE
 from metamorph.training.optimizer import keep_embeddings_in_32_bits
 from metamorph.training.reporting.monitor import RunMonitor
 from metamorph.training.reporting.progress import ShowProgress
@@ -52,7 +41,7 @@ _GIVEN_BY_FLAGS = ("initial_lr", "weight_decay", "betas", "eps")
 """Options of parameter groups that come from the flags, not from a checkpoint. The scheduler sets `lr`."""
 
 
-class RunTrainer(Trainer):
+class RunTrainer(SavingTrainer):
     """Base of the trainers of the model and of the visualizer.
 
     A subclass defines what to train on (`batches`, `training_dataset`), what to save (`write_weights`, `read_weights`,
@@ -68,10 +57,7 @@ class RunTrainer(Trainer):
     """What is trained, for the progress bar."""
     control: TrainerControl
     resume_point: ResumePoint | None = None
-    flags: dict[str, Any] | None = None
-    """Flags that checkpoints record."""
     _given: list[dict[str, Any]]
-    _saving = False
 
     def __init__(self, *, batches: Sampler[Any], **kwargs: Any) -> None:
         args = kwargs["args"]
@@ -83,7 +69,6 @@ class RunTrainer(Trainer):
         args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         super().__init__(**kwargs)
         args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = compiler  # as checkpoints record it
-        self.plain_model = self.model  # FSDP2 and torch.compile may replace `self.model`
         self.batches = batches
         self.trackers = set_up_trackers(self.callback_handler.callbacks, str(self.args.output_dir))
         self.monitor = self.create_monitor()
@@ -103,18 +88,6 @@ class RunTrainer(Trainer):
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups with `params`, `lr`, `weight_decay` and a `name`, which the log uses."""
-        raise NotImplementedError
-
-    def checkpoint_metadata(self) -> dict[str, Any]:
-        """What resuming needs besides the step and the flags, as JSON values."""
-        raise NotImplementedError
-
-    def write_weights(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
-        """Write the result to `folder`. Called on processes that save."""
-        raise NotImplementedError
-
-    def read_weights(self, folder: str) -> None:
-        """Load what `write_weights` has written into the model, before an engine shards it."""
         raise NotImplementedError
 
     def before_training(self) -> None:
@@ -213,17 +186,19 @@ class RunTrainer(Trainer):
             device=self.accelerator.device,
             num_processes=1,
             process_index=0,
-            put_on_device=self.accelerator.device_placement,
-            # From pinned memory, copies to the GPU overlap with the computation.
-            non_blocking=self.accelerator.non_blocking or self.args.dataloader_pin_memory,
+            put_on_device=False,  # see get_batch_samples
         )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """Fetch the micro-batches of one optimizer step, and count them."""
+        self.finish_checkpoint(wait=False)
         with self.monitor.wait():
             batches = list(islice(epoch_iterator, num_batches))
+        # From pinned memory, copies to the GPU overlap with the computation; they are not data-waiting time.
+        non_blocking = self.accelerator.non_blocking or self.args.dataloader_pin_memory
+        batches = [send_to_device(batch, self.accelerator.device, non_blocking=non_blocking) for batch in batches]
         self.monitor.count(batches)
         return batches, None
 
@@ -235,6 +210,7 @@ class RunTrainer(Trainer):
             logs.update(self._rates)
             logs.update(self.monitor.pop_metrics(self.state, logs.get("grad_norm")))
         if "train_runtime" in logs:  # the last entry of a run; Trainer would count rows as samples
+            self.finish_checkpoint()  # before the best one is loaded, and before the run ends
             self.monitor.sync(self.state)
             logs["total_flos"] = self.state.total_flos
             logs["train_samples_per_second"] = round(self.monitor.total_samples / logs["train_runtime"], 3)
@@ -290,102 +266,6 @@ class RunTrainer(Trainer):
         # With --learning_rate auto, the peak rate also depends on the size of a step.
         scheduler.load_state_dict({**scheduler.state_dict(), "base_lrs": rates, "last_epoch": step - 1})
         scheduler.step()  # sets the rates of this step
-
-    def load_optimizer(self, checkpoint: str | None) -> None:
-        """Load the states of optimizer and scheduler."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-
-    # Weights on any engine.
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether an engine holds the weights of the model: divided among processes, or DeepSpeed's."""
-        if self.is_deepspeed_enabled:
-            return self.model_wrapped is not self.plain_model
-        return isinstance(self.plain_model, FSDPModule)
-
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """The full weights. Every process must call it; only those that save get them."""
-        if self.is_sharded:
-            return gather_weights(self.plain_model, keep=self.args.should_save)
-        return self.plain_model.state_dict()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the result, in the same format with any engine. Every process must call it.
-
-        For some engines, Trainer would write shards only, or weights in bfloat16.
-        """
-        self._save(output_dir or self.args.output_dir, state_dict=self.full_state_dict())
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.write_weights(folder, state_dict)
-        arguments = json.dumps(self.args.to_sanitized_dict(), indent=2, default=str)
-        (folder / ARGUMENTS_FILE).write_text(arguments + "\n", encoding="utf-8")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_sharded:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.read_weights(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        """Trainer only loads full models and PEFT's adapters, but no connectors, alone or next to an adapter."""
-        if self.is_sharded:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    # Checkpoints.
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """While a checkpoint is being written, the folder of incomplete ones."""
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / PARTIAL_FOLDER) if self._saving else folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save as Trainer does, but atomically: write to another folder, and rename it when it is complete.
-
-        No callback runs before it, so the counters are updated and the clock is stopped here. If it cannot be written,
-        the last good one still exists.
-        """
-        self.monitor.sync(self.state)
-        output_dir, name = self._get_output_dir(trial), f"{PREFIX}{self.state.global_step}"
-        with self.monitor.pause(), explains_write_errors(output_dir, name):
-            if self.args.should_save:
-                check_lock(output_dir)
-                begin_checkpoint(output_dir)
-            self.accelerator.wait_for_everyone()
-            self._saving = True
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._saving = False
-            partial, final = Path(output_dir) / PARTIAL_FOLDER / name, Path(output_dir) / name
-            if self.state.best_model_checkpoint == str(partial):  # noted by Trainer on all processes
-                self.state.best_model_checkpoint = str(final)
-                if self.args.should_save:
-                    self.state.save_to_json(str(partial / TRAINER_STATE_FILE))
-            if self.args.local_process_index == 0:
-                flush(output_dir)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                metadata = {"step": self.state.global_step, **self.checkpoint_metadata(), "flags": self.flags}
-                commit_checkpoint(output_dir, name, metadata)
-                delete_old(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
-            self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push only once the checkpoint is complete; Trainer would push while it is being saved."""
-        if not self._saving:
-            super()._push_from_checkpoint(checkpoint_folder)
 
 
 def _start_worker(worker: int, num_workers: int, rank: int) -> None:

@@ -4,14 +4,13 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import set_seed
-
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import MetaMorphProcessor
 from metamorph.runs.open_run import open_run
 from metamorph.training.arguments import DataArguments, MetaMorphTrainingArguments, ModelArguments, RunArguments
-from metamorph.training.build import build_collator, load_model
-from metamorph.training.engines.prepare import gathered_weights, prepare_model
+from metamorph.training.build import build_collator
+from metamorph.training.engines.prepare import prepare_model
+from metamorph.training.load import load_for_engine
 from metamorph.training.optimizer import format_summary
 from metamorph.training.prepare import Preparation, prepare
 from metamorph.training.reporting.model_card import CardFacts
@@ -103,13 +102,11 @@ def run_training(
 
 def _build_trainer(args: RunArguments, prepared: Preparation, callbacks: list[Any] | None) -> MetaMorphTrainer:
     """Load the model, freeze what the stage does not train, and make the trainer."""
-    set_seed(args.training.seed)  # for the initial weights of connector and vision head
-    with gathered_weights(args.training):
-        model = load_model(args.model, prepared.spec, args.compute_dtype)
+    model, engine = load_for_engine(args, prepared.spec)
     if prepared.features is not None:
         prepared.features.check_weights(model.model.vision_tower)
     summary = apply_stage(model, args.model)
-    engine = prepare_model(model, args)
+    prepare_model(model, args)
     logger.info("stage %d trains (%s):\n%s", args.model.stage, engine, format_summary(summary, args.training))
     trainer = MetaMorphTrainer(
         stage=args.model.stage,

@@ -28,7 +28,7 @@ from metamorph.training.base_trainer import RunTrainer
 from metamorph.training.checkpoints.resume import Position, describe_data, steps_per_epoch
 from metamorph.training.checkpoints.weights import load_weights
 from metamorph.training.costs.flops import model_flops
-from metamorph.training.engines.prepare import gathered_weights
+from metamorph.training.engines.prepare import gathered_weights, reads_on_first_process
 from metamorph.training.engines.weights import FrozenTower
 from metamorph.training.metrics import LossWindow, count_targets, count_tokens, validation_metrics
 from metamorph.training.optimizer import learning_rates, module_of, optimizer_groups
@@ -44,8 +44,9 @@ class MetaMorphTrainer(RunTrainer):
     balances experts is computed per micro-batch and weighted by its tokens.) `micro_batch` averages within each
     micro-batch, and then over micro-batches and ranks.
 
-    Checkpoints of stage 1 contain the connector, those of stage 2 the model, and everything to resume. Without
-    `tower_on_device`, the vision tower stays in main memory, outside of the module tree, so that nothing moves it.
+    Checkpoints of stage 1 contain the connector, those of stage 2 the model, and everything to resume; those of a
+    sharded model contain shards. Without `tower_on_device`, the vision tower stays in main memory, outside of the
+    module tree, so that nothing moves it.
     """
 
     batches: PlannedBatches
@@ -187,11 +188,13 @@ class MetaMorphTrainer(RunTrainer):
         return state if self.frozen_tower is None else state | self.frozen_tower.state_dict()
 
     def write_weights(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
-        """Write connector (stage 1) or model (stage 2), configuration and processor."""
+        """Write connector (stage 1) or model (stage 2), configuration and processor; see [`SavingTrainer`]."""
         if self.stage == 2:
             # Base language models have one end token; ours also end their turns.
             self.model.generation_config.eos_token_id = self.processing_class.end_of_turn_token_ids
-        if self.stage == 1:
+        if state_dict is None:
+            self.model.config.save_pretrained(folder)
+        elif self.stage == 1:
             save_connector(self.model, folder, state_dict)
             self.model.config.save_pretrained(folder)
         elif has_adapter(self.model):
@@ -204,6 +207,15 @@ class MetaMorphTrainer(RunTrainer):
             self.model.config.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+    @property
+    def _waits_for_weights(self) -> bool:
+        """Whether this process gets weights from the first one, once the model is sharded: see `load_for_engine`."""
+        return self.args.process_index > 0 and reads_on_first_process(self.args)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_sharded or not self._waits_for_weights:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def read_weights(self, folder: str) -> None:
         """Load what `write_weights` has written."""
@@ -229,7 +241,7 @@ class MetaMorphTrainer(RunTrainer):
         if self.frozen_tower is not None:
             self.frozen_tower.restore()
             self.frozen_tower = None
-        if not self.is_sharded:
+        if not self.is_sharded and not self._waits_for_weights:
             self.plain_model.model.vision_tower.to(self.args.device)
             merge_new_token_rows(self.plain_model)
 

@@ -125,7 +125,8 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     random_crop: bool = False
     """Cut the square at a random place instead of from the centre."""
     cache_latents: bool = False
-    """Encode every image once, before training, and keep tokens and latents in memory."""
+    """Encode every image once, before training, and keep tokens and latents in memory; several processes share them, by
+    files in output_dir while they train."""
 
     training_steps: int = 16_000
     """Optimizer steps, and the horizon of the learning-rate schedule."""
@@ -141,7 +142,7 @@ class VisualizerArguments(TokenOptions, RunTrainingArguments):
     """Optimizer steps of warm-up; by default a quarter of training_steps."""
     weight_decay: float = 1e-2
     """Weight decay of AdamW."""
-    optim: str = "adamw_torch"
+    optim: str = "adamw_torch_fused"
     """Optimizer, by its name in Transformers."""
     ema_decay: float = 0.9999
     """Decay of the moving average of the weights, which is saved instead of them; 0 switches it off."""

@@ -32,7 +32,7 @@ class MovingAverage(TrainerCallback):
     @cached_property
     def average(self) -> EMAModel:
         """The average, which starts from the weights that the model has at the first access."""
-        return EMAModel(self.parameters, decay=self.decay)
+        return EMAModel(self.parameters, decay=self.decay, foreach=True)
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -1,21 +1,32 @@
 """Training samples of the visualizer: tower pixels and VAE pixels of the same crop, in a resumable order."""
 
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from bisect import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from metamorph.files.permissions import save_file
 from metamorph.models.image_files import MediaError
 from metamorph.runs.preemption import ignore_signals
 from metamorph.runs.progress import Progress
 from metamorph.visualization.pixels import PixelFormat, crop_square
+from metamorph.visualizer_training.arguments import VisualizerArguments
 from metamorph.visualizer_training.denoising import FrozenEncoders, RandomInputs
 from metamorph.visualizer_training.images.bad_images import BadImages
 from metamorph.visualizer_training.images.sources import TrainingImages
+
+
+LATENTS_FOLDER = "_latents"
+"""Subfolder of the output folder with the encoded images while several processes train on them."""
 
 
 @dataclass(frozen=True)
@@ -66,30 +77,64 @@ class VisualizerDataset(Dataset):
 
 @dataclass(frozen=True, eq=False)
 class TensorDataset(Dataset):
-    """Encoded samples: `{name: tensors[name][index], "position": int}`."""
+    """Encoded samples: visual tokens, moments and weight of an image, and `"position": int`."""
 
-    tensors: Mapping[str, torch.Tensor]
-    """Each `[images, ...]`."""
+    shares: Sequence[Mapping[str, torch.Tensor]]
+    """Of consecutive images, each tensor `[images of the share, ...]`."""
+    ends: Sequence[int]
+    """For each share, the number of images up to its end."""
 
     def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
+        return self.ends[-1]
 
     def __getitem__(self, sample: Sample) -> dict[str, Any]:
-        return {name: tensor[sample.index] for name, tensor in self.tensors.items()} | {"position": sample.position}
+        number = bisect(self.ends, sample.index)
+        row = sample.index - (self.ends[number - 1] if number else 0)
+        return {name: tensor[row] for name, tensor in self.shares[number].items()} | {"position": sample.position}
 
 
-def encode_all(
-    dataset: VisualizerDataset, encoders: FrozenEncoders, batch_size: int, num_workers: int
-) -> TensorDataset:
-    """Visual tokens and moments of every image, on the CPU."""
-    every = [Sample(index, index) for index in range(len(dataset))]
-    order = [every[at : at + batch_size] for at in range(0, len(every), batch_size)]
-    loader = DataLoader(dataset, batch_sampler=order, num_workers=num_workers, worker_init_fn=ignore_signals)
-    chunks = []
+@contextmanager
+def encoded(dataset: VisualizerDataset, encoders: FrozenEncoders, args: VisualizerArguments) -> Iterator[TensorDataset]:
+    """Encode every image once; all processes must enter. A single one keeps the tensors in memory.
+
+    Several encode one share each and write it to the output folder. They map all shares into memory, which those of one
+    machine share until they end.
+    """
+    rank, processes = args.process_index, args.world_size
+    ends = [len(dataset) * number // processes for number in range(1, processes + 1)]
+    own = _encode(dataset, range(ends[rank - 1] if rank else 0, ends[rank]), encoders, args)
+    if processes == 1:
+        yield TensorDataset([own], ends)
+        return
+    folder = Path(str(args.output_dir)) / LATENTS_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{number}.safetensors" for number in range(processes)]
+    save_file(own, files[rank])
+    del own
+    args.distributed_state.wait_for_everyone()
+    try:
+        yield TensorDataset([load_file(file) for file in files], ends)
+        args.distributed_state.wait_for_everyone()
+    finally:
+        if rank == 0:
+            shutil.rmtree(folder)
+
+
+def _encode(
+    dataset: VisualizerDataset, images: range, encoders: FrozenEncoders, args: VisualizerArguments
+) -> dict[str, torch.Tensor]:
+    """Visual tokens, moments and weights of images, on the CPU; nothing for none."""
+    order = [
+        [Sample(index, index) for index in images[at : at + args.batch_size]]
+        for at in range(0, len(images), args.batch_size)
+    ]
+    workers = args.dataloader_num_workers
+    loader = DataLoader(dataset, batch_sampler=order, num_workers=workers, worker_init_fn=ignore_signals)
+    chunks: list[dict[str, torch.Tensor]] = []
     for batch in Progress(loader, "encoding images", unit="batch"):
-        encoded = encoders(batch["tower_pixels"], batch["vae_pixels"]) | {"weight": batch["weight"]}
-        chunks.append({name: value.cpu() for name, value in encoded.items()})
-    return TensorDataset({name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]})
+        results = encoders(batch["tower_pixels"], batch["vae_pixels"]) | {"weight": batch["weight"]}
+        chunks.append({name: value.cpu().contiguous() for name, value in results.items()})
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]} if chunks else {}
 
 
 def collate(

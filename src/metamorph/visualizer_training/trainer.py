@@ -58,6 +58,7 @@ class VisualizerTrainer(RunTrainer):
     """
 
     title = "visualizer"
+    saves_shards = False  # checkpoints are plain with every engine: the network is small
     args: VisualizerArguments
     batches: StreamBatches
 

@@ -16,13 +16,14 @@ from metamorph.models.sequence.constants import IGNORE_INDEX
 class PaddedCollator:
     """Pads examples of a [`ConversationDataset`] to the longest of the batch.
 
-    The attention mask is made from lengths, so the pad token may occur inside samples.
+    What is padding follows from lengths, so the pad token may occur inside samples.
     """
 
     pad_token_id: int
     """Id to pad with; any id will do, see `MetaMorphProcessor.pad_token_id`."""
     image_token_id: int | None = None
-    """Id of the image placeholder. If given, the batch includes its `indices`, which a GPU then need not search for."""
+    """Id of the image placeholder. If given, the batch includes its `indices`, which a GPU then need not search for,
+    instead of the attention mask: causal attention never looks at padding on the right, and is faster without."""
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch of all examples but the skipped ones.
@@ -31,23 +32,23 @@ class PaddedCollator:
         same number of steps.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels` (int64) and `visual_target_mask` (bool) `[batch, sequence]`;
-            `pixel_values` float32 `[images, 3, height, width]` of all rows in reading order, only if there are
-            images; with `image_token_id` also `indices`, see `BatchIndices`.
+            `input_ids`, `labels` (int64) and `visual_target_mask` (bool) `[batch, sequence]`; `attention_mask` (int64)
+            of that shape or, with `image_token_id`, `indices`, see `BatchIndices`; `pixel_values` float32
+            `[images, 3, height, width]` of all rows in reading order, only if there are images.
         """
         kept = _without_skipped(examples)
         batch, is_token = _pad([[example] for example in kept], self.pad_token_id)
-        batch["attention_mask"] = is_token.long()
-        return batch | _indices(batch, kept, self.image_token_id, is_token) | _pixels(kept)
+        indices = _indices(batch, kept, self.image_token_id, is_token)
+        return batch | (indices or {"attention_mask": is_token.long()}) | _pixels(kept)
 
 
 @dataclass(frozen=True)
 class PackedCollator:
     """Joins the examples of each row of a [`BatchPlan`], and pads rows to the longest of the batch.
 
-    `position_ids` restart at every sample, and there is no attention mask. From this Transformers infers that rows are
-    packed, and keeps samples apart (SDPA, eager and flex attention). Its flash attention can infer the boundaries of a
-    single row only, so with `flash_attention` the batch includes them, see [`flash_attention_boundaries`].
+    `position_ids` restart at every sample, and there is no attention mask: the model makes one from `indices`, and
+    without them Transformers infers from positions that rows are packed. Its flash attention can infer the boundaries
+    of a single row only, so with `flash_attention` the batch includes them, see [`flash_attention_boundaries`].
     """
 
     pad_token_id: int
@@ -67,12 +68,12 @@ class PackedCollator:
         """
         kept = [examples for row in rows if (examples := _without_skipped(row))]
         batch, is_token = _pad(kept, self.pad_token_id)
-        positions = []
+        spans = []
         for examples in kept or [[]]:
-            spans = [len(example["input_ids"]) for example in examples]
-            spans.append(is_token.shape[1] - sum(spans))
-            positions.append(torch.cat([torch.arange(span) for span in spans]))
-        batch["position_ids"] = torch.stack(positions)
+            lengths = [len(example["input_ids"]) for example in examples]
+            padding = is_token.shape[1] - sum(lengths)
+            spans.append([*lengths, padding] if padding else lengths)
+        batch["position_ids"] = torch.stack([torch.cat([torch.arange(span) for span in row]) for row in spans])
         is_start = batch["position_ids"] == 0
         # The last token of one sample must not learn to predict the first of the next.
         batch["labels"][is_start] = IGNORE_INDEX
@@ -81,7 +82,10 @@ class PackedCollator:
         if self.flash_attention:
             batch |= flash_attention_boundaries(batch["position_ids"])
         joined = [example for examples in kept for example in examples]
-        return batch | _indices(batch, joined, self.image_token_id, is_token) | _pixels(joined)
+        indices = _indices(batch, joined, self.image_token_id, is_token)
+        if indices:
+            indices["indices"]["spans"] = spans
+        return batch | indices | _pixels(joined)
 
 
 def flash_attention_boundaries(position_ids: torch.Tensor) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from metamorph.mini import shipped_folder
 from metamorph.models.adapters import is_adapter_folder
 from metamorph.models.configuration_metamorph import TOKEN_REDUCTIONS, VISION_HEAD_TYPES, check_options
 from metamorph.models.sequence.constants import VERSIONS
+from metamorph.runs.checkpoint_files import check_is_plain
 
 
 @dataclass
@@ -84,7 +85,7 @@ class ModelArguments(RemembersGiven):
     """Licence for the model card of the result; the card says unknown without it."""
     attn_implementation: str | None = None
     """Attention of the language model, such as sdpa. By default flash_attention_2 on a GPU where it is installed and
-    the run computes in half precision, otherwise Transformers' choice."""
+    the run computes in half precision, otherwise Transformers' choice, with flex attention for packed rows on a GPU."""
 
     dry_run: InitVar[bool] = False  # a flag of DryRunArguments
 
@@ -150,6 +151,7 @@ class ModelArguments(RemembersGiven):
                 "on its own: merge it first "
                 f"(metamorph convert --merge-adapter {self.model_name_or_path} --output-dir FOLDER)"
             )
+        check_is_plain(folder)
         if self.continues_metamorph and not any(folder.glob("model*.safetensors*")):
             raise FileNotFoundError(
                 f"--model_name_or_path {self.model_name_or_path} has no model weights. If it is the output of stage 1, "

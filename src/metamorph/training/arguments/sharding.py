@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import torch
+from accelerate import ParallelismConfig
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_available
 
@@ -56,6 +57,8 @@ def deepspeed_config(sharding: str) -> dict[str, Any]:
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
+        # Otherwise micro-batches would be added up in the precision of the computation.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
     }
 
@@ -111,5 +114,34 @@ def check_has_gpus(args: TrainingArguments) -> None:
 
 def use_fsdp2(args: TrainingArguments) -> None:
     """Set the flags of Transformers for FSDP2, with checkpoints that any number of processes can read."""
+    if args.save_only_model:
+        raise ValueError("--save_only_model True does not work with FSDP2, whose checkpoints hold shards: leave it out")
     args.fsdp = True
     args.fsdp_config = dict(FSDP2_CONFIG)
+
+
+def replicate_shards(args: TrainingArguments, sharding: str, dp_replicate: int) -> None:
+    """Let FSDP2 divide the state within each of `dp_replicate` groups of consecutive ranks, not among all processes.
+
+    Every process still reads its own batches. Raises as `shard_group` does.
+    """
+    shards = shard_group("fsdp2" if args.fsdp else sharding, args.world_size, dp_replicate)
+    if dp_replicate > 1:
+        args.parallelism_config = ParallelismConfig(dp_replicate_size=dp_replicate, dp_shard_size=shards)
+
+
+def shard_group(engine: str, processes: int, dp_replicate: int) -> int:
+    """Number of processes in each of the `dp_replicate` groups that hold all weights.
+
+    Raises:
+        ValueError: for another engine than FSDP2, or groups of different sizes or of a single process.
+    """
+    shards, rest = divmod(processes, dp_replicate)
+    if dp_replicate > 1 and engine != "fsdp2":
+        raise ValueError(f"--dp_replicate {dp_replicate} has no effect without FSDP2: add --sharding fsdp2")
+    if dp_replicate > 1 and (rest or shards < 2):
+        raise ValueError(
+            f"--dp_replicate {dp_replicate} does not divide {processes} processes into groups of equal size with two "
+            "or more each: give the number of machines, or another divisor of the number of processes"
+        )
+    return shards

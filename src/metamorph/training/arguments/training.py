@@ -14,6 +14,7 @@ from metamorph.data.batching.packing import check_grouping
 from metamorph.flags.checks import check_choice, check_model_reference
 from metamorph.mini import shipped_folder
 from metamorph.models.text_head import TEXT_LOSSES, check_text_loss
+from metamorph.training.arguments.sharding import replicate_shards
 from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.training.arguments.unsupported import UNSUPPORTED
 
@@ -38,7 +39,7 @@ CHANGEABLE = (
 """Values of `allow_changes`: flags that change the objective of a run, or how it is minimised."""
 NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 """Schedules of Transformers that ignore `warmup_steps`."""
-ENGINE_FLAGS = {"sharding": "ddp", "fsdp": None, "fsdp_config": None, "deepspeed": None}
+ENGINE_FLAGS = {"sharding": "ddp", "dp_replicate": 1, "fsdp": None, "fsdp_config": None, "deepspeed": None}
 """Flags that set up an engine -> the value that does not."""
 NOT_GIVEN = "(not given)"
 """`output_dir` of a dry run without one."""
@@ -61,6 +62,9 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
     """For `learning_rate="auto"`: a learning rate that works well with `base_batch_size`."""
     base_batch_size: int | None = None
     """For `learning_rate="auto"`: samples per optimizer step that `base_learning_rate` was tuned for."""
+    dp_replicate: int = 1
+    """With `sharding="fsdp2"`: divide the training state within each of this many groups of GPUs, such as one for each
+    machine, instead of among all GPUs (hybrid sharding). Only gradients are then exchanged between groups."""
     weight_decay: float = 0.0
     """Weight decay of AdamW, except for norms and biases."""
     lr_scheduler_type: str = field(default="cosine", metadata={"choices": SCHEDULES})
@@ -154,6 +158,7 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
             self.label_names = ["labels"]
         with self._without_engine():
             super().__post_init__()
+            replicate_shards(self, self.sharding, self.dp_replicate)
         self._check_schedule()
 
     @contextmanager
@@ -200,6 +205,7 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
                 )
 
     def _check_ranges(self) -> None:
+        self.check_at_least(1, "dp_replicate")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(
                 f"--max_steps {self.max_steps} must be at least 1, or -1 for --num_train_epochs; --dry-run shows what "

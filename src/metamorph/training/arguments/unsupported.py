@@ -41,7 +41,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "length_column_name": (("length",), "lengths are computed from the samples, not read from a column"),
     "liger_kernel_config": ((None,), _LIGER),
     "optim_target_modules": ((None,), "only GaLore and APOLLO use it, which are not supported"),
-    "parallelism_config": ((None,), "batches are planned for data-parallel processes: see --sharding"),
+    "parallelism_config": ((None,), "batches are planned for data-parallel processes: --sharding, --dp_replicate"),
     "prediction_loss_only": ((True,), _LOSSES_ONLY),
     "remove_unused_columns": ((False,), "the dataset returns exactly what the collator needs"),
     "use_cache": ((False,), "training keeps no keys and values"),

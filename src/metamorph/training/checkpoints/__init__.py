@@ -3,5 +3,6 @@
 How does a resume find its checkpoint and its sample?    `resume.py`
 Which flags may differ from those of the checkpoint?     `resume_flags.py`
 How are weights loaded?                                  `weights.py`
-What is saved, and when?                                 `RunTrainer`, one package above
+What is saved, and when?                                 `saving.py`
+What do checkpoints of sharded models hold?              `shards.py`
 """

@@ -19,7 +19,6 @@ import json
 import logging
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +27,10 @@ from metamorph.data.batching.packing import PACKING_VERSION, BatchPlanner
 from metamorph.data.dataset import MixtureDataset
 from metamorph.data.records import RecordError
 from metamorph.models.adapters import is_adapter_folder
-from metamorph.models.connector import is_full_model
 from metamorph.runs.checkpoint_files import CheckpointError, read_manifest
 from metamorph.runs.find_checkpoint import ResumePoint, find_checkpoint
 from metamorph.training.arguments import MetaMorphTrainingArguments
+from metamorph.training.checkpoints.shards import is_deepspeed
 from metamorph.training.checkpoints.weights import ARGUMENTS_FILE
 
 
@@ -61,8 +60,9 @@ def find_stage_checkpoint(output_dir: str, request: str | bool | None, stage: in
     """The checkpoint to resume from: `metamorph.runs.find_checkpoint` with the checks of a stage."""
 
     def check(folder: str) -> None:
-        found_adapter = is_adapter_folder(folder)
-        found = 2 if found_adapter or is_full_model(folder) else 1
+        manifest = read_manifest(folder) or {}
+        found = manifest.get("stage")
+        found_adapter = is_adapter_folder(folder) or "lora_r" in (manifest.get("flags") or {})
         if found != stage:
             raise ValueError(
                 f"{folder} is a checkpoint of stage {found}, but this run is stage {stage}: give each stage its own "
@@ -106,10 +106,20 @@ def plan_resume(
             f"{new.rows_per_micro_batch}, and the order of --train_sampling_strategy group_by_length depends on them: "
             "choose --per_device_train_batch_size so that its product with the number of processes is the same"
         )
-    if (Path(checkpoint) / "latest").is_file() and old.processes != new.processes:  # DeepSpeed's file
+    if is_deepspeed(checkpoint) and old.processes != new.processes:
         raise CheckpointError(
             f"{checkpoint} was written by DeepSpeed on {old.processes} processes and can only be resumed on the same "
             f"number, not on {new.processes}"
+        )
+    if is_deepspeed(checkpoint) != (args.deepspeed_plugin is not None):
+        raise CheckpointError(
+            f"{checkpoint} was written {'with' if is_deepspeed(checkpoint) else 'without'} DeepSpeed, whose optimizer "
+            "states are its own: resume it with the --sharding that it had"
+        )
+    if args.fsdp and not manifest.get("in_shards"):
+        raise CheckpointError(
+            f"{checkpoint} was not written with FSDP2, with which this run trains: resume it with the --sharding that "
+            "it had"
         )
     if old.rows_per_step == new.rows_per_step:
         return ResumePoint(manifest["step"], old.epoch, old.rows, rescales_steps=False)

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from metamorph.flags.checks import check_choice
 from metamorph.models.text_head import MAX_LOGITS
+from metamorph.training.arguments import MetaMorphTrainingArguments, RunArguments
 from metamorph.training.arguments.training import RECOMPUTE
 from metamorph.training.optimizer import VISION_TOWER, module_of
 
@@ -170,7 +171,7 @@ def estimate_memory(
         model: A MetaMorph model after `apply_stage`, possibly on the meta device.
         engine: One of `ENGINES`.
         batch: Micro-batch of one process.
-        num_processes: GPUs of the run.
+        num_processes: GPUs of the run; with `--dp_replicate` those of one group.
         bf16: Whether the computation is in bfloat16 (or float16); otherwise it is in float32.
         recompute: One of `RECOMPUTE`.
         all_logits: Whether the logits of all supervised positions exist at once (`--text_loss full`).
@@ -198,22 +199,41 @@ def estimate_memory(
     # Only autocast keeps the residual stream in float32; sharding engines cast the inputs of the model.
     residual = _FLOAT32 if engine in ("single", "ddp") else compute
     logits = (batch.supervised or batch.tokens) * model.config.text_config.vocab_size
+    logits = (logits if all_logits else min(logits, MAX_LOGITS)) * (LOGIT_BYTES - (0 if bf16 else _HALF))
     moments: float = optimizer_bytes
     if optimizer_bytes == _EIGHT_BITS and sizes.trained:  # except for embeddings, see the trainer
         tables = {id(part.weight): part.weight for part in model.modules() if isinstance(part, nn.Embedding)}
         embeddings = sum(table.numel() for table in tables.values() if table.requires_grad)
         moments += (2 * _FLOAT32 - _EIGHT_BITS) * embeddings / sizes.trained
-    state, host = _state(sizes, engine, num_processes, compute, moments, recompute)
+    state, host = _state(sizes, engine, num_processes, compute, moments, recompute, logits)
     return MemoryEstimate(
         **state,
         activations=int(
             decoder_activations(model.config.text_config, batch, compute, residual, recompute, sizes.layers)
             + _trained_tower_activations(model, batch.images, compute)
         ),
-        logits=(logits if all_logits else min(logits, MAX_LOGITS)) * (LOGIT_BYTES - (0 if bf16 else _HALF)),
+        logits=logits,
         frozen_tower=sizes.tower * compute + (_frozen_tower_work(model, batch.images, compute) if sizes.tower else 0),
         runtime=RUNTIME_BYTES if on_gpu else 0,
         host=host,
+    )
+
+
+def estimate_run(
+    args: RunArguments, model: PreTrainedModel, engine: str, batch: MicroBatch, num_processes: int
+) -> MemoryEstimate:
+    """[`estimate_memory`] of a run with these flags."""
+    return estimate_memory(
+        model,
+        engine,
+        batch,
+        num_processes=num_processes,
+        bf16=args.compute_dtype.itemsize < _FLOAT32,
+        recompute=recomputed(args.training),
+        all_logits=args.training.text_loss == "full",
+        optimizer_bytes=optimizer_bytes_of(args.training.optim),
+        matrix_bytes=matrix_bytes_of(args),
+        tower_on_gpu=args.encodes_images,
     )
 
 
@@ -227,15 +247,21 @@ def optimizer_bytes_of(optim: str) -> int:
     return 4 if "lion" in name or "rmsprop" in name else 8
 
 
-def matrix_bytes_of(bits: int, *, rounded: bool, double_quant: bool = True, compute: int = _HALF) -> float:
+def matrix_bytes_of(args: RunArguments) -> float:
     """Bytes of each frozen weight in the linear layers of the decoder on a GPU.
 
-    If `rounded` (in stage 1 and with LoRA), they are in the precision of the computation (`compute` bytes). With `bits`
-    4 they are in 4 bits and a scale for 64 weights, which `double_quant` quantises, too.
+    In stage 1 and with LoRA, they are in the precision of the computation, see `store_frozen_matrices`. With `--bits 4`
+    they are in 4 bits and a scale for 64 weights, which `--double_quant` quantises, too.
     """
-    if bits == 4:
-        return 0.5 + (1 / 64 + 4 / (64 * 256) if double_quant else 4 / 64)
-    return compute if rounded else _FLOAT32
+    if args.model.bits == 4:
+        return 0.5 + (1 / 64 + 4 / (64 * 256) if args.model.double_quant else 4 / 64)
+    return args.compute_dtype.itemsize if args.model.stage == 1 or args.model.lora_enable else _FLOAT32
+
+
+def recomputed(args: MetaMorphTrainingArguments) -> str:
+    """The value of `--recompute`, taking Transformers' own flag into account."""
+    theirs = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)  # from 5.23 on
+    return "full" if theirs and args.recompute == "none" else args.recompute
 
 
 def decoder_activations(
@@ -293,7 +319,7 @@ def decoder_activations(
 
 
 def _state(
-    sizes: ModelSizes, engine: str, processes: int, compute: int, optimizer_bytes: float, recompute: str
+    sizes: ModelSizes, engine: str, processes: int, compute: int, optimizer_bytes: float, recompute: str, logits: int
 ) -> tuple[dict[str, int], int]:
     """Weights, copies, gradients and optimizer of one process, and its main memory for offloading."""
     trained, share = sizes.trained, 1 / processes
@@ -311,7 +337,8 @@ def _state(
     live = 2 * sizes.layer + sizes.root
     gathered = compute * live
     if engine == "fsdp2":
-        partial = compute * (sizes.layer + sizes.root) if trained > live else 0
+        # Gradients to average; the first are those of `lm_head`, when the logits are gone.
+        partial = max(compute * (sizes.layer + sizes.root) - logits, 0) if trained > live else 0
         sharded = {
             "weights": share * (_FLOAT32 * trained + sizes.frozen_bytes),
             "compute_copies": gathered,
@@ -322,16 +349,16 @@ def _state(
     # DeepSpeed keeps the model in the precision of the computation, plus shards of float32 master weights.
     masters, moments = share * _FLOAT32 * trained, share * optimizer_bytes * trained
     whole = compute * (trained + sizes.frozen)
-    gradients = share * compute * trained
+    gradients = share * _FLOAT32 * trained  # accumulated in float32
     host = 0.0
     live_weights = compute * min(max(live, _MAX_LIVE), trained + sizes.frozen)
     copies: float = whole if engine.startswith("zero2") else live_weights + share * whole
     buckets = compute * min(_BUCKETS, trained)
     if engine.endswith("offload"):
         host = masters + moments + share * _FLOAT32 * trained
-        masters = moments = gradients = 0.0
+        masters = moments = 0.0  # ZeRO-2 accumulates gradients on the GPU
         if engine.startswith("zero3"):
-            host, copies = host + share * whole, live_weights
+            host, copies, gradients = host + share * whole + gradients, live_weights, 0.0
     zero = {"weights": masters, "compute_copies": copies, "gradients": gradients + buckets, "optimizer": moments}
     return {name: int(value) for name, value in zero.items()}, int(host)
 

@@ -10,30 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModel, AutoModelForCausalLM
 
 from metamorph.data.batching.lengths import Lengths
 from metamorph.data.batching.packing import BatchPlanner
 from metamorph.data.dataset import MixtureDataset
 from metamorph.data.records import RecordError
-from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
-from metamorph.models.pretrained import load_tokenizer
-from metamorph.training.arguments import MetaMorphTrainingArguments, ModelArguments, RunArguments
-from metamorph.training.arguments.sharding import check_deepspeed
+from metamorph.training.arguments import MetaMorphTrainingArguments, RunArguments
+from metamorph.training.arguments.sharding import check_deepspeed, shard_group
 from metamorph.training.arguments.training import AUTO_LEARNING_RATE
-from metamorph.training.build import ModelSpec, config_overrides
 from metamorph.training.costs.memory import (
     ENGINES,
     GIB,
     MemoryEstimate,
     MicroBatch,
-    estimate_memory,
+    estimate_run,
     matrix_bytes_of,
-    optimizer_bytes_of,
 )
 from metamorph.training.dry_run.arguments import DryRunArguments
 from metamorph.training.engines.prepare import GPU_SHARE
+from metamorph.training.load import build_outline
 from metamorph.training.optimizer import apply_learning_rate_rule, scale_learning_rate
 from metamorph.training.prepare import prepare
 from metamorph.training.stages import ModuleSummary, apply_stage, check_learning_rates
@@ -121,30 +116,14 @@ def preview(args: RunArguments, dry_run: DryRunArguments) -> DryRun:
     world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     num_gpus, num_nodes = dry_run.num_gpus or local, dry_run.num_nodes or max(world // local, 1)
     processes = num_gpus * num_nodes
+    engine = _given_engine(args.training)
+    shards = shard_group(engine, processes, args.training.dp_replicate)
     data = None if args.data.missing_data is not None else _measure(args, prepared.dataset)
     batch = _micro_batch(args, data)
-    matrix_bytes = matrix_bytes_of(
-        args.model.bits,
-        rounded=args.model.stage == 1 or args.model.lora_enable,
-        double_quant=args.model.double_quant,
-        compute=args.compute_dtype.itemsize,
-    )
     memory = {
-        name: estimate_memory(
-            model,
-            name,
-            batch,
-            num_processes=processes,
-            bf16=args.compute_dtype != torch.float32,
-            recompute=recomputed(args.training),
-            all_logits=args.training.text_loss == "full",
-            optimizer_bytes=optimizer_bytes_of(args.training.optim),
-            matrix_bytes=matrix_bytes,
-            tower_on_gpu=args.encodes_images,
-        )
+        name: estimate_run(args, model, name, batch, shards if name == "fsdp2" else processes)
         for name in (("single",) if processes == 1 else ENGINES[1:])
     }
-    engine = _given_engine(args.training)
     if processes == 1:
         engine = "single"
     elif engine == "auto":  # shards only what does not fit on one GPU
@@ -160,33 +139,8 @@ def preview(args: RunArguments, dry_run: DryRunArguments) -> DryRun:
         engine=engine,
         memory=memory,
         learning_rate=_learning_rate(args.training, data, processes),
-        matrix_bytes=matrix_bytes,
+        matrix_bytes=matrix_bytes_of(args),
     )
-
-
-def recomputed(args: MetaMorphTrainingArguments) -> str:
-    """The value of `--recompute`, taking Transformers' own flag into account."""
-    theirs = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)  # from 5.23 on
-    return "full" if theirs and args.recompute == "none" else args.recompute
-
-
-def build_outline(args: ModelArguments, spec: ModelSpec) -> MetaMorphForConditionalGeneration:
-    """Compose the model as `load_model` does, in float32, on PyTorch's meta device; no weight file is opened.
-
-    Its parameters can be counted and frozen by `apply_stage`, but it cannot run.
-    """
-    with torch.device("meta"):
-        if spec.is_metamorph:
-            return MetaMorphForConditionalGeneration(spec.config).float()
-        language_model = AutoModelForCausalLM.from_config(
-            spec.config.text_config, dtype=torch.float32, trust_remote_code=False
-        )
-        vision_encoder = AutoModel.from_config(spec.config.vision_config, dtype=torch.float32, trust_remote_code=False)
-        # The processor's tokenizer already has the image tokens; from_parts adds their rows as in a run.
-        tokenizer = load_tokenizer(args.model_name_or_path)
-        return MetaMorphForConditionalGeneration.from_parts(
-            language_model, vision_encoder, tokenizer, **config_overrides(args)
-        )
 
 
 def _measure(args: RunArguments, dataset: MixtureDataset) -> DataPreview:

@@ -11,8 +11,8 @@ from metamorph.files.templates import render
 from metamorph.training.arguments import MetaMorphTrainingArguments, RunArguments
 from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.training.arguments.training import AUTO_LEARNING_RATE
-from metamorph.training.costs.memory import GIB
-from metamorph.training.dry_run.preview import DryRun, recomputed
+from metamorph.training.costs.memory import GIB, recomputed
+from metamorph.training.dry_run.preview import DryRun
 from metamorph.training.optimizer import LANGUAGE_MODEL, VISION_TOWER, learning_rates
 from metamorph.training.stages import ModuleSummary
 

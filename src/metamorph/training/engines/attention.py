@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+from metamorph.models.packed_attention import mask_of_samples
 from metamorph.training.arguments import RunArguments
 
 
@@ -20,16 +21,28 @@ _SAMPLE = 4
 
 
 def choose_attention(model: PreTrainedModel, args: RunArguments) -> None:
-    """Use flash attention where it is installed and works: on a GPU, in half precision.
+    """Set the attention of the language model, unless `--attn_implementation` is given, and log which it is."""
+    decoder, training = model.get_decoder(), args.training
+    is_half_on_gpu = training.device.type == "cuda" and args.compute_dtype != torch.float32
+    if args.model.attn_implementation is None and is_half_on_gpu:
+        if is_flash_attn_2_available() and decoder._supports_flash_attn:
+            model.set_attn_implementation({"text_config": "flash_attention_2"})
+        elif training.recompute != "selective" and flex_attention_fits(decoder):
+            model.packed_kernel = "flex_attention"
+    name = decoder.config._attn_implementation
+    packed = f", packed rows by {model.packed_kernel}" if training.packing and name == "sdpa" else ""
+    logger.info("attention: %s%s (--attn_implementation sets another)", name, packed)
 
-    Does nothing if `--attn_implementation` is given.
+
+def flex_attention_fits(decoder: PreTrainedModel) -> bool:
+    """Whether flex attention can compute packed rows of a decoder on a GPU; it takes no dropout, nor small heads.
+
+    It computes all samples at once, and skips the blocks between them.
     """
-    is_float32 = args.compute_dtype == torch.float32
-    if args.model.attn_implementation is not None or args.training.device.type != "cuda" or is_float32:
-        return
-    if is_flash_attn_2_available() and model.get_decoder()._supports_flash_attn:
-        model.set_attn_implementation({"text_config": "flash_attention_2"})
-        logger.info("attention: flash_attention_2 (--attn_implementation sdpa for PyTorch's own)")
+    config = decoder.config
+    features = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dropout = getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)
+    return decoder._supports_flex_attn and features >= 16 and not dropout
 
 
 def uses_flash_attention(model: MetaMorphForConditionalGeneration) -> bool:
@@ -56,10 +69,13 @@ def check_keeps_samples_apart(model: MetaMorphForConditionalGeneration) -> None:
     if uses_flash_attention(model):
         decoder.config._attn_implementation = "sdpa" if decoder._supports_sdpa else "eager"
     decoder.eval()
+    mask = mask_of_samples(decoder, [[_SAMPLE, _SAMPLE]], decoder.device)
     try:
         with torch.no_grad():
             ours, theirs = (
-                decoder(inputs_embeds=row, position_ids=positions, use_cache=False).last_hidden_state[:, _SAMPLE:]
+                decoder(
+                    inputs_embeds=row, position_ids=positions, attention_mask=mask, use_cache=False
+                ).last_hidden_state[:, _SAMPLE:]
                 for row in rows
             )
     finally:

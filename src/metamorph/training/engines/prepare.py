@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -18,10 +19,11 @@ from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspee
 from metamorph.training.arguments import MetaMorphTrainingArguments, RunArguments
 from metamorph.training.arguments.sharding import use_fsdp2
 from metamorph.training.arguments.shared import RunTrainingArguments
-from metamorph.training.costs.memory import MicroBatch, estimate_memory
+from metamorph.training.costs.memory import MicroBatch, estimate_run
 from metamorph.training.engines.attention import check_keeps_samples_apart, choose_attention
 from metamorph.training.engines.speed import prepare_speed
-from metamorph.training.lora import store_frozen_matrices
+from metamorph.training.engines.weights import TOWER
+from metamorph.training.lora import check_engine, store_frozen_matrices
 from metamorph.training.optimizer import check_optimizer
 
 
@@ -32,31 +34,34 @@ GPU_SHARE = 0.7
 activations."""
 
 
-def prepare_model(model: PreTrainedModel, args: RunArguments) -> str:
-    """Set up engine, attention and memory options of a model after `apply_stage`; returns the name of the engine.
+def prepare_model(model: PreTrainedModel, args: RunArguments) -> None:
+    """Set up attention, and the options that save time and memory, of a model after `apply_stage`.
 
     Call it before the trainer is made.
     """
-    engine = prepare_engine(args.training, model)
     store_frozen_matrices(model, args)
-    if args.training.packing:
+    if args.training.packing and model.get_decoder().device.type != "meta":  # else the first process tests it
         check_keeps_samples_apart(model)
     choose_attention(model, args)
     prepare_speed(model, args.training)
-    return engine
+    _give_addresses(model)
 
 
-def prepare_engine(args: MetaMorphTrainingArguments, model: PreTrainedModel) -> str:
-    """Decide what `--sharding auto` is, and configure FSDP2, in `args`.
+def prepare_engine(run: RunArguments, outline: PreTrainedModel | None) -> str:
+    """Decide what `--sharding auto` is, and configure FSDP2, in `run.training`.
 
-    `auto` is FSDP2 if there are several GPUs and one cannot hold weights, gradients and optimizer, else DDP.
+    `auto` is FSDP2 if there are several GPUs and one cannot hold weights, gradients and optimizer, else DDP. `outline`
+    is the model after `apply_stage`, possibly on the meta device; a single process and DeepSpeed need none.
 
     The result is `single`, a value of `--sharding`, or `deepspeed` if Transformers' own flag configures it.
     """
+    args = run.training
     if args.deepspeed_plugin is not None:
         return args.sharding if args.sharding != "auto" else "deepspeed"
-    if args.sharding == "auto" and not args.fsdp and args.world_size > 1 and args.device.type == "cuda":
-        needed = estimate_memory(model, "ddp", MicroBatch(1, 1, 0), num_processes=args.world_size, bf16=args.bf16).state
+    if outline is None:
+        return "single"
+    if args.sharding == "auto" and not args.fsdp and args.device.type == "cuda":
+        needed = estimate_run(run, outline, "ddp", MicroBatch(1, 1, 0), args.world_size).state
         capacity = torch.cuda.get_device_properties(args.device).total_memory
         if needed > GPU_SHARE * capacity:
             logger.info(
@@ -66,15 +71,21 @@ def prepare_engine(args: MetaMorphTrainingArguments, model: PreTrainedModel) -> 
             )
             use_fsdp2(args)
             check_optimizer(args)
+            check_engine(run)
             args.fsdp_plugin_args = {}
     if args.fsdp:
-        configure_fsdp2(args, layer_classes(model))
+        configure_fsdp2(args, layer_classes(outline), read_once=consists_of_parameters(outline))
+        if args.dp_replicate > 1:
+            shards = args.world_size // args.dp_replicate
+            logger.info("--dp_replicate: %d groups of %d processes, each with all weights", args.dp_replicate, shards)
         return "fsdp2"
-    return "single" if args.world_size == 1 else "ddp"
+    return "ddp"
 
 
-def configure_fsdp2(args: RunTrainingArguments, layers: Iterable[str]) -> None:
+def configure_fsdp2(args: RunTrainingArguments, layers: Iterable[str], *, read_once: bool = False) -> None:
     """Complete `fsdp_plugin_args`: precision, and `layers`, the classes whose modules FSDP2 shards one by one.
+
+    With `read_once`, unless `--fsdp_config` forbids it, Accelerate sends weights from the first process to the others.
 
     Inputs and outputs are not cast, as Accelerate's own policy would do: the loss and its normaliser are float32.
     Gradients are averaged in float32, after every micro-batch: with accumulation, each GPU would otherwise keep all of
@@ -85,10 +96,12 @@ def configure_fsdp2(args: RunTrainingArguments, layers: Iterable[str]) -> None:
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "state_dict_type": "SHARDED_STATE_DICT",
         "reshard_after_forward": True,
-        "cpu_ram_efficient_loading": False,
         "transformer_cls_names_to_wrap": ",".join(layers),
     } | (args.fsdp_plugin_args or {})
     if given["fsdp_version"] == 2:
+        # Transformers has filled in false where nothing was given.
+        allowed = str((args.fsdp_config or {}).get("cpu_ram_efficient_loading", True)).lower() == "true"
+        given["cpu_ram_efficient_loading"] = read_once and allowed
         given["mixed_precision_policy"] = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
             reduce_dtype=torch.float32,
@@ -97,6 +110,34 @@ def configure_fsdp2(args: RunTrainingArguments, layers: Iterable[str]) -> None:
     args.fsdp_plugin_args = given
     accumulation = {"sync_each_batch": True} | (args.accelerator_config.gradient_accumulation_kwargs or {})
     args.accelerator_config.gradient_accumulation_kwargs = accumulation
+
+
+def reads_on_first_process(args: RunTrainingArguments) -> bool:
+    """Whether only the first process reads the weights, after `configure_fsdp2`."""
+    plugin = (args.fsdp and args.fsdp_plugin_args) or {}
+    return plugin.get("fsdp_version") == 2 and bool(plugin["cpu_ram_efficient_loading"])
+
+
+def _give_addresses(model: PreTrainedModel) -> None:
+    """Give trained weights on the meta device, in place, an address of their own: one element of memory.
+
+    By address, Accelerate finds the shard that replaces a weight in the optimizer. On the meta device all have 0.
+    """
+    for weight in model.parameters():
+        if weight.is_meta and weight.requires_grad:
+            torch.utils.swap_tensors(weight, nn.Parameter(torch.empty(1, dtype=weight.dtype).expand(weight.shape)))
+
+
+def consists_of_parameters(model: PreTrainedModel) -> bool:
+    """Whether checkpoints hold parameters only, besides a frozen tower. Accelerate cannot send the buffers of others.
+
+    Some mixtures of experts have such buffers, and DINOv2.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = model.state_dict().keys() - parameters
+    return not buffers or (
+        not model.model.vision_tower.is_trained and all(name.startswith(f"{TOWER}.encoder.") for name in buffers)
+    )
 
 
 def layer_classes(model: PreTrainedModel) -> list[str]:

@@ -53,6 +53,7 @@ def compile_layers(model: PreTrainedModel, *, backend: str | None = None, mode: 
     Layers of the same kind share one compilation, so it takes seconds instead of minutes. Embeddings, losses and the
     insertion of images, whose shapes change from batch to batch, are not compiled.
     """
+    model.packed_kernel = None  # the lengths of samples would be constants of the code, compiled for every batch
     for part in (model.get_decoder(), model.model.vision_tower.encoder):
         for layer in part.modules():
             if isinstance(layer, GradientCheckpointingLayer):  # the layers that Transformers repeats
