@@ -177,8 +177,8 @@ def test_only_one_of_several_runs_takes_a_lock_over(left: Path, monkeypatch: pyt
     change(left, started="12")
     lives, late = run_lock._is_held, []
 
-    def look(path: Path) -> bool:
-        answer = lives(path)
+    def look(path: Path, flag: str) -> bool:
+        answer = lives(path, flag)
         if not late:
             late.append(only_run_in(left))
             late[0].__enter__()

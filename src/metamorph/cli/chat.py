@@ -32,14 +32,15 @@ logger = logging.getLogger(__name__)
 DEFAULT_OUTPUT = Path("chat")
 HISTORY_LENGTH = 1000
 COMMANDS = {
-    "/image": "FILE  show the model an image with your next words; may be repeated",
-    "/video": "FILE  show it a video",
-    "/save": "FILE   write the conversation as JSON, and its images in a folder next to it",
-    "/retry": "       answer the last words again, with the next seed",
-    "/reset": "       forget the conversation",
-    "/help": "        list the commands",
-    "/quit": "        leave; so do Ctrl-D and Ctrl-C",
+    "/image": ("FILE", "show the model an image with your next words; may be repeated"),
+    "/video": ("FILE", "show it a video"),
+    "/save": ("FILE", "write the conversation as JSON, and its images in a folder next to it"),
+    "/retry": ("", "answer the last words again, with the next seed"),
+    "/reset": ("", "forget the conversation"),
+    "/help": ("", "list the commands"),
+    "/quit": ("", "leave; so do Ctrl-D and Ctrl-C"),
 }
+"""Commands with their argument and what they do."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="metamorph chat",
         description="Talk to a model. Its images are saved, and shown on terminals that can (kitty, iTerm2, sixel).",
         epilog="Lines that begin with / are commands: "
-        + "; ".join(f"{name} {' '.join(words.split())}" for name, words in COMMANDS.items()),
+        + "; ".join(" ".join((name, *words)) for name, words in COMMANDS.items()),
     )
     parser.add_argument("--system", help="system message")
     parser.add_argument("--output-dir", type=output_folder, default=DEFAULT_OUTPUT, help="folder of the images")
@@ -110,25 +111,28 @@ class Conversation:
             near = nearest(name, COMMANDS)
             hint = f": did you mean {near}?" if near else ""
             raise ValueError(f"unknown command {name}{hint} (/help lists all; begin with a space to say it)")
-        elif name in ("/image", "/video", "/save"):
+        elif COMMANDS[name][0]:
             if not argument.strip():
                 raise ValueError(f"{name} needs a file: {name} FILE")
-            getattr(self, f"_{name[1:]}")(str(Path(argument.strip()).expanduser()))
+            getattr(self, f"_{name[1:]}")(Path(argument.strip()).expanduser())
         else:
             getattr(self, f"_{name[1:]}")()
 
-    def _image(self, path: str) -> None:
-        self._images += open_images([path], "/image")
+    def _image(self, file: Path) -> None:
+        if not file.is_file():
+            raise ValueError(f"/image {file} does not exist")
+        self._images += open_images([file], "/image")
 
-    def _video(self, path: str) -> None:
+    def _video(self, file: Path) -> None:
         from metamorph.inference.media import load_video
 
-        self._videos.append(load_video(path, self.flags.fps, self.flags.max_frames))
+        if not file.is_file():
+            raise ValueError(f"/video {file} does not exist")
+        self._videos.append(load_video(file, self.flags.fps, self.flags.max_frames))
 
-    def _save(self, path: str) -> None:
+    def _save(self, file: Path) -> None:
         from metamorph.inference.answer_files import save_conversation
 
-        file = Path(path)
         folder = file.with_suffix("")
         if folder == file:
             raise ValueError(f"/save {file}: give a name that ends in .json")
@@ -143,8 +147,8 @@ class Conversation:
         self._images, self._videos, self._retries = [], [], 0
 
     def _help(self) -> None:
-        for name, words in COMMANDS.items():
-            print(f"{name} {words}")
+        for name, (argument, words) in COMMANDS.items():
+            print(f"{name:<7} {argument:<5} {words}")
 
     def _retry(self) -> None:
         self._retries += 1

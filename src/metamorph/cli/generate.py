@@ -230,6 +230,7 @@ def answer_file(flags: argparse.Namespace) -> int:
     from metamorph.inference.batch_lines import BatchDefaults
     from metamorph.inference.session import check_visualizer_folder
     from metamorph.runs.checkpoint_files import on_first_process
+    from metamorph.runs.lock import only_run_in
 
     if flags.visualizer is not None:
         check_visualizer_folder(shipped_folder(flags.visualizer, "visualizer"))
@@ -237,7 +238,7 @@ def answer_file(flags: argparse.Namespace) -> int:
         check_budget(flags)
     defaults = BatchDefaults(flags.draw, sampling, settings, flags.max_new_tokens, flags.fps, flags.max_frames)
     batch = Batch(Path(flags.input), flags.output, flags.model, flags.visualizer, defaults)
-    with joined_processes():
+    with joined_processes(), only_run_in(batch.folder, flag="--output"):
         total, done = len(batch.lines()), open_results(batch, overwrite=flags.overwrite)
         if done:
             logger.info("%s has %d of %d results already", flags.output, done, total)
