@@ -42,7 +42,7 @@ def test_lines_of_a_pipe_are_a_conversation(folder: Path) -> None:
     lines = [
         *("draw a large red circle", "what color is the object?", "/image in.png", "what color is the object?"),
         *("/image none.png", "/foo", "/save", "<image>?", "/save talk.json", "/save in.png"),
-        *("draw a blue square", "/retry", "/reset", "/save empty.json", "/retry", "/quit", "never"),
+        *("/reset", "draw a blue square", "/retry", "/reset", "/save empty.json", "/retry", "/quit", "never"),
     ]
     done = subprocess.run(
         COMMAND,
@@ -161,19 +161,21 @@ def test_images_appear_on_a_terminal_and_lines_are_kept(terminal, folder: Path) 
 
 @pytest.mark.slow
 def test_ctrl_c_ends_an_answer_and_then_the_chat(terminal) -> None:
-    """A model of random words does not end by itself."""
-    chat = terminal("--temperature", "50", "--max-new-tokens", "100000", "--no-history", TERM="dumb")
+    """Words at random, of which there are many before the model ends; then a drawing that takes long."""
+    chat = terminal("--temperature", "50", "--no-history", "--num-images", "32", TERM="dumb")
     chat.wait_for("> ")
     chat.type("hello\n")
-    chat.wait_for("\n")
-    time.sleep(0.3)
+    chat.wait_for("hello\r\n")
+    while not chat.screen:
+        chat.screen += os.read(chat.end, 1).decode(errors="replace")
     chat.type("\x03")
     chat.wait_for("[stopped]")
     chat.wait_for("> ")
-    chat.type("hello\n")
-    chat.wait_for("\n")
-    time.sleep(0.3)
+    chat.type("/reset\ndraw a red circle\n")
+    chat.wait_for("draw a red circle\r\n")
+    time.sleep(0.5)
     chat.type("\x03")
+    time.sleep(0.5)
     chat.type("\x03")
     chat.wait_for("interrupted")
     assert chat.status() == 130

@@ -153,7 +153,7 @@ def _sixel(image: Image.Image) -> str:
     """An RGB image as DEC sixels: bands of six rows, in each of which every colour is drawn over the others."""
     indexed = image.quantize(_SIXEL_COLOURS)
     palette = indexed.getpalette() or []
-    pixels = list(indexed.getdata())
+    pixels = indexed.tobytes()
     rows = [pixels[start : start + image.width] for start in range(0, len(pixels), image.width)]
     colours = [
         f"#{number};2;" + ";".join(str(round(value * 100 / 255)) for value in palette[3 * number : 3 * number + 3])
