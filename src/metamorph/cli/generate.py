@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
     sheet = files.save_sheet()
     if flags.json:
         found = reply_json(reply, [[*map(str, each)] for each in files.files])
-        print(json.dumps(found | ({} if sheet is None else {"contact_sheet": str(sheet)}), ensure_ascii=False))
+        print(json.dumps(found | ({} if sheet is None else {"contact_sheet": str(sheet)})))
     else:
         printer.end(f"[contact sheet: {sheet}]" if sheet is not None else "")
     asked = (flags.visualizer, flags.output, flags.output_dir)

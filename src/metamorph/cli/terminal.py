@@ -94,7 +94,7 @@ class AnswerPrinter:
 
 def find_protocol() -> Protocol | None:
     """How this terminal shows images, by its environment or its answer; None if it cannot, or there is no terminal."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
         return None
     if "TMUX" not in os.environ and not os.environ.get("TERM", "").startswith(("screen", "tmux")):
         # Inside tmux these describe the terminal around it, whose images tmux does not pass on.

@@ -54,22 +54,21 @@ class AnswerFiles:
     def add(self, part: ImagePart) -> list[Path]:
         """Save an image of the answer; returns its files."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        seed, scales = self.settings.seed + len(self.parts), _scales(self.settings)
+        taken = {file for files in self.files for file in files}
+        first_seed = self.settings.seed + len(self.parts)
+        found: list[Path] = []
+        if part.images:
+            drawings = itertools.product(range(self.settings.num_images), _scales(self.settings))
+            for image, (number, scale) in zip(part.images, drawings, strict=True):
+                found.append(self._next_free(self.output, taken.union(found)))
+                own = {"seed": first_seed + number, "guidance_scale": f"{scale:g}"}
+                save_image(image, found[-1], {**self.metadata, **own})
+        else:
+            found.append(self._next_free(self.output.with_suffix(TOKENS_SUFFIX), taken))
+            save_tokens(part.visual_tokens, found[0], self.metadata)
         self.parts.append(part)
-        self.files.append([])
-        used = {file for files in self.files for file in files}
-        if not part.images:
-            file = next(self._free(self.output.with_suffix(TOKENS_SUFFIX), used))
-            save_tokens(part.visual_tokens, file, self.metadata)
-            self.files[-1].append(file)
-        for image, (number, scale) in zip(
-            part.images, itertools.product(range(self.settings.num_images), scales), strict=bool(part.images)
-        ):
-            file = next(self._free(self.output, used))
-            save_image(image, file, {**self.metadata, "seed": seed + number, "guidance_scale": f"{scale:g}"})
-            self.files[-1].append(file)
-            used.add(file)
-        return self.files[-1]
+        self.files.append(found)
+        return found
 
     def save_sheet(self) -> Path | None:
         """Save all drawings of the answer on one contact sheet, `…-sheet`; None if there are fewer than two."""
@@ -81,12 +80,12 @@ class AnswerFiles:
         contact_sheet(drawn, self.settings).save(sheet)
         return sheet
 
-    def _free(self, output: Path, used: set[Path]) -> Iterator[Path]:
-        for file in numbered(output):
+    def _next_free(self, output: Path, taken: set[Path]) -> Path:
+        def is_free(file: Path) -> bool:
             others = (file.with_stem(f"{file.stem}-{kind}") for kind in ("preview", "sheet"))
-            is_taken = not self.overwrite and any(each.exists() for each in (file, *others))
-            if file not in used and not is_taken:
-                yield file
+            return file not in taken and (self.overwrite or not any(each.exists() for each in (file, *others)))
+
+        return next(filter(is_free, numbered(output)))
 
 
 def numbered(file: Path) -> Iterator[Path]:
