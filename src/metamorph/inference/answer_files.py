@@ -112,7 +112,7 @@ def save_image(image: Image.Image, file: Path, metadata: Mapping[str, Any]) -> N
     chunks = PngInfo()
     for name, value in {**metadata, "Software": f"MetaMorph {__version__}"}.items():
         chunks.add_text(name, str(value).replace("\0", ""))
-    image.save(file, **({"pnginfo": chunks} if file.suffix.lower() == ".png" else {}))
+    image.save(file, pnginfo=chunks)  # other formats ignore it
 
 
 def save_tokens(visual_tokens: torch.Tensor, file: Path, metadata: Mapping[str, Any]) -> None:

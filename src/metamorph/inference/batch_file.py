@@ -269,7 +269,7 @@ def _write_images(batch: Batch, number: int, request: Request, reply: Reply) -> 
     settings = replace(batch.defaults.settings, seed=request.seed)
     files = AnswerFiles(
         batch.folder / f"{number:06}.png",
-        drawing_metadata(batch.model, batch.visualizer, request.text, request.prompt.sampling, settings),
+        drawing_metadata(batch.model, batch.visualizer, request.text, request.sampling, settings),
         settings,
         overwrite=True,
     )

@@ -59,6 +59,8 @@ class Request:
     """A parsed line."""
 
     prompt: Prompt
+    sampling: Sampling
+    """That of the prompt."""
     seed: int
     """Of the noise of the answer's first image."""
     text: str
@@ -73,6 +75,7 @@ def parse_line(line: Mapping[str, Any], folder: Path, defaults: BatchDefaults) -
     _check_fields(line)
     seed = line.get("seed", defaults.settings.seed)
     given = {name: line[name] for name in ("temperature", "top_p", "top_k") if name in line}
+    sampling = replace(defaults.sampling, **given, seed=seed)
     images = [_open_image(reference, folder) for reference in _strings(line, "images")]
     videos = [
         load_video(FolderStore(folder).open(path), defaults.fps, defaults.max_frames)
@@ -81,7 +84,7 @@ def parse_line(line: Mapping[str, Any], folder: Path, defaults: BatchDefaults) -
     prompt = Prompt(
         "",
         draw=line.get("draw", defaults.draw),
-        sampling=replace(defaults.sampling, **given, seed=seed),
+        sampling=sampling,
         max_new_tokens=line.get("max_new_tokens", defaults.max_new_tokens),
         stop=tuple(_strings(line, "stop")),
     )
@@ -89,7 +92,7 @@ def parse_line(line: Mapping[str, Any], folder: Path, defaults: BatchDefaults) -
         if not line["prompt"].strip():
             raise ValueError('"prompt" is empty: say what the model should answer or draw')
         text, media = place_media(line["prompt"], images, videos)
-        return Request(replace(prompt, text=text, images=media), seed, line["prompt"])
+        return Request(replace(prompt, text=text, images=media), sampling, seed, line["prompt"])
     if videos:
         raise ValueError('"videos" belong to a "prompt"; messages may have images only')
     messages = _read_messages(line["messages"], folder)
@@ -98,7 +101,7 @@ def parse_line(line: Mapping[str, Any], folder: Path, defaults: BatchDefaults) -
     if not parsed or parsed[-1].role != "user":
         raise ValueError("the last message must be the user's")
     text = "".join(part if isinstance(part, str) else "<image>" for part in parsed[-1].parts)
-    return Request(replace(prompt, text=messages, images=tuple(images)), seed, text)
+    return Request(replace(prompt, text=messages, images=tuple(images)), sampling, seed, text)
 
 
 def read_object(text: str) -> dict[str, Any]:
