@@ -134,7 +134,7 @@ def test_a_heartbeat_from_elsewhere_is_respected(tmp_path: Path) -> None:
         lock = json.loads((tmp_path / LOCK_FILE).read_text())
         stop = threading.Event()
         other = change(tmp_path, machine="another", host="elsewhere", id="other")
-        beats = threading.Thread(target=run_lock._heartbeat, args=(tmp_path / LOCK_FILE, other, stop))
+        beats = threading.Thread(target=run_lock._heartbeat, args=(tmp_path / LOCK_FILE, other, stop, "--output_dir"))
         beats.start()
         try:
             with pytest.raises(CheckpointError, match="host elsewhere"), only_run_in(tmp_path):

@@ -200,7 +200,7 @@ def run_batch(session: Session, batch: Batch, done: int, batch_size: int) -> Non
 
 
 def _gathered(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results of all processes, in order; on the first process."""
+    """The results of all processes, in order."""
     if world_size() == 1:
         return results
     everywhere: list[Any] = [None] * world_size()
