@@ -134,7 +134,7 @@ def test_a_heartbeat_from_elsewhere_is_respected(tmp_path: Path) -> None:
         lock = json.loads((tmp_path / LOCK_FILE).read_text())
         stop = threading.Event()
         other = change(tmp_path, machine="another", host="elsewhere", id="other")
-        beats = threading.Thread(target=run_lock._heartbeat, args=(tmp_path / LOCK_FILE, other, stop))
+        beats = threading.Thread(target=run_lock._heartbeat, args=(tmp_path / LOCK_FILE, other, stop, "--output_dir"))
         beats.start()
         try:
             with pytest.raises(CheckpointError, match="host elsewhere"), only_run_in(tmp_path):
@@ -177,8 +177,8 @@ def test_only_one_of_several_runs_takes_a_lock_over(left: Path, monkeypatch: pyt
     change(left, started="12")
     lives, late = run_lock._is_held, []
 
-    def look(path: Path) -> bool:
-        answer = lives(path)
+    def look(path: Path, flag: str) -> bool:
+        answer = lives(path, flag)
         if not late:
             late.append(only_run_in(left))
             late[0].__enter__()

@@ -1,7 +1,7 @@
 """The `metamorph` command: a table of subcommands, each imported only when it is called.
 
 One file per command: flags, checks that need no weights, then one call into the packages below. What several commands
-share is in `shared.py`.
+share is in `shared.py`, and how answers appear on a terminal in `terminal.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ COMMANDS = {
     "quickstart": "train and evaluate a miniature of the entire system on a CPU",
     "train": "train the connector (stage 1) or the full model (stage 2)",
     "train-visualizer": "train the diffusion decoder that draws visual tokens",
-    "generate": "answer a prompt with text and images",
+    "generate": "answer a prompt, or a file of prompts, with text and images",
+    "chat": "talk to a model about images, given and generated",
     "visualize": "reconstruct images from their visual tokens",
     "data": "check training data, show a sample, cache visual tokens",
     "evaluate": "evaluate a trained model or visualizer",

@@ -1,18 +1,30 @@
-"""`metamorph generate --model DIR [--visualizer DIR] --prompt TEXT [--image FILE]…`: answer in text and images."""
+"""`metamorph generate --model DIR [--visualizer DIR] --prompt TEXT [--image FILE]…`: answer in text and images.
+
+With `--input FILE`, a file of prompts.
+"""
 
 import argparse
-import itertools
+import json
 import logging
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamorph.cli.shared import DEVICE_HELP, check_image_output, hide_loading_bars, numbered, open_images
-from metamorph.flags.checks import check_metamorph_model, errors_name_flag, printable
-from metamorph.flags.parser import FlagParser, at_least, finite_number, image_file, output_file
+from metamorph.cli.shared import (
+    add_answer_flags,
+    check_answer_flags,
+    check_image_output,
+    open_answering_session,
+    open_images,
+)
+from metamorph.cli.terminal import AnswerPrinter
+from metamorph.data.records import VIDEO_MARKER
+from metamorph.flags.checks import check_metamorph_model, errors_name_flag
+from metamorph.flags.parser import FlagParser, at_least, existing_file, image_file, output_file, output_folder
 from metamorph.mini import shipped_folder
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
+from metamorph.runs.ranks import world_size
 
 
 if TYPE_CHECKING:
@@ -24,97 +36,134 @@ logger = logging.getLogger(__name__)
 DEFAULT_OUTPUT = Path("generated.png")
 PREVIEW_SIDE = 384
 """Width of the enlarged copy of an image, in pixels."""
-SMALL_SIDE = 256
-"""Images narrower than this get an enlarged copy."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = FlagParser(prog="metamorph generate", description="Answer a prompt with text and images.")
-    model_help = "folder or Hub id of a trained MetaMorph model, or mini, the model that ships with MetaMorph"
-    parser.add_argument("--model", required=True, help=model_help)
+    parser = FlagParser(prog="metamorph generate", description="Answer a prompt, or a file of prompts.")
     parser.add_argument(
-        "--visualizer", help="folder or Hub id of the visualizer, or mini; without it, images are not drawn"
-    )
-    parser.add_argument(
-        "--prompt", required=True, help=f"text of the prompt, with {DEFAULT_IMAGE_TOKEN} where an --image belongs"
+        "--prompt", help=f"text of the prompt, with {DEFAULT_IMAGE_TOKEN} where an --image belongs, or {VIDEO_MARKER}"
     )
     parser.add_argument(
         "--image", type=image_file, action="append", default=[], help="image of the prompt; may be repeated"
     )
+    video_help = "video of the prompt, shown to the model as frames; may be repeated"
+    parser.add_argument("--video", type=existing_file("a video file"), action="append", default=[], help=video_help)
     parser.add_argument("--draw", action="store_true", help="begin the answer with an image, whatever the prompt")
-    output_help = f"file of the image; further ones get -2, -3, … (default: {DEFAULT_OUTPUT}, or the next free name)"
-    parser.add_argument("--output", type=output_file, help=output_help)
-    parser.add_argument("--overwrite", action="store_true", help="replace existing images")
-    limit_help = "limit on text and visual tokens (default: 256 and the tokens of one image)"
-    parser.add_argument("--max-new-tokens", type=at_least(1), help=limit_help)
-    not_negative = at_least(0, finite_number)
-    parser.add_argument(
-        "--temperature", type=not_negative, default=0.0, help="sampling temperature; 0 decodes greedily"
+    output_help = (
+        f"file of the image; further ones get -2, -3, … (default: {DEFAULT_OUTPUT}, or the next free name). Without "
+        "--visualizer the .safetensors file of its visual tokens; with --input the .jsonl file of the results"
     )
-    guidance_help = "guidance scale of the visualizer; 1 disables guidance"
-    parser.add_argument("--guidance-scale", type=not_negative, default=3.0, help=guidance_help)
-    parser.add_argument("--steps", type=at_least(1), default=20, help="denoising steps of the visualizer")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="random seed")
-    parser.add_argument("--device", help=DEVICE_HELP)
+    parser.add_argument("--output", type=output_file, help=output_help)
+    parser.add_argument("--output-dir", type=output_folder, help=f"folder for {DEFAULT_OUTPUT} instead")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing images or results")
+    parser.add_argument("--json", action="store_true", help="print the answer and its files as one JSON object")
+    input_help = 'JSON lines such as {"prompt": "draw a cat", "images": [], "id": 1}, answered instead of --prompt'
+    parser.add_argument("--input", type=existing_file("a file of JSON lines"), help=input_help)
+    batch_help = "prompts of --input that each process answers at once"
+    parser.add_argument("--batch-size", type=at_least(1), help=f"{batch_help} (default: 8)")
+    add_answer_flags(parser)
     return parser
 
 
-def main(argv: Sequence[str]) -> None:
-    """Print the text of the answer and write its images."""
+def main(argv: Sequence[str]) -> int:
+    """Print the text of the answer and write its images; 1 if lines of `--input` have errors."""
     flags = build_parser().parse_args(argv)
-    flags.model = shipped_folder(flags.model, "model")
-    if flags.visualizer is not None:
-        flags.visualizer = shipped_folder(flags.visualizer, "visualizer")
-    images = check_inputs(flags)
-    import torch
+    if flags.input is not None:
+        return answer_file(flags)
+    images, videos = check_inputs(flags)
+    sampling, settings = check_answer_flags(flags)
+    from metamorph.inference.answer_files import AnswerFiles, drawing_metadata, reply_json
+    from metamorph.inference.media import place_media
 
-    from metamorph.inference import SamplerSettings
-    from metamorph.inference.session import open_session
-    from metamorph.models.sequence.conversations import TextPart
-
-    hide_loading_bars()
     if flags.draw or flags.max_new_tokens is not None:
         check_budget(flags)
-    session = open_session(flags.model, flags.visualizer, flags.device, flag_prefix="--")
-    torch.manual_seed(flags.seed)
-    sampling = {"do_sample": True, "temperature": flags.temperature} if flags.temperature else {}
-    reply = session.reply(
-        flags.prompt,
-        images,
-        draw=flags.draw,
-        settings=SamplerSettings(flags.guidance_scale, flags.steps, flags.seed),
-        max_new_tokens=flags.max_new_tokens,
-        **sampling,
+    prompt, media = place_media(flags.prompt, images, videos)
+    session = open_answering_session(flags)
+    files = AnswerFiles(
+        output_of(flags),
+        drawing_metadata(flags.model, flags.visualizer, flags.prompt, sampling, settings),
+        settings,
+        flags.overwrite,
     )
-    output = DEFAULT_OUTPUT if flags.output is None else flags.output
-    files = save_images(reply.images, output, overwrite=flags.overwrite)
-    previews = [save_preview(image, file, flags.prompt) for image, file in zip(reply.images, files, strict=True)]
-    names = map("".join, zip(map(str, files), previews, strict=True))
-    for part in reply.parts:
-        if isinstance(part, TextPart):
-            print(printable(part.text))
-        else:
-            print(f"[image: {next(names, 'not drawn without --visualizer')}]")
-    if not reply.num_images and (flags.visualizer is not None or flags.output is not None):
+    printer = AnswerPrinter(files, preview=lambda image, file: save_preview(image, file, flags.prompt))
+    reply = session.reply(
+        prompt,
+        media,
+        draw=flags.draw,
+        settings=settings,
+        sampling=sampling,
+        max_new_tokens=flags.max_new_tokens,
+        on_part=printer.save if flags.json else printer,
+    )
+    sheet = files.save_sheet()
+    if flags.json:
+        found = reply_json(reply, [[*map(str, each)] for each in files.files])
+        print(json.dumps(found | ({} if sheet is None else {"contact_sheet": str(sheet)})))
+    else:
+        printer.end(f"[contact sheet: {sheet}]" if sheet is not None else "")
+    asked = (flags.visualizer, flags.output, flags.output_dir)
+    if not reply.num_images and any(each is not None for each in asked):
         logger.info("the answer has no image to draw; with --draw it begins with one")
+    return 0
 
 
-def check_inputs(flags: argparse.Namespace) -> "list[Image.Image]":
-    """Check everything that does not need weights, and open the images."""
+def output_of(flags: argparse.Namespace) -> Path:
+    """The file of the first image."""
+    if flags.output is not None:
+        return flags.output
+    return DEFAULT_OUTPUT if flags.output_dir is None else flags.output_dir / DEFAULT_OUTPUT
+
+
+def check_inputs(flags: argparse.Namespace) -> "tuple[list[Image.Image], list[list[Image.Image]]]":
+    """Check everything that does not need weights, and open the images and the frames of the videos."""
+    if flags.prompt is None:
+        raise ValueError("give a --prompt, or a file of prompts as --input")
     if not flags.prompt.strip():
         raise ValueError("--prompt is empty: say what the model should answer or draw")
+    if flags.batch_size is not None:
+        raise ValueError(f"--batch-size {flags.batch_size} needs --input, a file of prompts")
+    if world_size() > 1:
+        raise ValueError("--prompt is answered by one process: start it without torchrun, or give --input")
     if flags.output is not None:
-        if flags.visualizer is None:
-            raise ValueError(f"--output {flags.output} needs --visualizer, which draws the images")
+        check_output(flags)
+    for marker, given, flag in (
+        (DEFAULT_IMAGE_TOKEN, flags.image, "--image"),
+        (VIDEO_MARKER, flags.video, "--video"),
+    ):
+        markers = flags.prompt.count(marker)
+        if markers not in (0, len(given)):
+            raise ValueError(f"--prompt has {markers} {marker}, but there are {len(given)} {flag} flags")
+    return open_images(flags.image), open_videos(flags.video, flags)
+
+
+def check_output(flags: argparse.Namespace) -> None:
+    """Check `--output`."""
+    if flags.output_dir is not None:
+        raise ValueError(f"--output {flags.output} and --output-dir {flags.output_dir}: give one of them")
+    if flags.visualizer is not None:
         for file in (flags.output, _preview_of(flags.output)):
             check_image_output(file, overwrite=flags.overwrite)
-    markers = flags.prompt.count(DEFAULT_IMAGE_TOKEN)
-    if markers not in (0, len(flags.image)):
+    elif flags.output.suffix != ".safetensors":
         raise ValueError(
-            f"--prompt has {markers} {DEFAULT_IMAGE_TOKEN}, but there are {len(flags.image)} --image flags"
+            f"--output {flags.output} needs --visualizer, which draws the images; without one, name the .safetensors "
+            "file of their visual tokens"
         )
-    return open_images(flags.image)
+    elif flags.output.exists() and not flags.overwrite:
+        raise ValueError(f"--output {flags.output} exists: give another name, or --overwrite")
+
+
+def open_videos(paths: Sequence[str], flags: argparse.Namespace) -> "list[list[Image.Image]]":
+    """The frames of videos; a `ValueError` names one that cannot be read."""
+    if not paths:
+        return []
+    from metamorph.inference.media import load_video
+    from metamorph.models.image_files import MediaError
+
+    try:
+        return [load_video(path, flags.fps, flags.max_frames) for path in paths]
+    except MediaError as error:
+        raise ValueError(f"--video {error}") from error
 
 
 def check_budget(flags: argparse.Namespace) -> None:
@@ -124,9 +173,10 @@ def check_budget(flags: argparse.Namespace) -> None:
     """
     from metamorph.models.pretrained import load_config
 
-    check_metamorph_model(flags.model, flag="--model")
-    with errors_name_flag("--model", flags.model):
-        config: Any = load_config(flags.model)
+    folder = shipped_folder(flags.model, "model")
+    check_metamorph_model(folder, flag="--model")
+    with errors_name_flag("--model", folder):
+        config: Any = load_config(folder)
     can_draw = config.use_vision_ar and config.image_start_token_id is not None
     if flags.draw and not can_draw:
         raise ValueError(f"--draw: {flags.model} was trained without visual prediction, so it cannot draw")
@@ -142,25 +192,13 @@ def check_budget(flags: argparse.Namespace) -> None:
     logger.warning("%s: the answer will be text only", message)
 
 
-def save_images(images: "Sequence[Image.Image]", output: Path, *, overwrite: bool = False) -> list[Path]:
-    """Write the images to `output` and, if there are several, to names with `-2`, `-3`, … before the suffix.
-
-    Names of existing images or previews are skipped unless `overwrite`.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    free = (file for file in numbered(output) if overwrite or not (file.exists() or _preview_of(file).exists()))
-    files = list(itertools.islice(free, len(images)))
-    for image, file in zip(images, files, strict=True):
-        image.save(file)
-    return files
-
-
 def save_preview(image: "Image.Image", file: Path, caption: str) -> str:
     """Write an enlarged copy of a small image with a caption to `…-preview`; returns what to print about it."""
-    if image.width >= SMALL_SIDE:
-        return ""
+    from metamorph.inference.answer_files import SMALL_SIDE
     from metamorph.visualization.grids import image_grid
 
+    if image.width >= SMALL_SIDE:
+        return ""
     label = textwrap.shorten(caption, width=60, placeholder=" …")
     preview = _preview_of(file)
     image_grid([[image]], side=PREVIEW_SIDE, labels=[label]).save(preview)
@@ -169,3 +207,53 @@ def save_preview(image: "Image.Image", file: Path, caption: str) -> str:
 
 def _preview_of(file: Path) -> Path:
     return file.with_stem(f"{file.stem}-preview")
+
+
+def answer_file(flags: argparse.Namespace) -> int:
+    """Answer the lines of `--input`; returns 1 if some could not be answered, else 0."""
+    for flag, is_given in (
+        ("--prompt", flags.prompt is not None),
+        ("--image", flags.image),
+        ("--video", flags.video),
+        ("--output-dir", flags.output_dir is not None),
+        ("--json", flags.json),
+    ):
+        if is_given:
+            raise ValueError(f"{flag} and --input {flags.input}: give one of them; {_INSTEAD[flag]}")
+    if flags.output is None or flags.output.suffix != ".jsonl":
+        raise ValueError(f"--input {flags.input} needs --output, a file of results that ends in .jsonl")
+    if flags.output.resolve() == Path(flags.input).resolve():
+        raise ValueError(f"--output {flags.output} is the file of --input: give another name")
+    sampling, settings = check_answer_flags(flags)
+    check_metamorph_model(shipped_folder(flags.model, "model"), flag="--model")
+    from metamorph.inference.batch_file import Batch, count_errors, joined_processes, open_results, run_batch
+    from metamorph.inference.batch_lines import BatchDefaults
+    from metamorph.inference.session import check_visualizer_folder
+    from metamorph.runs.checkpoint_files import on_first_process
+    from metamorph.runs.lock import only_run_in
+
+    if flags.visualizer is not None:
+        check_visualizer_folder(shipped_folder(flags.visualizer, "visualizer"))
+    if flags.draw or flags.max_new_tokens is not None:
+        check_budget(flags)
+    defaults = BatchDefaults(flags.draw, sampling, settings, flags.max_new_tokens, flags.fps, flags.max_frames)
+    batch = Batch(Path(flags.input), flags.output, flags.model, flags.visualizer, defaults)
+    with joined_processes(), only_run_in(batch.folder, flag="--output"):
+        total, done = len(batch.lines()), open_results(batch, overwrite=flags.overwrite)
+        if done:
+            logger.info("%s has %d of %d results already", flags.output, done, total)
+        if done < total:
+            run_batch(open_answering_session(flags), batch, done, flags.batch_size or 8)
+        errors = on_first_process(lambda: count_errors(flags.output))
+    logger.info("%d of %d lines have an error; results: %s", errors, total, flags.output)
+    return int(errors > 0)
+
+
+_INSTEAD = {
+    "--prompt": 'the lines hold the prompts, {"prompt": …}',
+    "--image": 'the lines name images, {"images": […]}',
+    "--video": 'the lines name videos, {"videos": […]}',
+    "--output-dir": "images are written next to --output",
+    "--json": "results are JSON lines anyway",
+}
+"""What to do instead of a flag that does not go with `--input`."""

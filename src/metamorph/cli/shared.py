@@ -1,23 +1,30 @@
-"""What several commands share: images, devices, tables, and the flags that say how to draw."""
+"""What several commands share: images, devices, tables, and the flags that say how to answer and draw."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metamorph.flags.checks import check_model_reference, check_reachable
-from metamorph.flags.parser import at_least, finite_number
+from metamorph.flags.parser import at_least, finite_number, positive_number
 
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from metamorph.inference.draw import SamplerSettings
+    from metamorph.inference.sampling import Sampling
+    from metamorph.inference.session import Session
     from metamorph.visualization.pipeline import VisualizationPipeline
 
+
+logger = logging.getLogger(__name__)
 
 OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DEVICE_HELP = "device such as cpu or cuda (default: the accelerator, if there is one)"
@@ -43,12 +50,6 @@ def check_image_output(output: Path, *, overwrite: bool) -> None:
         raise ValueError(f"--output {output} exists: give another name, or --overwrite")
 
 
-def numbered(file: Path) -> Iterator[Path]:
-    """The name of a file, then the same with `-2`, `-3`, … before its suffix."""
-    yield file
-    yield from (file.with_stem(f"{file.stem}-{number}") for number in itertools.count(2))
-
-
 def hide_loading_bars() -> None:
     """Disable the progress bars with which libraries load weights."""
     from transformers.utils import logging as transformers_logging
@@ -58,6 +59,64 @@ def hide_loading_bars() -> None:
         from diffusers.utils import logging as diffusers_logging
 
         diffusers_logging.disable_progress_bar()
+
+
+def add_answer_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model answers, how text is sampled, and how images are drawn."""
+    model_help = "folder or Hub id of a trained MetaMorph model, or mini, the model that ships with MetaMorph"
+    parser.add_argument("--model", required=True, help=model_help)
+    parser.add_argument(
+        "--visualizer", help="folder or Hub id of the visualizer, or mini; without it, images are not drawn"
+    )
+    limit_help = "limit on text and visual tokens (default: 256 and the tokens of one image)"
+    parser.add_argument("--max-new-tokens", type=at_least(1), help=limit_help)
+    not_negative = at_least(0, finite_number)
+    parser.add_argument(
+        "--temperature", type=not_negative, default=0.0, help="sampling temperature; 0 decodes greedily"
+    )
+    parser.add_argument("--top-p", type=not_negative, help="sample from the most likely tokens of this probability")
+    parser.add_argument("--top-k", type=at_least(1), help="sample from this number of the most likely tokens")
+    guidance_help = "guidance scales of the visualizer; each image is drawn with each, and 1 disables guidance"
+    parser.add_argument("--guidance-scale", type=not_negative, nargs="+", default=[3.0], help=guidance_help)
+    parser.add_argument("--num-images", type=at_least(1), default=1, help="drawings of each image, of successive seeds")
+    parser.add_argument("--steps", type=at_least(1), default=20, help="denoising steps of the visualizer")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="random seed of sampling and of the first image")
+    fps_help = "frames per second that the model sees of a video"
+    parser.add_argument("--fps", type=positive_number, default=1.0, help=fps_help)
+    parser.add_argument("--max-frames", type=at_least(1), default=8, help="most frames of a video")
+    parser.add_argument("--device", help=DEVICE_HELP)
+
+
+def check_answer_flags(flags: argparse.Namespace) -> tuple[Sampling, SamplerSettings]:
+    """Return how to sample and draw, as the flags of `add_answer_flags` say; those without effect are refused."""
+    from metamorph.inference.draw import SamplerSettings
+    from metamorph.inference.sampling import Sampling
+
+    for flag, value in (("--top-p", flags.top_p), ("--top-k", flags.top_k)):
+        if value is not None and not flags.temperature:
+            raise ValueError(f"{flag} {value} has no effect without --temperature, which is 0: the answer is greedy")
+    if flags.top_p is not None and not 0 < flags.top_p <= 1:
+        raise ValueError(f"--top-p {flags.top_p} must be above 0 and at most 1")
+    if flags.num_images > 1 and flags.visualizer is None:
+        raise ValueError(f"--num-images {flags.num_images} needs --visualizer, which draws the images")
+    sampling = Sampling(
+        flags.temperature, 1.0 if flags.top_p is None else flags.top_p, flags.top_k or 0, seed=flags.seed
+    )
+    return sampling, SamplerSettings(flags.guidance_scale, flags.steps, flags.seed, num_images=flags.num_images)
+
+
+def open_answering_session(flags: argparse.Namespace) -> Session:
+    """Load the model and visualizer; on a terminal the visualizer shows its progress."""
+    from metamorph.inference.session import open_session
+
+    hide_loading_bars()
+    logger.info(
+        "loading --model %s%s", flags.model, f" and --visualizer {flags.visualizer}" if flags.visualizer else ""
+    )
+    session = open_session(flags.model, flags.visualizer, flags.device, flag_prefix="--")
+    if session.pipeline is not None and sys.stderr.isatty():
+        session.pipeline.set_progress_bar_config(disable=False, desc="drawing", leave=False)
+    return session
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], styles: Iterable[str] = ()) -> None:

@@ -121,16 +121,32 @@ def at_least(least: float, kind: Callable[[str], Any] = whole_number) -> Callabl
     return read
 
 
-def image_file(text: str) -> str:
-    """Type of a flag: path of an existing image file."""
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder: give an image file")
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text} is a URL, and nothing is downloaded: give a local file")
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"{text} does not exist")
-    return text
+def positive_number(text: str) -> float:
+    """Type of a flag: a finite number above 0."""
+    number = finite_number(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return number
+
+
+def existing_file(kind: str) -> Callable[[str], str]:
+    """Type of a flag: path of an existing file; `kind` says what to give, such as `an image file`."""
+
+    def read(text: str) -> str:
+        path = Path(text)
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder: give {kind}")
+        if "://" in text:
+            raise argparse.ArgumentTypeError(f"{text} is a URL, and nothing is downloaded: give a local file")
+        if not path.is_file():
+            raise argparse.ArgumentTypeError(f"{text} does not exist")
+        return text
+
+    return read
+
+
+image_file = existing_file("an image file")
+"""Type of a flag: path of an existing image file."""
 
 
 def output_folder(text: str) -> Path:

@@ -7,6 +7,9 @@ How is a token of text chosen?            `sampling.py`
 How is an answer streamed and ended?      `streaming.py`
 How do visual tokens become pixels?       `draw.py`: `draw`
 How does a conversation continue?         `chat.py`; `prefix_cache.py` keeps what was computed
+How do videos become images of a prompt?  `media.py`
+Which files are written of an answer?     `answer_files.py`
+How is a file of prompts answered?        `batch_file.py`: `run_batch`; its lines and results: `batch_lines.py`
 """
 
 from metamorph.inference.chat import Chat

@@ -93,4 +93,4 @@ class Chat:
         model = self.session.model
         pixel_values = self.session.processor(images=list(images))["pixel_values"]
         tokens = model.get_visual_tokens(pixel_values.to(model.device, model.dtype))
-        return [ImagePart(each.float().cpu()) for each in tokens]
+        return [ImagePart(each.float().cpu(), (image,)) for each, image in zip(tokens, images, strict=True)]

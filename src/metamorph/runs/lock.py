@@ -44,23 +44,23 @@ _held: dict[Path, Lock] = {}
 
 
 @contextmanager
-def only_run_in(output_dir: str | os.PathLike[str]) -> Iterator[None]:
+def only_run_in(output_dir: str | os.PathLike[str], flag: str = "--output_dir") -> Iterator[None]:
     """Keep other runs out of the output folder, which is created if missing. For all processes; the first locks.
 
     The lock of a run that is gone is taken over. A run is gone if its process no longer exists (visible from the same
     machine and container), if it was an earlier start of the same Slurm job, or if its last heartbeat is older than
     `STALE_AFTER_SECONDS`, which this waits for. If another run uses the folder or it cannot be written to, all
-    processes raise a `CheckpointError`.
+    processes raise a `CheckpointError`, which calls it `flag`.
     """
     folder = Path(output_dir)
     is_new = not folder.exists()
-    lock = on_first_process(lambda: _acquire(folder / LOCK_FILE))
+    lock = on_first_process(lambda: _acquire(folder / LOCK_FILE, flag))
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         yield
         return
     _held[(folder / LOCK_FILE).resolve()] = lock
     stop = threading.Event()
-    heartbeat = threading.Thread(target=_heartbeat, args=(folder / LOCK_FILE, lock, stop), daemon=True)
+    heartbeat = threading.Thread(target=_heartbeat, args=(folder / LOCK_FILE, lock, stop, flag), daemon=True)
     heartbeat.start()
     try:
         yield
@@ -85,7 +85,7 @@ def check_lock(output_dir: str | os.PathLike[str]) -> None:
         )
 
 
-def _acquire(path: Path) -> Lock:
+def _acquire(path: Path, flag: str) -> Lock:
     lock: Lock = {
         "id": uuid.uuid4().hex,
         "host": socket.gethostname(),
@@ -104,24 +104,24 @@ def _acquire(path: Path) -> Lock:
             return lock
         except FileExistsError:
             previous = _read(path)
-        is_gone = not _is_held(path)
+        is_gone = not _is_held(path, flag)
         if not path.exists():  # it has ended meanwhile
-            return _acquire(path)
-        if is_gone and _take_over(path, previous, lock):
-            logger.warning("the run that used --output_dir %s is gone: %s", path.parent, _describe(previous))
+            return _acquire(path, flag)
+        if is_gone and _take_over(path, previous, lock, flag):
+            logger.warning("the run that used %s %s is gone: %s", flag, path.parent, _describe(previous))
             return lock
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise CheckpointError(
-            f"--output_dir {path.parent} cannot be written to ({reason}): give a folder that this run may write to"
+            f"{flag} {path.parent} cannot be written to ({reason}): give a folder that this run may write to"
         ) from error
     raise CheckpointError(
-        f"--output_dir {path.parent} is used by another run: {_describe(_read(path))}. Wait for it to end or stop it, "
-        f"or give this run its own --output_dir. If you are sure that it is gone, delete {path}"
+        f"{flag} {path.parent} is used by another run: {_describe(_read(path))}. Wait for it to end or stop it, "
+        f"or give this run its own {flag}. If you are sure that it is gone, delete {path}"
     )
 
 
-def _is_held(path: Path) -> bool:
+def _is_held(path: Path, flag: str) -> bool:
     """Whether the run that holds the lock still exists; may wait for a heartbeat."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem) as probe:
@@ -139,7 +139,8 @@ def _is_held(path: Path) -> bool:
             if not waits:
                 waits = True
                 logger.warning(
-                    "--output_dir %s may be used by another run: %s. Waiting up to %d seconds for a heartbeat",
+                    "%s %s may be used by another run: %s. Waiting up to %d seconds for a heartbeat",
+                    flag,
                     path.parent,
                     _describe(_read(path)),
                     rest,
@@ -201,7 +202,7 @@ def _read(path: Path) -> Lock | None:
     return lock if has_optional and lock["id"].isalnum() and lock["process"].isdecimal() else None
 
 
-def _take_over(path: Path, previous: Lock | None, lock: Lock) -> bool:
+def _take_over(path: Path, previous: Lock | None, lock: Lock, flag: str) -> bool:
     """Replace the lock of a run that is gone, unless another run does so at the same time."""
     # Only the run that creates this file may replace that lock, so that one run wins, and none that is late.
     claim = path.with_name(f"{path.stem}-after-{'unreadable' if previous is None else previous['id']}.json")
@@ -209,7 +210,7 @@ def _take_over(path: Path, previous: Lock | None, lock: Lock) -> bool:
         with claim.open("x", encoding="utf-8") as file:
             json.dump(lock, file)
     except FileExistsError:
-        if not _is_held(claim):
+        if not _is_held(claim, flag):
             claim.unlink(missing_ok=True)  # of a run that stopped in the middle of this; the next attempt succeeds
         return False
     try:
@@ -221,12 +222,13 @@ def _take_over(path: Path, previous: Lock | None, lock: Lock) -> bool:
         claim.unlink(missing_ok=True)
 
 
-def _heartbeat(path: Path, lock: Lock, stop: threading.Event) -> None:
+def _heartbeat(path: Path, lock: Lock, stop: threading.Event, flag: str) -> None:
     while not stop.wait(HEARTBEAT_SECONDS):
         found = _read(path)
         if found is not None and found != lock:
             logger.error(
-                "another run has taken over --output_dir %s because this one seemed to be gone: %s. Stop one of them",
+                "another run has taken over %s %s because this one seemed to be gone: %s. Stop one of them",
+                flag,
                 path.parent,
                 _describe(found),
             )

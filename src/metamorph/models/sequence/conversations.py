@@ -69,7 +69,7 @@ class ImagePart:
     visual_tokens: torch.Tensor
     """`[num_image_tokens, vision_hidden]`."""
     images: tuple[Image.Image, ...] = field(default=(), repr=False)
-    """Its pixels, once a visualizer has drawn them: one image for each guidance scale."""
+    """Its pixels, once a visualizer has drawn them: each drawing at each guidance scale."""
 
 
 _SINGLE_IMAGES = (Image.Image, ImagePart, str, bytes, os.PathLike, Mapping)
