@@ -79,18 +79,19 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Mask [batch, vocabulary] scores, given all [batch, length] ids so far."""
-        scores = scores.clone()
         if not self.can_draw:
+            scores = scores.clone()
             scores[:, [i for i in (self.placeholder, self.start, self.end) if i >= 0]] = -torch.inf
             return scores
         begun = self._tokens_since_start(input_ids)  # [batch], -1 outside an image
-        forced = torch.where(begun < self.num_image_tokens, self.placeholder, self.end)
-        inside = (begun >= 0).unsqueeze(-1)
-        scores[:, [self.placeholder, self.end]] = -torch.inf
+        inside = begun >= 0
         self.last_start = self.last_start.to(scores.device)
+        scores = scores.masked_fill(inside.unsqueeze(-1), -torch.inf)
+        scores[:, self.placeholder] = scores[:, self.end] = -torch.inf
         scores[:, self.start].masked_fill_(self.last_start < input_ids.shape[1], -torch.inf)
-        only_forced = torch.full_like(scores, -torch.inf).scatter_(1, forced.unsqueeze(-1), 0.0)
-        return torch.where(inside, only_forced, scores)
+        forced = torch.where(begun < self.num_image_tokens, self.placeholder, self.end)
+        only = torch.where(inside, 0.0, -torch.inf).to(scores.dtype)  # outside, the forced ones are impossible too
+        return scores.scatter_(1, forced.unsqueeze(-1), only.unsqueeze(-1))
 
     def check_prompt(self, input_ids: Tensor) -> None:
         """Raise a `ValueError` if a prompt [batch, length] begins an image that does not fit."""
@@ -105,10 +106,10 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
     def _tokens_since_start(self, input_ids: Tensor) -> Tensor:
         """[batch] placeholders after an open `<image_start>` at the end of each row; -1 if no image is open."""
         window = input_ids[:, -(self.num_image_tokens + 1) :]
-        run = window.eq(self.placeholder).flip(1).long().cumprod(dim=1).sum(dim=1)  # trailing placeholders
-        before = (window.shape[1] - 1 - run).clamp(min=0)
-        opened = window.gather(1, before.unsqueeze(1)).squeeze(1).eq(self.start) & (run < window.shape[1])
-        return torch.where(opened, run, -1)
+        places = torch.arange(window.shape[1], device=window.device)
+        last = window.ne(self.placeholder).mul(places).amax(dim=1, keepdim=True)  # of the other tokens; 0 without one
+        opened = window.gather(1, last).eq(self.start)
+        return torch.where(opened, window.shape[1] - 1 - last, -1).squeeze(1)
 
 
 @dataclass
