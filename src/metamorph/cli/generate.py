@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamorph.cli.shared import DEVICE_HELP, check_image_output, hide_loading_bars, numbered, open_images
+from metamorph.cli.shared import (
+    add_loading_flags,
+    check_image_output,
+    hide_loading_bars,
+    loading_options,
+    numbered,
+    open_images,
+)
 from metamorph.flags.checks import check_metamorph_model, errors_name_flag, printable
 from metamorph.flags.parser import FlagParser, at_least, finite_number, image_file, output_file
 from metamorph.mini import shipped_folder
@@ -56,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance-scale", type=not_negative, default=3.0, help=guidance_help)
     parser.add_argument("--steps", type=at_least(1), default=20, help="denoising steps of the visualizer")
     parser.add_argument("--seed", type=at_least(0), default=0, help="random seed")
-    parser.add_argument("--device", help=DEVICE_HELP)
+    add_loading_flags(parser)
     return parser
 
 
@@ -76,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
     hide_loading_bars()
     if flags.draw or flags.max_new_tokens is not None:
         check_budget(flags)
-    session = open_session(flags.model, flags.visualizer, flags.device, flag_prefix="--")
+    session = open_session(flags.model, flags.visualizer, **loading_options(flags))
     torch.manual_seed(flags.seed)
     sampling = {"do_sample": True, "temperature": flags.temperature} if flags.temperature else {}
     reply = session.reply(

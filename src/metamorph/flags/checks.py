@@ -134,10 +134,13 @@ def check_metamorph_model(name: str, flag: str) -> None:
             "train`, or mini"
         )
     if folder.is_dir() and not any(folder.glob("*model*.safetensors*")):
-        raise FileNotFoundError(
-            f"{flag} {name} has no model weights: give the output of stage 2 of `metamorph train`; stage 1 writes only "
-            "the connector"
-        )
+        reason = "has no model weights: give the output of stage 2 of `metamorph train`"
+        if (folder / "mm_projector.safetensors").is_file():
+            reason = (
+                "has no model weights, but a connector: it is the output of stage 1. Train stage 2 with "
+                f"--pretrain_mm_mlp_adapter {name}, and give its output"
+            )
+        raise FileNotFoundError(f"{flag} {name} {reason}")
 
 
 def refuse_tower(config: dict[str, Any], name: str, flag: str) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from metamorph.inference.draw import ProgressCallback
-from metamorph.inference.prefix_cache import PrefixCache
+from metamorph.inference.prefix_cache import PrefixCache, empty_cache, is_compiled
 from metamorph.inference.sampling import RowSampler, Sampling
 from metamorph.inference.streaming import AnswerCriteria, AnswerDecoder, FinishReason, Part
 from metamorph.models.generation import GeneratedVisualTokens
@@ -182,13 +182,17 @@ def _reply_to_batch(
     if any(prompt.sampling is not None for prompt in prompts):
         rows = [prompt.sampling or Sampling() for prompt in prompts]
         options = {**options, "logits_processor": [RowSampler(rows, model.device)]}
+    limit = max(decoder.limit for decoder in decoders)
+    length = inputs["input_ids"].shape[1] + prompts[0].draw + limit
     if cache is not None:
-        options = {**options, "past_key_values": cache.take(inputs["input_ids"], inputs.get("visual_tokens"))}
+        options = {**options, "past_key_values": cache.take(inputs["input_ids"], inputs.get("visual_tokens"), length)}
+    elif is_compiled(model):
+        options = {**options, "past_key_values": empty_cache(model, length)}
     output: Any = model.generate(
         **inputs,
         eos_token_id=processor.end_of_turn_token_ids,
         pad_token_id=processor.pad_token_id,
-        max_new_tokens=max(decoder.limit for decoder in decoders),
+        max_new_tokens=limit,
         generation_mode="image" if prompts[0].draw else None,
         return_dict_in_generate=True,
         generated_state=state,

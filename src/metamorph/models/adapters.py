@@ -108,7 +108,7 @@ def require_bitsandbytes() -> None:
     """Raise `ModuleNotFoundError`, naming the extra, if bitsandbytes is not installed."""
     if not is_bitsandbytes_available():
         raise ModuleNotFoundError(
-            f"4-bit language models need the package bitsandbytes: {install_command('lora')}", name="bitsandbytes"
+            f"4-bit and 8-bit language models need the package bitsandbytes: {install_command('lora')}", name="bitsandbytes"
         )
 
 
@@ -179,18 +179,22 @@ def load_adapter_folder(
 ) -> Any:
     """Load the base of an adapter folder by `cls`, and merge the adapter into it.
 
-    An adapter on a 4-bit language model is not merged, because merged weights would have to be rounded again; with
-    `dequantize` the language model is dequantised first, and the adapter merged.
+    An adapter on a 4-bit language model, or on one that `quantization_config` quantises, is not merged, because merged
+    weights would have to be rounded again; with `dequantize` the language model is dequantised first, and the adapter
+    merged.
     """
     require_peft()
     from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
     base = read_adapter_base(folder) if base is None else base
     dequantize = dequantize and base.quantization is not None
+    is_quantised = kwargs.get("quantization_config") is not None
+    if is_quantised and base.quantization is not None:
+        raise ValueError(f"the language model of the adapter {folder} is in 4 bits already: do not quantise it again")
     settings = read_lora_settings(folder)
     model = _build_base(cls, folder, base, dequantize, kwargs)
     config = LoraConfig(**settings, target_modules=lora_targets(model, folder, settings["r"]), inference_mode=True)
-    if base.quantization is not None and not dequantize:
+    if is_quantised or (base.quantization is not None and not dequantize):
         model = inject_adapter_in_model(config, model, ADAPTER_NAME)
         load_adapter_weights(model, folder)
     else:

@@ -183,12 +183,13 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         are [B, G, D] `generated_visual_tokens`. `image_positions` are those of [`BatchIndices`], if known.
         """
         embeds = self.get_input_embeddings()(input_ids)  # (batch, seq, hidden)
+        input_ids = input_ids.to(embeds.device)  # with a device map, the table may be on another one
         if (scale := embedding_scale(self.config.text_config)) != 1.0:
             embeds = embeds * scale
         if generated_visual_tokens is not None:
             count = generated_visual_tokens.shape[1]
             is_placeholder = input_ids == self.config.image_token_id  # (batch, seq)
-            projected = self._project(generated_visual_tokens, embeds.dtype)  # (batch, count, hidden)
+            projected = self._project(generated_visual_tokens, embeds.dtype).to(embeds.device)  # (batch, count, hidden)
             last = torch.where(is_placeholder[:, -count:, None], projected, embeds[:, -count:])
             embeds = torch.cat([embeds[:, :-count], last], dim=1) if count < embeds.shape[1] else last
             if visual_tokens is None:
@@ -208,7 +209,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
                 f"with {visual_tokens.shape[1]} visual tokens each need {wanted}; prepare both with this model's "
                 "processor"
             )
-        projected = self._project(visual_tokens, embeds.dtype).flatten(0, 1)  # (images * N, hidden)
+        projected = self._project(visual_tokens, embeds.dtype).flatten(0, 1).to(embeds.device)  # (images * N, hidden)
         return embeds.flatten(0, 1).index_copy(0, image_positions, projected).view_as(embeds)
 
     def _tower_takes_part(self) -> bool:
