@@ -179,7 +179,9 @@ def compare(decoding: Decoding, num_images: int, rounds: int) -> list[dict[str, 
         row("a token of `reply_to` / of plain", "×", "", ratio("reply_to", "plain")),
         row("recomputing the sequence / `generate`", "×", faster, ratio("recomputed", "generate")),
         row(f"tokens/s of `generate` with {BATCH} rows / one row", "×", "≥ 4", ratio("generate", "batch", BATCH)),
-        row(f"tokens/s of `reply_to` with {BATCH} rows / one row", "×", "", ratio("reply_to", "reply_to, batch", BATCH)),
+        row(
+            f"tokens/s of `reply_to` with {BATCH} rows / one row", "×", "", ratio("reply_to", "reply_to, batch", BATCH)
+        ),
     ]
 
 

@@ -69,7 +69,9 @@ def test_images_equal_our_own_calls(session, pipe) -> None:
     together = pipe(text=prompts, generation_mode="image")
     assert [each["input_text"] for each in together] == prompts
     own = torch.cat([session.reply(text, draw=True, settings=settings).visual_tokens[:1] for text in texts])
-    difference = levels([each["generated_image"] for each in together]) - levels(draw(session.visualizer, own, settings))
+    difference = levels([each["generated_image"] for each in together]) - levels(
+        draw(session.visualizer, own, settings)
+    )
     assert difference.abs().max() <= 2
 
 

@@ -179,7 +179,9 @@ def open_session(
     if device_map is not None:
         for name, clashes in (("device", device is not None), ("torch_compile", torch_compile)):
             if clashes:
-                raise ValueError(f"{_name('device_map', flag_prefix)} and {_name(name, flag_prefix)} exclude each other")
+                raise ValueError(
+                    f"{_name('device_map', flag_prefix)} and {_name(name, flag_prefix)} exclude each other"
+                )
         options["device_map"] = device_map
     if quantization_config is not None:
         require_bitsandbytes()

@@ -46,8 +46,8 @@ from .vision_tower import load_vision_encoder
 logger = logging.getLogger(__name__)
 
 ADAPTER_NAME = "default"
-PARTS_NOT_QUANTISED = ("vision_tower", "mm_projector", "vision_head", "lm_head")
-"""Modules of a finished model that are not quantised when its language model is loaded in 4 bits."""
+PARTS_NOT_QUANTISED = ("model.vision_tower", "model.mm_projector", "vision_head", "lm_head")
+"""Modules of a finished model that are not quantised with its language model; full names, as Transformers compares."""
 BUILT_FIELDS = ("text_config", "vision_config", "image_token_id", "image_start_token_id", "image_end_token_id")
 """Fields of the configuration that follow from the parts."""
 ADAPTER_FILE = "metamorph_adapter.json"
@@ -108,7 +108,8 @@ def require_bitsandbytes() -> None:
     """Raise `ModuleNotFoundError`, naming the extra, if bitsandbytes is not installed."""
     if not is_bitsandbytes_available():
         raise ModuleNotFoundError(
-            f"4-bit and 8-bit language models need the package bitsandbytes: {install_command('lora')}", name="bitsandbytes"
+            f"4-bit and 8-bit language models need the package bitsandbytes: {install_command('lora')}",
+            name="bitsandbytes",
         )
 
 

@@ -222,13 +222,17 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if not returns_all:
             if not num_images.all():
                 raise ValueError("a stopping criterion, such as a time limit, ended an answer within its image")
-            return images[num_images.cumsum(0) - num_images].unsqueeze(1)  # the pipelines would flatten three dimensions
+            return images[num_images.cumsum(0) - num_images].unsqueeze(
+                1
+            )  # the pipelines would flatten three dimensions
         return MetaMorphGenerateOutput(**output, visual_tokens=images, num_images=num_images)
 
     def decode_image_tokens(self, visual_tokens: Tensor) -> list[Image.Image]:
         """Draw [..., N, D] visual tokens, for Transformers' pipelines. Without a visualizer it is a `ValueError`."""
         if self.visualizer is None:
-            raise ValueError("there is no visualizer: load the model by metamorph.load with one, or set model.visualizer")
+            raise ValueError(
+                "there is no visualizer: load the model by metamorph.load with one, or set model.visualizer"
+            )
         return self.visualizer(visual_tokens.flatten(0, -3))
 
     def _begin_images(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
