@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamorph.flags.checks import check_model_reference, check_reachable
+from metamorph.flags.checks import DEVICE_MAPS, check_model_reference, check_reachable
 from metamorph.flags.parser import at_least, finite_number
 
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DEVICE_HELP = "device such as cpu or cuda (default: the accelerator, if there is one)"
 
 

@@ -27,6 +27,8 @@ from metamorph.flags.parser import file_in_the_way, unknown_choice
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 TOWER_TYPES = ("siglip", "clip", "dinov2")
 """Prefixes of the model types of vision towers."""
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Values of `device_map` that spread a model over all devices."""
 HUB_TIMEOUT = 10
 """Seconds to wait for the Hub to say whether a model exists."""
 

@@ -27,6 +27,7 @@ from metamorph.files.model_files import (
     read_json_object,
 )
 from metamorph.files.permissions import save_file
+from metamorph.flags.checks import DEVICE_MAPS
 from metamorph.flags.extras import install_command
 
 from .configuration_metamorph import MetaMorphConfig
@@ -192,6 +193,11 @@ def load_adapter_folder(
     is_quantised = kwargs.get("quantization_config") is not None
     if is_quantised and base.quantization is not None:
         raise ValueError(f"the language model of the adapter {folder} is in 4 bits already: do not quantise it again")
+    if kwargs.get("device_map") in DEVICE_MAPS:
+        raise ValueError(
+            f"the adapter {folder} is loaded on one device: to spread the model, merge it first "
+            "(`metamorph convert --merge-adapter`)"
+        )
     settings = read_lora_settings(folder)
     model = _build_base(cls, folder, base, dequantize, kwargs)
     config = LoraConfig(**settings, target_modules=lora_targets(model, folder, settings["r"]), inference_mode=True)

@@ -269,7 +269,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         model_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> LogitsProcessorList:
-        """Add the grammar after the caller's processors, before one that chooses a token; the final length is known here."""
+        """Add the grammar, whose lengths are known here, after the caller's processors, but before `RowSampler`."""
         state = (model_kwargs or {}).get("generated_state")
         if state is not None:
             # A forced end of sequence takes the last place.
