@@ -133,7 +133,7 @@ def move_inputs(device: str, module: torch.nn.Module, args: tuple, kwargs: dict)
         ({"device_map": "auto", "torch_compile": True}, "device_map and torch_compile exclude each other"),
         (
             {"torch_compile": True, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
-            "torch_compile: 8-bit weights cannot be compiled",
+            "torch_compile does not work with 4-bit and 8-bit weights",
         ),
     ],
 )

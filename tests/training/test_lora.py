@@ -249,6 +249,8 @@ def test_sessions_open_adapters(lora: TrainResult, qlora: TrainResult) -> None:
     assert torch.cosine_similarity(logits_of(model).float(), logits_of(lora.model), dim=0) > 0.99
     with pytest.raises(ValueError, match="is in 4 bits already"):
         metamorph.load(qlora.output_dir, device="cpu", quantization_config=eight_bits)
+    with pytest.raises(ValueError, match="torch_compile does not work with 4-bit"):
+        metamorph.load(qlora.output_dir, device="cpu", torch_compile=True)
     with pytest.raises(ValueError, match="merge it first"):
         metamorph.load(lora.output_dir, device_map="auto")
 

@@ -80,7 +80,7 @@ def _cut(cache: Cache, shared: int, length: int) -> bool:
     """Cut a cache from `length` to `shared` tokens, if that is possible."""
     if any(cache.is_sliding):
         return False
-    if isinstance(cache, StaticCache):  # what is behind its length is never attended to
+    if isinstance(cache, StaticCache):  # nothing attends to what comes after its length
         for layer in cache.layers:
             layer.cumulative_length.fill_(shared)
         return True

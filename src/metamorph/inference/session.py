@@ -21,7 +21,12 @@ from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.inference.reply import Prompt, Reply, reply_to
 from metamorph.inference.streaming import OnPart, Part, stream_parts
 from metamorph.mini import shipped_folder
-from metamorph.models.adapters import PARTS_NOT_QUANTISED, require_bitsandbytes
+from metamorph.models.adapters import (
+    PARTS_NOT_QUANTISED,
+    is_adapter_folder,
+    read_adapter_base,
+    require_bitsandbytes,
+)
 from metamorph.models.image_files import load_image
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import ImagePart, MetaMorphProcessor
@@ -183,10 +188,13 @@ def open_session(
                     f"{_name('device_map', flag_prefix)} and {_name(name, flag_prefix)} exclude each other"
                 )
         options["device_map"] = device_map
+    is_quantised = quantization_config is not None
+    if is_adapter_folder(model) and read_adapter_base(model).quantization is not None:
+        is_quantised = True
+    if torch_compile and is_quantised:  # Transformers would leave it out
+        raise ValueError(f"{_name('torch_compile', flag_prefix)} does not work with 4-bit and 8-bit weights")
     if quantization_config is not None:
         require_bitsandbytes()
-        if torch_compile and quantization_config.load_in_8bit:
-            raise ValueError(f"{_name('torch_compile', flag_prefix)}: 8-bit weights cannot be compiled")
         quantization_config = copy.deepcopy(quantization_config)
         if quantization_config.llm_int8_skip_modules is None:
             quantization_config.llm_int8_skip_modules = list(PARTS_NOT_QUANTISED)
