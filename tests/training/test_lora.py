@@ -11,9 +11,10 @@ import torch
 from file_parts import other_permissions
 from safetensors.torch import load_file, save_file
 from training_parts import arguments, logged, make_language_model, make_records, make_vision_tower, training_lines
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
+import metamorph
 from metamorph.cli import main
 from metamorph.models.adapters import (
     ADAPTER_FILE,
@@ -237,6 +238,22 @@ def test_other_bases(base: str, parts: Path, tmp_path: Path) -> None:
     )
     model = MetaMorphForConditionalGeneration.from_pretrained(tmp_path / "lora")
     assert_same_output(model, logits_of(result.model))
+
+
+def test_sessions_open_adapters(lora: TrainResult, qlora: TrainResult) -> None:
+    """Merged, or beside a base that is quantised, whose weights merging would round again."""
+    assert_same_output(metamorph.load(lora.output_dir, device="cpu").model, logits_of(lora.model))
+    eight_bits = BitsAndBytesConfig(load_in_8bit=True)
+    model = metamorph.load(lora.output_dir, device="cpu", quantization_config=eight_bits).model
+    assert has_adapter(model)
+    assert "Linear8bitLt" in {type(module).__name__ for module in model.modules()}
+    assert torch.cosine_similarity(logits_of(model).float(), logits_of(lora.model), dim=0) > 0.99
+    with pytest.raises(ValueError, match="is in 4 bits already"):
+        metamorph.load(qlora.output_dir, device="cpu", quantization_config=eight_bits)
+    with pytest.raises(ValueError, match="torch_compile does not work with 4-bit"):
+        metamorph.load(qlora.output_dir, device="cpu", torch_compile=True)
+    with pytest.raises(ValueError, match="merge it first"):
+        metamorph.load(lora.output_dir, device_map="auto")
 
 
 def test_qlora_merges_what_it_was_trained_on(qlora: TrainResult, tmp_path: Path) -> None:

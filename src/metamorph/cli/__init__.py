@@ -152,8 +152,9 @@ def _set_up_logging(debug: bool) -> None:
     handler.setFormatter(_LineFormatter(debug))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("metamorph").setLevel(level)
-    # PEFT imports bitsandbytes, which then recommends a package for 4-bit matrix products on a CPU.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # It recommends a package for 4-bit products on a CPU, and reports the dtype of every 8-bit product.
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in HARMLESS:  # filters, because libraries set the levels of their loggers themselves
         logging.getLogger(name).addFilter(_is_worth_reading)
     if not (is_main and sys.stderr.isatty()):  # in a log file each bar takes several lines

@@ -236,7 +236,8 @@ def answer_file(flags: argparse.Namespace) -> int:
         check_visualizer_folder(shipped_folder(flags.visualizer, "visualizer"))
     if flags.draw or flags.max_new_tokens is not None:
         check_budget(flags)
-    defaults = BatchDefaults(flags.draw, sampling, settings, flags.max_new_tokens, flags.fps, flags.max_frames)
+    dtype = "4bit" if flags.load_in_4bit else "8bit" if flags.load_in_8bit else flags.dtype
+    defaults = BatchDefaults(flags.draw, sampling, settings, flags.max_new_tokens, flags.fps, flags.max_frames, dtype)
     batch = Batch(Path(flags.input), flags.output, flags.model, flags.visualizer, defaults)
     with joined_processes(), only_run_in(batch.folder, flag="--output"):
         total, done = len(batch.lines()), open_results(batch, overwrite=flags.overwrite)

@@ -1,4 +1,4 @@
-"""What several commands share: images, devices, tables, and the flags that say how to answer and draw."""
+"""What several commands share: images, tables, and the flags that say how to load a model, answer and draw."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metamorph.flags.checks import check_model_reference, check_reachable
+from metamorph.flags.checks import DEVICE_MAPS, check_model_reference, check_reachable
 from metamorph.flags.parser import at_least, finite_number, positive_number
 
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICE_HELP = "device such as cpu or cuda (default: the accelerator, if there is one)"
 
 
@@ -84,7 +85,7 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
     fps_help = "frames per second that the model sees of a video"
     parser.add_argument("--fps", type=positive_number, default=1.0, help=fps_help)
     parser.add_argument("--max-frames", type=at_least(1), default=8, help="most frames of a video")
-    parser.add_argument("--device", help=DEVICE_HELP)
+    add_loading_flags(parser)
 
 
 def check_answer_flags(flags: argparse.Namespace) -> tuple[Sampling, SamplerSettings]:
@@ -113,10 +114,50 @@ def open_answering_session(flags: argparse.Namespace) -> Session:
     logger.info(
         "loading --model %s%s", flags.model, f" and --visualizer {flags.visualizer}" if flags.visualizer else ""
     )
-    session = open_session(flags.model, flags.visualizer, flags.device, flag_prefix="--")
+    session = open_session(flags.model, flags.visualizer, **loading_options(flags))
     if session.pipeline is not None and sys.stderr.isatty():
         session.pipeline.set_progress_bar_config(disable=False, desc="drawing", leave=False)
     return session
+
+
+def add_loading_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where and in which precision a model is loaded; see [`loading_options`]."""
+    group = parser.add_argument_group("loading")
+    group.add_argument("--device", help=DEVICE_HELP)
+    group.add_argument(
+        "--device-map", choices=DEVICE_MAPS, help="spread the model over all devices, instead of --device"
+    )
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto is as saved")
+    bits = group.add_mutually_exclusive_group()
+    bits.add_argument("--load-in-4bit", action="store_true", help="quantise the language model to 4 bits")
+    bits.add_argument("--load-in-8bit", action="store_true", help="quantise the language model to 8 bits")
+    compile_help = "compile a step of generation, with a cache of a fixed size; the first answers take longer"
+    group.add_argument("--torch-compile", action="store_true", help=compile_help)
+
+
+def loading_options(flags: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `open_session` for the flags of [`add_loading_flags`]."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    dtype = None if flags.dtype == "auto" else getattr(torch, flags.dtype)
+    quantization = None
+    if flags.load_in_4bit or flags.load_in_8bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=flags.load_in_4bit,
+            load_in_8bit=flags.load_in_8bit,
+            bnb_4bit_compute_dtype=dtype or torch.bfloat16,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+        )
+    return {
+        "device": flags.device,
+        "dtype": dtype,
+        "device_map": flags.device_map,
+        "quantization_config": quantization,
+        "torch_compile": flags.torch_compile,
+        "flag_prefix": "--",
+    }
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], styles: Iterable[str] = ()) -> None:

@@ -27,6 +27,8 @@ from metamorph.flags.parser import file_in_the_way, unknown_choice
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 TOWER_TYPES = ("siglip", "clip", "dinov2")
 """Prefixes of the model types of vision towers."""
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Values of `device_map` that spread a model over all devices."""
 HUB_TIMEOUT = 10
 """Seconds to wait for the Hub to say whether a model exists."""
 
@@ -134,10 +136,13 @@ def check_metamorph_model(name: str, flag: str) -> None:
             "train`, or mini"
         )
     if folder.is_dir() and not any(folder.glob("*model*.safetensors*")):
-        raise FileNotFoundError(
-            f"{flag} {name} has no model weights: give the output of stage 2 of `metamorph train`; stage 1 writes only "
-            "the connector"
-        )
+        reason = "has no model weights: give the output of stage 2 of `metamorph train`"
+        if (folder / "mm_projector.safetensors").is_file():
+            reason = (
+                "has no model weights, but a connector: it is the output of stage 1. Train stage 2 with "
+                f"--pretrain_mm_mlp_adapter {name}, and give its output"
+            )
+        raise FileNotFoundError(f"{flag} {name} {reason}")
 
 
 def refuse_tower(config: dict[str, Any], name: str, flag: str) -> None:

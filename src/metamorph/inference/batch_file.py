@@ -87,6 +87,7 @@ def _flags(defaults: BatchDefaults) -> dict[str, Any]:
         "num_images": settings.num_images,
         "max_new_tokens": defaults.max_new_tokens,
         "fps": defaults.fps,
+        "dtype": defaults.dtype,
         "max_frames": defaults.max_frames,
     }
 

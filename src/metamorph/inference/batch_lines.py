@@ -52,6 +52,8 @@ class BatchDefaults:
     """Frames per second of videos."""
     max_frames: int = 8
     """Most frames of a video."""
+    dtype: str = "auto"
+    """Precision of the model: a dtype, `4bit` or `8bit`."""
 
 
 @dataclass(frozen=True)

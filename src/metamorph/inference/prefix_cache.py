@@ -1,4 +1,4 @@
-"""Keys and values of a conversation, kept from one answer to the next."""
+"""Key/value caches: of a conversation, kept from one answer to the next, and of a fixed size for compiled steps."""
 
 from __future__ import annotations
 
@@ -7,37 +7,51 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
+
+
+_STATIC_STEP = 512  # static caches have multiples of this length: another length compiles again
+
+
+def is_compiled(model: MetaMorphForConditionalGeneration) -> bool:
+    """Whether `generate` compiles a step of the model once its cache has a fixed size (`torch_compile` of `load`)."""
+    return model.generation_config.compile_config is not None
+
+
+def empty_cache(model: MetaMorphForConditionalGeneration, length: int) -> Cache:
+    """A cache for `length` tokens, of a fixed size if steps are compiled."""
+    config = model.config.get_text_config()
+    if not is_compiled(model):
+        return DynamicCache(config=config)
+    return StaticCache(config=config, max_cache_len=-(-length // _STATIC_STEP) * _STATIC_STEP)
 
 
 class PrefixCache:
     """The key/value cache of one conversation: what a prompt shares with the last sequence is not computed again."""
 
     def __init__(self, model: MetaMorphForConditionalGeneration) -> None:
-        self.config = model.config
+        self.model, self.config = model, model.config
         self._cache: Cache | None = None
         self._ids: list[int] = []
         self._visual_tokens = self._no_images()
 
-    def take(self, input_ids: Tensor, visual_tokens: Tensor | None) -> Cache:
+    def take(self, input_ids: Tensor, visual_tokens: Tensor | None, max_length: int) -> Cache:
         """The cache of the longest beginning that `input_ids` [1, length] and `visual_tokens` [images, N, D] share with
-        the last sequence. It is empty after an answer that failed, or if the model's cache cannot be cut.
+        the last sequence, for `max_length` tokens in all. It is empty after an answer that failed, or if the model's
+        cache cannot be cut or is too small.
         """
         cache, known, known_images = self._cache, self._ids, self._visual_tokens
         ids = input_ids[0].tolist()
         images = self._no_images() if visual_tokens is None else visual_tokens.float().cpu()
         self._cache, self._ids, self._visual_tokens = None, ids, images
-        if cache is not None:
-            length = cache.get_seq_length()
+        if cache is not None and not (isinstance(cache, StaticCache) and cache.get_max_length() < max_length):
+            length = int(cache.get_seq_length())
             shared = self._shared(ids, images, known[:length], known_images)
-            if shared == length:
+            if shared == length or _cut(cache, shared, length):
                 return cache
-            if getattr(cache, "is_croppable", not any(cache.is_sliding)):
-                cache.crop(shared - length)
-                return cache
-        return DynamicCache(config=self.config.get_text_config())
+        return empty_cache(self.model, max_length)
 
     def keep(self, output: Any) -> None:
         """Keep the cache of what `generate` returned."""
@@ -60,3 +74,17 @@ class PrefixCache:
 
     def _no_images(self) -> Tensor:
         return torch.empty(0, self.config.num_image_tokens, self.config.vision_feature_size)
+
+
+def _cut(cache: Cache, shared: int, length: int) -> bool:
+    """Cut a cache from `length` to `shared` tokens, if that is possible."""
+    if any(cache.is_sliding):
+        return False
+    if isinstance(cache, StaticCache):  # nothing attends to what comes after its length
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(shared)
+        return True
+    if not getattr(cache, "is_croppable", True):  # not in every release of Transformers
+        return False
+    cache.crop(shared - length)
+    return True

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from metamorph.inference.draw import ProgressCallback
-from metamorph.inference.prefix_cache import PrefixCache
+from metamorph.inference.prefix_cache import PrefixCache, empty_cache, is_compiled
 from metamorph.inference.prompt import Prompt
 from metamorph.inference.sampling import RowSampler, Sampling
 from metamorph.inference.streaming import AnswerCriteria, AnswerDecoder, FinishReason, Part
@@ -113,7 +113,7 @@ def reply_to(
 
 def can_draw(model: MetaMorphForConditionalGeneration) -> bool:
     """Whether the model emits images as visual tokens."""
-    return model.config.use_vision_ar and model.config.image_start_token_id is not None
+    return "image" in model.output_modalities
 
 
 def default_budget(processor: MetaMorphProcessor) -> int:
@@ -150,10 +150,6 @@ def _reply_to_batch(
         tokenize=True,
     )
     inputs = dict(encoded.to(model.device))
-    if prompts[0].draw:
-        # The prompt ends where an image begins, so the first token generated is a visual one.
-        for name, value in (("input_ids", model.config.image_start_token_id), ("attention_mask", 1)):
-            inputs[name] = torch.nn.functional.pad(inputs[name], (0, 1), value=value)
     state = GeneratedVisualTokens(
         torch.tensor([prompt.allow_images for prompt in prompts], device=model.device),
         torch.tensor([decoder.limit for decoder in decoders], device=model.device),
@@ -161,20 +157,26 @@ def _reply_to_batch(
     if any(prompt.sampling is not None for prompt in prompts):
         rows = [prompt.sampling or Sampling() for prompt in prompts]
         options = {**options, "logits_processor": [RowSampler(rows, model.device)]}
+    limit = max(decoder.limit for decoder in decoders)
+    length = inputs["input_ids"].shape[1] + prompts[0].draw + limit
     if cache is not None:
-        options = {**options, "past_key_values": cache.take(inputs["input_ids"], inputs.get("visual_tokens"))}
+        options = {**options, "past_key_values": cache.take(inputs["input_ids"], inputs.get("visual_tokens"), length)}
+    elif is_compiled(model):
+        options = {**options, "past_key_values": empty_cache(model, length)}
     output: Any = model.generate(
         **inputs,
         eos_token_id=processor.end_of_turn_token_ids,
         pad_token_id=processor.pad_token_id,
-        max_new_tokens=max(decoder.limit for decoder in decoders),
+        max_new_tokens=limit,
+        generation_mode="image" if prompts[0].draw else None,
+        return_dict_in_generate=True,
         generated_state=state,
         stopping_criteria=[AnswerCriteria(decoders, state)],
         **options,
     )
     if cache is not None:
         cache.keep(output)
-    lengths = inputs["attention_mask"].sum(dim=1).tolist()
+    lengths = (inputs["attention_mask"].sum(dim=1) + prompts[0].draw).tolist()  # with the <image_start> that was added
     return [_reply(model, decoder, length) for decoder, length in zip(decoders, lengths, strict=True)]
 
 

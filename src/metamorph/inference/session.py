@@ -1,15 +1,18 @@
 """A model and its visualizer in one object: `metamorph.load("mini", "mini").reply("Draw a red circle").images[0]`."""
 
+import copy
 import dataclasses
 import itertools
 import logging
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import BitsAndBytesConfig, CompileConfig
 
 from metamorph.flags.checks import check_metamorph_model, check_reachable, errors_name_flag
 from metamorph.flags.extras import install_command
@@ -19,6 +22,12 @@ from metamorph.inference.prompt import Images, Prompt, open_images, place_images
 from metamorph.inference.reply import Reply, reply_to
 from metamorph.inference.streaming import OnPart, Part, stream_parts
 from metamorph.mini import shipped_folder
+from metamorph.models.adapters import (
+    PARTS_NOT_QUANTISED,
+    is_adapter_folder,
+    read_adapter_base,
+    require_bitsandbytes,
+)
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 from metamorph.models.processing_metamorph import ImagePart, MetaMorphProcessor
 
@@ -118,6 +127,10 @@ def load(
     visualizer: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    device_map: str | dict[str, Any] | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+    torch_compile: bool = False,
 ) -> Session:
     """Load a trained model and, to draw its images, a visualizer.
 
@@ -126,15 +139,31 @@ def load(
         visualizer: Folder or Hub id of its visualizer, or `mini`. Without one, images stay visual tokens.
         device: By default the accelerator if there is one.
         dtype: Precision of the weights of both; by default as saved.
+        device_map: Instead of `device`, places the parts of the model as in Transformers: `auto` on all devices.
+        quantization_config: Such as `BitsAndBytesConfig(load_in_4bit=True)`. By default only the decoder's layers are
+            quantised, as in training; the visualizer never is.
+        torch_compile: Compile a step of generation, with a cache of a fixed size. The first answers take longer.
     """
-    return open_session(model, visualizer, device, dtype)
+    return open_session(
+        model,
+        visualizer,
+        device,
+        dtype,
+        device_map=device_map,
+        quantization_config=quantization_config,
+        torch_compile=torch_compile,
+    )
 
 
 def open_session(
     model: str | Path,
     visualizer: str | Path | None,
-    device: str | torch.device | None,
+    device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    device_map: str | dict[str, Any] | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+    torch_compile: bool = False,
     flag_prefix: str = "",
 ) -> Session:
     """See [`load`]. Errors name arguments after `flag_prefix`, which is `--` in commands."""
@@ -144,15 +173,44 @@ def open_session(
     if visualizer is not None:  # before the weights of the model, which take longer
         visualizer = shipped_folder(str(visualizer), "visualizer")
         check_visualizer_folder(visualizer, f"{flag_prefix}visualizer")
-    options = {} if dtype is None else {"dtype": dtype}
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    if device_map is not None:
+        for name, clashes in (("device", device is not None), ("torch_compile", torch_compile)):
+            if clashes:
+                raise ValueError(
+                    f"{_name('device_map', flag_prefix)} and {_name(name, flag_prefix)} exclude each other"
+                )
+        options["device_map"] = device_map
+    is_quantised = quantization_config is not None
+    if is_adapter_folder(model) and read_adapter_base(model).quantization is not None:
+        is_quantised = True
+    if torch_compile and is_quantised:  # Transformers would leave it out
+        raise ValueError(f"{_name('torch_compile', flag_prefix)} does not work with 4-bit and 8-bit weights")
+    if quantization_config is not None:
+        require_bitsandbytes()
+        quantization_config = copy.deepcopy(quantization_config)
+        if quantization_config.llm_int8_skip_modules is None:
+            quantization_config.llm_int8_skip_modules = list(PARTS_NOT_QUANTISED)
+        options = {"device_map": {"": where}, **options, "quantization_config": quantization_config}
     with errors_name_flag(f"{flag_prefix}model", model):
         processor = MetaMorphProcessor.from_pretrained(model)
         network = MetaMorphForConditionalGeneration.from_pretrained(model, **options)
         processor.check_fits(network.config)
+    if "device_map" not in options:
+        network.to(where)
+    if torch_compile:
+        network.generation_config.compile_config = CompileConfig()
+        network.generation_config.compile_config._compile_all_devices = True  # Transformers leaves CPUs out
     pipeline = None
     if visualizer is not None:
         pipeline = load_pipeline(visualizer, flag=f"{flag_prefix}visualizer", dtype=dtype).to(where)
-    return Session(network.to(where).eval(), processor, pipeline)
+        network.visualizer = partial(draw, pipeline)
+    return Session(network.eval(), processor, pipeline)
+
+
+def _name(argument: str, flag_prefix: str) -> str:
+    """An argument as users wrote it: `device_map`, or `--device-map`."""
+    return flag_prefix + (argument.replace("_", "-") if flag_prefix else argument)
 
 
 def load_pipeline(

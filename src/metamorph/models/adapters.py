@@ -27,6 +27,7 @@ from metamorph.files.model_files import (
     read_json_object,
 )
 from metamorph.files.permissions import save_file
+from metamorph.flags.checks import DEVICE_MAPS
 from metamorph.flags.extras import install_command
 
 from .configuration_metamorph import MetaMorphConfig
@@ -46,8 +47,8 @@ from .vision_tower import load_vision_encoder
 logger = logging.getLogger(__name__)
 
 ADAPTER_NAME = "default"
-PARTS_NOT_QUANTISED = ("vision_tower", "mm_projector", "vision_head", "lm_head")
-"""Modules of a finished model that are not quantised when its language model is loaded in 4 bits."""
+PARTS_NOT_QUANTISED = ("model.vision_tower", "model.mm_projector", "vision_head", "lm_head")
+"""Modules of a finished model that are not quantised with its language model; full names, as Transformers compares."""
 BUILT_FIELDS = ("text_config", "vision_config", "image_token_id", "image_start_token_id", "image_end_token_id")
 """Fields of the configuration that follow from the parts."""
 ADAPTER_FILE = "metamorph_adapter.json"
@@ -108,7 +109,8 @@ def require_bitsandbytes() -> None:
     """Raise `ModuleNotFoundError`, naming the extra, if bitsandbytes is not installed."""
     if not is_bitsandbytes_available():
         raise ModuleNotFoundError(
-            f"4-bit language models need the package bitsandbytes: {install_command('lora')}", name="bitsandbytes"
+            f"4-bit and 8-bit language models need the package bitsandbytes: {install_command('lora')}",
+            name="bitsandbytes",
         )
 
 
@@ -179,18 +181,27 @@ def load_adapter_folder(
 ) -> Any:
     """Load the base of an adapter folder by `cls`, and merge the adapter into it.
 
-    An adapter on a 4-bit language model is not merged, because merged weights would have to be rounded again; with
-    `dequantize` the language model is dequantised first, and the adapter merged.
+    An adapter on a 4-bit language model, or on one that `quantization_config` quantises, is not merged, because merged
+    weights would have to be rounded again; with `dequantize` the language model is dequantised first, and the adapter
+    merged.
     """
     require_peft()
     from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
     base = read_adapter_base(folder) if base is None else base
     dequantize = dequantize and base.quantization is not None
+    is_quantised = kwargs.get("quantization_config") is not None
+    if is_quantised and base.quantization is not None:
+        raise ValueError(f"the language model of the adapter {folder} is in 4 bits already: do not quantise it again")
+    if kwargs.get("device_map") in DEVICE_MAPS:
+        raise ValueError(
+            f"the adapter {folder} is loaded on one device: to spread the model, merge it first "
+            "(`metamorph convert --merge-adapter`)"
+        )
     settings = read_lora_settings(folder)
     model = _build_base(cls, folder, base, dequantize, kwargs)
     config = LoraConfig(**settings, target_modules=lora_targets(model, folder, settings["r"]), inference_mode=True)
-    if base.quantization is not None and not dequantize:
+    if is_quantised or (base.quantization is not None and not dequantize):
         model = inject_adapter_in_model(config, model, ADAPTER_NAME)
         load_adapter_weights(model, folder)
     else:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -147,7 +146,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         visual_tokens = self.encode_images(pixel_values, visual_tokens, visual_tokens_index)
-        if visual_tokens is None and input_ids is not None and self._tower_takes_part():
+        is_step = generated_visual_tokens is not None  # of `generate`: no rank encodes images
+        if visual_tokens is None and input_ids is not None and not is_step and self._tower_takes_part():
             visual_tokens = self._encode_no_images(input_ids.device)
         if input_ids is not None:
             inputs_embeds = self.embed(input_ids, visual_tokens, generated_visual_tokens, image_positions)
@@ -183,19 +183,19 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         are [B, G, D] `generated_visual_tokens`. `image_positions` are those of [`BatchIndices`], if known.
         """
         embeds = self.get_input_embeddings()(input_ids)  # (batch, seq, hidden)
+        input_ids = input_ids.to(embeds.device)  # with a device map, the table may be on another one
         if (scale := embedding_scale(self.config.text_config)) != 1.0:
             embeds = embeds * scale
         if generated_visual_tokens is not None:
-            is_placeholder = input_ids == self.config.image_token_id  # (batch, seq)
             count = generated_visual_tokens.shape[1]
-            is_generated = is_placeholder.clone()
-            is_generated[:, :-count] = False
-            projected = self._project(generated_visual_tokens, embeds.dtype)  # (batch, count, hidden)
-            candidates = F.pad(projected, (0, 0, input_ids.shape[1] - count, 0))  # (batch, seq, hidden)
-            embeds = torch.where(is_generated.unsqueeze(-1), candidates, embeds)
+            is_placeholder = input_ids == self.config.image_token_id  # (batch, seq)
+            projected = self._project(generated_visual_tokens, embeds.dtype).to(embeds.device)  # (batch, count, hidden)
+            last = torch.where(is_placeholder[:, -count:, None], projected, embeds[:, -count:])
+            embeds = torch.cat([embeds[:, :-count], last], dim=1) if count < embeds.shape[1] else last
             if visual_tokens is None:
                 return embeds
-            image_positions = (is_placeholder & ~is_generated).flatten().nonzero().squeeze(-1)
+            is_placeholder[:, -count:] = False
+            image_positions = is_placeholder.flatten().nonzero().squeeze(-1)
         elif image_positions is None:
             image_positions = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(-1)
         if visual_tokens is None:
@@ -209,7 +209,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
                 f"with {visual_tokens.shape[1]} visual tokens each need {wanted}; prepare both with this model's "
                 "processor"
             )
-        projected = self._project(visual_tokens, embeds.dtype).flatten(0, 1)  # (images * N, hidden)
+        projected = self._project(visual_tokens, embeds.dtype).flatten(0, 1).to(embeds.device)  # (images * N, hidden)
         return embeds.flatten(0, 1).index_copy(0, image_positions, projected).view_as(embeds)
 
     def _tower_takes_part(self) -> bool:

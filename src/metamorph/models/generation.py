@@ -4,11 +4,13 @@ Text and images share one sequence and one key/value cache. A row is inside an i
 `<image_start>` or a placeholder. This state is read off the ids: each row has its own, and none can get stuck.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -79,18 +81,19 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Mask [batch, vocabulary] scores, given all [batch, length] ids so far."""
-        scores = scores.clone()
         if not self.can_draw:
+            scores = scores.clone()
             scores[:, [i for i in (self.placeholder, self.start, self.end) if i >= 0]] = -torch.inf
             return scores
         begun = self._tokens_since_start(input_ids)  # [batch], -1 outside an image
-        forced = torch.where(begun < self.num_image_tokens, self.placeholder, self.end)
-        inside = (begun >= 0).unsqueeze(-1)
-        scores[:, [self.placeholder, self.end]] = -torch.inf
+        inside = begun >= 0
         self.last_start = self.last_start.to(scores.device)
+        scores = scores.masked_fill(inside.unsqueeze(-1), -torch.inf)
+        scores[:, self.placeholder] = scores[:, self.end] = -torch.inf
         scores[:, self.start].masked_fill_(self.last_start < input_ids.shape[1], -torch.inf)
-        only_forced = torch.full_like(scores, -torch.inf).scatter_(1, forced.unsqueeze(-1), 0.0)
-        return torch.where(inside, only_forced, scores)
+        forced = torch.where(begun < self.num_image_tokens, self.placeholder, self.end)
+        only = torch.where(inside, 0.0, -torch.inf).to(scores.dtype)  # outside, the forced ones are impossible too
+        return scores.scatter_(1, forced.unsqueeze(-1), only.unsqueeze(-1))
 
     def check_prompt(self, input_ids: Tensor) -> None:
         """Raise a `ValueError` if a prompt [batch, length] begins an image that does not fit."""
@@ -105,10 +108,10 @@ class ImageGrammarLogitsProcessor(LogitsProcessor):
     def _tokens_since_start(self, input_ids: Tensor) -> Tensor:
         """[batch] placeholders after an open `<image_start>` at the end of each row; -1 if no image is open."""
         window = input_ids[:, -(self.num_image_tokens + 1) :]
-        run = window.eq(self.placeholder).flip(1).long().cumprod(dim=1).sum(dim=1)  # trailing placeholders
-        before = (window.shape[1] - 1 - run).clamp(min=0)
-        opened = window.gather(1, before.unsqueeze(1)).squeeze(1).eq(self.start) & (run < window.shape[1])
-        return torch.where(opened, run, -1)
+        places = torch.arange(window.shape[1], device=window.device)
+        last = window.ne(self.placeholder).mul(places).amax(dim=1, keepdim=True)  # of the other tokens; 0 without one
+        opened = window.gather(1, last).eq(self.start)
+        return torch.where(opened, window.shape[1] - 1 - last, -1).squeeze(1)
 
 
 @dataclass
@@ -136,7 +139,8 @@ class GeneratedVisualTokens:
         num_images = chosen.sum(dim=1) // size
         if not num_images.any():
             return torch.empty(0, size, config.vision_feature_size, device=sequences.device), num_images
-        predictions = self.last(len(self.steps))[:, : chosen.shape[1]]  # (batch, generated, features)
+        # (batch, generated, features); with a device map, the vision head may be on another device than the ids
+        predictions = self.last(len(self.steps))[:, : chosen.shape[1]].to(sequences.device)
         rows = [predictions[b][chosen[b]][: int(n) * size] for b, n in enumerate(num_images)]
         return torch.cat(rows).reshape(-1, size, predictions.shape[-1]), num_images
 
@@ -146,6 +150,14 @@ class MetaMorphGenerationMixin(GenerationMixin):
 
     config: MetaMorphConfig
     model: Any
+    visualizer: Callable[[Tensor], list[Image.Image]] | None = None
+    """Draws [images, N, D] visual tokens; set by `metamorph.load`, and not saved with the model."""
+
+    @property
+    def output_modalities(self) -> tuple[str, ...]:
+        """What the model writes, as Transformers' pipelines ask: `text`, and `image` unless it was trained without."""
+        config = self.config
+        return ("image", "text") if config.use_vision_ar and config.image_start_token_id is not None else ("text",)
 
     @torch.no_grad()
     def generate(
@@ -157,6 +169,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         visual_tokens: Tensor | None = None,
         visual_tokens_index: Tensor | None = None,
         allow_images: bool = True,
+        generation_mode: str | None = None,
         return_dict_in_generate: bool | None = None,
         generated_state: GeneratedVisualTokens | None = None,
         **kwargs: Any,
@@ -174,6 +187,9 @@ class MetaMorphGenerationMixin(GenerationMixin):
             visual_tokens: [images, N, D] images that are encoded or generated already (earlier turns of a chat).
             visual_tokens_index: [images] their positions among all images, if there are `pixel_values` too.
             allow_images: False makes the answer text only.
+            generation_mode: `image` begins every answer with an image: `<image_start>` is added to the prompts. For
+                Transformers' pipelines it returns [batch, 1, N, D], the visual tokens of these images, unless
+                `return_dict_in_generate` is True. `text` is `allow_images=False`.
             return_dict_in_generate: False, here or in a generation configuration, returns only [batch, length]
                 `sequences`, the default of Transformers' `generate`.
             generated_state: an object to collect the visual tokens in, instead of `allow_images`: for streamers and
@@ -186,6 +202,11 @@ class MetaMorphGenerationMixin(GenerationMixin):
         for name in UNSUPPORTED_ARGUMENTS:
             if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise ValueError(_refusal(name))
+        if generation_mode not in (None, *self.output_modalities):
+            raise ValueError(f"generation_mode {generation_mode!r} is not one of {', '.join(self.output_modalities)}")
+        if generation_mode == "image":
+            inputs = self._begin_images(inputs, kwargs)
+        allow_images = allow_images and generation_mode != "text"
         self._prepare_generation_config(generation_config, **kwargs)  # refuses before the images are encoded
         visual_tokens = self.model.encode_images(pixel_values, visual_tokens, visual_tokens_index)
         state = generated_state or GeneratedVisualTokens(allow_images)
@@ -194,10 +215,32 @@ class MetaMorphGenerationMixin(GenerationMixin):
         )
         configs = (generation_config, self.generation_config)
         asked = (return_dict_in_generate, *(config and config.return_dict_in_generate for config in configs))
-        if next((value for value in asked if value is not None), True) is False:
+        returns_all = next((value for value in asked if value is not None), generation_mode != "image")
+        if not returns_all and generation_mode != "image":
             return output.sequences
         images, num_images = state.images(output.sequences, inputs.shape[1], self.config)
+        if not returns_all:
+            if not num_images.all():
+                raise ValueError("a stopping criterion, such as a time limit, ended an answer within its image")
+            return images[num_images.cumsum(0) - num_images].unsqueeze(
+                1
+            )  # the pipelines would flatten three dimensions
         return MetaMorphGenerateOutput(**output, visual_tokens=images, num_images=num_images)
+
+    def decode_image_tokens(self, visual_tokens: Tensor) -> list[Image.Image]:
+        """Draw [..., N, D] visual tokens, for Transformers' pipelines. Without a visualizer it is a `ValueError`."""
+        if self.visualizer is None:
+            raise ValueError(
+                "there is no visualizer: load the model by metamorph.load with one, or set model.visualizer"
+            )
+        return self.visualizer(visual_tokens.flatten(0, -3))
+
+    def _begin_images(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The prompts with `<image_start>` at their ends; what has a value for each token gets one more in `kwargs`."""
+        for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+            if kwargs.get(name) is not None:
+                kwargs[name] = F.pad(kwargs[name], (0, 1), value=value)
+        return F.pad(input_ids, (0, 1), value=self.config.image_start_token_id)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: continuous batching joins rows of different requests, and knows only ids."""
@@ -226,7 +269,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         model_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> LogitsProcessorList:
-        """Add the grammar after the caller's processors, before one that chooses a token; the length is known here."""
+        """Add the grammar, whose lengths are known here, after the caller's processors, but before `RowSampler`."""
         state = (model_kwargs or {}).get("generated_state")
         if state is not None:
             # A forced end of sequence takes the last place.

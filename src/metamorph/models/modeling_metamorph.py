@@ -257,24 +257,31 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             return_dict=True,
             **kwargs,
         )
-        result = MetaMorphOutput(
-            past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
         hidden = outputs.last_hidden_state  # (batch, seq, hidden)
+        losses: Any = {}
         if labels is not None and indices is not None:
+            losses = MetaMorphOutput()
             if loss_normalizers is None and num_items_in_batch is not None:
                 texts, targets = (max(indices[name].shape[0], 1) for name in ("text", "visual"))
                 loss_normalizers = LossNormalizers(num_items_in_batch, num_items_in_batch * targets / texts)
             normalizers = LossNormalizers(*(loss_normalizers or ()))
-            self._add_losses(result, hidden.flatten(0, 1), indices, outputs.visual_tokens, normalizers)
+            self._add_losses(losses, hidden.flatten(0, 1), indices, outputs.visual_tokens, normalizers)
             if balances:
-                self._add_router_loss(result, outputs.router_logits, indices, attention_mask, normalizers.aux)
+                self._add_router_loss(losses, outputs.router_logits, indices, attention_mask, normalizers.aux)
+        logits = visual_prediction = None
         if labels is None or logits_to_keep is not None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            result.logits = self.compute_logits(hidden if keep is None else hidden[:, keep])
+            logits = self.compute_logits(hidden if keep is None else hidden[:, keep])
         if predict_visual_token:
-            result.visual_prediction = self._normalize_visual_tokens(self.vision_head(hidden[:, -1:]))
-        return MetaMorphOutput(**result)  # in the order of the fields, for `return_dict=False`
+            visual_prediction = self._normalize_visual_tokens(self.vision_head(hidden[:, -1:]))
+        return MetaMorphOutput(  # its fields in their order, for `return_dict=False`
+            **losses,
+            logits=logits,
+            visual_prediction=visual_prediction,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., V], with the logit scaling and capping of the family (Gemma, Cohere, Granite)."""

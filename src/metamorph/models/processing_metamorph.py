@@ -331,6 +331,20 @@ class MetaMorphProcessor(ProcessorMixin):
         """As `batch_decode`, for Transformers' pipelines."""
         return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
+    def post_process_multimodal_output(
+        self,
+        generated_outputs: Any,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """The texts of `generate`'s output, or with `image` the images that `decode_image_tokens` drew."""
+        if generation_mode == "image":
+            return generated_outputs
+        if generation_mode not in (None, "text"):
+            raise ValueError(f"generation_mode {generation_mode!r} is not one of image, text")
+        return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
+
     def decode_interleaved(
         self,
         sequences: torch.Tensor | Sequence[Sequence[int]],
