@@ -90,8 +90,8 @@ class SampleMask(Tensor):
             return func(*args, **kwargs)
 
 
-_PROPERTIES = (Tensor.shape, Tensor.dtype, Tensor.device, Tensor.ndim, Tensor.requires_grad)
-_OF_SHAPE = {Tensor.dim, Tensor.size, Tensor.is_floating_point, *(each.__get__ for each in _PROPERTIES)}  # type: ignore[attr-defined]
+_PROPERTIES: tuple[Any, ...] = (Tensor.shape, Tensor.dtype, Tensor.device, Tensor.ndim, Tensor.requires_grad)
+_OF_SHAPE = {Tensor.dim, Tensor.size, Tensor.is_floating_point, *(each.__get__ for each in _PROPERTIES)}
 """What reads shape, device and type only."""
 
 
