@@ -62,12 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     limits.add_argument(
         "--max-tokens", type=at_least(1), help="tokens of prompt and answer together (default: the model's context)"
     )
-    limits.add_argument(
-        "--client-timeout",
-        type=positive,
-        default=60.0,
-        help="seconds to send a request, or accept a piece of an answer",
-    )
+    timeout_help = "seconds in which a client must send its request, and accept each piece of the answer"
+    limits.add_argument("--client-timeout", type=positive, default=60.0, help=timeout_help)
     return parser
 
 

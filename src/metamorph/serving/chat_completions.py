@@ -34,6 +34,10 @@ class ImageUrl(BaseModel):
     """A `data:` URL, or an http(s) URL of an allowed host."""
 
 
+def _as_object(url: Any) -> Any:
+    return {"url": url} if isinstance(url, str) else url
+
+
 class TextContent(BaseModel):
     """A part of a message: text."""
 
@@ -47,9 +51,7 @@ class ImageContent(BaseModel):
     type: Literal["image_url"]
     image_url: Annotated[
         ImageUrl,
-        BeforeValidator(
-            lambda url: {"url": url} if isinstance(url, str) else url, json_schema_input_type=ImageUrl | str
-        ),
+        BeforeValidator(_as_object, json_schema_input_type=ImageUrl | str),
     ]
 
 
@@ -222,7 +224,7 @@ class _Completion:
         return "stop" if self.request.is_image_only else reply.finish_reason
 
     def _usage(self, replies: Sequence[Reply]) -> dict[str, Any]:
-        return self.service.usage(replies, self.num_images).chat()
+        return self.service.account(replies, self.num_images).chat()
 
     def _choice(self, index: int, delta: dict[str, Any], reason: str | None = None) -> str:
         return self._event([{"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}])

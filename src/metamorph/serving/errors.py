@@ -79,6 +79,9 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     problems = error.errors()
     if any(problem["type"] == "json_invalid" for problem in problems):
         return ApiError(f"the body is not JSON: {problems[0]['ctx']['error']}", code="invalid_json")
+    if problems[0]["type"] in ("model_attributes_type", "dict_type") and len(problems[0]["loc"]) == 1:
+        message = "the body is not a JSON object with Content-Type: application/json"
+        return ApiError(message, code="invalid_json")
     problem = max(problems, key=lambda each: len(each["loc"]))  # of the alternative that fits best
     param = _name(problem["loc"][1:], error.body, is_missing=problem["type"] == "missing")
     return ApiError(f"{param or 'the body'}: {problem['msg']}", param=param or None, code="invalid_value")

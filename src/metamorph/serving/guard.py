@@ -127,8 +127,7 @@ class Guard:
 
 
 def _no_key(path: str) -> ApiError:
-    headers = (
-        {} if path.startswith("/v1/") else {"WWW-Authenticate": 'Basic realm="MetaMorph: the password is the key"'}
-    )
+    challenge = {"WWW-Authenticate": 'Basic realm="MetaMorph: the password is the API key"'}
+    headers = {} if path.startswith("/v1/") else challenge  # which makes browsers ask for it
     message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
     return ApiError(message, status=401, code="invalid_api_key", headers=headers)

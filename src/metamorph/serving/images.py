@@ -82,5 +82,5 @@ async def _draw(service: Service, request: GenerationRequest, images: list[Image
         "data": [{"b64_json": await base64_of(part, request.output_format)} for part in drawn],
         "output_format": request.output_format,
         "size": size,
-        "usage": service.usage(replies, len(images)).responses(),
+        "usage": service.account(replies, len(images)).responses(),
     }

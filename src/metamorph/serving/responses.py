@@ -1,4 +1,4 @@
-"""`POST /v1/responses`: OpenAI's responses, whose items keep the order of texts and images; not stored, not streamed."""
+"""`POST /v1/responses`: OpenAI's responses, whose items keep texts and images in order; not stored, not streamed."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def responses_router(service: Service) -> APIRouter:
             "tool_choice": "auto",
             "tools": [],
             "metadata": {},
-            "usage": service.usage([reply], images.num_images).responses(),
+            "usage": service.account([reply], images.num_images).responses(),
         }
 
     return router

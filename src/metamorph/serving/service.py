@@ -52,11 +52,8 @@ class Answering(Drawing):
     def sampling(self, seed: int) -> Sampling:
         """How an answer with this seed is sampled."""
         default = 0.0 if self.top_p is None else 1.0
-        return Sampling(
-            default if self.temperature is None else self.temperature,
-            1.0 if self.top_p is None else self.top_p,
-            seed=seed,
-        )
+        temperature = default if self.temperature is None else self.temperature
+        return Sampling(temperature, 1.0 if self.top_p is None else self.top_p, seed=seed)
 
 
 @dataclass
@@ -94,9 +91,9 @@ class Service:
     async def submit(
         self, prompt: Prompt, options: Drawing, n: int = 1, max_tokens: int | None = None, param: str = "max_tokens"
     ) -> Answers:
-        """Queue `n` answers to a prompt that is valid and has, with `max_tokens` for the answer, a place in the context.
+        """Queue `n` answers to a prompt, once it is known to be valid and to fit into the context.
 
-        `param` is the name of `max_tokens` in the dialect.
+        `max_tokens` limits each answer; `param` is its name in the dialect.
         """
         try:
             length = await asyncio.to_thread(self.engine.num_prompt_tokens, prompt)
@@ -122,8 +119,8 @@ class Service:
             rows.append((replace(prompt, sampling=sampling), settings))
         return self.engine.submit(rows)
 
-    def usage(self, replies: Sequence[Reply], prompt_images: int) -> Usage:
-        """Tokens of the answers to one prompt."""
+    def account(self, replies: Sequence[Reply], prompt_images: int) -> Usage:
+        """What the answers to one prompt took, which the metrics count, too."""
         size = self.tokens_of_image
         usage = Usage(
             replies[0].num_prompt_tokens,
