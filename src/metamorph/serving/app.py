@@ -12,13 +12,19 @@ from fastapi.responses import JSONResponse
 from metamorph import __version__
 from metamorph.serving.chat_completions import chat_router
 from metamorph.serving.engine import Engine
-from metamorph.serving.errors import add_error_handlers
+from metamorph.serving.errors import ErrorBody, add_error_handlers
 from metamorph.serving.guard import Guard
 from metamorph.serving.images import images_router
 from metamorph.serving.limits import Limits
 from metamorph.serving.metrics import MeasuredApp
 from metamorph.serving.responses import responses_router
 from metamorph.serving.service import Service
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "What is wrong with the request"},
+    "5XX": {"model": ErrorBody, "description": "Why the server cannot answer"},
+}
 
 
 def create_app(
@@ -36,7 +42,7 @@ def create_app(
     """
     limits = limits or Limits()
     service = Service(engine, model_name, limits, image_hosts)
-    app = FastAPI(title="MetaMorph", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="MetaMorph", version=__version__, docs_url=None, redoc_url=None, responses=_ERRORS)
     app.state.service = service
     for router in (chat_router(service), images_router(service), responses_router(service)):
         app.include_router(router)

@@ -85,7 +85,7 @@ class ChatRequest(Answering):
     """The body of a request."""
 
     messages: list[Message] = Field(min_length=1)
-    modalities: list[Literal["text", "image"]] | None = Field(None, min_length=1)
+    modalities: list[Literal["text", "image"]] = Field(["text", "image"], min_length=1)
     """`["text"]` is an answer without images, `["image"]` one image; by default the model decides."""
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(None, ge=1)
@@ -94,12 +94,9 @@ class ChatRequest(Answering):
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]],
         Field(max_length=4),
-        BeforeValidator(
-            lambda stop: [] if stop is None else [stop] if isinstance(stop, str) else stop,
-            json_schema_input_type=str | list[str] | None,
-        ),
+        BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop, json_schema_input_type=str | list[str]),
     ] = []
-    stream: bool | None = False
+    stream: bool = False
     stream_options: StreamOptions | None = None
     content_format: Literal["string", "parts"] = "string"
     """`string` puts images into `images`; `parts` makes `content` the list of texts and images in order."""
@@ -107,7 +104,7 @@ class ChatRequest(Answering):
     @property
     def is_image_only(self) -> bool:
         """Whether the answer is one image."""
-        return set(self.modalities or ()) == {"image"}
+        return set(self.modalities) == {"image"}
 
     @property
     def limit(self) -> tuple[int | None, str]:
@@ -124,12 +121,11 @@ def chat_router(service: Service) -> APIRouter:
     async def chat_completions(request: ChatRequest) -> dict[str, Any] | StreamingResponse:
         """Answer a conversation in text and images."""
         service.check_model(request.model)
-        asked = set(request.modalities or ())
-        if "image" in asked:
+        if "image" in request.modalities and "modalities" in request.model_fields_set:
             service.check_drawing("modalities")
         images = service.images()
         messages = [await _turn(message, index, images) for index, message in enumerate(request.messages)]
-        may_draw = service.engine.can_draw and asked != {"text"}
+        may_draw = service.engine.can_draw and "image" in request.modalities
         prompt = Prompt(messages, draw=request.is_image_only, allow_images=may_draw, stop=tuple(request.stop))
         answers = await service.submit(prompt, request, request.n, *request.limit)
         completion = _Completion(service, request, images.num_images)

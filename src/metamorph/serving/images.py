@@ -7,15 +7,12 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, UploadFile
 from PIL import Image
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
 from metamorph.inference.reply import Prompt
 from metamorph.models.sequence.conversations import ImagePart
 from metamorph.serving.errors import ApiError
 from metamorph.serving.service import MAX_CHOICES, Drawing, Service, base64_of, turn
-
-
-Empty = BeforeValidator(lambda value: None if value == "" else value)  # a form's empty field
 
 
 class GenerationRequest(Drawing):
@@ -25,19 +22,21 @@ class GenerationRequest(Drawing):
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     size: str | None = None
     """`auto` or the one size that the visualizer draws."""
-    response_format: Annotated[Literal["b64_json"] | None, Empty] = None
+    response_format: Literal["b64_json"] = "b64_json"
     """There are no URLs: nothing is kept."""
     output_format: Literal["png", "jpeg", "webp"] = "png"
-    stream: Annotated[Literal[False] | None, Empty] = None
+    """Format of the files."""
+    stream: Literal[False] = False
+    """Drawings are not streamed."""
 
 
 class EditRequest(GenerationRequest):
     """The fields of a form that asks for changed images."""
 
-    model_config = ConfigDict(populate_by_name=True)
-
     image: list[UploadFile] = []
+    """Files of images."""
     images: list[UploadFile] = Field([], alias="image[]")
+    """Further ones: this is how clients send several."""
     mask: UploadFile | None = None
     """Refused: the model redraws all of an image."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from metamorph.inference.draw import SamplerSettings
 from metamorph.inference.reply import Prompt, Reply, default_budget
@@ -32,21 +32,32 @@ Seed = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class Drawing(BaseModel):
-    """Fields of all dialects that say how images are drawn, named as in diffusers."""
+    """Fields of all dialects that say how images are drawn, named as in diffusers. A null is the default."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     model: str | None = None
     """The served model, which is the default."""
     seed: Seed | None = None
     """The first answer has this seed, the second the next one; by default another one each time."""
     guidance_scale: float = Field(3.0, ge=0, le=100, allow_inf_nan=False)
+    """Strength of classifier-free guidance; 1 is none."""
     num_inference_steps: int = Field(20, ge=1, le=250)
+    """Steps of the sampler."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class Answering(Drawing):
     """Fields of both conversational dialects that say how text is sampled."""
 
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    """0, the most likely token, unless only `top_p` is given."""
+    """0, the default, takes the most likely token; if only `top_p` is given, the default is 1."""
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
 
     def sampling(self, seed: int) -> Sampling:
