@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "train the connector (stage 1) or the full model (stage 2)",
     "train-visualizer": "train the diffusion decoder that draws visual tokens",
     "generate": "answer a prompt with text and images",
+    "serve": "answer over HTTP, as OpenAI's clients ask",
     "visualize": "reconstruct images from their visual tokens",
     "data": "check training data, show a sample, cache visual tokens",
     "evaluate": "evaluate a trained model or visualizer",

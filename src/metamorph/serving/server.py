@@ -1,0 +1,87 @@
+"""The HTTP server: connections of slow clients, and a SIGTERM that lets running answers finish."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from metamorph.serving.engine import Engine
+
+
+class Server(uvicorn.Server):
+    """Serves an app until SIGTERM or SIGINT. Then what runs is finished, and all else is refused; a second one ends it.
+
+    Until the last answer is sent the server accepts connections, so that load balancers get a 503 and go elsewhere.
+    """
+
+    def __init__(self, app: FastAPI, engine: Engine, host: str, port: int, client_timeout: float) -> None:
+        self.engine = engine
+        protocol = type("Protocol", (TimedProtocol,), {"timeout": client_timeout})
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                http=protocol,
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=max(1, round(client_timeout)),
+            )
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        if self.engine.is_refusing:
+            self.should_exit = self.force_exit = True
+            return
+        self.engine.is_refusing = True
+        threading.Thread(target=self._finish, name="metamorph-exit", daemon=True).start()
+
+    def _finish(self) -> None:
+        self.engine.refuse()
+        self.engine.close()
+        self.should_exit = True
+
+
+class TimedProtocol(H11Protocol):
+    """HTTP/1.1 that closes a connection whose client does not complete the head of a request in time."""
+
+    timeout = 60.0
+    """Seconds."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock."""
+        super().connection_made(transport)
+        self._check_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Stop the clock once the head is complete; start it for the next one."""
+        super().data_received(data)
+        self._check_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _check_head(self) -> None:
+        is_waiting = self.conn.their_state is h11.IDLE
+        if is_waiting and self._timer is None:
+            self._timer = self.loop.call_later(self.timeout, self.transport.abort)
+        elif not is_waiting and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
