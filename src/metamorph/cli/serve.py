@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> None:
     """Serve until a signal ends it."""
     flags = build_parser().parse_args(argv)
-    for package in ("fastapi", "uvicorn", "multipart", "prometheus_client"):
+    for package in ("fastapi", "uvicorn", "multipart", "prometheus_client", "gradio"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"metamorph serve needs {package}: {install_command('serve')}")
     api_key = check_network(flags)
@@ -83,6 +83,7 @@ def main(argv: Sequence[str]) -> None:
     from metamorph.serving.app import create_app
     from metamorph.serving.engine import Engine
     from metamorph.serving.limits import Limits
+    from metamorph.serving.page import mount_page
     from metamorph.serving.server import Server
 
     session = open_session(flags.model, flags.visualizer, flags.device, flag_prefix="--")
@@ -103,6 +104,7 @@ def main(argv: Sequence[str]) -> None:
         cors_origins=flags.cors_origin,
         image_hosts=[host.lower() for host in flags.allow_remote_images],
     )
+    mount_page(app)
     logger.info("serving %s", model_name)
     logging.getLogger("uvicorn").setLevel(logging.INFO)
     Server(app, engine, flags.host, flags.port, flags.client_timeout).run()

@@ -7,13 +7,22 @@ import base64
 import binascii
 import io
 from collections.abc import Collection
+from pathlib import Path
 
 from PIL import Image
 
+from metamorph.data.media.video import probe_video, read_frames
+from metamorph.data.tasks.video_qa import sample_times
 from metamorph.models.image_files import MediaError, load_image
 from metamorph.serving.errors import ApiError
 from metamorph.serving.limits import Limits
 from metamorph.serving.remote_images import Resolve, fetch_image
+
+
+FPS = 1.0
+"""Frames a second that are read of a video."""
+MAX_FRAMES = 8
+"""Most frames of a video."""
 
 
 class RequestImages:
@@ -40,8 +49,18 @@ class RequestImages:
         self._count(param)
         return await self._open(content, param)
 
-    def _count(self, param: str) -> None:
-        self.num_images += 1
+    async def open_video(self, file: Path) -> list[Image.Image]:
+        """Frames of a video, which count as images: one a second, or `MAX_FRAMES` evenly spread ones."""
+        try:
+            info = await asyncio.to_thread(probe_video, file, name=file.name)
+            times = sample_times(info, FPS, MAX_FRAMES)
+            self._count(file.name, len(times))
+            return await asyncio.to_thread(read_frames, file, times, name=file.name)
+        except MediaError as error:
+            raise ApiError(str(error), param=file.name, code=error.kind) from error
+
+    def _count(self, param: str, number: int = 1) -> None:
+        self.num_images += number
         if self.num_images > self.limits.max_images:
             message = f"there are more than {self.limits.max_images} images in the request"
             raise ApiError(message, param=param, code="too_many_images")

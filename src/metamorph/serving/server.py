@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from types import FrameType
 from typing import Any
@@ -22,7 +23,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, engine: Engine, host: str, port: int, client_timeout: float) -> None:
-        self.engine = engine
+        self.app, self.engine = app, engine
         protocol = type("Protocol", (TimedProtocol,), {"timeout": client_timeout})
         super().__init__(
             uvicorn.Config(
@@ -45,6 +46,12 @@ class Server(uvicorn.Server):
             return
         self.engine.is_refusing = True
         threading.Thread(target=self._finish, name="metamorph-exit", daemon=True).start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the connections."""
+        if hasattr(self.app.state, "page"):  # whose browsers would keep theirs
+            self.app.state.page.stop_event.set()
+        await super().shutdown(sockets)
 
     def _finish(self) -> None:
         self.engine.refuse()

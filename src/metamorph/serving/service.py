@@ -45,6 +45,10 @@ class Drawing(BaseModel):
     num_inference_steps: int = Field(20, ge=1, le=250)
     """Steps of the sampler."""
 
+    def settings(self, seed: int) -> SamplerSettings:
+        """How the images of an answer with this seed are drawn."""
+        return SamplerSettings(self.guidance_scale, self.num_inference_steps, seed)
+
     @model_validator(mode="before")
     @classmethod
     def _leave_out_nulls(cls, values: Any) -> Any:
@@ -126,8 +130,7 @@ class Service:
         rows = []
         for seed in range(first, first + n):
             sampling = options.sampling(seed) if isinstance(options, Answering) else None
-            settings = SamplerSettings(options.guidance_scale, options.num_inference_steps, seed)
-            rows.append((replace(prompt, sampling=sampling), settings))
+            rows.append((replace(prompt, sampling=sampling), options.settings(seed)))
         return self.engine.submit(rows)
 
     def account(self, replies: Sequence[Reply], prompt_images: int) -> Usage:
