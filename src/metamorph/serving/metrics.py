@@ -70,6 +70,9 @@ class MeasuredApp:
 
         try:
             await self.app(scope, receive, measured)
+        except Exception:
+            status = 500
+            raise
         finally:
             # The pattern of a route, so that clients cannot make up labels.
             endpoint = getattr(scope.get("route"), "path", "other")
