@@ -19,11 +19,17 @@ from metamorph.serving.server import Server
 
 
 @contextmanager
-def served(session: Session, limits: Limits | None = None, engine: dict | None = None, **options: Any) -> Iterator[str]:
-    """The URL of a server; `engine` and `options` are arguments of `Engine` and `create_app`."""
+def served(
+    session: Session, limits: Limits | None = None, engine: dict | None = None, page: bool = False, **options: Any
+) -> Iterator[str]:
+    """The URL of a server, with the web `page` or not; `engine` and `options` go to `Engine` and `create_app`."""
     limits = limits or Limits()
     running = Engine(session, **(engine or {}))
     app = create_app(running, model_name="mini", limits=limits, **options)
+    if page:
+        from metamorph.serving.page import mount_page  # Gradio takes seconds to import
+
+        mount_page(app)
     server = Server(app, running, "127.0.0.1", 0, limits.client_timeout)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 from fastapi import FastAPI
@@ -20,6 +20,7 @@ from fastapi.responses import RedirectResponse
 from gradio.processing_utils import save_pil_to_cache
 from pydantic import Field
 from starlette.middleware import Middleware
+from starlette.routing import Mount
 
 from metamorph.inference.draw import SamplerSettings
 from metamorph.inference.reply import Prompt, Reply
@@ -45,9 +46,12 @@ _EXAMPLES = (
 )
 """A prompt for each mode, and whether it has the example image. The mini model can answer them, too."""
 _CSS = """
-.gradio-container { max-width: 52rem !important; margin: 0 auto !important; }
-h1 { margin: 0.25rem 0 !important; }
-.message img, .message video { min-width: 9rem; border-radius: 0.5rem; }
+.fillable { max-width: 56rem !important; padding: 1rem !important; }
+.fillable > .wrap, .contain { width: 100%; }
+.placeholder { padding: 0 1rem; text-align: center; }
+.example { padding: 0.6rem 1rem !important; }
+.message .image-frame img { width: 14rem; max-width: 100%; object-fit: contain; border-radius: 0.5rem; }
+.message-wrap [aria-label="Share"] { display: none; } /* it would upload the image to the Hub */
 """
 
 
@@ -165,11 +169,15 @@ def mount_page(app: FastAPI) -> None:
         ssr_mode=False,
         enable_monitoring=False,
         mcp_server=False,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=gr.themes.Default(
+            primary_hue="indigo",
+            font=["system-ui", "sans-serif"],  # by default fonts of a web service
+            font_mono=["ui-monospace", "monospace"],
+        ),
         css=_CSS,
     )
     page.has_launched = True  # without it, Gradio takes any file of the server for an upload
-    app.state.page, app.state.page_folder = page.app, folder
+    app.state.page, app.state.page_folder = cast(Mount, app.routes[-1]).app, folder
 
     @app.get("/", include_in_schema=False)
     async def show_page() -> RedirectResponse:
@@ -223,7 +231,7 @@ def build_page(service: Service, folder: str) -> gr.Blocks:
         fill_height=True,
         delete_cache=(3600, _KEEP_FILES),
     ) as page:
-        gr.Markdown(f"# {service.model_name}")
+        gr.Markdown(f"## MetaMorph · {service.model_name}")
         chatbot = gr.Chatbot(
             show_label=False,
             scale=1,
@@ -297,7 +305,7 @@ def _controls(can_draw: bool) -> dict[str, Any]:
 def _placeholder(can_draw: bool) -> str:
     draws = "Ask about an image or a video, or ask for an image."
     reads = "Ask about an image or a video. This server has no visualizer, so it answers in text."
-    return f"## What would you like to see?\n{draws if can_draw else reads}\n\nAttach files with the clip, or try an example:"
+    return f"### What would you like to see?\n{draws if can_draw else reads}\n\nAttach files with the clip, or try an example:"
 
 
 def _examples(folder: str, can_draw: bool) -> list[dict[str, Any]]:
