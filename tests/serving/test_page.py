@@ -42,16 +42,16 @@ def settings(**fields: Any) -> PageSettings:
     return PageSettings(**{"seed": 3, "guidance_scale": 1.0, "num_inference_steps": 2, **fields})
 
 
-async def ask(service: Service, conversation: Conversation, turn: Turn, folder: Path, **fields: Any) -> list[Any]:
+async def ask(service: Service, conversation: Conversation, turn: Turn, **fields: Any) -> list[Any]:
     """The messages that are shown after each piece of the answer."""
     conversation.turns.append(turn)
-    answer = answer_turn(service, conversation, settings(**fields), str(folder))
+    answer = answer_turn(service, conversation, settings(**fields))
     return [conversation.messages() async for _ in answer]
 
 
-def test_a_conversation_keeps_what_the_model_wrote(session, service, tmp_path: Path) -> None:
+def test_a_conversation_keeps_what_the_model_wrote(session, service) -> None:
     conversation = Conversation()
-    *_, shown = asyncio.run(ask(service, conversation, Turn(DRAW, []), tmp_path, num_images=2))
+    *_, shown = asyncio.run(ask(service, conversation, Turn(DRAW, []), num_images=2))
     files = [Path(content["path"]) for content in shown[1]["content"]]
     (first,) = conversation.turns
     alone = session.reply(DRAW, settings=SamplerSettings(1.0, 2, seed=3, num_images=2))
@@ -60,7 +60,7 @@ def test_a_conversation_keeps_what_the_model_wrote(session, service, tmp_path: P
     assert len(set(drawn)) == 2
     assert torch.equal(first.parts[0].visual_tokens, alone.visual_tokens[0])
 
-    shown = asyncio.run(ask(service, conversation, Turn(ASK, []), tmp_path))
+    shown = asyncio.run(ask(service, conversation, Turn(ASK, [])))
     context = [
         {"role": "user", "content": DRAW},
         {"role": "assistant", "content": list(alone.parts)},
@@ -93,14 +93,14 @@ def test_uploads_are_images_of_the_prompt(service, tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_named(service, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("no image")
     with pytest.raises(ApiError, match=name):
-        asyncio.run(ask(service, Conversation(), Turn(ASK, [str(tmp_path / name)]), tmp_path))
+        asyncio.run(ask(service, Conversation(), Turn(ASK, [str(tmp_path / name)])))
 
 
-def test_a_stopped_answer_ends_and_keeps_what_it_has(session, service, tmp_path: Path) -> None:
+def test_a_stopped_answer_ends_and_keeps_what_it_has(session, service) -> None:
     conversation = Conversation([Turn(DRAW, [])])
 
     async def stop() -> None:
-        answer = answer_turn(service, conversation, settings(temperature=2.0), str(tmp_path))
+        answer = answer_turn(service, conversation, settings(temperature=2.0))
         async for _ in answer:
             break
         await answer.aclose()

@@ -35,6 +35,10 @@ from metamorph.serving.request_images import RequestImages
 from metamorph.serving.service import Answering, Service
 
 
+# Gradio's routes read all that is in its folder, which by default all programs of a machine share.
+_FOLDER = tempfile.TemporaryDirectory(prefix="metamorph-page-")
+os.environ["GRADIO_TEMP_DIR"] = os.environ["GRADIO_EXAMPLES_CACHE"] = _FOLDER.name
+
 PATH = "/chat"
 MAX_DRAWINGS = 4
 _KEEP_FILES = 24 * 3600
@@ -127,11 +131,11 @@ class PageSettings(Answering):
 
 
 async def answer_turn(
-    service: Service, conversation: Conversation, settings: PageSettings, folder: str
+    service: Service, conversation: Conversation, settings: PageSettings
 ) -> AsyncGenerator[None, None]:
     """Write the answer to the last turn into the conversation; yields after each piece. Closing it ends the answer.
 
-    Drawings are saved in `folder`. Errors are those of `Service.submit`, or an `ApiError` about an upload.
+    Errors are those of `Service.submit`, or an `ApiError` about an upload.
     """
     turn = conversation.turns[-1]
     images = service.images()
@@ -143,7 +147,7 @@ async def answer_turn(
                 service.account([piece], images.num_images)
                 continue
             drawn = piece.images if isinstance(piece, ImagePart) else ()
-            files = [await asyncio.to_thread(save_pil_to_cache, image, folder, format="png") for image in drawn]
+            files = [await asyncio.to_thread(save_pil_to_cache, image, _FOLDER.name, format="png") for image in drawn]
             turn.add(piece, files)
             yield
     finally:
@@ -153,10 +157,7 @@ async def answer_turn(
 def mount_page(app: FastAPI) -> None:
     """Add the page to an app of `create_app`, at `/chat`; `/` leads there."""
     service: Service = app.state.service
-    # A folder of its own: Gradio's routes read all that is in it, and by default all programs of a machine share one.
-    folder = tempfile.TemporaryDirectory(prefix="metamorph-page-")
-    os.environ["GRADIO_TEMP_DIR"] = os.environ["GRADIO_EXAMPLES_CACHE"] = folder.name
-    page = build_page(service, folder.name)
+    page = build_page(service)
     gr.mount_gradio_app(
         app,
         page,
@@ -165,6 +166,7 @@ def mount_page(app: FastAPI) -> None:
         run_history=False,
         app_kwargs={"middleware": [Middleware(PageGuard)]},
         show_error=False,
+        root_path=PATH,  # otherwise addresses of files lack it
         max_file_size=service.limits.max_body,
         ssr_mode=False,
         enable_monitoring=False,
@@ -177,7 +179,7 @@ def mount_page(app: FastAPI) -> None:
         css=_CSS,
     )
     page.has_launched = True  # without it, Gradio takes any file of the server for an upload
-    app.state.page, app.state.page_folder = cast(Mount, app.routes[-1]).app, folder
+    app.state.page = cast(Mount, app.routes[-1]).app
 
     @app.get("/", include_in_schema=False)
     async def show_page() -> RedirectResponse:
@@ -185,14 +187,14 @@ def mount_page(app: FastAPI) -> None:
         return RedirectResponse(PATH)
 
 
-def build_page(service: Service, folder: str) -> gr.Blocks:
-    """The page, whose files are in `folder`."""
-    examples = _examples(folder, service.engine.can_draw)
+def build_page(service: Service) -> gr.Blocks:
+    """The page."""
+    examples = _examples(service.engine.can_draw)
 
     def begin(message: dict[str, Any], conversation: Conversation) -> tuple[Any, ...]:
         text, files = message["text"].strip(), message["files"]
         if not (text or files):
-            raise gr.Error("Write a message first, or attach an image.", duration=5)
+            return _ready(), conversation.messages(), conversation
         return ask(Turn(text, files), conversation)
 
     def begin_example(chosen: gr.SelectData, conversation: Conversation) -> tuple[Any, ...]:
@@ -213,15 +215,17 @@ def build_page(service: Service, folder: str) -> gr.Blocks:
         return busy, conversation.messages(), conversation
 
     async def answer(conversation: Conversation, *values: Any) -> AsyncGenerator[tuple[Any, ...], None]:
+        if not conversation.turns or conversation.turns[-1].parts:
+            return  # the message was empty
         settings = PageSettings(**dict(zip(names, values, strict=True)))
-        pieces = answer_turn(service, conversation, settings, folder)
+        pieces = answer_turn(service, conversation, settings)
         try:
             async for _ in pieces:
                 yield gr.skip(), conversation.messages(), conversation
         except (ApiError, QueueFull, Closed) as error:
             turn = _pop(conversation)
             yield _ready(turn), conversation.messages(), conversation
-            raise gr.Error(str(as_api_error(error))) from error
+            gr.Warning(str(as_api_error(error)), title="Not answered")
         finally:
             await pieces.aclose()
 
@@ -256,7 +260,14 @@ def build_page(service: Service, folder: str) -> gr.Blocks:
         names = list(controls)
         conversation = gr.State(Conversation())
         shown = [textbox, chatbot, conversation]
-        quick = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        quick: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        # The engine has a queue of its own, which all clients share.
+        slow: dict[str, Any] = {
+            "concurrency_limit": None,
+            "api_visibility": "private",
+            "show_progress": "minimal",
+            "show_progress_on": chatbot,
+        }
         answers = []
         for event in (
             textbox.submit(begin, [textbox, conversation], shown, **quick),
@@ -264,10 +275,7 @@ def build_page(service: Service, folder: str) -> gr.Blocks:
             chatbot.retry(retry, conversation, shown, **quick),
         ):
             inputs = [conversation, *controls.values()]
-            # The engine has a queue of its own, which all clients share.
-            answers.append(
-                event.success(answer, inputs, shown, concurrency_limit=None, api_visibility="private")
-            )
+            answers.append(event.success(answer, inputs, shown, **slow))
             answers[-1].then(_ready, None, textbox, **quick)
         textbox.stop(None, None, None, cancels=answers, api_visibility="private")
         chatbot.undo(undo, conversation, shown, **quick)
@@ -283,7 +291,7 @@ def _ready(turn: Turn | None = None) -> dict[str, Any]:
 
 def _pop(conversation: Conversation) -> Turn:
     if not conversation.turns:
-        raise gr.Error("The conversation is empty.", duration=5)
+        raise gr.Error("The conversation is empty.", duration=5, print_exception=False)
     return conversation.turns.pop()
 
 
@@ -308,10 +316,10 @@ def _placeholder(can_draw: bool) -> str:
     return f"### What would you like to see?\n{draws if can_draw else reads}\n\nAttach files with the clip, or try an example:"
 
 
-def _examples(folder: str, can_draw: bool) -> list[dict[str, Any]]:
-    """An example of each mode, with an image that is saved in `folder`."""
+def _examples(can_draw: bool) -> list[dict[str, Any]]:
+    """An example of each mode."""
     scene = Scene((SceneObject("circle", "red", "small", "top left"),))
-    file = save_pil_to_cache(render(scene), folder, name="circle", format="png")
+    file = save_pil_to_cache(render(scene), _FOLDER.name, name="circle", format="png")
     return [
         {"display_text": f"{mode}: {text}", "text": text, "files": [file] if has_image else []}
         for mode, text, has_image in _EXAMPLES
