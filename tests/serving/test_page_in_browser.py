@@ -104,7 +104,9 @@ class Page:
 
     def answers(self, number: int) -> list[str]:
         """The texts of the answers, once the last of this number of them is complete."""
-        self.wait(lambda: len(self.find(".bot.message:not(.pending)")) == number and self.find("textarea:not([disabled])"))
+        self.wait(
+            lambda: len(self.find(".bot.message:not(.pending)")) == number and self.find("textarea:not([disabled])")
+        )
         return [each.text.strip() for each in self.find(".bot.message:not(.pending)")]
 
     def images(self) -> list[str]:

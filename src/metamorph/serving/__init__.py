@@ -4,6 +4,7 @@ Which requests are answered?              `app.py`: `create_app`; `server.py` ru
 What stands before the app?               `guard.py`: key, size and time; `limits.py` has the limits of a request
 How are the dialects of OpenAI spoken?    `chat_completions.py`, `images.py`, `responses.py`
 What do the dialects share?               `service.py`: checks, prompts, usage
+What does a browser show?                 `page.py`, made with Gradio; `page_guard.py` stands before it
 Which images does a request bring?        `request_images.py`; `remote_images.py` fetches those of allowed hosts
 What does a client hear of errors?        `errors.py`
 What is measured?                         `metrics.py`

@@ -18,7 +18,7 @@ import gradio as gr
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from gradio.processing_utils import save_pil_to_cache
-from pydantic import Field
+from pydantic import Field, field_validator
 from starlette.middleware import Middleware
 from starlette.routing import Mount
 
@@ -53,6 +53,7 @@ _CSS = """
 .fillable { max-width: 56rem !important; padding: 1rem !important; }
 .fillable > .wrap, .contain { width: 100%; }
 .placeholder { padding: 0 1rem; text-align: center; }
+.examples { grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)) !important; }
 .example { padding: 0.6rem 1rem !important; }
 .message .image-frame img { width: 14rem; max-width: 100%; object-fit: contain; border-radius: 0.5rem; }
 .message-wrap [aria-label="Share"] { display: none; } /* it would upload the image to the Hub */
@@ -102,7 +103,7 @@ class Conversation:
         return [message for turn in self.turns for message in turn.messages()]
 
     async def prompt(self, images: RequestImages) -> list[dict[str, Any]]:
-        """As the model reads it, up to the last turn. Images that the model wrote are visual tokens, never encoded again.
+        """As the model reads it, up to the last turn. Images that the model wrote are visual tokens, not encoded again.
 
         Turns that were stopped before their answer began are left out.
         """
@@ -124,6 +125,11 @@ class PageSettings(Answering):
 
     num_images: int = Field(1, ge=1, le=MAX_DRAWINGS)
     """Drawings of each image."""
+
+    @field_validator("seed", mode="before")
+    @classmethod
+    def _negative_is_random(cls, seed: int) -> int | None:
+        return None if seed < 0 else seed
 
     def settings(self, seed: int) -> SamplerSettings:
         """How an answer's images are drawn."""
@@ -299,21 +305,18 @@ def _controls(can_draw: bool) -> dict[str, Any]:
     """A control for each setting, by name."""
     with gr.Accordion("Settings", open=False), gr.Row():
         return {
-            "temperature": gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0 takes the most likely word"),
-            "seed": gr.Number(None, label="Seed", info="empty: another one each time", precision=0, minimum=0),
-            "guidance_scale": gr.Slider(
-                1, 10, 3, step=0.5, label="Guidance", info="how closely images follow the model", visible=can_draw
-            ),
-            "num_images": gr.Slider(
-                1, MAX_DRAWINGS, 1, step=1, label="Images", info="drawings of each image", visible=can_draw
-            ),
+            "temperature": gr.Slider(0, 2, 0, step=0.1, label="Temperature"),
+            "seed": gr.Number(-1, label="Seed (-1: another one each time)", precision=0, minimum=-1),
+            "guidance_scale": gr.Slider(1, 10, 3, step=0.5, label="Guidance", visible=can_draw),
+            "num_images": gr.Slider(1, MAX_DRAWINGS, 1, step=1, label="Images", visible=can_draw),
         }
 
 
 def _placeholder(can_draw: bool) -> str:
     draws = "Ask about an image or a video, or ask for an image."
     reads = "Ask about an image or a video. This server has no visualizer, so it answers in text."
-    return f"### What would you like to see?\n{draws if can_draw else reads}\n\nAttach files with the clip, or try an example:"
+    what = draws if can_draw else reads
+    return f"### What would you like to see?\n{what}\n\nAttach files with the clip, or try an example:"
 
 
 def _examples(can_draw: bool) -> list[dict[str, Any]]:
