@@ -14,6 +14,7 @@ from metamorph.cli.shared import DEVICE_HELP, hide_loading_bars
 from metamorph.flags.extras import install_command
 from metamorph.flags.parser import FlagParser, at_least, finite_number
 from metamorph.mini import shipped_folder
+from metamorph.serving.limits import Limits
 
 
 logger = logging.getLogger(__name__)
@@ -56,14 +57,16 @@ def build_parser() -> argparse.ArgumentParser:
     batches.add_argument("--max-queue", type=at_least(1), default=64, help="answers that may wait; more get status 429")
     limits = parser.add_argument_group("limits of a request")
     positive = at_least(0.001, finite_number)
-    limits.add_argument("--max-body-mb", type=positive, default=32.0, help="megabytes of the body")
-    limits.add_argument("--max-images", type=at_least(0), default=16, help="images")
-    limits.add_argument("--max-pixels", type=at_least(1), default=2**25, help="pixels of all images together")
+    limits.add_argument("--max-body-mb", type=positive, default=Limits.max_body_mb, help="megabytes of the body")
+    limits.add_argument("--max-images", type=at_least(0), default=Limits.max_images, help="images")
+    limits.add_argument(
+        "--max-pixels", type=at_least(1), default=Limits.max_pixels, help="pixels of all images together"
+    )
     limits.add_argument(
         "--max-tokens", type=at_least(1), help="tokens of prompt and answer together (default: the model's context)"
     )
     timeout_help = "seconds in which a client must send its request, and accept each piece of the answer"
-    limits.add_argument("--client-timeout", type=positive, default=60.0, help=timeout_help)
+    limits.add_argument("--client-timeout", type=positive, default=Limits.client_timeout, help=timeout_help)
     return parser
 
 
@@ -82,7 +85,6 @@ def main(argv: Sequence[str]) -> None:
     from metamorph.inference.session import open_session
     from metamorph.serving.app import create_app
     from metamorph.serving.engine import Engine
-    from metamorph.serving.limits import Limits
     from metamorph.serving.server import Server
 
     session = open_session(flags.model, flags.visualizer, flags.device, flag_prefix="--")

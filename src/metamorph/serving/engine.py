@@ -58,7 +58,13 @@ class Answers:
                 merged.put_nowait((index, piece))
 
         rows = asyncio.gather(*(pump(index, *row) for index, row in enumerate(self._rows)))
-        rows.add_done_callback(lambda _: merged.put_nowait(None))
+
+        def end(_: object) -> None:
+            if not rows.cancelled():
+                rows.exception()  # retrieved, or asyncio would log that a client left
+            merged.put_nowait(None)
+
+        rows.add_done_callback(end)
         try:
             while (item := await merged.get()) is not None:
                 yield item
