@@ -17,6 +17,8 @@ from metamorph.inference import SamplerSettings, Sampling
 from metamorph.serving.limits import Limits
 
 
+HALF = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
+JSON = {"content-type": "application/json"}
 DRAW, ASK = "draw a large red circle", "what color is the object?"
 FAST = {"num_inference_steps": 2, "seed": 5}
 LIMITS = Limits(max_images=3, max_pixels=64 * 64 * 2)
@@ -293,9 +295,11 @@ CASES = [
     Case(
         CHAT,
         "not JSON",
-        lambda c: c.post("chat/completions", content=b"{", headers={"content-type": "application/json"}),
+        lambda c: c.post("chat/completions", content=b"{", headers=JSON),
         400,
     ),
+    Case(CHAT, "JSON nested too deep", lambda c: c.post("chat/completions", content=b"[" * 99_999, headers=JSON), 400),
+    Case(CHAT, "half a character", lambda c: c.post("chat/completions", content=HALF, headers=JSON), 400),
     Case(CHAT, "no content type", lambda c: c.post("chat/completions", content=b'{"messages": []}'), 400),
     Case(
         IMAGES,

@@ -200,6 +200,22 @@ def test_a_full_queue_is_a_429(url: str) -> None:
     assert (first.result().status_code, waiting.result().status_code) == (200, 200)
 
 
+def test_requests_that_are_being_sent_count(url: str) -> None:
+    """Each has a place, so their bodies have a limit together."""
+    host, port = url.removeprefix("http://").split(":")
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer secret\r\ncontent-length: 9\r\n\r\n{{"
+    senders = [socket.create_connection((host, int(port)), timeout=20) for _ in range(3)]
+    for sender in senders:
+        sender.sendall(head.encode())
+    time.sleep(0.3)
+    refused = httpx.post(f"{url}{CHAT}", json=chat(), headers=KEY)
+    assert (refused.status_code, error_of(refused)["code"]) == (429, "queue_full")
+    for sender in senders:
+        assert sender.recv(100).startswith(b"HTTP/1.1 408 ")
+        sender.close()
+    assert httpx.post(f"{url}{CHAT}", json=chat(), headers=KEY).status_code == 200
+
+
 @contextmanager
 def image_host(answers: dict[str, tuple[int, dict, bytes]]) -> Iterator[int]:
     """The port of a server of files on loopback."""
@@ -282,10 +298,10 @@ def test_remote_images_come_from_allowed_public_hosts(monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory, session: Session) -> Path:
-    """A copy of mini whose answers end at their limit only."""
+    """A copy of mini in float32, so that sampled answers do not depend on their batch; they end at their limit only."""
     folder = tmp_path_factory.mktemp("model") / "endless"
     shutil.copytree(shipped_folder("mini", "model"), folder)
-    session.model.generation_config.save_pretrained(folder)
+    session.model.save_pretrained(folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""`metamorph serve --model DIR [--visualizer DIR]`: answer over HTTP, as OpenAI's clients ask."""
+"""`metamorph serve --model DIR [--visualizer DIR]`: answer over HTTP, in a web page and as OpenAI's clients ask."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from metamorph.cli.shared import DEVICE_HELP, hide_loading_bars
 from metamorph.flags.extras import install_command
 from metamorph.flags.parser import FlagParser, at_least, finite_number
 from metamorph.mini import shipped_folder
+from metamorph.serving.limits import Limits
 
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = FlagParser(
         prog="metamorph serve",
-        description="Serve a model over HTTP in OpenAI's dialects: chat completions, images and responses.",
+        description="Serve a model over HTTP: a web page, and an API in OpenAI's dialects (chat completions, images, responses).",
     )
     parser.add_argument("--model", required=True, help="folder or Hub id of a trained MetaMorph model, or mini")
     parser.add_argument(
@@ -33,44 +34,45 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model-name", help="name of the model for clients (default: the last part of --model)")
     parser.add_argument("--device", help=DEVICE_HELP)
-    network = parser.add_argument_group("network")
-    network.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need a key")
-    network.add_argument("--port", type=at_least(0), default=8000, help="port to listen on; 0 is a free one")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need a key")
+    parser.add_argument("--port", type=at_least(0), default=8000, help="port to listen on; 0 is a free one")
     key_help = f"key that clients must send (default: ${KEY_VARIABLE}, which other users of the machine cannot see)"
-    network.add_argument("--api-key", help=key_help)
-    network.add_argument(
+    parser.add_argument("--api-key", help=key_help)
+    parser.add_argument(
         "--cors-origin", nargs="+", default=[], metavar="URL", help="web pages of other origins that may ask"
     )
-    network.add_argument(
+    parser.add_argument(
         "--allow-remote-images",
         nargs="+",
         default=[],
         metavar="HOST",
         help="hosts from which images of a request are fetched; .example.org is all below it (default: none)",
     )
-    batches = parser.add_argument_group("batches")
-    batches.add_argument("--max-batch-size", type=at_least(1), default=8, help="answers that are generated at once")
-    batches.add_argument(
+    parser.add_argument("--max-batch-size", type=at_least(1), default=8, help="answers that are generated at once")
+    parser.add_argument(
         "--max-wait-ms", type=at_least(0, finite_number), default=5.0, help="milliseconds to wait for a full batch"
     )
-    batches.add_argument("--max-queue", type=at_least(1), default=64, help="answers that may wait; more get status 429")
-    limits = parser.add_argument_group("limits of a request")
+    parser.add_argument("--max-queue", type=at_least(1), default=64, help="answers that may wait; more get status 429")
     positive = at_least(0.001, finite_number)
-    limits.add_argument("--max-body-mb", type=positive, default=32.0, help="megabytes of the body")
-    limits.add_argument("--max-images", type=at_least(0), default=16, help="images")
-    limits.add_argument("--max-pixels", type=at_least(1), default=2**25, help="pixels of all images together")
-    limits.add_argument(
-        "--max-tokens", type=at_least(1), help="tokens of prompt and answer together (default: the model's context)"
+    parser.add_argument("--max-body-mb", type=positive, default=Limits.max_body_mb, help="megabytes of a request")
+    parser.add_argument("--max-images", type=at_least(0), default=Limits.max_images, help="images in a request")
+    parser.add_argument(
+        "--max-pixels", type=at_least(1), default=Limits.max_pixels, help="pixels of all images in a request together"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=at_least(1),
+        help="tokens of a prompt and its answer together (default: the model's context)",
     )
     timeout_help = "seconds in which a client must send its request, and accept each piece of the answer"
-    limits.add_argument("--client-timeout", type=positive, default=60.0, help=timeout_help)
+    parser.add_argument("--client-timeout", type=positive, default=Limits.client_timeout, help=timeout_help)
     return parser
 
 
 def main(argv: Sequence[str]) -> None:
     """Serve until a signal ends it."""
     flags = build_parser().parse_args(argv)
-    for package in ("fastapi", "uvicorn", "multipart", "prometheus_client", "gradio"):
+    for package in ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "gradio"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"metamorph serve needs {package}: {install_command('serve')}")
     api_key = check_network(flags)
@@ -82,7 +84,6 @@ def main(argv: Sequence[str]) -> None:
     from metamorph.inference.session import open_session
     from metamorph.serving.app import create_app
     from metamorph.serving.engine import Engine
-    from metamorph.serving.limits import Limits
     from metamorph.serving.page import mount_page
     from metamorph.serving.server import Server
 

@@ -146,9 +146,10 @@ async def _turn(message: Message, index: int, images: RequestImages) -> dict[str
     parts: list[str | Image.Image] = []
     for place, given in (("content", message.content), ("images", message.images)):
         for number, part in enumerate(given):
-            name = f"messages[{index}].{place}[{number}]"
-            is_text = isinstance(part, TextContent)
-            parts.append(part.text if is_text else await images.open_url(part.image_url.url, name))
+            if isinstance(part, TextContent):
+                parts.append(part.text)
+            else:
+                parts.append(await images.open_url(part.image_url.url, f"messages[{index}].{place}[{number}]"))
     return turn("system" if message.role == "developer" else message.role, parts)
 
 

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from metamorph.flags.checks import printable
 from metamorph.serving.batcher import Closed, QueueFull
 
 
@@ -56,7 +57,7 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The body of the answer."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        error = ErrorObject(message=str(self), type=kind, param=self.param, code=self.code)
+        error = ErrorObject(message=printable(str(self)), type=kind, param=self.param, code=self.code)
         return ErrorBody(error=error).model_dump()
 
     def response(self) -> JSONResponse:

@@ -124,6 +124,7 @@ class Guard:
         finally:
             left.cancel()
             task.cancel()
+            await asyncio.wait({task})
 
 
 def _no_key(path: str) -> ApiError:

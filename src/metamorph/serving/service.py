@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import re
 import secrets
 import time
 from collections.abc import Collection, Sequence
@@ -27,6 +28,7 @@ from metamorph.serving.request_images import RequestImages
 
 MAX_CHOICES = 10
 """Answers to one request."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 Seed = Annotated[int, Field(ge=0, lt=2**53)]
 """JSON's integers are exact up to here."""
 
@@ -187,10 +189,12 @@ class Usage:
 def turn(role: str, parts: Sequence[str | Image.Image]) -> dict[str, Any]:
     """A message of texts and images in order. In the user's, an image is on a line of its own, as in training data.
 
-    A literal `<image>` in the text is text.
+    A literal `<image>` in the text is text. Half of a surrogate pair, which JSON admits, is an [`ApiError`].
     """
     content: list[Any] = []
     for number, part in enumerate(parts):
+        if isinstance(part, str) and not part.isascii() and _SURROGATE.search(part):
+            raise ApiError("a text has half of a surrogate pair, which is not a character", code="invalid_text")
         if number and role == "user" and not (isinstance(part, str) and isinstance(parts[number - 1], str)):
             content.append(TextPart("\n"))
         content.append(TextPart(part) if isinstance(part, str) else {"type": "image", "image": part})
