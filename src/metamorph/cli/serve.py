@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = FlagParser(
         prog="metamorph serve",
-        description="Serve a model over HTTP: a web page, and an API in OpenAI's dialects (chat completions, images, responses).",
+        description="Serve a model over HTTP: a web page, and OpenAI's chat completions, images and responses.",
     )
     parser.add_argument("--model", required=True, help="folder or Hub id of a trained MetaMorph model, or mini")
     parser.add_argument(

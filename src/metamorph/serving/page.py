@@ -196,6 +196,7 @@ def mount_page(app: FastAPI) -> None:
 def build_page(service: Service) -> gr.Blocks:
     """The page."""
     examples = _examples(service.engine.can_draw)
+    asked = [(example["text"], tuple(example["files"])) for example in examples]  # Gradio changes its list
 
     def begin(message: dict[str, Any], conversation: Conversation) -> tuple[Any, ...]:
         text, files = message["text"].strip(), message["files"]
@@ -204,8 +205,8 @@ def build_page(service: Service) -> gr.Blocks:
         return ask(Turn(text, files), conversation)
 
     def begin_example(chosen: gr.SelectData, conversation: Conversation) -> tuple[Any, ...]:
-        example = examples[chosen.index]
-        return ask(Turn(example["text"], list(example["files"])), conversation)
+        text, files = asked[chosen.index]
+        return ask(Turn(text, list(files)), conversation)
 
     def retry(conversation: Conversation) -> tuple[Any, ...]:
         turn = _pop(conversation)
