@@ -246,8 +246,6 @@ def build_page(service: Service) -> gr.Blocks:
         chatbot = gr.Chatbot(
             show_label=False,
             scale=1,
-            height=None,
-            min_height=300,
             buttons=["copy"],
             feedback_options=None,
             allow_tags=False,
