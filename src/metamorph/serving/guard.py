@@ -50,8 +50,7 @@ class Guard:
                 raise QueueFull
             self._num_requests += is_work
             try:
-                body = await self._read(receive, headers)
-                await self._answer(scope, body, receive, send, cancel=is_work)
+                await self._answer(scope, await self._read(receive, headers), receive, send, cancel=is_work)
             finally:
                 self._num_requests -= is_work
         except _ClientLeft:
@@ -114,7 +113,7 @@ class Guard:
             except asyncio.TimeoutError as error:
                 raise _ClientLeft from error
 
-        del body
+        del body  # the app has the only copy, and forgets it
         task = asyncio.ensure_future(self.app(scope, replay, send_in_time))
         try:
             await asyncio.wait({task, left} if cancel else {task}, return_when=asyncio.FIRST_COMPLETED)

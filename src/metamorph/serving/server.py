@@ -60,7 +60,10 @@ class Server(uvicorn.Server):
 
 
 class TimedProtocol(H11Protocol):
-    """HTTP/1.1 that closes a connection whose client does not complete the head of a request in time."""
+    """HTTP/1.1 that closes a connection whose client does not complete a request in time.
+
+    The guard reads bodies; here are heads, and the rest of bodies whose requests were refused before.
+    """
 
     timeout = 60.0
     """Seconds."""
@@ -72,12 +75,17 @@ class TimedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Start the clock."""
         super().connection_made(transport)
-        self._check_head()
+        self._check()
 
     def data_received(self, data: bytes) -> None:
-        """Stop the clock once the head is complete; start it for the next one."""
+        """Stop the clock once the head is complete."""
         super().data_received(data)
-        self._check_head()
+        self._check()
+
+    def on_response_complete(self) -> None:
+        """Start the clock for what is left of the request, and the next one."""
+        super().on_response_complete()
+        self._check()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clock."""
@@ -85,8 +93,9 @@ class TimedProtocol(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
 
-    def _check_head(self) -> None:
-        is_waiting = self.conn.their_state is h11.IDLE
+    def _check(self) -> None:
+        is_refused = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+        is_waiting = is_refused or self.conn.their_state is h11.IDLE
         if is_waiting and self._timer is None:
             self._timer = self.loop.call_later(self.timeout, self.transport.abort)
         elif not is_waiting and self._timer is not None:
