@@ -6,6 +6,7 @@
 `data/`                       records, tasks, images and videos, packing
 `visualization/`              visual tokens to pixels
 `inference/`                  answers and drawings of a trained model
+`serving/`                    an HTTP server that gives them to many clients
 `evaluation/`                 how good they are
 `training/`                   stages 1 and 2; `visualizer_training/` trains the visualizer
 `miniature/`                  the entire system in a small drawn world; `mini/` holds the weights that ship

@@ -25,6 +25,7 @@ COMMANDS = {
     "train-visualizer": "train the diffusion decoder that draws visual tokens",
     "generate": "answer a prompt, or a file of prompts, with text and images",
     "chat": "talk to a model about images, given and generated",
+    "serve": "answer over HTTP, with OpenAI's API and a web page",
     "visualize": "reconstruct images from their visual tokens",
     "data": "check training data, show a sample, cache visual tokens",
     "evaluate": "evaluate a trained model or visualizer",

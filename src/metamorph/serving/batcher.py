@@ -51,20 +51,34 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def num_waiting(self) -> int:
-        """Number of items that no batch has taken yet."""
-        return len(self._waiting)
+        """Number of items that no batch has taken yet, without cancelled ones."""
+        return sum(not future.cancelled() for _, future in tuple(self._waiting))
 
     def submit(self, item: Item) -> Future[Result]:
         """The result of an item, which may be cancelled until its batch starts."""
-        future: Future[Result] = Future()
+        return self.submit_all([item])[0]
+
+    def submit_all(self, items: Sequence[Item]) -> list[Future[Result]]:
+        """See `submit`; either all items get a place in the queue or none does."""
+        futures: list[Future[Result]] = [Future() for _ in items]
         with self._changed:
             if self._is_closed:
                 raise Closed
-            if len(self._waiting) >= self.max_waiting:
+            if self.num_waiting + len(items) > self.max_waiting:
                 raise QueueFull
-            self._waiting.append((item, future))
+            self._waiting.extend(zip(items, futures, strict=True))
             self._changed.notify()
-        return future
+        return futures
+
+    def refuse(self) -> None:
+        """Refuse new items and those that wait; the batch that runs is finished."""
+        with self._changed:
+            self._is_closed = True
+            waiting, self._waiting = self._waiting, deque()
+            self._changed.notify()
+        for _, future in waiting:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(Closed())
 
     def close(self) -> None:
         """Refuse new items, finish those that came before, and end the thread."""

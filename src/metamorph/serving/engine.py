@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from metamorph.inference.draw import SamplerSettings, draw
-from metamorph.inference.prompt import Prompt
-from metamorph.inference.reply import Reply, reply_to
+from metamorph.inference.reply import Prompt, Reply, can_draw, reply_to
 from metamorph.inference.session import Session
 from metamorph.inference.streaming import Part
 from metamorph.models.processing_metamorph import ImagePart
@@ -38,6 +36,69 @@ class Request:
         """Pass a piece to the client's task, from any thread."""
         self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
 
+    def end(self, _: object) -> None:
+        """Called when the answer is complete, or has failed."""
+        self.put(None)
+
+
+class Answers:
+    """Answers to the prompts of one client while they are generated."""
+
+    def __init__(self, requests: Sequence[Request], futures: Sequence[Future[Reply]]) -> None:
+        self._rows = list(zip(requests, futures, strict=True))
+        for request, future in self._rows:
+            future.add_done_callback(request.end)
+
+    async def __aiter__(self) -> AsyncGenerator[tuple[int, Part | Reply], None]:
+        """Yield the number of a prompt and a piece of its answer, images once they are drawn, and last its reply."""
+        merged: asyncio.Queue[tuple[int, Part | Reply] | None] = asyncio.Queue()
+
+        async def pump(index: int, request: Request, future: Future[Reply]) -> None:
+            async for piece in self._pieces(request, future):
+                merged.put_nowait((index, piece))
+
+        rows = asyncio.gather(*(pump(index, *row) for index, row in enumerate(self._rows)))
+
+        def end(_: object) -> None:
+            if not rows.cancelled():
+                rows.exception()  # retrieved, or asyncio would log that a client left
+            merged.put_nowait(None)
+
+        rows.add_done_callback(end)
+        try:
+            while (item := await merged.get()) is not None:
+                yield item
+            await rows
+        finally:
+            rows.cancel()
+            self.cancel()
+
+    async def replies(self) -> list[Reply]:
+        """The replies, in the order of the prompts."""
+        found = {index: piece async for index, piece in self if isinstance(piece, Reply)}
+        return [found[index] for index in range(len(self._rows))]
+
+    def cancel(self) -> None:
+        """End the answers."""
+        for request, future in self._rows:
+            request.cancelled.set()
+            future.cancel()
+
+    @staticmethod
+    async def _pieces(request: Request, future: Future[Reply]) -> AsyncGenerator[Part | Reply, None]:
+        drawn: list[ImagePart] = []
+        while (piece := await request.pieces.get()) is not None:
+            if isinstance(piece, tuple):
+                part, drawing = piece
+                piece = replace(part, images=await asyncio.wrap_future(drawing))
+                drawn.append(piece)
+            yield piece
+        reply = await asyncio.wrap_future(future)
+        images = iter(drawn)
+        yield replace(
+            reply, parts=tuple(next(images, part) if isinstance(part, ImagePart) else part for part in reply.parts)
+        )
+
 
 class Engine:
     """Answers requests in batches on one thread, and draws their images on another.
@@ -49,6 +110,9 @@ class Engine:
         self, session: Session, *, max_batch_size: int = 8, max_wait_ms: float = 5.0, max_queue: int = 64
     ) -> None:
         self.session = session
+        self.max_requests = max_queue + max_batch_size
+        self.is_refusing = False
+        self.num_running = 0
         self._answers: Batcher[Request, Reply] = Batcher(
             "answers",
             self._answer,
@@ -66,40 +130,57 @@ class Engine:
         """Number of requests in the queue."""
         return self._answers.num_waiting
 
+    @property
+    def can_draw(self) -> bool:
+        """Whether answers may have images: the model writes them, and there is a visualizer."""
+        return self.session.pipeline is not None and can_draw(self.session.model)
+
+    @property
+    def max_tokens(self) -> int:
+        """The model's context: tokens of a prompt and its answer together."""
+        return self.session.model.config.get_text_config().max_position_embeddings
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Width and height of drawn images; a `ValueError` without a visualizer."""
+        from metamorph.visualization.pipeline import vae_scale_factor
+
+        pipeline = self.session.visualizer
+        size, factor = pipeline.unet.config.sample_size, vae_scale_factor(pipeline.vae.config)
+        height, width = (size, size) if isinstance(size, int) else size
+        return width * factor, height * factor
+
     def num_prompt_tokens(self, prompt: Prompt) -> int:
-        """Length of a prompt; a `ValueError` if it is not valid."""
-        encoded: Any = self.session.processor.apply_chat_template(
-            prompt.messages, images=list(prompt.images), add_generation_prompt=True, tokenize=True
+        """Length of a prompt; a `ValueError` if it is not valid. Images are not encoded."""
+        encoded = self.session.processor.encode_conversation(
+            prompt.messages, list(prompt.images), add_generation_prompt=True, with_pixels=False
         )
-        return encoded["input_ids"].shape[1] + prompt.draw
+        return len(encoded.input_ids) + prompt.draw
+
+    def submit(self, prompts: Sequence[tuple[Prompt, SamplerSettings]]) -> Answers:
+        """Queue prompts, all or none: raises `QueueFull`, or `Closed` while the server ends. Needs an event loop."""
+        loop = asyncio.get_running_loop()
+        requests = [Request(prompt, settings, loop) for prompt, settings in prompts]
+        return Answers(requests, self._answers.submit_all(requests))
 
     async def answer(
         self, prompt: Prompt, settings: SamplerSettings | None = None
     ) -> AsyncGenerator[Part | Reply, None]:
         """Yield the pieces of an answer in order, images once they are drawn, and last the reply.
 
-        Closing the generator ends the answer. Raises `QueueFull`, or `Closed` while the server ends.
+        Closing the generator ends the answer. Errors are those of `submit`.
         """
-        request = Request(prompt, settings or SamplerSettings(), asyncio.get_running_loop())
-        future = self._answers.submit(request)
-        future.add_done_callback(lambda _: request.put(None))
-        drawn: list[ImagePart] = []
+        answers = self.submit([(prompt, settings or SamplerSettings())])
         try:
-            while (piece := await request.pieces.get()) is not None:
-                if isinstance(piece, tuple):
-                    part, drawing = piece
-                    piece = replace(part, images=await asyncio.wrap_future(drawing))
-                    drawn.append(piece)
+            async for _, piece in answers:
                 yield piece
-            reply = await asyncio.wrap_future(future)
-            images = iter(drawn)
-            yield replace(
-                reply,
-                parts=tuple(next(images, part) if isinstance(part, ImagePart) else part for part in reply.parts),
-            )
         finally:
-            request.cancelled.set()
-            future.cancel()
+            answers.cancel()
+
+    def refuse(self) -> None:
+        """Refuse new requests and those that wait; what runs is finished."""
+        self.is_refusing = True
+        self._answers.refuse()
 
     def close(self) -> None:
         """Finish the requests that came, and refuse others."""
@@ -107,14 +188,18 @@ class Engine:
         self._drawings.close()
 
     def _answer(self, requests: list[Request]) -> list[Reply]:
-        return reply_to(
-            self.session.model,
-            self.session.processor,
-            [request.prompt for request in requests],
-            batch_size=len(requests),
-            on_part=lambda index, part: self._take_part(requests[index], part),
-            cancelled=[request.cancelled for request in requests],
-        )
+        self.num_running = len(requests)
+        try:
+            return reply_to(
+                self.session.model,
+                self.session.processor,
+                [request.prompt for request in requests],
+                batch_size=len(requests),
+                on_part=lambda index, part: self._take_part(requests[index], part),
+                cancelled=[request.cancelled for request in requests],
+            )
+        finally:
+            self.num_running = 0
 
     def _take_part(self, request: Request, part: Part) -> None:
         if isinstance(part, ImagePart) and self.session.pipeline is not None:

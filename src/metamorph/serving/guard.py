@@ -1,0 +1,133 @@
+"""What stands before the app: the API key, the size of a body, and clients that are slow or have left."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import hmac
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from metamorph.serving.batcher import Closed, QueueFull
+from metamorph.serving.engine import Engine
+from metamorph.serving.errors import ApiError, as_api_error
+from metamorph.serving.limits import Limits
+
+
+_CLOSE = {"Connection": "close"}
+
+
+class _ClientLeft(Exception):
+    """Nobody is there to answer."""
+
+
+class Guard:
+    """Middleware that refuses a request before it is parsed, and ends one whose client has left."""
+
+    def __init__(self, app: ASGIApp, engine: Engine, limits: Limits, api_key: str | None) -> None:
+        self.app, self.engine, self.limits, self.api_key = app, engine, limits, api_key
+        self._num_requests = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        headers = Headers(scope=scope)
+        if not (scope["path"] == "/health" or self._has_key(headers)):
+            if scope["type"] == "websocket":
+                return await send({"type": "websocket.close", "code": 1008})
+            return await _no_key(scope["path"]).response()(scope, receive, send)
+        if scope["type"] == "websocket":
+            return await self.app(scope, receive, send)
+        is_work = scope["method"] == "POST" and scope["path"].startswith("/v1/")
+        try:
+            if is_work and self.engine.is_refusing:
+                raise Closed
+            if is_work and self._num_requests >= self.engine.max_requests:
+                raise QueueFull
+            self._num_requests += is_work
+            try:
+                await self._answer(scope, await self._read(receive, headers), receive, send, cancel=is_work)
+            finally:
+                self._num_requests -= is_work
+        except _ClientLeft:
+            pass
+        except (ApiError, Closed, QueueFull) as error:  # the app answers to its own
+            await as_api_error(error).response()(scope, receive, send)
+
+    def _has_key(self, headers: Headers) -> bool:
+        """Whether there is the key, as a bearer token or, for browsers, as the password of any user."""
+        if self.api_key is None:
+            return True
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        if kind.lower() == "basic":
+            with contextlib.suppress(binascii.Error):
+                given = base64.b64decode(given).decode(errors="replace").partition(":")[2]
+        return hmac.compare_digest(given.encode(), self.api_key.encode())
+
+    async def _read(self, receive: Receive, headers: Headers) -> bytes:
+        """The body, complete. One that is too large is read on for a while, so that the client hears the answer."""
+        limit = self.limits.max_body
+        too_large = ApiError(
+            f"the body has more than {self.limits.max_body_mb:g} MB", status=413, code="body_too_large", headers=_CLOSE
+        )
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > 2 * limit:
+            raise too_large
+
+        async def read() -> bytes:
+            chunks, size, is_last = [], 0, False
+            while not is_last and size <= 2 * limit:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise _ClientLeft
+                size += len(message.get("body", b""))
+                chunks.append(message.get("body", b""))
+                if size > limit:
+                    chunks.clear()
+                is_last = not message.get("more_body", False)
+            if size > limit:
+                raise too_large
+            return b"".join(chunks)
+
+        try:
+            return await asyncio.wait_for(read(), self.limits.client_timeout)
+        except asyncio.TimeoutError as error:
+            message = f"the request was not complete within {self.limits.client_timeout:g} seconds"
+            raise ApiError(message, status=408, code="client_timeout", headers=_CLOSE) from error
+
+    async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send, cancel: bool) -> None:
+        """Run the app; with `cancel`, only until the client leaves."""
+        left = asyncio.ensure_future(receive())
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return unread.pop() if unread else await asyncio.shield(left)
+
+        async def send_in_time(message: Message) -> None:
+            try:
+                await asyncio.wait_for(send(message), self.limits.client_timeout)
+            except asyncio.TimeoutError as error:
+                raise _ClientLeft from error
+
+        del body  # the app has the only copy, and forgets it
+        task = asyncio.ensure_future(self.app(scope, replay, send_in_time))
+        try:
+            await asyncio.wait({task, left} if cancel else {task}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise _ClientLeft
+            await task
+        finally:
+            left.cancel()
+            task.cancel()
+            await asyncio.wait({task})
+
+
+def _no_key(path: str) -> ApiError:
+    challenge = {"WWW-Authenticate": 'Basic realm="MetaMorph: the password is the API key"'}
+    headers = {} if path.startswith("/v1/") else challenge  # which makes browsers ask for it
+    message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
+    return ApiError(message, status=401, code="invalid_api_key", headers=headers)
