@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-batch-size", type=at_least(1), default=8, help="answers that are generated at once")
     parser.add_argument(
-        "--max-wait-ms", type=at_least(0, finite_number), default=5.0, help="milliseconds to wait for a full batch"
+        "--max-wait-ms", type=at_least(0, finite_number), default=25.0, help="milliseconds to wait for a full batch"
     )
     parser.add_argument("--max-queue", type=at_least(1), default=64, help="answers that may wait; more get status 429")
     positive = at_least(0.001, finite_number)

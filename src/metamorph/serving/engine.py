@@ -107,7 +107,7 @@ class Engine:
     """
 
     def __init__(
-        self, session: Session, *, max_batch_size: int = 8, max_wait_ms: float = 5.0, max_queue: int = 64
+        self, session: Session, *, max_batch_size: int = 8, max_wait_ms: float = 25.0, max_queue: int = 64
     ) -> None:
         self.session = session
         self.max_requests = max_queue + max_batch_size
