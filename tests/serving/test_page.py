@@ -89,9 +89,10 @@ def test_uploads_are_images_of_the_prompt(service, tmp_path: Path) -> None:
         asyncio.run(conversation.prompt(service.images()))
 
 
-@pytest.mark.parametrize("name", ["broken.png", "broken.mp4"])
+@pytest.mark.parametrize("name", ["broken.png", "broken.mp4", "deleted.png"])
 def test_a_file_that_cannot_be_read_is_named(service, tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("no image")
+    if name != "deleted.png":
+        (tmp_path / name).write_text("no image")
     with pytest.raises(ApiError, match=name):
         asyncio.run(ask(service, Conversation(), Turn(ASK, [str(tmp_path / name)])))
 

@@ -1,4 +1,4 @@
-"""The web page in a real browser: Debian's Chromium without a window."""
+"""The web page in a real browser, Chromium without a window."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from metamorph.inference import Session
 
 exceptions = pytest.importorskip("selenium.common.exceptions", reason="needs selenium")
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium: apt-get install chromium chromium-driver"),

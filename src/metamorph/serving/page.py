@@ -321,9 +321,12 @@ def _placeholder(can_draw: bool) -> str:
 def _examples(can_draw: bool) -> list[dict[str, Any]]:
     """An example of each mode."""
     scene = Scene((SceneObject("circle", "red", "small", "top left"),))
-    file = save_pil_to_cache(render(scene), _FOLDER.name, name="circle", format="png")
+    folder = Path(_FOLDER.name, "examples")
+    folder.mkdir(exist_ok=True)
+    render(scene).save(file := folder / "circle.png")
+    gr.set_static_paths([folder])  # unlike others, its files are not deleted after a day
     return [
-        {"display_text": f"{mode}: {text}", "text": text, "files": [file] if has_image else []}
+        {"display_text": f"{mode}: {text}", "text": text, "files": [str(file)] if has_image else []}
         for mode, text, has_image in _EXAMPLES
         if can_draw or mode == "Chat on an image"
     ]
@@ -333,5 +336,9 @@ async def _open(file: str, images: RequestImages) -> list[Any]:
     """The image of an upload, or the frames of a video."""
     if (mimetypes.guess_type(file)[0] or "").startswith("video/"):
         return list(await images.open_video(Path(file)))
-    content = await asyncio.to_thread(Path(file).read_bytes)
-    return [await images.open_upload(content, Path(file).name)]
+    name = Path(file).name
+    try:
+        content = await asyncio.to_thread(Path(file).read_bytes)
+    except FileNotFoundError as error:
+        raise ApiError(f"{name} was deleted after a day: begin a new conversation", param=name) from error
+    return [await images.open_upload(content, name)]
