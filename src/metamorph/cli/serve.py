@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from metamorph.cli.shared import DEVICE_HELP, hide_loading_bars
+from metamorph.cli.shared import add_loading_flags, hide_loading_bars, loading_options
 from metamorph.flags.extras import install_command
 from metamorph.flags.parser import FlagParser, at_least, finite_number
 from metamorph.mini import shipped_folder
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--visualizer", help="folder or Hub id of the visualizer, or mini; without it, answers are text only"
     )
     parser.add_argument("--model-name", help="name of the model for clients (default: the last part of --model)")
-    parser.add_argument("--device", help=DEVICE_HELP)
+    add_loading_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need a key")
     parser.add_argument("--port", type=at_least(0), default=8000, help="port to listen on; 0 is a free one")
     key_help = f"key that clients must send (default: ${KEY_VARIABLE}, which other users of the machine cannot see)"
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
     from metamorph.serving.page import mount_page
     from metamorph.serving.server import Server
 
-    session = open_session(flags.model, flags.visualizer, flags.device, flag_prefix="--")
+    session = open_session(flags.model, flags.visualizer, **loading_options(flags))
     engine = Engine(
         session, max_batch_size=flags.max_batch_size, max_wait_ms=flags.max_wait_ms, max_queue=flags.max_queue
     )
