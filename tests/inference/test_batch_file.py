@@ -192,6 +192,15 @@ def test_results_of_something_else_are_refused(folder: Path) -> None:
     assert batch.results.read_text() == ""
 
 
+def test_a_folder_of_other_images_is_not_written_to(folder: Path) -> None:
+    batch = batch_of(folder)
+    batch.folder.mkdir()
+    (batch.folder / "000001.png").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"holds other files such as 000001\.png: give another --output"):
+        open_results(batch, overwrite=True)
+    assert (batch.folder / "000001.png").read_bytes() == b"mine"
+
+
 COMMAND = ["generate", "--model", "mini", "--visualizer", "mini", "--steps", "2", "--input", "prompts.jsonl"]
 
 

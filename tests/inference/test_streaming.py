@@ -163,3 +163,40 @@ def _square(color: str) -> Image.Image:
     image = Image.new("RGB", (64, 64), "white")
     image.paste(color, (16, 16, 48, 48))
     return image
+
+
+def test_a_failed_retry_keeps_the_answer(session) -> None:
+    chat = session.chat()
+    chat.reply("hello", max_new_tokens=3)
+    before = chat.messages
+    with pytest.raises(ValueError, match="the prompt begins an image"):
+        chat.retry(draw=True, max_new_tokens=3)
+    assert chat.messages == before
+
+
+def test_callers_processors_and_criteria_also_act_on_sampled_answers(session) -> None:
+    seen: list[str] = []
+
+    def processor(input_ids, scores):
+        seen.append("processor")
+        return scores
+
+    def criterion(input_ids, scores, **kwargs):
+        seen.append("criterion")
+        return torch.ones(len(input_ids), dtype=torch.bool)
+
+    options = {"logits_processor": [processor], "stopping_criteria": [criterion]}
+    reply = session.reply("hello", sampling=Sampling(1.0, seed=0), **options)
+    assert (seen, reply.num_tokens, reply.finish_reason) == (["processor", "criterion"], 1, "length")
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-10])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.tensor([[-torch.inf, 3.0, 2.0, 50.0]])
+    assert RowSampler([Sampling(temperature, seed=0)], logits.device)(torch.zeros(1, 1), logits).argmax() == 3
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("inf"), float("nan")])
+def test_a_temperature_that_is_no_number_is_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature must be a number from 0"):
+        Sampling(temperature)

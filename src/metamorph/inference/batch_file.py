@@ -30,6 +30,7 @@ from metamorph.inference.session import Session
 from metamorph.mini import shipped_folder
 from metamorph.models.processing_metamorph import ImagePart
 from metamorph.runs.checkpoint_files import file_stamp, on_first_process
+from metamorph.runs.lock import LOCK_FILE
 from metamorph.runs.progress import Progress
 from metamorph.runs.ranks import rank, world_size
 
@@ -134,6 +135,12 @@ def _open_results(batch: Batch, overwrite: bool) -> int:
                 f"--output {batch.results} holds results of {_difference(before, settings, changed)}: {advice}"
             )
         return _count_results(batch)
+    others = [] if file.is_file() or not batch.folder.is_dir() else [path.name for path in batch.folder.iterdir()]
+    if others := sorted(set(others) - {LOCK_FILE}):
+        raise ValueError(
+            f"--output {batch.results}: its images go to {batch.folder}, which holds other files such as {others[0]}: "
+            "give another --output"
+        )
     batch.folder.mkdir(parents=True, exist_ok=True)
     batch.results.unlink(missing_ok=True)
     partial = file.with_suffix(".partial")

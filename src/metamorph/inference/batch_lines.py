@@ -174,5 +174,5 @@ def _read_part(part: Any, folder: Path) -> Any:
         return part
     kind, base64 = part.get("type"), part.get("base64")
     reference = given[0]
-    image = to_pil_image(reference) if reference == base64 else _open_image(reference, folder)
+    image = _open_image(f"data:;base64,{reference}" if reference == base64 else reference, folder)
     return {"type": "image", "image": image} if kind in ("image", "image_url") and len(given) == 1 else part

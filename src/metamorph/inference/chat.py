@@ -61,8 +61,14 @@ class Chat:
         return turn
 
     def retry(self, **options: Any) -> Reply:
-        """Replace the last answer by another one, for example with other `sampling`."""
-        return self._reply(self.undo(), **options)
+        """Replace the last answer by another one, for example with other `sampling`. It stays if that fails."""
+        before = self.messages
+        turn = self.undo()
+        try:
+            return self._reply(turn, **options)
+        except BaseException:
+            self.messages = before
+            raise
 
     def reset(self) -> None:
         """Start again, with the system message only."""
@@ -78,7 +84,7 @@ class Chat:
         self._cancelled = cancelled or threading.Event()
         prompt = Prompt([*self.messages, turn])
         reply = self.session.answer(prompt, on_part=on_part, cancelled=self._cancelled, cache=self._cache, **options)
-        self.messages += [turn, {"role": "assistant", "content": list(reply.parts)}]
+        self.messages = [*self.messages, turn, {"role": "assistant", "content": list(reply.parts)}]
         return reply
 
     def _turn(self, prompt: str, images: Images) -> dict[str, Any]:

@@ -156,7 +156,10 @@ def _reply_to_batch(
     )
     if any(prompt.sampling is not None for prompt in prompts):
         rows = [prompt.sampling or Sampling() for prompt in prompts]
-        options = {**options, "logits_processor": [RowSampler(rows, model.device)]}
+        given = options.get("logits_processor") or ()
+        options = {**options, "logits_processor": [*given, RowSampler(rows, model.device)]}
+    options = dict(options)
+    criteria = options.pop("stopping_criteria", None) or ()
     limit = max(decoder.limit for decoder in decoders)
     length = inputs["input_ids"].shape[1] + prompts[0].draw + limit
     if cache is not None:
@@ -171,7 +174,7 @@ def _reply_to_batch(
         generation_mode="image" if prompts[0].draw else None,
         return_dict_in_generate=True,
         generated_state=state,
-        stopping_criteria=[AnswerCriteria(decoders, state)],
+        stopping_criteria=[*criteria, AnswerCriteria(decoders, state)],
         **options,
     )
     if cache is not None:

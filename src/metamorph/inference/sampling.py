@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,8 +25,8 @@ class Sampling:
     """Of the random numbers; None takes another seed each time."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative: {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a number from 0: {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1: {self.top_p}")
         if self.top_k < 0:
@@ -55,7 +56,9 @@ class RowSampler(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Choose from [batch, vocabulary] scores."""
         uniform = torch.cat([torch.rand(1, generator=generator) for generator in self.generators])
-        ordered, tokens = (scores / self.temperature).sort(dim=-1, descending=True, stable=True)
+        # From the largest, so that a small temperature overflows to -inf only.
+        scaled = (scores - scores.amax(dim=-1, keepdim=True)) / self.temperature
+        ordered, tokens = scaled.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities  # of all tokens that are more likely
         rank = torch.arange(scores.shape[-1], device=scores.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future
@@ -138,7 +139,8 @@ class Engine:
     @property
     def max_tokens(self) -> int:
         """The model's context: tokens of a prompt and its answer together."""
-        return self.session.model.config.get_text_config().max_position_embeddings
+        config = self.session.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or sys.maxsize  # Bloom, MPT and Mamba have no limit
 
     @property
     def image_size(self) -> tuple[int, int]:

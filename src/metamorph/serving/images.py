@@ -26,8 +26,8 @@ class GenerationRequest(Drawing):
     """There are no URLs: nothing is kept."""
     output_format: Literal["png", "jpeg", "webp"] = "png"
     """Format of the files."""
-    stream: Literal[False] = False
-    """Drawings are not streamed."""
+    stream: bool = False
+    """Refused if true: drawings are not streamed."""
 
 
 class EditRequest(GenerationRequest):
@@ -68,6 +68,8 @@ def images_router(service: Service) -> APIRouter:
 async def _draw(service: Service, request: GenerationRequest, images: list[Image.Image]) -> dict[str, Any]:
     service.check_model(request.model)
     service.check_drawing("prompt")
+    if request.stream:
+        raise ApiError("stream is not supported for images: leave it out", param="stream", code="invalid_value")
     width, height = service.engine.image_size
     size = f"{width}x{height}"
     if request.size not in (None, "", "auto", size):

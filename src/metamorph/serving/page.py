@@ -249,6 +249,7 @@ def build_page(service: Service) -> gr.Blocks:
             buttons=["copy"],
             feedback_options=None,
             allow_tags=False,
+            render_markdown=False,  # Markdown could name images of other hosts, which the browser would request
             placeholder=_placeholder(service.engine.can_draw),
             examples=examples,
         )

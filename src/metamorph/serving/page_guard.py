@@ -1,4 +1,4 @@
-"""What stands before the web page: Gradio would fetch any URL that a client names instead of a file."""
+"""Refuses URLs in requests to the web page: Gradio would fetch any that a client names instead of a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PageGuard:
         """Answer a request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        is_refused = "/file=http" in scope["path"] or "/proxy=" in scope["path"]
+        is_refused = "://" in scope["path"] or "/proxy=" in scope["path"]  # Gradio has several routes of files
         request = Request(scope, receive)
         if scope["method"] == "POST" and not request.headers.get("content-type", "").startswith("multipart/"):
             body = await request.body()
@@ -38,6 +38,8 @@ class PageGuard:
 def _names_url(body: bytes) -> bool:
     try:
         return _has_url(json.loads(body))
+    except RecursionError:
+        return True
     except ValueError:
         return False  # which Gradio refuses
 

@@ -55,7 +55,12 @@ class RequestImages:
             info = await asyncio.to_thread(probe_video, file, name=file.name)
             times = sample_times(info, FPS, MAX_FRAMES)
             self._count(file.name, len(times))
-            return await asyncio.to_thread(read_frames, file, times, name=file.name)
+            (first,) = await asyncio.to_thread(read_frames, file, times[:1], name=file.name)
+            self._pixels_left -= first.width * first.height * len(times)
+            if self._pixels_left < 0:
+                message = f"{file.name}: its {len(times)} frames have more than {self.limits.max_pixels} pixels"
+                raise ApiError(message, param=file.name, code="too_many_pixels")
+            return [first, *await asyncio.to_thread(read_frames, file, times[1:], name=file.name)]
         except MediaError as error:
             raise ApiError(str(error), param=file.name, code=error.kind) from error
 
