@@ -103,13 +103,13 @@ class Terminal:
         os.write(self.end, text.encode())
 
     def status(self, key: str = "") -> int:
-        """The exit status, once the command has ended; `key`, which ends it, is typed again each second.
+        """The exit status, once the command has ended; `key`, which ends it, is typed again after ten seconds.
 
         Python loses a Ctrl-C that comes after readline has written the prompt and before it waits for input.
         """
         self.type(key)
         while True:  # what it still writes must be read
-            if key and not select.select([self.end], [], [], 1)[0]:
+            if key and not select.select([self.end], [], [], 10)[0]:
                 self.type(key)
                 continue
             try:

@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -40,7 +41,6 @@ READ = {
     "rgb.jpg": (plain(), {}, COLOUR),
     "cmyk.jpg": (plain().convert("CMYK"), {}, COLOUR),
     "cmyk.tif": (plain().convert("CMYK"), {}, COLOUR),
-    "ycbcr.tif": (plain().convert("YCbCr"), {}, COLOUR),
     "grey.jpg": (plain("L", 100), {}, GREY),
     "grey.png": (plain("L", 100), {}, GREY),
     "grey-alpha.png": (plain("LA", (100, 0)), {}, WHITE),
@@ -77,6 +77,8 @@ READ = {
     "odd-exif.png": (plain(), {"exif": b"Exif\0\0nothing"}, COLOUR),
     "odd-exif.webp": (plain(), {"exif": b"Exif\0\0nothing", "lossless": True}, COLOUR),
 }
+if int(PIL.__version__.partition(".")[0]) >= 13:  # 12.3 does not read what it writes
+    READ["ycbcr.tif"] = (plain().convert("YCbCr"), {}, COLOUR)
 """Images that people have: what is saved, how, and the colour that is read."""
 
 

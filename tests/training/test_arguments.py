@@ -27,7 +27,7 @@ train_sampling_strategy group_by_length recompute text_loss allow_changes gradie
 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
 torch_compile torch_compile_backend torch_compile_mode ignore_data_skip resume_from_checkpoint full_determinism seed
 data_seed use_cpu accelerator_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
-ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed local_rank load_best_model_at_end
+ddp_static_graph ddp_backend ddp_timeout dp_replicate fsdp fsdp_config deepspeed local_rank load_best_model_at_end
 metric_for_best_model greater_is_better restore_callback_states_from_checkpoint
 """
 """Flags of training that act on what is learned, or how, besides those that are compared when a run resumes."""

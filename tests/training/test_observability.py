@@ -357,7 +357,7 @@ def test_bad_flags_are_refused_before_the_model_is_loaded(
     flags: dict[str, object], message: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(parts)
-    monkeypatch.setattr("metamorph.training.run.load_model", None)
+    monkeypatch.setattr("metamorph.training.run.load_for_engine", None)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         stage_2(parts, tmp_path, **flags)
 
