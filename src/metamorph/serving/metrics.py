@@ -70,7 +70,7 @@ class MeasuredApp:
 
         try:
             await self.app(scope, receive, measured)
-        except Exception:
+        except Exception:  # whatever it is, the server answers with 500
             status = 500
             raise
         finally:

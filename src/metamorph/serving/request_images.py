@@ -16,7 +16,7 @@ from metamorph.data.tasks.video_qa import sample_times
 from metamorph.models.image_files import MediaError, load_image
 from metamorph.serving.errors import ApiError
 from metamorph.serving.limits import Limits
-from metamorph.serving.remote_images import Resolve, fetch_image
+from metamorph.serving.remote_images import fetch_image
 
 
 FPS = 1.0
@@ -28,8 +28,8 @@ MAX_FRAMES = 8
 class RequestImages:
     """Opens the images of one request, whose number and pixels it counts. It never opens files of the server."""
 
-    def __init__(self, limits: Limits, hosts: Collection[str] = (), resolve: Resolve | None = None) -> None:
-        self.limits, self.hosts, self.resolve = limits, hosts, resolve
+    def __init__(self, limits: Limits, hosts: Collection[str] = ()) -> None:
+        self.limits, self.hosts = limits, hosts
         self.num_images = 0
         self._pixels_left = limits.max_pixels
 
@@ -39,9 +39,7 @@ class RequestImages:
         if url.startswith("data:"):
             return await self._open(await asyncio.to_thread(_decode, url, param), param)
         size, timeout = self.limits.max_body, self.limits.client_timeout
-        content = await asyncio.to_thread(
-            fetch_image, url, self.hosts, max_bytes=size, timeout=timeout, resolve=self.resolve
-        )
+        content = await asyncio.to_thread(fetch_image, url, self.hosts, max_bytes=size, timeout=timeout)
         return await self._open(content, param)
 
     async def open_upload(self, content: bytes, param: str) -> Image.Image:
