@@ -10,6 +10,7 @@ import mimetypes
 import os
 import tempfile
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -127,6 +128,8 @@ class PageSettings(Answering):
     @field_validator("seed", mode="before")
     @classmethod
     def _negative_is_random(cls, seed: int) -> int | None:
+        if seed > MAX_SEED:
+            raise ApiError(f"the seed is more than {MAX_SEED}", param="seed")
         return None if seed < 0 else seed
 
     def settings(self, seed: int) -> SamplerSettings:
@@ -234,17 +237,15 @@ def build_page(service: Service) -> gr.Blocks:
         return busy, conversation.messages(), conversation
 
     async def answer(conversation: Conversation, *values: Any) -> AsyncGenerator[tuple[Any, ...], None]:
-        settings = PageSettings(**dict(zip(names, values, strict=True)))
-        pieces = answer_turn(service, conversation, settings)
         try:
-            async for _ in pieces:
-                yield gr.skip(), conversation.messages(), conversation
+            settings = PageSettings(**dict(zip(names, values, strict=True)))
+            async with aclosing(answer_turn(service, conversation, settings)) as pieces:
+                async for _ in pieces:
+                    yield gr.skip(), conversation.messages(), conversation
         except (ApiError, QueueFull, Closed) as error:
             turn = _pop(conversation)
             yield _ready(turn), conversation.messages(), conversation
             gr.Warning(str(as_api_error(error)), title="Not answered")
-        finally:
-            await pieces.aclose()
 
     with gr.Blocks(
         title=f"{service.model_name} · MetaMorph",
@@ -321,7 +322,7 @@ def _controls(can_draw: bool) -> dict[str, Any]:
     with gr.Accordion("Settings", open=False), gr.Row():
         return {
             "temperature": gr.Slider(0, 2, 0, step=0.1, label="Temperature"),
-            "seed": gr.Number(-1, label="Seed (-1: another one each time)", precision=0, minimum=-1, maximum=MAX_SEED),
+            "seed": gr.Number(-1, label="Seed (-1: another one each time)", precision=0, minimum=-1),
             "guidance_scale": gr.Slider(1, 10, 3, step=0.5, label="Guidance", visible=can_draw),
             "num_images": gr.Slider(1, MAX_DRAWINGS, 1, step=1, label="Images", visible=can_draw),
         }
