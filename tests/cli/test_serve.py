@@ -3,7 +3,7 @@
 import pytest
 
 from metamorph.cli import main
-from metamorph.cli.serve import KEY_VARIABLE
+from metamorph.cli.serve import KEY_VARIABLE, allowed_hosts, build_parser
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ from metamorph.cli.serve import KEY_VARIABLE
         ("--model mini --api-key=", "is empty"),
         ("--model mini --cors-origin example.org", "--cors-origin example.org is not an origin"),
         ("--model mini --allow-remote-images https://example.org/a", "is not the name of a host"),
+        ("--model mini --allowed-host example.org:80", "--allowed-host example.org:80 is not the name of a host"),
         ("--model mini --max-queue 0", "--max-queue 0 must be at least 1"),
         ("--model /nowhere --host 127.0.0.2", "--model /nowhere does not exist"),
         ("--model mini --visualizer /nowhere --host ::1", "--visualizer /nowhere does not exist"),
@@ -27,6 +28,22 @@ def test_bad_flags_are_named(
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     assert main(["serve", *flags.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "hosts"),
+    [
+        ("", {"localhost", "127.0.0.1", "[::1]"}),
+        ("--host 127.0.0.2 --allowed-host Model.example.org", {"localhost", "127.0.0.2", "model.example.org"}),
+        ("--host 0.0.0.0 --allowed-host model.example.org", {"localhost", "model.example.org"}),
+    ],
+)
+def test_a_server_has_the_names_of_loopback_and_those_that_are_given(flags: str, hosts: set[str]) -> None:
+    assert allowed_hosts(build_parser().parse_args(["--model", "mini", *flags.split()])) >= hosts
+
+
+def test_any_name_will_do_where_a_key_is_needed() -> None:
+    assert not allowed_hosts(build_parser().parse_args(["--model", "mini", "--host", "0.0.0.0"]))
 
 
 def test_the_key_of_the_environment_counts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import torch
 
 import metamorph
 from metamorph.inference import Prompt, Reply, SamplerSettings, Sampling, Session
+from metamorph.inference.draw import draw
 from metamorph.models.sequence.conversations import ImagePart, TextPart
 from metamorph.serving.batcher import Batcher, Closed, QueueFull
 from metamorph.serving.engine import Engine
@@ -19,7 +20,7 @@ def session() -> Session:
 
 
 async def collect(engine: Engine, prompt: Prompt, seed: int = 0) -> tuple[list, Reply]:
-    *parts, reply = [part async for part in engine.answer(prompt, SamplerSettings(1.0, 2, seed))]
+    *parts, reply = [part async for _, part in engine.submit([(prompt, SamplerSettings(1.0, 2, seed))])]
     return parts, reply
 
 
@@ -54,14 +55,39 @@ def test_answers_in_a_batch_are_those_alone(session) -> None:
 
 def test_a_client_that_leaves_ends_its_answer(session) -> None:
     async def leave() -> None:
-        answer = engine.answer(Prompt("draw a red circle", draw=True, max_new_tokens=5000))
-        assert isinstance(await anext(answer), ImagePart)
-        await answer.aclose()
+        prompt = Prompt("draw a red circle", draw=True, max_new_tokens=5000)
+        pieces = aiter(engine.submit([(prompt, SamplerSettings())]))
+        assert isinstance((await anext(pieces))[1], ImagePart)
+        await pieces.aclose()
         await collect(engine, Prompt("hello", max_new_tokens=3))  # waits for the batch before it
 
     engine = Engine(session)
     asyncio.run(leave())
     engine.close()
+
+
+def test_drawings_of_a_client_that_leaves_are_not_begun(session, monkeypatch) -> None:
+    """Two images, which cannot share a batch: one is being drawn, the other waits."""
+    begun, release = [], threading.Event()
+
+    def slow_draw(*args, **options) -> list:
+        begun.append(args)
+        release.wait()
+        return draw(*args, **options)
+
+    async def leave() -> None:
+        prompt = Prompt("draw a red circle", draw=True, max_new_tokens=session.processor.num_image_tokens + 1)
+        answers = engine.submit([(prompt, SamplerSettings(scale, 2)) for scale in (1.0, 2.0)])
+        while not begun or engine.num_running:
+            await asyncio.sleep(0.01)
+        answers.cancel()
+
+    monkeypatch.setattr("metamorph.serving.engine.draw", slow_draw)
+    engine = Engine(session)
+    asyncio.run(leave())
+    release.set()
+    engine.close()
+    assert len(begun) == 1
 
 
 def test_too_many_requests_and_late_ones_are_refused() -> None:

@@ -49,7 +49,7 @@ def session() -> Iterator[Session]:
 
 @pytest.fixture(scope="module")
 def url(session: Session) -> Iterator[str]:
-    options = {"cors_origins": ["https://page.example.org"], "api_key": "secret"}
+    options = {"cors_origins": ["https://page.example.org"], "api_key": "secret", "allowed_hosts": {"127.0.0.1", "a"}}
     with served(session, LIMITS, engine={"max_batch_size": 1, "max_queue": 2}, **options) as address:
         yield address
 
@@ -89,6 +89,27 @@ def test_all_but_health_needs_the_key(url: str, headers: dict, status: int) -> N
     assert page.status_code == status
     assert ("www-authenticate" in page.headers) == (status == 401)  # a browser then asks for it
     assert httpx.get(f"{url}/health").status_code == 200
+    assert httpx.post(f"{url}/health", headers=headers).status_code == (401 if status == 401 else 405)
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "refused"),
+    [
+        ("GET", {"Host": "a:8000"}, None),
+        ("GET", {"Host": "evil.example.org:8000"}, "host_not_allowed"),
+        ("GET", {"Sec-Fetch-Site": "same-origin"}, None),
+        ("GET", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "image"}, "origin_not_allowed"),
+        ("GET", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "document"}, None),  # a link
+        ("POST", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "document"}, "origin_not_allowed"),  # a form
+        ("POST", {"Sec-Fetch-Site": "cross-site", "Origin": "https://other.example.org"}, "origin_not_allowed"),
+        ("POST", {"Sec-Fetch-Site": "cross-site", "Origin": "https://page.example.org"}, None),
+    ],
+)
+def test_other_web_sites_may_not_ask(url: str, method: str, headers: dict, refused: str | None) -> None:
+    """A browser sends these headers, whatever the site wants. A name may be made to point here."""
+    answer = httpx.request(method, f"{url}/metrics", headers={**KEY, **headers})
+    assert (answer.status_code == 403) == (refused is not None)
+    assert refused is None or error_of(answer)["code"] == refused
 
 
 def test_pages_of_allowed_origins_may_ask(url: str) -> None:
@@ -112,6 +133,7 @@ def test_a_body_that_is_too_large_is_refused(url: str) -> None:
     with suppress(httpx.WriteError, httpx.ReadError):  # the server may hang up before all is sent
         assert httpx.post(f"{url}{CHAT}", content=100 * large, headers=headers).status_code == 413
     assert httpx.post(f"{url}{CHAT}", json=chat(), headers=KEY).status_code == 200
+    assert httpx.request("GET", f"{url}/v1/models", content=b"a", headers=KEY).status_code == 413
 
 
 @pytest.mark.parametrize(
@@ -186,33 +208,37 @@ def test_a_client_that_leaves_frees_its_row(url: str, stream: bool) -> None:
 
 
 def test_a_full_queue_is_a_429(url: str) -> None:
-    """One answer runs, two wait."""
+    """One answer runs, two may wait."""
     wait_until_free(url)
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    never = httpx.post(f"{url}{CHAT}", json=chat(n=3), headers=KEY)  # nor would it fit later
+    assert (never.status_code, error_of(never)["param"]) == (400, "n")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first = pool.submit(httpx.post, f"{url}{CHAT}", json=chat(300), headers=KEY, timeout=60)
         while "metamorph_running 1.0" not in httpx.get(f"{url}/metrics", headers=KEY).text:
             time.sleep(0.01)
-        together = httpx.post(f"{url}{CHAT}", json=chat(n=3), headers=KEY)  # all or none
-        waiting = pool.submit(httpx.post, f"{url}{CHAT}", json=chat(n=2), headers=KEY, timeout=60)
-        while "metamorph_queue_length 2.0" not in httpx.get(f"{url}/metrics", headers=KEY).text:
+        waiting = pool.submit(httpx.post, f"{url}{CHAT}", json=chat(), headers=KEY, timeout=60)
+        while "metamorph_queue_length 1.0" not in httpx.get(f"{url}/metrics", headers=KEY).text:
             time.sleep(0.01)
-        late = httpx.post(f"{url}{CHAT}", json=chat(), headers=KEY)
-    for refused in (together, late):
-        assert (refused.status_code, error_of(refused)["code"]) == (429, "queue_full")
-        assert int(refused.headers["retry-after"]) > 0
+        refused = httpx.post(f"{url}{CHAT}", json=chat(n=2), headers=KEY)
+        assert "metamorph_queue_length 1.0" in httpx.get(f"{url}/metrics", headers=KEY).text  # neither of the two
+    assert (refused.status_code, error_of(refused)["code"]) == (429, "queue_full")
+    assert int(refused.headers["retry-after"]) > 0
     assert (first.result().status_code, waiting.result().status_code) == (200, 200)
 
 
-def test_requests_that_are_being_sent_count(url: str) -> None:
-    """Each has a place, so their bodies have a limit together."""
+@pytest.mark.parametrize("path", [CHAT, "/chat/gradio_api/upload"])
+def test_requests_that_are_being_sent_count(url: str, path: str) -> None:
+    """Each has a place, so their bodies have a limit together. A full API does not keep the page from stopping."""
     host, port = url.removeprefix("http://").split(":")
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer secret\r\ncontent-length: 9\r\n\r\n{{"
+    head = f"POST {path} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer secret\r\ncontent-length: 9\r\n\r\n{{"
     senders = [socket.create_connection((host, int(port)), timeout=20) for _ in range(3)]
     for sender in senders:
         sender.sendall(head.encode())
     time.sleep(0.3)
-    refused = httpx.post(f"{url}{CHAT}", json=chat(), headers=KEY)
+    refused = httpx.post(f"{url}{path}", json=chat(), headers=KEY)
     assert (refused.status_code, error_of(refused)["code"]) == (429, "queue_full")
+    other = "/nothing" if path == CHAT else CHAT
+    assert httpx.post(f"{url}{other}", json=chat(), headers=KEY).status_code in (404, 200)
     for sender in senders:
         assert sender.recv(100).startswith(b"HTTP/1.1 408 ")
         sender.close()

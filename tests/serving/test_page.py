@@ -20,6 +20,7 @@ from metamorph.serving.engine import Engine
 from metamorph.serving.errors import ApiError
 from metamorph.serving.limits import Limits
 from metamorph.serving.page import Conversation, PageSettings, Turn, answer_turn
+from metamorph.serving.request_images import RequestImages
 from metamorph.serving.service import Service
 
 
@@ -89,6 +90,15 @@ def test_uploads_are_images_of_the_prompt(service, tmp_path: Path) -> None:
         asyncio.run(conversation.prompt(service.images()))
 
 
+def test_the_frames_of_a_video_have_a_limit_together(tmp_path: Path) -> None:
+    file = write_video(tmp_path / "video.mp4", [0.0, 1.0, 2.0])
+    frames = asyncio.run(RequestImages(Limits(max_pixels=3 * 64 * 48)).open_video(file))
+    assert [frame.size for frame in frames] == [(64, 48)] * 3
+    images = RequestImages(Limits(max_pixels=3 * 64 * 48 - 1))
+    with pytest.raises(ApiError, match=r"the frames of video.mp4 have 64x48 pixels, more than the limit of 3071"):
+        asyncio.run(images.open_video(file))
+
+
 @pytest.mark.parametrize("name", ["broken.png", "broken.mp4", "deleted.png"])
 def test_a_file_that_cannot_be_read_is_named(service, tmp_path: Path, name: str) -> None:
     if name != "deleted.png":
@@ -125,10 +135,10 @@ class Browser:
         config = self.http.get(f"{url}/chat/config").json()
         self.begin = next(each for each in config["dependencies"] if each["api_name"] == "begin")
 
-    def send(self, path: str, text: str = ASK) -> httpx.Response:
+    def send(self, path: str | None, text: str = ASK) -> httpx.Response:
         """Send a message with a file of this path."""
-        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        fields = {"data": [{"text": text, "files": [file]}, None], "fn_index": self.begin["id"]}
+        files = [] if path is None else [{"path": path, "meta": {"_type": "gradio.FileData"}}]
+        fields = {"data": [{"text": text, "files": files}, None], "fn_index": self.begin["id"]}
         given = {**fields, "session_hash": "here", "trigger_id": self.begin["inputs"][0]}
         return self.http.post("/run/predict", json=given)
 
@@ -159,6 +169,13 @@ def test_no_url_is_fetched(browser: Browser) -> None:
     for path in (f"/{name}example.org/a.png" for name in names):
         assert browser.http.get(path).status_code == 403
     assert browser.send("https://example.org/a.png").status_code == 403
+
+
+def test_a_message_without_content_is_refused(browser: Browser) -> None:
+    """So that the turn before it is not answered once more."""
+    assert browser.send(None).status_code == 200
+    refused = browser.send(None, "  ")
+    assert (refused.status_code, refused.json()["error"]) == (500, "Write a message, or attach a file.")
 
 
 def test_uploads_are_limited(browser: Browser) -> None:

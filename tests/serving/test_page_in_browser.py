@@ -204,6 +204,16 @@ def test_a_file_that_is_no_image(page: Page, tmp_path: Path) -> None:
     assert not page.find(".message")
 
 
+def test_a_seed_that_is_too_large(page: Page) -> None:
+    page.find(".label-wrap")[0].click()
+    seed = page.wait(lambda: page.find('input[aria-label^="Seed"]'))[0]
+    seed.send_keys(webdriver.Keys.CONTROL, "a")
+    seed.send_keys(str(2**53), webdriver.Keys.TAB)
+    page.send(ASK)
+    page.wait(lambda: f"the seed is more than {2**53 - 1}" in page.text)
+    page.wait(lambda: page.find("textarea")[0].get_attribute("value") == ASK)
+
+
 @pytest.mark.parametrize("size", [(390, 844), (1000, 800)])
 def test_it_fits_the_window(page: Page, size: tuple[int, int]) -> None:
     page.open(*size)

@@ -39,6 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
     key_help = f"key that clients must send (default: ${KEY_VARIABLE}, which other users of the machine cannot see)"
     parser.add_argument("--api-key", help=key_help)
     parser.add_argument(
+        "--allowed-host",
+        nargs="+",
+        default=[],
+        metavar="HOST",
+        help="further names by which a proxy asks (default: only loopback's with a loopback --host, else any)",
+    )
+    parser.add_argument(
         "--cors-origin", nargs="+", default=[], metavar="URL", help="web pages of other origins that may ask"
     )
     parser.add_argument(
@@ -103,6 +110,7 @@ def main(argv: Sequence[str]) -> None:
         ),
         api_key=api_key,
         cors_origins=flags.cors_origin,
+        allowed_hosts=allowed_hosts(flags),
         image_hosts=[host.lower() for host in flags.allow_remote_images],
     )
     mount_page(app)
@@ -121,10 +129,22 @@ def check_network(flags: argparse.Namespace) -> str | None:
     for origin in flags.cors_origin:
         if origin != "*" and not origin.startswith(("http://", "https://")):
             raise ValueError(f"--cors-origin {origin} is not an origin such as https://example.org")
-    for host in flags.allow_remote_images:
-        if "/" in host or ":" in host:
-            raise ValueError(f"--allow-remote-images {host} is not the name of a host, such as images.example.org")
+    for flag, hosts in (("--allow-remote-images", flags.allow_remote_images), ("--allowed-host", flags.allowed_host)):
+        for host in hosts:
+            if "/" in host or ":" in host:
+                raise ValueError(f"{flag} {host} is not the name of a host, such as images.example.org")
     return api_key
+
+
+def allowed_hosts(flags: argparse.Namespace) -> set[str]:
+    """What may be in the header `Host`; nothing is anything.
+
+    A web page of another site can make a name of its own point to loopback, and so ask as if it were from here.
+    """
+    if not (flags.allowed_host or _is_loopback(flags.host)):
+        return set()
+    names = ("localhost", "127.0.0.1", "[::1]", flags.host, *flags.allowed_host)
+    return {name.lower() for name in names}
 
 
 def _is_loopback(host: str) -> bool:

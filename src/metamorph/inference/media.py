@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,15 @@ from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 Frames = Sequence[Image.Image]
 
 
-def load_video(file: str | Path, fps: float = 1.0, max_frames: int = 8) -> list[Image.Image]:
+def load_video(
+    file: str | Path, fps: float = 1.0, max_frames: int = 8, *, name: str | None = None, max_pixels: float = math.inf
+) -> list[Image.Image]:
     """Frames of a video at `fps`, or `max_frames` evenly spread ones if these are too many, as in the task `video_qa`.
 
-    A video that cannot be read is a `MediaError`.
+    A video that cannot be read, or whose frames have more than `max_pixels` together, is a `MediaError` with `name`.
     """
-    return read_frames(file, sample_times(probe_video(file), fps, max_frames))
+    times = sample_times(probe_video(file, name=name), fps, max_frames)
+    return read_frames(file, times, name=name, max_pixels=max_pixels / len(times))
 
 
 def place_media(

@@ -34,11 +34,13 @@ def create_app(
     limits: Limits | None = None,
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
+    allowed_hosts: Collection[str] = (),
     image_hosts: Collection[str] = (),
 ) -> FastAPI:
     """The ASGI app of a server. It keeps nothing of a request, so any number of them may share a load.
 
-    With `api_key` all routes but `/health` need it. `image_hosts` are the hosts from which images may be fetched.
+    With `api_key` all routes but `/health` need it. `allowed_hosts` are the names by which requests may call the
+    server, by default any. `image_hosts` are the hosts from which images may be fetched.
     """
     limits = limits or Limits()
     service = Service(engine, model_name, limits, image_hosts)
@@ -48,7 +50,7 @@ def create_app(
         app.include_router(router)
     _add_information(app, service)
     add_error_handlers(app)
-    app.add_middleware(Guard, engine=engine, limits=limits, api_key=api_key)
+    app.add_middleware(Guard, engine=engine, limits=limits, api_key=api_key, hosts=allowed_hosts, origins=cors_origins)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]

@@ -15,7 +15,8 @@ from PIL import Image
 from pydantic import BaseModel, BeforeValidator, Field
 from starlette.types import Receive, Scope, Send
 
-from metamorph.inference.reply import Prompt, Reply
+from metamorph.inference.prompt import Prompt
+from metamorph.inference.reply import Reply
 from metamorph.inference.streaming import Part
 from metamorph.models.sequence.conversations import ImagePart, TextPart
 from metamorph.serving.engine import Answers

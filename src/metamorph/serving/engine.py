@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from metamorph.inference.draw import SamplerSettings, draw
-from metamorph.inference.reply import Prompt, Reply, can_draw, reply_to
+from metamorph.inference.prompt import Prompt
+from metamorph.inference.reply import Reply, can_draw, reply_to
 from metamorph.inference.session import Session
 from metamorph.inference.streaming import Part
 from metamorph.models.processing_metamorph import ImagePart
@@ -22,8 +23,8 @@ from metamorph.serving.batcher import Batcher
 
 
 @dataclass(eq=False)
-class Request:
-    """A prompt on its way through the engine."""
+class Row:
+    """A prompt, which becomes one row of a batch, and where its answer goes."""
 
     prompt: Prompt
     settings: SamplerSettings
@@ -31,7 +32,7 @@ class Request:
     pieces: asyncio.Queue[Part | tuple[ImagePart, Future] | None] = field(default_factory=asyncio.Queue)
     """What the model wrote: text, images and the futures of their drawings, and None at the end."""
     cancelled: threading.Event = field(default_factory=threading.Event)
-    num_images: int = 0
+    drawings: list[Future] = field(default_factory=list)
 
     def put(self, piece: Part | tuple[ImagePart, Future] | None) -> None:
         """Pass a piece to the client's task, from any thread."""
@@ -41,37 +42,43 @@ class Request:
         """Called when the answer is complete, or has failed."""
         self.put(None)
 
+    def cancel(self) -> None:
+        """End the answer, and forget drawings that have not begun."""
+        self.cancelled.set()
+        for drawing in self.drawings:
+            drawing.cancel()
+
 
 class Answers:
     """Answers to the prompts of one client while they are generated."""
 
-    def __init__(self, requests: Sequence[Request], futures: Sequence[Future[Reply]]) -> None:
-        self._rows = list(zip(requests, futures, strict=True))
-        for request, future in self._rows:
-            future.add_done_callback(request.end)
+    def __init__(self, rows: Sequence[Row], futures: Sequence[Future[Reply]]) -> None:
+        self._rows = list(zip(rows, futures, strict=True))
+        for row, future in self._rows:
+            future.add_done_callback(row.end)
 
     async def __aiter__(self) -> AsyncGenerator[tuple[int, Part | Reply], None]:
         """Yield the number of a prompt and a piece of its answer, images once they are drawn, and last its reply."""
         merged: asyncio.Queue[tuple[int, Part | Reply] | None] = asyncio.Queue()
 
-        async def pump(index: int, request: Request, future: Future[Reply]) -> None:
-            async for piece in self._pieces(request, future):
+        async def pump(index: int, row: Row, future: Future[Reply]) -> None:
+            async for piece in self._pieces(row, future):
                 merged.put_nowait((index, piece))
 
-        rows = asyncio.gather(*(pump(index, *row) for index, row in enumerate(self._rows)))
+        pumps = asyncio.gather(*(pump(index, *row) for index, row in enumerate(self._rows)))
 
         def end(_: object) -> None:
-            if not rows.cancelled():
-                rows.exception()  # retrieved, or asyncio would log that a client left
+            if not pumps.cancelled():
+                pumps.exception()  # retrieved, or asyncio would log that a client left
             merged.put_nowait(None)
 
-        rows.add_done_callback(end)
+        pumps.add_done_callback(end)
         try:
             while (item := await merged.get()) is not None:
                 yield item
-            await rows
+            await pumps
         finally:
-            rows.cancel()
+            pumps.cancel()
             self.cancel()
 
     async def replies(self) -> list[Reply]:
@@ -81,14 +88,14 @@ class Answers:
 
     def cancel(self) -> None:
         """End the answers."""
-        for request, future in self._rows:
-            request.cancelled.set()
+        for row, future in self._rows:
+            row.cancel()
             future.cancel()
 
     @staticmethod
-    async def _pieces(request: Request, future: Future[Reply]) -> AsyncGenerator[Part | Reply, None]:
+    async def _pieces(row: Row, future: Future[Reply]) -> AsyncGenerator[Part | Reply, None]:
         drawn: list[ImagePart] = []
-        while (piece := await request.pieces.get()) is not None:
+        while (piece := await row.pieces.get()) is not None:
             if isinstance(piece, tuple):
                 part, drawing = piece
                 piece = replace(part, images=await asyncio.wrap_future(drawing))
@@ -111,13 +118,14 @@ class Engine:
         self, session: Session, *, max_batch_size: int = 8, max_wait_ms: float = 25.0, max_queue: int = 64
     ) -> None:
         self.session = session
+        self.max_queue = max_queue
         self.max_requests = max_queue + max_batch_size
         self.is_refusing = False
         self.num_running = 0
-        self._answers: Batcher[Request, Reply] = Batcher(
+        self._answers: Batcher[Row, Reply] = Batcher(
             "answers",
             self._answer,
-            lambda request: request.prompt.draw,
+            lambda row: row.prompt.draw,
             max_size=max_batch_size,
             max_wait=max_wait_ms / 1000,
             max_waiting=max_queue,
@@ -128,7 +136,7 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Number of requests in the queue."""
+        """Number of answers in the queue."""
         return self._answers.num_waiting
 
     @property
@@ -162,22 +170,8 @@ class Engine:
     def submit(self, prompts: Sequence[tuple[Prompt, SamplerSettings]]) -> Answers:
         """Queue prompts, all or none: raises `QueueFull`, or `Closed` while the server ends. Needs an event loop."""
         loop = asyncio.get_running_loop()
-        requests = [Request(prompt, settings, loop) for prompt, settings in prompts]
-        return Answers(requests, self._answers.submit_all(requests))
-
-    async def answer(
-        self, prompt: Prompt, settings: SamplerSettings | None = None
-    ) -> AsyncGenerator[Part | Reply, None]:
-        """Yield the pieces of an answer in order, images once they are drawn, and last the reply.
-
-        Closing the generator ends the answer. Errors are those of `submit`.
-        """
-        answers = self.submit([(prompt, settings or SamplerSettings())])
-        try:
-            async for _, piece in answers:
-                yield piece
-        finally:
-            answers.cancel()
+        rows = [Row(prompt, settings, loop) for prompt, settings in prompts]
+        return Answers(rows, self._answers.submit_all(rows))
 
     def refuse(self) -> None:
         """Refuse new requests and those that wait; what runs is finished."""
@@ -189,27 +183,29 @@ class Engine:
         self._answers.close()
         self._drawings.close()
 
-    def _answer(self, requests: list[Request]) -> list[Reply]:
-        self.num_running = len(requests)
+    def _answer(self, rows: list[Row]) -> list[Reply]:
+        self.num_running = len(rows)
         try:
             return reply_to(
                 self.session.model,
                 self.session.processor,
-                [request.prompt for request in requests],
-                batch_size=len(requests),
-                on_part=lambda index, part: self._take_part(requests[index], part),
-                cancelled=[request.cancelled for request in requests],
+                [row.prompt for row in rows],
+                batch_size=len(rows),
+                on_part=lambda index, part: self._take_part(rows[index], part),
+                cancelled=[row.cancelled for row in rows],
             )
         finally:
             self.num_running = 0
 
-    def _take_part(self, request: Request, part: Part) -> None:
+    def _take_part(self, row: Row, part: Part) -> None:
         if isinstance(part, ImagePart) and self.session.pipeline is not None:
-            settings = replace(request.settings, seed=request.settings.seed + request.num_images)
-            request.num_images += 1
-            request.put((part, self._drawings.submit((part.visual_tokens, settings))))
+            settings = replace(row.settings, seed=row.settings.seed + len(row.drawings))
+            row.drawings.append(self._drawings.submit((part.visual_tokens, settings)))
+            row.put((part, row.drawings[-1]))
+            if row.cancelled.is_set():  # meanwhile
+                row.cancel()
         else:
-            request.put(part)
+            row.put(part)
 
     def _draw(self, items: list[tuple[Tensor, SamplerSettings]]) -> list[tuple[Image.Image, ...]]:
         tokens = torch.stack([tokens for tokens, _ in items])

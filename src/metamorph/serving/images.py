@@ -9,7 +9,7 @@ from fastapi import APIRouter, Form, UploadFile
 from PIL import Image
 from pydantic import Field
 
-from metamorph.inference.reply import Prompt
+from metamorph.inference.prompt import Prompt
 from metamorph.models.sequence.conversations import ImagePart
 from metamorph.serving.errors import ApiError
 from metamorph.serving.service import MAX_CHOICES, Drawing, Service, base64_of, turn

@@ -10,7 +10,9 @@ import mimetypes
 import os
 import tempfile
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +25,8 @@ from starlette.middleware import Middleware
 from starlette.routing import Mount
 
 from metamorph.inference.draw import SamplerSettings
-from metamorph.inference.reply import Prompt, Reply
+from metamorph.inference.prompt import Prompt
+from metamorph.inference.reply import Reply
 from metamorph.inference.streaming import Part
 from metamorph.miniature.world.render import render
 from metamorph.miniature.world.scenes import Scene, SceneObject
@@ -32,12 +35,8 @@ from metamorph.serving.batcher import Closed, QueueFull
 from metamorph.serving.errors import ApiError, as_api_error
 from metamorph.serving.page_guard import PageGuard
 from metamorph.serving.request_images import RequestImages
-from metamorph.serving.service import Answering, Service
+from metamorph.serving.service import MAX_SEED, Answering, Service
 
-
-# Gradio's routes read all that is in its folder, which by default all programs of a machine share.
-_FOLDER = tempfile.TemporaryDirectory(prefix="metamorph-page-")
-os.environ["GRADIO_TEMP_DIR"] = os.environ["GRADIO_EXAMPLES_CACHE"] = _FOLDER.name
 
 PATH = "/chat"
 MAX_DRAWINGS = 4
@@ -129,6 +128,8 @@ class PageSettings(Answering):
     @field_validator("seed", mode="before")
     @classmethod
     def _negative_is_random(cls, seed: int) -> int | None:
+        if seed > MAX_SEED:
+            raise ApiError(f"the seed is more than {MAX_SEED}", param="seed")
         return None if seed < 0 else seed
 
     def settings(self, seed: int) -> SamplerSettings:
@@ -153,16 +154,30 @@ async def answer_turn(
                 service.account([piece], images.num_images)
                 continue
             drawn = piece.images if isinstance(piece, ImagePart) else ()
-            files = [await asyncio.to_thread(save_pil_to_cache, image, _FOLDER.name, format="png") for image in drawn]
+            files = [
+                await asyncio.to_thread(save_pil_to_cache, image, files_folder().name, format="png") for image in drawn
+            ]
             turn.add(piece, files)
             yield
     finally:
         answers.cancel()
 
 
+@cache
+def files_folder() -> tempfile.TemporaryDirectory[str]:
+    """The folder of uploads and drawings, which is deleted when the process ends. From now on Gradio uses it.
+
+    Gradio's routes read all that is in its folder, which by default all programs of a machine share.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="metamorph-page-")
+    os.environ["GRADIO_TEMP_DIR"] = os.environ["GRADIO_EXAMPLES_CACHE"] = folder.name
+    return folder
+
+
 def mount_page(app: FastAPI) -> None:
     """Add the page to an app of `create_app`, at `/chat`; `/` leads there."""
     service: Service = app.state.service
+    files_folder()
     page = build_page(service)
     gr.mount_gradio_app(
         app,
@@ -201,7 +216,7 @@ def build_page(service: Service) -> gr.Blocks:
     def begin(message: dict[str, Any], conversation: Conversation) -> tuple[Any, ...]:
         text, files = message["text"].strip(), message["files"]
         if not (text or files):
-            return _ready(), conversation.messages(), conversation
+            raise _refusal("Write a message, or attach a file.")
         return ask(Turn(text, files), conversation)
 
     def begin_example(chosen: gr.SelectData, conversation: Conversation) -> tuple[Any, ...]:
@@ -222,19 +237,15 @@ def build_page(service: Service) -> gr.Blocks:
         return busy, conversation.messages(), conversation
 
     async def answer(conversation: Conversation, *values: Any) -> AsyncGenerator[tuple[Any, ...], None]:
-        if not conversation.turns or conversation.turns[-1].parts:
-            return  # the message was empty
-        settings = PageSettings(**dict(zip(names, values, strict=True)))
-        pieces = answer_turn(service, conversation, settings)
         try:
-            async for _ in pieces:
-                yield gr.skip(), conversation.messages(), conversation
+            settings = PageSettings(**dict(zip(names, values, strict=True)))
+            async with aclosing(answer_turn(service, conversation, settings)) as pieces:
+                async for _ in pieces:
+                    yield gr.skip(), conversation.messages(), conversation
         except (ApiError, QueueFull, Closed) as error:
             turn = _pop(conversation)
             yield _ready(turn), conversation.messages(), conversation
             gr.Warning(str(as_api_error(error)), title="Not answered")
-        finally:
-            await pieces.aclose()
 
     with gr.Blocks(
         title=f"{service.model_name} · MetaMorph",
@@ -297,8 +308,13 @@ def _ready(turn: Turn | None = None) -> dict[str, Any]:
 
 def _pop(conversation: Conversation) -> Turn:
     if not conversation.turns:
-        raise gr.Error("The conversation is empty.", duration=5, print_exception=False)
+        raise _refusal("The conversation is empty.")
     return conversation.turns.pop()
+
+
+def _refusal(message: str) -> gr.Error:
+    """What the page shows instead of doing something."""
+    return gr.Error(message, duration=5, print_exception=False)
 
 
 def _controls(can_draw: bool) -> dict[str, Any]:
@@ -322,7 +338,7 @@ def _placeholder(can_draw: bool) -> str:
 def _examples(can_draw: bool) -> list[dict[str, Any]]:
     """An example of each mode."""
     scene = Scene((SceneObject("circle", "red", "small", "top left"),))
-    folder = Path(_FOLDER.name, "examples")
+    folder = Path(files_folder().name, "examples")
     folder.mkdir(exist_ok=True)
     render(scene).save(file := folder / "circle.png")
     gr.set_static_paths([folder])  # unlike others, its files are not deleted after a day

@@ -39,7 +39,7 @@ def fetch_image(
         if location is None:
             return content
         url = urljoin(url, location)
-    raise ApiError(f"the image at {address.hostname} is behind more than {MAX_REDIRECTS} redirects", code="image_fetch")
+    raise ApiError(f"the image at {address.hostname} needs more than {MAX_REDIRECTS} redirects", code="image_fetch")
 
 
 def public_address(host: str, port: int) -> str:

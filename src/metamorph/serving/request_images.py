@@ -11,18 +11,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from metamorph.data.media.video import probe_video, read_frames
-from metamorph.data.tasks.video_qa import sample_times
+from metamorph.inference.media import load_video
 from metamorph.models.image_files import MediaError, load_image
 from metamorph.serving.errors import ApiError
 from metamorph.serving.limits import Limits
 from metamorph.serving.remote_images import fetch_image
-
-
-FPS = 1.0
-"""Frames a second that are read of a video."""
-MAX_FRAMES = 8
-"""Most frames of a video."""
 
 
 class RequestImages:
@@ -48,19 +41,14 @@ class RequestImages:
         return await self._open(content, param)
 
     async def open_video(self, file: Path) -> list[Image.Image]:
-        """Frames of a video, which count as images: one a second, or `MAX_FRAMES` evenly spread ones."""
+        """Frames of a video, which count as images: one a second, or 8 evenly spread ones."""
         try:
-            info = await asyncio.to_thread(probe_video, file, name=file.name)
-            times = sample_times(info, FPS, MAX_FRAMES)
-            self._count(file.name, len(times))
-            (first,) = await asyncio.to_thread(read_frames, file, times[:1], name=file.name)
-            self._pixels_left -= first.width * first.height * len(times)
-            if self._pixels_left < 0:
-                message = f"{file.name}: its {len(times)} frames have more than {self.limits.max_pixels} pixels"
-                raise ApiError(message, param=file.name, code="too_many_pixels")
-            return [first, *await asyncio.to_thread(read_frames, file, times[1:], name=file.name)]
+            frames = await asyncio.to_thread(load_video, file, name=file.name, max_pixels=self._pixels_left)
         except MediaError as error:
             raise ApiError(str(error), param=file.name, code=error.kind) from error
+        self._count(file.name, len(frames))
+        self._pixels_left -= sum(frame.width * frame.height for frame in frames)
+        return frames
 
     def _count(self, param: str, number: int = 1) -> None:
         self.num_images += number

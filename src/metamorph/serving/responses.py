@@ -11,7 +11,8 @@ from fastapi import APIRouter
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, Field
 
-from metamorph.inference.reply import Prompt, Reply
+from metamorph.inference.prompt import Prompt
+from metamorph.inference.reply import Reply
 from metamorph.models.sequence.conversations import TextPart
 from metamorph.serving.errors import ApiError
 from metamorph.serving.request_images import RequestImages

@@ -16,7 +16,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from metamorph.inference.draw import SamplerSettings
-from metamorph.inference.reply import Prompt, Reply, default_budget
+from metamorph.inference.prompt import Prompt
+from metamorph.inference.reply import Reply, default_budget
 from metamorph.inference.sampling import Sampling
 from metamorph.models.sequence.conversations import ImagePart, TextPart
 from metamorph.serving.engine import Answers, Engine
@@ -29,8 +30,9 @@ from metamorph.serving.request_images import RequestImages
 MAX_CHOICES = 10
 """Answers to one request."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
-Seed = Annotated[int, Field(ge=0, lt=2**53)]
+MAX_SEED = 2**53 - 1
 """JSON's integers are exact up to here."""
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 class Drawing(BaseModel):
@@ -112,6 +114,9 @@ class Service:
 
         `max_tokens` limits each answer; `param` is its name in the dialect.
         """
+        if n > self.engine.max_queue:
+            message = f"n is {n}, but only {self.engine.max_queue} answers may wait here at a time"
+            raise ApiError(message, param="n", code="invalid_value")
         try:
             length = await asyncio.to_thread(self.engine.num_prompt_tokens, prompt)
         except ValueError as error:

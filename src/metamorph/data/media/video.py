@@ -6,6 +6,7 @@ variable frame rate, or with less than one frame per second, has a frame at ever
 
 from __future__ import annotations
 
+import math
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -93,10 +94,13 @@ def _probe_path(path: str, name: str | None, size: int, mtime_ns: int) -> VideoI
         return _scan(container, stream)
 
 
-def read_frames(file: VideoFile, times: Sequence[float], *, name: str | None = None) -> list[Image.Image]:
+def read_frames(
+    file: VideoFile, times: Sequence[float], *, name: str | None = None, max_pixels: float = math.inf
+) -> list[Image.Image]:
     """Decode the frames that are shown at `times` (in any order), as upright RGB.
 
-    Decoding jumps from keyframe to keyframe, and no frame is decoded twice.
+    Decoding jumps from keyframe to keyframe, and no frame is decoded twice. A frame may have `max_pixels`, and never
+    more than `MAX_IMAGE_PIXELS`.
 
     Raises:
         MediaError: As [`probe_video`], or if a frame cannot be decoded.
@@ -104,7 +108,7 @@ def read_frames(file: VideoFile, times: Sequence[float], *, name: str | None = N
     """
     info = probe_video(file, name=name)
     wanted = [info.stamps[info.frame_at(time)] for time in times]
-    with _decoding(file, name) as (container, stream, name):
+    with _decoding(file, name, max_pixels) as (container, stream, name):
         decoded = {stamp: _upright(frame) for stamp, frame in _decode(container, stream, sorted({*wanted}), info)}
     if len(decoded) < len({*wanted}):
         raise MediaError("unreadable_video", f"{name} has no frame that can be decoded; replace it")
@@ -112,7 +116,7 @@ def read_frames(file: VideoFile, times: Sequence[float], *, name: str | None = N
 
 
 @contextmanager
-def _decoding(file: VideoFile, name: str | None) -> Iterator[tuple[Any, Any, str]]:
+def _decoding(file: VideoFile, name: str | None, max_pixels: float = math.inf) -> Iterator[tuple[Any, Any, str]]:
     """Container, video stream and name of a file; any error becomes a [`MediaError`]."""
     try:
         import av
@@ -121,6 +125,7 @@ def _decoding(file: VideoFile, name: str | None) -> Iterator[tuple[Any, Any, str
             f"reading videos needs PyAV, which is not installed: {install_command('video')}"
         ) from error
     name = str(file) if name is None else name
+    limit = int(min(max_pixels, MAX_IMAGE_PIXELS))
     if isinstance(file, (str, os.PathLike)):
         check_regular(file, "unreadable_video", f"{name} cannot be read as a video")
         # A file URL, so that no part of a name can be taken for another protocol.
@@ -130,18 +135,18 @@ def _decoding(file: VideoFile, name: str | None) -> Iterator[tuple[Any, Any, str
         opened = file
     try:
         # FFmpeg checks the limit before it allocates memory for a frame: later frames may be larger.
-        limits = {"max_pixels": str(MAX_IMAGE_PIXELS), "codec_whitelist": ",".join(CODECS)}
+        limits = {"max_pixels": str(limit), "codec_whitelist": ",".join(CODECS)}
         formats = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
         with av.open(opened, options=limits, container_options=formats) as container:
             stream = container.streams.best("video")
             codec = None if stream is None else stream.codec_context
             if codec is None or codec.codec.name not in CODECS:
                 raise MediaError("unreadable_video", f"{name} has no video stream that can be decoded; replace it")
-            if codec.width * codec.height > MAX_IMAGE_PIXELS:
+            if codec.width * codec.height > limit:
                 raise MediaError(
                     "image_too_large",
                     f"the frames of {name} have {codec.width}x{codec.height} pixels, more than the limit of "
-                    f"{MAX_IMAGE_PIXELS}; resize it",
+                    f"{limit}; resize it",
                 )
             codec.options = limits
             codec.thread_count = 1  # the workers of the data loader are the parallelism
@@ -154,7 +159,7 @@ def _decoding(file: VideoFile, name: str | None) -> Iterator[tuple[Any, Any, str
         reason: Any = error
         if isinstance(error, av.ArgumentError):  # FFmpeg gives no reason for what the options forbid
             known = ", ".join(CONTAINERS)
-            reason = f"its container is not one of {known}, or a frame has more than {MAX_IMAGE_PIXELS} pixels"
+            reason = f"its container is not one of {known}, or a frame has more than {limit} pixels"
         raise MediaError("unreadable_video", f"{name} cannot be read as a video ({reason}); replace it") from error
 
 
