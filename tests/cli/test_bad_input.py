@@ -49,7 +49,7 @@ BAD = [
     ("generate --model mini --prompt ' '", "--prompt is empty"),
     (
         "generate --model mini --prompt '<image> <image>' --image a.png",
-        "--prompt has 2 <image>, but there are 1 --image",
+        "the prompt has 2 <image>, but there are 1 image",
     ),
     (
         f"{GENERATE} --draw --max-new-tokens 17",

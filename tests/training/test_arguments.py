@@ -225,6 +225,8 @@ def test_unknown_flag_suggests_the_nearest(paths: dict[str, str]) -> None:
         ({"do_eval": True}, "--do_eval True has no effect with --eval_strategy no"),
         ({"metric_for_best_model": "loss"}, "--metric_for_best_model loss is never measured"),
         ({"fsdp_config": '{"version": 2}'}, "--fsdp_config has no effect without --fsdp True"),
+        ({"fsdp_config": "a.json", "sharding": "fsdp2", "dry-run": True}, "--fsdp_config has no effect without"),
+        ({"fsdp": True, "sharding": "zero2", "dry-run": True}, "--sharding zero2 and --fsdp True both name an engine"),
         ({"dataloader_persistent_workers": True}, "--dataloader_persistent_workers True .* --dataloader_num_workers"),
         ({"dataloader_prefetch_factor": 2}, "--dataloader_prefetch_factor 2 has no effect"),
         ({"accelerator_config": '{"split_batches": true}'}, "--accelerator_config: split_batches True"),
