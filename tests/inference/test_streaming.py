@@ -176,7 +176,7 @@ def test_answers_end_with_the_context(session, monkeypatch) -> None:
     hook = session.model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: positions.append(int(kwargs["position_ids"].max())), with_kwargs=True
     )
-    words = [Prompt(text, sampling=Sampling(50, seed=1), allow_images=False) for text in ("hello", "hello " * 30)]
+    words = [Prompt(text, sampling=Sampling(50, seed=1), allow_images=False) for text in ("hello", "hello " * 6)]
     try:
         replies = reply_to(session.model, session.processor, words, max_new_tokens=500)
     finally:

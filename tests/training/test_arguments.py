@@ -225,8 +225,6 @@ def test_unknown_flag_suggests_the_nearest(paths: dict[str, str]) -> None:
         ({"do_eval": True}, "--do_eval True has no effect with --eval_strategy no"),
         ({"metric_for_best_model": "loss"}, "--metric_for_best_model loss is never measured"),
         ({"fsdp_config": '{"version": 2}'}, "--fsdp_config has no effect without --fsdp True"),
-        ({"fsdp_config": "a.json", "sharding": "fsdp2", "dry-run": True}, "--fsdp_config has no effect without"),
-        ({"fsdp": True, "sharding": "zero2", "dry-run": True}, "--sharding zero2 and --fsdp True both name an engine"),
         ({"dataloader_persistent_workers": True}, "--dataloader_persistent_workers True .* --dataloader_num_workers"),
         ({"dataloader_prefetch_factor": 2}, "--dataloader_prefetch_factor 2 has no effect"),
         ({"accelerator_config": '{"split_batches": true}'}, "--accelerator_config: split_batches True"),
@@ -240,6 +238,20 @@ def test_bad_value_names_the_flag(
     flags = {k: str(v).replace("{tmp}", str(tmp_path)) for k, v in flags.items()}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         parse({**paths, "tune_mm_mlp_adapter": True, **flags})
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"fsdp_config": {"cpu_offload": True}}, "--fsdp_config has no effect without --fsdp True"),
+        ({"fsdp": True}, "--sharding fsdp2 and --fsdp True both name an engine"),
+    ],
+)
+def test_a_second_engine_is_refused(flags: dict[str, Any], message: str, dry_run: bool, tmp_path: Path) -> None:
+    """Or the configuration of one, in a dry run as well, which sets no engine up."""
+    with pytest.raises(ValueError, match=message):
+        MetaMorphTrainingArguments(str(tmp_path), sharding="fsdp2", dry_run=dry_run, **flags)
 
 
 def test_every_flag_of_training_acts_or_is_refused() -> None:
