@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from metamorph.cli.chat import completions
 from metamorph.cli.terminal import SHOWN_SIDE, inline_image
 
 
@@ -185,6 +186,43 @@ def test_ctrl_c_ends_an_answer_and_then_the_chat(terminal) -> None:
     chat.type("\x03")
     chat.wait_for("interrupted")
     assert chat.status() == 130
+
+
+@pytest.mark.slow
+def test_tab_completes_commands_and_files(terminal, folder: Path) -> None:
+    """Names with spaces, too; in words for the model there is nothing to complete."""
+    (folder / "my images").mkdir()
+    (folder / "in.png").rename(folder / "my images" / "red one.png")
+    chat = terminal(TERM="dumb")
+    chat.wait_for("> ")
+    for typed, completed in (("/im", "age "), ("my i", "mages/"), ("red o", "ne.png")):
+        chat.type(f"{typed}\t")
+        chat.wait_for(typed + completed)
+    chat.type("\n")
+    chat.wait_for("> ")
+    chat.type("what color is the object, m\t?\n")
+    chat.wait_for("?\r\nred\r\n")
+    chat.type("/q\t\n")
+    assert chat.status() == 0
+
+
+def test_completions_are_commands_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "ab.png", ".hidden"):
+        (tmp_path / name).touch()
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "c.png").touch()
+    for line, word, found in (
+        ("/re", "re", ["retry", "reset"]),
+        ("/s", "s", ["save "]),
+        ("/image ", "", ["a.png", "ab.png", "deep/"]),
+        ("/image a", "a", ["a.png", "ab.png"]),
+        ("/image .", ".", [".hidden"]),
+        ("/video deep/", "", ["c.png"]),
+        (f"/save {tmp_path}/d", "d", ["deep/"]),
+        *(("/help a", "a", []), ("/none a", "a", []), ("a", "a", []), ("say a", "a", [])),
+    ):
+        assert completions(line, word) == found
 
 
 def decode_sixel(text: str) -> Image.Image:

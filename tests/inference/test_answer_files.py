@@ -10,7 +10,6 @@ from PIL import Image
 from metamorph.files.permissions import save_file
 from metamorph.inference import SamplerSettings
 from metamorph.inference.answer_files import AnswerFiles, contact_sheet, load_tokens, save_conversation, save_tokens
-from metamorph.inference.media import place_media
 from metamorph.models.processing_metamorph import ImagePart, TextPart
 
 
@@ -83,12 +82,3 @@ def test_a_conversation_is_saved_with_its_images(tmp_path: Path) -> None:
     ]
     colours = [Image.open(tmp_path / "new" / "talk" / name).getpixel((0, 0)) for name in ("1.png", "2.png", "2-2.png")]
     assert colours == [(255, 0, 0), (0, 0, 255), (0, 128, 0)]
-
-
-def test_images_and_frames_are_in_the_order_of_their_markers() -> None:
-    a, b, c, d = (Image.new("RGB", (1, 1), (number,) * 3) for number in range(4))
-    assert place_media("see <video> and <image>!", [a], [[b, c]]) == ("see <image><image> and <image>!", (b, c, a))
-    assert place_media("Compare.", [a], [[b, c], [d]]) == ("<image>\n<image><image>\n<image>\nCompare.", (a, b, c, d))
-    assert place_media("<image>, then this", [a], [[b]]) == ("<image>\n<image>, then this", (b, a))
-    with pytest.raises(ValueError, match="has 2 <video>, but there are 1 video"):
-        place_media("<video><video>", [], [[a]])

@@ -117,6 +117,17 @@ def test_a_bad_line_is_an_error_and_stops_no_other(session, folder: Path) -> Non
     assert "the answer may have 3" in results[7]["error"]
 
 
+def test_a_prompt_that_fills_the_context_is_an_error_and_stops_no_other(session, folder: Path) -> None:
+    """In a batch with others, and at resume."""
+    write(folder / "prompts.jsonl", [LINES[1], {"prompt": "hello " * 1100}, LINES[1]])
+    batch = batch_of(folder)
+    results = answer(session, batch)
+    assert ["error" in each for each in results] == [False, True, False]
+    assert "which leaves 0 of 1024 for the answer" in results[1]["error"]
+    batch.results.write_text(json.dumps(results[0]) + "\n")
+    assert answer(session, batch) == results
+
+
 BAD_LINES = [
     ("[1]", "is not an object"),
     ('{"prompt": "\\ud800"}', "is not JSON in UTF-8"),
@@ -140,6 +151,8 @@ BAD_LINES = [
     ({"messages": [{"role": "assistant", "content": "x"}]}, "the last message must be the user's"),
     ({"messages": ["x"]}, '"messages" must be objects'),
     ({"messages": [{"role": "user", "content": "<image>"}]}, "has 1 <image> marker(s), but 0"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "base64": "in.png"}]}]}, "is not base64"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "image": 7}]}]}, "int is not an image"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "url": "http://a.org/b.png"}]}]}, "nothing is"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "/none"}}]}]},

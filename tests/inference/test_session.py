@@ -3,13 +3,15 @@
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import metamorph
 from metamorph.inference import Prompt, SamplerSettings, draw, reply_to
-from metamorph.inference.prompt import place_images
+from metamorph.inference.draw import draw_each
+from metamorph.inference.prompt import place_media
 from metamorph.models.sequence.conversations import ImagePart, TextPart
 
 
@@ -76,8 +78,26 @@ def test_bad_input_is_named(arguments: dict, error: type[Exception], message: st
         metamorph.load(**arguments)
 
 
-def test_markers_come_in_front_unless_they_are_given() -> None:
-    assert place_images("Compare.", 2) == "<image>\n<image>\nCompare."
-    assert place_images("Is <image> blue?", 1) == "Is <image> blue?"
-    with pytest.raises(ValueError, match="has 1 <image>, but there are 2"):
-        place_images("Is <image> blue?", 2)
+def test_images_and_frames_are_in_the_order_of_their_markers() -> None:
+    assert place_media("see <video> and <image>!", "a", ["bc"]) == ("see <image><image> and <image>!", tuple("bca"))
+    assert place_media("Compare.", "a", ["bc", "d"]) == ("<image>\n<image><image>\n<image>\nCompare.", tuple("abcd"))
+    assert place_media("<image>, then this", "a", ["b"]) == ("<image>\n<image>, then this", tuple("ba"))
+    assert place_media("Is <image> blue?", "a") == ("Is <image> blue?", ("a",))
+    for prompt, message in (
+        ("Is <image> blue?", "has 1 <image>, but there are 2 image"),
+        ("Is <video> blue?", "has 1 <video>, but there are 0 video"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            place_media(prompt, "ab")
+
+
+def test_drawings_of_each_image_have_their_own_seeds(session) -> None:
+    """Drawing `k` of image `i` starts from seed + i + k, alone as in a batch."""
+    tokens = torch.stack([session.reply(f"draw a {color} circle").visual_tokens[0] for color in ("red", "blue")])
+    settings = SamplerSettings([1.0, 3.0], 1, seed=5, num_images=2)
+    assert settings.of_image(1).drawings == [(6, 1.0), (6, 3.0), (7, 1.0), (7, 3.0)]
+    found = draw_each(session.pipeline, tokens, settings)
+    assert [len(each) for each in found] == [4, 4]
+    (alone,) = draw(session.pipeline, tokens[1], SamplerSettings(3.0, 1, seed=7))
+    difference = np.asarray(found[1][3], dtype=int) - np.asarray(alone)
+    assert np.abs(difference).max() <= 2

@@ -154,6 +154,41 @@ def test_a_chat_can_be_stopped(session) -> None:
     assert chat.reply("hello").text == _recomputed(session, chat)
 
 
+def test_an_answer_that_is_stopped_before_it_begins_leaves_no_turn(session) -> None:
+    """`stop` may come before the thread of the stream; a retry then keeps the answer that there is."""
+    chat = session.chat()
+    stream = chat.stream("hello")
+    chat.stop()
+    assert list(stream) == []
+    assert chat.messages == []
+    chat.reply("hello", max_new_tokens=3)
+    before = chat.messages
+    cancelled = threading.Event()
+    cancelled.set()
+    assert chat.retry(cancelled=cancelled).finish_reason == "cancelled"
+    assert chat.messages == before
+
+
+def test_answers_end_with_the_context(session, monkeypatch) -> None:
+    """Each row by its own length; rows that have ended stay within the positions, too."""
+    monkeypatch.setattr(session.model.config.get_text_config(), "max_position_embeddings", 64)
+    positions: list[int] = []
+    hook = session.model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: positions.append(int(kwargs["position_ids"].max())), with_kwargs=True
+    )
+    words = [Prompt(text, sampling=Sampling(50, seed=1), allow_images=False) for text in ("hello", "hello " * 6)]
+    try:
+        replies = reply_to(session.model, session.processor, words, max_new_tokens=500)
+    finally:
+        hook.remove()
+    assert [(each.num_prompt_tokens + each.num_tokens, each.finish_reason) for each in replies] == [(64, "length")] * 2
+    assert max(positions) == 63
+    for prompt, reply in zip(words, replies, strict=True):
+        assert session.answer(prompt, max_new_tokens=500).text == reply.text
+    with pytest.raises(ValueError, match=r"the prompt has \d+ tokens, which leaves 0 of 64 for the answer"):
+        session.chat().reply("hello " * 60)
+
+
 def _recomputed(session: Session, chat: Chat) -> str:
     (reply,) = reply_to(session.model, session.processor, [Prompt(chat.messages[:-1])])
     return reply.text

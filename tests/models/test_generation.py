@@ -1,16 +1,17 @@
 """Interleaved decoding: the grammar, caches, batches, budgets, chats, and what Transformers' `generate` promises."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
-from model_parts import build_tiny_model, image_ids
+from model_parts import build_tiny_model, image_ids, tiny_config
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, MaxTimeCriteria
+from transformers import BloomConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from metamorph.models.generation import UNSUPPORTED_FIELDS, ImageGrammarLogitsProcessor
+from metamorph.models.generation import UNSUPPORTED_FIELDS, ImageGrammarLogitsProcessor, MetaMorphGenerationMixin
 from metamorph.models.modeling_metamorph import MetaMorphForConditionalGeneration
 
 
@@ -224,6 +225,14 @@ def test_images_can_be_forbidden(model):
     assert generate(model, ids, logits_processor=always, allow_images=False).num_images.tolist() == [0]
     text_model = build_tiny_model(use_vision_ar=False)
     assert generate(text_model, ids, logits_processor=always).num_images.tolist() == [0]
+
+
+def test_the_context_is_that_of_the_language_model():
+    """Bloom's configuration names none."""
+    assert build_tiny_model(text_config={"max_position_embeddings": 99}).context_length == 99
+    bloom = tiny_config()
+    bloom.text_config = BloomConfig()
+    assert MetaMorphGenerationMixin.context_length.fget(SimpleNamespace(config=bloom)) is None
 
 
 def test_model_without_start_and_end_tokens_answers_in_text():

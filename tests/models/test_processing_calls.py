@@ -96,6 +96,7 @@ def test_a_batch_may_be_an_array_and_grey_is_an_image(processor):
     ("image", "reason"),
     [
         ("nosuch.png", "there is no image file 'nosuch.png'"),
+        ("data:image/png,aGVsbG8=", "the data: URL is not base64: it has no ';base64,'"),
         ("aGVsbG8=", "'aGVsbG8=', which is not a file, cannot be read as an image"),
         (Path("nosuch.png"), "there is no image file nosuch.png"),
         (b"hello", "an image of 5 bytes cannot be read as an image"),

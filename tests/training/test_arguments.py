@@ -240,6 +240,20 @@ def test_bad_value_names_the_flag(
         parse({**paths, "tune_mm_mlp_adapter": True, **flags})
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"fsdp_config": {"cpu_offload": True}}, "--fsdp_config has no effect without --fsdp True"),
+        ({"fsdp": True}, "--sharding fsdp2 and --fsdp True both name an engine"),
+    ],
+)
+def test_a_second_engine_is_refused(flags: dict[str, Any], message: str, dry_run: bool, tmp_path: Path) -> None:
+    """Or the configuration of one, in a dry run as well, which sets no engine up."""
+    with pytest.raises(ValueError, match=message):
+        MetaMorphTrainingArguments(str(tmp_path), sharding="fsdp2", dry_run=dry_run, **flags)
+
+
 def test_every_flag_of_training_acts_or_is_refused() -> None:
     """A flag that a later Transformers adds has to be put into one of the groups: does it do anything here?"""
     known = {field.name for field in fields(MetaMorphTrainingArguments)}

@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     conversation = Conversation(session.chat(flags.system), flags, sampling, settings)
     if is_terminal:
         print("/help lists the commands; Ctrl-C ends an answer", file=sys.stderr)
-        with line_history(None if flags.no_history else history_file()):
+        with line_editing(None if flags.no_history else history_file()):
             conversation.run(prompted_lines())
         return 0
     conversation.run(line.rstrip("\n") for line in sys.stdin)
@@ -155,7 +155,7 @@ class Conversation:
         self._print(self.chat.retry)
 
     def _answer(self, words: str) -> None:
-        from metamorph.inference.media import place_media
+        from metamorph.inference.prompt import place_media
 
         prompt, media = place_media(words, self._images, self._videos)
         self._words, self._retries, self._images, self._videos = words, 0, [], []
@@ -213,14 +213,41 @@ def history_file() -> Path:
     return Path(folder) / "metamorph" / "chat_history"
 
 
+def completions(line: str, word: str) -> list[str]:
+    """What may take the place of `word`, which ends `line` after its last space or slash: commands, or files."""
+    name, space, argument = line.partition(" ")
+    if not space:
+        known = (f"{each} " if argument else each for each, (argument, _) in COMMANDS.items() if each.startswith(name))
+        return [each[1:] for each in known if line.startswith("/")]
+    if not COMMANDS.get(name, ("",))[0]:
+        return []
+    folder, slash, start = argument.lstrip().rpartition("/")
+    files = (file for file in Path(folder + slash).expanduser().iterdir() if file.name.startswith(start))
+    shown = (file for file in files if start or not file.name.startswith("."))
+    return sorted(file.name[len(start) - len(word) :] + ("/" if file.is_dir() else "") for file in shown)
+
+
 @contextmanager
-def line_history(file: Path | None) -> Iterator[None]:
-    """Let the user edit lines and recall earlier ones, also of earlier chats if there is a `file`."""
+def line_editing(file: Path | None) -> Iterator[None]:
+    """Let the user edit lines, complete commands and paths by Tab, and recall earlier lines, also of earlier chats if
+    there is a `file`.
+    """
     if find_spec("readline") is None:  # Windows
         yield
         return
     import readline
 
+    found: list[str] = []
+
+    def complete(word: str, number: int) -> str | None:
+        if number == 0:
+            found[:] = completions(readline.get_line_buffer()[: readline.get_endidx()], word)
+        return found[number] if number < len(found) else None
+
+    readline.set_completer_delims(" /")
+    readline.set_completer(complete)
+    is_libedit = "libedit" in (readline.__doc__ or "")  # on macOS
+    readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
     readline.set_history_length(HISTORY_LENGTH)
     if file is None:
         yield

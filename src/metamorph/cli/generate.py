@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     images, videos = check_inputs(flags)
     sampling, settings = check_answer_flags(flags)
     from metamorph.inference.answer_files import AnswerFiles, drawing_metadata, reply_json
-    from metamorph.inference.media import place_media
+    from metamorph.inference.prompt import place_media
 
     if flags.draw or flags.max_new_tokens is not None:
         check_budget(flags)
@@ -127,13 +127,9 @@ def check_inputs(flags: argparse.Namespace) -> "tuple[list[Image.Image], list[li
         raise ValueError("--prompt is answered by one process: start it without torchrun, or give --input")
     if flags.output is not None:
         check_output(flags)
-    for marker, given, flag in (
-        (DEFAULT_IMAGE_TOKEN, flags.image, "--image"),
-        (VIDEO_MARKER, flags.video, "--video"),
-    ):
-        markers = flags.prompt.count(marker)
-        if markers not in (0, len(given)):
-            raise ValueError(f"--prompt has {markers} {marker}, but there are {len(given)} {flag} flags")
+    from metamorph.inference.prompt import place_media
+
+    place_media(flags.prompt, flags.image, [[file] for file in flags.video])  # checked before they are read
     return open_images(flags.image), open_videos(flags.video, flags)
 
 

@@ -70,7 +70,7 @@ def draw_tokens(flags: argparse.Namespace) -> None:
     import torch
 
     from metamorph.inference.answer_files import contact_sheet, load_tokens
-    from metamorph.inference.draw import SamplerSettings, draw
+    from metamorph.inference.draw import SamplerSettings, draw_each
     from metamorph.models.processing_metamorph import ImagePart
 
     tokens = [image for file in flags.tokens for image in load_tokens(file)]
@@ -82,12 +82,11 @@ def draw_tokens(flags: argparse.Namespace) -> None:
             f"{pipeline.projector.config.input_dim} features; they are {sorted({tuple(each.shape) for each in tokens})}"
         )
     settings = SamplerSettings(tuple(flags.guidance_scale), flags.steps, flags.seed, batch_size=16)
-    drawn = draw(pipeline, torch.stack(tokens), settings)
-    count = len(flags.guidance_scale)
-    parts = [ImagePart(each, tuple(drawn[count * index : count * (index + 1)])) for index, each in enumerate(tokens)]
+    drawn = draw_each(pipeline, torch.stack(tokens), settings)
+    parts = [ImagePart(each, images) for each, images in zip(tokens, drawn, strict=True)]
     output = output_of(flags)
-    if len(drawn) == 1:
-        drawn[0].save(output)
+    if len(parts) == len(settings.drawings) == 1:
+        drawn[0][0].save(output)
     else:
         contact_sheet(parts, settings).save(output)
     print(f"drawn: {output}")

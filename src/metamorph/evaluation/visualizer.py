@@ -7,7 +7,7 @@ shows how much of it means nothing, and retrieval shows whether the drawing is n
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -97,14 +97,13 @@ def evaluate_visualizer(
         raise ValueError("the visualizer has no vision tower; load it with metamorph.visualization.load_visualizer")
     if not len(images):
         raise ValueError("there are no images to reconstruct; give at least one")
-    scales = settings.guidance_scale
-    scores = [ScaleScores(scale) for scale in (scales if isinstance(scales, Sequence) else [scales])]
+    scores = [ScaleScores(scale) for scale in settings.scales]
     features: list[list[Tensor]] = [[] for _ in (None, *scores)]  # of the originals, then at each scale
     keys = torch.cat([_tokens(pipeline, chunk) for _, chunk in _chunks(images, settings.batch_size)])
     kept_originals: list[Image.Image] = []
     kept_drawn: list[Image.Image] = []
     for start, chunk in _chunks(images, settings.batch_size):
-        drawn = draw(pipeline, keys[start : start + len(chunk)], replace(settings, seed=settings.seed + start))
+        drawn = draw(pipeline, keys[start : start + len(chunk)], settings.of_image(start))
         originals = [crop_square(to_rgb(image)).resize(drawn[0].size, Image.Resampling.BICUBIC) for image in chunk]
         for number, score in enumerate(scores):
             at_scale = drawn[number :: len(scores)]

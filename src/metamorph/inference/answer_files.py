@@ -55,13 +55,12 @@ class AnswerFiles:
         """Save an image of the answer; returns its files."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         taken = {file for files in self.files for file in files}
-        first_seed = self.settings.seed + len(self.parts)
         found: list[Path] = []
         if part.images:
-            drawings = itertools.product(range(self.settings.num_images), _scales(self.settings))
-            for image, (number, scale) in zip(part.images, drawings, strict=True):
+            drawings = self.settings.of_image(len(self.parts)).drawings
+            for image, (seed, scale) in zip(part.images, drawings, strict=True):
                 found.append(self._next_free(self.output, taken.union(found)))
-                own = {"seed": first_seed + number, "guidance_scale": f"{scale:g}"}
+                own = {"seed": seed, "guidance_scale": f"{scale:g}"}
                 save_image(image, found[-1], {**self.metadata, **own})
         else:
             found.append(self._next_free(self.output.with_suffix(TOKENS_SUFFIX), taken))
@@ -95,15 +94,18 @@ def numbered(file: Path) -> Iterator[Path]:
 
 
 def drawing_metadata(
-    model: str, visualizer: str | None, prompt: str, sampling: Sampling, settings: SamplerSettings
+    model: str, visualizer: str | None, prompt: str, sampling: Sampling | None, settings: SamplerSettings
 ) -> dict[str, Any]:
     """What an image depends on, besides its own seed and guidance scale and the images of the prompt."""
-    sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    sampled: dict[str, Any] = {}
+    if sampling is not None and sampling.temperature:
+        sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        sampled["sampling_seed"] = sampling.seed
     return {
         "prompt": prompt,
         "model": model,
         **({} if visualizer is None else {"visualizer": visualizer, "steps": settings.num_inference_steps}),
-        **({**sampled, "sampling_seed": sampling.seed} if sampling.temperature else {}),
+        **sampled,
     }
 
 
@@ -140,11 +142,11 @@ def contact_sheet(images: Sequence[ImagePart], settings: SamplerSettings) -> Ima
     """All drawings of images in a grid: a row for each drawing, with a column for each guidance scale; with one scale,
     a row for each image, with a column for each drawing.
     """
-    scales, width = _scales(settings), images[0].images[0].width
+    scales, width = settings.scales, images[0].images[0].width
     if len(scales) > 1:
         labels = [f"scale {scale:g}" for scale in scales]
     elif len(images) == 1:
-        labels = [f"seed {settings.seed + number}" for number in range(settings.num_images)]
+        labels = [f"seed {seed}" for seed in settings.seeds]
     else:
         labels = [f"drawing {number + 1}" for number in range(settings.num_images)]
     drawn = [image for part in images for image in part.images]
@@ -204,8 +206,3 @@ def save_conversation(messages: Sequence[Mapping[str, Any]], file: Path) -> None
         for turn in messages
     ]
     file.write_text(json.dumps({"messages": turns}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
-def _scales(settings: SamplerSettings) -> Sequence[float]:
-    scale = settings.guidance_scale
-    return scale if isinstance(scale, Sequence) else (scale,)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from metamorph.flags.checks import printable
 from metamorph.inference.answer_files import AnswerFiles, drawing_metadata, reply_json
 from metamorph.inference.batch_lines import BatchDefaults, Request, parse_line, read_object
-from metamorph.inference.draw import draw
+from metamorph.inference.draw import draw_each
 from metamorph.inference.reply import Reply, reply_to
 from metamorph.inference.session import Session
 from metamorph.mini import shipped_folder
@@ -251,21 +251,19 @@ def _reply(session: Session, batch: Batch, requests: Sequence[Request]) -> list[
         return [error] if len(requests) == 1 else [each for one in requests for each in _reply(session, batch, [one])]
     if session.pipeline is None:
         return [*replies]
+    settings = batch.defaults.settings
     seeds = [
-        request.seed + index
+        replace(settings, seed=request.seed).of_image(index).seed
         for request, reply in zip(requests, replies, strict=True)
         for index in range(reply.num_images)
     ]
     tokens = torch.cat([reply.visual_tokens for reply in replies])
-    drawn = iter(draw(session.pipeline, tokens, batch.defaults.settings, seeds=seeds))
-    scale, count = batch.defaults.settings.guidance_scale, batch.defaults.settings.num_images
-    each = count * (len(scale) if isinstance(scale, Sequence) else 1)
+    drawn = iter(draw_each(session.pipeline, tokens, settings, seeds))
     return [
         replace(
             reply,
             parts=tuple(
-                replace(part, images=tuple(next(drawn) for _ in range(each))) if isinstance(part, ImagePart) else part
-                for part in reply.parts
+                replace(part, images=next(drawn)) if isinstance(part, ImagePart) else part for part in reply.parts
             ),
         )
         for reply in replies
@@ -277,7 +275,7 @@ def _write_images(batch: Batch, number: int, request: Request, reply: Reply) -> 
     settings = replace(batch.defaults.settings, seed=request.seed)
     files = AnswerFiles(
         batch.folder / f"{number:06}.png",
-        drawing_metadata(batch.model, batch.visualizer, request.text, request.sampling, settings),
+        drawing_metadata(batch.model, batch.visualizer, request.text, request.prompt.sampling, settings),
         settings,
         overwrite=True,
     )

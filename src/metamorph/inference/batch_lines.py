@@ -14,11 +14,12 @@ from metamorph.data.media.refs import ImageRef
 from metamorph.data.media.stores import FolderStore, load_all
 from metamorph.flags.parser import nearest
 from metamorph.inference.draw import SamplerSettings
-from metamorph.inference.media import load_video, place_media
-from metamorph.inference.reply import Prompt
+from metamorph.inference.media import load_video
+from metamorph.inference.prompt import Prompt, place_media
 from metamorph.inference.sampling import Sampling
 from metamorph.models.image_inputs import to_pil_image
-from metamorph.models.sequence.conversations import IMAGE_KEYS, assign_images, parse_messages
+from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
+from metamorph.models.sequence.conversations import Message, assign_images, parse_messages
 
 
 FIELDS: dict[str, tuple[type | tuple[type, ...], str]] = {
@@ -61,8 +62,6 @@ class Request:
     """A parsed line."""
 
     prompt: Prompt
-    sampling: Sampling
-    """That of the prompt."""
     seed: int
     """Of the noise of the answer's first image."""
     text: str
@@ -77,8 +76,7 @@ def parse_line(line: Mapping[str, Any], folder: Path, defaults: BatchDefaults) -
     _check_fields(line)
     seed = line.get("seed", defaults.settings.seed)
     given = {name: line[name] for name in ("temperature", "top_p", "top_k") if name in line}
-    sampling = replace(defaults.sampling, **given, seed=seed)
-    images = [_open_image(reference, folder) for reference in _strings(line, "images")]
+    images = _strings(line, "images")
     videos = [
         load_video(FolderStore(folder).open(path), defaults.fps, defaults.max_frames)
         for path in _strings(line, "videos")
@@ -86,24 +84,25 @@ def parse_line(line: Mapping[str, Any], folder: Path, defaults: BatchDefaults) -
     prompt = Prompt(
         "",
         draw=line.get("draw", defaults.draw),
-        sampling=sampling,
+        sampling=replace(defaults.sampling, **given, seed=seed),
         max_new_tokens=line.get("max_new_tokens", defaults.max_new_tokens),
         stop=tuple(_strings(line, "stop")),
     )
     if "prompt" in line:
         if not line["prompt"].strip():
             raise ValueError('"prompt" is empty: say what the model should answer or draw')
-        text, media = place_media(line["prompt"], images, videos)
-        return Request(replace(prompt, text=text, images=media), sampling, seed, line["prompt"])
+        text, media = place_media(line["prompt"], [_open_image(image, folder) for image in images], videos)
+        return Request(replace(prompt, text=text, images=media), seed, line["prompt"])
     if videos:
         raise ValueError('"videos" belong to a "prompt"; messages may have images only')
-    messages = _read_messages(line["messages"], folder)
-    parsed = parse_messages(messages)
-    assign_images(parsed, images)  # the line's own markers and images, before it shares a batch
-    if not parsed or parsed[-1].role != "user":
+    if not all(isinstance(message, dict) for message in line["messages"]):
+        raise ValueError('"messages" must be objects such as {"role": "user", "content": "…"}')
+    messages = parse_messages(line["messages"])
+    if not messages or messages[-1].role != "user":
         raise ValueError("the last message must be the user's")
-    text = "".join(part if isinstance(part, str) else "<image>" for part in parsed[-1].parts)
-    return Request(replace(prompt, text=messages, images=tuple(images)), sampling, seed, text)
+    opened = tuple(_open_image(image, folder) for image in assign_images(messages, images))
+    text = "".join(part if isinstance(part, str) else DEFAULT_IMAGE_TOKEN for part in messages[-1].parts)
+    return Request(replace(prompt, text=[*map(_without_image, messages)], images=opened), seed, text)
 
 
 def read_object(text: str) -> dict[str, Any]:
@@ -146,33 +145,13 @@ def _strings(line: Mapping[str, Any], name: str) -> Sequence[str]:
     return values
 
 
-def _open_image(reference: str, folder: Path) -> Image.Image:
-    if reference.startswith("data:"):
+def _open_image(reference: Any, folder: Path) -> Image.Image:
+    if not isinstance(reference, str) or reference.startswith("data:"):
         return to_pil_image(reference)
     return load_all([ImageRef(reference)], FolderStore(folder))[0]
 
 
-def _read_messages(messages: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
-    """The messages, the images in their parts opened."""
-    if not all(isinstance(message, dict) for message in messages):
-        raise ValueError('"messages" must be objects such as {"role": "user", "content": "…"}')
-    return [
-        {**message, "content": [_read_part(part, folder) for part in message["content"]]}
-        if isinstance(message.get("content"), list)
-        else message
-        for message in messages
-    ]
-
-
-def _read_part(part: Any, folder: Path) -> Any:
-    if not isinstance(part, dict):
-        return part
-    address = part.get("image_url")
-    values = [address.get("url") if isinstance(address, dict) else address, *map(part.get, IMAGE_KEYS)]
-    given = [value for value in values if isinstance(value, str)]
-    if not given:
-        return part
-    kind, base64 = part.get("type"), part.get("base64")
-    reference = given[0]
-    image = _open_image(f"data:;base64,{reference}" if reference == base64 else reference, folder)
-    return {"type": "image", "image": image} if kind in ("image", "image_url") and len(given) == 1 else part
+def _without_image(message: Message) -> dict[str, Any]:
+    """A message as `apply_chat_template` takes it, its images passed separately."""
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in message.parts]
+    return {"role": message.role, "content": parts}

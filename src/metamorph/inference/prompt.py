@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
+from metamorph.data.records import VIDEO_MARKER
 from metamorph.inference.sampling import Sampling
 from metamorph.models.image_files import load_image
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
@@ -16,6 +18,7 @@ from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 Images = Image.Image | str | Path | Sequence[Image.Image | str | Path]
 """PIL images or files; one, or several."""
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,27 @@ def open_images(images: Images) -> tuple[Image.Image, ...]:
     return tuple(load_image(image) if isinstance(image, (str, Path)) else image for image in images)
 
 
-def place_images(prompt: str, num_images: int) -> str:
-    """The prompt with an `<image>` marker for each image: in front, unless it has the right number of them."""
-    markers = prompt.count(DEFAULT_IMAGE_TOKEN)
-    if markers == 0:
-        return f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + prompt
-    if markers != num_images:
-        raise ValueError(f"the prompt has {markers} {DEFAULT_IMAGE_TOKEN}, but there are {num_images} image(s)")
-    return prompt
+def place_media(
+    prompt: str, images: Sequence[Item], videos: Sequence[Sequence[Item]] = ()
+) -> tuple[str, tuple[Item, ...]]:
+    """The prompt with an `<image>` marker for each image and frame, and these in the order of the markers.
+
+    A prompt may mark where images (`<image>`) and videos (`<video>`) belong; those without markers come first. Another
+    number of markers is a `ValueError`.
+    """
+    for marker, count, kind in ((VIDEO_MARKER, len(videos), "video"), (DEFAULT_IMAGE_TOKEN, len(images), "image")):
+        if marker not in prompt:
+            prompt = f"{marker}\n" * count + prompt
+        if (found := prompt.count(marker)) != count:
+            raise ValueError(f"the prompt has {found} {marker}, but there are {count} {kind}(s)")
+    rest_of_images, rest_of_videos = iter(images), iter(videos)
+    text, ordered = "", []
+    for piece in re.split(f"({VIDEO_MARKER}|{DEFAULT_IMAGE_TOKEN})", prompt):
+        if piece == DEFAULT_IMAGE_TOKEN:
+            ordered.append(next(rest_of_images))
+        elif piece == VIDEO_MARKER:
+            frames = next(rest_of_videos)
+            ordered += frames
+            piece = DEFAULT_IMAGE_TOKEN * len(frames)
+        text += piece
+    return text, tuple(ordered)

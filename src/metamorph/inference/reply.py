@@ -71,11 +71,11 @@ def reply_to(
     """Answer prompts in batches of similar length, greedily unless prompts or `generate_kwargs` ask for sampling.
 
     The replies are in the order of the prompts, their images not drawn. The mode of the model is restored. A prompt
-    that asks for an image that the model cannot draw is a `ValueError`.
+    that asks for an image that the model cannot draw, or that fills the model's context, is a `ValueError`.
 
     Args:
         batch_size: Prompts per batch, padded on the left. It does not change the answers.
-        max_new_tokens: By default room for one image and 256 tokens of text.
+        max_new_tokens: By default room for one image and 256 tokens of text, as far as the context has it.
         on_part: Called while the answers are generated with the number of the prompt and each piece of text or
             finished image; the part that it returns, if any, takes its place in the reply.
         cancelled: An event for each prompt that ends its answer once it is set.
@@ -150,6 +150,12 @@ def _reply_to_batch(
         tokenize=True,
     )
     inputs = dict(encoded.to(model.device))
+    lengths = (inputs["attention_mask"].sum(dim=1) + prompts[0].draw).tolist()  # with the <image_start> that is added
+    if (context := model.context_length) is not None:
+        if max(lengths) >= context:
+            raise ValueError(f"the prompt has {max(lengths)} tokens, which leaves 0 of {context} for the answer")
+        for decoder, length in zip(decoders, lengths, strict=True):
+            decoder.limit = min(decoder.limit, context - length)
     state = GeneratedVisualTokens(
         torch.tensor([prompt.allow_images for prompt in prompts], device=model.device),
         torch.tensor([decoder.limit for decoder in decoders], device=model.device),
@@ -161,7 +167,7 @@ def _reply_to_batch(
     options = dict(options)
     criteria = options.pop("stopping_criteria", None) or ()
     limit = max(decoder.limit for decoder in decoders)
-    length = inputs["input_ids"].shape[1] + prompts[0].draw + limit
+    length = max(lengths) + limit
     if cache is not None:
         options = {**options, "past_key_values": cache.take(inputs["input_ids"], inputs.get("visual_tokens"), length)}
     elif is_compiled(model):
@@ -179,7 +185,6 @@ def _reply_to_batch(
     )
     if cache is not None:
         cache.keep(output)
-    lengths = (inputs["attention_mask"].sum(dim=1) + prompts[0].draw).tolist()  # with the <image_start> that was added
     return [_reply(model, decoder, length) for decoder, length in zip(decoders, lengths, strict=True)]
 
 

@@ -17,8 +17,8 @@ from transformers import BitsAndBytesConfig, CompileConfig
 from metamorph.flags.checks import check_metamorph_model, check_reachable, errors_name_flag
 from metamorph.flags.extras import install_command
 from metamorph.inference.chat import Chat
-from metamorph.inference.draw import SamplerSettings, draw
-from metamorph.inference.prompt import Images, Prompt, open_images, place_images
+from metamorph.inference.draw import SamplerSettings, draw, draw_each
+from metamorph.inference.prompt import Images, Prompt, open_images, place_media
 from metamorph.inference.reply import Reply, reply_to
 from metamorph.inference.streaming import OnPart, Part, stream_parts
 from metamorph.mini import shipped_folder
@@ -76,16 +76,17 @@ class Session:
                 `model.generate`, for example `max_new_tokens=500`.
         """
         opened = open_images(images)
-        text = place_images(prompt, len(opened)) if isinstance(prompt, str) else prompt
-        return self.answer(Prompt(text, opened, draw), settings, **options)
+        text, placed = place_media(prompt, opened) if isinstance(prompt, str) else (prompt, opened)
+        return self.answer(Prompt(text, placed, draw), settings, **options)
 
     def stream(self, *args: Any, **options: Any) -> Generator[Part, None, Reply]:
         """Yield the pieces of the answer while it is generated: text, and each image once it is drawn.
 
         The arguments are those of `reply`. Closing the generator ends the answer. It returns the reply.
         """
+        cancelled = threading.Event()
         return stream_parts(
-            lambda on_part, cancelled: self.reply(*args, on_part=on_part, cancelled=cancelled, **options)
+            lambda on_part: self.reply(*args, on_part=on_part, cancelled=cancelled, **options), cancelled
         )
 
     def chat(self, system: str | None = None) -> Chat:
@@ -105,12 +106,12 @@ class Session:
         fields = {field.name for field in dataclasses.fields(Prompt)}
         prompt = replace(prompt, **{name: options.pop(name) for name in fields & options.keys()})
         settings = settings or SamplerSettings()
-        drawn = itertools.count(settings.seed)
+        number = itertools.count()
 
         def take(_: int, part: Part) -> Part:
             if isinstance(part, ImagePart) and self.pipeline is not None:
-                images = draw(self.pipeline, part.visual_tokens, replace(settings, seed=next(drawn)))
-                part = replace(part, images=tuple(images))
+                (images,) = draw_each(self.pipeline, part.visual_tokens, settings.of_image(next(number)))
+                part = replace(part, images=images)
             if on_part is not None:
                 on_part(part)
             return part

@@ -144,17 +144,14 @@ class AnswerCriteria(StoppingCriteria):
         return torch.tensor(ended, device=input_ids.device)
 
 
-def stream_parts(
-    answer: Callable[[OnPart, threading.Event], Result],
-) -> Generator[Part, None, Result]:
-    """Run `answer(on_part, cancelled)` in a thread and yield the parts that it passes to `on_part`.
+def stream_parts(answer: Callable[[OnPart], Result], cancelled: threading.Event) -> Generator[Part, None, Result]:
+    """Run `answer(on_part)`, which `cancelled` ends, in a thread and yield the parts that it passes to `on_part`.
 
     Closing the generator sets `cancelled` and waits for the thread. The generator returns the result.
     """
     parts: queue.Queue[Part | Future[Result]] = queue.Queue()
-    cancelled = threading.Event()
     with ThreadPoolExecutor(1, "metamorph-answer") as pool:
-        future = pool.submit(answer, parts.put, cancelled)
+        future = pool.submit(answer, parts.put)
         future.add_done_callback(parts.put)
         try:
             while not isinstance(item := parts.get(), Future):

@@ -159,6 +159,11 @@ class MetaMorphGenerationMixin(GenerationMixin):
         config = self.config
         return ("image", "text") if config.use_vision_ar and config.image_start_token_id is not None else ("text",)
 
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of a prompt and its answer; None for language models that name none (Bloom, MPT, Mamba, …)."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
     @torch.no_grad()
     def generate(
         self,
@@ -222,9 +227,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if not returns_all:
             if not num_images.all():
                 raise ValueError("a stopping criterion, such as a time limit, ended an answer within its image")
-            return images[num_images.cumsum(0) - num_images].unsqueeze(
-                1
-            )  # the pipelines would flatten three dimensions
+            # A dimension more, because the pipelines flatten the first ones of three.
+            return images[num_images.cumsum(0) - num_images].unsqueeze(1)
         return MetaMorphGenerateOutput(**output, visual_tokens=images, num_images=num_images)
 
     def decode_image_tokens(self, visual_tokens: Tensor) -> list[Image.Image]:
@@ -342,7 +346,12 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if state is not None and outputs.visual_prediction is not None:
             # Cloned: CUDA graphs write every step's prediction into the same memory.
             state.steps.append(outputs.visual_prediction.clone())
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        positions, context = model_kwargs.get("position_ids"), self.context_length
+        if state is not None and state.max_new_tokens is not None and positions is not None and context is not None:
+            # Rows that have ended are computed until the last one ends: learned positions have no row for that.
+            model_kwargs["position_ids"] = positions.clamp(max=context - 1)
+        return model_kwargs
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any

@@ -1,7 +1,6 @@
 """Images as users pass them to a processor: objects, files, bytes, base64, arrays, tensors, URLs if allowed."""
 
 import base64
-import binascii
 import io
 import os
 from typing import Any
@@ -63,14 +62,30 @@ def _source_of(text: str, allow_urls: bool) -> str | io.BytesIO:
         if len(content) > _MAX_BYTES:
             raise ValueError(f"{text[:_SHOWN]} has more than {_MAX_BYTES} bytes")
         return io.BytesIO(content)
-    is_data_url = text.startswith("data:")
-    if not is_data_url and "\0" not in text and os.path.exists(text):
+    if text.startswith("data:"):
+        return io.BytesIO(decode_data_url(text))
+    if "\0" not in text and os.path.exists(text):
         return text
     try:
-        content = base64.b64decode("".join((text.partition(",")[2] if is_data_url else text).split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return io.BytesIO(_decode_base64(text))
+    except ValueError as error:
         raise ValueError(f"there is no image file {text[:_SHOWN]!r}, and it is neither a URL nor base64") from error
-    return io.BytesIO(content)
+
+
+def decode_data_url(url: str) -> bytes:
+    """The content of a `data:` URL in base64; a `ValueError` if it is another one."""
+    header, _, data = url.partition(",")
+    if not header.endswith(";base64"):
+        raise ValueError("the data: URL is not base64: it has no ';base64,'")
+    try:
+        return _decode_base64(data)
+    except ValueError as error:
+        raise ValueError(f"the data: URL is not base64: {error}") from error
+
+
+def _decode_base64(text: str) -> bytes:
+    """Decode base64, which may have line breaks."""
+    return base64.b64decode("".join(text.split()), validate=True)
 
 
 def _from_array(array: np.ndarray | torch.Tensor, input_data_format: str | None) -> Image.Image:

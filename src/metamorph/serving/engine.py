@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metamorph.inference.draw import SamplerSettings, draw
+from metamorph.inference.draw import SamplerSettings, draw_each
 from metamorph.inference.prompt import Prompt
 from metamorph.inference.reply import Reply, can_draw, reply_to
 from metamorph.inference.session import Session
@@ -147,8 +147,7 @@ class Engine:
     @property
     def max_tokens(self) -> int:
         """The model's context: tokens of a prompt and its answer together."""
-        config = self.session.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or sys.maxsize  # Bloom, MPT and Mamba have no limit
+        return self.session.model.context_length or sys.maxsize
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -199,7 +198,7 @@ class Engine:
 
     def _take_part(self, row: Row, part: Part) -> None:
         if isinstance(part, ImagePart) and self.session.pipeline is not None:
-            settings = replace(row.settings, seed=row.settings.seed + len(row.drawings))
+            settings = row.settings.of_image(len(row.drawings))
             row.drawings.append(self._drawings.submit((part.visual_tokens, settings)))
             row.put((part, row.drawings[-1]))
             if row.cancelled.is_set():  # meanwhile
@@ -210,6 +209,4 @@ class Engine:
     def _draw(self, items: list[tuple[Tensor, SamplerSettings]]) -> list[tuple[Image.Image, ...]]:
         tokens = torch.stack([tokens for tokens, _ in items])
         seeds = [settings.seed for _, settings in items]
-        images = draw(self.session.visualizer, tokens, items[0][1], seeds=seeds)
-        scales = len(images) // len(items)
-        return [tuple(images[start : start + scales]) for start in range(0, len(images), scales)]
+        return draw_each(self.session.visualizer, tokens, items[0][1], seeds)

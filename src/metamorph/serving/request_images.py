@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import io
 from collections.abc import Collection
 from pathlib import Path
@@ -13,6 +11,7 @@ from PIL import Image
 
 from metamorph.inference.media import load_video
 from metamorph.models.image_files import MediaError, load_image
+from metamorph.models.image_inputs import decode_data_url
 from metamorph.serving.errors import ApiError
 from metamorph.serving.limits import Limits
 from metamorph.serving.remote_images import fetch_image
@@ -68,10 +67,7 @@ class RequestImages:
 
 
 def _decode(url: str, param: str) -> bytes:
-    header, _, data = url.partition(",")
     try:
-        if not header.endswith(";base64"):
-            raise ValueError("it has no ';base64,'")
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ApiError(f"{param}: the data: URL is not base64: {error}", param=param, code="image_url") from error
+        return decode_data_url(url)
+    except ValueError as error:
+        raise ApiError(f"{param}: {error}", param=param, code="image_url") from error

@@ -172,10 +172,12 @@ def _parse_part(index: int, part: Any) -> str | ImageMarker:
             raise ValueError(f"message {index} has a part of type 'text' without a string as its 'text'")
         return part["text"]
     if kind == "image":
-        given = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
+        given = {key: part[key] for key in IMAGE_KEYS if part.get(key) is not None}
         if len(given) > 1:
             raise ValueError(f"message {index} has a part with several images; use one of {', '.join(IMAGE_KEYS)}")
-        return ImageMarker(given[0] if given else None)
+        if isinstance(code := given.get("base64"), str) and not code.startswith("data:"):
+            given["base64"] = f"data:;base64,{code}"  # or a file of that name would be read
+        return ImageMarker(next(iter(given.values()), None))
     if kind == "image_url":
         address = part.get("image_url")
         address = address.get("url") if isinstance(address, Mapping) else address

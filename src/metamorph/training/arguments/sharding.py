@@ -74,6 +74,15 @@ def check_deepspeed(config: dict[str, Any]) -> None:
             )
 
 
+def check_engine_flags(args: TrainingArguments, sharding: str) -> None:
+    """Refuse flags of Transformers that name an engine besides `sharding`, or configure one that is not used."""
+    if args.fsdp_config and not args.fsdp:
+        raise ValueError("--fsdp_config has no effect without --fsdp True, which takes the place of --sharding fsdp2")
+    for flag in ("fsdp", "deepspeed"):
+        if sharding != "auto" and getattr(args, flag):
+            raise ValueError(f"--sharding {sharding} and --{flag} {getattr(args, flag)} both name an engine: drop one")
+
+
 def apply_sharding(args: TrainingArguments, sharding: str) -> None:
     """Translate `sharding` to flags of Transformers, before `TrainingArguments.__post_init__` reads them.
 
@@ -81,7 +90,7 @@ def apply_sharding(args: TrainingArguments, sharding: str) -> None:
 
     Raises:
         ModuleNotFoundError: if DeepSpeed is asked for and not installed.
-        ValueError: for an engine that needs GPUs where there are none, or with `--fsdp`/`--deepspeed`.
+        ValueError: for an engine that needs GPUs where there are none.
     """
     # Configured by `accelerate launch`.
     launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and os.environ.get("FSDP_VERSION") == "2"
@@ -89,9 +98,6 @@ def apply_sharding(args: TrainingArguments, sharding: str) -> None:
         sharding = "fsdp2"
     if sharding == "auto":
         return
-    for flag in ("fsdp", "deepspeed"):
-        if getattr(args, flag):
-            raise ValueError(f"--sharding {sharding} and --{flag} {getattr(args, flag)} both name an engine: drop one")
     if sharding == "fsdp2":
         check_has_gpus(args)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

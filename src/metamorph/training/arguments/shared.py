@@ -14,7 +14,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 
 from metamorph.flags.checks import RemembersGiven, check_output_folder
 from metamorph.flags.extras import install_command
-from metamorph.training.arguments.sharding import SHARDINGS, apply_sharding, check_deepspeed
+from metamorph.training.arguments.sharding import SHARDINGS, apply_sharding, check_deepspeed, check_engine_flags
 
 
 logger = logging.getLogger(__name__)
@@ -74,8 +74,7 @@ class RunTrainingArguments(RemembersGiven, TrainingArguments):
             )
         if not torch.accelerator.is_available():
             self.use_cpu = True
-        if self.fsdp_config and not self.fsdp:
-            raise ValueError("--fsdp_config has no effect without --fsdp True; --sharding fsdp2 needs no configuration")
+        check_engine_flags(self, self.sharding)
         if self.dataloader_num_workers == 0:
             for name in (
                 "dataloader_persistent_workers",

@@ -14,7 +14,7 @@ from metamorph.data.batching.packing import check_grouping
 from metamorph.flags.checks import check_choice, check_model_reference
 from metamorph.mini import shipped_folder
 from metamorph.models.text_head import TEXT_LOSSES, check_text_loss
-from metamorph.training.arguments.sharding import replicate_shards
+from metamorph.training.arguments.sharding import check_engine_flags, replicate_shards
 from metamorph.training.arguments.shared import RunTrainingArguments
 from metamorph.training.arguments.unsupported import UNSUPPORTED
 
@@ -164,6 +164,8 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
     @contextmanager
     def _without_engine(self) -> Iterator[None]:
         """Set no engine up in a dry run, which may be on a machine without GPUs; its flags stay as they are."""
+        if self._is_dry_run:
+            check_engine_flags(self, self.sharding)
         given = {name: getattr(self, name) for name in ENGINE_FLAGS} if self._is_dry_run else {}
         for name in given:
             setattr(self, name, ENGINE_FLAGS[name])

@@ -17,12 +17,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from metamorph.files.permissions import save_file
 from metamorph.inference.draw import draw
-from metamorph.inference.prompt import Prompt
+from metamorph.inference.prompt import Prompt, place_media
 from metamorph.inference.reply import Reply, can_draw, reply_to
-from metamorph.inference.session import load_pipeline, pick_device, place_images
+from metamorph.inference.session import load_pipeline, pick_device
 from metamorph.models.image_files import MediaError, load_image
 from metamorph.models.processing_metamorph import TextPart
-from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 from metamorph.training.arguments import MetaMorphTrainingArguments
 
 
@@ -82,15 +81,15 @@ def _parse(line: str, where: str) -> dict[str, Any]:
         )
     if not all(isinstance(image, str) for image in images):
         raise ValueError(f"{where}: images must be paths, not {images!r:.80}")
-    if DEFAULT_IMAGE_TOKEN not in entry["prompt"]:
-        entry["prompt"] = place_images(entry["prompt"], len(images))
     return entry
 
 
 def _open_prompt(entry: dict[str, Any], where: str, folder: Path) -> SamplePrompt:
-    text, paths = entry["prompt"], [folder / name for name in entry.get("images", [])]
-    if (markers := text.count(DEFAULT_IMAGE_TOKEN)) != len(paths):
-        raise ValueError(f"{where} has {markers} {DEFAULT_IMAGE_TOKEN}, but names {len(paths)} images")
+    paths = [folder / name for name in entry.get("images", [])]
+    try:
+        text, _ = place_media(entry["prompt"], paths)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"{where}: there is no image {path}")
