@@ -13,7 +13,7 @@ from metamorph.runs.progress import Progress
 
 
 Scores = Mapping[str, float]
-"""Figures of one sample by name; all samples of a benchmark have the same names, or leave out those that do not apply."""
+"""Figures of one sample by name; a sample may lack those that do not apply to it."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Metric(ABC):
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Raise a `ValueError` before the model is loaded if samples, weights or an endpoint do not fit."""
+        return
 
     @abstractmethod
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> list[dict[str, float]]:
-        """The figures of each sample. An answer with an error, or without the image asked for, gets those of a wrong
-        one."""
+        """The figures of each sample; an answer with an error, or without the image asked for, counts as wrong."""
 
     def summarise(self, samples: Sequence[Sample], scores: Sequence[Scores]) -> dict[str, float]:
         """Figures of all these samples: by default the mean of each score over the samples that have it.
