@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from metamorph.evaluation.benchmarks.samples import Answer, Sample
+from metamorph.evaluation.samples import Answer, Sample
 from metamorph.inference.session import Session
 from metamorph.runs.progress import Progress
 
