@@ -88,9 +88,12 @@ def test_the_same_command_gives_the_same_result(session, folder: Path) -> None:
 
 
 def test_a_result_says_what_decided_it(session, folder: Path) -> None:
+    lines = (folder / "questions.jsonl").read_text().splitlines(keepends=True)
+    wrong = [json.dumps({**json.loads(line), "answer": "no such word"}) + "\n" for line in lines[:3]]
+    (folder / "questions.jsonl").write_text("".join([*wrong, *lines[3:]]))
     result = run(session, folder, "one")
     right = [answer for answer in result["answers"] if answer["text"].strip().lower() == answer["reference"]]
-    assert len(right) >= 8  # of 12: mini is good at this
+    assert len(right) >= 7  # mini is good at this
     summary = result["summary"]
     assert summary["accuracy"]["value"] == len(right) / 12
     assert summary["accuracy"]["low"] < len(right) / 12 < summary["accuracy"]["high"] <= 1
