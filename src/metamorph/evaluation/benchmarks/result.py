@@ -83,7 +83,7 @@ def make_result(
 
 def table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows of the figures: those of all samples, then the headline of each category."""
-    rows = [(name, *_cells(figure)) for name, figure in result["summary"].items()]
+    rows: list[tuple[str, ...]] = [(name, *_cells(figure)) for name, figure in result["summary"].items()]
     for kind, categories in result["categories"].items():
         for category, found in categories.items():
             if result["headline"] in found:
