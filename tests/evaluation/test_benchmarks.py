@@ -27,6 +27,7 @@ from metamorph.evaluation.loaders import LOADERS
 from metamorph.evaluation.metrics import METRICS
 from metamorph.inference import Session
 from metamorph.mini import asset_path
+from metamorph.models.adapters import ADAPTER_FILE
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +129,12 @@ def test_hashes_change_with_what_they_identify(session, folder: Path) -> None:
     assert identify(str(model), "model")["sha256"] == own  # checkpoints of its training are not the model
     (model / "chat_template.jinja").write_text("x")
     assert identify(str(model), "model")["sha256"] != own
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    (adapter / ADAPTER_FILE).write_text(json.dumps({"language_model": str(model), "vision_tower": "mini-siglip"}))
+    base = identify(str(adapter), "model")["base"]
+    assert base["model"] == identify(str(model), "model")
+    assert len(base["tower"]["sha256"]) == 64
 
 
 def test_a_limit_gives_the_answers_of_a_full_run(session, folder: Path) -> None:

@@ -25,7 +25,9 @@ def main(argv: Sequence[str]) -> int | None:
     compare_help = "compare two results of a benchmark: result.json files, or their folders"
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help=compare_help)
     output_help = "JSON file of the comparison; a plot of the same name is written next to it"
-    parser.add_argument("--output", dest="comparison", type=output_file, help=output_help)  # `loss` has an --output, too
+    parser.add_argument(
+        "--output", dest="comparison", type=output_file, help=output_help
+    )  # `loss` has an --output, too
     kinds = parser.add_subparsers(dest="kind")
     spec = kinds.add_parser(SPEC, help="a benchmark by its name, or a YAML file")
     world = kinds.add_parser("world", help="questions and drawings in the miniature world, judged by its pixel checker")
