@@ -1,0 +1,70 @@
+"""What a metric is: a dataclass whose fields are the options of `metric:` in a spec."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from metamorph.evaluation.samples import Answer, Sample
+from metamorph.inference.session import Session
+from metamorph.runs.progress import Progress
+
+
+Scores = Mapping[str, float]
+"""Figures of one sample by name; a sample may lack those that do not apply to it."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a metric may use."""
+
+    device: torch.device
+    open_session: Callable[[], Session]
+    """Loads the evaluated model, or returns the loaded one."""
+    progress: Progress
+    """Advanced by one for each judged sample."""
+
+
+@dataclass(frozen=True)
+class Metric(ABC):
+    """Judges the answers of a benchmark."""
+
+    name: ClassVar[str]
+    """In specs."""
+    headline: ClassVar[str]
+    """The figure of `summarise` that is quoted, for example `accuracy`. Higher is better unless `lower_is_better`."""
+    lower_is_better: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
+    """Whether answers are drawn, which takes a visualizer."""
+    needs_visual_tokens: ClassVar[bool] = False
+
+    def unit(self, sample: Sample) -> str:
+        """Samples of the same unit are chosen and resampled together; by default each is one.
+
+        Questions about the same image, or the two halves of a pair, are not independent, so intervals need to know of
+        them. A figure of pairs belongs in the scores of their samples, where resampling finds it.
+        """
+        return sample.id
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Raise a `ValueError` before the model is loaded if samples, weights or an endpoint do not fit."""
+        return
+
+    @abstractmethod
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> list[dict[str, float]]:
+        """The figures of each sample; an answer with an error, or without the image asked for, counts as wrong."""
+
+    def summarise(self, samples: Sequence[Sample], scores: Sequence[Scores]) -> dict[str, float]:
+        """Figures of all these samples: by default the mean of each score over the samples that have it.
+
+        It is also called with the samples of a category, and with resampled ones for confidence intervals.
+        """
+        names = dict.fromkeys(name for each in scores for name in each)
+        columns = {name: [each[name] for each in scores if name in each] for name in names}
+        return {name: sum(column) / len(column) for name, column in columns.items()}
+
+    def of_set(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> dict[str, float]:
+        """Figures that only exist for all answers together, such as FID; they get no confidence interval."""
+        return {}
