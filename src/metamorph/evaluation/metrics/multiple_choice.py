@@ -1,0 +1,160 @@
+"""Multiple choice: which option an answer names, by letter or by text, and accuracy of questions asked more than once.
+
+The reference of a sample is `{"answer": letter, "options": {letter: text}}`, also `"group"` and `"group_size"` for
+questions that belong together. Without options the question is open, and `"answer"` a text or a list of texts.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from metamorph.evaluation.benchmarks.samples import Answer, Sample
+from metamorph.evaluation.metrics.base import Metric, Tools
+from metamorph.evaluation.metrics.text import number, plain
+
+
+_ALONE = re.compile(r"\(?([A-Za-z])[).:,]{0,2}")
+_NAMED = re.compile(
+    r"(?i:\b(?:answer|option|choice)\b(?:\s+is|\s*:)*)\s*[*\"'(]*(?i:option\s+)?([A-Z]\b|[a-z](?=[).,:;*\"'\s]*$))"
+)
+_MARKED = re.compile(r"\(([A-Za-z])\)|(?:^|(?<=[\s*]))([A-Z])[).:](?=[\s*]|$)")
+_LEADING = re.compile(r"\s*(?:\(([A-Za-z])\)|([A-Za-z])[).:])(?=\s|$)(.*)", re.DOTALL)
+_BARE = re.compile(r"(?<![\w'])([A-Z])(?![\w'])")
+_ARTICLE = re.compile(r"(?:^|(?<=[.!?]\s))[AI](?=\s+[a-z])|(?<![\w'])I(?=\s+[a-z])")
+"""A capital that begins a sentence and is a word, as in "A red ball" or "I think"."""
+
+
+@dataclass(frozen=True)
+class MultipleChoice(Metric):
+    """Share of right answers. An answer that names no option, or more than one, is wrong.
+
+    Open questions are right if the text or, to two decimals, the number is that of a right answer.
+    """
+
+    name: ClassVar[str] = "multiple_choice"
+    headline: ClassVar[str] = "accuracy"
+    group_figure: ClassVar[str | None] = None
+    """What the share of groups is called in which every answer is right; it is kept with a group's first sample."""
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Refuse samples without options."""
+        for sample in samples:
+            if not isinstance(sample.reference, Mapping) or not {"answer", "options"} <= set(sample.reference):
+                raise ValueError(
+                    f"{self.name} needs questions with options, but sample {sample.id} has none: name the columns of "
+                    "the options in the spec's data, or take another metric"
+                )
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> list[dict[str, float]]:
+        """`accuracy` of each sample; those of the group with its first sample."""
+        verdicts = [
+            not answer.error and is_right(answer.text, sample.reference)
+            for sample, answer in zip(samples, answers, strict=True)
+        ]
+        scores = [{"accuracy": float(verdict)} for verdict in verdicts]
+        tools.progress.update(len(scores))
+        if self.group_figure is None:
+            return scores
+        groups: dict[str, list[int]] = {}
+        for index, sample in enumerate(samples):
+            groups.setdefault(sample.reference["group"], []).append(index)
+        for members in groups.values():
+            if len(members) == samples[members[0]].reference["group_size"]:  # else a subset cut the group
+                scores[members[0]][self.group_figure] = float(all(verdicts[index] for index in members))
+        return scores
+
+
+@dataclass(frozen=True)
+class _GroupedChoice(MultipleChoice):
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Refuse samples without options or group."""
+        super().check(samples)
+        for sample in samples:
+            if not {"group", "group_size"} <= set(sample.reference):
+                raise ValueError(
+                    f"{self.name} needs grouped questions, but sample {sample.id} has no group: use multiple_choice"
+                )
+
+
+@dataclass(frozen=True)
+class PairedChoice(_GroupedChoice):
+    """As `multiple_choice`, and the share of pairs with two right answers, MMVP's accuracy (arXiv 2401.06209)."""
+
+    name: ClassVar[str] = "paired_choice"
+    headline: ClassVar[str] = "pair_accuracy"
+    group_figure: ClassVar[str | None] = "pair_accuracy"
+
+
+@dataclass(frozen=True)
+class CircularChoice(_GroupedChoice):
+    """MMBench's CircularEval (arXiv 2307.06281): a question counts if it is right for each rotation of its options.
+
+    `accuracy` is that of the questions as published, `rotated_accuracy` that of the rotations.
+    """
+
+    name: ClassVar[str] = "circular_choice"
+    headline: ClassVar[str] = "circular_accuracy"
+    group_figure: ClassVar[str | None] = "circular_accuracy"
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> list[dict[str, float]]:
+        """`accuracy` and `circular_accuracy` of questions as published, `rotated_accuracy` of rotations."""
+        scores = super().score(samples, answers, tools)
+        seen: set[str] = set()
+        for sample, each in zip(samples, scores, strict=True):
+            if sample.reference["group"] in seen:
+                each["rotated_accuracy"] = each.pop("accuracy")
+            seen.add(sample.reference["group"])
+        return scores
+
+
+def is_right(text: str, reference: Mapping[str, Any]) -> bool:
+    """Whether the answer names the right option or, to an open question, is a right answer."""
+    if reference["options"]:
+        return parse_choice(text, reference["options"]) == reference["answer"]
+    right = [reference["answer"]] if isinstance(reference["answer"], str) else reference["answer"]
+    given = number(text)
+    numbers = [number(each) for each in right]
+    return plain(text) in map(plain, right) or (
+        given is not None and any(each is not None and round(each, 2) == round(given, 2) for each in numbers)
+    )
+
+
+def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
+    """The letter of the option that the answer names; None if it names none or several.
+
+    What is tried, in this order: the answer is a letter, or an option's text; it says "the answer is B"; it begins with
+    or contains "(B)" or "B."; it contains a letter by itself; it contains the text of one option.
+    """
+    text = text.strip()
+    if match := _ALONE.fullmatch(text):
+        return _known({match[1]}, options)
+    if equal := [letter for letter, option in options.items() if plain(option) == plain(text)]:
+        return equal[0] if len(equal) == 1 else None
+    if (match := _LEADING.fullmatch(text)) and (first := (match[1] or match[2]).upper()) in options:
+        rest = {letter for letter, option in options.items() if plain(option) == plain(match[3])}
+        return _known({first} | (rest or _letters(_MARKED, match[3])), options)
+    for pattern in (_NAMED, _MARKED):
+        if found := _letters(pattern, text):
+            return _known(found, options)
+    if found := _letters(_BARE, _ARTICLE.sub(" ", text)):
+        return _known(found, options)
+    contained = {letter: plain(option) for letter, option in options.items() if _contains(text, option)}
+    # "dark red" also contains "red"
+    longest = [a for a, option in contained.items() if not any(option in b and option != b for b in contained.values())]
+    return longest[0] if len(longest) == 1 else None
+
+
+def _letters(pattern: re.Pattern[str], text: str) -> set[str]:
+    return {next(filter(None, match.groups())) for match in pattern.finditer(text)}
+
+
+def _known(letters: set[str], options: Mapping[str, str]) -> str | None:
+    """The option if all letters are the same one."""
+    found = {letter.upper() for letter in letters}
+    return found.pop() if len(found) == 1 and found <= set(options) else None
+
+
+def _contains(text: str, option: str) -> bool:
+    words = re.escape(plain(option))
+    return bool(plain(option)) and re.search(rf"(?<!\w){words}(?!\w)", text.lower()) is not None
