@@ -1,4 +1,5 @@
 """Benchmarks: a spec says what is asked and how answers are judged.
 
-What is a sample, and what an answer?     `samples.py`
+What is in a spec?                         `spec.py`
+Old place of samples                      `samples.py`
 """
