@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from metamorph.evaluation.benchmarks.samples import Sample
 from metamorph.evaluation.loaders.base import Loader
 from metamorph.evaluation.loaders.tables import Row, find_files, image_reference, read_rows
+from metamorph.evaluation.samples import Sample
 
 
 JSON_COLUMNS = ("imgname", "query", "label")

@@ -7,12 +7,12 @@ question's index) are those of the files at https://github.com/open-compass/MMBe
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from metamorph.evaluation.benchmarks.samples import Sample
 from metamorph.evaluation.loaders.base import Loader
 from metamorph.evaluation.loaders.choices import choice_reference, lettered, option_lines
 from metamorph.evaluation.loaders.tables import Row, image_reference, read_rows
+from metamorph.evaluation.samples import Sample
 
 
 COLUMNS = ("index", "question", "answer", "A", "B", "image")
@@ -50,7 +50,7 @@ class MMBenchLoader(Loader):
                 group += [(row.text("index"), row, _options(row), row.needed("answer").upper()) for row in copies]
             elif self.circular:
                 group += _rotations(*group[0])
-            samples += [_sample(*each, rows, (str(index), len(group))) for each in group]
+            samples += [_sample(*each, rows, str(index)) for each in group]
         return samples
 
 
@@ -76,9 +76,7 @@ def _rotations(id_: str, row: Row, options: dict[str, str], answer: str) -> list
     ]
 
 
-def _sample(
-    id_: str, row: Row, options: dict[str, str], answer: str, rows: dict[int, Row], group: tuple[str, int]
-) -> Sample:
+def _sample(id_: str, row: Row, options: dict[str, str], answer: str, rows: dict[int, Row], group: str) -> Sample:
     image = row.needed("image")
     if len(image) <= _MAX_INDEX:
         if not image.isdecimal() or int(image) not in rows:
@@ -90,11 +88,10 @@ def _sample(
         "hint": f"{hint}\n" if hint else "",
         "options": option_lines(options),
     }
-    reference: dict[str, Any] = choice_reference(options, answer, row)
     return Sample(
         id=id_,
         fields=fields,
-        reference=reference | {"group": group[0], "group_size": group[1]},
+        reference=choice_reference(options, answer, row) | {"group": group},
         images=tuple(image_reference(image, Path(), row.where)),
         categories={name: row.text(name) for name in ("category", "l2-category") if row.text(name)},
     )

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from metamorph.evaluation.benchmarks.samples import Sample
 from metamorph.evaluation.loaders.base import Loader
 from metamorph.evaluation.loaders.choices import LETTER, SHORT, choice_reference, lettered, option_lines, parse_list
 from metamorph.evaluation.loaders.tables import Row, find_files, image_reference, read_rows
+from metamorph.evaluation.samples import Sample
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from metamorph.evaluation.benchmarks.samples import Sample
 from metamorph.evaluation.loaders.base import Loader
 from metamorph.evaluation.loaders.choices import choice_reference, lettered, option_lines
 from metamorph.evaluation.loaders.tables import Row, check_columns, image_reference, read_rows
+from metamorph.evaluation.samples import Sample
 
 
 COLUMNS = ("Index", "Question", "Options", "Correct Answer")
@@ -45,6 +45,6 @@ def _sample(row: Row, images: Path) -> Sample:
     return Sample(
         id=index,
         fields={"question": row.needed("Question"), "options": option_lines(texts)},
-        reference=reference | {"group": str((int(index) - 1) // 2 + 1), "group_size": 2},
+        reference=reference | {"group": str((int(index) - 1) // 2 + 1)},
         images=tuple(image_reference(f"{index}.jpg", images, row.where)),
     )

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from metamorph.evaluation.benchmarks.samples import Sample
 from metamorph.evaluation.loaders.base import Loader
 from metamorph.evaluation.loaders.choices import choice_reference, lettered, option_lines, options_in, parse_list
 from metamorph.evaluation.loaders.tables import Row, find_files, image_reference, read_rows, video_files
+from metamorph.evaluation.samples import Sample
 
 
 FILE = "table_file"
@@ -38,8 +38,8 @@ class TableLoader(Loader):
     options: Columns = ()
     """One column with a list of the options, or a column for each."""
     options_in: str = ""
-    """Instead of `options`, a column whose text has them, a line for each. Rows without them, or with a right answer that
-    is none of their letters, are open questions."""
+    """Instead of `options`, a column whose text has a line for each, such as `(A) red` or `A. red`. A row is an open
+    question if its text has none, or if its right answer is none of their letters."""
     id: str = ""
     """Column that names a row; by default, rows are counted."""
     images: Columns = ()

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from metamorph.evaluation.benchmarks.samples import Sample
 from metamorph.evaluation.loaders.base import Loader
 from metamorph.evaluation.loaders.choices import parse_list
 from metamorph.evaluation.loaders.tables import Row, image_reference, read_rows
+from metamorph.evaluation.samples import Sample
 
 
 COLUMNS = ("question_id", "question", "image_id", "answers")

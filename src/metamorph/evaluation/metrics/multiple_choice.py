@@ -1,7 +1,7 @@
 """Multiple choice: which option an answer names, by letter or by text, and accuracy of questions asked more than once.
 
-The reference of a sample is `{"answer": letter, "options": {letter: text}}`, also `"group"` and `"group_size"` for
-questions that belong together. Without options the question is open, and `"answer"` a text or a list of texts.
+The reference of a sample is `{"answer": letter, "options": {letter: text}}`, also `"group"` for questions that belong
+together. Without options the question is open, and `"answer"` a text or a list of texts.
 """
 
 import re
@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from metamorph.evaluation.benchmarks.samples import Answer, Sample
 from metamorph.evaluation.metrics.base import Metric, Tools
 from metamorph.evaluation.metrics.text import number, plain
+from metamorph.evaluation.samples import Answer, Sample
 
 
 _ALONE = re.compile(r"\(?([A-Za-z])[).:,]{0,2}")
@@ -34,13 +34,11 @@ class MultipleChoice(Metric):
 
     name: ClassVar[str] = "multiple_choice"
     headline: ClassVar[str] = "accuracy"
-    group_figure: ClassVar[str | None] = None
-    """What the share of groups is called in which every answer is right; it is kept with a group's first sample."""
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Refuse samples without options."""
         for sample in samples:
-            if not isinstance(sample.reference, Mapping) or not {"answer", "options"} <= set(sample.reference):
+            if not _has(sample, "options"):
                 raise ValueError(
                     f"{self.name} needs questions with options, but sample {sample.id} has none: name the columns of "
                     "the options in the spec's data, or take another metric"
@@ -54,27 +52,33 @@ class MultipleChoice(Metric):
         ]
         scores = [{"accuracy": float(verdict)} for verdict in verdicts]
         tools.progress.update(len(scores))
-        if self.group_figure is None:
-            return scores
-        groups: dict[str, list[int]] = {}
-        for index, sample in enumerate(samples):
-            groups.setdefault(sample.reference["group"], []).append(index)
-        for members in groups.values():
-            if len(members) == samples[members[0]].reference["group_size"]:  # else a subset cut the group
-                scores[members[0]][self.group_figure] = float(all(verdicts[index] for index in members))
         return scores
 
 
 @dataclass(frozen=True)
 class _GroupedChoice(MultipleChoice):
+    """Also counts the groups in which every answer is right. That figure is kept with a group's first sample."""
+
+    def unit(self, sample: Sample) -> str:
+        """The questions of a group are chosen and resampled together."""
+        return sample.reference["group"] if _has(sample, "group") else sample.id
+
     def check(self, samples: Sequence[Sample]) -> None:
         """Refuse samples without options or group."""
         super().check(samples)
         for sample in samples:
-            if not {"group", "group_size"} <= set(sample.reference):
+            if not _has(sample, "group"):
                 raise ValueError(
-                    f"{self.name} needs grouped questions, but sample {sample.id} has no group: use multiple_choice"
+                    f"{self.name} needs questions in groups, but sample {sample.id} has none: take multiple_choice"
                 )
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> list[dict[str, float]]:
+        """`accuracy` of each sample, and the headline with the first of each group."""
+        scores = super().score(samples, answers, tools)
+        for members in groups(samples).values():
+            all_right = all(scores[index]["accuracy"] for index in members)
+            scores[members[0]][self.headline] = float(all_right)
+        return scores
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,13 @@ class PairedChoice(_GroupedChoice):
 
     name: ClassVar[str] = "paired_choice"
     headline: ClassVar[str] = "pair_accuracy"
-    group_figure: ClassVar[str | None] = "pair_accuracy"
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Refuse samples that are not pairs."""
+        super().check(samples)
+        for group, members in groups(samples).items():
+            if len(members) != 2:
+                raise ValueError(f"{self.name} needs pairs, but the group {group} has {len(members)} questions")
 
 
 @dataclass(frozen=True)
@@ -95,17 +105,22 @@ class CircularChoice(_GroupedChoice):
 
     name: ClassVar[str] = "circular_choice"
     headline: ClassVar[str] = "circular_accuracy"
-    group_figure: ClassVar[str | None] = "circular_accuracy"
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> list[dict[str, float]]:
         """`accuracy` and `circular_accuracy` of questions as published, `rotated_accuracy` of rotations."""
         scores = super().score(samples, answers, tools)
-        seen: set[str] = set()
-        for sample, each in zip(samples, scores, strict=True):
-            if sample.reference["group"] in seen:
-                each["rotated_accuracy"] = each.pop("accuracy")
-            seen.add(sample.reference["group"])
+        for members in groups(samples).values():
+            for index in members[1:]:
+                scores[index]["rotated_accuracy"] = scores[index].pop("accuracy")
         return scores
+
+
+def groups(samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """The numbers of the samples of each group, in order."""
+    found: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        found.setdefault(sample.reference["group"], []).append(index)
+    return found
 
 
 def is_right(text: str, reference: Mapping[str, Any]) -> bool:
@@ -143,6 +158,10 @@ def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
     # "dark red" also contains "red"
     longest = [a for a, option in contained.items() if not any(option in b and option != b for b in contained.values())]
     return longest[0] if len(longest) == 1 else None
+
+
+def _has(sample: Sample, key: str) -> bool:
+    return isinstance(sample.reference, Mapping) and key in sample.reference
 
 
 def _letters(pattern: re.Pattern[str], text: str) -> set[str]:

@@ -5,8 +5,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from metamorph.evaluation.benchmarks.samples import Answer, Sample
 from metamorph.evaluation.metrics.base import Metric, Tools
+from metamorph.evaluation.samples import Answer, Sample
 
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?(%?)", re.IGNORECASE)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metamorph.evaluation.benchmarks.samples import Sample
 from metamorph.evaluation.metrics.text import TextMetric, references
+from metamorph.evaluation.samples import Sample
 
 
 ENOUGH = 3

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metamorph.evaluation.benchmarks.samples import Answer, Sample
 from metamorph.evaluation.metrics.base import Metric, Scores, Tools
 from metamorph.evaluation.metrics.text import plain
+from metamorph.evaluation.samples import Answer, Sample
 
 
 @dataclass(frozen=True)
