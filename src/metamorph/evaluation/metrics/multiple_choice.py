@@ -21,8 +21,8 @@ _NAMED = re.compile(
 _MARKED = re.compile(r"\(([A-Za-z])\)|(?:^|(?<=[\s*]))([A-Z])[).:](?=[\s*]|$)")
 _LEADING = re.compile(r"\s*(?:\(([A-Za-z])\)|([A-Za-z])[).:])(?=\s|$)(.*)", re.DOTALL)
 _BARE = re.compile(r"(?<![\w'])([A-Z])(?![\w'])")
-_ARTICLE = re.compile(r"(?:^|(?<=[.!?]\s))[AI](?=\s+[a-z])|(?<![\w'])I(?=\s+[a-z])")
-"""A capital that begins a sentence and is a word, as in "A red ball" or "I think"."""
+_ARTICLE = re.compile(r"(?:^|(?<=[.!?]\s))[AI](?=\s+(?!or\b|and\b|is\b|because\b)[a-z])|(?<![\w'])I(?=\s+[a-z])")
+"""A capital that is a word, as in "A red ball" or "I think"."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,19 @@ def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
             return _known(found, options)
     if found := _letters(_BARE, _ARTICLE.sub(" ", text)):
         return _known(found, options)
-    contained = {letter: plain(option) for letter, option in options.items() if _contains(text, option)}
-    # "dark red" also contains "red"
-    longest = [a for a, option in contained.items() if not any(option in b and option != b for b in contained.values())]
-    return longest[0] if len(longest) == 1 else None
+    return _contained(text, options)
+
+
+def _contained(text: str, options: Mapping[str, str]) -> str | None:
+    """The option whose text is in the answer, if it is only one; "dark red" does not also count as "red"."""
+    rest, found = text.lower(), set()
+    for option in sorted(set(map(plain, options.values())), key=len, reverse=True):
+        whole = re.compile(rf"(?<!\w){re.escape(option)}(?!\w)")
+        if option and whole.search(rest):
+            found.add(option)
+            rest = whole.sub("|", rest)
+    letters = [letter for letter, option in options.items() if plain(option) in found]
+    return letters[0] if len(letters) == 1 else None
 
 
 def _has(sample: Sample, key: str) -> bool:
@@ -172,8 +181,3 @@ def _known(letters: set[str], options: Mapping[str, str]) -> str | None:
     """The option if all letters are the same one."""
     found = {letter.upper() for letter in letters}
     return found.pop() if len(found) == 1 and found <= set(options) else None
-
-
-def _contains(text: str, option: str) -> bool:
-    words = re.escape(plain(option))
-    return bool(plain(option)) and re.search(rf"(?<!\w){words}(?!\w)", text.lower()) is not None
