@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int | None:
     """Evaluate and print a table; 1 if answers of a benchmark are errors."""
     parser = FlagParser(
         prog="metamorph evaluate",
-        description="Evaluate a trained model on a benchmark, in the miniature world or on data, or a visualizer alone.",
+        description="Evaluate a trained model: on a benchmark, data, or the miniature world; or a visualizer alone.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--list", action="store_true", help="list the benchmarks that ship with MetaMorph")

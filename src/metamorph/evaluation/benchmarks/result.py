@@ -14,8 +14,8 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from metamorph import __version__
-from metamorph.evaluation.benchmarks.spec import Spec
 from metamorph.evaluation.benchmarks.intervals import by_category, figures
+from metamorph.evaluation.benchmarks.spec import Spec
 from metamorph.evaluation.metrics.base import Scores
 from metamorph.evaluation.samples import Answer, Sample
 from metamorph.inference.batch_file import model_files
