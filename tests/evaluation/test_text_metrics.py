@@ -182,9 +182,10 @@ def test_circular_evaluation_wants_every_rotation_right():
     assert scores[3] == {"rotated_accuracy": 0.0}
 
 
-def test_groups_are_units():
-    sample = Sample("7", {}, {"answer": "A", "options": OPTIONS, "group": "4"})
-    assert (PairedChoice().unit(sample), MultipleChoice().unit(sample)) == ("4", "7")
+def test_questions_about_an_image_and_groups_are_units():
+    sample = Sample("7", {}, {"answer": "A", "options": OPTIONS, "group": "4"}, images=("x.png",))
+    assert (PairedChoice().unit(sample), MultipleChoice().unit(sample)) == ("4", "x.png")
+    assert YesNo().unit(Sample("7", {}, "no")) == "7"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class MMBenchLoader(Loader):
 
     name: ClassVar[str] = "mmbench"
     circular: bool = True
-    """Ask for each rotation of the options: those of the file, or made for files without them, such as 1.1's."""
+    """Ask for each rotation of the options: those of the file, or made if the file has none."""
 
     def load(self, path: Path) -> Sequence[Sample]:
         """The samples of the file `path`."""

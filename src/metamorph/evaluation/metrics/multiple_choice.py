@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from metamorph.evaluation.metrics.base import Metric, Tools
-from metamorph.evaluation.metrics.text import number, plain
+from metamorph.evaluation.metrics.base import Tools
+from metamorph.evaluation.metrics.text import QuestionMetric, number, plain
 from metamorph.evaluation.samples import Answer, Sample
 
 
@@ -26,7 +26,7 @@ _ARTICLE = re.compile(r"(?:^|(?<=[.!?]\s))[AI](?=\s+(?!or\b|and\b|is\b|because\b
 
 
 @dataclass(frozen=True)
-class MultipleChoice(Metric):
+class MultipleChoice(QuestionMetric):
     """Share of right answers. An answer that names no option, or more than one, is wrong.
 
     Open questions are right if the text or, to two decimals, the number is that of a right answer.

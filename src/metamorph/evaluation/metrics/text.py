@@ -38,7 +38,16 @@ def references(sample: Sample) -> list[str]:
 
 
 @dataclass(frozen=True)
-class TextMetric(Metric):
+class QuestionMetric(Metric):
+    """Judges answers to questions about images or videos."""
+
+    def unit(self, sample: Sample) -> str:
+        """Questions about the same image are chosen and resampled together."""
+        return next(iter((*sample.images, *sample.videos)), sample.id)
+
+
+@dataclass(frozen=True)
+class TextMetric(QuestionMetric):
     """Compares the text of each answer with the right ones; the mean over all samples is reported."""
 
     @abstractmethod

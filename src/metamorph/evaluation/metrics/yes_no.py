@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metamorph.evaluation.metrics.base import Metric, Scores, Tools
-from metamorph.evaluation.metrics.text import plain
+from metamorph.evaluation.metrics.base import Scores, Tools
+from metamorph.evaluation.metrics.text import QuestionMetric, plain
 from metamorph.evaluation.samples import Answer, Sample
 
 
 @dataclass(frozen=True)
-class YesNo(Metric):
+class YesNo(QuestionMetric):
     """Accuracy, precision, recall and F1 of "yes", share of "yes" answers, and share of answers that are neither.
 
     An answer that is neither is wrong. POPE's own script counts it as "yes".
