@@ -5,11 +5,16 @@ files, for example with NVIDIA's StyleGAN3 metrics (`vgg16.pt`, `inception-2015-
 A TorchScript file is a program: use one from a source that you trust.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
+
+from metamorph.flags.extras import install_command
 
 
 NOT_MEASURED = {
@@ -57,9 +62,25 @@ def lpips_distances(network: ImageFeatures, first: Tensor, second: Tensor) -> li
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) of two sets of features `[images, features]` (Heusel et al., 2017)."""
-    mean = (first.mean(dim=0) - second.mean(dim=0)).square().sum()
-    one, two = first.T.cov(), second.T.cov()
-    # Σ₁ Σ₂ has the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, none of them negative: below 0 there are only rounding errors.
-    roots = torch.linalg.eigvals(one @ two).real.clamp(min=0).sqrt().sum()
-    return (mean + one.trace() + two.trace() - 2 * roots).item()
+    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) of two sets of float64 features `[images, features]`.
+
+    That is the Fréchet distance of two normal distributions (Heusel et al., 2017).
+
+    Raises:
+        ValueError: If torchmetrics is not installed.
+    """
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ModuleNotFoundError as error:
+        raise ValueError(f"FID needs {error.name}: {install_command('evaluate')}") from error
+    features = nn.Identity()  # the network has been run
+    features.num_features = first.shape[1]
+    distance = FrechetInceptionDistance(features)
+    distance.update(first, real=True)
+    distance.update(second, real=False)
+    return distance.compute().item()
+
+
+def to_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """Images of one size as uint8 `[images, 3, height, width]`."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
