@@ -69,10 +69,11 @@ class Endpoint:
                     f"{self._name} refuses the key (HTTP {response.status_code}): set api_key_env to the name of the "
                     "environment variable that holds it"
                 )
-            if not response.is_success:  # not every server lists its models
-                return
-            served = [model.get("id") for model in response.json().get("data", [])]
-        if served and self.model not in served:
+        try:
+            served = [model["id"] for model in response.raise_for_status().json()["data"]]
+        except (httpx.HTTPStatusError, ValueError, LookupError, TypeError):
+            return  # not every server lists its models
+        if self.model not in served:
             raise ValueError(f"{self._name} has no model {self.model!r}: set model to one of {', '.join(served[:20])}")
 
     def ask(self, questions: Sequence[Question], folder: Path) -> Iterator[str]:
@@ -142,11 +143,14 @@ class Endpoint:
 
     def _text(self, response: httpx.Response) -> str:
         try:
-            if response.is_success:
-                return response.json()["choices"][0]["message"]["content"] or ""
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{self._name} gave no answer in OpenAI's style: {self._reason(response)}") from error
-        raise ValueError(f"{self._name} refuses a question: {self._reason(response)}")
+            content = response.raise_for_status().json()["choices"][0]["message"]["content"]
+        except httpx.HTTPStatusError:
+            raise ValueError(f"{self._name} refuses a question: {self._reason(response)}") from None
+        except (ValueError, LookupError, TypeError):
+            content = None
+        if not isinstance(content, str):
+            raise ValueError(f"{self._name} gave no answer in OpenAI's style: {self._reason(response)}")
+        return content
 
     def _reason(self, response: httpx.Response) -> str:
         """Status and text of a response, without the key if the server repeats it."""

@@ -126,22 +126,19 @@ def _share_of_yes(questions: Sequence[dict[str, Any]], verdicts: Sequence[bool])
     return sum(counted.values()) / len(counted)
 
 
-@dataclass(frozen=True)
-class JudgedWithPrompt(Judged):
-    """A judge that is told what to score; the wording is ours unless a file says otherwise."""
+def _check_wording(option: str, file: str | None, *names: str) -> None:
+    """Raise a `ValueError` unless `file` is None or a text whose braces have only these names."""
+    if file is None:
+        return
+    if not Path(file).is_file():
+        raise ValueError(f"{option} {file} does not exist: give a text file")
+    for name in re.findall(r"\{(\w+)\}", _wording(file, "")):
+        if name not in names:
+            raise ValueError(f"{option} {file} names {{{name}}}, but there is only {', '.join(names) or 'nothing'}")
 
-    judge_prompt: str | None = None
-    """A text file with the benchmark's own wording, to reproduce its published figures."""
 
-    def check(self, samples: Sequence[Sample]) -> None:
-        """See `Metric.check`."""
-        if self.judge_prompt is not None and not Path(self.judge_prompt).is_file():
-            raise ValueError(f"judge_prompt {self.judge_prompt} does not exist: give a text file")
-        super().check(samples)
-
-    def wording(self, default: str) -> str:
-        """The text that the judge gets, with names in braces."""
-        return default if self.judge_prompt is None else Path(self.judge_prompt).read_text(encoding="utf-8")
+def _wording(file: str | None, default: str) -> str:
+    return default if file is None else Path(file).read_text(encoding="utf-8")
 
 
 def _warn_of_unreadable(scores: Sequence[Scores]) -> None:
@@ -152,15 +149,22 @@ def _warn_of_unreadable(scores: Sequence[Scores]) -> None:
 
 
 @dataclass(frozen=True)
-class Wise(JudgedWithPrompt):
+class Wise(Judged):
     """WISE: the WiScore, (0.7 consistency + 0.2 realism + 0.1 aesthetic quality) / 2, each from 0 to 2."""
 
     name: ClassVar[str] = "wise"
     headline: ClassVar[str] = "wiscore"
+    judge_prompt: str | None = None
+    """A text file with the benchmark's own wording, to reproduce its figures; with `{prompt}` and `{explanation}`."""
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """See `Metric.check`."""
+        _check_wording("judge_prompt", self.judge_prompt, "prompt", "explanation")
+        super().check(samples)
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> list[dict[str, float]]:
         """`wiscore`, its three parts, and `judged`: the share of images for which the judge's answer could be read."""
-        wording = self.wording(_WISE_PROMPT)
+        wording = _wording(self.judge_prompt, _WISE_PROMPT)
         questions = [
             [Question(fill(wording, **sample.reference), (image,)) for image in answer.images]
             for sample, answer in zip(samples, answers, strict=True)
@@ -186,44 +190,41 @@ def _wise_scores(reply: str) -> dict[str, int] | None:
 
 
 @dataclass(frozen=True)
-class EditJudge(JudgedWithPrompt):
+class EditJudge(Judged):
     """GEdit-Bench: semantic consistency and perceptual quality from 0 to 10, and their geometric mean.
 
-    Both are the lower one of two scores: of carrying out the instruction and keeping the rest, of looking natural and
-    being free of artifacts. `judge_prompt` is the wording of the first pair.
+    Both are the lower of two scores: of carrying out the instruction and keeping the rest, of looking natural and
+    being free of artifacts.
     """
 
     name: ClassVar[str] = "edit_judge"
     headline: ClassVar[str] = "overall"
+    judge_prompt: str | None = None
+    """A text file with the benchmark's own wording for the first pair, with `{instruction}`."""
     quality_prompt: str | None = None
-    """A text file with the wording of the second pair."""
+    """The same for the second pair."""
 
     def check(self, samples: Sequence[Sample]) -> None:
         """See `Metric.check`."""
-        if self.quality_prompt is not None and not Path(self.quality_prompt).is_file():
-            raise ValueError(f"quality_prompt {self.quality_prompt} does not exist: give a text file")
+        _check_wording("judge_prompt", self.judge_prompt, "instruction")
+        _check_wording("quality_prompt", self.quality_prompt)
         super().check(samples)
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> list[dict[str, float]]:
         """`semantic_consistency`, `perceptual_quality`, `overall`, and `judged` as for WISE."""
-        wording = self.wording(_EDIT_PROMPT)
-        quality = (
-            _QUALITY_PROMPT if self.quality_prompt is None else Path(self.quality_prompt).read_text(encoding="utf-8")
-        )
-        questions = [
-            [
-                question
-                for image in answer.images
-                for question in (
-                    Question(
-                        fill(wording, instruction=sample.reference["instruction"]),
-                        (Path(sample.reference["image"]), image),
-                    ),
-                    Question(quality, (image,)),
-                )
-            ]
-            for sample, answer in zip(samples, answers, strict=True)
-        ]
+        wording = _wording(self.judge_prompt, _EDIT_PROMPT)
+        about_quality = _wording(self.quality_prompt, _QUALITY_PROMPT)
+        questions = []
+        for sample, answer in zip(samples, answers, strict=True):
+            original, instruction = Path(sample.reference["image"]), sample.reference["instruction"]
+            about_edit = fill(wording, instruction=instruction)
+            questions.append(
+                [
+                    question
+                    for image in answer.images
+                    for question in (Question(about_edit, (original, image)), Question(about_quality, (image,)))
+                ]
+            )
         found = []
         for replies in self.answers_of(questions, tools):
             lowest = [_lowest_score(reply) for reply in replies]
