@@ -225,7 +225,7 @@ def test_counts_equal_those_of_evaluate_world(tmp_path):
     """The drawings of `metamorph evaluate world` with mini, judged by both."""
     files = write_dataset(tmp_path, seed=7, sizes=WorldSizes(evaluation=12))
     sizes = EvaluationSizes(vqa=0, seen=12, held_out=12, knowledge=4, edit=4, next_frame=4, visualizer=0)
-    drawings = draw_groups(load_session("mini", "mini"), drawing_tasks(files, sizes), SamplerSettings(2.0, 15, 7))
+    drawings = draw_groups(load_session("mini", "mini"), drawing_tasks(files, sizes), SamplerSettings(2.0, 5, 7))
     counts = {}
     for group, items in drawings.items():
         comparable = [item for item in items if item.image is not None and full_record(item.task.target) is not None]

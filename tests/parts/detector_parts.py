@@ -126,7 +126,7 @@ def save_grounding_dino(folder: Path) -> Path:
         num_queries=10,
         d_model=32,
         encoder_layers=1,
-        decoder_layers=1,
+        decoder_layers=2,
         encoder_ffn_dim=16,
         decoder_ffn_dim=16,
         encoder_attention_heads=2,
