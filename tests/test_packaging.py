@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from packaging.utils import canonicalize_name
 import metamorph
 import metamorph.mini as assets
 from metamorph.cli import main
+from metamorph.evaluation.benchmarks.spec import shipped_specs
 from metamorph.recipes import shipped_recipes
 
 
@@ -65,12 +67,12 @@ def test_the_version_is_written_once(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == f"metamorph {metamorph.__version__}\n"
 
 
-def test_a_wheel_ships_the_recipes() -> None:
-    folder = Path(metamorph.__file__).parent / "recipes"
-    patterns = settings()["tool"]["setuptools"]["package-data"]["metamorph.recipes"]
+@pytest.mark.parametrize(("package", "names"), [("recipes", shipped_recipes), ("evaluation", shipped_specs)])
+def test_a_wheel_ships_the_recipes_and_specs(package: str, names: Callable[[], Mapping[str, object]]) -> None:
+    folder = Path(metamorph.__file__).parent / package
+    patterns = settings()["tool"]["setuptools"]["package-data"][f"metamorph.{package}"]
     shipped = {Path(found).stem for pattern in patterns for found in glob.glob(pattern, root_dir=folder)}
-    assert shipped == set(shipped_recipes())
-    assert shipped
+    assert shipped == set(names())
 
 
 def test_a_wheel_ships_all_files_of_the_assets_and_nothing_else() -> None:

@@ -13,11 +13,11 @@ import torch
 from detector_parts import save_clip, save_mask2former
 from PIL import Image
 
-from metamorph.evaluation.benchmarks.samples import Answer, Sample
 from metamorph.evaluation.detectors import Detection
 from metamorph.evaluation.loaders.generation import GenevalLoader
 from metamorph.evaluation.metrics.base import Tools
 from metamorph.evaluation.metrics.geneval import Geneval, is_correct, relations
+from metamorph.evaluation.samples import Answer, Sample
 from metamorph.inference import SamplerSettings
 from metamorph.miniature.quickstart.evaluate import draw_groups, drawing_tasks, judge_scene, load_session
 from metamorph.miniature.quickstart.recipe import EvaluationSizes

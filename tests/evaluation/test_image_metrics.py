@@ -14,7 +14,6 @@ from perceptual_parts import save_networks
 from PIL import Image
 
 import metamorph
-from metamorph.evaluation.benchmarks.samples import Answer
 from metamorph.evaluation.clip import Clip
 from metamorph.evaluation.drawings import encode_images
 from metamorph.evaluation.loaders.edits import EditsLoader
@@ -23,6 +22,7 @@ from metamorph.evaluation.metrics.base import Tools
 from metamorph.evaluation.metrics.captions import Captions
 from metamorph.evaluation.metrics.edits import Edits
 from metamorph.evaluation.metrics.visual_tokens import VisualTokens
+from metamorph.evaluation.samples import Answer
 from metamorph.inference.answer_files import save_tokens
 from metamorph.models.image_files import load_image
 from metamorph.runs.progress import Progress
@@ -65,7 +65,7 @@ def test_scores_of_captions(save, tmp_path):
     assert scores[3] == 0.0
     found = metric.of_set(samples, answers, tools(tmp_path))
     assert found.keys() == {"clip_fid", "fid"}
-    own = [Answer(images=(Path(sample.reference["image"]),)) for sample in samples]
+    own = [Answer(images=(Path(sample.files["image"]),)) for sample in samples]
     same = metric.of_set(samples, own, tools(tmp_path))
     assert same["fid"] == pytest.approx(0, abs=1e-6)
     assert same["clip_fid"] < 0.1 * found["clip_fid"]
@@ -151,9 +151,7 @@ def test_edits_need_captions_somewhere(tmp_path):
 def test_visual_tokens_are_compared_with_those_of_all_true_images(tmp_path):
     session = metamorph.load("mini", device="cpu", dtype=torch.float32)
     samples = CaptionsLoader().load(write_captions(tmp_path, 3))
-    true = encode_images(
-        session.model, session.processor, [load_image(sample.reference["image"]) for sample in samples]
-    )
+    true = encode_images(session.model, session.processor, [load_image(sample.files["image"]) for sample in samples])
     files = []
     for index, tokens in enumerate((true[0], true[2] + 0.01)):
         files.append(tmp_path / f"{index}.safetensors")

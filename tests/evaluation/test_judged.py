@@ -15,12 +15,12 @@ from PIL import Image
 from serving_parts import served
 
 import metamorph
-from metamorph.evaluation.benchmarks.samples import Answer, Sample
 from metamorph.evaluation.endpoint import ANSWERS_FILE, Endpoint, Question
 from metamorph.evaluation.loaders.edits import EditsLoader
 from metamorph.evaluation.loaders.generation import DpgLoader, WiseLoader
 from metamorph.evaluation.metrics.base import Tools
 from metamorph.evaluation.metrics.judged import Dpg, EditJudge, Wise
+from metamorph.evaluation.samples import Answer, Sample
 from metamorph.runs.progress import Progress
 
 

@@ -1,23 +1,33 @@
-"""`metamorph evaluate world | loss | visualizer`: evaluate a trained model, or a visualizer alone."""
+"""`metamorph evaluate SPEC | world | loss | visualizer`: evaluate a trained model, or a visualizer alone."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from metamorph.cli import evaluate_loss, evaluate_visualizer
+from metamorph.cli import evaluate_loss, evaluate_spec, evaluate_visualizer
 from metamorph.flags.checks import check_metamorph_model, check_reachable
-from metamorph.flags.parser import FlagParser, at_least, output_folder
+from metamorph.flags.parser import FlagParser, at_least, output_file, output_folder
 from metamorph.mini import shipped_folder
 
 
-def main(argv: Sequence[str]) -> None:
-    """Evaluate and print a table."""
+SPEC = "SPEC"
+"""Name of the parser of benchmarks, whose own names are not commands."""
+
+
+def main(argv: Sequence[str]) -> int | None:
+    """Evaluate and print a table; 1 if answers of a benchmark are errors."""
     parser = FlagParser(
         prog="metamorph evaluate",
-        description="Evaluate a trained model, or a visualizer alone.",
+        description="Evaluate a trained model: on a benchmark, data, or the miniature world; or a visualizer alone.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = parser.add_subparsers(dest="kind", required=True)
+    parser.add_argument("--list", action="store_true", help="list the benchmarks that ship with MetaMorph")
+    compare_help = "compare two results of a benchmark: result.json files, or their folders"
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help=compare_help)
+    output_help = "JSON file of the comparison; a plot of the same name is written next to it"
+    parser.add_argument("--output", type=output_file, help=output_help)
+    kinds = parser.add_subparsers(dest="kind")
+    spec = kinds.add_parser(SPEC, help="a benchmark by its name, or a YAML file")
     world = kinds.add_parser("world", help="questions and drawings in the miniature world, judged by its pixel checker")
     world.add_argument("--model", default="mini", help="folder or Hub id of the model; mini ships with MetaMorph")
     world.add_argument("--visualizer", default="mini", help="folder or Hub id of the visualizer")
@@ -31,9 +41,22 @@ def main(argv: Sequence[str]) -> None:
     evaluate_visualizer.add_flags(
         kinds.add_parser("visualizer", help="similarity of images and their drawings from their own visual tokens")
     )
+    commands = [name for name in kinds.choices if name != SPEC]
+    evaluate_spec.add_flags(spec, commands)
     parser.epilog = "\n".join(kind.format_usage() for kind in kinds.choices.values())
-    flags = parser.parse_args(argv)
-    flags.run(flags)
+    words = list(argv)
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        words.insert(0, SPEC)
+    flags = parser.parse_args(words)
+    if flags.compare is not None:
+        return evaluate_spec.compare_results(flags.compare, flags.output)
+    if flags.output is not None and flags.kind is None:
+        raise ValueError(f"--output {flags.output} needs --compare, two results")
+    if flags.list:
+        return evaluate_spec.print_specs()
+    if flags.kind is None:
+        raise ValueError(f"say what to evaluate: a benchmark (metamorph evaluate --list), or {', '.join(commands)}")
+    return flags.run(flags)
 
 
 def _evaluate_world(flags: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import argparse
 import json
 import logging
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from metamorph.cli.shared import (
     add_answer_flags,
     check_answer_flags,
     check_image_output,
+    loading_dtype,
     open_answering_session,
     open_images,
 )
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     from metamorph.inference.media import place_media
 
     if flags.draw or flags.max_new_tokens is not None:
-        check_budget(flags)
+        check_budget(flags.model, flags.max_new_tokens, draw=flags.draw)
     prompt, media = place_media(flags.prompt, images, videos)
     session = open_answering_session(flags)
     files = AnswerFiles(
@@ -166,29 +167,36 @@ def open_videos(paths: Sequence[str], flags: argparse.Namespace) -> "list[list[I
         raise ValueError(f"--video {error}") from error
 
 
-def check_budget(flags: argparse.Namespace) -> None:
-    """Compare `--max-new-tokens` with the tokens of an image, before the weights of the model are loaded.
+def check_budget(
+    model: str,
+    max_new_tokens: int | None,
+    *,
+    draw: bool,
+    name_of: Callable[[str], str] = lambda setting: f"--{setting.replace('_', '-')}",
+) -> None:
+    """Compare `max_new_tokens` with the tokens of an image, before the weights of the model are loaded.
 
-    With `--draw`, it is a `ValueError` if the model cannot draw or an image does not fit.
+    With `draw`, it is a `ValueError` if the model cannot draw or an image does not fit; `name_of` says what messages
+    call the two.
     """
     from metamorph.models.pretrained import load_config
 
-    folder = shipped_folder(flags.model, "model")
+    folder = shipped_folder(model, "model")
     check_metamorph_model(folder, flag="--model")
     with errors_name_flag("--model", folder):
         config: Any = load_config(folder)
     can_draw = config.use_vision_ar and config.image_start_token_id is not None
-    if flags.draw and not can_draw:
-        raise ValueError(f"--draw: {flags.model} was trained without visual prediction, so it cannot draw")
+    if draw and not can_draw:
+        raise ValueError(f"{name_of('draw')}: {model} was trained without visual prediction, so it cannot draw")
     needed = config.num_image_tokens + 2
-    if flags.max_new_tokens is None or flags.max_new_tokens >= needed or not can_draw:
+    if max_new_tokens is None or max_new_tokens >= needed or not can_draw:
         return
     message = (
-        f"--max-new-tokens {flags.max_new_tokens} has no room for an image, which takes {needed} "
+        f"{name_of('max_new_tokens')} {max_new_tokens} has no room for an image, which takes {needed} "
         f"({config.num_image_tokens} visual tokens, <image_start> and <image_end>)"
     )
-    if flags.draw:
-        raise ValueError(f"{message}; --draw needs it: give {needed} or more, or leave it out")
+    if draw:
+        raise ValueError(f"{message}; {name_of('draw')} needs it: give {needed} or more, or leave it out")
     logger.warning("%s: the answer will be text only", message)
 
 
@@ -235,9 +243,10 @@ def answer_file(flags: argparse.Namespace) -> int:
     if flags.visualizer is not None:
         check_visualizer_folder(shipped_folder(flags.visualizer, "visualizer"))
     if flags.draw or flags.max_new_tokens is not None:
-        check_budget(flags)
-    dtype = "4bit" if flags.load_in_4bit else "8bit" if flags.load_in_8bit else flags.dtype
-    defaults = BatchDefaults(flags.draw, sampling, settings, flags.max_new_tokens, flags.fps, flags.max_frames, dtype)
+        check_budget(flags.model, flags.max_new_tokens, draw=flags.draw)
+    defaults = BatchDefaults(
+        flags.draw, sampling, settings, flags.max_new_tokens, flags.fps, flags.max_frames, loading_dtype(flags)
+    )
     batch = Batch(Path(flags.input), flags.output, flags.model, flags.visualizer, defaults)
     with joined_processes(), only_run_in(batch.folder, flag="--output"):
         total, done = len(batch.lines()), open_results(batch, overwrite=flags.overwrite)

@@ -135,6 +135,11 @@ def add_loading_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--torch-compile", action="store_true", help=compile_help)
 
 
+def loading_dtype(flags: argparse.Namespace) -> str:
+    """Precision of the model as in [`BatchDefaults`]: a dtype, `4bit` or `8bit`."""
+    return "4bit" if flags.load_in_4bit else "8bit" if flags.load_in_8bit else flags.dtype
+
+
 def loading_options(flags: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `open_session` for the flags of [`add_loading_flags`]."""
     import torch

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,14 +22,20 @@ import torch
 import torch.distributed as dist
 
 from metamorph.flags.checks import printable
-from metamorph.inference.answer_files import AnswerFiles, drawing_metadata, reply_json
+from metamorph.inference.answer_files import (
+    TOKENS_SUFFIX,
+    AnswerFiles,
+    drawing_metadata,
+    reply_json,
+    save_tokens,
+)
 from metamorph.inference.batch_lines import BatchDefaults, Request, parse_line, read_object
 from metamorph.inference.draw import draw
 from metamorph.inference.reply import Reply, reply_to
 from metamorph.inference.session import Session
 from metamorph.mini import shipped_folder
 from metamorph.models.processing_metamorph import ImagePart
-from metamorph.runs.checkpoint_files import file_stamp, on_first_process
+from metamorph.runs.checkpoint_files import PREFIX, file_stamp, on_first_process
 from metamorph.runs.lock import LOCK_FILE
 from metamorph.runs.progress import Progress
 from metamorph.runs.ranks import rank, world_size
@@ -40,6 +46,11 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE = "batch.json"
 _WAIT = datetime.timedelta(days=7)
 """Longest time that processes wait for each other. One that dies is noticed at once."""
+
+
+def flag_of(name: str) -> str:
+    """The flag of `metamorph generate` of that name."""
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,10 @@ class Batch:
     """Folder or Hub id, or `mini`."""
     visualizer: str | None = None
     defaults: BatchDefaults = field(default_factory=BatchDefaults)
+    keep_tokens: bool = False
+    """Also save the visual tokens of each image that is drawn, as the .safetensors file of its first drawing's name."""
+    name_of: Callable[[str], str] = flag_of
+    """What errors call `input`, `output` and the other settings."""
 
     @property
     def folder(self) -> Path:
@@ -72,6 +87,7 @@ class Batch:
             "model": _stamp(shipped_folder(self.model, "model")),
             "visualizer": self.visualizer and _stamp(shipped_folder(self.visualizer, "visualizer")),
             **json.loads(json.dumps(_flags(self.defaults))),
+            **({"keep_tokens": True} if self.keep_tokens else {}),
         }
 
 
@@ -95,8 +111,14 @@ def _flags(defaults: BatchDefaults) -> dict[str, Any]:
 
 def _stamp(model: str) -> Any:
     """Identifies a model: the content of its files, or its Hub id."""
-    files = sorted(file for kind in ("*.safetensors", "*.json") for file in Path(model).rglob(kind))
-    return {file.relative_to(model).as_posix(): file_stamp(file) for file in files} or model
+    return {file.relative_to(model).as_posix(): file_stamp(file) for file in model_files(Path(model))} or model
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The weights and settings of a model or a visualizer, without checkpoints of its training; in order."""
+    kinds = ("*.safetensors", "*.json", "*.jinja")
+    found = (file for kind in kinds for file in folder.rglob(kind))
+    return sorted(file for file in found if not file.relative_to(folder).parts[0].startswith((PREFIX, "_")))
 
 
 @contextmanager
@@ -126,20 +148,20 @@ def open_results(batch: Batch, *, overwrite: bool = False) -> int:
 def _open_results(batch: Batch, overwrite: bool) -> int:
     file, settings = batch.folder / SETTINGS_FILE, batch.settings()
     if batch.results.exists() and not overwrite:
-        advice = "give another --output, or --overwrite"
+        output = batch.name_of("output")
+        advice = f"give another {output}, or --overwrite"
         if not file.is_file():
-            raise ValueError(f"--output {batch.results} exists, but {file} does not: {advice}")
+            raise ValueError(f"{output} {batch.results} exists, but {file} does not: {advice}")
         before = json.loads(file.read_text(encoding="utf-8"))
         if changed := [name for name in settings if before.get(name) != settings[name]]:
-            raise ValueError(
-                f"--output {batch.results} holds results of {_difference(before, settings, changed)}: {advice}"
-            )
+            difference = _difference(batch, before, settings, changed)
+            raise ValueError(f"{output} {batch.results} holds results of {difference}: {advice}")
         return _count_results(batch)
     others = [] if file.is_file() or not batch.folder.is_dir() else [path.name for path in batch.folder.iterdir()]
     if others := sorted(set(others) - {LOCK_FILE}):
         raise ValueError(
-            f"--output {batch.results}: its images go to {batch.folder}, which holds other files such as {others[0]}: "
-            "give another --output"
+            f"{batch.name_of('output')} {batch.results}: its images go to {batch.folder}, which holds other files such "
+            f"as {others[0]}: give another {batch.name_of('output')}"
         )
     batch.folder.mkdir(parents=True, exist_ok=True)
     batch.results.unlink(missing_ok=True)
@@ -150,12 +172,11 @@ def _open_results(batch: Batch, overwrite: bool) -> int:
     return 0
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any], changed: Sequence[str]) -> str:
+def _difference(batch: Batch, before: dict[str, Any], now: dict[str, Any], changed: Sequence[str]) -> str:
     def words(name: str) -> str:
-        flag = f"--{name.replace('_', '-')}"
         if name in ("input", "model", "visualizer"):
-            return f"another {flag}"
-        return f"{flag} {before.get(name)}, which is now {now[name]}"
+            return f"another {batch.name_of(name)}"
+        return f"{batch.name_of(name)} {before.get(name)}, which is now {now[name]}"
 
     return " and ".join(map(words, changed))
 
@@ -175,8 +196,8 @@ def _count_results(batch: Batch) -> int:
             found = None
         if found != expected:
             raise ValueError(
-                f"--output {batch.results} is damaged: it lacks the result of line {expected} of {batch.source}; give "
-                "another --output, or --overwrite"
+                f"{batch.name_of('output')} {batch.results} is damaged: it lacks the result of line {expected} of "
+                f"{batch.source}; give another {batch.name_of('output')}, or --overwrite"
             )
     return len(written)
 
@@ -275,15 +296,13 @@ def _reply(session: Session, batch: Batch, requests: Sequence[Request]) -> list[
 def _write_images(batch: Batch, number: int, request: Request, reply: Reply) -> list[list[str]]:
     """Write the images of an answer; returns their names, relative to the folder of the results."""
     settings = replace(batch.defaults.settings, seed=request.seed)
-    files = AnswerFiles(
-        batch.folder / f"{number:06}.png",
-        drawing_metadata(batch.model, batch.visualizer, request.text, request.sampling, settings),
-        settings,
-        overwrite=True,
-    )
+    metadata = drawing_metadata(batch.model, batch.visualizer, request.text, request.sampling, settings)
+    files = AnswerFiles(batch.folder / f"{number:06}.png", metadata, settings, overwrite=True)
     for part in reply.parts:
         if isinstance(part, ImagePart):
-            files.add(part)
+            first = files.add(part)[0]
+            if batch.keep_tokens:  # a part that is not drawn has this file already
+                save_tokens(part.visual_tokens, first.with_suffix(TOKENS_SUFFIX), metadata)
     return [[file.relative_to(batch.results.parent).as_posix() for file in each] for each in files.files]
 
 

@@ -1,4 +1,10 @@
 """Benchmarks: a spec says what is asked and how answers are judged.
 
-What is a sample, and what an answer?     `samples.py`
+What is in a spec?                        `spec.py`
+From prompts to a result?                 `run.py`
+What is in `result.json`?                 `result.py`
+Confidence intervals?                     `intervals.py`
+Which of two results is better?           `compare.py`
+Plots?                                    `plots.py`
+Old place of samples                      `samples.py`
 """

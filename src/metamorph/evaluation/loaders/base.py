@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from metamorph.evaluation.benchmarks.samples import Sample
+from metamorph.evaluation.samples import Sample
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from metamorph.evaluation.benchmarks.samples import Sample
 from metamorph.evaluation.loaders.base import Loader
 from metamorph.evaluation.loaders.generation import existing, need, read_lines
+from metamorph.evaluation.samples import Sample
 
 
 FILES = ("target", "mask")
@@ -39,8 +39,9 @@ class EditsLoader(Loader):
                 Sample(
                     str(record.get("id", f"{len(samples):05}")),
                     {"instruction": record["instruction"]},
-                    {**files, **texts},
+                    texts,
                     images=(files["image"],),
+                    files=files,
                     categories={"task": record["task"]} if "task" in record else {},
                 )
             )

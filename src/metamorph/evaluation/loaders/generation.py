@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from metamorph.evaluation.benchmarks.samples import Sample
 from metamorph.evaluation.loaders.base import Loader
+from metamorph.evaluation.samples import Sample
 from metamorph.flags.parser import unknown_choice
 
 
@@ -132,7 +132,7 @@ class CaptionsLoader(Loader):
         folder = path.parent / (self.image_folder or "")
         pairs = _coco_captions(path) if path.suffix == ".json" else _caption_lines(path)
         return [
-            Sample(name, {"prompt": caption}, {"caption": caption, "image": existing(folder / image, path)})
+            Sample(name, {"prompt": caption}, {"caption": caption}, files={"image": existing(folder / image, path)})
             for name, image, caption in pairs
         ]
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from metamorph.evaluation.benchmarks.samples import Answer, Sample
+from metamorph.evaluation.samples import Answer, Sample
 from metamorph.inference.session import Session
 from metamorph.runs.progress import Progress
 
@@ -42,6 +42,14 @@ class Metric(ABC):
     needs_images: ClassVar[bool] = False
     """Whether answers are drawn, which takes a visualizer."""
     needs_visual_tokens: ClassVar[bool] = False
+
+    def unit(self, sample: Sample) -> str:
+        """Samples of the same unit are chosen and resampled together; by default each is one.
+
+        Questions about the same image, or the two halves of a pair, are not independent, so intervals need to know of
+        them. A figure of pairs belongs in the scores of their samples, where resampling finds it.
+        """
+        return sample.id
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Raise a `ValueError` before the model is loaded if samples, weights or an endpoint do not fit."""

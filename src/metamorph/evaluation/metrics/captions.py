@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from metamorph.evaluation.benchmarks.samples import Answer, Sample
 from metamorph.evaluation.clip import Clip, check_clip
 from metamorph.evaluation.metrics.base import Metric, Tools
 from metamorph.evaluation.perceptual import ImageFeatures, frechet_distance, to_pixels
+from metamorph.evaluation.samples import Answer, Sample
 from metamorph.models.image_files import load_image
 
 
@@ -61,7 +61,7 @@ class Captions(Metric):
     def of_set(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> dict[str, float]:
         """`clip_fid`, and `fid` with `inception`; lower is better."""
         drawn = [file for answer in answers for file in answer.images]
-        true = [Path(sample.reference["image"]) for sample in samples]
+        true = [Path(sample.files["image"]) for sample in samples]
         if min(len(drawn), len(true)) < 2:
             return {}
         networks: dict[str, Callable[[list[Image.Image]], Tensor]] = {"clip_fid": Clip(self.clip, tools.device).images}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from metamorph.evaluation.benchmarks.samples import Answer, Sample
 from metamorph.evaluation.clip import Clip, check_clip
 from metamorph.evaluation.metrics.base import Metric, Tools
+from metamorph.evaluation.samples import Answer, Sample
 from metamorph.models.image_files import load_image
 
 
@@ -52,27 +52,28 @@ class Edits(Metric):
         clip = Clip(self.clip, tools.device)
         found = []
         for sample, answer in zip(samples, answers, strict=True):
-            found.append(self._score(clip, sample.reference, answer.images[0] if answer.images else None))
+            found.append(self._score(clip, sample, answer.images[0] if answer.images else None))
             tools.progress.update()
         return found
 
-    def _score(self, clip: Clip, reference: Mapping[str, str], file: Path | None) -> dict[str, float]:
+    def _score(self, clip: Clip, sample: Sample, file: Path | None) -> dict[str, float]:
+        reference, files = sample.reference, sample.files
         has_captions = "caption_before" in reference and "caption_after" in reference
         if file is None:
             return {"drawn": 0.0, **({"clip_direction": 0.0} if has_captions else {})}
         result = load_image(file)
-        images = [load_image(reference["image"]), result]
-        if "target" in reference:
-            images.append(load_image(reference["target"]))
+        images = [load_image(files["image"]), result]
+        if "target" in files:
+            images.append(load_image(files["target"]))
         features = F.normalize(clip.images(images), dim=-1)
         scores = {"drawn": 1.0, "clip_image": _cosine(features[0], features[1])}
         if has_captions:
             before, after = F.normalize(clip.texts([reference["caption_before"], reference["caption_after"]]), dim=-1)
             scores["clip_direction"] = _cosine(features[1] - features[0], after - before)
             scores["clip_text"] = _cosine(features[1], after)
-        if "mask" in reference:
-            scores["kept_l1"] = _difference(images[0], result, load_image(reference["mask"]))
-        if "target" in reference:
+        if "mask" in files:
+            scores["kept_l1"] = _difference(images[0], result, load_image(files["mask"]))
+        if "target" in files:
             scores["target_l1"] = _difference(images[2], result)
             scores["target_clip"] = _cosine(features[2], features[1])
         return scores

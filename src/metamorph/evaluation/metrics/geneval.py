@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from metamorph.evaluation.benchmarks.samples import Answer, Sample
 from metamorph.evaluation.detectors import (
     ColorClassifier,
     Detection,
@@ -24,6 +23,7 @@ from metamorph.evaluation.detectors import (
     load_detector,
 )
 from metamorph.evaluation.metrics.base import Metric, Scores, Tools
+from metamorph.evaluation.samples import Answer, Sample
 from metamorph.models.image_files import load_image
 
 

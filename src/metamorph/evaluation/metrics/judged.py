@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from metamorph.data.tasks.base import fill
-from metamorph.evaluation.benchmarks.samples import Answer, Sample
 from metamorph.evaluation.endpoint import Endpoint, Question
 from metamorph.evaluation.metrics.base import Metric, Scores, Tools
+from metamorph.evaluation.samples import Answer, Sample
 
 
 logger = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ class EditJudge(Judged):
         about_quality = _wording(self.quality_prompt, _QUALITY_PROMPT)
         questions = []
         for sample, answer in zip(samples, answers, strict=True):
-            original, instruction = Path(sample.reference["image"]), sample.reference["instruction"]
+            original, instruction = Path(sample.files["image"]), sample.reference["instruction"]
             about_edit = fill(wording, instruction=instruction)
             questions.append(
                 [

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from metamorph.evaluation.benchmarks.samples import Answer, Sample
 from metamorph.evaluation.drawings import encode_images
 from metamorph.evaluation.metrics.base import Metric, Tools
+from metamorph.evaluation.samples import Answer, Sample
 from metamorph.evaluation.tokens import constant_cosine, cosines
 from metamorph.inference.answer_files import load_tokens
 from metamorph.inference.session import Session
@@ -25,7 +25,7 @@ _BATCH_SIZE = 64
 class VisualTokens(Metric):
     """Cosine of generated and true visual tokens, and retrieval among the true images of all samples.
 
-    A `reference` has the file of the true `image`, as that of the loader `captions`.
+    Samples have the file of the true `image`, as those of the loader `captions`.
     """
 
     name: ClassVar[str] = "visual_tokens"
@@ -62,7 +62,7 @@ class VisualTokens(Metric):
 
 def _encode(session: Session, samples: Sequence[Sample]) -> Tensor:
     """The true visual tokens of all samples, `[samples, N, D]`."""
-    files = [sample.reference["image"] for sample in samples]
+    files = [sample.files["image"] for sample in samples]
     return torch.cat(
         [
             encode_images(
