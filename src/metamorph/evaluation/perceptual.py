@@ -46,9 +46,12 @@ class ImageFeatures:
         return cls(file, "--lpips_weights", device, resize_images=False, return_lpips=True)
 
     @classmethod
-    def inception(cls, file: str | Path, device: torch.device | str = "cpu") -> "ImageFeatures":
+    def inception(
+        cls, file: str | Path, device: torch.device | str = "cpu", flag: str = "--inception_weights"
+    ) -> "ImageFeatures":
         """The network of FID."""
-        return cls(file, "--inception_weights", device, return_features=True)
+        require_torchmetrics()
+        return cls(file, flag, device, return_features=True)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -61,18 +64,21 @@ def lpips_distances(network: ImageFeatures, first: Tensor, second: Tensor) -> li
     return (network(first) - network(second)).square().sum(dim=1).tolist()
 
 
+def require_torchmetrics() -> None:
+    """Raise a `ValueError` that says how to install torchmetrics if it is missing."""
+    try:
+        import torchmetrics.image.fid  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(f"Fréchet distances need {error.name}: {install_command('evaluate')}") from error
+
+
 def frechet_distance(first: Tensor, second: Tensor) -> float:
     """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) of two sets of float64 features `[images, features]`.
 
-    That is the Fréchet distance of two normal distributions (Heusel et al., 2017).
-
-    Raises:
-        ValueError: If torchmetrics is not installed.
+    That is the Fréchet distance of two normal distributions (Heusel et al., 2017). It needs torchmetrics.
     """
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-    except ModuleNotFoundError as error:
-        raise ValueError(f"FID needs {error.name}: {install_command('evaluate')}") from error
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     features = nn.Identity()  # the network has been run
     features.num_features = first.shape[1]
     distance = FrechetInceptionDistance(features)

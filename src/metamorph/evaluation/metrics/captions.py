@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metamorph.evaluation.clip import Clip, check_clip
 from metamorph.evaluation.metrics.base import Metric, Tools
-from metamorph.evaluation.perceptual import ImageFeatures, frechet_distance, to_pixels
+from metamorph.evaluation.perceptual import ImageFeatures, frechet_distance, require_torchmetrics, to_pixels
 from metamorph.evaluation.samples import Answer, Sample
 from metamorph.models.image_files import load_image
 
@@ -40,9 +40,10 @@ class Captions(Metric):
 
     def check(self, samples: Sequence[Sample]) -> None:
         """See `Metric.check`."""
+        require_torchmetrics()
         check_clip(self.clip, "clip")
         if self.inception is not None:
-            ImageFeatures(self.inception, "inception")
+            ImageFeatures.inception(self.inception, flag="inception")
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> list[dict[str, float]]:
         """`clip_score`: 100 times the cosine of image and caption, at least 0, the mean over images."""
@@ -66,7 +67,7 @@ class Captions(Metric):
             return {}
         networks: dict[str, Callable[[list[Image.Image]], Tensor]] = {"clip_fid": Clip(self.clip, tools.device).images}
         if self.inception is not None:
-            inception = ImageFeatures(self.inception, "inception", tools.device, return_features=True)
+            inception = ImageFeatures.inception(self.inception, tools.device, "inception")
             networks["fid"] = lambda images: inception(to_pixels(images))
         found = {}
         for name, network in networks.items():
