@@ -29,7 +29,7 @@ class EditsLoader(Loader):
     def load(self, path: Path) -> Sequence[Sample]:
         """See `Loader.load`."""
         file = path / "edits.jsonl" if path.is_dir() else path
-        samples = []
+        samples: list[Sample] = []
         for where, record in read_lines(file):
             need(record, {"image": str, "instruction": str}, where)
             need(record, {name: str for name in (*FILES, *TEXTS, "task") if name in record}, where)

@@ -29,7 +29,7 @@ class GenevalLoader(Loader):
 
     def load(self, path: Path) -> Sequence[Sample]:
         """See `Loader.load`."""
-        samples = []
+        samples: list[Sample] = []
         for where, record in read_lines(_file_in(path, "evaluation_metadata.jsonl")):
             need(record, {"tag": str, "prompt": str, "include": list}, where)
             if record["tag"] not in TASKS:
@@ -187,7 +187,7 @@ def _wise_area(record: Mapping[str, Any], where: str) -> str:
 
 
 def _caption_lines(file: Path) -> list[tuple[str, str, str]]:
-    found = []
+    found: list[tuple[str, str, str]] = []
     for where, record in read_lines(file):
         need(record, {"image": str, "caption": str}, where)
         found.append((f"{len(found):06}", record["image"], record["caption"]))
