@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from perceptual_parts import save_networks
@@ -26,6 +28,13 @@ def test_networks_are_asked_for_the_right_features(tmp_path):
     assert lpips_distances(network, black, grey) == [300.0, 300.0]
     features = ImageFeatures.inception(inception)(grey)
     assert torch.equal(features, torch.full((2, 2), 10.0, dtype=torch.float64))
+
+
+def test_fid_without_torchmetrics_is_refused_first(tmp_path, monkeypatch):
+    _, inception = save_networks(tmp_path)
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    with pytest.raises(ValueError, match=r"need torchmetrics.*\[evaluate\]"):
+        ImageFeatures.inception(inception)
 
 
 def test_files_that_are_no_networks_are_refused(tmp_path):

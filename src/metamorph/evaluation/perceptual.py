@@ -5,11 +5,16 @@ files, for example with NVIDIA's StyleGAN3 metrics (`vgg16.pt`, `inception-2015-
 A TorchScript file is a program: use one from a source that you trust.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
+
+from metamorph.flags.extras import install_command
 
 
 NOT_MEASURED = {
@@ -41,9 +46,12 @@ class ImageFeatures:
         return cls(file, "--lpips_weights", device, resize_images=False, return_lpips=True)
 
     @classmethod
-    def inception(cls, file: str | Path, device: torch.device | str = "cpu") -> "ImageFeatures":
+    def inception(
+        cls, file: str | Path, device: torch.device | str = "cpu", flag: str = "--inception_weights"
+    ) -> "ImageFeatures":
         """The network of FID."""
-        return cls(file, "--inception_weights", device, return_features=True)
+        require_torchmetrics()
+        return cls(file, flag, device, return_features=True)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -56,10 +64,29 @@ def lpips_distances(network: ImageFeatures, first: Tensor, second: Tensor) -> li
     return (network(first) - network(second)).square().sum(dim=1).tolist()
 
 
+def require_torchmetrics() -> None:
+    """Raise a `ValueError` that says how to install torchmetrics if it is missing."""
+    try:
+        import torchmetrics.image.fid  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(f"Fréchet distances need {error.name}: {install_command('evaluate')}") from error
+
+
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) of two sets of features `[images, features]` (Heusel et al., 2017)."""
-    mean = (first.mean(dim=0) - second.mean(dim=0)).square().sum()
-    one, two = first.T.cov(), second.T.cov()
-    # Σ₁ Σ₂ has the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, none of them negative: below 0 there are only rounding errors.
-    roots = torch.linalg.eigvals(one @ two).real.clamp(min=0).sqrt().sum()
-    return (mean + one.trace() + two.trace() - 2 * roots).item()
+    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) of two sets of float64 features `[images, features]`.
+
+    That is the Fréchet distance of two normal distributions (Heusel et al., 2017). It needs torchmetrics.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    features = nn.Identity()  # the network has been run
+    features.num_features = torch.tensor(first.shape[1])
+    distance = FrechetInceptionDistance(features)
+    distance.update(first, real=True)
+    distance.update(second, real=False)
+    return distance.compute().item()
+
+
+def to_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """Images of one size as uint8 `[images, 3, height, width]`."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)

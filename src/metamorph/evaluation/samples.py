@@ -20,6 +20,8 @@ class Sample:
     """Files, or data URLs; videos as `videos`."""
     videos: tuple[str, ...] = ()
     """Files."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Further files that the metric needs, by name, for example the true `image` of a prompt."""
     categories: Mapping[str, str] = field(default_factory=dict)
     """Kind of category → category, for example `{"skill": "counting"}`. Results are also reported for each."""
 

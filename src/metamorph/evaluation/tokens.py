@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metamorph.models.losses import constant_cosine_sum, direction_sums
+
 
 def mean_cosine(generated: Tensor, true: Tensor) -> Tensor:
     """Cosine of generated and true tokens `[images, N, D]`, averaged over the tokens of an image: `[images]`."""
@@ -18,6 +20,18 @@ def nearest_candidates(generated: Tensor, candidates: Tensor) -> Tensor:
     """Index of the one of `candidates` `[candidates, N, D]` with the largest mean cosine, int64 `[images]`."""
     if not candidates.shape[0]:
         raise ValueError("candidates is empty; give at least one image to compare with")
-    queries = F.normalize(generated, dim=-1).flatten(1)
-    keys = F.normalize(candidates, dim=-1).flatten(1)
-    return torch.argmax(queries @ keys.T, dim=1)
+    return torch.argmax(cosines(generated, candidates), dim=1)
+
+
+def cosines(generated: Tensor, candidates: Tensor) -> Tensor:
+    """Mean cosine over tokens of each generated image and each candidate, `[images, candidates]`."""
+    queries, keys = (F.normalize(tokens, dim=-1).flatten(1) for tokens in (generated, candidates))
+    return queries @ keys.T / generated.shape[1]
+
+
+def constant_cosine(true: Tensor) -> float:
+    """Mean cosine of `true` `[images, N, D]` and the best tokens that are the same for each of them."""
+    num_images, num_tokens, _ = true.shape
+    places = torch.arange(num_tokens).repeat(num_images)
+    sums = direction_sums(true.flatten(0, 1), places, num_tokens)
+    return constant_cosine_sum(sums).item() / (num_images * num_tokens)

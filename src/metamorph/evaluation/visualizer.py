@@ -10,13 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from metamorph.evaluation.perceptual import ImageFeatures, frechet_distance, lpips_distances
+from metamorph.evaluation.perceptual import ImageFeatures, frechet_distance, lpips_distances, to_pixels
+from metamorph.evaluation.tokens import cosines
 from metamorph.inference.draw import ProgressCallback, SamplerSettings, draw
 from metamorph.models.image_processing import to_rgb
 from metamorph.visualization.grids import reconstruction_grid
@@ -109,11 +108,11 @@ def evaluate_visualizer(
             at_scale = drawn[number :: len(scores)]
             _compare_tokens(score, _tokens(pipeline, at_scale), keys, start)
             if lpips is not None:
-                score.lpips += lpips_distances(lpips, _pixels(originals), _pixels(at_scale))
+                score.lpips += lpips_distances(lpips, to_pixels(originals), to_pixels(at_scale))
             if inception is not None:
-                features[number + 1].append(inception(_pixels(at_scale)))
+                features[number + 1].append(inception(to_pixels(at_scale)))
         if inception is not None:
-            features[0].append(inception(_pixels(originals)))
+            features[0].append(inception(to_pixels(originals)))
         room = max(0, keep - len(kept_originals))
         kept_originals += originals[:room]
         kept_drawn += drawn[: room * len(scores)]
@@ -137,15 +136,9 @@ def _tokens(pipeline: VisualizationPipeline, images: Sequence[Image.Image]) -> T
 
 def _compare_tokens(score: ScaleScores, drawn: Tensor, originals: Tensor, start: int) -> None:
     """Add the cosines of `drawn [images, N, D]`, drawings of the `originals [all, N, D]` from `start` on."""
-    queries, keys = (F.normalize(tokens, dim=-1).flatten(1) for tokens in (drawn, originals))
-    similarity = queries @ keys.T / drawn.shape[1]  # [images, all]: cosines, averaged over tokens
+    similarity = cosines(drawn, originals)
     own = similarity.diagonal(start)
     score.cosine += own.tolist()
     score.is_nearest += (own >= similarity.amax(dim=1) - _TIE).tolist()
     if len(originals) > 1:
         score.cosine_to_others += ((similarity.sum(dim=1) - own) / (len(originals) - 1)).tolist()
-
-
-def _pixels(images: Sequence[Image.Image]) -> Tensor:
-    """uint8 `[images, 3, height, width]`."""
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)

@@ -163,7 +163,8 @@ def hash_sample(sample: Sample) -> str:
         hashlib.sha256(name.encode()).hexdigest() if name.startswith("data:") else _hash_file(Path(name))
         for name in (*sample.images, *sample.videos)
     ]
-    parts = [sample.id, dict(sample.fields), sample.reference, dict(sample.categories), media]
+    files = {name: _hash_file(Path(file)) for name, file in sample.files.items()}
+    parts = [sample.id, dict(sample.fields), sample.reference, dict(sample.categories), media, files]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

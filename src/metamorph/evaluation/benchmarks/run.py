@@ -98,7 +98,7 @@ def run_spec(
     def judge() -> None:
         answers = read_answers(batch)
         with Progress(desc="judging", total=len(samples), unit="answer") as progress:
-            tools = Tools(device or pick_device(), session, progress)
+            tools = Tools(device or pick_device(), session, progress, output_dir)
             scores = spec.metric.score(samples, answers, tools)
             of_set = spec.metric.of_set(samples, answers, tools)
         run = {

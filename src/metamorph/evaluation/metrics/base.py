@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -25,6 +26,8 @@ class Tools:
     """Loads the evaluated model, or returns the loaded one."""
     progress: Progress
     """Advanced by one for each judged sample."""
+    folder: Path
+    """The output folder, where a metric may keep files, such as the answers of a judge."""
 
 
 @dataclass(frozen=True)

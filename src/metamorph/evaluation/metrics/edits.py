@@ -1,0 +1,95 @@
+"""Edited images: what is kept, and does the image change as its caption does?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from metamorph.evaluation.clip import Clip, check_clip
+from metamorph.evaluation.metrics.base import Metric, Tools
+from metamorph.evaluation.samples import Answer, Sample
+from metamorph.models.image_files import load_image
+
+
+@dataclass(frozen=True)
+class Edits(Metric):
+    """Pixels and CLIP's features of an edited image, compared with the original and, if there is one, the target.
+
+    An answer's first image counts. The others are resized to its size.
+    """
+
+    name: ClassVar[str] = "edits"
+    headline: ClassVar[str] = "clip_direction"
+    needs_images: ClassVar[bool] = True
+    clip: str
+    """Folder or Hub id of a CLIP or SigLIP."""
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """See `Metric.check`."""
+        if not any("caption_before" in sample.reference and "caption_after" in sample.reference for sample in samples):
+            raise ValueError(
+                "no record has caption_before and caption_after, which clip_direction needs: add them, or judge the "
+                "edits with the metric edit_judge"
+            )
+        check_clip(self.clip, "clip")
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> list[dict[str, float]]:
+        """The figures that a record allows; without an image only `drawn`, and 0 for `clip_direction`.
+
+        - `clip_image`: cosine of original and result; a copy has 1.
+        - `clip_direction`: cosine of the changes of image and caption; a copy has 0. `clip_text`: cosine of the result
+          and `caption_after`.
+        - `kept_l1`: mean absolute difference to the original outside of `mask`, 0 to 1.
+        - `target_l1` and `target_clip`: the same measures against `target`, over the entire image.
+        """
+        clip = Clip(self.clip, tools.device)
+        found = []
+        for sample, answer in zip(samples, answers, strict=True):
+            found.append(self._score(clip, sample, answer.images[0] if answer.images else None))
+            tools.progress.update()
+        return found
+
+    def _score(self, clip: Clip, sample: Sample, file: Path | None) -> dict[str, float]:
+        reference, files = sample.reference, sample.files
+        has_captions = "caption_before" in reference and "caption_after" in reference
+        if file is None:
+            return {"drawn": 0.0, **({"clip_direction": 0.0} if has_captions else {})}
+        result = load_image(file)
+        images = [load_image(files["image"]), result]
+        if "target" in files:
+            images.append(load_image(files["target"]))
+        features = F.normalize(clip.images(images), dim=-1)
+        scores = {"drawn": 1.0, "clip_image": _cosine(features[0], features[1])}
+        if has_captions:
+            before, after = F.normalize(clip.texts([reference["caption_before"], reference["caption_after"]]), dim=-1)
+            scores["clip_direction"] = _cosine(features[1] - features[0], after - before)
+            scores["clip_text"] = _cosine(features[1], after)
+        if "mask" in files:
+            scores["kept_l1"] = _difference(images[0], result, load_image(files["mask"]))
+        if "target" in files:
+            scores["target_l1"] = _difference(images[2], result)
+            scores["target_clip"] = _cosine(features[2], features[1])
+        return scores
+
+
+def _cosine(first: Tensor, second: Tensor) -> float:
+    return F.cosine_similarity(first, second, dim=0).item()
+
+
+def _difference(image: Image.Image, result: Image.Image, mask: Image.Image | None = None) -> float:
+    """Mean absolute difference of pixels, 0 to 1, where `mask` is dark."""
+    first, second = (
+        np.asarray(each.resize(result.size, Image.Resampling.BICUBIC), np.float32) / 255 for each in (image, result)
+    )
+    difference = np.abs(first - second).mean(axis=-1)
+    if mask is None:
+        return float(difference.mean())
+    kept = np.asarray(mask.convert("L").resize(result.size, Image.Resampling.NEAREST)) < 128
+    return float(difference[kept].mean()) if kept.any() else 0.0
