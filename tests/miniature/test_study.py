@@ -29,10 +29,11 @@ def test_both_conditions_see_the_same_drawings_in_the_same_number_of_steps():
 
 
 def test_grid_has_every_combination_that_has_data():
-    found = grid_mixtures([0, 20], [0, 30], batch_size=10)
-    assert [(cell.questions, cell.drawings, cell.steps) for cell in found] == [(20, 0, 2), (0, 30, 3), (20, 30, 5)]
-    with pytest.raises(ValueError, match="0 of --questions and 30 of --budgets are fewer records than --batch-size 40"):
-        grid_mixtures([0, 20], [30], batch_size=40)
+    found = grid_mixtures([0, 20], [0, 30], steps=10)
+    assert [(one.questions, one.drawings, one.batch_size) for one in found] == [(20, 0, 2), (0, 30, 3), (20, 30, 5)]
+    assert {one.steps for one in found} == {10}
+    with pytest.raises(ValueError, match="0 of --questions and 30 of --budgets are fewer records than --steps 40"):
+        grid_mixtures([0, 20], [30], steps=40)
 
 
 def test_summary_is_mean_and_standard_error_over_seeds():
@@ -57,11 +58,11 @@ def test_a_study_runs_and_continues_where_it_was_interrupted(tmp_path, monkeypat
     monkeypatch.setattr(Progress, "first_seconds", 0.0)
     caplog.set_level("INFO", "metamorph")
     recipe = replace(FAST, stage1_steps=2)
-    mixtures = grid_mixtures([0, 16], [0, 16])
+    mixtures = grid_mixtures([0, 16], [0, 16], steps=2)
     settings = StudySettings(tmp_path, "data-grid", mixtures, seeds=1, world=world, judged=4, asked=5)
     result = run_study(settings, recipe)
     found = [(run["questions"], run["drawings"], run["steps"], run["seen"]["n"]) for run in result["runs"]]
-    assert found == [(16, 0, 1, 4), (0, 16, 1, 4), (16, 16, 2, 4)]
+    assert found == [(16, 0, 2, 4), (0, 16, 2, 4), (16, 16, 2, 4)]
     assert all(run["vqa"]["n"] == 5 for run in result["runs"])
     objects = {"basic": {"1": 4}, "rich": {"2": 2, "3": 2}}[world]
     assert {name: row["n"] for name, row in result["runs"][0]["seen"]["by_objects"].items()} == objects
@@ -79,7 +80,7 @@ def test_a_study_runs_and_continues_where_it_was_interrupted(tmp_path, monkeypat
         assert again["runs"][-1][name] == result["runs"][-1][name]
 
     # Another study of the same folder takes the runs that both have; more data does not change the first records.
-    more = replace(settings, name="other", mixtures=(mixtures[1], Mixture("more", 0, 32, 16)))
+    more = replace(settings, name="other", mixtures=(mixtures[1], Mixture("more", 0, 24, 8)))
     other = run_study(more, recipe)
     assert [run["seconds"] > 0 for run in other["runs"]] == [False, True]
 

@@ -1,11 +1,11 @@
 """Does learning to understand images help drawing them, and the other way round? Section 4 of the paper in miniature.
 
-A study trains the same model on many mixtures of drawing records and questions about images. Each
-model draws unseen scenes, of colour-shape pairs that training drew and of pairs that it never drew, and answers
-questions about unseen images. There are two studies:
+A study trains the same model on several mixtures of drawing records and questions about images. Each model draws unseen
+scenes, of colour-shape pairs that training drew and of pairs that it never drew, and answers questions about unseen
+images. There are two studies:
 
 - `joint-vs-generation-only`: drawing records alone, or with an equal number of questions in the same number of steps;
-- `data-grid`: every number of questions with every number of drawing records, each seen once, in batches of one size.
+- `data-grid`: every number of questions with every number of drawing records, each seen once, in equally many steps.
 
 The MetaMorph paper (arXiv 2412.14164) compares the same at a scale a million times larger.
 """
@@ -51,6 +51,8 @@ JOINT, GENERATION_ONLY = "joint", "generation only"
 GROUPS = ("seen", "held_out")
 """Groups of drawing tasks that are compared."""
 RUNS_FILE = "runs.jsonl"
+STUDY = replace(FULL, sampling_steps=8)
+"""The quickstart's recipe with fewer denoising steps, with which mini's visualizer draws true tokens as well."""
 
 
 @dataclass(frozen=True)
@@ -101,21 +103,16 @@ def joint_mixtures(budgets: Sequence[int], generation_per_step: int = 16, passes
     )
 
 
-def grid_mixtures(
-    questions: Sequence[int], budgets: Sequence[int], batch_size: int = 16, passes: int = 1
-) -> tuple[Mixture, ...]:
-    """Every number of questions with every number of drawing records."""
-    mixtures = tuple(
-        Mixture(f"{count} images with questions", count, budget, batch_size, passes)
-        for budget, count in product(budgets, questions)
-        if budget or count
+def grid_mixtures(questions: Sequence[int], budgets: Sequence[int], steps: int = 250) -> tuple[Mixture, ...]:
+    """Every number of questions with every number of drawing records, all in about the same number of steps."""
+    totals = {(count, budget): count + budget for budget, count in product(budgets, questions) if count + budget}
+    for (count, budget), total in totals.items():
+        if total < steps:
+            raise ValueError(f"{count} of --questions and {budget} of --budgets are fewer records than --steps {steps}")
+    return tuple(
+        Mixture(f"{count} images with questions", count, budget, math.ceil(total / steps))
+        for (count, budget), total in totals.items()
     )
-    if small := [mixture for mixture in mixtures if mixture.questions + mixture.drawings < batch_size]:
-        raise ValueError(
-            f"{small[0].questions} of --questions and {small[0].drawings} of --budgets are fewer records than "
-            f"--batch-size {batch_size}"
-        )
-    return mixtures
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ class StudySettings:
         return {"world": self.world, "judged": self.judged, "asked": self.asked}
 
 
-def run_study(settings: StudySettings, recipe: Recipe = FULL) -> dict[str, Any]:
+def run_study(settings: StudySettings, recipe: Recipe = STUDY) -> dict[str, Any]:
     """Train and evaluate every model that is not in runs.jsonl yet, and write the result and the plots.
 
     `recipe` decides everything that is not compared. Returns the content of the result: `plan` (the settings), `runs`
