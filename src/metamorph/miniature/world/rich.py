@@ -146,6 +146,7 @@ def rich_questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, st
     distinct = _distinct(scene.objects)
     related = [(item, other) for item in distinct for other in distinct if item != other and relation(item, other)]
     for kind in QUESTION_TYPES:
+        turn: tuple[str, str] | None
         if kind == "count":
             turn = _count_question(scene, rng)
         elif kind == "yes_no":
