@@ -64,6 +64,8 @@ BAD = [
     (f"{GENERATE} --seed -1", "--seed -1 must be at least 0"),
     (f"{GENERATE} --max-new-tokens 0", "--max-new-tokens 0 must be at least 1"),
     ("study joint-vs-generation-only --budgets 8", "--budgets 8: give numbers of drawing records, each at least --gen"),
+    ("study data-grid --questions 8 --budgets 0", "8 of --questions and 0 of --budgets are fewer records than --steps"),
+    ("study joint-vs-generation-only --questions 8", "unknown flag --questions"),
     ("study joint-vs-generation-only --generation-per-step 0", "--generation-per-step 0 must be at least 1"),
     ("visualize --visualizer mini --image a.png --steps 0", "--steps 0 must be at least 1"),
     ("visualize --visualizer mini --image a.png --guidance_scale 3 -1", "--guidance-scale -1 must be at least 0"),

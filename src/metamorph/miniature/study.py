@@ -1,10 +1,13 @@
-"""Does learning to understand images help drawing them? The paper's core comparison in miniature.
+"""Does learning to understand images help drawing them, and the other way round? Section 4 of the paper in miniature.
 
-`joint-vs-generation-only` trains the same model several times on the same drawing records and for the same number of
-optimizer steps: once on these records alone, once with an equal number of visual questions added to every batch. Each
-model then draws unseen scenes, of colour-shape pairs that training drew and of pairs that it never drew. This is the
-comparison of section 4.2 of the MetaMorph paper (arXiv 2412.14164), where joint training wins, at a scale a million
-times smaller.
+A study trains the same model on several mixtures of drawing records and questions about images. Each model draws unseen
+scenes, of colour-shape pairs that training drew and of pairs that it never drew, and answers questions about unseen
+images. There are two studies:
+
+- `joint-vs-generation-only`: drawing records alone, or with an equal number of questions in the same number of steps;
+- `data-grid`: every number of questions with every number of drawing records, each seen once, in equally many steps.
+
+The MetaMorph paper (arXiv 2412.14164) compares the same at a scale a million times larger.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -22,131 +25,218 @@ from typing import Any
 import numpy as np
 import torch
 
-from metamorph.evaluation.drawings import summarise
+from metamorph.evaluation.drawings import Drawing, DrawingTask, summarise
+from metamorph.evaluation.questions import summarise_answers
 from metamorph.inference import SamplerSettings
 from metamorph.mini import PARTS, asset_path
-from metamorph.miniature.quickstart.evaluate import VERDICTS, compare_tokens, draw_groups, drawing_tasks, load_session
-from metamorph.miniature.quickstart.figures import save_study
+from metamorph.miniature.quickstart.evaluate import (
+    VERDICTS,
+    ask_questions,
+    compare_tokens,
+    draw_groups,
+    drawing_tasks,
+    load_session,
+)
+from metamorph.miniature.quickstart.figures import save_study_curves, save_study_maps
 from metamorph.miniature.quickstart.recipe import FULL, EvaluationSizes, Recipe
 from metamorph.miniature.quickstart.stages import train_connector, train_model
 from metamorph.miniature.quickstart.workspace import Workspace, thread_count
 from metamorph.miniature.world.dataset import WorldFiles, WorldSizes, write_dataset
+from metamorph.miniature.world.worlds import WORLDS
 
 
 logger = logging.getLogger(__name__)
 
 JOINT, GENERATION_ONLY = "joint", "generation only"
-CONDITIONS = (GENERATION_ONLY, JOINT)
 GROUPS = ("seen", "held_out")
 """Groups of drawing tasks that are compared."""
-RUNS_FILE, RESULT_FILE, PLOT_FILE = "runs.jsonl", "study.json", "study.png"
+RUNS_FILE = "runs.jsonl"
+STUDY = replace(FULL, sampling_steps=8)
+"""The quickstart's recipe with fewer denoising steps, with which mini's visualizer draws true tokens as well."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A model to train: how much data of each kind, and how."""
+
+    condition: str
+    """Name of the curve that it belongs to."""
+    questions: int
+    """Images with up to three questions each."""
+    drawings: int
+    """Drawing records."""
+    batch_size: int
+    """Records of both kinds in a step."""
+    passes: int = 1
+    """Epochs."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return math.ceil(self.passes * (self.questions + self.drawings) / self.batch_size)
+
+    @property
+    def key(self) -> dict[str, int]:
+        """What tells its run from those of other mixtures, in any study."""
+        return {
+            "questions": self.questions,
+            "drawings": self.drawings,
+            "batch_size": self.batch_size,
+            "steps": self.steps,
+        }
+
+
+def joint_mixtures(budgets: Sequence[int], generation_per_step: int = 16, passes: int = 1) -> tuple[Mixture, ...]:
+    """Drawing records alone and with as many questions, in the same number of steps with equally many drawings each."""
+    if min(budgets) < generation_per_step:
+        raise ValueError(
+            f"--budgets {' '.join(map(str, budgets))}: give numbers of drawing records, each at least "
+            f"--generation-per-step {generation_per_step}"
+        )
+    return tuple(
+        mixture
+        for budget in budgets
+        for mixture in (
+            Mixture(GENERATION_ONLY, 0, budget, generation_per_step, passes),
+            Mixture(JOINT, budget, budget, 2 * generation_per_step, passes),
+        )
+    )
+
+
+def grid_mixtures(questions: Sequence[int], budgets: Sequence[int], steps: int = 250) -> tuple[Mixture, ...]:
+    """Every number of questions with every number of drawing records, all in about the same number of steps."""
+    totals = {(count, budget): count + budget for budget, count in product(budgets, questions) if count + budget}
+    for (count, budget), total in totals.items():
+        if total < steps:
+            raise ValueError(f"{count} of --questions and {budget} of --budgets are fewer records than --steps {steps}")
+    return tuple(
+        Mixture(f"{count} images with questions", count, budget, math.ceil(total / steps))
+        for (count, budget), total in totals.items()
+    )
 
 
 @dataclass(frozen=True)
 class StudySettings:
-    """The size of a study: the flags of `metamorph study`."""
+    """A study: which models are trained and how they are judged."""
 
     output_dir: Path
-    """Receives runs.jsonl, study.json and study.png. An interrupted study continues here."""
+    """Receives runs.jsonl, and for each study its result and plots. An interrupted study continues here."""
+    name: str
+    """Name of the result and the plots."""
+    mixtures: tuple[Mixture, ...]
     seeds: int = 3
     """Repetitions, each with its own data, connector and order of records."""
-    budgets: tuple[int, ...] = (1000, 2000, 4000)
-    """Numbers of drawing records that are compared."""
-    passes: int = 1
-    """Epochs."""
-    generation_per_step: int = 16
-    """Drawing records per batch; joint training adds an equal number of questions about images."""
-    drawings: int = 64
+    world: str = "basic"
+    """Which of `WORLDS` the records are of."""
+    judged: int = 64
     """Drawings per model and group that are judged."""
-
-    def __post_init__(self) -> None:
-        if min(self.budgets) < self.generation_per_step:
-            raise ValueError(
-                f"--budgets {' '.join(map(str, self.budgets))}: give numbers of drawing records, each at least "
-                f"--generation-per-step {self.generation_per_step}"
-            )
+    asked: int = 200
+    """Questions per model."""
 
     @property
     def evaluation(self) -> EvaluationSizes:
-        """Number of evaluated records; only some of those for `seen` have one object, so more of them are read."""
+        """Number of evaluated records; only a part of those for `seen` is used, so more of them are read."""
         return EvaluationSizes(
-            vqa=0, seen=2 * self.drawings, held_out=self.drawings, knowledge=0, edit=0, next_frame=0, visualizer=0
+            vqa=self.asked,
+            seen=2 * self.judged,
+            held_out=self.judged,
+            knowledge=0,
+            edit=0,
+            next_frame=0,
+            visualizer=0,
         )
 
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What the runs of a folder have in common; seeds and mixtures may be added."""
+        return {"world": self.world, "judged": self.judged, "asked": self.asked}
 
-def run_study(settings: StudySettings, recipe: Recipe = FULL) -> dict[str, Any]:
-    """Train and evaluate every model that is not in runs.jsonl yet, and write the plot and the result.
 
-    `recipe` decides everything that is not compared. Returns the content of study.json: `plan` (the settings), `runs`
+def run_study(settings: StudySettings, recipe: Recipe = STUDY) -> dict[str, Any]:
+    """Train and evaluate every model that is not in runs.jsonl yet, and write the result and the plots.
+
+    `recipe` decides everything that is not compared. Returns the content of the result: `plan` (the settings), `runs`
     (one per model) and `summary`.
     """
     torch.set_num_threads(thread_count())
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     runs = _finished_runs(settings)
-    done = {(run["seed"], run["budget"], run["condition"]) for run in runs}
     for seed in range(settings.seeds):
-        if missing := [each for each in product(settings.budgets, CONDITIONS) if (seed, *each) not in done]:
+        if missing := [mixture for mixture in settings.mixtures if _find(runs, seed, mixture) is None]:
             runs += _run_seed(settings, recipe, seed, missing)
-    runs = [run for run in runs if run["seed"] < settings.seeds and run["budget"] in settings.budgets]
-    summary = summarise_runs(runs)
-    plan = {name: value for name, value in vars(settings).items() if name != "output_dir"}
-    result = {"plan": plan, "runs": runs, "summary": summary}
-    (settings.output_dir / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    save_study(settings.output_dir / PLOT_FILE, summary)
+    return write_result(settings, runs)
+
+
+def write_result(settings: StudySettings, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write the result and the plots of those runs that belong to the study; returns the result."""
+    pairs = product(range(settings.seeds), settings.mixtures)
+    found = [
+        {**run, "condition": mixture.condition}
+        for seed, mixture in pairs
+        if (run := _find(runs, seed, mixture)) is not None
+    ]
+    summary = summarise_runs(found)
+    result = {"study": settings.name, "plan": settings.plan, "runs": found, "summary": summary}
+    stem = settings.output_dir / settings.name
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    save_study_curves(stem.with_suffix(".png"), summary)
+    if settings.name == "data-grid":
+        save_study_maps(settings.output_dir / f"{settings.name}-maps.png", summary)
     return result
 
 
 def summarise_runs(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row with mean and standard error over seeds (0 for one seed) for each group, condition and budget."""
+    """A row with mean and standard error over seeds (0 for one seed) for each group and mixture.
+
+    The groups are those of drawings, whose share that is right in everything counts, and `vqa`, whose share of right
+    answers counts.
+    """
+    mixtures = dict.fromkeys((run["condition"], run["questions"], run["drawings"]) for run in runs)
     rows = []
-    for group, condition, budget in product(GROUPS, CONDITIONS, sorted({run["budget"] for run in runs})):
-        found = [run[group] for run in runs if (run["condition"], run["budget"]) == (condition, budget)]
-        if not found:
-            continue
-        shares = [figures["all"] for figures in found]
+    for group, (condition, questions, drawings) in product((*GROUPS, "vqa"), mixtures):
+        same = (condition, questions, drawings)
+        found = [run[group] for run in runs if (run["condition"], run["questions"], run["drawings"]) == same]
+        share = "accuracy" if group == "vqa" else "all"
+        shares = [figures[share] for figures in found]
         deviation = np.std(shares, ddof=1) if len(shares) > 1 else 0.0
-        figures = {
-            "mean": np.mean(shares),
-            "standard_error": deviation / math.sqrt(len(shares)),
-            "cosine": np.mean([figures["cosine"] for figures in found]),
-        }
-        rounded = {name: round(float(value), 4) for name, value in figures.items()}
-        rows.append({"group": group, "condition": condition, "budget": budget, "n": len(found), **rounded})
+        row = {"mean": np.mean(shares), "standard_error": deviation / math.sqrt(len(shares))}
+        for name in () if group == "vqa" else ("cosine", "nearest"):
+            row[name] = np.mean([figures[name] for figures in found])
+        rounded = {name: round(float(value), 4) for name, value in row.items()}
+        keys = {"group": group, "condition": condition, "questions": questions, "drawings": drawings}
+        rows.append({**keys, "n": len(found), **rounded})
     return rows
 
 
-def study_recipe(settings: StudySettings, recipe: Recipe, budget: int, condition: str) -> Recipe:
-    """`recipe` with the study's batch size and number of steps, which is the same for both conditions."""
-    batch = settings.generation_per_step * (2 if condition == JOINT else 1)
-    steps = math.ceil(settings.passes * budget / settings.generation_per_step)
-    return replace(recipe, batch_size=batch, stage2_steps=steps)
-
-
-def _run_seed(
-    settings: StudySettings, recipe: Recipe, seed: int, wanted: Sequence[tuple[int, str]]
-) -> list[dict[str, Any]]:
-    """Train and evaluate the models of one seed, by budget and condition; each is written to runs.jsonl at once."""
+def _run_seed(settings: StudySettings, recipe: Recipe, seed: int, mixtures: Sequence[Mixture]) -> list[dict[str, Any]]:
+    """Train and evaluate the models of one seed; each is written to runs.jsonl at once."""
     space = Workspace(settings.output_dir / f"seed-{seed}", {name: asset_path(name) for name in PARTS}, seed)
-    most = max(settings.budgets)
     sizes = WorldSizes(
-        captions=recipe.sizes.captions, vqa=most, text_to_image=most, evaluation=settings.evaluation.largest
+        captions=recipe.sizes.captions,
+        vqa=max(mixture.questions for mixture in mixtures),
+        text_to_image=max(mixture.drawings for mixture in mixtures),
+        evaluation=settings.evaluation.largest,
     )
-    files = write_dataset(space.data, seed=seed, sizes=sizes)
+    files = write_dataset(space.data, seed=seed, sizes=sizes, world=WORLDS[settings.world])
     if not (space.connector / "mm_projector.safetensors").is_file():
         train_connector(space, files, recipe)
-    records: dict[str, list[str]] = {"text_to_image": [], "vqa": []}
-    for line in files.stage2.read_text(encoding="utf-8").splitlines():
-        records[json.loads(line)["task"]].append(line)
+    records = _records_by_task(files.stage2)
     finished = []
-    for budget, condition in wanted:
-        lines = records["text_to_image"][:budget] + (records["vqa"][:budget] if condition == JOINT else [])
+    for mixture in mixtures:
+        lines = records["text_to_image"][: mixture.drawings] + records["vqa"][: mixture.questions]
         data = space.data / "study.jsonl"
         data.write_text("\n".join(lines) + "\n", encoding="utf-8")
         shutil.rmtree(space.model, ignore_errors=True)  # else the next run would resume this one
-        changed = study_recipe(settings, recipe, budget, condition)
-        logger.info("seed %d, %d drawing records, %s, %d steps", seed, budget, condition, changed.stage2_steps)
+        logger.info(
+            "seed %d, %d images with questions, %d drawing records, %d steps",
+            seed,
+            mixture.questions,
+            mixture.drawings,
+            mixture.steps,
+        )
+        changed = replace(recipe, batch_size=mixture.batch_size, stage2_steps=mixture.steps)
         figures = _run_one(settings, changed, space, replace(files, stage2=data))
-        run = {"seed": seed, "budget": budget, "condition": condition, **figures}
+        run = {"seed": seed, **mixture.key, **figures}
         with (settings.output_dir / RUNS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(run) + "\n")
         finished.append(run)
@@ -154,32 +244,63 @@ def _run_seed(
     return finished
 
 
+def _records_by_task(path: Path) -> dict[str, list[str]]:
+    """Lines of drawings and questions in the order of their ids: the first ones are the same in files of any size."""
+    found: dict[str, list[tuple[str, str]]] = {"text_to_image": [], "vqa": []}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        found[record["task"]].append((record["id"], line))
+    return {task: [line for _, line in sorted(pairs)] for task, pairs in found.items()}
+
+
 def _run_one(settings: StudySettings, recipe: Recipe, space: Workspace, files: WorldFiles) -> dict[str, Any]:
     result = train_model(space, files, recipe)
     session = load_session(space.model, asset_path("mini") / "visualizer")
-    tasks = drawing_tasks(files, settings.evaluation)
-    chosen = {group: tasks[group][: settings.drawings] for group in GROUPS}
-    drawings = draw_groups(session, chosen, SamplerSettings(recipe.guidance_scale, recipe.sampling_steps, space.seed))
+    sampler = SamplerSettings(recipe.guidance_scale, recipe.sampling_steps, space.seed)
+    drawings = draw_groups(session, _chosen_tasks(settings, files), sampler)
     tokens = compare_tokens(session, drawings)
     losses = [line["visual_loss"] for line in result.log_history if "visual_loss" in line]
     return {
-        "steps": recipe.stage2_steps,
         "visual_loss": losses[-1] if losses else None,  # the run may be shorter than a logging interval
         "seconds": round(result.metrics["train_runtime"], 1),
-        **{group: {**summarise(drawings[group], VERDICTS), **tokens[group]} for group in GROUPS},
+        **{
+            group: {**summarise(items, VERDICTS), "by_objects": _by_objects(items), **tokens[group]}
+            for group, items in drawings.items()
+        },
+        "vqa": summarise_answers(ask_questions(session, files, settings.asked)),
     }
 
 
+def _chosen_tasks(settings: StudySettings, files: WorldFiles) -> dict[str, list[DrawingTask]]:
+    """`settings.judged` tasks of each group; those of `seen` have one object, or in the rich world two or three."""
+    tasks = drawing_tasks(files, settings.evaluation)
+    pairs = tasks["pairs"][: settings.judged // 2] if settings.world == "rich" else []
+    seen = pairs + tasks["seen"][: settings.judged - len(pairs)]
+    return {"seen": seen, "held_out": tasks["held_out"][: settings.judged]}
+
+
+def _by_objects(drawings: Iterable[Drawing]) -> dict[str, dict[str, float]]:
+    """Number and share of right drawings by the number of objects."""
+    found: dict[int, list[Drawing]] = {}
+    for item in drawings:
+        found.setdefault(len(item.task.target.objects), []).append(item)
+    return {str(count): summarise(items) for count, items in sorted(found.items())}
+
+
+def _find(runs: Iterable[dict[str, Any]], seed: int, mixture: Mixture) -> dict[str, Any] | None:
+    wanted = {"seed": seed, **mixture.key}
+    return next((run for run in runs if wanted.items() <= run.items()), None)
+
+
 def _finished_runs(settings: StudySettings) -> list[dict[str, Any]]:
-    """Runs of an interrupted study with the same settings, except that seeds and budgets may be added."""
+    """Runs of the folder, by this or another study with the same plan."""
     file = settings.output_dir / "plan.json"
-    wanted = {name: getattr(settings, name) for name in ("passes", "generation_per_step", "drawings")}
     if file.is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
-        if found != wanted:
+        if found != settings.plan:
             raise ValueError(
                 f"--output-dir {settings.output_dir} holds a study with other settings, {found}; give another folder"
             )
-    file.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(settings.plan) + "\n", encoding="utf-8")
     path = settings.output_dir / RUNS_FILE
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -100,15 +100,20 @@ def evaluate_world(
     session = load_session(model, visualizer)
     settings = SamplerSettings(recipe.guidance_scale, recipe.sampling_steps, seed)
     sizes = recipe.evaluation
-    questions = [
-        Question(record["type"], _prompt(record, files.image_folder), record["answer"])
-        for record in _records(files.evaluation["vqa"], sizes.vqa)
-    ]
-    with Progress(desc="questions", total=len(questions), unit="question") as bar:
-        answers = ask(session.model, session.processor, questions, on_progress=bar.update)
+    answers = ask_questions(session, files, sizes.vqa)
     drawings = draw_groups(session, drawing_tasks(files, sizes), settings)
     tokens = compare_tokens(session, drawings)
     return WorldEvaluation(answers, drawings, tokens, _reconstruct(session, files, sizes.visualizer, settings))
+
+
+def ask_questions(session: Session, files: WorldFiles, count: int) -> list[AnsweredQuestion]:
+    """Ask the first `count` questions of evaluation."""
+    questions = [
+        Question(record["type"], _prompt(record, files.image_folder), record["answer"])
+        for record in _records(files.evaluation["vqa"], count)
+    ]
+    with Progress(desc="questions", total=len(questions), unit="question") as bar:
+        return ask(session.model, session.processor, questions, on_progress=bar.update)
 
 
 def draw_groups(

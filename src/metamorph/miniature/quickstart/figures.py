@@ -20,6 +20,7 @@ RIGHT, WRONG, INK = "#1a7f37", "#cf222e", "#24292f"
 _COLUMNS = 8
 _LINE_LENGTH = 24
 _CELL_INCHES, _LINE_INCHES, _ROW_GAP_INCHES, _TITLE_INCHES = 1.45, 0.125, 0.12, 0.45
+_CURVES = ("#9a6700", "#0969da", "#1a7f37", "#8250df")
 _NO_IMAGE = Image.new("RGB", (64, 64), "#f6f8fa")
 
 
@@ -116,18 +117,30 @@ def save_accuracies(path: Path, per_type: dict[str, float]) -> None:
     figure.savefig(path)
 
 
-def save_study(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Plot the share of right drawings, with standard errors over seeds: `rows` of `study.summarise_runs`."""
+STUDY_TITLES = {
+    "seen": "drawings: colour and shape drawn together in training",
+    "held_out": "drawings: never drawn together",
+    "vqa": "questions answered",
+}
+
+
+def save_study_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Plot the share of right drawings over drawing records, with standard errors over seeds.
+
+    `rows` are those of `study.summarise_runs`; each condition is a curve.
+    """
     figure = Figure(figsize=(10, 3.8), dpi=110)
-    titles = {"seen": "colour and shape drawn together in training", "held_out": "never drawn together"}
-    for axes, (group, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
-        for condition, color in (("generation only", "#9a6700"), ("joint", "#0969da")):
-            points = [row for row in rows if (row["group"], row["condition"]) == (group, condition)]
-            budgets, means, errors = ([row[key] for row in points] for key in ("budget", "mean", "standard_error"))
+    drawn = [row for row in rows if row["drawings"] and row["group"] != "vqa"]
+    conditions = list(dict.fromkeys(row["condition"] for row in drawn))
+    for axes, group in zip(figure.subplots(1, 2, sharey=True), ("seen", "held_out"), strict=True):
+        for index, condition in enumerate(conditions):
+            points = [row for row in drawn if (row["group"], row["condition"]) == (group, condition)]
+            budgets, means, errors = ([row[key] for row in points] for key in ("drawings", "mean", "standard_error"))
+            color = _CURVES[index % len(_CURVES)]
             axes.errorbar(budgets, means, yerr=errors, color=color, marker="o", capsize=3, label=condition)
-        axes.set_title(title, fontsize=10)
+        axes.set_title(STUDY_TITLES[group], fontsize=10)
         axes.set_xscale("log")
-        axes.set_xticks(sorted({row["budget"] for row in rows}))
+        axes.set_xticks(sorted({row["drawings"] for row in drawn}))
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.minorticks_off()
         axes.set_xlabel("drawing records", fontsize=9)
@@ -135,6 +148,28 @@ def save_study(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("drawings completely right", fontsize=9)
     figure.axes[0].legend(fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def save_study_maps(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Plot a heat map over drawing records and questions for each group of `study.summarise_runs`."""
+    figure = Figure(figsize=(13, 3.8), dpi=110)
+    for axes, (group, title) in zip(figure.subplots(1, 3), STUDY_TITLES.items(), strict=True):
+        cells = {(row["questions"], row["drawings"]): row for row in rows if row["group"] == group}
+        questions, drawings = (sorted({key[index] for key in cells}) for index in (0, 1))
+        means = [[cells[q, d]["mean"] if (q, d) in cells else float("nan") for d in drawings] for q in questions]
+        axes.imshow(means, cmap="Blues", vmin=0, vmax=1, origin="lower", aspect="auto")
+        for (count, budget), row in cells.items():
+            text = f"{row['mean']:.0%}" + (f"\n± {row['standard_error']:.0%}" if row["n"] > 1 else "")
+            color = "white" if row["mean"] > 0.6 else "black"
+            place = drawings.index(budget), questions.index(count)
+            axes.text(*place, text, ha="center", va="center", fontsize=9, color=color)
+        axes.set_xticks(range(len(drawings)), drawings)
+        axes.set_yticks(range(len(questions)), questions)
+        axes.set_xlabel("drawing records", fontsize=9)
+        axes.set_ylabel("images with questions", fontsize=9)
+        axes.set_title(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path)
 

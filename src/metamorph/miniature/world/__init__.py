@@ -3,6 +3,7 @@
 What can a scene contain?                    `scenes.py`; how it changes: `changes.py`
 How is it drawn?                             `render.py`; what each cell of the token grid shows: `cells.py`
 What is said about it?                       `language.py`; facts beyond images: `knowledge.py`
+Which worlds are there?                      `worlds.py`: the basic one, and `rich.py` with relations and counts
 Does an image show what it should?           `checker.py`; as a detector of GenEval's code `detector.py`
 What can GenEval say of a scene?             `geneval.py`
 What do the data sets contain?               `dataset.py`

@@ -53,7 +53,7 @@ class Reading:
     def scene(self) -> Scene | None:
         """The scene, or None if an attribute is unreadable or no scene has these objects."""
         positions = [item.position for item in self.objects]
-        if len(positions) not in (1, 2) or (len(positions) == 2 and DEFAULT_POSITION in positions):
+        if len(positions) not in (1, 2, 3) or (len(positions) > 1 and DEFAULT_POSITION in positions):
             return None
         if any(None in vars(item).values() for item in self.objects):
             return None
@@ -62,7 +62,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which attributes of an image are right; with two objects, if they are right for both."""
+    """Which attributes of an image are right; with several objects, if they are right for all."""
 
     color: bool
     shape: bool

@@ -19,16 +19,10 @@ import numpy as np
 
 from metamorph.miniature.world.changes import EDIT_KINDS, NEXT_FRAME_PROMPTS, edit, next_frame
 from metamorph.miniature.world.knowledge import THINGS, fact_questions, knowledge_prompt
-from metamorph.miniature.world.language import (
-    CAPTION_REQUESTS,
-    QUESTION_TYPES,
-    caption,
-    drawing_prompt,
-    questions,
-    sentence,
-)
+from metamorph.miniature.world.language import CAPTION_REQUESTS, caption, sentence
 from metamorph.miniature.world.render import render
 from metamorph.miniature.world.scenes import HELD_OUT, Scene, is_reserved, pick, sample_scene
+from metamorph.miniature.world.worlds import BASIC, World
 from metamorph.runs.progress import Progress
 
 
@@ -59,7 +53,10 @@ class WorldSizes:
     evaluation: int = 0
     """Records of each evaluation file."""
     pair_fraction: float = 0.35
-    """Share of scenes with two objects in training records; in evaluation records it is always 0.35."""
+    """Share of scenes with two objects in training records; in evaluation records it is always 0.35.
+
+    The others have one object, in the rich world three.
+    """
 
 
 @dataclass(frozen=True)
@@ -82,10 +79,13 @@ class WorldFiles:
     """
 
 
-def write_dataset(folder: str | Path, *, seed: int = 0, sizes: WorldSizes) -> WorldFiles:
-    """Write training and evaluation data; the same seed and sizes give the same bytes. Existing files are replaced."""
+def write_dataset(folder: str | Path, *, seed: int = 0, sizes: WorldSizes, world: World = BASIC) -> WorldFiles:
+    """Write training and evaluation data; the same seed, sizes and world give the same bytes.
+
+    Existing files are replaced. Edits, next frames and knowledge are those of the basic world in any world.
+    """
     folder = Path(folder)
-    writer = _Writer(folder / "images", seed, sizes)
+    writer = _Writer(folder / "images", seed, sizes, world)
     stage2 = [
         *writer.records("vqa", sizes.vqa, writer.vqa),
         *writer.records("text_vqa", sizes.text_vqa, writer.text_vqa),
@@ -113,7 +113,7 @@ def write_dataset(folder: str | Path, *, seed: int = 0, sizes: WorldSizes) -> Wo
         image_folder=writer.image_folder,
         stage1=_write_jsonl(folder / "stage1.jsonl", captions),
         stage2=_write_jsonl(folder / "stage2.jsonl", (stage2[i] for i in order)),
-        visualizer_folder=_write_visualizer_folder(folder / "visualizer", seed, sizes.visualizer),
+        visualizer_folder=_write_visualizer_folder(folder / "visualizer", seed, sizes.visualizer, world),
         evaluation={name: _write_jsonl(folder / f"eval_{name}.jsonl", records) for name, records in evaluation.items()},
     )
 
@@ -121,11 +121,12 @@ def write_dataset(folder: str | Path, *, seed: int = 0, sizes: WorldSizes) -> Wo
 class _Writer:
     """Samples records and saves their images; every record has its own random generator, seeded by its name."""
 
-    def __init__(self, image_folder: Path, seed: int, sizes: WorldSizes) -> None:
+    def __init__(self, image_folder: Path, seed: int, sizes: WorldSizes, world: World) -> None:
         image_folder.mkdir(parents=True, exist_ok=True)
         self.image_folder = image_folder
         self.seed = seed
         self.sizes = sizes
+        self.world = world
         self._id = ""
         self._images = 0
 
@@ -155,10 +156,10 @@ class _Writer:
         return _record("text_vqa", (f"{caption(scene, rng)}\n{first}", answer), *others)
 
     def vqa_test(self, rng: np.random.Generator) -> dict:
-        wanted = pick(rng, QUESTION_TYPES)
+        wanted = pick(rng, self.world.question_types)
         while True:
-            scene = sample_scene(rng, reserved=True)
-            found = {kind: (question, answer) for kind, question, answer in questions(scene, rng)}
+            scene = self.world.sample(rng, reserved=True)
+            found = {kind: (question, answer) for kind, question, answer in self.world.questions(scene, rng)}
             if wanted in found:
                 break
         question, answer = found[wanted]
@@ -169,20 +170,20 @@ class _Writer:
         background = "grey" if rng.random() < 0.25 else "white"
         scene = self._sample(rng, reserved=reserved, background=background, allow_held_out=False)
         extra = {"split": "seen"} if reserved else {}
-        return self._drawing("text_to_image", drawing_prompt(scene, rng), scene, **extra)
+        return self._drawing("text_to_image", self.world.drawing_prompt(scene, rng), scene, **extra)
 
     def held_out_drawing(self, rng: np.random.Generator) -> dict:
-        """One object of a held-out pair, every pair equally often, in a scene of no training image, inputs included."""
+        """A scene with a held-out pair, every pair equally often, that is in no training image, inputs included."""
         wanted = pick(rng, sorted(HELD_OUT))
         while True:
-            scene = sample_scene(rng, num_objects=1, background="white", reserved=True)
-            if (scene.objects[0].color, scene.objects[0].shape) == wanted:
-                return self._drawing("text_to_image", drawing_prompt(scene, rng), scene, split="held_out")
+            scene = self.world.sample(rng, num_objects=self.world.held_out_objects, background="white", reserved=True)
+            if any((item.color, item.shape) == wanted for item in scene.objects):
+                return self._drawing("text_to_image", self.world.drawing_prompt(scene, rng), scene, split="held_out")
 
     def edit(self, rng: np.random.Generator, *, reserved: bool = False) -> dict:
         wanted = pick(rng, EDIT_KINDS)
         while True:
-            scene = self._sample(rng, reserved=reserved)
+            scene = sample_scene(rng, reserved=reserved, **self._pair_share(reserved))
             kind, instruction, changed = edit(scene, rng)
             if kind == wanted and not changed.has_held_out and is_reserved(changed) == reserved:
                 break
@@ -210,13 +211,15 @@ class _Writer:
                 return self._drawing("knowledge", prompt, scene)
 
     def visualizer_test(self, rng: np.random.Generator) -> dict:
-        scene = sample_scene(rng, reserved=True)
+        scene = self.world.sample(rng, reserved=True)
         turn = ("<image>", caption(scene, rng))
         return _record("visualizer", turn, scene=scene.to_dict(), image=self._save(scene))
 
     def _sample(self, rng: np.random.Generator, *, reserved: bool = False, **wanted: Any) -> Scene:
-        share: dict[str, Any] = {} if reserved else {"pair_fraction": self.sizes.pair_fraction}
-        return sample_scene(rng, reserved=reserved, **share, **wanted)
+        return self.world.sample(rng, reserved=reserved, **self._pair_share(reserved), **wanted)
+
+    def _pair_share(self, reserved: bool) -> dict[str, Any]:
+        return {} if reserved else {"pair_fraction": self.sizes.pair_fraction}
 
     def _save(self, scene: Scene, rng: np.random.Generator | None = None) -> str:
         """Save an image of the current record; returns its path relative to the image folder."""
@@ -226,7 +229,7 @@ class _Writer:
         return path
 
     def _some_questions(self, scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-        found = questions(scene, rng)
+        found = self.world.questions(scene, rng)
         return [found[i][1:] for i in rng.permutation(len(found))[: self.sizes.questions_per_image]]
 
     def _drawing(self, task: str, prompt: str, scene: Scene, **extra: str) -> dict:
@@ -245,11 +248,11 @@ def _facts(rng: np.random.Generator) -> dict:
     return _record("facts", *(found[i] for i in rng.permutation(len(found))))
 
 
-def _write_visualizer_folder(folder: Path, seed: int, count: int) -> Path:
+def _write_visualizer_folder(folder: Path, seed: int, count: int, world: World) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         rng = np.random.default_rng([seed, 2, index])
-        render(sample_scene(rng)).save(folder / f"{index:05d}.png")
+        render(world.sample(rng)).save(folder / f"{index:05d}.png")
     return folder
 
 

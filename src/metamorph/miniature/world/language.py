@@ -120,7 +120,7 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, st
         if kind == "count":
             question, answer = _count_question(scene, rng)
         elif kind == "yes_no":
-            question, answer = _yes_no_question(scene, item, rng)
+            question, answer = yes_no_question(scene, item, rng)
         elif kind == "position" and are_twins:
             continue
         else:
@@ -144,7 +144,7 @@ def _count_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return sentence(COUNT_QUESTION, rng, things=things), NUMBERS[count]
 
 
-def _yes_no_question(scene: Scene, item: SceneObject, rng: np.random.Generator) -> tuple[str, str]:
+def yes_no_question(scene: Scene, item: SceneObject, rng: np.random.Generator) -> tuple[str, str]:
     """A question whose answer is "yes" half of the time."""
     right = bool(rng.random() < 0.5)
     if rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""Scenes of the miniature world: one or two coloured shapes on a light background."""
+"""Scenes of the miniature world: one to three coloured shapes on a light background."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ATTRIBUTES = {"shape": SHAPES, "color": COLORS, "size": SIZES, "position": POSIT
 """The words of each attribute of an object, in the order of `SceneObject`'s fields."""
 
 CORNERS = POSITIONS[1:]
-"""Scenes of two objects use the corners only: an object in the centre would cover part of the other."""
+"""Scenes of several objects use the corners only: an object in the centre would cover part of the other."""
 
 DEFAULT_SIZE = "large"
 DEFAULT_POSITION = "center"
@@ -57,18 +57,21 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One object anywhere, or two in different corners, on a background. The order of objects does not matter."""
+    """One object anywhere, or two or three in different corners, on a background.
+
+    The order of objects does not matter.
+    """
 
     objects: tuple[SceneObject, ...]
     background: str = DEFAULT_BACKGROUND
 
     def __post_init__(self) -> None:
         _check("background", self.background, BACKGROUNDS)
-        if len(self.objects) not in (1, 2):
-            raise ValueError(f"A scene has one or two objects, not {len(self.objects)}.")
+        if len(self.objects) not in (1, 2, 3):
+            raise ValueError(f"A scene has one to three objects, not {len(self.objects)}.")
         places = [item.position for item in self.objects]
-        if len(places) == 2 and (places[0] == places[1] or DEFAULT_POSITION in places):
-            raise ValueError(f"Two objects must be in two different corners, not at {places}.")
+        if len(places) > 1 and (len(set(places)) < len(places) or DEFAULT_POSITION in places):
+            raise ValueError(f"Several objects must be in different corners, not at {places}.")
 
     @property
     def has_held_out(self) -> bool:
