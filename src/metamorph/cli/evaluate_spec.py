@@ -105,6 +105,8 @@ def compare_results(files: Sequence[str], output: Path | None) -> None:
     comparison = compare(*(read_result(Path(file)) for file in files))
     for letter, file in zip("ab", files, strict=True):
         print(f"{letter}: {file}")
+    if others := comparison["only_in_a"] + comparison["only_in_b"]:
+        print(f"compared: the {comparison['samples']} samples of both, without {others} of one of them")
     print()
     print_table(*table(comparison))
     print()
