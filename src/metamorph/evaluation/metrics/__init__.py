@@ -2,7 +2,7 @@
 
 What is a metric, and which are there?    `base.py`
 Objects, numbers, colours, places         `geneval.py`
-What a judge behind an endpoint says      `judged.py`: DPG-Bench, WISE, edits
+What a judge at an endpoint says      `judged.py`: DPG-Bench, WISE, edits
 CLIP score and Fréchet distances          `captions.py`
 What an edit keeps and changes            `edits.py`
 Generated and true visual tokens          `visual_tokens.py`
