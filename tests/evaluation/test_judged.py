@@ -1,4 +1,4 @@
-"""Judges behind endpoints: what is asked, what is kept, what goes wrong, and what scores follow."""
+"""Judges at endpoints: what is asked, what is kept, what goes wrong, and what scores follow."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class Mask2FormerDetector:
     def __init__(self, reference: str, device: torch.device) -> None:
         self._processor = load_image_processor(reference)
         model = AutoModelForUniversalSegmentation.from_pretrained(
-            reference, use_safetensors=True, trust_remote_code=False
+            reference, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
         self._model = model.to(device).eval()
 
@@ -139,8 +139,12 @@ class Mask2FormerDetector:
     def detect(self, image: Image.Image, names: Sequence[str], threshold: float) -> list[Detection]:
         """See `Detector`."""
         inputs = self._processor(image, return_tensors="pt").to(self._model.device)
+        outputs = self._model(**inputs)
+        # Transformers makes the maps on the CPU and cannot fill them from another device.
+        for name in ("class_queries_logits", "masks_queries_logits"):
+            outputs[name] = outputs[name].float().cpu()
         (found,) = self._processor.post_process_instance_segmentation(
-            self._model(**inputs),
+            outputs,
             threshold=threshold,
             target_sizes=[(image.height, image.width)],
             return_binary_maps=True,
@@ -149,7 +153,7 @@ class Mask2FormerDetector:
         for segment, mask in zip(found["segments_info"], found["segmentation"], strict=False):
             name = self._names[segment["label_id"]]
             if name in names and segment["score"] > threshold:
-                shown = mask.bool().cpu().numpy()
+                shown = mask.bool().numpy()
                 detections.append(Detection(name, segment["score"], _box(shown), shown))
         return detections
 
@@ -161,7 +165,7 @@ class _WordDetector:
         self._processor = load_image_processor(reference)
         self._tokenizer = AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
         model = AutoModelForZeroShotObjectDetection.from_pretrained(
-            reference, use_safetensors=True, trust_remote_code=False
+            reference, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
         self._model = model.to(device).eval()
 

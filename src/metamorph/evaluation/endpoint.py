@@ -1,4 +1,4 @@
-"""A judge behind an endpoint in OpenAI's style: asked about images, its answers kept so that none is paid for twice."""
+"""A judge at an endpoint in OpenAI's style: asked about images, its answers kept so that none is paid for twice."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Endpoint:
     model: str
     """Its name on the server."""
     api_key_env: str | None = None
-    """The environment variable that holds the key; the key itself never stands in a file."""
+    """The environment variable that holds the key; the key itself is in no file."""
     timeout: float = 120.0
     """Seconds that an answer may take."""
     retries: int = 5
