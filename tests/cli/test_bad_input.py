@@ -49,7 +49,7 @@ BAD = [
     ("generate --model mini --prompt ' '", "--prompt is empty"),
     (
         "generate --model mini --prompt '<image> <image>' --image a.png",
-        "the prompt has 2 <image>, but there are 1 image",
+        "--prompt, --image and --video do not fit: the prompt has 2 <image> markers, but there are 1 image",
     ),
     (
         f"{GENERATE} --draw --max-new-tokens 17",
@@ -136,7 +136,10 @@ BAD = [
     (f"{GENERATE} --model nowhere/x", f"--model nowhere/x {OFFLINE}"),
     (f"{GENERATE} --video none.mp4", "--video none.mp4 does not exist"),
     (f"{GENERATE} --video a.png", "--video a.png cannot be read as a video"),
-    (f"{GENERATE} --video a.png --prompt '<video> <video>'", "the prompt has 2 <video>, but there are 1 video(s)"),
+    (
+        f"{GENERATE} --video a.png --prompt '<video> <video>'",
+        "--prompt, --image and --video do not fit: the prompt has 2 <video> markers",
+    ),
     ("chat --model folder", "--model folder is a folder without config.json"),
     ("visualize --visualizer mini --tokens a.png", "a.png is not a safetensors file"),
     ("visualize --visualizer mini --tokens a.png --image a.png", "--image not allowed with argument --tokens"),

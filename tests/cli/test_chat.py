@@ -43,7 +43,9 @@ def test_lines_of_a_pipe_are_a_conversation(folder: Path) -> None:
     lines = [
         *("draw a large red circle", "what color is the object?", "/image in.png", "what color is the object?"),
         *("/image none.png", "/foo", "/save", "<image>?", "/save talk.json", "/save in.png"),
-        *("/reset", "draw a blue square", "/retry", "/reset", "/save empty.json", "/retry", "/quit", "never"),
+        *("/reset", "draw a blue square", "/retry", "/reset", "/save empty.json", "/retry"),
+        # A turn that fails leaves its image for the next one, and /retry the last answer.
+        *("/image in.png", "hello " * 1100, "what color is the object?", "hello " * 1100, "/retry", "/quit", "never"),
     ]
     done = subprocess.run(
         COMMAND,
@@ -56,13 +58,16 @@ def test_lines_of_a_pipe_are_a_conversation(folder: Path) -> None:
     )
     assert done.stdout.splitlines() == [
         *("[image: chat/image.png]", "red", "red", "[saved: talk.json]"),
-        *("[image: chat/image-2.png]", "[image: chat/image-3.png]", "[saved: empty.json]"),
+        *("[image: chat/image-2.png]", "[image: chat/image-3.png]", "[saved: empty.json]", "red", "red"),
     ]
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+    *errors, too_long, again = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "which leaves 0 of 1024 for the answer" in too_long
+    assert "which leaves 0 of 1024 for the answer" in again
+    assert errors == [
         "error: /image none.png does not exist",
         "error: unknown command /foo (/help lists all; begin with a space to say it)",
         "error: /save needs a file: /save FILE",
-        "error: the prompt has 1 <image>, but there are 0 image(s)",
+        "error: the prompt has 1 <image> markers, but there are 0 image(s)",
         "error: /save in.png: in.png exists; give another name",
         "error: the conversation has no answer yet",
     ]

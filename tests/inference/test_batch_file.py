@@ -141,7 +141,7 @@ BAD_LINES = [
     ({"prompt": "x", "images": ["none.png"]}, "there is no image file"),
     ({"prompt": "x", "images": ["http://a.org/b.png"]}, "nothing is downloaded"),
     ({"prompt": "x", "images": ["data:image/png;base64,AAAA"]}, "cannot be read as an image"),
-    ({"prompt": "<image><image>", "images": ["in.png"]}, "has 2 <image>, but there are 1"),
+    ({"prompt": "<image><image>", "images": ["in.png"]}, "has 2 <image> markers, but there are 1"),
     ({"prompt": "x", "videos": "in.png"}, "cannot be read as a video"),
     ({"prompt": "x", "seed": -1}, '"seed" must be from 0'),
     ({"prompt": "x", "seed": True}, '"seed" must be a number'),

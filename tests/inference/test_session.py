@@ -84,8 +84,8 @@ def test_images_and_frames_are_in_the_order_of_their_markers() -> None:
     assert place_media("<image>, then this", "a", ["b"]) == ("<image>\n<image>, then this", tuple("ba"))
     assert place_media("Is <image> blue?", "a") == ("Is <image> blue?", ("a",))
     for prompt, message in (
-        ("Is <image> blue?", "has 1 <image>, but there are 2 image"),
-        ("Is <video> blue?", "has 1 <video>, but there are 0 video"),
+        ("Is <image> blue?", "has 1 <image> markers, but there are 2 image"),
+        ("Is <video> blue?", "has 1 <video> markers, but there are 0 video"),
     ):
         with pytest.raises(ValueError, match=message):
             place_media(prompt, "ab")

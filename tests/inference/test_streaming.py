@@ -189,6 +189,16 @@ def test_answers_end_with_the_context(session, monkeypatch) -> None:
         session.chat().reply("hello " * 60)
 
 
+def test_a_prompt_that_does_not_fit_is_found_before_others_are_answered(session) -> None:
+    answered: list[int] = []
+    prompts = [Prompt("hello"), Prompt("hello " * 1100), Prompt("hello")]
+    with pytest.raises(ValueError, match=r"prompt 2 has \d+ tokens"):
+        reply_to(session.model, session.processor, prompts, batch_size=1, on_progress=answered.append)
+    assert not answered
+    with pytest.raises(ValueError, match="and its image takes 17: shorten it"):
+        session.reply("hello " * 1000, draw=True)
+
+
 def _recomputed(session: Session, chat: Chat) -> str:
     (reply,) = reply_to(session.model, session.processor, [Prompt(chat.messages[:-1])])
     return reply.text

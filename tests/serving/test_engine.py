@@ -8,7 +8,7 @@ import torch
 
 import metamorph
 from metamorph.inference import Prompt, Reply, SamplerSettings, Sampling, Session
-from metamorph.inference.draw import draw
+from metamorph.inference.draw import draw_each
 from metamorph.models.sequence.conversations import ImagePart, TextPart
 from metamorph.serving.batcher import Batcher, Closed, QueueFull
 from metamorph.serving.engine import Engine
@@ -73,7 +73,7 @@ def test_drawings_of_a_client_that_leaves_are_not_begun(session, monkeypatch) ->
     def slow_draw(*args, **options) -> list:
         begun.append(args)
         release.wait()
-        return draw(*args, **options)
+        return draw_each(*args, **options)
 
     async def leave() -> None:
         prompt = Prompt("draw a red circle", draw=True, max_new_tokens=session.processor.num_image_tokens + 1)
@@ -82,7 +82,7 @@ def test_drawings_of_a_client_that_leaves_are_not_begun(session, monkeypatch) ->
             await asyncio.sleep(0.01)
         answers.cancel()
 
-    monkeypatch.setattr("metamorph.serving.engine.draw", slow_draw)
+    monkeypatch.setattr("metamorph.serving.engine.draw_each", slow_draw)
     engine = Engine(session)
     asyncio.run(leave())
     release.set()

@@ -369,7 +369,8 @@ def test_bad_flags_are_refused_before_the_model_is_loaded(
         ('{"text": "x"}', '"prompt"'),
         ('{"prompt": "x", "image": "a.png"}', "keys are"),
         ('{"prompt": "x", "images": ["none.png"]}', "there is no image"),
-        ('{"prompt": "<image>"}', "has 1 <image>"),
+        ('{"prompt": "<image>"}', "has 1 <image> markers"),
+        ('{"prompt": "%s"}' % ("red " * 9000), r"prompt 1 has \d+ tokens, which leaves 0 of"),
         ("", "is empty"),
     ],
 )

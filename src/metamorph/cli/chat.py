@@ -152,24 +152,27 @@ class Conversation:
 
     def _retry(self) -> None:
         self._retries += 1
-        self._print(self.chat.retry)
+        self._print(self.chat.retry, self._words)
 
     def _answer(self, words: str) -> None:
         from metamorph.inference.prompt import place_media
 
         prompt, media = place_media(words, self._images, self._videos)
-        self._words, self._retries, self._images, self._videos = words, 0, [], []
-        self._print(lambda **options: self.chat.reply(prompt, media, **options))
+        self._retries = 0
+        # A turn that fails or is dropped leaves its images for the next one, and the last answer for /retry.
+        if self._print(lambda **options: self.chat.reply(prompt, media, **options), words):
+            self._words, self._images, self._videos = words, [], []
 
-    def _print(self, answer: Callable[..., Reply]) -> None:
-        """Generate an answer and print it meanwhile; Ctrl-C ends it."""
+    def _print(self, answer: Callable[..., Reply], words: str) -> bool:
+        """Generate an answer to `words` and print it meanwhile; Ctrl-C ends it. Returns whether the chat keeps it."""
         from metamorph.inference.answer_files import AnswerFiles, drawing_metadata
 
         seed = self.settings.seed + self._retries
         settings, sampling = replace(self.settings, seed=seed), replace(self.sampling, seed=seed)
-        metadata = drawing_metadata(self.flags.model, self.flags.visualizer, self._words, sampling, settings)
+        metadata = drawing_metadata(self.flags.model, self.flags.visualizer, words, sampling, settings)
         files = AnswerFiles(self.flags.output_dir / "image.png", metadata, settings)
         printer = AnswerPrinter(files, protocol=self.protocol)
+        before = self.chat.messages
         with stopped_by_ctrl_c() as cancelled:
             answer(
                 settings=settings,
@@ -178,7 +181,10 @@ class Conversation:
                 on_part=printer,
                 cancelled=cancelled,
             )
-        printer.end("[stopped]" if cancelled.is_set() else "")
+        is_kept = self.chat.messages is not before
+        dropped = "" if is_kept else " before its first word: the chat is as before"
+        printer.end(f"[stopped{dropped}]" if cancelled.is_set() else "")
+        return is_kept
 
 
 @contextmanager
@@ -214,7 +220,7 @@ def history_file() -> Path:
 
 
 def completions(line: str, word: str) -> list[str]:
-    """What may take the place of `word`, which ends `line` after its last space or slash: commands, or files."""
+    """Completions of `word`, the end of `line` after its last space or slash: commands, or files."""
     name, space, argument = line.partition(" ")
     if not space:
         known = (f"{each} " if argument else each for each, (argument, _) in COMMANDS.items() if each.startswith(name))

@@ -130,7 +130,10 @@ def check_inputs(flags: argparse.Namespace) -> "tuple[list[Image.Image], list[li
         check_output(flags)
     from metamorph.inference.prompt import place_media
 
-    place_media(flags.prompt, flags.image, [[file] for file in flags.video])  # checked before they are read
+    try:  # before they are read
+        place_media(flags.prompt, flags.image, [[file] for file in flags.video])
+    except ValueError as error:
+        raise ValueError(f"--prompt, --image and --video do not fit: {error}") from error
     return open_images(flags.image), open_videos(flags.video, flags)
 
 

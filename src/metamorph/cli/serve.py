@@ -43,10 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="HOST",
-        help="further names by which a proxy asks (default: only loopback's with a loopback --host, else any)",
+        help="other Host names to accept, such as a proxy's (default: loopback names with a loopback --host, else any)",
     )
     parser.add_argument(
-        "--cors-origin", nargs="+", default=[], metavar="URL", help="web pages of other origins that may ask"
+        "--cors-origin", nargs="+", default=[], metavar="URL", help="web pages of other origins that may call the API"
     )
     parser.add_argument(
         "--allow-remote-images",
@@ -137,7 +137,7 @@ def check_network(flags: argparse.Namespace) -> str | None:
 
 
 def allowed_hosts(flags: argparse.Namespace) -> set[str]:
-    """What may be in the header `Host`; nothing is anything.
+    """Names that the header `Host` may have; an empty set allows any.
 
     A web page of another site can make a name of its own point to loopback, and so ask as if it were from here.
     """

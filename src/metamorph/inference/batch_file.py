@@ -274,7 +274,7 @@ def _reply(session: Session, batch: Batch, requests: Sequence[Request]) -> list[
         return [*replies]
     settings = batch.defaults.settings
     seeds = [
-        replace(settings, seed=request.seed).of_image(index).seed
+        request.seed + index
         for request, reply in zip(requests, replies, strict=True)
         for index in range(reply.num_images)
     ]

@@ -16,7 +16,7 @@ from metamorph.flags.parser import nearest
 from metamorph.inference.draw import SamplerSettings
 from metamorph.inference.media import load_video
 from metamorph.inference.prompt import Prompt, place_media
-from metamorph.inference.sampling import Sampling
+from metamorph.inference.sampling import MAX_SEED, Sampling
 from metamorph.models.image_inputs import to_pil_image
 from metamorph.models.sequence.constants import DEFAULT_IMAGE_TOKEN
 from metamorph.models.sequence.conversations import Message, assign_images, parse_messages
@@ -37,8 +37,6 @@ FIELDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "stop": ((str, list), "a string or a list of strings"),
 }
 """Fields of a line, their types, and those in words."""
-_LARGEST = 2**53
-"""Of whole numbers: other programs read JSON's numbers as floats."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +130,8 @@ def _check_fields(line: Mapping[str, Any]) -> None:
     if ("prompt" in line) == ("messages" in line):
         raise ValueError('the line needs either "prompt" or "messages"')
     for name, least in (("seed", 0), ("max_new_tokens", 1), ("top_k", 0)):
-        if name in line and not least <= line[name] <= _LARGEST:
-            raise ValueError(f'"{name}" must be from {least} to {_LARGEST}, not {line[name]}')
+        if name in line and not least <= line[name] <= MAX_SEED:
+            raise ValueError(f'"{name}" must be from {least} to {MAX_SEED}, not {line[name]}')
 
 
 def _strings(line: Mapping[str, Any], name: str) -> Sequence[str]:

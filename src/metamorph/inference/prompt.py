@@ -66,7 +66,7 @@ def place_media(
         if marker not in prompt:
             prompt = f"{marker}\n" * count + prompt
         if (found := prompt.count(marker)) != count:
-            raise ValueError(f"the prompt has {found} {marker}, but there are {count} {kind}(s)")
+            raise ValueError(f"the prompt has {found} {marker} markers, but there are {count} {kind}(s)")
     rest_of_images, rest_of_videos = iter(images), iter(videos)
     text, ordered = "", []
     for piece in re.split(f"({VIDEO_MARKER}|{DEFAULT_IMAGE_TOKEN})", prompt):

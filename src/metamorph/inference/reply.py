@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,9 @@ def reply_to(
         )
         for index, prompt in enumerate(prompts)
     ]
+    if len(prompts) > batch_size:  # before any is answered; batches check their own
+        for number, prompt in enumerate(prompts, start=1):
+            check_fits(model, processor, prompt, prompt_length(processor, prompt), f"prompt {number}")
     options = {"do_sample": False, **generate_kwargs}
     was_training = model.training
     model.eval()
@@ -114,6 +118,29 @@ def reply_to(
 def can_draw(model: MetaMorphForConditionalGeneration) -> bool:
     """Whether the model emits images as visual tokens."""
     return "image" in model.output_modalities
+
+
+def prompt_length(processor: MetaMorphProcessor, prompt: Prompt) -> int:
+    """Tokens of a prompt, with the `<image_start>` of `draw`; a `ValueError` if it is invalid. Encodes no images."""
+    encoded = processor.encode_conversation(
+        prompt.messages, list(prompt.images), add_generation_prompt=True, with_pixels=False
+    )
+    return len(encoded.input_ids) + prompt.draw
+
+
+def check_fits(
+    model: MetaMorphForConditionalGeneration,
+    processor: MetaMorphProcessor,
+    prompt: Prompt,
+    length: int,
+    name: str = "the prompt",
+) -> None:
+    """Raise a `ValueError` with both numbers if a prompt leaves no room for an answer, or for the image of `draw`."""
+    context, needed = model.context_length, processor.num_image_tokens + 1 if prompt.draw else 1
+    if context is not None and length + needed > context:
+        room = f"{max(context - length, 0)} of {context} for the answer"
+        image = f", and its image takes {needed}" if prompt.draw else ""
+        raise ValueError(f"{name} has {length} tokens, which leaves {room}{image}: shorten it")
 
 
 def default_budget(processor: MetaMorphProcessor) -> int:
@@ -151,11 +178,9 @@ def _reply_to_batch(
     )
     inputs = dict(encoded.to(model.device))
     lengths = (inputs["attention_mask"].sum(dim=1) + prompts[0].draw).tolist()  # with the <image_start> that is added
-    if (context := model.context_length) is not None:
-        if max(lengths) >= context:
-            raise ValueError(f"the prompt has {max(lengths)} tokens, which leaves 0 of {context} for the answer")
-        for decoder, length in zip(decoders, lengths, strict=True):
-            decoder.limit = min(decoder.limit, context - length)
+    for prompt, decoder, length in zip(prompts, decoders, lengths, strict=True):
+        check_fits(model, processor, prompt, length)
+        decoder.limit = min(decoder.limit, (model.context_length or sys.maxsize) - length)
     state = GeneratedVisualTokens(
         torch.tensor([prompt.allow_images for prompt in prompts], device=model.device),
         torch.tensor([decoder.limit for decoder in decoders], device=model.device),

@@ -11,6 +11,10 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 
+MAX_SEED = 2**53 - 1
+"""JSON's integers are exact up to here: other programs read them as floats."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the tokens of one answer are chosen. Images of the answer are not sampled: their tokens are predicted."""

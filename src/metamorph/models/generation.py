@@ -227,7 +227,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if not returns_all:
             if not num_images.all():
                 raise ValueError("a stopping criterion, such as a time limit, ended an answer within its image")
-            # A dimension more, because the pipelines flatten the first ones of three.
+            # An extra dimension, because the pipelines flatten the first two of three.
             return images[num_images.cumsum(0) - num_images].unsqueeze(1)
         return MetaMorphGenerateOutput(**output, visual_tokens=images, num_images=num_images)
 

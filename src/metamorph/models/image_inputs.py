@@ -85,7 +85,7 @@ def decode_data_url(url: str) -> bytes:
 
 def _decode_base64(text: str) -> bytes:
     """Decode base64, which may have line breaks."""
-    return base64.b64decode("".join(text.split()), validate=True)
+    return base64.b64decode(text.encode("ascii").translate(None, b" \t\r\n"), validate=True)
 
 
 def _from_array(array: np.ndarray | torch.Tensor, input_data_format: str | None) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The app: routes of the three dialects, models, health and metrics, behind the guard."""
+"""The app: routes of the three dialects, models, health and metrics, checked by the guard."""
 
 from __future__ import annotations
 

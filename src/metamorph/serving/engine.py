@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metamorph.inference.draw import SamplerSettings, draw_each
 from metamorph.inference.prompt import Prompt
-from metamorph.inference.reply import Reply, can_draw, reply_to
+from metamorph.inference.reply import Reply, can_draw, prompt_length, reply_to
 from metamorph.inference.session import Session
 from metamorph.inference.streaming import Part
 from metamorph.models.processing_metamorph import ImagePart
@@ -161,10 +161,7 @@ class Engine:
 
     def num_prompt_tokens(self, prompt: Prompt) -> int:
         """Length of a prompt; a `ValueError` if it is not valid. Images are not encoded."""
-        encoded = self.session.processor.encode_conversation(
-            prompt.messages, list(prompt.images), add_generation_prompt=True, with_pixels=False
-        )
-        return len(encoded.input_ids) + prompt.draw
+        return prompt_length(self.session.processor, prompt)
 
     def submit(self, prompts: Sequence[tuple[Prompt, SamplerSettings]]) -> Answers:
         """Queue prompts, all or none: raises `QueueFull`, or `Closed` while the server ends. Needs an event loop."""

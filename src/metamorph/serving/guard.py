@@ -21,6 +21,8 @@ from metamorph.serving.limits import Limits
 
 
 _CLOSE = {"Connection": "close"}
+_MAX_VALUES = 100_000
+"""Of JSON, which takes about 100 times the memory of its text where it is small values, and seconds to parse."""
 
 
 class _ClientLeft(Exception):
@@ -71,9 +73,10 @@ class Guard:
             await as_api_error(error).response()(scope, receive, send)
 
     def _check_sender(self, scope: Scope, headers: Headers) -> None:
-        """Refuse clients without the key, and what web pages of others make a browser send."""
+        """Refuse clients without the key, and cross-site requests of browsers."""
         host = re.sub(r":\d+$", "", headers.get("host", "")).lower()
-        if self.hosts and host not in self.hosts:  # a name that its owner points to this address
+        is_health = scope["method"] == "GET" and scope["path"] == "/health"  # load balancers ask by address
+        if self.hosts and host not in self.hosts and not is_health:  # a name that its owner points to this address
             message = f"this server is not called {host!r}: start it with --allowed-host {host}"
             raise ApiError(message, status=403, code="host_not_allowed")
         is_link = scope["method"] == "GET" and headers.get("sec-fetch-dest") == "document"
@@ -81,7 +84,6 @@ class Guard:
         if headers.get("sec-fetch-site") == "cross-site" and not is_allowed:
             message = "another web site may not ask this server: start it with --cors-origin and its origin"
             raise ApiError(message, status=403, code="origin_not_allowed")
-        is_health = scope["method"] == "GET" and scope["path"] == "/health"
         if not (is_health or self._has_key(headers)):
             raise _no_key(scope["path"])
 
@@ -98,7 +100,8 @@ class Guard:
     async def _read(self, receive: Receive, headers: Headers, max_mb: float) -> bytes:
         """The body, complete. One that is too large is read on for a while, so that the client hears the answer."""
         limit = int(max_mb * 1e6)
-        too_large = ApiError(f"the body has more than {max_mb:g} MB", status=413, code="body_too_large", headers=_CLOSE)
+        message = f"the body has more than {max_mb:g} MB" if limit else "only POST requests may have a body"
+        too_large = ApiError(message, status=413, code="body_too_large", headers=_CLOSE)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > 2 * limit:
             raise too_large
@@ -116,7 +119,11 @@ class Guard:
                 is_last = not message.get("more_body", False)
             if size > limit:
                 raise too_large
-            return b"".join(chunks)
+            body = b"".join(chunks)
+            is_form = headers.get("content-type", "").startswith("multipart/")
+            if not is_form and sum(map(body.count, (b"[", b"{", b","))) > _MAX_VALUES:
+                raise ApiError(f"the body has more than {_MAX_VALUES:,} JSON values", status=413, code="body_too_large")
+            return body
 
         try:
             return await asyncio.wait_for(read(), self.limits.client_timeout)

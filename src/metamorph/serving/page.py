@@ -27,6 +27,7 @@ from starlette.routing import Mount
 from metamorph.inference.draw import SamplerSettings
 from metamorph.inference.prompt import Prompt
 from metamorph.inference.reply import Reply
+from metamorph.inference.sampling import MAX_SEED
 from metamorph.inference.streaming import Part
 from metamorph.miniature.world.render import render
 from metamorph.miniature.world.scenes import Scene, SceneObject
@@ -35,7 +36,7 @@ from metamorph.serving.batcher import Closed, QueueFull
 from metamorph.serving.errors import ApiError, as_api_error
 from metamorph.serving.page_guard import PageGuard
 from metamorph.serving.request_images import RequestImages
-from metamorph.serving.service import MAX_SEED, Answering, Service
+from metamorph.serving.service import Answering, Service
 
 
 PATH = "/chat"
@@ -313,7 +314,7 @@ def _pop(conversation: Conversation) -> Turn:
 
 
 def _refusal(message: str) -> gr.Error:
-    """What the page shows instead of doing something."""
+    """An error for the user, without a traceback."""
     return gr.Error(message, duration=5, print_exception=False)
 
 

@@ -44,7 +44,9 @@ class RequestImages:
         try:
             frames = await asyncio.to_thread(load_video, file, name=file.name, max_pixels=self._pixels_left)
         except MediaError as error:
-            raise ApiError(str(error), param=file.name, code=error.kind) from error
+            limit = f" (the images of a request may have {self.limits.max_pixels} pixels together)"
+            message = str(error) + (limit if error.kind == "image_too_large" else "")
+            raise ApiError(message, param=file.name, code=error.kind) from error
         self._count(file.name, len(frames))
         self._pixels_left -= sum(frame.width * frame.height for frame in frames)
         return frames

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from metamorph.inference.draw import SamplerSettings
 from metamorph.inference.prompt import Prompt
 from metamorph.inference.reply import Reply, default_budget
-from metamorph.inference.sampling import Sampling
+from metamorph.inference.sampling import MAX_SEED, Sampling
 from metamorph.models.sequence.conversations import ImagePart, TextPart
 from metamorph.serving.engine import Answers, Engine
 from metamorph.serving.errors import ApiError
@@ -30,8 +30,6 @@ from metamorph.serving.request_images import RequestImages
 MAX_CHOICES = 10
 """Answers to one request."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
-MAX_SEED = 2**53 - 1
-"""JSON's integers are exact up to here."""
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from metamorph.files.permissions import save_file
 from metamorph.inference.draw import draw
 from metamorph.inference.prompt import Prompt, place_media
-from metamorph.inference.reply import Reply, can_draw, reply_to
+from metamorph.inference.reply import Reply, can_draw, check_fits, prompt_length, reply_to
 from metamorph.inference.session import load_pipeline, pick_device
 from metamorph.models.image_files import MediaError, load_image
 from metamorph.models.processing_metamorph import TextPart
@@ -175,6 +175,10 @@ class SampleWriter(TrainerCallback):
     def attach(self, trainer: MetaMorphTrainer) -> None:
         """Become a callback of the trainer, whose model and processor answer."""
         self.trainer = trainer
+        model, processor = trainer.plain_model, trainer.processing_class
+        for number, prompt in enumerate(self.prompts, start=1):
+            length = prompt_length(processor, prompt)
+            check_fits(model, processor, prompt, length, f"--sample_prompts: prompt {number}")
         trainer.add_callback(self)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
