@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from metamorph.evaluation.metrics.text import plain
 from metamorph.inference.draw import ProgressCallback
 from metamorph.inference.prompt import Prompt
 from metamorph.inference.reply import Reply, reply_to
@@ -38,7 +39,7 @@ class AnsweredQuestion:
 
         Case, surrounding spaces and a final full stop do not count.
         """
-        return not self.reply.num_images and _plain(self.reply.text) == _plain(self.question.answer)
+        return not self.reply.num_images and plain(self.reply.text) == plain(self.question.answer)
 
 
 def summarise_answers(answered: Sequence[AnsweredQuestion]) -> dict[str, Any]:
@@ -74,7 +75,3 @@ def answer_budget(processor: MetaMorphProcessor) -> int:
 def fraction(verdicts: Sequence[bool]) -> float:
     """Share of true values, rounded to four digits; 0 if there are none."""
     return round(sum(verdicts) / len(verdicts), 4) if verdicts else 0.0
-
-
-def _plain(text: str) -> str:
-    return text.strip().rstrip(".").strip().lower()

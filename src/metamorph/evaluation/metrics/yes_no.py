@@ -1,0 +1,67 @@
+"""Yes-or-no questions as in POPE: accuracy, and precision, recall and F1 of "yes"."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from metamorph.evaluation.metrics.base import Scores, Tools
+from metamorph.evaluation.metrics.text import QuestionMetric, plain
+from metamorph.evaluation.samples import Answer, Sample
+
+
+@dataclass(frozen=True)
+class YesNo(QuestionMetric):
+    """Accuracy, precision, recall and F1 of "yes", share of "yes" answers, and share of answers that are neither.
+
+    An answer that is neither is wrong. POPE's own script counts it as "yes".
+    """
+
+    name: ClassVar[str] = "yes_no"
+    headline: ClassVar[str] = "f1"
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Refuse samples whose right answer is neither yes nor no."""
+        for sample in samples:
+            if sample.reference is None or plain(str(sample.reference)) not in ("yes", "no"):
+                raise ValueError(
+                    f"the right answer of sample {sample.id} must be yes or no, not {sample.reference!r:.80}"
+                )
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> list[dict[str, float]]:
+        """Whether each answer is right, is "yes", and is neither yes nor no."""
+        scores = []
+        for sample, answer in zip(samples, answers, strict=True):
+            given = None if answer.error else parse(answer.text)
+            is_right = given == plain(sample.reference)
+            scores.append(
+                {"accuracy": float(is_right), "yes_ratio": float(given == "yes"), "unparseable": float(given is None)}
+            )
+        tools.progress.update(len(scores))
+        return scores
+
+    def summarise(self, samples: Sequence[Sample], scores: Sequence[Scores]) -> dict[str, float]:
+        """The shares, and precision, recall and F1 of "yes"; 0 where nothing could be divided by."""
+        said_yes = sum(each["yes_ratio"] for each in scores)
+        is_yes = [plain(sample.reference) == "yes" for sample in samples]
+        right = sum(each["accuracy"] for each, yes in zip(scores, is_yes, strict=True) if yes)
+        return {
+            **super().summarise(samples, scores),
+            "precision": right / max(said_yes, 1),
+            "recall": right / max(sum(is_yes), 1),
+            "f1": 2 * right / max(said_yes + sum(is_yes), 1),
+        }
+
+
+def parse(text: str) -> str | None:
+    """`yes`, `no`, or None if the answer is neither.
+
+    The first word decides, else the first sentence: as in POPE's script it says no if it has a "no" or "not".
+    """
+    words = re.findall(r"[a-z']+", text.lower().strip().split(".")[0].replace("’", "'"))
+    if words and words[0] in ("yes", "no"):
+        return words[0]
+    denies = any(word in ("no", "not") or word.endswith("n't") for word in words)
+    if denies == ("yes" in words):  # neither, or both
+        return None
+    return "no" if denies else "yes"
