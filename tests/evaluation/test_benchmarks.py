@@ -27,6 +27,7 @@ from metamorph.evaluation.loaders import LOADERS
 from metamorph.evaluation.metrics import METRICS
 from metamorph.inference import Session
 from metamorph.mini import asset_path
+from metamorph.models.adapters import ADAPTER_FILE
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +129,12 @@ def test_hashes_change_with_what_they_identify(session, folder: Path) -> None:
     assert identify(str(model), "model")["sha256"] == own  # checkpoints of its training are not the model
     (model / "chat_template.jinja").write_text("x")
     assert identify(str(model), "model")["sha256"] != own
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    (adapter / ADAPTER_FILE).write_text(json.dumps({"language_model": str(model), "vision_tower": "mini-siglip"}))
+    base = identify(str(adapter), "model")["base"]
+    assert base["model"] == identify(str(model), "model")
+    assert len(base["tower"]["sha256"]) == 64
 
 
 def test_a_limit_gives_the_answers_of_a_full_run(session, folder: Path) -> None:
@@ -200,9 +207,12 @@ def test_bad_flags_fail_before_the_model_is_loaded(
     assert not list(folder.glob("evaluation/*/answers.jsonl"))
 
 
+COMMAND = ["evaluate", "asks.yaml", "--model", "mini", "--dtype", "float32"]
+
+
 def start(folder: Path, launcher: list[str], *flags: str) -> subprocess.Popen[str]:
     worker = str(Path(__file__).with_name("evaluate_worker.py"))
-    words = [sys.executable, *launcher, worker, "asks.yaml", "--model", "mini", "--dtype", "float32", *flags]
+    words = [sys.executable, *launcher, worker, *COMMAND[1:], *flags]
     paths = [str(Path(__file__).parents[1] / "parts"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment)
@@ -212,7 +222,7 @@ def start(folder: Path, launcher: list[str], *flags: str) -> subprocess.Popen[st
 def once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The result of the command without incident."""
     monkeypatch.chdir(folder)
-    assert cli.main(["evaluate", "asks.yaml", "--model", "mini", "--dtype", "float32", "--output-dir", "once"]) == 0
+    assert cli.main([*COMMAND, "--output-dir", "once"]) == 0
     assert (folder / "once" / "plot.png").is_file()
     return read(folder / "once")
 
@@ -243,7 +253,6 @@ def test_a_killed_command_continues(once: dict[str, Any], folder: Path) -> None:
         process.communicate()
     before = answers.read_bytes()
     assert not (folder / "killed" / RESULT_FILE).exists()
-    process = start(folder, [], "--output-dir", "killed")
-    assert process.wait(300) == 0, process.communicate()[1]
+    assert cli.main([*COMMAND, "--output-dir", "killed"]) == 0
     assert answers.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     assert read(folder / "killed") == once

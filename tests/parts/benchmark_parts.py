@@ -107,7 +107,8 @@ def write_questions(folder: Path, count: int = 12) -> Path:
     while len(records) < count:
         scene, number = sample_scene(rng, reserved=True), len(records) // 2
         render(scene).save(folder / f"{number}.png")
-        for kind, question, answer in questions(scene, rng)[:2]:
+        found = questions(scene, rng)
+        for kind, question, answer in (found[index] for index in rng.permutation(len(found))[:2]):
             name = f"q{len(records)}"
             records.append(
                 {"id": name, "question": question, "answer": answer, "type": kind, "images": [f"{number}.png"]}

@@ -25,7 +25,9 @@ def main(argv: Sequence[str]) -> int | None:
     compare_help = "compare two results of a benchmark: result.json files, or their folders"
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help=compare_help)
     output_help = "JSON file of the comparison; a plot of the same name is written next to it"
-    parser.add_argument("--output", type=output_file, help=output_help)
+    parser.add_argument(
+        "--output", dest="comparison", type=output_file, help=output_help
+    )  # `loss` has an --output, too
     kinds = parser.add_subparsers(dest="kind")
     spec = kinds.add_parser(SPEC, help="a benchmark by its name, or a YAML file")
     world = kinds.add_parser("world", help="questions and drawings in the miniature world, judged by its pixel checker")
@@ -48,15 +50,19 @@ def main(argv: Sequence[str]) -> int | None:
     if words and not words[0].startswith("-") and words[0] not in commands:
         words.insert(0, SPEC)
     flags = parser.parse_args(words)
+    if flags.comparison is not None and flags.compare is None:
+        raise ValueError(f"--output {flags.comparison} needs --compare, two results")
+    if flags.kind is not None and (flags.list or flags.compare is not None):
+        raise ValueError(f"--{'list' if flags.list else 'compare'} and {words[-1]!r}: give one of them")
     if flags.compare is not None:
-        return evaluate_spec.compare_results(flags.compare, flags.output)
-    if flags.output is not None and flags.kind is None:
-        raise ValueError(f"--output {flags.output} needs --compare, two results")
-    if flags.list:
-        return evaluate_spec.print_specs()
-    if flags.kind is None:
+        evaluate_spec.compare_results(flags.compare, flags.comparison)
+    elif flags.list:
+        evaluate_spec.print_specs()
+    elif flags.kind is None:
         raise ValueError(f"say what to evaluate: a benchmark (metamorph evaluate --list), or {', '.join(commands)}")
-    return flags.run(flags)
+    else:
+        return flags.run(flags)
+    return None
 
 
 def _evaluate_world(flags: argparse.Namespace) -> None:

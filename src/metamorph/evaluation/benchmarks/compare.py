@@ -35,7 +35,12 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
         if first[name]["sample_sha256"] != second[name]["sample_sha256"]:
             raise ValueError(f"the results are of different data: sample {name} is not the same in both")
     samples = [_sample(first[name]) for name in ids]
-    scores = [first[name]["scores"] for name in ids], [second[name]["scores"] for name in ids]
+    before, after = ([of[name]["scores"] for name in ids] for of in (first, second))
+
+    def differences_of(numbers: Sequence[int]) -> dict[str, dict[str, Any]]:
+        rows = ([of[number] for number in numbers] for of in (before, after))
+        return differences(metric, [samples[number] for number in numbers], *rows)
+
     return {
         "benchmark": a["benchmark"],
         "samples": len(ids),
@@ -43,15 +48,12 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
         "only_in_b": len(second) - len(ids),
         "headline": metric.headline,
         "lower_is_better": metric.lower_is_better,
-        "figures": differences(metric, samples, *scores) | _of_set(a, b),
+        "figures": differences(metric, samples, before, after) | _of_set(a, b),
         "categories": {
-            kind: {
-                category: differences(metric, *([rows[number] for number in numbers] for rows in (samples, *scores)))
-                for category, numbers in categories.items()
-            }
+            kind: {category: differences_of(numbers) for category, numbers in categories.items()}
             for kind, categories in by_category(samples).items()
         },
-        "changes": _changes(metric, ids, *scores),
+        "changes": _changes(metric, ids, before, after),
         "differs": _differing(a, b),
     }
 
@@ -99,8 +101,8 @@ def _of_set(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, dict[str, A
 
 def _changes(metric: Metric, ids: Sequence[str], a: Sequence[Scores], b: Sequence[Scores]) -> dict[str, Any]:
     """Samples whose score changed: the headline's, or the first one that there is if it is a figure of all samples."""
-    names = dict.fromkeys(name for each in (*a, *b) for name in each)
-    name = metric.headline if metric.headline in names else next(iter(names), None)
+    names = [name for each in a for name in each]
+    name = metric.headline if metric.headline in names or not names else names[0]
     changes: dict[str, Any] = {"score": name, "better": [], "worse": []}
     for sample, before, after in zip(ids, a, b, strict=True):
         if name in before and name in after and before[name] != after[name]:

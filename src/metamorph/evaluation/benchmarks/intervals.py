@@ -69,7 +69,7 @@ def _resampled(metric: Metric, samples: Sequence[Sample], scores: Sequence[Score
             return {name: sums[name] / (counts @ has[name]) for name in names}
     found = []
     for row in counts:
-        chosen = np.repeat(np.arange(len(samples)), row)
+        chosen = np.repeat(np.arange(len(samples)), row).tolist()
         found.append(metric.summarise([samples[index] for index in chosen], [scores[index] for index in chosen]))
     names = dict.fromkeys(name for each in found for name in each)
     return {name: np.array([each.get(name, np.nan) for each in found]) for name in names}

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 
-ALL, CATEGORY, BETTER, WORSE = "#24292f", "#0969da", "#1a7f37", "#cf222e"
+ALL, CATEGORY, BETTER, WORSE, UNDECIDED, INK = "#8c959f", "#80ccff", "#1a7f37", "#cf222e", "#57606a", "#24292f"
 _ROW_INCHES, _MARGIN_INCHES = 0.28, 1.1
 _LONGEST = 40
 """Characters of a category's name."""
@@ -27,9 +27,7 @@ def save_result(result: Mapping[str, Any], file: Path) -> None:
     places = range(len(rows))
     errors = [[max(each["value"] - each.get("low", each["value"]), 0) for _, each, _ in rows]]
     errors += [[max(each.get("high", each["value"]) - each["value"], 0) for _, each, _ in rows]]
-    axes.barh(places, values, xerr=errors, color=[colour for *_, colour in rows], height=0.62)
-    for lines in axes.collections:
-        lines.set(color="#57606a", linewidth=1.2)
+    axes.barh(places, values, xerr=errors, color=[colour for *_, colour in rows], height=0.62, ecolor=INK, capsize=2)
     ends = [each.get("high", each["value"]) for _, each, _ in rows]
     for place, value, end in zip(places, values, ends, strict=True):
         axes.annotate(f"{value:.3f}", (max(end, 0), place), (4, 0), textcoords="offset points", va="center", fontsize=8)
@@ -47,10 +45,10 @@ def save_comparison(comparison: Mapping[str, Any], file: Path) -> None:
     for place, (_, each, _) in enumerate(rows):
         low, high = each.get("low", each["difference"]), each.get("high", each["difference"])
         is_better = (each["difference"] > 0) != comparison["lower_is_better"]
-        colour = "#57606a" if low <= 0 <= high else BETTER if is_better else WORSE
+        colour = UNDECIDED if low <= 0 <= high else BETTER if is_better else WORSE
         axes.plot([low, high], [place, place], color=colour, linewidth=2)
         axes.plot(each["difference"], place, "o", color=colour, markersize=5)
-    axes.axvline(0, color=ALL, linewidth=0.8)
+    axes.axvline(0, color=INK, linewidth=0.8)
     figure.savefig(file)
 
 

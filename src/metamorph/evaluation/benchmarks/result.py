@@ -20,6 +20,7 @@ from metamorph.evaluation.metrics.base import Scores
 from metamorph.evaluation.samples import Answer, Sample
 from metamorph.inference.batch_file import model_files
 from metamorph.mini import shipped_folder
+from metamorph.models.adapters import is_adapter_folder, read_adapter_base
 
 
 RESULT_FILE = "result.json"
@@ -83,7 +84,7 @@ def make_result(
 
 def table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows of the figures: those of all samples, then the headline of each category."""
-    rows = [(name, *_cells(figure)) for name, figure in result["summary"].items()]
+    rows: list[tuple[str, ...]] = [(name, *_cells(figure)) for name, figure in result["summary"].items()]
     for kind, categories in result["categories"].items():
         for category, found in categories.items():
             if result["headline"] in found:
@@ -139,7 +140,7 @@ def identify(reference: str, part: str) -> dict[str, Any]:
     """Name and SHA-256 of a model or visualizer; `part` is as in `shipped_folder`.
 
     The hash covers names and contents of all weights and settings, so every byte is read once. It is None for a model
-    that is in no folder, such as one that is being trained.
+    that is in no folder, such as one that is being trained. An adapter also has `base`, the parts it was trained on.
     """
     folder = Path(shipped_folder(reference, part))
     if not folder.is_dir():
@@ -148,7 +149,12 @@ def identify(reference: str, part: str) -> dict[str, Any]:
             return {"name": reference, "sha256": None}
         folder = Path(cached).parent
     lines = [f"{file.relative_to(folder).as_posix()} {_hash_file(file)}" for file in model_files(folder)]
-    return {"name": reference, "sha256": _hash_texts(lines)}
+    found: dict[str, Any] = {"name": reference, "sha256": _hash_texts(lines)}
+    if is_adapter_folder(folder):
+        base = read_adapter_base(folder)
+        parts = {"model": base.language_model, "tower": base.vision_tower}
+        found["base"] = {kind: identify(name, kind) for kind, name in parts.items() if name is not None}
+    return found
 
 
 def hash_sample(sample: Sample) -> str:

@@ -168,9 +168,9 @@ def find_spec(reference: str, commands: Sequence[str] = ()) -> Path:
     if reference in names:
         return FOLDER / f"{reference}.yaml"
     near = nearest(file.name.removesuffix(".yaml"), [*names, *commands])
-    hint = f"did you mean {near!r}? " if near else ""
+    hint = f"did you mean {near!r}? Give" if near else "give"
     raise FileNotFoundError(
-        f"{reference} is neither a file nor the name of a benchmark: {hint}Give a YAML file or one of "
+        f"{reference} is neither a file nor the name of a benchmark: {hint} a YAML file or one of "
         f"{', '.join([*names, *commands])}"
     )
 
