@@ -137,9 +137,12 @@ def _line(spec: Spec, number: int, sample: Sample) -> dict[str, Any]:
         name: [path if path.startswith("data:") else str(Path(path).absolute()) for path in getattr(sample, name)]
         for name in ("images", "videos")
     }
+    asked: dict[str, Any] = {"prompt": spec.prompt_of(sample)}
+    if sample.history:
+        asked = {"messages": [*map(dict, sample.history), {"role": "user", "content": asked["prompt"]}]}
     return {
         "id": sample.id,
-        "prompt": spec.prompt_of(sample),
+        **asked,
         **{name: values for name, values in paths.items() if values},
         "seed": spec.seed + number * spec.decoding.num_images,  # no two drawings start from the same noise
     }
