@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from metamorph.evaluation.benchmarks.result import identify, make_result, write_result
-from metamorph.evaluation.benchmarks.spec import Spec, some_of
+from metamorph.evaluation.benchmarks.spec import Spec
 from metamorph.evaluation.metrics.base import Tools
 from metamorph.evaluation.samples import Answer, Sample
 from metamorph.inference.answer_files import TOKENS_SUFFIX
@@ -121,9 +121,7 @@ def name_of(setting: str, spec: Spec) -> str:
 
 def _prepare(spec: Spec, batch: Batch, data_path: Path | None, limit: int | None) -> Sequence[Sample]:
     """Load and check the samples, and write their prompts."""
-    samples = spec.load(data_path)
-    chosen = list(enumerate(samples)) if limit is None else some_of(samples, spec.metric, limit)
-    spec.metric.check([sample for _, sample in chosen])
+    chosen = spec.choose(data_path, limit)
     batch.source.parent.mkdir(parents=True, exist_ok=True)
     with batch.source.open("w", encoding="utf-8") as file:
         for number, sample in chosen:
