@@ -110,9 +110,8 @@ def test_images_and_questions_are_found(workers: str, folder: Path, capsys: pyte
 
 
 def test_other_data_do_not_overlap(folder: Path) -> None:
-    write_records(
-        folder / "other.jsonl", [(f"{number}.jpg", "How many spots does it have?") for number in range(10, 20)]
-    )
+    talks = [(f"{number}.jpg", "How many spots does it have?") for number in range(10, 20)]
+    write_records(folder / "other.jsonl", talks)
     bench = overlap(folder, "other.jsonl", "--image_folder", str(folder / "images"), "--max_distance", "8")
     assert bench["benchmarks"]["bench"]["matches"] == []
 
@@ -122,11 +121,9 @@ def test_tars_and_mixtures_are_searched(folder: Path) -> None:
     with tarfile.open(folder / "shard-0.tar", "w") as tar:
         content = io.BytesIO()
         photo(2).save(content, "PNG")
-        record = {"conversations": [{"from": "human", "value": "Draw it."}, {"from": "gpt", "value": "<image>"}]}
-        for name, data in (
-            ("a.png", content.getvalue()),
-            ("a.json", json.dumps({**record, "image": "a.png"}).encode()),
-        ):
+        talk = {"conversations": [{"from": "human", "value": "Draw it."}, {"from": "gpt", "value": "<image>"}]}
+        record = json.dumps({**talk, "image": "a.png"}).encode()
+        for name, data in (("a.png", content.getvalue()), ("a.json", record)):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))

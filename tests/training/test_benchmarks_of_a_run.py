@@ -185,6 +185,12 @@ def test_bad_flags_fail_before_the_model_is_loaded(
         train(parts, tmp_path, **{"eval_strategy": "steps", "eval_steps": 1, **flags, "eval_specs": given or None})
 
 
+def test_divided_weights_are_refused(parts: Path, specs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metamorph.training.reporting.benchmarks.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="needs all weights on each device"):
+        train(parts, tmp_path, eval_specs=[str(specs / "facts.yaml")], eval_strategy="epoch")
+
+
 def test_a_choice_is_read(specs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(specs)
     for text, path, limit in (
