@@ -158,7 +158,7 @@ def test_the_hash_survives_compression_and_scaling(quality: int) -> None:
     ("flags", "message"),
     [
         (["--specs", "mmvpp=x"], "--specs mmvpp=x"),
-        (["--specs", "mmvp"], "mmvp needs --data-path, its data from"),
+        (["--specs", "mmvp"], "mmvp needs its data: write mmvp=DATA"),
         (["--specs", "bench.yaml", "bench.yaml"], "two benchmarks named bench"),
         (["--specs", "bench.yaml", "--data_path", "none.jsonl"], "none.jsonl does not exist"),
     ],

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training_parts import arguments, make_language_model, make_records, make_vision_tower

@@ -175,6 +175,10 @@ class SpecChoice:
             raise ValueError(f"{text!r} asks for no samples: give a limit of at least 1, or leave it out")
         reference, _, path = (rest if has_limit else text).partition("=")
         spec = read_spec(reference)
+        if not path and spec.path is None:
+            raise ValueError(f"{spec.name} needs its data: write {reference}=DATA")
+        if path and not Path(path).expanduser().exists():
+            raise FileNotFoundError(f"{path} does not exist: write {reference}=DATA with the data of {spec.name}")
         return cls(spec, Path(path).expanduser() if path else None, int(number) if has_limit else None)
 
     def load(self) -> list[tuple[int, Sample]]:

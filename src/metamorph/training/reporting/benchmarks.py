@@ -19,6 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from metamorph.evaluation.benchmarks.run import run_spec
 from metamorph.evaluation.benchmarks.spec import SpecChoice
 from metamorph.flags.checks import errors_name_flag
+from metamorph.inference.answer_files import TOKENS_SUFFIX
 from metamorph.inference.session import Session, load_pipeline
 from metamorph.runs.checkpoint_files import on_first_process
 from metamorph.training.arguments import MetaMorphTrainingArguments
@@ -137,6 +138,8 @@ class Benchmarks:
         )
         if not result:
             return {}
+        for file in (folder / "answers").glob(f"*{TOKENS_SUFFIX}"):  # large, and compared
+            file.unlink()
         headline = result["summary"].get(spec.metric.headline)
         if headline is not None:
             logger.info("step %d: %s %s %.4f", step, spec.name, spec.metric.headline, headline["value"])
