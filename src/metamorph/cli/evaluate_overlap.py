@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metamorph.cli.shared import print_table
@@ -34,8 +34,9 @@ def _run(flags: argparse.Namespace) -> None:
     from metamorph.data.dataset import load_data
     from metamorph.evaluation.benchmarks.spec import SpecChoice
     from metamorph.evaluation.overlap import find_overlap
+    from metamorph.evaluation.samples import Sample
 
-    benchmarks = {}
+    benchmarks: dict[str, Sequence[Sample]] = {}
     for text in flags.specs:
         with errors_name_flag("--specs", text):
             choice = SpecChoice.parse(text)
