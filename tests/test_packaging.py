@@ -71,8 +71,8 @@ def test_the_version_is_written_once(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_wheel_ships_the_recipes_and_specs(package: str, names: Callable[[], Mapping[str, object]]) -> None:
     folder = Path(metamorph.__file__).parent / package
     patterns = settings()["tool"]["setuptools"]["package-data"][f"metamorph.{package}"]
-    shipped = {Path(found).stem for pattern in patterns for found in glob.glob(pattern, root_dir=folder)}
-    assert shipped == set(names())
+    found = {Path(name) for pattern in patterns for name in glob.glob(pattern, root_dir=folder)}
+    assert {file.stem for file in found if file.suffix == ".yaml"} == set(names())
 
 
 def test_a_wheel_ships_all_files_of_the_assets_and_nothing_else() -> None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(session: Session, folder: Path, name: str, spec: str = "asks", **options: Any) -> dict[str, Any]:
+def run(
+    session: Session | Callable[[], Session], folder: Path, name: str, spec: str = "asks", **options: Any
+) -> dict[str, Any]:
     visualizer = "mini" if spec == "draws" else None
     made = read_spec(str(folder / f"{spec}.yaml"))
     device = torch.device("cpu")
-    return run_spec(made, "mini", visualizer, folder / name, lambda: session, device=device, **options)
+    opened = session if callable(session) else lambda: session
+    return run_spec(made, "mini", visualizer, folder / name, opened, device=device, **options)
 
 
 def read(folder: Path, *without: str) -> dict[str, Any]:
@@ -83,8 +86,7 @@ def test_the_same_command_gives_the_same_result(session, folder: Path) -> None:
     def fail() -> Session:
         raise AssertionError("the model is not needed")
 
-    spec = read_spec(str(folder / "asks.yaml"))
-    again = run_spec(spec, "mini", None, folder / "one", fail, device=torch.device("cpu"))
+    again = run(fail, folder, "one")
     assert {**again, "date": ""} == {**result, "date": ""}
 
 
@@ -164,14 +166,23 @@ def test_a_metric_gets_images_and_visual_tokens(session, folder: Path) -> None:
 
 def test_results_of_something_else_are_kept(session, folder: Path) -> None:
     run(session, folder, "one")
+    files = {name: (folder / "one" / name).read_bytes() for name in ("prompts.jsonl", "answers.jsonl", RESULT_FILE)}
     with pytest.raises(ValueError, match="holds results of another data, prompt or --limit: give another --output-dir"):
         run(session, folder, "one", limit=3)
+    assert {name: (folder / "one" / name).read_bytes() for name in files} == files
     write_spec(
         folder / "asks.yaml", data={"loader": "lines", "path": "questions.jsonl"}, decoding={"max_new_tokens": 9}
     )
     with pytest.raises(ValueError, match="results of max_new_tokens of asks 16, which is now 9"):
         run(session, folder, "one")
     assert len(run(session, folder, "one", overwrite=True)["answers"]) == 12
+
+    def stop() -> Session:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stop, folder, "one", spec="asks", limit=2, overwrite=True)
+    assert not (folder / "one" / RESULT_FILE).exists()  # it was of other answers
 
 
 def test_an_answer_that_is_an_error_counts_as_wrong(session, folder: Path) -> None:

@@ -128,11 +128,15 @@ def test_compared_results_show_what_changed(tmp_path: Path, capsys: pytest.Captu
     assert output.with_suffix(".png").is_file()
 
 
-def test_results_with_a_limit_are_compared_on_their_common_samples(tmp_path: Path) -> None:
+def test_results_with_a_limit_are_compared_on_their_common_samples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     a = read_result(result_of(tmp_path, "a", RIGHT_IN_A))
     b = read_result(result_of(tmp_path, "b", RIGHT_IN_B[:100], SAMPLES[:100]))
     found = compare(a, b)
     assert (found["samples"], found["only_in_a"], found["only_in_b"]) == (100, 300, 0)
+    assert cli.main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "compared: the 100 samples of both, without 300 of one of them" in capsys.readouterr().out
     assert found["figures"].keys() == {"accuracy"}  # the figure of all samples is of other ones
 
 

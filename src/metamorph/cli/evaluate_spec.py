@@ -24,7 +24,8 @@ _SHOWN_IDS = 5
 def add_flags(parser: argparse.ArgumentParser, commands: Sequence[str]) -> None:
     """Add the flags of the command; `commands` are the others that may stand in the place of SPEC."""
     parser.set_defaults(run=lambda flags: _run(flags, commands))
-    parser.add_argument("spec", metavar="SPEC", help="a benchmark of `metamorph evaluate --list`, or a YAML file")
+    parser.description = "SPEC is a benchmark of `metamorph evaluate --list`, or a YAML file."
+    parser.add_argument("spec", metavar="SPEC", help=argparse.SUPPRESS)  # the name of the command has it
     parser.add_argument("--model", required=True, help="folder or Hub id of a trained model, or mini")
     parser.add_argument("--visualizer", help="folder or Hub id of the visualizer, or mini; for benchmarks of images")
     data_help = "file or folder of the benchmark's data (default: as in SPEC)"
@@ -104,6 +105,8 @@ def compare_results(files: Sequence[str], output: Path | None) -> None:
     comparison = compare(*(read_result(Path(file)) for file in files))
     for letter, file in zip("ab", files, strict=True):
         print(f"{letter}: {file}")
+    if others := comparison["only_in_a"] + comparison["only_in_b"]:
+        print(f"compared: the {comparison['samples']} samples of both, without {others} of one of them")
     print()
     print_table(*table(comparison))
     print()

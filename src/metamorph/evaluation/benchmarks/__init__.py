@@ -6,5 +6,4 @@ What is in `result.json`?                 `result.py`
 Confidence intervals?                     `intervals.py`
 Which of two results is better?           `compare.py`
 Plots?                                    `plots.py`
-Old place of samples                      `samples.py`
 """

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from metamorph.evaluation.benchmarks.result import identify, make_result, write_result
+from metamorph.evaluation.benchmarks.result import RESULT_FILE, TABLE_FILE, identify, make_result, write_result
 from metamorph.evaluation.benchmarks.spec import Spec
 from metamorph.evaluation.metrics.base import Tools
 from metamorph.evaluation.samples import Answer, Sample
@@ -74,9 +75,19 @@ def run_spec(
         keep_tokens=spec.metric.needs_visual_tokens,
         name_of=lambda setting: name_of(setting, spec),
     )
+    # Prompts take their place once the folder is known to be theirs.
+    prepared = replace(batch, source=batch.source.with_suffix(".partial"))
     samples: list[Sample] = []  # only of the first process
-    on_first_process(lambda: samples.extend(_prepare(spec, batch, data_path, limit)))
-    total, done = len(batch.lines()), open_results(batch, overwrite=overwrite)
+    on_first_process(lambda: samples.extend(_prepare(spec, prepared, data_path, limit)))
+    total, done = len(prepared.lines()), open_results(prepared, overwrite=overwrite)
+
+    def begin() -> None:
+        prepared.source.replace(batch.source)
+        if done < total:  # they are of other answers
+            for name in (RESULT_FILE, TABLE_FILE):
+                (output_dir / name).unlink(missing_ok=True)
+
+    on_first_process(begin)
     if done:
         logger.info("%s has %d of %d answers already", output_dir, done, total)
     session = cache(open_session)
