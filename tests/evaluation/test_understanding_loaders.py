@@ -1,6 +1,7 @@
 """Loaders and specs of understanding benchmarks, on small files with the layouts that their owners publish."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -325,7 +326,8 @@ def test_wrong_rows_of_mmmu(change, message, tmp_path):
         ({"answer_is": "index"}, {"a": "2"}, "row 1: the right answer must be from 0 to 1, not '2'"),
         ({"answer_is": "text"}, {"a": "pink"}, "row 1: the right answer 'pink' is the text of 0 of the options"),
         ({}, {"picture": "none.png"}, "row 1: there is no file none.png in .*, and the text is not an image"),
-        ({}, {"picture": "../x.png"}, "leaves the image folder"),
+        ({}, {"picture": "../x.png"}, "row 1: the path '../x.png' leaves the image folder"),
+        ({}, {"picture": "https://a.org/x.png"}, "row 1: 'https://a.org/x.png' is an address"),
         ({}, {"q": ""}, "row 1: the column 'q' is empty"),
         ({"options": ("first",)}, {}, "row 1: the column 'first' must hold a list such as .*, not 'red'"),
         ({"media_folder": {"other": "x"}}, {}, "media_folder names no folder for table, only for other"),
@@ -373,3 +375,10 @@ def test_chartqa_names_the_columns_of_both_hubs(tmp_path):
         ValueError, match="expected the columns image, query, label, human_or_machine or image, question"
     ):
         ChartQALoader().load(tmp_path)
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    file = write_parquet(tmp_path / "t.parquet", [{"question": "?", "answer": "x"}])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ModuleNotFoundError, match=r"t.parquet needs pyarrow: pip install .*\[evaluate\]"):
+        TableLoader().load(file)

@@ -28,8 +28,8 @@ class MMMULoader(Loader):
     """
 
     name: ClassVar[str] = "mmmu"
-    split: Literal["dev", "validation", "test"] = "validation"
-    """The answers of `test` are not public."""
+    split: Literal["dev", "validation"] = "validation"
+    """The answers of the third one, `test`, are not public."""
 
     def load(self, path: Path) -> Sequence[Sample]:
         """The samples in `path`."""

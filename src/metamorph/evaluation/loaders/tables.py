@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from metamorph.data.media.stores import FolderStore
 from metamorph.flags.extras import install_command
+from metamorph.models.image_files import MediaError
 
 
 _MAX_FIELD = 2**30
@@ -113,24 +114,34 @@ def image_reference(value: Any, folder: Path, where: str) -> list[str]:
         return [f"data:;base64,{base64.b64encode(value).decode()}"]
     if not isinstance(value, str) or not value:
         raise ValueError(f"{where}: {value!r:.60} is not an image: expected a path, base64 or bytes")
-    store = FolderStore(folder)
     if value.startswith("data:"):
         return [value]
-    if len(value) <= _MAX_PATH and store.exists(value):
-        return [str(store.open(value).absolute())]
-    if _is_base64(value):
-        return [f"data:;base64,{value}"]
+    if len(value) <= _MAX_PATH and (file := _existing(value, folder, where)):
+        return [file]
+    text = "".join(value.split())
+    if _is_base64(text):
+        return [f"data:;base64,{text}"]
     raise ValueError(f"{where}: there is no file {value[:200]} in {folder}, and the text is not an image in base64")
 
 
 def video_files(value: Any, folder: Path, where: str) -> list[str]:
     """The videos of a cell, one path in `folder` or several, as absolute paths; a `ValueError` if one is missing."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    store = FolderStore(folder)
-    for each in values:
-        if not isinstance(each, str) or not store.exists(each):
+    found = []
+    for each in value if isinstance(value, (list, tuple)) else [value]:
+        file = _existing(each, folder, where) if isinstance(each, str) else None
+        if file is None:
             raise ValueError(f"{where}: there is no video {each!r:.200} in {folder}")
-    return [str(store.open(each).absolute()) for each in values]
+        found.append(file)
+    return found
+
+
+def _existing(path: str, folder: Path, where: str) -> str | None:
+    """The absolute path of a file in a folder, which relative paths may not leave; None if there is none."""
+    store = FolderStore(folder)
+    try:
+        return str(store.open(path).absolute()) if store.exists(path) else None
+    except MediaError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _is_base64(text: str) -> bool:

@@ -29,27 +29,32 @@ class YesNo(QuestionMetric):
                 )
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> list[dict[str, float]]:
-        """Whether each answer is right, is "yes", and is neither yes nor no."""
+        """Whether each answer is right, is "yes", is neither yes nor no, and whether "yes" would be right."""
         scores = []
         for sample, answer in zip(samples, answers, strict=True):
-            given = None if answer.error else parse(answer.text)
-            is_right = given == plain(sample.reference)
-            scores.append(
-                {"accuracy": float(is_right), "yes_ratio": float(given == "yes"), "unparseable": float(given is None)}
-            )
+            given, right = None if answer.error else parse(answer.text), plain(sample.reference)
+            verdicts = {
+                "accuracy": given == right,
+                "yes_ratio": given == "yes",
+                "unparseable": given is None,
+                "is_yes": right == "yes",
+            }
+            scores.append({name: float(verdict) for name, verdict in verdicts.items()})
         tools.progress.update(len(scores))
         return scores
 
     def summarise(self, samples: Sequence[Sample], scores: Sequence[Scores]) -> dict[str, float]:
         """The shares, and precision, recall and F1 of "yes"; 0 where nothing could be divided by."""
         said_yes = sum(each["yes_ratio"] for each in scores)
-        is_yes = [plain(sample.reference) == "yes" for sample in samples]
-        right = sum(each["accuracy"] for each, yes in zip(scores, is_yes, strict=True) if yes)
+        is_yes = sum(each["is_yes"] for each in scores)
+        right = sum(each["accuracy"] for each in scores if each["is_yes"])
         return {
-            **super().summarise(samples, scores),
+            "accuracy": sum(each["accuracy"] for each in scores) / len(scores),
             "precision": right / max(said_yes, 1),
-            "recall": right / max(sum(is_yes), 1),
-            "f1": 2 * right / max(said_yes + sum(is_yes), 1),
+            "recall": right / max(is_yes, 1),
+            "f1": 2 * right / max(said_yes + is_yes, 1),
+            "yes_ratio": said_yes / len(scores),
+            "unparseable": sum(each["unparseable"] for each in scores) / len(scores),
         }
 
 
