@@ -172,7 +172,7 @@ def test_wrong_prompts_are_refused(record, message, tmp_path):
 
 
 def test_the_shipped_prompts_of_the_world_are_those_of_the_code():
-    """To write them anew: `SHIPPED.write_text("".join(json.dumps(each) + "\\n" for each in world_prompts()))`."""
+    """To rewrite them: `SHIPPED.write_text("".join(json.dumps(each) + "\\n" for each in world_prompts()))`."""
     assert [json.loads(line) for line in SHIPPED.read_text(encoding="utf-8").splitlines()] == list(world_prompts())
     samples = GenevalLoader().load(SHIPPED)
     WORLD.check(samples)

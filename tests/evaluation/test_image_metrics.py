@@ -144,6 +144,8 @@ def test_edits_need_captions_somewhere(tmp_path):
     samples = EditsLoader().load(write_edits(tmp_path))
     with pytest.raises(ValueError, match="no record has caption_before and caption_after"):
         Edits("clip").check(samples)
+    with pytest.raises(ValueError, match=r"clip has no edits.jsonl"):
+        EditsLoader().load(tmp_path / "clip")
     with pytest.raises(FileNotFoundError, match=r"edits.jsonl names .*no.png"):
         EditsLoader().load(write_edits(tmp_path, mask="no.png"))
 

@@ -1,4 +1,4 @@
-"""Judges behind endpoints: what is asked, what is kept, what goes wrong, and what scores follow."""
+"""Judges at endpoints: what is asked, what is kept, what goes wrong, and what scores follow."""
 
 from __future__ import annotations
 
@@ -119,6 +119,8 @@ def test_a_key_that_the_server_repeats_is_not_shown(tmp_path, monkeypatch):
 
 
 def test_judges_that_cannot_be_asked_are_refused_first(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="workers must be a whole number"):
+        Dpg("http://127.0.0.1:9/v1", "gpt", workers=0)
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(ValueError, match="NO_SUCH_KEY is not set"):
         Wise("http://127.0.0.1:9/v1", "gpt", "NO_SUCH_KEY").check([])

@@ -37,7 +37,9 @@ class Clip:
         with errors_name_flag(option, reference):
             self._images = load_image_processor(reference)
             self._tokenizer = AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
-            model = AutoModel.from_pretrained(reference, use_safetensors=True, trust_remote_code=False)
+            model = AutoModel.from_pretrained(
+                reference, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
         self._model = model.to(device).eval()
 
     @torch.no_grad()
@@ -45,20 +47,21 @@ class Clip:
         """Features of images, `[images, D]` float32 on the CPU, of any length."""
         found = []
         for start in range(0, len(images), _BATCH_SIZE):
-            pixels = self._images(list(images[start : start + _BATCH_SIZE]), return_tensors="pt")["pixel_values"]
-            found.append(self._model.get_image_features(pixels.to(self._model.device)).pooler_output.float().cpu())
+            inputs = self._images(list(images[start : start + _BATCH_SIZE]), return_tensors="pt")
+            found.append(self._model.get_image_features(**inputs.to(self._model.device)).pooler_output.cpu())
         return torch.cat(found)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Features of texts, `[texts, D]` float32 on the CPU, of any length; long texts are cut as in training."""
         config = self._model.config
+        is_clip = config.model_type == "clip"  # SigLIP was trained on texts of one length, padding seen
         inputs = self._tokenizer(
             list(texts),
-            # SigLIP was trained on texts of one length.
-            padding=True if config.model_type == "clip" else "max_length",
+            padding=True if is_clip else "max_length",
+            return_attention_mask=is_clip,
             truncation=True,
             max_length=config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).to(self._model.device)
-        return self._model.get_text_features(**inputs).pooler_output.float().cpu()
+        return self._model.get_text_features(**inputs).pooler_output.cpu()

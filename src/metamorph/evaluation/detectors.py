@@ -127,7 +127,7 @@ class Mask2FormerDetector:
     def __init__(self, reference: str, device: torch.device) -> None:
         self._processor = load_image_processor(reference)
         model = AutoModelForUniversalSegmentation.from_pretrained(
-            reference, use_safetensors=True, trust_remote_code=False
+            reference, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
         self._model = model.to(device).eval()
 
@@ -139,8 +139,12 @@ class Mask2FormerDetector:
     def detect(self, image: Image.Image, names: Sequence[str], threshold: float) -> list[Detection]:
         """See `Detector`."""
         inputs = self._processor(image, return_tensors="pt").to(self._model.device)
+        outputs = self._model(**inputs)
+        # Transformers makes the maps on the CPU and cannot fill them from another device.
+        for name in ("class_queries_logits", "masks_queries_logits"):
+            outputs[name] = outputs[name].float().cpu()
         (found,) = self._processor.post_process_instance_segmentation(
-            self._model(**inputs),
+            outputs,
             threshold=threshold,
             target_sizes=[(image.height, image.width)],
             return_binary_maps=True,
@@ -149,21 +153,25 @@ class Mask2FormerDetector:
         for segment, mask in zip(found["segments_info"], found["segmentation"], strict=False):
             name = self._names[segment["label_id"]]
             if name in names and segment["score"] > threshold:
-                shown = mask.bool().cpu().numpy()
+                shown = mask.bool().numpy()
                 detections.append(Detection(name, segment["score"], _box(shown), shown))
         return detections
 
 
-class GroundingDinoDetector:
-    """Boxes for the classes of the prompt, in words. A box has the class of the word that fits it best."""
+class _WordDetector:
+    """A detector for classes in words."""
 
     def __init__(self, reference: str, device: torch.device) -> None:
         self._processor = load_image_processor(reference)
         self._tokenizer = AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
         model = AutoModelForZeroShotObjectDetection.from_pretrained(
-            reference, use_safetensors=True, trust_remote_code=False
+            reference, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
         self._model = model.to(device).eval()
+
+
+class GroundingDinoDetector(_WordDetector):
+    """Boxes for the classes of the prompt, in words. A box has the class of the word that fits it best."""
 
     @torch.no_grad()
     def detect(self, image: Image.Image, names: Sequence[str], threshold: float) -> list[Detection]:
@@ -177,23 +185,18 @@ class GroundingDinoDetector:
         stops = ids == self._tokenizer.convert_tokens_to_ids(".")
         is_word = ~stops & ~torch.isin(ids, torch.tensor(self._tokenizer.all_special_ids, device=device))
         place = stops.cumsum(0)
-        scores = outputs.logits[0].sigmoid()
         of_class = torch.stack(
-            [scores[:, : len(ids)][:, is_word & (place == index)].amax(dim=1) for index in range(len(names))], dim=1
+            [
+                outputs.logits[0, :, : len(ids)][:, is_word & (place == index)].amax(dim=1)
+                for index in range(len(names))
+            ],
+            dim=1,
         )
         return _boxes(of_class, outputs.pred_boxes[0], names, threshold, image.width, image.height)
 
 
-class Owlv2Detector:
+class Owlv2Detector(_WordDetector):
     """Boxes for the classes of the prompt, in words."""
-
-    def __init__(self, reference: str, device: torch.device) -> None:
-        self._processor = load_image_processor(reference)
-        self._tokenizer = AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
-        model = AutoModelForZeroShotObjectDetection.from_pretrained(
-            reference, use_safetensors=True, trust_remote_code=False
-        )
-        self._model = model.to(device).eval()
 
     @torch.no_grad()
     def detect(self, image: Image.Image, names: Sequence[str], threshold: float) -> list[Detection]:
@@ -209,7 +212,7 @@ class Owlv2Detector:
         ).to(device)
         outputs = self._model(**pixels, **text)
         side = max(image.size)  # the processor pads images to squares
-        return _boxes(outputs.logits[0].sigmoid(), outputs.pred_boxes[0], names, threshold, side, side)
+        return _boxes(outputs.logits[0], outputs.pred_boxes[0], names, threshold, side, side)
 
 
 _DETECTORS: dict[str, Any] = {
@@ -221,16 +224,18 @@ _DETECTORS: dict[str, Any] = {
 
 
 def _boxes(
-    scores: torch.Tensor, boxes: torch.Tensor, names: Sequence[str], threshold: float, width: int, height: int
+    logits: torch.Tensor, boxes: torch.Tensor, names: Sequence[str], threshold: float, width: int, height: int
 ) -> list[Detection]:
-    """Detections from `scores` `[boxes, classes]` and `boxes` (centre and size relative to width and height)."""
-    best, labels = scores.max(dim=1)
+    """Detections from `logits` `[boxes, classes]` and `boxes` (centre and size relative to width and height)."""
+    best, labels = logits.max(dim=1)
+    scores = best.sigmoid()
+    classes = labels.tolist()
     scale = torch.tensor([width, height], device=boxes.device)
     center, size = boxes[:, :2] * scale, boxes[:, 2:] * scale
     corners = torch.cat([center - size / 2, center + size / 2], dim=1).tolist()
     return [
-        Detection(names[labels[index]], best[index].item(), tuple(corners[index]))
-        for index in (best > threshold).nonzero()[:, 0].tolist()
+        Detection(names[classes[index]], scores[index].item(), tuple(corners[index]))
+        for index in (scores > threshold).nonzero()[:, 0].tolist()
     ]
 
 
@@ -273,10 +278,8 @@ class ClipColors:
 def _crop(image: Image.Image, item: Detection) -> Image.Image:
     if item.mask is not None:
         image = Image.composite(image, Image.new("RGB", image.size, _GREY), Image.fromarray(item.mask))
+    width, height = image.size
     # At least a pixel, and nothing outside of the image: boxes of detectors may reach beyond it.
-    starts = [min(max(int(edge), 0), side - 1) for edge, side in zip(item.box[:2], image.size, strict=True)]
-    ends = [
-        min(max(round(edge), start + 1), side)
-        for edge, start, side in zip(item.box[2:], starts, image.size, strict=True)
-    ]
-    return image.crop((*starts, *ends))
+    left, top = min(max(int(item.box[0]), 0), width - 1), min(max(int(item.box[1]), 0), height - 1)
+    right, bottom = max(round(item.box[2]), left + 1), max(round(item.box[3]), top + 1)
+    return image.crop((left, top, min(right, width), min(bottom, height)))

@@ -1,4 +1,4 @@
-"""A judge behind an endpoint in OpenAI's style: asked about images, its answers kept so that none is paid for twice."""
+"""A judge at an endpoint in OpenAI's style: asked about images, its answers kept so that none is paid for twice."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from metamorph.data.tasks.base import check_count, check_positive
 from metamorph.flags.checks import printable
 
 
@@ -43,7 +44,7 @@ class Endpoint:
     model: str
     """Its name on the server."""
     api_key_env: str | None = None
-    """The environment variable that holds the key; the key itself never stands in a file."""
+    """The environment variable that holds the key; the key itself is in no file."""
     timeout: float = 120.0
     """Seconds that an answer may take."""
     retries: int = 5
@@ -54,6 +55,12 @@ class Endpoint:
     """Of an answer."""
     workers: int = 8
     """Questions that are asked at the same time."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("retries", 0), ("max_tokens", 1), ("workers", 1)):
+            check_count(name, getattr(self, name), least)
+        check_positive("timeout", self.timeout)
+        check_positive("backoff", self.backoff)
 
     def check_reachable(self) -> None:
         """Raise a `ValueError` that says what to do if the server cannot be asked, or lacks the model."""

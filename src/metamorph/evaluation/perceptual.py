@@ -80,7 +80,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     features = nn.Identity()  # the network has been run
-    features.num_features = first.shape[1]
+    features.num_features = torch.tensor(first.shape[1])
     distance = FrechetInceptionDistance(features)
     distance.update(first, real=True)
     distance.update(second, real=False)

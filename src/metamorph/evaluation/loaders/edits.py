@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from metamorph.evaluation.loaders.base import Loader
-from metamorph.evaluation.loaders.generation import existing, need, read_lines
+from metamorph.evaluation.loaders.generation import existing, file_in, need, read_lines
 from metamorph.evaluation.samples import Sample
 
 
@@ -28,8 +28,8 @@ class EditsLoader(Loader):
 
     def load(self, path: Path) -> Sequence[Sample]:
         """See `Loader.load`."""
-        file = path / "edits.jsonl" if path.is_dir() else path
-        samples = []
+        file = file_in(path, "edits.jsonl")
+        samples: list[Sample] = []
         for where, record in read_lines(file):
             need(record, {"image": str, "instruction": str}, where)
             need(record, {name: str for name in (*FILES, *TEXTS, "task") if name in record}, where)

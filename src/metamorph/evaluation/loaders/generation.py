@@ -29,8 +29,8 @@ class GenevalLoader(Loader):
 
     def load(self, path: Path) -> Sequence[Sample]:
         """See `Loader.load`."""
-        samples = []
-        for where, record in read_lines(_file_in(path, "evaluation_metadata.jsonl")):
+        samples: list[Sample] = []
+        for where, record in read_lines(file_in(path, "evaluation_metadata.jsonl")):
             need(record, {"tag": str, "prompt": str, "include": list}, where)
             if record["tag"] not in TASKS:
                 raise ValueError(f"{where}: tag {unknown_choice(record['tag'], TASKS)}")
@@ -50,7 +50,7 @@ class DpgLoader(Loader):
 
     def load(self, path: Path) -> Sequence[Sample]:
         """See `Loader.load`."""
-        file = _file_in(path, "dpg_bench.csv")
+        file = file_in(path, "dpg_bench.csv")
         prompts: dict[str, str] = {}
         questions: dict[str, list[dict[str, Any]]] = {}
         with file.open(encoding="utf-8-sig", newline="") as opened:
@@ -155,7 +155,15 @@ def need(record: Any, fields: Mapping[str, type], where: str) -> None:
     """Raise a `ValueError` that names the place and the fields unless `record` is a mapping with these fields."""
     for name, kind in fields.items():
         if not isinstance(record, Mapping) or not isinstance(record.get(name), kind):
-            raise ValueError(f"{where}: {name} is missing or no {kind.__name__}; expected are {', '.join(fields)}")
+            raise ValueError(f"{where}: {name} is missing or not of type {kind.__name__}; it needs {', '.join(fields)}")
+
+
+def file_in(path: Path, name: str) -> Path:
+    """The file `path`, or that of this name in the folder `path`; a `ValueError` if there is none."""
+    file = path / name if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{path} has no {name}")
+    return file
 
 
 def existing(file: Path, named_in: Path) -> str:
@@ -163,13 +171,6 @@ def existing(file: Path, named_in: Path) -> str:
     if not file.is_file():
         raise FileNotFoundError(f"{named_in} names {file}, which does not exist")
     return str(file.absolute())
-
-
-def _file_in(path: Path, name: str) -> Path:
-    file = path / name if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"{path} has no {name}")
-    return file
 
 
 def _read_json(file: Path) -> Any:
@@ -187,7 +188,7 @@ def _wise_area(record: Mapping[str, Any], where: str) -> str:
 
 
 def _caption_lines(file: Path) -> list[tuple[str, str, str]]:
-    found = []
+    found: list[tuple[str, str, str]] = []
     for where, record in read_lines(file):
         need(record, {"image": str, "caption": str}, where)
         found.append((f"{len(found):06}", record["image"], record["caption"]))

@@ -6,7 +6,7 @@ Is a short answer right?                  `exact_match.py`, `relaxed_accuracy.py
 Yes or no                                 `yes_no.py`
 Multiple choice, also in groups           `multiple_choice.py`
 Objects, numbers, colours, places         `geneval.py`
-What a judge behind an endpoint says      `judged.py`: DPG-Bench, WISE, edits
+What a judge at an endpoint says      `judged.py`: DPG-Bench, WISE, edits
 CLIP score and Fréchet distances          `captions.py`
 What an edit keeps and changes            `edits.py`
 Generated and true visual tokens          `visual_tokens.py`

@@ -1,4 +1,4 @@
-"""DPG-Bench, WISE and edits: a vision-language model behind an endpoint looks at images and answers questions."""
+"""DPG-Bench, WISE and edits: a vision-language model at an endpoint looks at images and answers questions."""
 
 from __future__ import annotations
 
