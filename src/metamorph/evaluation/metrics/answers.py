@@ -14,7 +14,7 @@ from torch import Tensor
 from metamorph.data.checks.walk import spread
 from metamorph.evaluation.drawings import encode_images
 from metamorph.evaluation.metrics.base import Metric, Tools
-from metamorph.evaluation.metrics.text import plain
+from metamorph.evaluation.questions import plain
 from metamorph.evaluation.samples import Answer, Sample
 from metamorph.evaluation.tokens import TIE, best_constant, cosines, mean_cosine
 from metamorph.inference.answer_files import load_tokens
