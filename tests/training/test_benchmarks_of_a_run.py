@@ -167,7 +167,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"eval_specs": ["SPECS/nowhere.yaml"]}, "nowhere.yaml.*none.jsonl does not exist"),
     ({"eval_specs": ["SPECS/facts.yaml:0"]}, "asks for no samples"),
     ({"eval_specs": ["SPECS/facts.yaml", "SPECS/facts.yaml:2"]}, "has two benchmarks named facts"),
-    ({"eval_specs": ["geneval=x"]}, "geneval judges images: give the --eval_visualizer"),
+    ({"eval_specs": ["geneval=SPECS/facts.jsonl"]}, "geneval judges images: give the --eval_visualizer"),
     ({"eval_specs": ["SPECS/facts.yaml"], "eval_visualizer": "mini"}, "has no effect: --eval_specs judge text"),
     ({"eval_visualizer": "mini", "eval_strategy": "no"}, "--eval_visualizer mini needs --eval_specs"),
     ({"eval_specs": ["SPECS/facts.yaml"], "eval_strategy": "no"}, "is never read with --eval_strategy no"),
@@ -193,6 +193,8 @@ def test_divided_weights_are_refused(parts: Path, specs: Path, tmp_path: Path, m
 
 def test_a_choice_is_read(specs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(specs)
+    for folder in ("data", "data:of"):
+        (specs / folder / "MMVP").mkdir(parents=True)
     for text, path, limit in (
         ("facts.yaml", None, None),
         ("facts.yaml:7", None, 7),
