@@ -58,6 +58,7 @@ class Answers(Metric):
         With a visualizer it also saves `sheet.png`: true images, and what was drawn.
         """
         scores = [_judge(*each) for each in zip(samples, answers, strict=True)]
+        (tools.folder / SHEET_FILE).unlink(missing_ok=True)
         due = [number for number, sample in enumerate(samples) if "target" in sample.files]
         if due:
             targets = [samples[number].files["target"] for number in due]
