@@ -126,8 +126,9 @@ def test_hashes_change_with_what_they_identify(session, folder: Path) -> None:
     model.mkdir()
     (model / "config.json").write_text("{}")
     own = identify(str(model), "model")["sha256"]
-    (model / "checkpoint-3").mkdir()
-    (model / "checkpoint-3" / "config.json").write_text("{}")
+    for of_training in ("checkpoint-3", "eval", "samples"):
+        (model / of_training).mkdir()
+        (model / of_training / "config.json").write_text("{}")
     assert identify(str(model), "model")["sha256"] == own  # checkpoints of its training are not the model
     (model / "chat_template.jinja").write_text("x")
     assert identify(str(model), "model")["sha256"] != own

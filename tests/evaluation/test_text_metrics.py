@@ -1,5 +1,7 @@
 """Metrics of short answers, on hand-computed values and the examples of their papers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def scored(metric: Metric, references, texts, groups=None):
     answers = [Answer(error="no image") if text is None else Answer(text) for text in texts]
     metric.check(samples)
     with Progress(total=len(samples)) as progress:
-        scores = metric.score(samples, answers, Tools(torch.device("cpu"), no_session, progress))
+        scores = metric.score(samples, answers, Tools(torch.device("cpu"), no_session, progress, Path()))
         assert progress.n == len(samples)
     return scores, metric.summarise(samples, scores)
 

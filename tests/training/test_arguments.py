@@ -35,9 +35,10 @@ AROUND = """
 output_dir logging_strategy logging_steps logging_first_step logging_nan_inf_filter logging_dir log_level
 log_level_replica log_on_each_node disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
 trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics peak_tflops sample_steps sample_prompts
-sample_visualizer eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size do_train do_eval
-save_strategy save_steps save_total_limit save_only_model save_on_each_node push_to_hub hub_model_id hub_strategy
-hub_token hub_private_repo hub_always_push hub_revision dataloader_num_workers dataloader_pin_memory
+sample_visualizer eval_specs eval_visualizer eval_strategy eval_steps eval_delay eval_on_start
+per_device_eval_batch_size do_train do_eval save_strategy save_steps save_total_limit save_only_model
+save_on_each_node push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision
+dataloader_num_workers dataloader_pin_memory
 dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context torch_empty_cache_steps
 """
 """Flags that act on what is logged, evaluated, saved and uploaded, and on speed: not on what is learned."""

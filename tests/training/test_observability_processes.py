@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training_parts import arguments, make_language_model, make_records, make_vision_tower
@@ -46,7 +47,11 @@ def test_two_processes_log_what_one_does(tmp_path: Path) -> None:
         "- {path: other/data.jsonl, image_folder: other/images, name: few}\n"
     )
     (tmp_path / "prompts.txt").write_text("What colour is the sky?\n")
-    files = {"eval_data_path": str(tmp_path / "mixture.yaml"), "sample_prompts": str(tmp_path / "prompts.txt")}
+    files: dict[str, Any] = {
+        "eval_data_path": str(tmp_path / "mixture.yaml"),
+        "eval_specs": [f"answers={tmp_path / 'mixture.yaml'}:7"],
+        "sample_prompts": str(tmp_path / "prompts.txt"),
+    }
     subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
@@ -72,7 +77,7 @@ def test_two_processes_log_what_one_does(tmp_path: Path) -> None:
         for name, value in theirs.items():
             if name.endswith(counts):
                 assert ours[name] == value, name
-            elif name.startswith(("eval_", "grad_norm", "visual_cosine")) and name != "eval_runtime":
+            elif name.startswith(("eval_", "grad_norm", "visual_cosine")) and not name.endswith("_runtime"):
                 assert ours[name] == pytest.approx(value, rel=1e-4), name
     end = two[-1]
     assert end["train_samples_per_second"] * end["train_runtime"] == pytest.approx(13, rel=1e-2)

@@ -1,10 +1,10 @@
-"""`metamorph evaluate SPEC | world | loss | visualizer`: evaluate a trained model, or a visualizer alone."""
+"""`metamorph evaluate SPEC | world | loss | visualizer | overlap`: a model, a visualizer alone, or training data."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from metamorph.cli import evaluate_loss, evaluate_spec, evaluate_visualizer
+from metamorph.cli import evaluate_loss, evaluate_overlap, evaluate_spec, evaluate_visualizer
 from metamorph.flags.checks import check_metamorph_model, check_reachable
 from metamorph.flags.parser import FlagParser, at_least, output_file, output_folder
 from metamorph.mini import shipped_folder
@@ -42,6 +42,9 @@ def main(argv: Sequence[str]) -> int | None:
     evaluate_loss.add_flags(kinds.add_parser("loss", help="text and visual loss on data, by source"))
     evaluate_visualizer.add_flags(
         kinds.add_parser("visualizer", help="similarity of images and their drawings from their own visual tokens")
+    )
+    evaluate_overlap.add_flags(
+        kinds.add_parser("overlap", help="images and questions of benchmarks that are in training data")
     )
     commands = [name for name in kinds.choices if name != SPEC]
     evaluate_spec.add_flags(spec, commands)

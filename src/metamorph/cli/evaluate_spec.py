@@ -56,7 +56,7 @@ def _run(flags: argparse.Namespace, commands: Sequence[str]) -> int:
     check_metamorph_model(shipped_folder(flags.model, "model"), flag="--model")
     if flags.visualizer is not None:
         check_visualizer_folder(shipped_folder(flags.visualizer, "visualizer"))
-    if spec.draws:
+    if spec.decoding.draw or spec.metric.needs_images:
         decoding = spec.decoding
         check_budget(flags.model, decoding.max_new_tokens, draw=True, name_of=lambda setting: name_of(setting, spec))
     folder = flags.output_dir or Path("evaluation") / spec.name

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 def load_data(
     data_path: str | os.PathLike[str],
-    processor: MetaMorphProcessor,
+    processor: MetaMorphProcessor | None,
     image_folder: str | os.PathLike[str] | None = None,
     model_max_length: int | None = None,
     *,

@@ -20,7 +20,7 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -54,6 +54,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     Args:
         source: Path or pattern for [`open_source`], or an open source.
+        processor: None if only records and conversations are read, not examples.
         image_folder: Folder of relative media paths; by default the folder of the file. Tars contain their media.
         model_max_length: Longest sequence; longer ones are truncated by `encode_conversation`, and counted.
         name: Name in logs and reports; by default that of the file, without suffix.
@@ -68,7 +69,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def __init__(
         self,
         source: Source | str | os.PathLike[str],
-        processor: MetaMorphProcessor,
+        processor: MetaMorphProcessor | None,
         image_folder: str | os.PathLike[str] | None = None,
         model_max_length: int | None = None,
         *,
@@ -87,7 +88,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.task = get_task(task)
         self.options = parse_options(self.task, options)
         self.source = open_source(source) if isinstance(source, (str, os.PathLike)) else source
-        self.processor = processor
+        self.processor = cast(MetaMorphProcessor, processor)
         self.image_folder = Path(image_folder) if image_folder is not None else self.source.path.parent
         self.model_max_length = model_max_length
         self.name = printable(name or self.source.path.stem)

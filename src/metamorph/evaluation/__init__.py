@@ -8,6 +8,7 @@ What is a sample, and what an answer?     `samples.py`; from files: `loaders/`; 
 How are the options of a spec checked?    `options.py`
 What finds objects and colours?           `detectors.py`; texts and images as vectors: `clip.py`
 How is another model asked to judge?      `endpoint.py`
+Are benchmarks in training data?          `overlap.py`
 What is the loss on other data?           `losses.py`
 How good is a visualizer alone?           `visualizer.py`; LPIPS and FID `perceptual.py`
 """

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from metamorph.evaluation.metrics.text import plain
 from metamorph.inference.draw import ProgressCallback
 from metamorph.inference.prompt import Prompt
 from metamorph.inference.reply import Reply, reply_to
@@ -75,3 +74,8 @@ def answer_budget(processor: MetaMorphProcessor) -> int:
 def fraction(verdicts: Sequence[bool]) -> float:
     """Share of true values, rounded to four digits; 0 if there are none."""
     return round(sum(verdicts) / len(verdicts), 4) if verdicts else 0.0
+
+
+def plain(text: str) -> str:
+    """The text without what does not count: case, surrounding spaces and a final full stop."""
+    return text.strip().rstrip(".").strip().lower()

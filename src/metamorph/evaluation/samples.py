@@ -21,9 +21,11 @@ class Sample:
     videos: tuple[str, ...] = ()
     """Files."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """Further files that the metric needs, by name, for example the true `image` of a prompt."""
+    """Further files or data URLs that the metric needs, by name, for example the true `image` of a prompt."""
     categories: Mapping[str, str] = field(default_factory=dict)
     """Kind of category → category, for example `{"skill": "counting"}`. Results are also reported for each."""
+    history: tuple[Mapping[str, str], ...] = ()
+    """Turns before the prompt, `{"role", "content"}`, with `<image>` for each of the first `images`."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,18 @@ from torch import Tensor
 from metamorph.models.losses import constant_cosine_sum, direction_sums
 
 
+TIE = 1e-6
+"""Cosines that differ by less count as equal: copies of an image are each other's originals."""
+
+
 def mean_cosine(generated: Tensor, true: Tensor) -> Tensor:
     """Cosine of generated and true tokens `[images, N, D]`, averaged over the tokens of an image: `[images]`."""
     return F.cosine_similarity(generated, true, dim=-1).mean(dim=-1)
+
+
+def best_constant(true: Tensor) -> Tensor:
+    """The tokens `[N, D]` with the largest mean cosine to all of `true` `[images, N, D]`; their length is 1."""
+    return F.normalize(F.normalize(true, dim=-1).sum(dim=0), dim=-1)
 
 
 def nearest_candidates(generated: Tensor, candidates: Tensor) -> Tensor:

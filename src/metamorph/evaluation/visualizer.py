@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from metamorph.evaluation.perceptual import ImageFeatures, frechet_distance, lpips_distances, to_pixels
-from metamorph.evaluation.tokens import cosines
+from metamorph.evaluation.tokens import TIE, cosines
 from metamorph.inference.draw import ProgressCallback, SamplerSettings, draw
 from metamorph.models.image_processing import to_rgb
 from metamorph.visualization.grids import reconstruction_grid
@@ -23,8 +23,6 @@ from metamorph.visualization.pipeline import VisualizationPipeline
 from metamorph.visualization.pixels import crop_square
 
 
-_TIE = 1e-6
-"""Cosines that differ by less count as equal: copies of an image are each other's originals."""
 _SMALLEST_CELL = 128
 """Pixels; drawings of smaller images are enlarged in grids."""
 
@@ -139,6 +137,6 @@ def _compare_tokens(score: ScaleScores, drawn: Tensor, originals: Tensor, start:
     similarity = cosines(drawn, originals)
     own = similarity.diagonal(start)
     score.cosine += own.tolist()
-    score.is_nearest += (own >= similarity.amax(dim=1) - _TIE).tolist()
+    score.is_nearest += (own >= similarity.amax(dim=1) - TIE).tolist()
     if len(originals) > 1:
         score.cosine_to_others += ((similarity.sum(dim=1) - own) / (len(originals) - 1)).tolist()

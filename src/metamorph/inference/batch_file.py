@@ -44,6 +44,8 @@ from metamorph.runs.ranks import rank, world_size
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "batch.json"
+_LOGGED = ("eval", "samples")
+"""Folders of answers and images that training writes next to the model."""
 _WAIT = datetime.timedelta(days=7)
 """Longest time that processes wait for each other. One that dies is noticed at once."""
 
@@ -115,10 +117,11 @@ def _stamp(model: str) -> Any:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The weights and settings of a model or a visualizer, without checkpoints of its training; in order."""
+    """The weights and settings of a model or a visualizer, without what its training has logged and saved; in order."""
     kinds = ("*.safetensors", "*.json", "*.jinja")
     found = (file for kind in kinds for file in folder.rglob(kind))
-    return sorted(file for file in found if not file.relative_to(folder).parts[0].startswith((PREFIX, "_")))
+    places = ((file, file.relative_to(folder).parts[0]) for file in found)
+    return sorted(file for file, top in places if not top.startswith((PREFIX, "_")) and top not in _LOGGED)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,7 @@ def load_validation(args: RunArguments, spec: ModelSpec) -> MixtureDataset | Non
     if args.data.eval_data_path is None:
         return None
     path, folder = args.data.eval_data_path, args.data.eval_image_folder
-    validation = _load_data(args, path, folder, spec.processor, folder_flag="--eval_image_folder")
-    _check_best_metric(args.training, validation, spec.config.use_vision_ar)
-    return validation
+    return _load_data(args, path, folder, spec.processor, folder_flag="--eval_image_folder")
 
 
 def plan_batches(args: RunArguments, dataset: MixtureDataset) -> BatchPlanner:
@@ -304,23 +303,35 @@ def _load_data(
 def _check_validation(args: RunArguments) -> None:
     strategy, path = IntervalStrategy(args.training.eval_strategy).value, args.data.eval_data_path
     evaluates = strategy != "no" or args.training.eval_on_start
-    if evaluates and path is None:
+    specs = args.training.eval_specs
+    if evaluates and path is None and not specs:
         flag = f"--eval_strategy {strategy}" if strategy != "no" else "--eval_on_start True"
-        raise ValueError(f"{flag} needs validation data: add --eval_data_path, or drop the flag")
-    if path is not None and not evaluates:
-        raise ValueError(
-            f"--eval_data_path {path} is never read with --eval_strategy no: add --eval_strategy steps (with "
-            "--eval_steps) or epoch, or drop it"
-        )
+        raise ValueError(f"{flag} needs validation data: add --eval_data_path or --eval_specs, or drop the flag")
+    for flag, value in (("--eval_data_path", path), ("--eval_specs", " ".join(specs or ()))):
+        if value and not evaluates:
+            raise ValueError(
+                f"{flag} {value} is never read with --eval_strategy no: add --eval_strategy steps (with --eval_steps) "
+                "or epoch, or drop it"
+            )
 
 
-def _check_best_metric(args: MetaMorphTrainingArguments, validation: MixtureDataset, visual_loss: bool) -> None:
-    """Find a wrong name now; Trainer would look for it after the first evaluation."""
+def check_best_metric(
+    args: MetaMorphTrainingArguments,
+    validation: MixtureDataset | None,
+    benchmarks: Mapping[str, str],
+    visual_loss: bool,
+) -> None:
+    """Find a wrong name now; Trainer would look for it after the first evaluation.
+
+    `benchmarks` maps prefixes of the metrics of `eval_specs`, such as `eval_mmvp_`, to their main figures. Their other
+    figures are not known yet, so any name with such a prefix passes.
+    """
     if args.metric_for_best_model is None:
         return
     name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
-    known = metric_names(validation.sources, visual_loss=visual_loss)
-    if name not in known:
+    known = [] if validation is None else metric_names(validation.sources, visual_loss=visual_loss)
+    known += [prefix + headline for prefix, headline in benchmarks.items()]
+    if name not in known and not name.startswith(tuple(benchmarks)):
         near = nearest(name, known)
         hint = f"did you mean {near!r}? " if near else ""
         raise ValueError(

@@ -12,6 +12,7 @@ from metamorph.runs.find_checkpoint import ResumePoint
 from metamorph.training.arguments import RunArguments
 from metamorph.training.build import (
     ModelSpec,
+    check_best_metric,
     load_training_data,
     load_validation,
     open_features,
@@ -23,6 +24,7 @@ from metamorph.training.checkpoints.resume_flags import check_flags, flags_of_ru
 from metamorph.training.engines.prepare import gathered_weights
 from metamorph.training.lora import check_engine
 from metamorph.training.optimizer import apply_learning_rate_rule, check_optimizer, samples_per_step
+from metamorph.training.reporting.benchmarks import Benchmarks, open_benchmarks
 from metamorph.training.reporting.samples import SampleWriter, open_samples
 from metamorph.training.stages import check_learning_rates
 
@@ -38,6 +40,7 @@ class Preparation:
     checkpoint: str | None = None
     """The checkpoint to resume from."""
     validation: MixtureDataset | None = None
+    benchmarks: Benchmarks | None = None
     samples: SampleWriter | None = None
     planner: BatchPlanner = field(init=False)
     resume_point: ResumePoint | None = None
@@ -69,6 +72,9 @@ def prepare(args: RunArguments, *, for_run: bool = True) -> Preparation:
     if not for_run:
         return prepared
     prepared.validation = load_validation(args, prepared.spec)
+    prepared.benchmarks = open_benchmarks(args.training, can_draw=prepared.spec.config.use_vision_ar)
+    prefixes = {} if prepared.benchmarks is None else prepared.benchmarks.headlines
+    check_best_metric(args.training, prepared.validation, prefixes, prepared.spec.config.use_vision_ar)
     prepared.samples = open_samples(args.training)
     prepared.planner = planner = plan_batches(args, prepared.dataset)
     prepared.resume_point = plan_resume(prepared.checkpoint, prepared.dataset, planner, args.training)

@@ -114,13 +114,16 @@ def _build_trainer(args: RunArguments, prepared: Preparation, callbacks: list[An
         model=model,
         args=args.training,
         train_dataset=prepared.dataset,
-        eval_dataset=prepared.validation,
+        # Trainer refuses to evaluate without data, which benchmarks have themselves.
+        eval_dataset=[] if prepared.validation is None and prepared.benchmarks else prepared.validation,
         data_collator=build_collator(model, prepared.spec.processor, packing=args.training.packing),
         processing_class=prepared.spec.processor,
         callbacks=callbacks,
         tower_on_device=args.encodes_images,
     )
     trainer.flags = prepared.flags
+    if prepared.benchmarks is not None:
+        prepared.benchmarks.attach(trainer)
     if prepared.samples is not None:
         prepared.samples.attach(trainer)
     return trainer

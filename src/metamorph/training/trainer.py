@@ -32,6 +32,7 @@ from metamorph.training.engines.prepare import gathered_weights, reads_on_first_
 from metamorph.training.engines.weights import FrozenTower
 from metamorph.training.metrics import LossWindow, count_targets, count_tokens, validation_metrics
 from metamorph.training.optimizer import learning_rates, module_of, optimizer_groups
+from metamorph.training.reporting.benchmarks import Benchmarks
 from metamorph.training.reporting.model_card import CardFacts, write_model_card
 from metamorph.training.reporting.throughput import ThroughputMonitor, find_peak_tflops
 
@@ -50,6 +51,8 @@ class MetaMorphTrainer(RunTrainer):
     """
 
     batches: PlannedBatches
+    benchmarks: Benchmarks | None = None
+    """Also run when the model is evaluated."""
     card_facts: CardFacts | None = None
     """Content of the model card; without it none is written."""
     _knows_position = True
@@ -150,16 +153,23 @@ class MetaMorphTrainer(RunTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The losses on validation data: `eval_loss`, `eval_text_loss`, …, and of each source if there are several."""
+        """The losses on validation data: `eval_loss`, `eval_text_loss`, …, and of each source if there are several.
+
+        Also the figures of the `benchmarks`, unless other data are given.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        metrics: dict[str, float] = {}
         with self.monitor.pause():
-            metrics = validation_metrics(
-                self.model_wrapped if self.is_sharded else self.plain_model,
-                dataset,
-                self.accelerator,
-                self.args,
-                prefix=metric_key_prefix,
-            )
+            if dataset:
+                metrics = validation_metrics(
+                    self.model_wrapped if self.is_sharded else self.plain_model,
+                    dataset,
+                    self.accelerator,
+                    self.args,
+                    prefix=metric_key_prefix,
+                )
+            if self.benchmarks is not None and eval_dataset is None:
+                metrics |= self.benchmarks.measure(metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -159,12 +159,10 @@ def identify(reference: str, part: str) -> dict[str, Any]:
 
 def hash_sample(sample: Sample) -> str:
     """SHA-256 of what a sample asks: its texts, reference and categories, and the content of its media."""
-    media = [
-        hashlib.sha256(name.encode()).hexdigest() if name.startswith("data:") else _hash_file(Path(name))
-        for name in (*sample.images, *sample.videos)
-    ]
-    files = {name: _hash_file(Path(file)) for name, file in sample.files.items()}
-    parts = [sample.id, dict(sample.fields), sample.reference, dict(sample.categories), media, files]
+    media = [_hash_media(name) for name in (*sample.images, *sample.videos)]
+    files = {name: _hash_media(file) for name, file in sample.files.items()}
+    texts = [dict(sample.fields), sample.reference, dict(sample.categories), [*map(dict, sample.history)]]
+    parts = [sample.id, *texts, media, files]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -177,6 +175,11 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def _hash_media(name: str) -> str | None:
+    """That of a file, or of a data URL."""
+    return hashlib.sha256(name.encode()).hexdigest() if name.startswith("data:") else _hash_file(Path(name))
 
 
 def _hash_file(file: Path) -> str | None:

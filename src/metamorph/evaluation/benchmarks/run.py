@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from metamorph.evaluation.benchmarks.result import RESULT_FILE, TABLE_FILE, identify, make_result, write_result
-from metamorph.evaluation.benchmarks.spec import Spec, some_of
+from metamorph.evaluation.benchmarks.spec import Spec
 from metamorph.evaluation.metrics.base import Tools
 from metamorph.evaluation.samples import Answer, Sample
 from metamorph.inference.answer_files import TOKENS_SUFFIX
@@ -132,9 +132,7 @@ def name_of(setting: str, spec: Spec) -> str:
 
 def _prepare(spec: Spec, batch: Batch, data_path: Path | None, limit: int | None) -> Sequence[Sample]:
     """Load and check the samples, and write their prompts."""
-    samples = spec.load(data_path)
-    chosen = list(enumerate(samples)) if limit is None else some_of(samples, spec.metric, limit)
-    spec.metric.check([sample for _, sample in chosen])
+    chosen = spec.choose(data_path, limit)
     batch.source.parent.mkdir(parents=True, exist_ok=True)
     with batch.source.open("w", encoding="utf-8") as file:
         for number, sample in chosen:
@@ -148,9 +146,12 @@ def _line(spec: Spec, number: int, sample: Sample) -> dict[str, Any]:
         name: [path if path.startswith("data:") else str(Path(path).absolute()) for path in getattr(sample, name)]
         for name in ("images", "videos")
     }
+    asked: dict[str, Any] = {"prompt": spec.prompt_of(sample)}
+    if sample.history:
+        asked = {"messages": [*map(dict, sample.history), {"role": "user", "content": asked["prompt"]}]}
     return {
         "id": sample.id,
-        "prompt": spec.prompt_of(sample),
+        **asked,
         **{name: values for name, values in paths.items() if values},
         "seed": spec.seed + number * spec.decoding.num_images,  # no two drawings start from the same noise
     }

@@ -145,9 +145,45 @@ class Spec:
                     )
         return samples
 
+    def choose(self, path: Path | None = None, limit: int | None = None) -> list[tuple[int, Sample]]:
+        """Load the samples in `path`, or about `limit` of them, with their numbers; the metric has checked them."""
+        samples = self.load(path)
+        chosen = list(enumerate(samples)) if limit is None else some_of(samples, self.metric, limit)
+        self.metric.check([sample for _, sample in chosen])
+        return chosen
+
     def prompt_of(self, sample: Sample) -> str:
         """The prompt for a sample."""
         return fill(self.prompt, **sample.fields).strip()
+
+
+@dataclass(frozen=True)
+class SpecChoice:
+    """A benchmark, its data, and how many samples of it are used."""
+
+    spec: Spec
+    path: Path | None = None
+    """By default that of the spec."""
+    limit: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> SpecChoice:
+        """Read `SPEC`, `SPEC=DATA`, `SPEC:LIMIT` or `SPEC=DATA:LIMIT`; errors as those of `read_spec`."""
+        rest, colon, number = text.rpartition(":")
+        has_limit = bool(colon) and number.isdecimal()
+        if has_limit and not int(number):
+            raise ValueError(f"{text!r} asks for no samples: give a limit of at least 1, or leave it out")
+        reference, _, path = (rest if has_limit else text).partition("=")
+        spec = read_spec(reference)
+        if not path and spec.path is None:
+            raise ValueError(f"{spec.name} needs its data: write {reference}=DATA")
+        if path and not Path(path).expanduser().exists():
+            raise FileNotFoundError(f"{path} does not exist: write {reference}=DATA with the data of {spec.name}")
+        return cls(spec, Path(path).expanduser() if path else None, int(number) if has_limit else None)
+
+    def load(self) -> list[tuple[int, Sample]]:
+        """See `Spec.choose`."""
+        return self.spec.choose(self.path, self.limit)
 
 
 def shipped_specs() -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ Rows of CSV, TSV, JSON and parquet        `tables.py`, with images and videos in
 Options of multiple-choice questions      `choices.py`
 Prompts for images, captions              `generation.py`
 Edits of images                           `edits.py`
+Your own records, as for training         `records.py`
 """
 
 LOADERS: dict[str, str] = {
@@ -18,6 +19,7 @@ LOADERS: dict[str, str] = {
     "mmbench": "metamorph.evaluation.loaders.mmbench:MMBenchLoader",
     "mmmu": "metamorph.evaluation.loaders.mmmu:MMMULoader",
     "mmvp": "metamorph.evaluation.loaders.mmvp:MMVPLoader",
+    "records": "metamorph.evaluation.loaders.records:RecordsLoader",
     "table": "metamorph.evaluation.loaders.table:TableLoader",
     "textvqa": "metamorph.evaluation.loaders.textvqa:TextVQALoader",
     "wise": "metamorph.evaluation.loaders.generation:WiseLoader",

@@ -10,10 +10,12 @@ What a judge at an endpoint says      `judged.py`: DPG-Bench, WISE, edits
 CLIP score and Fréchet distances          `captions.py`
 What an edit keeps and changes            `edits.py`
 Generated and true visual tokens          `visual_tokens.py`
+Answers to your own records               `answers.py`
 """
 
 METRICS: dict[str, str] = {
     "anls": "metamorph.evaluation.metrics.anls:Anls",
+    "answers": "metamorph.evaluation.metrics.answers:Answers",
     "captions": "metamorph.evaluation.metrics.captions:Captions",
     "circular_choice": "metamorph.evaluation.metrics.multiple_choice:CircularChoice",
     "dpg": "metamorph.evaluation.metrics.judged:Dpg",

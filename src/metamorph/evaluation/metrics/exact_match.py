@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metamorph.evaluation.metrics.text import TextMetric, plain
+from metamorph.evaluation.metrics.text import TextMetric
+from metamorph.evaluation.questions import plain
 
 
 @dataclass(frozen=True)

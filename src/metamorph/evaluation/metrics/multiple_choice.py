@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from metamorph.evaluation.metrics.base import Tools
-from metamorph.evaluation.metrics.text import QuestionMetric, number, plain
+from metamorph.evaluation.metrics.text import QuestionMetric, number
+from metamorph.evaluation.questions import plain
 from metamorph.evaluation.samples import Answer, Sample
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metamorph.evaluation.metrics.text import TextMetric, number, plain
+from metamorph.evaluation.metrics.text import TextMetric, number
+from metamorph.evaluation.questions import plain
 
 
 TOLERANCE = 0.05

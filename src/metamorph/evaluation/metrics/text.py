@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from metamorph.evaluation.metrics.base import Metric, Tools
+from metamorph.evaluation.questions import plain
 from metamorph.evaluation.samples import Answer, Sample
 
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?(%?)", re.IGNORECASE)
-
-
-def plain(text: str) -> str:
-    """The text without what does not count: case, surrounding spaces and a final full stop."""
-    return text.strip().rstrip(".").strip().lower()
 
 
 def number(text: str) -> float | None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from metamorph.evaluation.metrics.base import Scores, Tools
-from metamorph.evaluation.metrics.text import QuestionMetric, plain
+from metamorph.evaluation.metrics.text import QuestionMetric
+from metamorph.evaluation.questions import plain
 from metamorph.evaluation.samples import Answer, Sample
 
 

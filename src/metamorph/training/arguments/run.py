@@ -38,9 +38,9 @@ class RunArguments:
 
     @property
     def encodes_images(self) -> bool:
-        """Whether the vision tower runs: in training without a feature cache, in validation, or for sample prompts."""
+        """Whether the vision tower runs: in training without a feature cache, in validation, or for prompts."""
         needs_tower = self.data.eval_data_path is not None or self.training.sample_steps is not None
-        return self.data.feature_cache is None or needs_tower
+        return self.data.feature_cache is None or needs_tower or bool(self.training.eval_specs)
 
     def save(self, folder: str) -> None:
         """Write the model and data flags to `model_and_data_args.json`; the trainer writes `training_args.json`."""

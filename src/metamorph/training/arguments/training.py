@@ -124,6 +124,11 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
     "draw": true}`."""
     sample_visualizer: str | None = None
     """Folder of a visualizer that draws the images of these answers; without it their visual tokens are saved."""
+    eval_specs: list[str] | None = None
+    """Benchmarks to run whenever the model is evaluated (`eval_strategy`), each as `SPEC=DATA:LIMIT`, such as
+    `mmvp=/data/MMVP:100`: a name of `metamorph evaluate --list` or a YAML file, its data, and the number of samples."""
+    eval_visualizer: str | None = None
+    """Folder of the visualizer for benchmarks in `eval_specs` that judge images."""
     peak_tflops: float | None = None
     """Peak of one device in 10¹² FLOP/s, for `mfu` in the log; defaults to the data sheet of the GPU."""
 
@@ -152,7 +157,7 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
         if self.metric_for_best_model is not None and self.eval_strategy == "no":
             raise ValueError(
                 f"--metric_for_best_model {self.metric_for_best_model} is never measured with --eval_strategy no: add "
-                "--eval_strategy steps or epoch, and --eval_data_path"
+                "--eval_strategy steps or epoch, and --eval_data_path or --eval_specs"
             )
         if self.label_names is None:
             self.label_names = ["labels"]
@@ -183,11 +188,13 @@ class MetaMorphTrainingArguments(RunTrainingArguments):
                 f"--sample_steps {self.sample_steps} and --sample_prompts {self.sample_prompts} go together: give both"
             )
         self.check_at_least(1, "sample_steps")
-        if self.sample_visualizer is not None:
-            if self.sample_steps is None:
-                raise ValueError(f"--sample_visualizer {self.sample_visualizer} needs --sample_steps")
-            self.sample_visualizer = shipped_folder(self.sample_visualizer, "visualizer")
-            check_model_reference(self.sample_visualizer, flag="--sample_visualizer", file="model_index.json")
+        for name, needed in (("sample_visualizer", "sample_steps"), ("eval_visualizer", "eval_specs")):
+            visualizer = getattr(self, name)
+            if visualizer is not None:
+                if not getattr(self, needed):
+                    raise ValueError(f"--{name} {visualizer} needs --{needed}")
+                setattr(self, name, shipped_folder(visualizer, "visualizer"))
+                check_model_reference(getattr(self, name), flag=f"--{name}", file="model_index.json")
 
     def _check_learning_rates(self) -> None:
         auto = self.learning_rate == AUTO_LEARNING_RATE
