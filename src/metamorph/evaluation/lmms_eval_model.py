@@ -277,17 +277,17 @@ class MetaMorph(lmms):
         )
 
     def _messages(self, messages: Messages) -> Messages:
-        """Messages for the processor, videos as frames. Media at the beginning end their line, as in training."""
+        """Messages for the processor, videos as frames. In the user's, media are on own lines, as in training data."""
         written = []
         for message in messages:
-            parts: list[dict[str, Any]] = []
             content = message["content"]
-            is_beginning = True
+            parts: list[dict[str, Any]] = []
+            before = "text"
             for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                parts += self._parts(item)
-                is_beginning = is_beginning and item["type"] != "text"
-                if is_beginning:
+                if parts and message["role"] == "user" and {before, item["type"]} != {"text"}:
                     parts.append({"type": "text", "text": "\n"})
+                parts += self._parts(item)
+                before = item["type"]
             written.append({"role": message["role"], "content": parts})
         return written
 
