@@ -7,5 +7,6 @@ Benchmarks: what is run, and how?         `benchmarks/`
 What is a sample, and what an answer?     `samples.py`; from files: `loaders/`; judged: `metrics/`
 How are the options of a spec checked?    `options.py`
 What is the loss on other data?           `losses.py`
+How does lmms-eval ask a model?           `lmms_eval_model.py`
 How good is a visualizer alone?           `visualizer.py`; LPIPS and FID `perceptual.py`
 """

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
@@ -89,6 +89,14 @@ class _Rounds:
             return None
         messages, is_over, _, self.info = payload
         return None if is_over else messages
+
+
+class _Scored(tuple, GenerationResult):
+    """A loss and whether the continuation is greedy: a tuple, as lmms-eval documents.
+
+    The evaluator of lmms-eval 0.7.3 makes text of a mere tuple, with which its multiple choice fails (`evaluator.py`,
+    line 1232); the `text` of a `GenerationResult` it takes as it is.
+    """
 
 
 class MetaMorph(lmms):
@@ -361,7 +369,7 @@ class MetaMorph(lmms):
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         loss = losses.masked_fill(~is_answer, 0).sum(dim=1) / is_answer.sum(dim=1).clamp(min=1)
         is_greedy = ((logits.argmax(dim=-1) == targets) | ~is_answer).all(dim=1)
-        return list(zip(loss.tolist(), is_greedy.tolist(), strict=True))
+        return list(map(_Scored, zip(loss.tolist(), is_greedy.tolist(), strict=True)))
 
 
 class MetaMorphSimple(MetaMorph):
