@@ -10,7 +10,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -338,10 +338,7 @@ class MetaMorph(lmms):
         metadata = drawing_metadata(*self.names, "".join(texts).strip(), sampling, self.settings)
         repeat = f"-repeat{question.repeat + 1}" if question.repeat else ""
         output = self.folder / question.task / f"{question.doc_id:06}{repeat}{suffix}.png"
-        settings = SamplerSettings(
-            self.settings.guidance_scale, self.settings.num_inference_steps, self._seed(question)
-        )
-        files = AnswerFiles(output, metadata, settings, overwrite=True)
+        files = AnswerFiles(output, metadata, replace(self.settings, seed=self._seed(question)), overwrite=True)
         drawn = (part for part in reply.parts if isinstance(part, ImagePart))
         return [str(file) for part in drawn for file in files.add(part)]
 
@@ -359,9 +356,10 @@ class MetaMorph(lmms):
 
     def _score(self, conversations: Sequence[Messages]) -> list[tuple[float, bool]]:
         model = self.session.model
-        inputs: Any = self.session.processor.apply_chat_template(
+        encoded: Any = self.session.processor.apply_chat_template(
             conversations, tokenize=True, continue_final_message=True, return_assistant_tokens_mask=True
-        ).to(model.device)
+        )
+        inputs = encoded.to(model.device)
         is_answer = inputs.pop("assistant_masks").bool()
         longest = int((is_answer.shape[1] - is_answer.int().argmax(dim=1)).max())  # rows are padded on the left
         logits = model(**inputs, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1].float()
