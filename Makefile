@@ -29,12 +29,13 @@ CONSTRAINTS  = $(shell $(BIN)/python -c 'import sys; print("-c constraints.txt" 
 TEST_ENV    := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 SHELL_FILES := .ci/run $(wildcard scripts/*.sh visualization/*.sh tests/parts/*.sh)
 
-.PHONY: help quickstart test test-fast test-slurm fuzz gpu gpu-wheels lint format types imports docs check clean
+.PHONY: help quickstart test test-fast test-slurm test-lmms-eval fuzz gpu gpu-wheels lint format types imports docs check clean
 
 help:
 	@echo "make quickstart   install, then train the miniature end to end (report in out/)"
 	@echo "make test         install, then run all tests (test-fast: without the slow ones)"
 	@echo "make test-slurm   run the cluster tests on two virtual nodes of its own Slurm (as root)"
+	@echo "make test-lmms-eval   run the tests of the plug-in for lmms-eval, in an environment of its own"
 	@echo "make fuzz         test random and damaged input for FUZZ_SECONDS=120, with FUZZ_SEED=0"
 	@echo "make gpu          GPU tests and benchmarks into benchmarks/RESULTS.md, with the PyTorch of PYTHON=python3"
 	@echo "make gpu-wheels   download what make gpu installs, for x86-64 and Python 3.12 without a network"
@@ -54,6 +55,11 @@ test-fast: $(DEV_STAMP)
 # Starts its own Slurm during the tests; needs root and Slurm's daemons, see tests/parts/with_slurm.sh.
 test-slurm: $(DEV_STAMP)
 	$(TEST_ENV) bash tests/parts/with_slurm.sh $(BIN)/python -m pytest -m slurm $(PYTEST)
+
+# lmms-eval wants other releases of our packages.
+test-lmms-eval: $(DEV_STAMP)
+	PYTHON=$(BIN)/python scripts/lmms_eval_env.sh $(VENV)-lmms-eval
+	$(TEST_ENV) $(VENV)-lmms-eval/bin/python -m pytest tests/evaluation/test_lmms_eval.py $(PYTEST)
 
 fuzz: $(DEV_STAMP)
 	$(TEST_ENV) METAMORPH_FUZZ_SECONDS=$(FUZZ_SECONDS) METAMORPH_FUZZ_SEED=$(FUZZ_SEED) \

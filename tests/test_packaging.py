@@ -1,5 +1,6 @@
 """What the package is called, what a wheel holds beside the code, which releases it admits, and what the CI runs."""
 
+import ast
 import glob
 import json
 import re
@@ -73,6 +74,15 @@ def test_a_wheel_ships_the_recipes_and_specs(package: str, names: Callable[[], M
     patterns = settings()["tool"]["setuptools"]["package-data"][f"metamorph.{package}"]
     found = {Path(name) for pattern in patterns for name in glob.glob(pattern, root_dir=folder)}
     assert {file.stem for file in found if file.suffix == ".yaml"} == set(names())
+
+
+def test_entry_points_name_functions_that_exist() -> None:
+    """lmms-eval, which is not installed, only warns if it cannot load one."""
+    for group in settings()["project"]["entry-points"].values():
+        for target in group.values():
+            module, _, function = target.partition(":")
+            tree = ast.parse((ROOT / "src" / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))
+            assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, target
 
 
 def test_a_wheel_ships_all_files_of_the_assets_and_nothing_else() -> None:

@@ -109,6 +109,14 @@ def chat_body(content: Any = "hello", **fields: Any) -> dict:
     return {"messages": [user(content)], **fields}
 
 
+def vlmeval_body(dataset: str | None = None, **image_fields: str) -> dict:
+    """The JSON of a question about an image in open-compass/VLMEvalKit, `vlmeval/api/gpt.py` and `lmdeploy.py`."""
+    url = {"url": data_url(circle(), "jpeg"), **image_fields}
+    body = chat_body([{"type": "image_url", "image_url": url}, {"type": "text", "text": ASK}])
+    body |= {"model": "mini", "n": 1, "temperature": 0, "max_tokens": 512}
+    return body | ({"dataset": dataset} if dataset else {})
+
+
 def with_url(url: str) -> dict:
     return chat_body([{"type": "image_url", "image_url": {"url": url}}])
 
@@ -235,6 +243,18 @@ CASES = [
         "unknown fields are ignored",
         lambda c: c.chat(unknown=1, logit_bias={}, user="me"),
         check=lambda r: words(r) == "zero",
+    ),
+    Case(
+        CHAT,
+        "as VLMEvalKit's GPT4V asks",
+        lambda c: c.post("chat/completions", vlmeval_body(detail="low")),
+        check=lambda r: r.json()["choices"][0]["message"]["content"] == "red",
+    ),
+    Case(
+        CHAT,
+        "as VLMEvalKit's LMDeployAPI asks",
+        lambda c: c.post("chat/completions", vlmeval_body(dataset="MMBench_DEV_EN")),
+        check=lambda r: r.json()["choices"][0]["message"]["content"] == "red",
     ),
     Case(
         CHAT,

@@ -10,5 +10,6 @@ What finds objects and colours?           `detectors.py`; texts and images as ve
 How is another model asked to judge?      `endpoint.py`
 Are benchmarks in training data?          `overlap.py`
 What is the loss on other data?           `losses.py`
+How does lmms-eval ask a model?           `lmms_eval_model.py`
 How good is a visualizer alone?           `visualizer.py`; LPIPS and FID `perceptual.py`
 """

@@ -30,8 +30,7 @@ from metamorph.inference.answer_files import (
     save_tokens,
 )
 from metamorph.inference.batch_lines import BatchDefaults, Request, parse_line, read_object
-from metamorph.inference.draw import draw_each
-from metamorph.inference.reply import Reply, reply_to
+from metamorph.inference.reply import Reply
 from metamorph.inference.session import Session
 from metamorph.mini import shipped_folder
 from metamorph.models.processing_metamorph import ImagePart
@@ -268,30 +267,11 @@ def _reply(session: Session, batch: Batch, requests: Sequence[Request]) -> list[
     """The replies, images drawn; one that fails is answered alone, so that it costs no other its answer."""
     if not requests:
         return []
-    prompts = [request.prompt for request in requests]
+    prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
     try:
-        replies = reply_to(session.model, session.processor, prompts, batch_size=len(prompts))
+        return [*session.answer_all(prompts, batch.defaults.settings, seeds=seeds, batch_size=len(prompts))]
     except ValueError as error:
         return [error] if len(requests) == 1 else [each for one in requests for each in _reply(session, batch, [one])]
-    if session.pipeline is None:
-        return [*replies]
-    settings = batch.defaults.settings
-    seeds = [
-        request.seed + index
-        for request, reply in zip(requests, replies, strict=True)
-        for index in range(reply.num_images)
-    ]
-    tokens = torch.cat([reply.visual_tokens for reply in replies])
-    drawn = iter(draw_each(session.pipeline, tokens, settings, seeds))
-    return [
-        replace(
-            reply,
-            parts=tuple(
-                replace(part, images=next(drawn)) if isinstance(part, ImagePart) else part for part in reply.parts
-            ),
-        )
-        for reply in replies
-    ]
 
 
 def _write_images(batch: Batch, number: int, request: Request, reply: Reply) -> list[list[str]]:

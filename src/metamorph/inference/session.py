@@ -122,6 +122,32 @@ class Session:
             logger.warning("the reply holds %d image(s), not drawn: load a visualizer, too", reply.num_images)
         return reply
 
+    def answer_all(
+        self,
+        prompts: Sequence[Prompt],
+        settings: SamplerSettings | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        **options: Any,
+    ) -> list[Reply]:
+        """Answer prompts in batches and draw all their images together; an answer does not depend on the others.
+
+        The first image of each answer has its seed of `seeds` (by default `settings.seed`), the second the next one.
+        `options` are those of [`reply_to`].
+        """
+        settings = settings or SamplerSettings()
+        replies = reply_to(self.model, self.processor, prompts, **options)
+        if self.pipeline is None or not replies:
+            return replies
+        firsts = [settings.seed] * len(replies) if seeds is None else seeds
+        each = [seed + index for seed, reply in zip(firsts, replies, strict=True) for index in range(reply.num_images)]
+        drawn = iter(draw_each(self.pipeline, torch.cat([reply.visual_tokens for reply in replies]), settings, each))
+
+        def with_images(part: Part) -> Part:
+            return replace(part, images=next(drawn)) if isinstance(part, ImagePart) else part
+
+        return [replace(reply, parts=tuple(map(with_images, reply.parts))) for reply in replies]
+
 
 def load(
     model: str | Path,
