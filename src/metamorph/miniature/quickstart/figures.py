@@ -161,7 +161,7 @@ def save_study_maps(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         means = [[cells[q, d]["mean"] if (q, d) in cells else float("nan") for d in drawings] for q in questions]
         axes.imshow(means, cmap="Blues", vmin=0, vmax=1, origin="lower", aspect="auto")
         for (count, budget), row in cells.items():
-            text = f"{row['mean']:.0%}" + (f"\n± {row['standard_error']:.0%}" if row["n"] > 1 else "")
+            text = f"{row['mean']:.0%}" + (f"\n± {row['standard_error']:.0%}" if row["n"] > 1 else "\none seed")
             color = "white" if row["mean"] > 0.6 else "black"
             place = drawings.index(budget), questions.index(count)
             axes.text(*place, text, ha="center", va="center", fontsize=9, color=color)
