@@ -362,7 +362,7 @@ def test_wrong_rows_of_a_table(options, row, message, tmp_path):
         ("t.json", b"[1]", "row 1 must be an object, not 1"),
         ("t.jsonl", b'{"question": "x"', "is not JSON in UTF-8"),
         ("t.jsonl", b'{"question": "x", "answer": NaN}', "row 1: the column 'answer' is empty"),
-        ("t.csv", b'question,answer\na,b\n"a "b" c",d\n', "line 3 is not a row of a table"),
+        ("t.csv", b'question,answer\na,b\n"a "b" c",d\n', "after line 2, is not a table"),
         ("t.csv", b"question,answer,answer\na,b,c\n", "has two columns named 'answer'"),
     ],
 )

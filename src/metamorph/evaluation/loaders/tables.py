@@ -171,14 +171,14 @@ def _separated(file: Path, delimiter: str) -> Iterator[Mapping[str, Any]]:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
             names = reader.fieldnames or ()
-            if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            if repeated := [name for name in dict.fromkeys(filter(None, names)) if names.count(name) > 1]:
                 raise ValueError(f"{file} has two columns named {repeated[0]!r}: rename or remove one of them")
             for number, values in enumerate(reader, start=1):
                 if None in values:
                     raise ValueError(f"{file}, row {number} has more values than the first line has columns")
                 yield values
     except csv.Error as error:
-        raise ValueError(f"{file}, line {reader.line_num} is not a row of a table ({error})") from error
+        raise ValueError(f"{file}, after line {reader.line_num}, is not a table ({error})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} cannot be read ({error}): expected a table in UTF-8") from error
 
