@@ -65,6 +65,8 @@ def test_nearer_candidates_and_cosine_ignore_the_length_of_tokens():
     assert num_nearer(similar, similar[:, 1]).min() > 0
     copies = cosines(generated, candidates[[3, 3, 0]] * 3)  # each is the original of the first drawing
     assert num_nearer(copies[:1], copies[:1, 1]).tolist() == [0]
+    not_found = cosines(generated * torch.nan, candidates)
+    assert num_nearer(not_found, not_found[:, 0]).tolist() == [5, 5]
     torch.testing.assert_close(mean_cosine(generated, candidates[[3, 0]]), torch.ones(2))
 
 

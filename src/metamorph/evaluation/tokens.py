@@ -34,9 +34,10 @@ def cosines(generated: Tensor, candidates: Tensor) -> Tensor:
 def num_nearer(similar: Tensor, own: Tensor) -> Tensor:
     """How many candidates are nearer to each image than its own, int64 `[images]`; 0 if its own is the nearest.
 
-    `similar` `[images, candidates]` has the cosines of `cosines`, `own` `[images]` the one with the image's own.
+    `similar` `[images, candidates]` has the cosines of `cosines`, `own` `[images]` the one with the image's own. All
+    candidates are nearer than NaN.
     """
-    return (similar > own[:, None] + TIE).sum(dim=1)
+    return (~(similar <= own[:, None] + TIE)).sum(dim=1)
 
 
 def constant_cosine(true: Tensor) -> float:
