@@ -8,7 +8,7 @@ from visualization_parts import CROSS_ATTENTION_DIM, tiny_scheduler, tiny_unet, 
 
 from metamorph.evaluation.drawings import Drawing, DrawingTask, summarise
 from metamorph.evaluation.questions import AnsweredQuestion, Question, fraction, summarise_answers
-from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
+from metamorph.evaluation.tokens import cosines, mean_cosine, num_nearer
 from metamorph.inference.draw import SamplerSettings, draw
 from metamorph.inference.prompt import Prompt
 from metamorph.inference.reply import Reply
@@ -57,16 +57,17 @@ def test_a_task_without_an_image_counts_as_wrong():
     assert summarise([drawn, missing], ("all", "color")) == {"n": 2, "all": 0.5, "color": 0.5}
 
 
-def test_nearest_candidate_and_cosine_ignore_the_length_of_tokens():
+def test_nearer_candidates_and_cosine_ignore_the_length_of_tokens():
     candidates = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
     generated = candidates[[3, 0]] * torch.tensor([0.1, 7.0]).view(2, 1, 1)
-    assert nearest_candidates(generated, candidates).tolist() == [3, 0]
+    similar = cosines(generated, candidates)
+    assert num_nearer(similar, similar[[0, 1], [3, 0]]).tolist() == [0, 0]
+    assert num_nearer(similar, similar[:, 1]).min() > 0
+    copies = cosines(generated, candidates[[3, 3, 0]] * 3)  # each is the original of the first drawing
+    assert num_nearer(copies[:1], copies[:1, 1]).tolist() == [0]
+    not_found = cosines(generated * torch.nan, candidates)
+    assert num_nearer(not_found, not_found[:, 0]).tolist() == [5, 5]
     torch.testing.assert_close(mean_cosine(generated, candidates[[3, 0]]), torch.ones(2))
-
-
-def test_no_candidates_is_an_error():
-    with pytest.raises(ValueError, match="candidates is empty"):
-        nearest_candidates(torch.ones(1, 4, 8), torch.empty(0, 4, 8))
 
 
 @pytest.fixture(scope="module")

@@ -159,10 +159,13 @@ def test_prompts_through_random_detectors(tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"tag": "size", "include": [], "prompt": ""}, "line 1: tag"),
-        ({"tag": "colors", "include": [{"count": 1}], "prompt": ""}, "class is missing"),
-        ({"include": [], "prompt": ""}, "line 1: tag is missing"),
-        ([], "line 1: tag is missing"),
+        ({"tag": "size", "include": [], "prompt": ""}, "row 1: tag"),
+        ({"tag": "colors", "include": [{"count": 1}], "prompt": ""}, "row 1: {'count': 1} needs a class"),
+        ({"tag": "colors", "include": [{**CAT, "color": "gray"}], "prompt": ""}, "row 1: color 'gray' is unknown"),
+        ({"tag": "position", "include": [{**CAT, "position": ["left of", 0]}], "prompt": ""}, "an earlier clause"),
+        ({"tag": "position", "include": [CAT, {**DOG, "position": ["near", 0]}], "prompt": ""}, "of left of, right of"),
+        ({"include": [], "prompt": ""}, "row 1 has no column 'tag'"),
+        ([], "row 1 must be an object"),
     ],
 )
 def test_wrong_prompts_are_refused(record, message, tmp_path):

@@ -50,7 +50,7 @@ def write_captions(folder: Path, count: int) -> Path:
 
 
 @pytest.mark.parametrize("save", [save_clip, save_siglip])
-def test_scores_of_captions(save, tmp_path):
+def test_scores_of_captions(save, tmp_path, monkeypatch):
     samples = CaptionsLoader().load(write_captions(tmp_path, 4))
     _, inception = save_networks(tmp_path)
     drawn = [save_noise(tmp_path / f"drawn-{index}.png", 9 + index) for index in range(5)]
@@ -64,6 +64,11 @@ def test_scores_of_captions(save, tmp_path):
     assert scores[0] == pytest.approx(100 * cosines.clamp(min=0).mean().item(), rel=1e-4)
     assert scores[3] == 0.0
     found = metric.of_set(samples, answers, tools(tmp_path))
+    shared = tools(tmp_path)
+    metric.score(samples, answers, shared)
+    with monkeypatch.context() as patched:  # encoded once
+        patched.setattr("metamorph.evaluation.metrics.captions.Clip", None)
+        assert metric.of_set(samples, answers, shared) == found
     assert found.keys() == {"clip_fid", "fid"}
     own = [Answer(images=(Path(sample.files["image"]),)) for sample in samples]
     same = metric.of_set(samples, own, tools(tmp_path))
@@ -87,13 +92,16 @@ def test_captions_of_coco(tmp_path):
     file.write_text(json.dumps(content))
     samples = CaptionsLoader(image_folder="val2014").load(file)
     assert [(sample.id, sample.fields["prompt"]) for sample in samples] == [("8", "other"), ("7", "first")]
-    with pytest.raises(FileNotFoundError, match=r"names .*8.png, which does not exist"):
+    with pytest.raises(ValueError, match=r"row 1: there is no file '8.png' in"):
         CaptionsLoader().load(file)
     file.write_text(json.dumps({**content, "annotations": []}))
-    with pytest.raises(ValueError, match="image 8 has no caption"):
+    with pytest.raises(ValueError, match=r"has no rows; expected columns: image_id, caption"):
+        CaptionsLoader(image_folder="val2014").load(file)
+    file.write_text(json.dumps({**content, "annotations": content["annotations"][:1]}))
+    with pytest.raises(ValueError, match="row 1: image 8 has no caption"):
         CaptionsLoader(image_folder="val2014").load(file)
     file.write_text(json.dumps({"data": []}))
-    with pytest.raises(ValueError, match=r"images is missing.*images, annotations"):
+    with pytest.raises(ValueError, match=r"a list in the key 'annotations' .*with the keys data"):
         CaptionsLoader().load(file)
 
 
@@ -138,16 +146,29 @@ def test_measures_of_edits(tmp_path):
     expected = F.cosine_similarity(after - before, words[1] - words[0], dim=0).item()
     assert right["clip_direction"] == pytest.approx(expected, abs=1e-4)
     assert score(None) == {"drawn": 0.0, "clip_direction": 0.0}
+    Image.new("L", (40, 40), 255).save(tmp_path / "mask.png")  # nothing was to be kept
+    assert "kept_l1" not in score("target.png")
 
 
 def test_edits_need_captions_somewhere(tmp_path):
     samples = EditsLoader().load(write_edits(tmp_path))
     with pytest.raises(ValueError, match="no record has caption_before and caption_after"):
         Edits("clip").check(samples)
-    with pytest.raises(ValueError, match=r"clip has no edits.jsonl"):
+    with pytest.raises(ValueError, match=r"there is no file or folder .*clip"):
         EditsLoader().load(tmp_path / "clip")
-    with pytest.raises(FileNotFoundError, match=r"edits.jsonl names .*no.png"):
+    with pytest.raises(ValueError, match=r"edits.jsonl, row 1: there is no file 'no.png'"):
         EditsLoader().load(write_edits(tmp_path, mask="no.png"))
+
+
+def test_paths_may_not_leave_the_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    save_noise(tmp_path / "secret.png", 0)
+    with pytest.raises(ValueError, match=r"row 1: the path '../secret.png' leaves"):
+        EditsLoader().load(write_edits(tmp_path / "data", target="../secret.png"))
+    file = tmp_path / "data" / "captions.jsonl"
+    file.write_text(json.dumps({"image": "../secret.png", "caption": "x"}))
+    with pytest.raises(ValueError, match=r"row 1: the path '../secret.png' leaves"):
+        CaptionsLoader().load(file)
 
 
 def test_visual_tokens_are_compared_with_those_of_all_true_images(tmp_path):
@@ -159,8 +180,8 @@ def test_visual_tokens_are_compared_with_those_of_all_true_images(tmp_path):
         files.append(tmp_path / f"{index}.safetensors")
         save_tokens(tokens, files[-1], {})
     answers = [*(Answer(visual_tokens=(file,)) for file in files), Answer()]
-    metric = VisualTokens(retrieval_at=(1, 3))
-    scores = metric.score(samples, answers, tools(tmp_path, session))
+    metric, shared = VisualTokens(retrieval_at=(1, 3)), tools(tmp_path, session)
+    scores = metric.score(samples, answers, shared)
     assert scores[0]["cosine"] == pytest.approx(1, abs=1e-5)
     assert scores[1]["cosine"] == pytest.approx(
         F.cosine_similarity(true[2] + 0.01, true[1], dim=-1).mean().item(), abs=1e-5
@@ -169,5 +190,7 @@ def test_visual_tokens_are_compared_with_those_of_all_true_images(tmp_path):
     assert scores[0]["cosine_to_others"] == pytest.approx(sum(others) / 2, abs=1e-5)
     assert [(each["retrieval_at_1"], each["retrieval_at_3"]) for each in scores] == [(1, 1), (0, 1), (0, 0)]
     baseline = metric.of_set(samples, answers, tools(tmp_path, session))["cosine_baseline"]
+    Path(samples[0].files["image"]).unlink()  # true images are encoded once
+    assert metric.of_set(samples, answers, shared)["cosine_baseline"] == baseline
     constant = F.normalize(true, dim=-1).sum(dim=0)
     assert baseline == pytest.approx(F.cosine_similarity(constant[None], true, dim=-1).mean().item(), abs=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import math
@@ -170,13 +171,33 @@ def test_dpg_counts_a_question_only_with_its_parents(image, tmp_path):
         scores = metric.score(samples, answers, tools(tmp_path))
         assert len(requests) == 6
         del answers
-    assert [each["score"] for each in scores] == [pytest.approx(1 / 3), 0.0]
+    assert [(each["score"], each["judged"]) for each in scores] == [(pytest.approx(1 / 3), 1.0), (0.0, 1.0)]
     # Shares of categories are over questions as answered; b2 has no image and one question.
     assert metric.summarise(samples, scores) == {
         "score": pytest.approx(1 / 6),
+        "judged": 1.0,
         "entity": pytest.approx(2 / 3),
         "attribute": pytest.approx(2 / 4),
     }
+
+
+def test_dpg_reads_other_forms_of_yes_and_counts_what_it_cannot_read(image, tmp_path, caplog):
+    samples = DpgLoader().load(write_dpg(tmp_path, *DPG_ROWS))
+    replies = {"there a cat": "**Yes**", "the cat red": "Answer: yes.", "cat asleep": "The cat"}
+
+    def reply(body: dict) -> tuple[int, object]:
+        return says(next(text for words, text in replies.items() if words in text_of(body)))
+
+    with judge_server(reply) as (url, _):
+        (scores,) = Dpg(url, "gpt").score(samples[:1], [Answer(images=(image,))], tools(tmp_path))
+    assert (scores["score"], scores["judged"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+    assert "about 1 of 1 samples cannot be read" in caplog.text
+
+
+def test_long_prompts_of_dpg(tmp_path):
+    csv.field_size_limit(131_072)  # as in a new process
+    (sample,) = DpgLoader().load(write_dpg(tmp_path, f"a1,{'long ' * 40_000}.,,1,0,entity,whole,t,Is it?"))
+    assert len(sample.fields["prompt"]) == 200_001
 
 
 @pytest.mark.parametrize(
@@ -193,7 +214,7 @@ def test_wrong_questions_are_refused(row, message, tmp_path):
 
 def test_other_tables_are_refused_with_the_columns_expected(tmp_path):
     (tmp_path / "dpg_bench.csv").write_text("prompt,question\na,b\n")
-    with pytest.raises(ValueError, match=r"item_id is missing.*proposition_id, dependency"):
+    with pytest.raises(ValueError, match=r"has no column 'item_id'.*proposition_id, dependency"):
         DpgLoader().load(tmp_path)
 
 
@@ -227,7 +248,7 @@ def test_the_wiscore(image, tmp_path, caplog):
         assert [each["wiscore"] for each in scores] == [pytest.approx(0.8), pytest.approx(0.65), 0.0, 0.0]
         assert [each["judged"] for each in scores] == [1.0, 1.0, 0.0, 1.0]
         assert scores[1]["aesthetic_quality"] == 2.0
-        assert "no readable scores for 1 of 4" in caplog.text
+        assert "about 1 of 4 samples cannot be read" in caplog.text
         (tmp_path / "own.txt").write_text("Score {prompt}, that is {explanation}; the carnation")
         Wise(url, "gpt", judge_prompt=str(tmp_path / "own.txt")).score(samples[:1], answers[:1], tools(tmp_path))
         assert text_of(requests[-1]["body"]) == "Score the plant of Mother's Day, that is a carnation; the carnation"

@@ -162,6 +162,23 @@ def test_options_with_the_same_text_are_told_apart_by_letter_only():
     assert (parse_choice("red", options), parse_choice("B", options)) == (None, "B")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The man wears a T-shirt", "A"),
+        ("It is an X-ray image", "C"),
+        ("Answer: A hat", "B"),
+        ("Answer: A is right", "A"),
+        ("The answer is A because", "A"),
+        ("It contains vitamin E.", "D"),
+        ("It is B - a hat", "B"),
+        ("B and C", None),
+    ],
+)
+def test_letters_of_words_are_no_choices(text, expected):
+    assert parse_choice(text, {"A": "a T-shirt", "B": "a hat", "C": "an X-ray", "D": "vitamin E"}) == expected
+
+
 def test_open_questions_among_multiple_choice():
     references = [{"answer": ["2.50", "two"], "options": {}}] * 4 + [{"answer": "B", "options": OPTIONS}]
     scores, _ = scored(MultipleChoice(), references, ["2.5", "Two.", "2.51", None, "dark red"])

@@ -294,6 +294,7 @@ def test_missing_files_are_named(name, removed, message, tmp_path):
         ({"answer": "D"}, "row 5: the right answer 'D' is none of the options A, B, C"),
         ({"answer": ""}, "row 5: the column 'answer' is empty"),
         ({"image": "77"}, "row 5: the image must be base64, or the index of another row, not '77'"),
+        ({"index": 241}, "row 5: another row has the same index, 241"),
     ],
 )
 def test_wrong_rows_of_mmbench(change, message, tmp_path):
@@ -301,6 +302,12 @@ def test_wrong_rows_of_mmbench(change, message, tmp_path):
     file = write_separated(tmp_path / "t.tsv", [*rows[:-1], {**rows[-1], **change}], "\t")
     with pytest.raises(ValueError, match=message):
         MMBenchLoader().load(file)
+
+
+def test_nan_in_a_file_of_mmbench_is_an_empty_cell(tmp_path):
+    row = {**mmbench_rows()[0], "C": "nan", "hint": "nan"}
+    (sample,) = MMBenchLoader(circular=False).load(write_separated(tmp_path / "t.tsv", [row], "\t"))
+    assert (sample.fields["hint"], list(sample.reference["options"])) == ("", ["A", "B"])
 
 
 @pytest.mark.parametrize(
@@ -354,12 +361,29 @@ def test_wrong_rows_of_a_table(options, row, message, tmp_path):
         ("t.json", b'{"items": []}', "must hold a list of objects, not an object with the keys items"),
         ("t.json", b"[1]", "row 1 must be an object, not 1"),
         ("t.jsonl", b'{"question": "x"', "is not JSON in UTF-8"),
+        ("t.jsonl", b'{"question": "x", "answer": NaN}', "row 1: the column 'answer' is empty"),
+        ("t.csv", b'question,answer\na,b\n"a "b" c",d\n', "after line 2, is not a table"),
+        ("t.csv", b"question,answer,answer\na,b,c\n", "has two columns named 'answer'"),
     ],
 )
 def test_unreadable_tables(name, content, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         TableLoader().load(write(tmp_path / name, content))
     assert name in str(error.value)
+
+
+def test_json_lines_may_have_other_separators_of_lines_in_a_text(tmp_path):
+    row = {"question": "one\u2028two\x85three", "answer": "x"}
+    file = write(tmp_path / "t.jsonl", f"{json.dumps(row, ensure_ascii=False)}\r\n")
+    (sample,) = TableLoader().load(file)
+    assert sample.fields["question"] == row["question"]
+
+
+def test_options_in_a_cell_are_json_or_python(tmp_path):
+    lists = [json.dumps(["\U0001f600 smile", None, "sad"]), "['\U0001f600 smile', None, 'sad']"]
+    rows = [{"question": "?", "answer": "C", "options": each} for each in lists]
+    for sample in TableLoader(options="options").load(write_separated(tmp_path / "t.csv", rows, ",")):
+        assert sample.reference == {"answer": "C", "options": {"A": "\U0001f600 smile", "C": "sad"}}
 
 
 def test_a_folder_needs_a_pattern(tmp_path):

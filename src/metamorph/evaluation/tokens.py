@@ -25,17 +25,19 @@ def best_constant(true: Tensor) -> Tensor:
     return F.normalize(F.normalize(true, dim=-1).sum(dim=0), dim=-1)
 
 
-def nearest_candidates(generated: Tensor, candidates: Tensor) -> Tensor:
-    """Index of the one of `candidates` `[candidates, N, D]` with the largest mean cosine, int64 `[images]`."""
-    if not candidates.shape[0]:
-        raise ValueError("candidates is empty; give at least one image to compare with")
-    return torch.argmax(cosines(generated, candidates), dim=1)
-
-
 def cosines(generated: Tensor, candidates: Tensor) -> Tensor:
     """Mean cosine over tokens of each generated image and each candidate, `[images, candidates]`."""
     queries, keys = (F.normalize(tokens, dim=-1).flatten(1) for tokens in (generated, candidates))
     return queries @ keys.T / generated.shape[1]
+
+
+def num_nearer(similar: Tensor, own: Tensor) -> Tensor:
+    """How many candidates are nearer to each image than its own, int64 `[images]`; 0 if its own is the nearest.
+
+    `similar` `[images, candidates]` has the cosines of `cosines`, `own` `[images]` the one with the image's own. All
+    candidates are nearer than NaN.
+    """
+    return (~(similar <= own[:, None] + TIE)).sum(dim=1)
 
 
 def constant_cosine(true: Tensor) -> float:

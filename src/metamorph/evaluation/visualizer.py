@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from metamorph.evaluation.perceptual import ImageFeatures, frechet_distance, lpips_distances, to_pixels
-from metamorph.evaluation.tokens import TIE, cosines
+from metamorph.evaluation.tokens import cosines, num_nearer
 from metamorph.inference.draw import ProgressCallback, SamplerSettings, draw
 from metamorph.models.image_processing import to_rgb
 from metamorph.visualization.grids import reconstruction_grid
@@ -137,6 +137,6 @@ def _compare_tokens(score: ScaleScores, drawn: Tensor, originals: Tensor, start:
     similarity = cosines(drawn, originals)
     own = similarity.diagonal(start)
     score.cosine += own.tolist()
-    score.is_nearest += (own >= similarity.amax(dim=1) - TIE).tolist()
+    score.is_nearest += (num_nearer(similarity, own) == 0).tolist()
     if len(originals) > 1:
         score.cosine_to_others += ((similarity.sum(dim=1) - own) / (len(originals) - 1)).tolist()

@@ -1,12 +1,13 @@
 """Options of multiple-choice questions: as a prompt shows them, and as the metric reads them."""
 
 import ast
+import json
 import re
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
-from metamorph.evaluation.loaders.tables import Row
+from metamorph.evaluation.loaders.tables import Row, as_text
 
 
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -40,14 +41,18 @@ def options_in(text: str) -> dict[str, str]:
 
 
 def parse_list(value: Any, row: Row, column: str) -> list[str]:
-    """A list of texts, also one written as a list of Python or JSON."""
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            raise row.error(
-                f"the column {column!r} must hold a list such as ['red', 'blue'], not {value[:80]!r}"
-            ) from None
-    if not isinstance(value, (list, tuple)):
+    """A list of texts, also one written as a list of JSON or Python."""
+    found = _parsed(value) if isinstance(value, str) else value
+    if not isinstance(found, (list, tuple)):
         raise row.error(f"the column {column!r} must hold a list such as ['red', 'blue'], not {value!r:.80}")
-    return [str(each).strip() for each in value]
+    return [as_text(each) for each in found]
+
+
+def _parsed(text: str) -> Any:
+    """The value that a text of JSON or Python says; None if it is neither."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None

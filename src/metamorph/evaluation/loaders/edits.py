@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from metamorph.evaluation.loaders.base import Loader
-from metamorph.evaluation.loaders.generation import existing, file_in, need, read_lines
+from metamorph.evaluation.loaders.tables import Row, existing_file, find_files, read_rows
 from metamorph.evaluation.samples import Sample
 
 
@@ -28,21 +28,20 @@ class EditsLoader(Loader):
 
     def load(self, path: Path) -> Sequence[Sample]:
         """See `Loader.load`."""
-        file = file_in(path, "edits.jsonl")
-        samples: list[Sample] = []
-        for where, record in read_lines(file):
-            need(record, {"image": str, "instruction": str}, where)
-            need(record, {name: str for name in (*FILES, *TEXTS, "task") if name in record}, where)
-            files = {name: existing(file.parent / record[name], file) for name in ("image", *FILES) if name in record}
-            texts = {name: record[name] for name in ("instruction", *TEXTS) if name in record}
-            samples.append(
-                Sample(
-                    str(record.get("id", f"{len(samples):05}")),
-                    {"instruction": record["instruction"]},
-                    texts,
-                    images=(files["image"],),
-                    files=files,
-                    categories={"task": record["task"]} if "task" in record else {},
-                )
-            )
-        return samples
+        (file,) = find_files(path, "edits.jsonl")
+        rows = read_rows(file, ("image", "instruction"))
+        return [_sample(number, row, file.parent) for number, row in enumerate(rows)]
+
+
+def _sample(number: int, row: Row, folder: Path) -> Sample:
+    paths = {"image": row.needed("image"), **{name: row.text(name) for name in FILES}}
+    files = {name: existing_file(path, folder, row.where) for name, path in paths.items() if path}
+    texts = {"instruction": row.needed("instruction"), **{name: row.text(name) for name in TEXTS}}
+    return Sample(
+        row.text("id") or f"{number:05}",
+        {"instruction": texts["instruction"]},
+        {name: text for name, text in texts.items() if text},
+        images=(files["image"],),
+        files=files,
+        categories={"task": row.text("task")} if row.text("task") else {},
+    )

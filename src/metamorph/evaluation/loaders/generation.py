@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from metamorph.evaluation.loaders.base import Loader
+from metamorph.evaluation.loaders.tables import Row, existing_file, find_files, read_rows
+from metamorph.evaluation.metrics.geneval import COLORS, POSITIONS
 from metamorph.evaluation.samples import Sample
 from metamorph.flags.parser import unknown_choice
 
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 """Of GenEval."""
+_DPG_COLUMNS = (
+    "item_id",
+    "text",
+    "proposition_id",
+    "dependency",
+    "category_broad",
+    "question_natural_language",
+)
+_WISE_COLUMNS = ("prompt_id", "Prompt", "Explanation", "Subcategory")
 _WISE_SPACE_TIME = {"Longitudinal time": "time", "Horizontal time": "time"}
 _WISE_RANGES = ((400, "cultural"), (700, "space"), (800, "biology"), (900, "physics"), (1000, "chemistry"))
 """Last `prompt_id` of each category; those of time are told from space by their subcategory."""
@@ -29,17 +38,9 @@ class GenevalLoader(Loader):
 
     def load(self, path: Path) -> Sequence[Sample]:
         """See `Loader.load`."""
-        samples: list[Sample] = []
-        for where, record in read_lines(file_in(path, "evaluation_metadata.jsonl")):
-            need(record, {"tag": str, "prompt": str, "include": list}, where)
-            if record["tag"] not in TASKS:
-                raise ValueError(f"{where}: tag {unknown_choice(record['tag'], TASKS)}")
-            for clause in (*record["include"], *record.get("exclude", ())):
-                need(clause, {"class": str, "count": int}, where)
-            samples.append(
-                Sample(f"{len(samples):05}", {"prompt": record["prompt"]}, record, categories={"task": record["tag"]})
-            )
-        return samples
+        (file,) = find_files(path, "evaluation_metadata.jsonl")
+        rows = read_rows(file, ("tag", "prompt", "include"))
+        return [_geneval_sample(number, row) for number, row in enumerate(rows)]
 
 
 @dataclass(frozen=True)
@@ -50,36 +51,25 @@ class DpgLoader(Loader):
 
     def load(self, path: Path) -> Sequence[Sample]:
         """See `Loader.load`."""
-        file = file_in(path, "dpg_bench.csv")
+        (file,) = find_files(path, "dpg_bench.csv")
         prompts: dict[str, str] = {}
         questions: dict[str, list[dict[str, Any]]] = {}
-        with file.open(encoding="utf-8-sig", newline="") as opened:
-            for row in csv.DictReader(opened):
-                where = f"{file}, question {sum(map(len, questions.values())) + 1}"
-                columns = (
-                    "item_id",
-                    "text",
-                    "proposition_id",
-                    "dependency",
-                    "category_broad",
-                    "question_natural_language",
-                )
-                need(row, dict.fromkeys(columns, str), where)
-                item = row["item_id"]
-                prompts.setdefault(item, row["text"])
-                try:
-                    number = int(row["proposition_id"])
-                    parents = [int(parent) for parent in row["dependency"].split(",")]
-                except ValueError as error:
-                    raise ValueError(f"{where}: proposition_id and dependency must be numbers ({error})") from error
-                questions.setdefault(item, []).append(
-                    {
-                        "id": number,
-                        "text": row["question_natural_language"],
-                        "parents": [parent for parent in parents if parent],  # 0: none
-                        "category": row["category_broad"],
-                    }
-                )
+        for row in read_rows(file, _DPG_COLUMNS):
+            item = row.needed("item_id")
+            prompts.setdefault(item, row.needed("text"))
+            try:
+                number = int(row.needed("proposition_id"))
+                parents = [int(parent) for parent in row.needed("dependency").split(",")]
+            except ValueError as error:
+                raise row.error(f"proposition_id and dependency must be numbers ({error})") from error
+            questions.setdefault(item, []).append(
+                {
+                    "id": number,
+                    "text": row.needed("question_natural_language"),
+                    "parents": [parent for parent in parents if parent],  # 0: none
+                    "category": row.needed("category_broad"),
+                }
+            )
         for item, asked in questions.items():
             if unknown := {parent for each in asked for parent in each["parents"]} - {each["id"] for each in asked}:
                 raise ValueError(f"{file}: a question of {item} depends on {min(unknown)}, which {item} does not have")
@@ -94,25 +84,7 @@ class WiseLoader(Loader):
 
     def load(self, path: Path) -> Sequence[Sample]:
         """See `Loader.load`."""
-        samples = []
-        for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-            records = _read_json(file)
-            if not isinstance(records, list):
-                raise ValueError(f"{file} must be a list of prompts")
-            for number, record in enumerate(records, start=1):
-                where = f"{file}, prompt {number}"
-                need(record, {"prompt_id": int, "Prompt": str, "Explanation": str, "Subcategory": str}, where)
-                samples.append(
-                    Sample(
-                        str(record["prompt_id"]),
-                        {"prompt": record["Prompt"]},
-                        {"prompt": record["Prompt"], "explanation": record["Explanation"]},
-                        categories={"area": _wise_area(record, where), "subcategory": record["Subcategory"]},
-                    )
-                )
-        if not samples:
-            raise ValueError(f"{path} has no *.json: give WISE's folder data, or one of its files")
-        return samples
+        return [_wise_sample(row) for file in find_files(path, "*.json") for row in read_rows(file, _WISE_COLUMNS)]
 
 
 @dataclass(frozen=True)
@@ -130,82 +102,79 @@ class CaptionsLoader(Loader):
     def load(self, path: Path) -> Sequence[Sample]:
         """See `Loader.load`."""
         folder = path.parent / (self.image_folder or "")
-        pairs = _coco_captions(path) if path.suffix == ".json" else _caption_lines(path)
+        found = _coco_captions(path) if path.suffix == ".json" else _caption_lines(path)
         return [
-            Sample(name, {"prompt": caption}, {"caption": caption}, files={"image": existing(folder / image, path)})
-            for name, image, caption in pairs
+            Sample(
+                name,
+                {"prompt": caption},
+                {"caption": caption},
+                files={"image": existing_file(image, folder, row.where)},
+            )
+            for name, row, image, caption in found
         ]
 
 
-def read_lines(file: Path) -> list[tuple[str, Any]]:
-    """The JSON values of a file's lines, each with the place for error messages."""
-    found = []
-    with file.open(encoding="utf-8-sig") as opened:
-        for number, line in enumerate(opened, start=1):
-            if line.strip():
-                where = f"{file}, line {number}"
-                try:
-                    found.append((where, json.loads(line)))
-                except ValueError as error:
-                    raise ValueError(f"{where} is not JSON: {error}") from error
-    return found
+def _geneval_sample(number: int, row: Row) -> Sample:
+    task = row.needed("tag")
+    if task not in TASKS:
+        raise row.error(f"tag {unknown_choice(task, TASKS)}")
+    include, exclude = row.values["include"], row.values.get("exclude", [])
+    if not isinstance(include, list) or not isinstance(exclude, list):
+        raise row.error("include and exclude must be lists")
+    for place, clause in enumerate(include):
+        _check_clause(clause, place, row)
+    for clause in exclude:
+        _check_clause(clause, 0, row)
+    return Sample(f"{number:05}", {"prompt": row.needed("prompt")}, dict(row.values), categories={"task": task})
 
 
-def need(record: Any, fields: Mapping[str, type], where: str) -> None:
-    """Raise a `ValueError` that names the place and the fields unless `record` is a mapping with these fields."""
-    for name, kind in fields.items():
-        if not isinstance(record, Mapping) or not isinstance(record.get(name), kind):
-            raise ValueError(f"{where}: {name} is missing or not of type {kind.__name__}; it needs {', '.join(fields)}")
+def _check_clause(clause: Any, num_earlier: int, row: Row) -> None:
+    """Raise a `ValueError` unless GenEval's metric can judge the clause, which follows `num_earlier` others."""
+    match clause:
+        case {"class": str(), "count": int()}:
+            pass
+        case _:
+            raise row.error(f"{clause!r:.80} needs a class, a text, and a count, a number")
+    if "color" in clause and clause["color"] not in COLORS:
+        raise row.error(f"color {unknown_choice(str(clause['color']), COLORS)}")
+    match clause.get("position"):
+        case None:
+            pass
+        case [str(relation), int(place)] if relation in POSITIONS and 0 <= place < num_earlier:
+            pass
+        case other:
+            raise row.error(
+                f"position must be one of {', '.join(POSITIONS)} and the number of an earlier clause, from 0 on, "
+                f"not {other!r:.80}"
+            )
 
 
-def file_in(path: Path, name: str) -> Path:
-    """The file `path`, or that of this name in the folder `path`; a `ValueError` if there is none."""
-    file = path / name if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"{path} has no {name}")
-    return file
-
-
-def existing(file: Path, named_in: Path) -> str:
-    """The absolute path of a file; a `FileNotFoundError` that says where it was named if there is none."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{named_in} names {file}, which does not exist")
-    return str(file.absolute())
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-
-
-def _wise_area(record: Mapping[str, Any], where: str) -> str:
-    area = next((area for last, area in _WISE_RANGES if 1 <= record["prompt_id"] <= last), None)
+def _wise_sample(row: Row) -> Sample:
+    number, prompt, subcategory = row.needed("prompt_id"), row.needed("Prompt"), row.needed("Subcategory")
+    area = next((area for last, area in _WISE_RANGES if number.isdecimal() and 1 <= int(number) <= last), None)
     if area is None:
-        raise ValueError(f"{where}: prompt_id {record['prompt_id']} is not from 1 to 1000")
-    return _WISE_SPACE_TIME.get(record["Subcategory"], area) if area == "space" else area
+        raise row.error(f"prompt_id must be a number from 1 to 1000, not {number!r:.40}")
+    if area == "space":
+        area = _WISE_SPACE_TIME.get(subcategory, area)
+    return Sample(
+        number,
+        {"prompt": prompt},
+        {"prompt": prompt, "explanation": row.needed("Explanation")},
+        categories={"area": area, "subcategory": subcategory},
+    )
 
 
-def _caption_lines(file: Path) -> list[tuple[str, str, str]]:
-    found: list[tuple[str, str, str]] = []
-    for where, record in read_lines(file):
-        need(record, {"image": str, "caption": str}, where)
-        found.append((f"{len(found):06}", record["image"], record["caption"]))
-    return found
+def _caption_lines(file: Path) -> Iterator[tuple[str, Row, str, str]]:
+    for number, row in enumerate(read_rows(file, ("image", "caption"))):
+        yield f"{number:06}", row, row.needed("image"), row.needed("caption")
 
 
-def _coco_captions(file: Path) -> list[tuple[str, str, str]]:
-    content = _read_json(file)
-    need(content, {"images": list, "annotations": list}, str(file))
-    captions: dict[int, str] = {}
-    for annotation in content["annotations"]:
-        need(annotation, {"image_id": int, "caption": str}, f"{file}, annotations")
-        captions.setdefault(annotation["image_id"], annotation["caption"])
-    found = []
-    for image in content["images"]:
-        need(image, {"id": int, "file_name": str}, f"{file}, images")
-        if image["id"] not in captions:
-            raise ValueError(f"{file}: image {image['id']} has no caption")
-        found.append((str(image["id"]), image["file_name"], captions[image["id"]]))
-    return found
+def _coco_captions(file: Path) -> Iterator[tuple[str, Row, str, str]]:
+    captions: dict[str, str] = {}
+    for row in read_rows(file, ("image_id", "caption"), key="annotations"):
+        captions.setdefault(row.needed("image_id"), row.needed("caption"))
+    for row in read_rows(file, ("id", "file_name"), key="images"):
+        name = row.needed("id")
+        if name not in captions:
+            raise row.error(f"image {name} has no caption")
+        yield name, row, row.needed("file_name"), captions[name]

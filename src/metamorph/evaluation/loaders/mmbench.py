@@ -36,7 +36,7 @@ class MMBenchLoader(Loader):
 
     def load(self, path: Path) -> Sequence[Sample]:
         """The samples of the file `path`."""
-        rows = {_index(row): row for row in read_rows(path, COLUMNS, OPTIONAL)}
+        rows = _rows(path)
         has_copies = any(index >= _COPY for index in rows)
         samples = []
         for index, row in rows.items():
@@ -52,6 +52,19 @@ class MMBenchLoader(Loader):
                 group += _rotations(*group[0])
             samples += [_sample(*each, rows, str(index)) for each in group]
         return samples
+
+
+def _rows(path: Path) -> dict[int, Row]:
+    """The rows of a file by their index."""
+    rows: dict[int, Row] = {}
+    for found in read_rows(path, COLUMNS, OPTIONAL):
+        # pandas, with which the file is published and read, writes "nan" for an empty cell.
+        row = Row(found.where, {name: value for name, value in found.values.items() if value != "nan"})
+        index = _index(row)
+        if index in rows:
+            raise row.error(f"another row has the same index, {index}")
+        rows[index] = row
+    return rows
 
 
 def _index(row: Row) -> int:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from metamorph.evaluation.loaders.base import Loader
 from metamorph.evaluation.loaders.choices import choice_reference, lettered, option_lines, options_in, parse_list
-from metamorph.evaluation.loaders.tables import Row, find_files, image_reference, read_rows, video_files
+from metamorph.evaluation.loaders.tables import Row, as_text, find_files, image_reference, read_rows, video_files
 from metamorph.evaluation.samples import Sample
 
 
@@ -143,7 +143,7 @@ class TableLoader(Loader):
     def _reference(self, row: Row, options: Mapping[str, str]) -> Any:
         """What the metric compares with: for questions with options a mapping, else the right text or texts."""
         value = row.values[self.answer]
-        right = [str(each) for each in value] if isinstance(value, (list, tuple)) else row.needed(self.answer)
+        right = [as_text(each) for each in value] if isinstance(value, (list, tuple)) else row.needed(self.answer)
         if self.options_in and right not in options:
             return {"answer": right, "options": {}}
         if not options:

@@ -30,8 +30,7 @@ class Row(NamedTuple):
 
     def text(self, column: str) -> str:
         """A value as text; empty if there is none."""
-        value = self.values.get(column)
-        return "" if value is None else str(value).strip()
+        return as_text(self.values.get(column))
 
     def needed(self, column: str) -> str:
         """A value as text, which must not be empty."""
@@ -42,6 +41,11 @@ class Row(NamedTuple):
     def error(self, message: str) -> ValueError:
         """A `ValueError` that says where the row is."""
         return ValueError(f"{self.where}: {message}")
+
+
+def as_text(value: Any) -> str:
+    """A value as text; empty for None and NaN, which JSON and parquet files have in empty cells."""
+    return "" if value is None or value != value else str(value).strip()
 
 
 def find_files(path: Path, pattern: str) -> list[Path]:
@@ -126,13 +130,17 @@ def image_reference(value: Any, folder: Path, where: str) -> list[str]:
 
 def video_files(value: Any, folder: Path, where: str) -> list[str]:
     """The videos of a cell, one path in `folder` or several, as absolute paths; a `ValueError` if one is missing."""
-    found = []
-    for each in value if isinstance(value, (list, tuple)) else [value]:
-        file = _existing(each, folder, where) if isinstance(each, str) else None
-        if file is None:
-            raise ValueError(f"{where}: there is no video {each!r:.200} in {folder}")
-        found.append(file)
-    return found
+    return [
+        existing_file(each, folder, where, "video") for each in (value if isinstance(value, (list, tuple)) else [value])
+    ]
+
+
+def existing_file(path: Any, folder: Path, where: str, kind: str = "file") -> str:
+    """The absolute path of a file in a folder, which relative paths may not leave; a `ValueError` if there is none."""
+    file = _existing(path, folder, where) if isinstance(path, str) else None
+    if file is None:
+        raise ValueError(f"{where}: there is no {kind} {path!r:.200} in {folder}")
+    return file
 
 
 def _existing(path: str, folder: Path, where: str) -> str | None:
@@ -161,11 +169,17 @@ def _separated(file: Path, delimiter: str) -> Iterator[Mapping[str, Any]]:
     csv.field_size_limit(_MAX_FIELD)
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            for number, values in enumerate(csv.DictReader(lines, delimiter=delimiter, strict=True), start=1):
+            reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+            names = reader.fieldnames or ()
+            if repeated := [name for name in dict.fromkeys(filter(None, names)) if names.count(name) > 1]:
+                raise ValueError(f"{file} has two columns named {repeated[0]!r}: rename or remove one of them")
+            for number, values in enumerate(reader, start=1):
                 if None in values:
                     raise ValueError(f"{file}, row {number} has more values than the first line has columns")
                 yield values
-    except (csv.Error, UnicodeDecodeError) as error:
+    except csv.Error as error:
+        raise ValueError(f"{file}, after line {reader.line_num}, is not a table ({error})") from error
+    except UnicodeDecodeError as error:
         raise ValueError(f"{file} cannot be read ({error}): expected a table in UTF-8") from error
 
 
@@ -198,7 +212,8 @@ def _json_list(text: str) -> Any:
 
 
 def _json_lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    # Not splitlines, which also splits at characters that JSON allows in a text, such as U+2028.
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def _parquet(file: Path, needed: Collection[str], optional: Collection[str]) -> Iterator[Mapping[str, Any]]:

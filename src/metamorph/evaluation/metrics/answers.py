@@ -12,11 +12,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from metamorph.data.checks.walk import spread
-from metamorph.evaluation.drawings import encode_images
 from metamorph.evaluation.metrics.base import Metric, Tools
+from metamorph.evaluation.metrics.visual_tokens import encode_files
 from metamorph.evaluation.questions import plain
 from metamorph.evaluation.samples import Answer, Sample
-from metamorph.evaluation.tokens import TIE, best_constant, cosines, mean_cosine
+from metamorph.evaluation.tokens import best_constant, cosines, mean_cosine, num_nearer
 from metamorph.inference.answer_files import load_tokens
 from metamorph.inference.session import Session
 from metamorph.models.image_files import load_image
@@ -25,7 +25,6 @@ from metamorph.visualization.grids import image_grid
 
 
 SHEET_FILE = "sheet.png"
-_BATCH_SIZE = 64
 _SHEET_COLUMNS, _SHEET_ROWS, _SIDE = 4, 8, 128
 """Pairs of images in a row, rows, and pixels of an image."""
 
@@ -85,14 +84,14 @@ def _compare(session: Session, targets: Sequence[str], files: Sequence[Sequence[
     """Figures of the visual tokens of each answer, whose file is in `files` if it has an image."""
     places: dict[str, int] = {}  # copies of an image count as one
     own = torch.tensor([places.setdefault(target, len(places)) for target in targets])
-    true = _encode(session, list(places))
+    true = encode_files(session, list(places))
     drawn = [row for row, each in enumerate(files) if each]
     found: list[dict[str, float]] = [{"retrieval_at_1": 0.0} for _ in targets]
     if drawn:
         generated = torch.cat([load_tokens(files[row][0])[:1].float() for row in drawn])
         similar = cosines(generated, true)
         cosine = similar.gather(1, own[drawn, None]).squeeze(1)
-        _add(found, drawn, "retrieval_at_1", (cosine >= similar.amax(dim=1) - TIE).float())
+        _add(found, drawn, "retrieval_at_1", (num_nearer(similar, cosine) == 0).float())
         _add(found, drawn, "cosine", cosine)
         if len(true) > 1:
             _add(found, drawn, "cosine_to_others", (similar.sum(dim=1) - cosine) / (len(true) - 1))
@@ -113,14 +112,6 @@ def _add(found: Sequence[dict[str, float]], rows: Sequence[int], name: str, valu
 def _mean_of_others(similar: Tensor) -> Tensor:
     """Mean of each row of `[n, n]` without its diagonal, `[n]`."""
     return (similar.sum(dim=1) - similar.diagonal()) / (len(similar) - 1)
-
-
-def _encode(session: Session, references: Sequence[str]) -> Tensor:
-    """The visual tokens of images, `[images, N, D]`."""
-    batches = [references[start : start + _BATCH_SIZE] for start in range(0, len(references), _BATCH_SIZE)]
-    return torch.cat(
-        [encode_images(session.model, session.processor, [*map(to_pil_image, batch)]) for batch in batches]
-    )
 
 
 def _save_sheet(targets: Sequence[str], drawn: Sequence[Sequence[Path]], file: Path) -> None:

@@ -2,9 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -13,6 +13,7 @@ from metamorph.inference.session import Session
 from metamorph.runs.progress import Progress
 
 
+T = TypeVar("T")
 Scores = Mapping[str, float]
 """Figures of one sample by name; a sample may lack those that do not apply to it."""
 
@@ -28,6 +29,13 @@ class Tools:
     """Advanced by one for each judged sample."""
     folder: Path
     """The output folder, where a metric may keep files, such as the answers of a judge."""
+    _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make()` returned when this name was first asked for; `score` and `of_set` share it."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
 
 @dataclass(frozen=True)

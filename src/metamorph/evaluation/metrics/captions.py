@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import ClassVar
@@ -47,13 +48,12 @@ class Captions(Metric):
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> list[dict[str, float]]:
         """`clip_score`: 100 times the cosine of image and caption, at least 0, the mean over images."""
-        clip = Clip(self.clip, tools.device)
+        clip, features_of = self._clip(tools), self._features_of(tools)
         found = []
         for sample, answer in zip(samples, answers, strict=True):
             score = 0.0
             if answer.images:
-                images = clip.images([load_image(file) for file in answer.images])
-                cosines = F.cosine_similarity(images, clip.texts([sample.reference["caption"]]))
+                cosines = F.cosine_similarity(features_of(answer.images), clip.texts([sample.reference["caption"]]))
                 score = 100 * cosines.clamp(min=0).mean().item()
             found.append({"clip_score": score})
             tools.progress.update()
@@ -65,13 +65,18 @@ class Captions(Metric):
         true = [Path(sample.files["image"]) for sample in samples]
         if min(len(drawn), len(true)) < 2:
             return {}
-        networks: dict[str, Callable[[list[Image.Image]], Tensor]] = {"clip_fid": Clip(self.clip, tools.device).images}
+        features_of = self._features_of(tools)
+        of_drawn = torch.cat([features_of(answer.images) for answer in answers if answer.images]).double()
+        sets = {"clip_fid": (of_drawn, _features(self._clip(tools).images, true))}
         if self.inception is not None:
             inception = ImageFeatures.inception(self.inception, tools.device, "inception")
-            networks["fid"] = lambda images: inception(to_pixels(images))
+
+            def network(images: list[Image.Image]) -> Tensor:
+                return inception(to_pixels(images))
+
+            sets["fid"] = (_features(network, drawn), _features(network, true))
         found = {}
-        for name, network in networks.items():
-            features, reference = _features(network, drawn), _features(network, true)
+        for name, (features, reference) in sets.items():
             if (count := min(len(features), len(reference))) < features.shape[1]:
                 logger.warning(
                     "%s of %d images with %d features is much too large; compare it only with that of as many images",
@@ -81,6 +86,14 @@ class Captions(Metric):
                 )
             found[name] = frechet_distance(reference, features)
         return found
+
+    def _clip(self, tools: Tools) -> Clip:
+        return tools.once("clip", lambda: Clip(self.clip, tools.device))
+
+    def _features_of(self, tools: Tools) -> Callable[[tuple[Path, ...]], Tensor]:
+        """CLIP's features of an answer's images, which are encoded once."""
+        clip = self._clip(tools)
+        return tools.once("features", lambda: cache(lambda files: clip.images([load_image(file) for file in files])))
 
 
 def _features(network: Callable[[list[Image.Image]], Tensor], files: Sequence[Path]) -> Tensor:

@@ -46,7 +46,7 @@ class Edits(Metric):
         - `clip_image`: cosine of original and result; a copy has 1.
         - `clip_direction`: cosine of the changes of image and caption; a copy has 0. `clip_text`: cosine of the result
           and `caption_after`.
-        - `kept_l1`: mean absolute difference to the original outside of `mask`, 0 to 1.
+        - `kept_l1`: mean absolute difference to the original outside of `mask`, 0 to 1; none if there is no outside.
         - `target_l1` and `target_clip`: the same measures against `target`, over the entire image.
         """
         clip = Clip(self.clip, tools.device)
@@ -71,10 +71,10 @@ class Edits(Metric):
             before, after = F.normalize(clip.texts([reference["caption_before"], reference["caption_after"]]), dim=-1)
             scores["clip_direction"] = _cosine(features[1] - features[0], after - before)
             scores["clip_text"] = _cosine(features[1], after)
-        if "mask" in files:
-            scores["kept_l1"] = _difference(images[0], result, load_image(files["mask"]))
+        if "mask" in files and (kept := _is_dark(load_image(files["mask"]), result.size)).any():
+            scores["kept_l1"] = float(_differences(images[0], result)[kept].mean())
         if "target" in files:
-            scores["target_l1"] = _difference(images[2], result)
+            scores["target_l1"] = float(_differences(images[2], result).mean())
             scores["target_clip"] = _cosine(features[2], features[1])
         return scores
 
@@ -83,13 +83,14 @@ def _cosine(first: Tensor, second: Tensor) -> float:
     return F.cosine_similarity(first, second, dim=0).item()
 
 
-def _difference(image: Image.Image, result: Image.Image, mask: Image.Image | None = None) -> float:
-    """Mean absolute difference of pixels, 0 to 1, where `mask` is dark."""
+def _differences(image: Image.Image, result: Image.Image) -> np.ndarray:
+    """Absolute differences of pixels in the size of `result`, averaged over channels, 0 to 1: `[height, width]`."""
     first, second = (
         np.asarray(each.resize(result.size, Image.Resampling.BICUBIC), np.float32) / 255 for each in (image, result)
     )
-    difference = np.abs(first - second).mean(axis=-1)
-    if mask is None:
-        return float(difference.mean())
-    kept = np.asarray(mask.convert("L").resize(result.size, Image.Resampling.NEAREST)) < 128
-    return float(difference[kept].mean()) if kept.any() else 0.0
+    return np.abs(first - second).mean(axis=-1)
+
+
+def _is_dark(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Where a mask of that size is dark, `[height, width]`."""
+    return np.asarray(mask.convert("L").resize(size, Image.Resampling.NEAREST)) < 128

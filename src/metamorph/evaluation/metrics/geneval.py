@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ from metamorph.models.image_files import load_image
 
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+POSITIONS = ("left of", "right of", "above", "below")
 MAX_OBJECTS = 16
 """Of a class, those with the highest scores."""
 POSITION_MARGIN = 0.1
@@ -129,5 +131,4 @@ def relations(item: Detection, other: Detection) -> set[str]:
     if max(map(abs, offsets)) < 1e-3:
         return set()
     across, down = (offset / math.hypot(*distances) for offset in offsets)
-    found = {"left of": across < -0.5, "right of": across > 0.5, "above": down < -0.5, "below": down > 0.5}
-    return {name for name, holds in found.items() if holds}
+    return set(compress(POSITIONS, (across < -0.5, across > 0.5, down < -0.5, down > 0.5)))

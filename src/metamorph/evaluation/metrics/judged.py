@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from metamorph.data.tasks.base import fill
 from metamorph.evaluation.endpoint import Endpoint, Question
 from metamorph.evaluation.metrics.base import Metric, Scores, Tools
+from metamorph.evaluation.metrics.yes_no import parse
 from metamorph.evaluation.samples import Answer, Sample
 
 
@@ -83,7 +84,9 @@ class Dpg(Judged):
     headline: ClassVar[str] = "score"
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> list[dict[str, float]]:
-        """`score`, the mean over images, and for each category the numbers of its questions and of yes."""
+        """`score`, the mean over images, for each category the numbers of its questions and of yes, and `judged`: the
+        share of the judge's answers that are yes or no. Others count as no.
+        """
         questions = [
             [
                 Question(f"{question['text']} Answer with yes or no only.", (image,))
@@ -95,18 +98,21 @@ class Dpg(Judged):
         found = []
         for sample, replies in zip(samples, self.answers_of(questions, tools), strict=True):
             asked = sample.reference
-            is_yes = [reply.strip().lower().startswith("yes") for reply in replies] or [False] * len(asked)
+            verdicts = [parse(reply) for reply in replies]
+            is_yes = [verdict == "yes" for verdict in verdicts] or [False] * len(asked)
             images = [is_yes[start : start + len(asked)] for start in range(0, len(is_yes), len(asked))]
-            scores = {"score": sum(_share_of_yes(asked, verdicts) for verdicts in images) / len(images)}
-            for question, verdict in zip(asked * len(images), is_yes, strict=True):
-                for suffix, count in (("asked", 1), ("yes", verdict)):
+            scores = {"score": sum(_share_of_yes(asked, each) for each in images) / len(images)}
+            scores["judged"] = _share_of_readable(verdicts)
+            for question, counts in zip(asked * len(images), is_yes, strict=True):
+                for suffix, count in (("asked", 1), ("yes", counts)):
                     name = f"{question['category']}_{suffix}"
                     scores[name] = scores.get(name, 0.0) + count
             found.append(scores)
+        _warn_of_unreadable(found)
         return found
 
     def summarise(self, samples: Sequence[Sample], scores: Sequence[Scores]) -> dict[str, float]:
-        """`score`, and for each category the share of its questions that are answered with yes, parents or not."""
+        """`score`, `judged`, and for each category the share of its questions answered with yes, parents or not."""
         names = dict.fromkeys(
             name.removesuffix("_asked") for each in scores for name in each if name.endswith("_asked")
         )
@@ -115,7 +121,8 @@ class Dpg(Judged):
             / sum(each.get(f"{name}_asked", 0.0) for each in scores)
             for name in names
         }
-        return {"score": sum(each["score"] for each in scores) / max(len(scores), 1), **shares}
+        means = {name: sum(each[name] for each in scores) / max(len(scores), 1) for name in ("score", "judged")}
+        return {**means, **shares}
 
 
 def _share_of_yes(questions: Sequence[dict[str, Any]], verdicts: Sequence[bool]) -> float:
@@ -141,10 +148,15 @@ def _wording(file: str | None, default: str) -> str:
     return default if file is None else Path(file).read_text(encoding="utf-8")
 
 
+def _share_of_readable(verdicts: Sequence[object | None]) -> float:
+    """Share of a judge's answers that could be read, thus are not None; 1 if nothing was asked."""
+    return sum(each is not None for each in verdicts) / len(verdicts) if verdicts else 1.0
+
+
 def _warn_of_unreadable(scores: Sequence[Scores]) -> None:
     if unreadable := sum(each["judged"] < 1 for each in scores):
         logger.warning(
-            "the judge gave no readable scores for %d of %d samples, which count as 0", unreadable, len(scores)
+            "answers of the judge about %d of %d samples cannot be read; each counts as 0", unreadable, len(scores)
         )
 
 
@@ -176,8 +188,7 @@ class Wise(Judged):
             means = {name: sum(each[name] for each in scores if each is not None) / count for name in _WISE_SCORES}
             wiscore = sum(weight * means[name] for name, weight in _WISE_SCORES.items()) / 2
             parts = {name.replace(" ", "_"): mean for name, mean in means.items()}
-            judged = sum(each is not None for each in scores) / count if scores else 1.0
-            found.append({"wiscore": wiscore, **parts, "judged": judged})
+            found.append({"wiscore": wiscore, **parts, "judged": _share_of_readable(scores)})
         _warn_of_unreadable(found)
         return found
 
@@ -228,18 +239,18 @@ class EditJudge(Judged):
         found = []
         for replies in self.answers_of(questions, tools):
             lowest = [_lowest_score(reply) for reply in replies]
-            pairs = [
-                (consistency, quality)
+            judged = [
+                (consistency, quality) if consistency is not None and quality is not None else None
                 for consistency, quality in zip(lowest[::2], lowest[1::2], strict=True)
-                if consistency is not None and quality is not None
             ]
-            count = max(len(lowest) // 2, 1)
+            pairs = [pair for pair in judged if pair is not None]
+            count = max(len(judged), 1)
             found.append(
                 {
                     "overall": sum(math.sqrt(consistency * quality) for consistency, quality in pairs) / count,
                     "semantic_consistency": sum(consistency for consistency, _ in pairs) / count,
                     "perceptual_quality": sum(quality for _, quality in pairs) / count,
-                    "judged": len(pairs) / count if replies else 1.0,
+                    "judged": _share_of_readable(judged),
                 }
             )
         _warn_of_unreadable(found)

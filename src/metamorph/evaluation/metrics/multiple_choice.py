@@ -21,9 +21,12 @@ _NAMED = re.compile(
 )
 _MARKED = re.compile(r"\(([A-Za-z])\)|(?:^|(?<=[\s*]))([A-Z])[).:](?=[\s*]|$)")
 _LEADING = re.compile(r"\s*(?:\(([A-Za-z])\)|([A-Za-z])[).:])(?=\s|$)(.*)", re.DOTALL)
-_BARE = re.compile(r"(?<![\w'])([A-Z])(?![\w'])")
-_ARTICLE = re.compile(r"(?:^|(?<=[.!?]\s))[AI](?=\s+(?!or\b|and\b|is\b|because\b)[a-z])|(?<![\w'])I(?=\s+[a-z])")
-"""A capital that is a word, as in "A red ball" or "I think"."""
+_BARE = re.compile(r"(?<![\w'-])([A-Z])(?![\w'-])")
+"""A letter by itself, not that of "T-shirt"."""
+_ARTICLE = re.compile(
+    r"(?:^|(?<=[.!?:]\s))[AI](?=\s+(?!(?:or|and|is|as|since|because|the|it|this)\b)[a-z])|(?<![\w'])I(?=\s+[a-z])"
+)
+"""A capital that is a word, as in "A red ball", "Answer: A ball" or "I think"."""
 
 
 @dataclass(frozen=True)
@@ -144,17 +147,16 @@ def parse_choice(text: str, options: Mapping[str, str]) -> str | None:
     """
     text = text.strip()
     if match := _ALONE.fullmatch(text):
-        return _known({match[1]}, options)
-    if equal := [letter for letter, option in options.items() if plain(option) == plain(text)]:
-        return equal[0] if len(equal) == 1 else None
+        return match[1].upper() if match[1].upper() in options else None
+    if equal := {letter for letter, option in options.items() if plain(option) == plain(text)}:
+        return _only(equal)
     if (match := _LEADING.fullmatch(text)) and (first := (match[1] or match[2]).upper()) in options:
         rest = {letter for letter, option in options.items() if plain(option) == plain(match[3])}
-        return _known({first} | (rest or _letters(_MARKED, match[3])), options)
-    for pattern in (_NAMED, _MARKED):
-        if found := _letters(pattern, text):
-            return _known(found, options)
-    if found := _letters(_BARE, _ARTICLE.sub(" ", text)):
-        return _known(found, options)
+        return _only({first} | (rest or _letters(_MARKED, match[3], options)))
+    words = _ARTICLE.sub(" ", text)
+    for pattern, searched in ((_NAMED, words), (_MARKED, text), (_BARE, words)):
+        if found := _letters(pattern, searched, options):
+            return _only(found)
     return _contained(text, options)
 
 
@@ -166,19 +168,18 @@ def _contained(text: str, options: Mapping[str, str]) -> str | None:
         if option and whole.search(rest):
             found.add(option)
             rest = whole.sub("|", rest)
-    letters = [letter for letter, option in options.items() if plain(option) in found]
-    return letters[0] if len(letters) == 1 else None
+    return _only({letter for letter, option in options.items() if plain(option) in found})
 
 
 def _has(sample: Sample, key: str) -> bool:
     return isinstance(sample.reference, Mapping) and key in sample.reference
 
 
-def _letters(pattern: re.Pattern[str], text: str) -> set[str]:
-    return {next(filter(None, match.groups())) for match in pattern.finditer(text)}
+def _letters(pattern: re.Pattern[str], text: str, options: Mapping[str, str]) -> set[str]:
+    """The options whose letters are found; other letters are words, as in "vitamin E"."""
+    return {next(filter(None, match.groups())).upper() for match in pattern.finditer(text)} & set(options)
 
 
-def _known(letters: set[str], options: Mapping[str, str]) -> str | None:
-    """The option if all letters are the same one."""
-    found = {letter.upper() for letter in letters}
-    return found.pop() if len(found) == 1 and found <= set(options) else None
+def _only(letters: set[str]) -> str | None:
+    """The letter if it is only one."""
+    return next(iter(letters)) if len(letters) == 1 else None

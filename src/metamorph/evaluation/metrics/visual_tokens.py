@@ -12,10 +12,10 @@ from torch import Tensor
 from metamorph.evaluation.drawings import encode_images
 from metamorph.evaluation.metrics.base import Metric, Tools
 from metamorph.evaluation.samples import Answer, Sample
-from metamorph.evaluation.tokens import constant_cosine, cosines
+from metamorph.evaluation.tokens import constant_cosine, cosines, num_nearer
 from metamorph.inference.answer_files import load_tokens
 from metamorph.inference.session import Session
-from metamorph.models.image_files import load_image
+from metamorph.models.image_inputs import to_pil_image
 
 
 _BATCH_SIZE = 64
@@ -39,14 +39,14 @@ class VisualTokens(Metric):
 
         An answer without an image has no cosine and is not found.
         """
-        true = _encode(tools.open_session(), samples)
+        true = self._true(samples, tools)
         found = []
         for index, answer in enumerate(answers):
             scores: dict[str, float] = dict.fromkeys((f"retrieval_at_{count}" for count in self.retrieval_at), 0.0)
             if answer.visual_tokens:
-                similar = cosines(load_tokens(answer.visual_tokens[0])[:1].float(), true)[0]
-                own = similar[index].item()
-                nearer = int((similar > own).sum())
+                similar = cosines(load_tokens(answer.visual_tokens[0])[:1].float(), true)
+                own = similar[0, index].item()
+                nearer = num_nearer(similar, similar[:, index]).item()
                 scores = {f"retrieval_at_{count}": float(nearer < count) for count in self.retrieval_at}
                 scores["cosine"] = own
                 if len(true) > 1:
@@ -57,17 +57,16 @@ class VisualTokens(Metric):
 
     def of_set(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> dict[str, float]:
         """`cosine_baseline`: the cosine of the best answer that is the same for every prompt."""
-        return {"cosine_baseline": constant_cosine(_encode(tools.open_session(), samples))}
+        return {"cosine_baseline": constant_cosine(self._true(samples, tools))}
+
+    def _true(self, samples: Sequence[Sample], tools: Tools) -> Tensor:
+        files = [sample.files["image"] for sample in samples]
+        return tools.once("true tokens", lambda: encode_files(tools.open_session(), files))
 
 
-def _encode(session: Session, samples: Sequence[Sample]) -> Tensor:
-    """The true visual tokens of all samples, `[samples, N, D]`."""
-    files = [sample.files["image"] for sample in samples]
+def encode_files(session: Session, files: Sequence[str]) -> Tensor:
+    """The true visual tokens of images, files or data URLs, `[images, N, D]`; few are in memory at once."""
+    batches = [files[start : start + _BATCH_SIZE] for start in range(0, len(files), _BATCH_SIZE)]
     return torch.cat(
-        [
-            encode_images(
-                session.model, session.processor, [load_image(file) for file in files[start : start + _BATCH_SIZE]]
-            )
-            for start in range(0, len(files), _BATCH_SIZE)
-        ]
+        [encode_images(session.model, session.processor, [*map(to_pil_image, batch)]) for batch in batches]
     )

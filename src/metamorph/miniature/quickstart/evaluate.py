@@ -13,7 +13,7 @@ from PIL import Image
 
 from metamorph.evaluation.drawings import Drawing, DrawingTask, draw_tasks, encode_images, summarise
 from metamorph.evaluation.questions import AnsweredQuestion, Question, ask, fraction, summarise_answers
-from metamorph.evaluation.tokens import mean_cosine, nearest_candidates
+from metamorph.evaluation.tokens import cosines, num_nearer
 from metamorph.inference import Prompt, SamplerSettings, Session, draw, load
 from metamorph.miniature.quickstart.recipe import EvaluationSizes, Recipe
 from metamorph.miniature.world.checker import judge
@@ -158,13 +158,14 @@ def compare_tokens(session: Session, drawings: dict[str, list[Drawing]]) -> dict
     candidates = encode_images(session.model, session.processor, [render(scene) for scene in scenes])
     found = {}
     for group, items in drawings.items():
-        cosines, right = [], [False] * len(items)
+        own, right = [], [False] * len(items)
         for index, item in enumerate(items):
             if item.reply.num_images:
                 tokens, target = item.reply.visual_tokens[:1], place[item.task.target]
-                cosines.append(mean_cosine(tokens, candidates[target : target + 1]).item())
-                right[index] = nearest_candidates(tokens, candidates).item() == target
-        cosine = round(sum(cosines) / len(cosines), 4) if cosines else 0.0
+                similar = cosines(tokens, candidates)
+                own.append(similar[0, target].item())
+                right[index] = num_nearer(similar, similar[:, target]).item() == 0
+        cosine = round(sum(own) / len(own), 4) if own else 0.0
         found[group] = {"cosine": cosine, "nearest": fraction(right)}
     return found
 
