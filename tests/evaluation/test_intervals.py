@@ -182,6 +182,20 @@ def test_compared_results_show_what_changed(tmp_path: Path, capsys: pytest.Captu
     assert found["categories"]["half"]["second"]["accuracy"]["difference"] == pytest.approx(50 / 200)
     assert found["differs"].keys() == {"model.name", "model.sha256", "spec.sha256", "spec.content.prompt"}
     assert output.with_suffix(".png").is_file()
+    assert cli.main(["evaluate", "--compare", str(a), str(a)]) == 0
+    assert "nothing else differs: model, data, spec and versions are the same" in capsys.readouterr().out
+
+
+def test_a_plot_that_fails_costs_no_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = read_result(result_of(tmp_path, "a", RIGHT_IN_A)) | {"headline": "recall"}
+    monkeypatch.setattr("metamorph.evaluation.benchmarks.run.run_spec", lambda *_, **__: result)
+    words = [str(tmp_path / "asks.yaml"), "--model", "mini", "--output-dir", str(tmp_path / "a")]
+    assert cli.main(["evaluate", *words]) == 2
+    printed = capsys.readouterr()
+    assert "0.5000" in printed.out
+    assert "there is no plot, because no sample has recall" in printed.err
 
 
 def test_results_with_a_limit_are_compared_on_their_common_samples(
