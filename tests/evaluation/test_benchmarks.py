@@ -192,6 +192,29 @@ def test_an_answer_that_is_an_error_counts_as_wrong(session, folder: Path) -> No
     assert "there is no image file" in result["answers"][0]["error"]
     assert result["answers"][0]["scores"] == {"accuracy": 0}
     assert (result["summary"]["accuracy"]["n"], result["summary"]["answered"]["n"]) == (12, 10)
+    # Once it is there its answers are due; the others are not passed off as answers to these data.
+    Image.new("RGB", (64, 64), "red").save(folder / "0.png")
+    with pytest.raises(ValueError, match=r"holds results of another content of images or videos: give .* --overwrite"):
+        run(session, folder, "one")
+    assert not (folder / "one" / "prompts.partial").exists()
+    assert run(session, folder, "one", overwrite=True)["errors"] == 0
+
+
+def test_right_answers_may_change_and_must_give_finite_scores(session, folder: Path) -> None:
+    run(session, folder, "one")
+    data = folder / "questions.jsonl"
+    records = [json.loads(line) | {"answer": "no such word"} for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert run(session, folder, "one")["summary"]["accuracy"]["value"] == 0
+
+    def score(*_: Any) -> list[dict[str, float]]:
+        return [{"accuracy": float("nan")}] * 12
+
+    with (
+        patch("benchmark_parts.Exact.score", score),
+        pytest.raises(ValueError, match="asks: accuracy of sample q0 is nan"),
+    ):
+        run(session, folder, "one")
 
 
 FLAGS = [

@@ -133,6 +133,10 @@ def test_an_unknown_benchmark_suggests_the_nearest(
     assert "mmpv is neither a file nor the name of a benchmark: did you mean 'mmvp'?" in capsys.readouterr().err
     assert cli.main(["evaluate", "wrld", "--model", "mini"]) == 2
     assert "did you mean 'world'?" in capsys.readouterr().err
+    assert cli.main(["evaluate", "--model", "mini", "--limit", "3", "mmpv"]) == 2
+    assert "did you mean 'mmvp'" in capsys.readouterr().err
+    assert cli.main(["evaluate", "--model", "mini", "world"]) == 2
+    assert "world comes before its flags: metamorph evaluate world" in capsys.readouterr().err
     assert cli.main(["evaluate", "--list"]) == 0
     assert capsys.readouterr().out == "mmvp  pairs\n      https://a.org (MIT)\n"
 

@@ -25,9 +25,8 @@ def main(argv: Sequence[str]) -> int | None:
     compare_help = "compare two results of a benchmark: result.json files, or their folders"
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help=compare_help)
     output_help = "JSON file of the comparison; a plot of the same name is written next to it"
-    parser.add_argument(
-        "--output", dest="comparison", type=output_file, help=output_help
-    )  # `loss` has an --output, too
+    # `loss` has an --output, too, whose value must not be taken for this one.
+    parser.add_argument("--output", dest="comparison", type=output_file, help=output_help)
     kinds = parser.add_subparsers(dest="kind")
     spec = kinds.add_parser(SPEC, help="a benchmark by its name, or a YAML file")
     world = kinds.add_parser("world", help="questions and drawings in the miniature world, judged by its pixel checker")
@@ -50,7 +49,7 @@ def main(argv: Sequence[str]) -> int | None:
     evaluate_spec.add_flags(spec, commands)
     parser.epilog = "\n".join(kind.format_usage() for kind in kinds.choices.values())
     words = list(argv)
-    if words and not words[0].startswith("-") and words[0] not in commands:
+    if words and words[0] not in commands and (not words[0].startswith("-") or _is_only_in(spec, parser, words[0])):
         words.insert(0, SPEC)
     flags = parser.parse_args(words)
     if flags.comparison is not None and flags.compare is None:
@@ -66,6 +65,12 @@ def main(argv: Sequence[str]) -> int | None:
     else:
         return flags.run(flags)
     return None
+
+
+def _is_only_in(kind: argparse.ArgumentParser, parser: argparse.ArgumentParser, word: str) -> bool:
+    """Whether a word is a flag of a subcommand, whose name then comes later, and not one of the command itself."""
+    own, of_kind = ({flag.replace("_", "-") for flag in each._option_string_actions} for each in (parser, kind))
+    return word.partition("=")[0].replace("_", "-") in of_kind - own
 
 
 def _evaluate_world(flags: argparse.Namespace) -> None:

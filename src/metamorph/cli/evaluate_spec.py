@@ -25,7 +25,7 @@ def add_flags(parser: argparse.ArgumentParser, commands: Sequence[str]) -> None:
     """Add the flags of the command; `commands` are the others that may stand in the place of SPEC."""
     parser.set_defaults(run=lambda flags: _run(flags, commands))
     parser.description = "SPEC is a benchmark of `metamorph evaluate --list`, or a YAML file."
-    parser.add_argument("spec", metavar="SPEC", help=argparse.SUPPRESS)  # the name of the command has it
+    parser.add_argument("spec", metavar="SPEC", help=argparse.SUPPRESS)
     parser.add_argument("--model", required=True, help="folder or Hub id of a trained model, or mini")
     parser.add_argument("--visualizer", help="folder or Hub id of the visualizer, or mini; for benchmarks of images")
     data_help = "file or folder of the benchmark's data (default: as in SPEC)"
@@ -42,6 +42,8 @@ def add_flags(parser: argparse.ArgumentParser, commands: Sequence[str]) -> None:
 def _run(flags: argparse.Namespace, commands: Sequence[str]) -> int:
     from metamorph.evaluation.benchmarks.spec import read_spec
 
+    if flags.spec in commands:
+        raise ValueError(f"{flags.spec} comes before its flags: metamorph evaluate {flags.spec} …")
     spec = read_spec(flags.spec, commands)
     _require_matplotlib()
     from metamorph.cli.generate import check_budget
@@ -77,8 +79,8 @@ def _run(flags: argparse.Namespace, commands: Sequence[str]) -> int:
         )
     if not result:  # not the first process
         return 0
-    save_result(result, folder / PLOT_FILE)
     print_table(*table(result))
+    save_result(result, folder / PLOT_FILE)
     print(f"\nresult.json, table.md, {PLOT_FILE} and all answers: {folder.resolve()}")
     if result["errors"]:
         logger.warning("%d of %d answers are errors and count as wrong", result["errors"], len(result["answers"]))
@@ -112,6 +114,8 @@ def compare_results(files: Sequence[str], output: Path | None) -> None:
     print()
     for line in _change_lines(comparison):
         print(line)
+    if not comparison["differs"]:
+        print("nothing else differs: model, data, spec and versions are the same")
     for name, (first, second) in comparison["differs"].items():
         print(f"{name}: {_shown(first)} in a, {_shown(second)} in b")
     if output is not None:

@@ -68,6 +68,8 @@ class Batch:
     defaults: BatchDefaults = field(default_factory=BatchDefaults)
     keep_tokens: bool = False
     """Also save the visual tokens of each image that is drawn, as the .safetensors file of its first drawing's name."""
+    media: str | None = None
+    """Hash of the images and videos in the lines, which must then be the same when a run resumes."""
     name_of: Callable[[str], str] = flag_of
     """What errors call `input`, `output` and the other settings."""
 
@@ -89,6 +91,7 @@ class Batch:
             "visualizer": self.visualizer and _stamp(shipped_folder(self.visualizer, "visualizer")),
             **json.loads(json.dumps(_flags(self.defaults))),
             **({"keep_tokens": True} if self.keep_tokens else {}),
+            **({} if self.media is None else {"media": self.media}),
         }
 
 
@@ -176,11 +179,12 @@ def _open_results(batch: Batch, overwrite: bool) -> int:
 
 def _difference(batch: Batch, before: dict[str, Any], now: dict[str, Any], changed: Sequence[str]) -> str:
     def words(name: str) -> str:
-        if name in ("input", "model", "visualizer"):
+        if name in ("input", "media", "model", "visualizer"):
             return f"another {batch.name_of(name)}"
         return f"{batch.name_of(name)} {before.get(name)}, which is now {now[name]}"
 
-    return " and ".join(map(words, changed))
+    # Other lines have other media.
+    return " and ".join(words(name) for name in changed if name != "media" or "input" not in changed)
 
 
 def _count_results(batch: Batch) -> int:

@@ -34,12 +34,14 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     for name in ids:
         if first[name]["sample_sha256"] != second[name]["sample_sha256"]:
             raise ValueError(f"the results are of different data: sample {name} is not the same in both")
-    samples = [_sample(first[name]) for name in ids]
+    samples, units = [_sample(first[name]) for name in ids], [first[name]["unit"] for name in ids]
     before, after = ([of[name]["scores"] for name in ids] for of in (first, second))
 
     def differences_of(numbers: Sequence[int]) -> dict[str, dict[str, Any]]:
-        rows = ([of[number] for number in numbers] for of in (before, after))
-        return differences(metric, [samples[number] for number in numbers], *rows)
+        chosen = ([of[number] for number in numbers] for of in (before, after))
+        return differences(
+            metric, [samples[number] for number in numbers], [units[number] for number in numbers], *chosen
+        )
 
     return {
         "benchmark": a["benchmark"],
@@ -48,7 +50,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
         "only_in_b": len(second) - len(ids),
         "headline": metric.headline,
         "lower_is_better": metric.lower_is_better,
-        "figures": differences(metric, samples, before, after) | _of_set(a, b),
+        "figures": differences(metric, samples, units, before, after) | _of_set(a, b),
         "categories": {
             kind: {category: differences_of(numbers) for category, numbers in categories.items()}
             for kind, categories in by_category(samples).items()
@@ -128,4 +130,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _row(name: str, figure: Mapping[str, Any]) -> tuple[str, ...]:
     ends = f"{figure['low']:+.4f} to {figure['high']:+.4f}" if "low" in figure else "-"
-    return name, f"{figure['a']:.4f}", f"{figure['b']:.4f}", f"{figure['difference']:+.4f}", ends, f"{figure['n']:,}"
+    count = f"{figure['n']:,}"
+    if "n_a" in figure and not figure["n_a"] == figure["n"] == figure["n_b"]:
+        count += f" (a {figure['n_a']:,}, b {figure['n_b']:,})"
+    return name, f"{figure['a']:.4f}", f"{figure['b']:.4f}", f"{figure['difference']:+.4f}", ends, count

@@ -53,6 +53,8 @@ def save_comparison(comparison: Mapping[str, Any], file: Path) -> None:
 
 
 def _rows(figures: Mapping[str, Any], categories: Mapping[str, Any], name: str) -> list[Row]:
+    if name not in figures:
+        raise ValueError(f"there is no plot, because no sample has {name}; all other files are complete")
     rows: list[Row] = [("all", figures[name], ALL)]
     for kind, found in categories.items():
         rows += [(f"{kind}: {each}"[:_LONGEST], of[name], CATEGORY) for each, of in found.items() if name in of]
@@ -63,9 +65,10 @@ def _figure(rows: Sequence[Row], title: str, label: str) -> tuple[Figure, Any]:
     """A figure with a line for each row, the first one at the top."""
     figure = Figure(figsize=(7, _ROW_INCHES * len(rows) + _MARGIN_INCHES), dpi=110, layout="constrained")
     axes = figure.subplots()
-    axes.set_yticks(range(len(rows)), [f"{name}  (n = {each['n']:,})" for name, each, _ in rows], fontsize=8)
+    labels = [f"{name}  (n = {each['n']:,})" for name, each, _ in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8, parse_math=False)  # names may have a $
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_title(title, fontsize=10, loc="left", parse_math=False)
     axes.set_xlabel(label, fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", alpha=0.3)

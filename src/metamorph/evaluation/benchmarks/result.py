@@ -41,6 +41,8 @@ def make_result(
     """The content of `result.json`; `run` says what was run: model, visualizer, data, dtype and device."""
     hashes = [hash_sample(sample) for sample in samples]
     metric = spec.metric
+    first: dict[str, str] = {}
+    units = [first.setdefault(metric.unit(sample), sample.id) for sample in samples]
     return {
         "benchmark": spec.name,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -75,9 +77,10 @@ def make_result(
                 "fields": dict(sample.fields),
                 "reference": sample.reference,
                 "categories": dict(sample.categories),
+                "unit": unit,  # the first sample that it is resampled together with
                 "sample_sha256": own,
             }
-            for sample, answer, each, own in zip(samples, answers, scores, hashes, strict=True)
+            for sample, answer, each, unit, own in zip(samples, answers, scores, units, hashes, strict=True)
         ],
     }
 
@@ -105,7 +108,7 @@ def table_text(result: Mapping[str, Any]) -> str:
         "",
         f"| {' | '.join(header)} |",
         "|---|---:|---:|---:|",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *(f"| {' | '.join(map(_escaped, row))} |" for row in rows),
     ]
     return "\n".join(lines) + "\n"
 
@@ -166,6 +169,12 @@ def hash_sample(sample: Sample) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def hash_media(samples: Sequence[Sample]) -> str:
+    """SHA-256 of the content of the images and videos that a model is shown; data URLs are part of its prompts."""
+    names = dict.fromkeys(name for sample in samples for name in (*sample.images, *sample.videos))
+    return _hash_texts([str(_hash_file(Path(name))) for name in names if not name.startswith("data:")])
+
+
 def versions() -> dict[str, str | None]:
     """Versions of what computes answers; None if a package is not installed."""
     found: dict[str, str | None] = {"metamorph": __version__, "python": platform.python_version()}
@@ -195,6 +204,11 @@ def _hash_file(file: Path) -> str | None:
 
 def _hash_texts(texts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+def _escaped(cell: str) -> str:
+    """A cell that does not end the table: names of categories may be any text."""
+    return " ".join(cell.split()).replace("|", "\\|")
 
 
 def _cells(figure: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -16,9 +17,16 @@ from typing import Any
 
 import torch
 
-from metamorph.evaluation.benchmarks.result import RESULT_FILE, TABLE_FILE, identify, make_result, write_result
+from metamorph.evaluation.benchmarks.result import (
+    RESULT_FILE,
+    TABLE_FILE,
+    hash_media,
+    identify,
+    make_result,
+    write_result,
+)
 from metamorph.evaluation.benchmarks.spec import Spec
-from metamorph.evaluation.metrics.base import Tools
+from metamorph.evaluation.metrics.base import Scores, Tools
 from metamorph.evaluation.samples import Answer, Sample
 from metamorph.inference.answer_files import TOKENS_SUFFIX
 from metamorph.inference.batch_file import Batch, open_results, run_batch
@@ -76,13 +84,22 @@ def run_spec(
         name_of=lambda setting: name_of(setting, spec),
     )
     # Prompts take their place once the folder is known to be theirs.
-    prepared = replace(batch, source=batch.source.with_suffix(".partial"))
+    partial = batch.source.with_suffix(".partial")
     samples: list[Sample] = []  # only of the first process
-    on_first_process(lambda: samples.extend(_prepare(spec, prepared, data_path, limit)))
-    total, done = len(prepared.lines()), open_results(prepared, overwrite=overwrite)
+
+    def prepare() -> tuple[int, str]:
+        samples.extend(_prepare(spec, partial, data_path, limit))
+        return len(samples), hash_media(samples)
+
+    total, media = on_first_process(prepare)
+    try:
+        done = open_results(replace(batch, source=partial, media=media), overwrite=overwrite)
+    except ValueError:
+        partial.unlink(missing_ok=True)
+        raise
 
     def begin() -> None:
-        prepared.source.replace(batch.source)
+        partial.replace(batch.source)
         if done < total:  # they are of other answers
             for name in (RESULT_FILE, TABLE_FILE):
                 (output_dir / name).unlink(missing_ok=True)
@@ -100,6 +117,7 @@ def run_spec(
         with Progress(desc="judging", total=len(samples), unit="answer") as progress:
             tools = Tools(device or pick_device(), session, progress, output_dir)
             scores = spec.metric.score(samples, answers, tools)
+            _check_finite(spec, samples, scores)
             of_set = spec.metric.of_set(samples, answers, tools)
         run = {
             "model": identify(model, "model"),
@@ -125,16 +143,21 @@ def check_visualizer_is_due(spec: Spec, visualizer: str | None) -> None:
 
 def name_of(setting: str, spec: Spec) -> str:
     """What errors call a setting of the file of prompts."""
-    names = {"input": "data, prompt or --limit", "output": "--output-dir", "keep_tokens": "kept visual tokens"}
+    names = {
+        "input": "data, prompt or --limit",
+        "media": "content of images or videos",
+        "output": "--output-dir",
+        "keep_tokens": "kept visual tokens",
+    }
     flags = ("model", "visualizer", "dtype")
     return names.get(setting) or (f"--{setting}" if setting in flags else f"{setting} of {spec.name}")
 
 
-def _prepare(spec: Spec, batch: Batch, data_path: Path | None, limit: int | None) -> Sequence[Sample]:
+def _prepare(spec: Spec, prompts: Path, data_path: Path | None, limit: int | None) -> Sequence[Sample]:
     """Load and check the samples, and write their prompts."""
     chosen = spec.choose(data_path, limit)
-    batch.source.parent.mkdir(parents=True, exist_ok=True)
-    with batch.source.open("w", encoding="utf-8") as file:
+    prompts.parent.mkdir(parents=True, exist_ok=True)
+    with prompts.open("w", encoding="utf-8") as file:
         for number, sample in chosen:
             file.write(json.dumps(_line(spec, number, sample), ensure_ascii=False) + "\n")
     return [sample for _, sample in chosen]
@@ -155,6 +178,16 @@ def _line(spec: Spec, number: int, sample: Sample) -> dict[str, Any]:
         **{name: values for name, values in paths.items() if values},
         "seed": spec.seed + number * spec.decoding.num_images,  # no two drawings start from the same noise
     }
+
+
+def _check_finite(spec: Spec, samples: Sequence[Sample], scores: Sequence[Scores]) -> None:
+    """Raise a `ValueError` for NaN or infinity, which would make figures of them and is no JSON."""
+    for sample, each in zip(samples, scores, strict=True):
+        for name, value in each.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{spec.name}: {name} of sample {sample.id} is {value}: its answer or data are damaged"
+                )
 
 
 def read_answers(batch: Batch) -> list[Answer]:

@@ -188,7 +188,11 @@ class SpecChoice:
 
 def shipped_specs() -> dict[str, dict[str, Any]]:
     """The content of each spec that ships with the package, by name."""
-    return {file.stem: read_yaml(file) for file in sorted(FOLDER.glob("*.yaml"))}
+    return {file.stem: read_yaml(file) for file in _shipped()}
+
+
+def _shipped() -> list[Path]:
+    return sorted(FOLDER.glob("*.yaml"), key=lambda file: file.stem)
 
 
 def find_spec(reference: str, commands: Sequence[str] = ()) -> Path:
@@ -200,7 +204,7 @@ def find_spec(reference: str, commands: Sequence[str] = ()) -> Path:
     file = Path(reference).expanduser()
     if file.is_file():
         return file
-    names = [shipped.stem for shipped in sorted(FOLDER.glob("*.yaml"))]
+    names = [shipped.stem for shipped in _shipped()]
     if reference in names:
         return FOLDER / f"{reference}.yaml"
     near = nearest(file.name.removesuffix(".yaml"), [*names, *commands])

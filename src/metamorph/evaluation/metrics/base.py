@@ -74,7 +74,14 @@ class Metric(ABC):
         """
         names = dict.fromkeys(name for each in scores for name in each)
         columns = {name: [each[name] for each in scores if name in each] for name in names}
-        return {name: sum(column) / len(column) for name, column in columns.items()}
+        return self.from_means({name: sum(column) / len(column) for name, column in columns.items()})
+
+    def from_means(self, means: dict[str, Any]) -> dict[str, Any]:
+        """Figures from the mean of each score; by default the means.
+
+        For figures such as F1. They are resampled at once: a mean is a number, or an array with one for each resample.
+        """
+        return means
 
     def of_set(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> dict[str, float]:
         """Figures that only exist for all answers together, such as FID; they get no confidence interval."""

@@ -10,7 +10,7 @@ from metamorph.evaluation.questions import plain
 
 @dataclass(frozen=True)
 class ExactMatch(TextMetric):
-    """Share of answers that equal a right one, but for case, surrounding spaces and a final full stop."""
+    """Share of answers that equal a right one, ignoring case, surrounding spaces and a final full stop."""
 
     name: ClassVar[str] = "exact_match"
     headline: ClassVar[str] = "exact_match"

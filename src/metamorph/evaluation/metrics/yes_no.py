@@ -3,9 +3,11 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from metamorph.evaluation.metrics.base import Scores, Tools
+import numpy as np
+
+from metamorph.evaluation.metrics.base import Tools
 from metamorph.evaluation.metrics.text import QuestionMetric
 from metamorph.evaluation.questions import plain
 from metamorph.evaluation.samples import Answer, Sample
@@ -30,7 +32,7 @@ class YesNo(QuestionMetric):
                 )
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer], tools: Tools) -> list[dict[str, float]]:
-        """Whether each answer is right, is "yes", is neither yes nor no, and whether "yes" would be right."""
+        """Whether each answer is right, is "yes", is neither yes nor no, and whether "yes" would be, and is, right."""
         scores = []
         for sample, answer in zip(samples, answers, strict=True):
             given, right = None if answer.error else parse(answer.text), plain(sample.reference)
@@ -39,23 +41,23 @@ class YesNo(QuestionMetric):
                 "yes_ratio": given == "yes",
                 "unparseable": given is None,
                 "is_yes": right == "yes",
+                "right_yes": given == right == "yes",
             }
             scores.append({name: float(verdict) for name, verdict in verdicts.items()})
         tools.progress.update(len(scores))
         return scores
 
-    def summarise(self, samples: Sequence[Sample], scores: Sequence[Scores]) -> dict[str, float]:
+    def from_means(self, means: dict[str, Any]) -> dict[str, Any]:
         """The shares, and precision, recall and F1 of "yes"; 0 where nothing could be divided by."""
-        said_yes = sum(each["yes_ratio"] for each in scores)
-        is_yes = sum(each["is_yes"] for each in scores)
-        right = sum(each["accuracy"] for each in scores if each["is_yes"])
+        said_yes, is_yes, right = means["yes_ratio"], means["is_yes"], means["right_yes"]
+        least = np.finfo(float).tiny  # with nothing to divide by there is nothing right, either
         return {
-            "accuracy": sum(each["accuracy"] for each in scores) / len(scores),
-            "precision": right / max(said_yes, 1),
-            "recall": right / max(is_yes, 1),
-            "f1": 2 * right / max(said_yes + is_yes, 1),
-            "yes_ratio": said_yes / len(scores),
-            "unparseable": sum(each["unparseable"] for each in scores) / len(scores),
+            "accuracy": means["accuracy"],
+            "precision": right / np.maximum(said_yes, least),
+            "recall": right / np.maximum(is_yes, least),
+            "f1": 2 * right / np.maximum(said_yes + is_yes, least),
+            "yes_ratio": said_yes,
+            "unparseable": means["unparseable"],
         }
 
 
